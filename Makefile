@@ -1,0 +1,48 @@
+# Everything a fresh machine with Python 3.11+ needs: `make demo` runs the main job, `make test` the tests.
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+PIP    := $(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.PHONY: install demo view test check bench paper clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## the virtual environment and what the tool needs
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: install  ## decompose the smallest model, harvest its graphs, print the result table (under a minute)
+	$(PYTHON) -m spd_lightning fit --config tms_5-2.yaml
+	$(PYTHON) -m spd_lightning predict --config tms_5-2.yaml
+	$(PYTHON) -m spd_lightning runs --table
+	@echo "See it: make view    (or: gradio app.py)"
+
+view: install  ## open the viewer in a browser
+	$(PYTHON) -m spd_lightning view
+
+test: $(VENV)/.installed-dev  ## the tests
+	$(PYTHON) -m pytest -n 2
+
+check: $(VENV)/.installed-dev  ## ruff, basedpyright, import-linter
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.installed-dev  ## speed beside a plain implementation of the same maths
+	$(PYTHON) tests/bench.py
+
+paper: install  ## Table 1 of the SPD paper, over seeds, one process a core
+	$(PYTHON) tests/paper.py
+
+clean:  ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

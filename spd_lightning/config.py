@@ -1,0 +1,87 @@
+"""Configs: one base and small overrides, found by name from anywhere.
+
+A config is YAML. Its top-level key `base` names another config (or a list of them) that it starts from:
+dicts merge key by key, lists and single values replace.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spd_lightning.errors import BadInput, nearest
+
+SHIPPED = Path(__file__).resolve().parent.parent / "configs"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with numbers as people write them: 1e-3 is a number, not a word."""
+
+
+_FLOAT = r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+
+
+def places(name: str) -> Iterator[Path]:
+    """Every file that a config name may mean, the likeliest first."""
+    for folder in (Path(), Path("configs"), SHIPPED):
+        yield folder / name
+        yield folder / f"{name}.yaml"
+
+
+def find(name: str) -> Path:
+    """The file that a config name means: as given, in ./configs, or among the shipped ones; suffix optional.
+
+    Raises:
+        BadInput: no such file; the nearest name there is, is suggested.
+    """
+    for path in places(name):
+        if path.is_file():
+            return path
+    known = {str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.rglob("*.yaml")}
+    stem = name.removesuffix(".yaml")
+    raise BadInput(f"config '{name}': no such file here, in configs/, or among the shipped ones; {nearest(stem, known)}")
+
+
+def load(name: str) -> dict[str, Any]:
+    """A config with everything it builds on merged in.
+
+    Raises:
+        BadInput: the file is missing, is not a YAML mapping, or builds on itself.
+    """
+    return _load(find(name), seen=())
+
+
+def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise BadInput(f"config '{path}': it builds on itself; remove it from its own chain of 'base'")
+    try:
+        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"config '{path}': not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(own, dict):
+        raise BadInput(f"config '{path}': expected 'key: value' lines, found {type(own).__name__}")
+    bases = own.pop("base", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        beside = path.parent / base
+        merged = merge(merged, _load(beside if beside.is_file() else find(base), (*seen, path.resolve())))
+    return merge(merged, own)
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Two configs as one: dicts merge key by key, everything else in `over` replaces what was under it."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def digest(config: Any) -> str:
+    """Twelve hex characters that stand for a config's content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
