@@ -469,9 +469,7 @@ def _write_parquet(frame: pl.DataFrame, table: str, path: Path) -> None:
     with open(path, "wb") as file:  # pyarrow's own files hide the system's error numbers
         options: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "write_statistics": extremes}
         options |= {"use_dictionary": others, "use_byte_stream_split": floats}
-        with pq.ParquetWriter(
-            file, arrow.schema, use_dictionary=others, use_byte_stream_split=floats, **options
-        ) as out:
+        with pq.ParquetWriter(file, arrow.schema, **options) as out:
             for start, stop in pairwise(_cuts(frame, table)):
                 out.write_table(arrow.slice(start, stop - start))
 
