@@ -1,0 +1,171 @@
+"""Sites and the rank-one components they are split into (laws D1–D4, D7–D9 of docs/method.md).
+
+A *site* is one linear map of the frozen target model, with weight `W [d_out, d_in]`. Component c of a site is the
+rank-one matrix `U[c]ᵀ V[:, c]ᵀ`; what all of them together miss, `Δ = W − (V U)ᵀ`, is the *delta component*. Under
+component masks m and delta mask m_Δ the site computes
+
+    y = (m ∘ a) U + m_Δ (x Δᵀ) + b,          a = x V                                       (D3)
+      = m_Δ (x Wᵀ) + ((m − m_Δ) ∘ a) U + b,
+
+the second form being the one computed: it builds neither `V U` nor Δ and needs no gradient through W.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spd_lightning.errors import BadInput, nearest
+
+Kind = Literal["linear", "conv1d", "embedding", "identity"]
+IDENTITY = ".pre_identity"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear map of the target: where it is, what kind it is, how wide."""
+
+    name: str
+    kind: Kind
+    module: nn.Module
+    d_in: int
+    d_out: int
+
+    @property
+    def weight(self) -> Float[Tensor, "d_out d_in"]:
+        """W as the law writes it, whatever way round the module stores it."""
+        match self.kind:
+            case "linear":
+                return self.module.weight
+            case "conv1d" | "embedding":
+                return self.module.weight.T
+            case "identity":
+                parameter = next(self.module.parameters())
+                return torch.eye(self.d_in, dtype=parameter.dtype, device=parameter.device)
+
+    @property
+    def bias(self) -> Float[Tensor, " d_out"] | None:
+        """b, or None where the map has none."""
+        return None if self.kind in ("identity", "embedding") else self.module.bias
+
+    def inner(self, x: Tensor, V: Float[Tensor, "d_in C"]) -> Float[Tensor, "... C"]:
+        """Inner activations `a = x V` (D2); for embeddings x holds token ids and rows of V are picked."""
+        return nn.functional.embedding(x, V) if self.kind == "embedding" else x @ V
+
+
+class Components(nn.Module):
+    """The C rank-one components of one site: `V [d_in, C]` reads, `U [C, d_out]` writes (D1), drawn by D7."""
+
+    def __init__(self, d_in: int, d_out: int, C: int):
+        super().__init__()
+        self.V = nn.Parameter(torch.randn(d_in, C) / d_in**0.5)
+        self.U = nn.Parameter(torch.randn(C, d_out) / C**0.5)
+
+
+class TiedComponents(nn.Module):
+    """Components of a site whose weight is the transpose of a partner's (D9): the partner's own, read the other way."""
+
+    def __init__(self, partner: Components):
+        super().__init__()
+        self._partner = (partner,)  # in a tuple: the parameters belong to the partner alone
+
+    @property
+    def V(self) -> Float[Tensor, "d_in C"]:
+        return self._partner[0].U.T
+
+    @property
+    def U(self) -> Float[Tensor, "C d_out"]:
+        return self._partner[0].V.T
+
+
+class Mask(NamedTuple):
+    """What one forward pass does at one site.
+
+    components: m [..., C], or None for all ones. delta: m_Δ [...], or a number. route: r [...] boolean, where False
+    leaves the position to the target's own map (D4); None decomposes every position.
+    """
+
+    components: Tensor | None
+    delta: Tensor | float
+    route: Tensor | None = None
+
+
+def masked_output(
+    clean: Tensor | None, bias: Tensor | None, a: Float[Tensor, "... C"], U: Float[Tensor, "C d_out"], mask: Mask
+) -> Float[Tensor, "... d_out"]:
+    """A site's output under masks (D3, D4).
+
+    clean: the site's own output x Wᵀ + b; may be None where neither the delta mask nor the route needs it.
+    """
+    m, delta, route = mask
+    fixed = isinstance(delta, float | int)
+    gate = delta if fixed else delta.unsqueeze(-1)
+    if m is None:
+        w = a if fixed and delta == 0 else (1 - gate) * a
+    else:
+        w = m * a if fixed and delta == 0 else (m - gate) * a
+    y = w @ U
+    if not (fixed and delta == 0):
+        assert clean is not None
+        y = y + gate * (clean if bias is None else clean - bias)
+    if bias is not None:
+        y = y + bias
+    return y if route is None else torch.where(route.unsqueeze(-1), y, clean)
+
+
+def _kind(module: nn.Module) -> Kind | None:
+    match module:
+        case nn.Linear():
+            return "linear"
+        case nn.Embedding():
+            return "embedding"
+        case _ if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # HuggingFace's, weight transposed
+            return "conv1d"
+    return None
+
+
+def _width(module: nn.Module, kind: Kind) -> tuple[int, int]:
+    if kind == "embedding":
+        return module.num_embeddings, module.embedding_dim
+    rows, columns = module.weight.shape
+    return (rows, columns) if kind == "conv1d" else (columns, rows)
+
+
+def available(model: nn.Module) -> dict[str, Site]:
+    """Every map of a model that can be a site, by name; `M.pre_identity` stands for the identity before M (D8)."""
+    found = {}
+    for name, module in model.named_modules():
+        if kind := _kind(module):
+            d_in, d_out = _width(module, kind)
+            if kind != "embedding":
+                found[name + IDENTITY] = Site(name + IDENTITY, "identity", module, d_in, d_in)
+            found[name] = Site(name, kind, module, d_in, d_out)
+    return found
+
+
+def find_sites(model: nn.Module, patterns: Mapping[str, int]) -> dict[str, tuple[Site, int]]:
+    """The sites that fnmatch patterns name, in the model's own order, each with its number of components.
+
+    `*` reaches maps only; identity sites are named by patterns that end in `.pre_identity`.
+
+    Raises:
+        BadInput: a pattern matches nothing, a module is matched twice, or a count is not positive.
+    """
+    sites, owner, counts = available(model), {}, {}
+    for pattern, C in patterns.items():
+        if C < 1:
+            raise BadInput(f"sites: '{pattern}: {C}' must have at least one component; give a positive number")
+        identity = pattern.endswith(IDENTITY)
+        matched = [name for name in sites if fnmatchcase(name, pattern) and name.endswith(IDENTITY) == identity]
+        if not matched:
+            modules = [name for name in sites if not name.endswith(IDENTITY)]
+            raise BadInput(f"sites: pattern '{pattern}' matches no module of the target; {nearest(pattern, modules)}")
+        for name in matched:
+            if name in owner:
+                raise BadInput(f"sites: '{name}' is matched by both '{owner[name]}' and '{pattern}'; narrow one of them")
+            owner[name], counts[name] = pattern, C
+    return {name: (site, counts[name]) for name, site in sites.items() if name in counts}

@@ -1,0 +1,160 @@
+"""Masks: what is switched off, and where. A mask is a source × a route (section M of docs/method.md).
+
+    m = g + (1 − g)·s        g: causal importance, s in [0, 1]: the source            m_Δ = s_Δ
+
+A *source* says how far what is not needed is switched off: not at all, fully, at random, or by an adversary. A *route*
+says which sites and positions are decomposed in a forward pass, the others running as in the target.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_lightning.decomposition.components import Mask
+
+SourceKind = Literal["ones", "ci", "stochastic", "pgd", "zeros", "random", "rounded"]
+RouteKind = Literal["all", "layerwise", "subset", "static"]
+Sources = dict[str, tuple[Tensor, Tensor]]
+"""Component source s [..., C] and delta source s_Δ [...] of every site."""
+Routes = dict[str, Tensor | None]
+"""The sites decomposed in one forward pass, each with its positions (None: all of them)."""
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """A fresh adversary that ascends the loss by projected gradient ascent (PGD).
+
+    Args:
+        steps: ascents; always to be stated beside a result.
+        step_size: η of `s ← clamp(s + η·sign(∇L), 0, 1)`.
+        init: where the sources start.
+        scope: per_position, or per_batch (one vector shared by all positions and examples).
+    """
+
+    steps: int = 20
+    step_size: float = 0.1
+    init: Literal["random", "ones", "zeros"] = "random"
+    scope: Literal["per_position", "per_batch"] = "per_batch"
+
+
+def _rand(like: Tensor, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def masks_from_sources(importances: Mapping[str, Tensor], sources: Sources, delta: bool = True) -> dict[str, Mask]:
+    """`m = g + (1 − g)·s` and `m_Δ = s_Δ` at every site; without a delta component m_Δ is 0 (G6)."""
+    masks = {}
+    for name, g in importances.items():
+        s, s_delta = sources[name]
+        masks[name] = Mask(torch.addcmul(s, g, 1 - s), s_delta if delta else 0.0)
+    return masks
+
+
+def stochastic_sources(
+    importances: Mapping[str, Tensor], generator: torch.Generator | None, binomial: bool = False
+) -> Sources:
+    """Fresh uniform sources per position and component; in {0, 1} when binomial, the delta's uniform still (G5)."""
+    drawn = {}
+    for name, g in importances.items():
+        s = _rand(g, g.shape, generator)
+        drawn[name] = (s.round() if binomial else s, _rand(g, g.shape[:-1], generator))
+    return drawn
+
+
+def fixed_masks(
+    kind: SourceKind, importances: Mapping[str, Tensor], generator: torch.Generator | None, threshold: float, delta: bool
+) -> dict[str, Mask]:
+    """Masks of the sources that need neither a fresh stochastic draw nor an adversary.
+
+    ones: everything on, delta included. ci: m = g. zeros: nothing on. random: uniform masks, whatever the importance.
+    rounded: m = 1 where g exceeds the threshold, else 0. All but `ones` switch the delta component off.
+    """
+    match kind:
+        case "ones":
+            return {name: Mask(None, 1.0 if delta else 0.0) for name in importances}
+        case "ci":
+            return {name: Mask(g, 0.0) for name, g in importances.items()}
+        case "zeros":
+            return {name: Mask(torch.zeros_like(g), 0.0) for name, g in importances.items()}
+        case "random":
+            return {name: Mask(_rand(g, g.shape, generator), 0.0) for name, g in importances.items()}
+        case "rounded":
+            return {name: Mask((g > threshold).to(g.dtype), 0.0) for name, g in importances.items()}
+        case _:
+            raise ValueError(f"source '{kind}' is not a fixed one")
+
+
+def pgd_sources(
+    adversary: Adversary,
+    importances: Mapping[str, Tensor],
+    loss: Callable[[Sources], Tensor],
+    generator: torch.Generator | None,
+) -> Sources:
+    """Sources an adversary finds by ascending `loss`; the delta's source is one more entry of each vector.
+
+    loss: maps sources to the scalar to be raised; its parameters need no gradient and should carry none.
+    """
+    start = {name: _initial(adversary, g, generator) for name, g in importances.items()}
+    names, vectors = list(start), list(start.values())
+    for _ in range(adversary.steps):
+        leaves = [v.detach().requires_grad_() for v in vectors]
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(_split(dict(zip(names, leaves, strict=True)), importances)), leaves)
+        vectors = [
+            (v.detach() + adversary.step_size * _shared(g).sign()).clamp(0, 1)
+            for v, g in zip(vectors, gradients, strict=True)
+        ]
+    return _split(dict(zip(names, vectors, strict=True)), importances)
+
+
+def _initial(adversary: Adversary, g: Float[Tensor, "... C"], generator: torch.Generator | None) -> Tensor:
+    shape = (g.shape[:-1] if adversary.scope == "per_position" else ()) + (g.shape[-1] + 1,)
+    match adversary.init:
+        case "random":
+            return _rand(g, shape, generator)
+        case "ones":
+            return g.new_ones(shape)
+        case "zeros":
+            return g.new_zeros(shape)
+
+
+def _shared(gradient: Tensor) -> Tensor:
+    """Sources shared by a batch are shared by its devices too: their gradients are summed before the sign is taken."""
+    if gradient.ndim == 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(gradient)
+    return gradient
+
+
+def _split(vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> Sources:
+    return {n: (v[..., :-1], v[..., -1].expand(importances[n].shape[:-1])) for n, v in vectors.items()}
+
+
+def draw_routes(
+    kind: RouteKind,
+    importances: Mapping[str, Tensor],
+    generator: torch.Generator | None,
+    probability: float = 0.5,
+) -> Iterator[Routes]:
+    """The forward passes a route asks for, each as the sites it decomposes and where.
+
+    all: one pass, everything decomposed. layerwise: one pass a site, that site alone. subset: one pass, at each
+    position a uniformly random number of sites, chosen uniformly (M1). static: one pass, each site and position with a
+    given probability.
+    """
+    names, like = list(importances), next(iter(importances.values()))
+    positions = like.shape[:-1]
+    match kind:
+        case "all":
+            yield dict.fromkeys(names)
+        case "layerwise":
+            yield from ({name: None} for name in names)
+        case "subset":
+            rank = _rand(like, (len(names), *positions), generator).argsort(0).argsort(0)
+            size = torch.randint(1, len(names) + 1, positions, generator=generator, device=like.device)
+            yield dict(zip(names, rank < size, strict=True))
+        case "static":
+            yield {name: _rand(like, positions, generator) < probability for name in names}

@@ -1,0 +1,124 @@
+"""Figures that say how good a decomposition is (section E of docs/method.md).
+
+Three kinds: against known truth (MMCS, ML2R, identity and dense error), about importances (L0, firing, mean), and about
+the output under the maskings of section M. All are pure functions; sums over batches and devices are the caller's.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from spd_lightning.decomposition.losses import kl
+from spd_lightning.decomposition.masks import SourceKind, fixed_masks, masks_from_sources, stochastic_sources
+from spd_lightning.decomposition.model import Clean, ComponentModel
+
+MASKINGS: tuple[SourceKind, ...] = ("ones", "ci", "stochastic", "random", "rounded", "zeros")
+TOLERANCE = 0.1
+"""How far an importance may be from 0 or 1 and still count as such."""
+
+
+# ---- against known truth --------------------------------------------------------------------------------------------
+
+
+def component_norms(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> Float[Tensor, " C"]:
+    """Frobenius norm of each component's matrix `U[c]ᵀ V[:, c]ᵀ`."""
+    return V.norm(dim=0) * U.norm(dim=1)
+
+
+def column_match(
+    W: Float[Tensor, "d_out d_in"], V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], floor: float = 0.05
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """MMCS and ML2R: does one component write each column of W, in direction and in size? (SPD, section 3)
+
+    For column j, the component whose column `U[c] V[j, c]` has the highest cosine with `W[:, j]`; returns the mean
+    cosine and the mean ratio of norms. Only components above `floor` times the largest norm compete, or a dead one of
+    negligible norm could win the cosine and spoil the ratio. Columns of W that are zero are left out.
+    """
+    norms = component_norms(V, U)
+    alive = norms > floor * norms.max()
+    directions = torch.nn.functional.normalize(U[alive], dim=1)
+    columns = torch.nn.functional.normalize(W, dim=0)
+    cosine = (directions @ columns).T * V[:, alive].sign()
+    best = cosine.argmax(dim=1)
+    sizes = V[:, alive].gather(1, best[:, None])[:, 0].abs() * U[alive].norm(dim=1)[best]
+    real = W.norm(dim=0) > 0
+    top = cosine.gather(1, best[:, None])[:, 0]
+    return top[real].mean(), (sizes / W.norm(dim=0))[real].mean()
+
+
+def identity_order(importances: Float[Tensor, "features C"]) -> Int[Tensor, " C"]:
+    """The order of components that makes a matrix of importances look most like the identity (Hungarian assignment).
+
+    Components that match no feature follow, the most important first.
+    """
+    rows, columns = linear_sum_assignment(importances.detach().cpu().numpy(), maximize=True)
+    first = torch.as_tensor(columns[rows.argsort()])
+    rest = torch.tensor([c for c in range(importances.shape[1]) if c not in set(first.tolist())], dtype=torch.long)
+    total = importances.detach().cpu().sum(0)
+    return torch.cat([first, rest[total[rest].argsort(descending=True)]])
+
+
+def identity_error(importances: Float[Tensor, "features C"]) -> int:
+    """How many importances, features fed alone and components permuted, are off the identity by more than 0.1."""
+    ordered = importances.detach().cpu()[:, identity_order(importances)]
+    return int(((ordered - torch.eye(*ordered.shape)).abs() > TOLERANCE).sum())
+
+
+def dense_error(importances: Float[Tensor, "features C"], k: int) -> int:
+    """How far importances are from k components that serve all features together and none besides.
+
+    Columns are ordered by their sums: each of the first k without an entry of at least 0.9 counts one, and so does
+    every entry above 0.1 after them.
+    """
+    ordered = importances[:, importances.sum(0).argsort(descending=True)]
+    idle = (ordered[:, :k].amax(0) < 1 - TOLERANCE).sum() + max(0, k - ordered.shape[1])
+    return int(idle + (ordered[:, k:] > TOLERANCE).sum())
+
+
+# ---- importances ----------------------------------------------------------------------------------------------------
+
+
+def firings(importances: Float[Tensor, "... C"], threshold: float) -> Bool[Tensor, "... C"]:
+    """Where components fire: importance above the threshold."""
+    return importances > threshold
+
+
+def l0(importances: Float[Tensor, "... C"], threshold: float) -> Float[Tensor, ""]:
+    """Mean number of components that fire at a position."""
+    return firings(importances, threshold).sum(-1).double().mean()
+
+
+# ---- output under the maskings --------------------------------------------------------------------------------------
+
+
+def masked_outputs(
+    model: ComponentModel,
+    batch: Tensor,
+    clean: Clean,
+    importances: Mapping[str, Tensor],
+    generator: torch.Generator | None,
+    threshold: float,
+) -> dict[SourceKind, Tensor]:
+    """The model's output under each of the six maskings of section E, everything decomposed."""
+    outputs = {}
+    for source in MASKINGS:
+        if source == "stochastic":
+            drawn = stochastic_sources(importances, generator)
+            masks = masks_from_sources(importances, drawn, model.delta)
+        else:
+            masks = fixed_masks(source, importances, generator, threshold, model.delta and source == "ones")
+        outputs[source] = model.masked(batch, masks, clean)
+    return outputs
+
+
+def cross_entropy(logits: Float[Tensor, "*positions vocab"], labels: Int[Tensor, "*positions"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of labels under logits, in nats and float32."""
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+
+
+def divergence_from_target(output: Tensor, target: Tensor) -> Float[Tensor, ""]:
+    """KL from the target's distribution, for models whose output is logits."""
+    return kl(output, target)

@@ -1,0 +1,234 @@
+"""The target run under masks: activations and importances out.
+
+1. A *clean* run of the frozen target gives its output and the input x of every site; a = x V follows (D2).
+2. The importance function reads them and says which components are needed (G1).
+3. A *masked* run replaces the output of chosen sites by their masked components (D3, D4).
+
+A masked run repeats nothing the clean run of the same batch already knows: up to the first site that it changes, every
+map answers from the clean run's record. What does not belong here: losses, schedules, where masks come from.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spd_lightning.decomposition.components import (
+    Components,
+    Mask,
+    Site,
+    TiedComponents,
+    find_sites,
+    masked_output,
+)
+from spd_lightning.decomposition.importance import Importance, Importances, importance_function
+from spd_lightning.errors import BadInput, nearest
+
+Map = Callable[[Tensor], Tensor]
+Replacement = Callable[[Site, Tensor, Map], Tensor]
+"""Given a site, its input and its own map: the output to go on with."""
+
+
+@dataclass
+class Clean:
+    """One clean run of the target: its output, and per site the input x, the output x Wᵀ + b, and a = x V."""
+
+    output: Tensor
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    inner: dict[str, Tensor] = field(default_factory=dict)
+    record: dict[nn.Module, tuple[Tensor, int]] = field(default_factory=dict)
+    masked: dict[str, tuple[Mask, Tensor]] = field(default_factory=dict)
+    """Masked outputs on clean inputs already computed for this batch, to be shared by passes with the same mask."""
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class ComponentModel(nn.Module):
+    """A frozen target with the components of its sites and their importance function.
+
+    Args:
+        target: the network to take apart; it is put in eval mode and its parameters are frozen (D6).
+        sites: fnmatch patterns of module names, each with a number of components.
+        tied: site → partner, where the site's weight is the transpose of its partner's (D9).
+        importance: how causal importances are computed.
+        delta: whether the delta component takes part in masked runs.
+
+    Raises:
+        BadInput: a pattern matches nothing or overlaps another; a tie that does not hold.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        sites: Mapping[str, int],
+        tied: Mapping[str, str] | None = None,
+        importance: Importance | None = None,
+        delta: bool = True,
+    ):
+        super().__init__()
+        self.target = target.eval().requires_grad_(False)
+        found = find_sites(target, sites)
+        self.sites = {name: site for name, (site, _) in found.items()}
+        self.counts = {name: C for name, (_, C) in found.items()}
+        self.tied = dict(tied or {})
+        self.components = nn.ModuleDict()  # its keys cannot hold dots
+        for name in sorted(self.sites, key=lambda n: n in self.tied):
+            self.components[name.replace(".", "/")] = self._components(name)
+        self.importance = importance or Importance()
+        self.importance_function = importance_function(self.importance, found)
+        self.delta = delta
+        self._plain = self._modules_without_sites()
+
+    def _components(self, name: str) -> nn.Module:
+        site, partner = self.sites[name], self.tied.get(name)
+        if partner is None:
+            return Components(site.d_in, site.d_out, self.counts[name])
+        if partner not in self.sites:
+            raise BadInput(f"tied: '{name}' is tied to '{partner}', which is no site; {nearest(partner, self.sites)}")
+        other = self.sites[partner]
+        same = self.counts[name] == self.counts[partner] and (site.d_in, site.d_out) == (other.d_out, other.d_in)
+        if not same or not torch.equal(site.weight, other.weight.T):
+            raise BadInput(f"tied: the weight of '{name}' is not the transpose of '{partner}'s; remove the tie")
+        return TiedComponents(self[partner])  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, site: str) -> Components | TiedComponents:
+        """The components of a site, by its name."""
+        return self.components[site.replace(".", "/")]  # pyright: ignore[reportReturnType]
+
+    def train(self, mode: bool = True) -> "ComponentModel":
+        """The target stays in eval mode whatever the rest does (D6)."""
+        super().train(mode)
+        self.target.eval()
+        return self
+
+    def delta_weight(self, site: str) -> Float[Tensor, "d_out d_in"]:
+        """Δ = W − (V U)ᵀ of a site (D1)."""
+        return self.sites[site].weight - (self[site].V @ self[site].U).T
+
+    # ---- runs ---------------------------------------------------------------------------------------------------
+
+    def _modules_without_sites(self) -> list[nn.Module]:
+        """The outermost modules with no site inside: the parts of the target whose clean output can be replayed."""
+        sites = {site.module for site in self.sites.values()}
+        inside = {m: any(s in sites for s in m.modules()) for m in self.target.modules()}
+        return [c for m, holds in inside.items() if holds and m not in sites for c in m.children() if not inside[c]]
+
+    @contextmanager
+    def replaced(self, replacement: Replacement, plain: Callable[[nn.Module, Map], Map] | None = None) -> Iterator[None]:
+        """While open, sites of the target give what `replacement` makes of them (D8 included).
+
+        plain: what to put in place of the forward of the outermost modules without sites.
+        """
+        before: list[tuple[nn.Module, Map | None]] = []
+
+        def patch(module: nn.Module, forward: Map) -> None:
+            before.append((module, module.__dict__.get("forward")))
+            module.forward = forward
+
+        try:
+            for module in self._plain if plain else []:
+                patch(module, plain(module, module.forward))  # pyright: ignore[reportOptionalCall]
+            for site in self.sites.values():
+                if site.kind != "identity":
+                    patch(site.module, _through(replacement, site, site.module.forward))
+            for site in self.sites.values():
+                if site.kind == "identity":
+                    patch(site.module, _before(replacement, site, site.module.forward))
+            yield
+        finally:
+            for module, forward in reversed(before):
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
+
+    def clean(self, batch: Tensor) -> Clean:
+        """Runs the target as it is, recording site inputs, and computes inner activations with gradient to V."""
+        run = Clean(batch)
+        twice: set[nn.Module] = set()
+
+        def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
+            run.inputs[site.name], run.outputs[site.name] = x, own(x)
+            return run.outputs[site.name]
+
+        def at_module(module: nn.Module, own: Map) -> Map:
+            def forward(*args, **kwargs):
+                out = own(*args, **kwargs)
+                twice.add(module) if module in run.record else None
+                if isinstance(out, Tensor):
+                    run.record[module] = (out, _version(out))
+                return out
+
+            return forward
+
+        with torch.no_grad(), self.replaced(at_site, at_module):
+            run.output = self.target(batch)
+        run.record = {m: out for m, out in run.record.items() if m not in twice}
+        run.inner = {name: site.inner(run.inputs[name], self[name].V) for name, site in self.sites.items()}
+        return run
+
+    def importances(self, clean: Clean, generator: torch.Generator | None = None) -> Importances:
+        """Causal importances of every site on a clean run (G1); the generator is for binomial sampling only (G5)."""
+        return self.importance(self.importance_function(clean.inputs, clean.inner), generator)
+
+    def masked(
+        self, batch: Tensor, masks: Mapping[str, Mask], clean: Clean | None = None, detach: bool = False
+    ) -> Tensor:
+        """The target's output with the masked sites in place; sites without a mask run as they are.
+
+        clean: the clean run of this very batch, whose record is replayed up to the first masked site.
+        detach: keep V, U out of the graph, for ascents that need a gradient to the masks alone.
+        """
+        changed = clean is None
+
+        def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
+            nonlocal changed
+            mask = masks.get(site.name)
+            known, changed = not changed, changed or mask is not None
+            if known:
+                assert clean is not None
+                return clean.outputs[site.name] if mask is None else self._on_clean(site, mask, clean, detach)
+            if mask is None:
+                return own(x)
+            V, U = self._matrices(site.name, detach)
+            unneeded = mask.route is None and isinstance(mask.delta, float) and mask.delta == 0
+            return masked_output(None if unneeded else own(x), site.bias, site.inner(x, V), U, mask)
+
+        def at_module(module: nn.Module, own: Map) -> Map:
+            def forward(*args, **kwargs):
+                out, version = clean.record.get(module, (None, 0)) if clean and not changed else (None, 0)
+                return out if out is not None and _version(out) == version else own(*args, **kwargs)
+
+            return forward
+
+        with self.replaced(at_site, at_module if clean else None):
+            return self.target(batch)
+
+    def _matrices(self, name: str, detach: bool) -> tuple[Tensor, Tensor]:
+        V, U = self[name].V, self[name].U
+        return (V.detach(), U.detach()) if detach else (V, U)
+
+    def _on_clean(self, site: Site, mask: Mask, clean: Clean, detach: bool) -> Tensor:
+        """A site's masked output on its clean input, computed once for all passes that share the mask."""
+        before = clean.masked.get(site.name)
+        if before is not None and before[0] is mask and not detach:
+            return before[1]
+        a = clean.inner[site.name].detach() if detach else clean.inner[site.name]
+        out = masked_output(clean.outputs[site.name], site.bias, a, self._matrices(site.name, detach)[1], mask)
+        if not detach:
+            clean.masked[site.name] = (mask, out)
+        return out
+
+
+def _through(replacement: Replacement, site: Site, own: Map) -> Map:
+    return lambda x: replacement(site, x, own)
+
+
+def _before(replacement: Replacement, site: Site, own: Map) -> Map:
+    return lambda x: own(replacement(site, x, lambda y: y))
