@@ -1,0 +1,89 @@
+"""What a harvest's folder says about itself: the settings, one ledger a rank, and how they add up."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spd_lightning.errors import BadInput
+from spd_lightning.store.tables import SCHEMA_VERSION, TABLES
+
+Shard = dict[str, Any]
+"""One committed group: {"rank": 0, "n": 3, "tables": {"nodes": {"rows": 120, "bytes": 4711}, …}}."""
+
+
+def part(shard: Mapping[str, Any]) -> str:
+    """The name of a group's file in each of its tables' folders."""
+    return f"part-{shard['rank']}-{shard['n']}.parquet"
+
+
+def ledger_path(folder: Path, rank: int) -> Path:
+    """Where a rank keeps its ledger."""
+    return folder / f"manifest-{rank}.json"
+
+
+def _read(path: Path, needs: Sequence[str]) -> dict[str, Any]:
+    remedy = "delete it and run the same predict again"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"harvest manifest '{path}': not JSON ({error}); {remedy}") from error
+    except OSError as error:
+        raise BadInput(f"harvest manifest '{path}': cannot be read ({error.strerror}); check the path") from error
+    for key in needs:
+        if not isinstance(value, dict) or key not in value:
+            raise BadInput(f"harvest manifest '{path}': no '{key}' in it; {remedy}")
+    return value
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What was harvested, and how.
+
+    Raises:
+        BadInput: no manifest, one that cannot be read, or one of a newer schema.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise BadInput(f"harvest '{folder}': no manifest.json there; name a folder that `predict` wrote")
+    settings = _read(path, ("schema_version", "layers", "world"))
+    version = settings["schema_version"]
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise BadInput(
+            f"harvest '{folder}': schema_version {version!r} is newer than {SCHEMA_VERSION}, the newest that this "
+            "program reads; update spd_lightning"
+        )
+    return settings
+
+
+def read_ledgers(folder: Path) -> dict[int, dict[str, Any]]:
+    """Every rank's ledger, by rank.
+
+    Raises:
+        BadInput: one cannot be read.
+    """
+    names = (path.stem.removeprefix("manifest-") for path in folder.glob("manifest-*.json"))
+    ranks = sorted(int(name) for name in names if name.isdecimal())
+    return {rank: _read(ledger_path(folder, rank), ("shards", "complete")) for rank in ranks}
+
+
+def totals(world: int, ledgers: Mapping[int, Mapping[str, Any]], shards: Sequence[Shard]) -> dict[str, Any]:
+    """Rows, prompts and groups of these shards; complete where every rank has said so and none is left out."""
+    rows = {table: sum(s["tables"][table]["rows"] for s in shards if table in s["tables"]) for table in TABLES}
+    committed = sum(len(ledger["shards"]) for ledger in ledgers.values())
+    said = all(rank in ledgers and ledgers[rank]["complete"] for rank in range(world))
+    complete = said and committed == len(shards)
+    return {"rows": rows, "prompts": rows["prompts"], "shards": len(shards), "complete": complete}
+
+
+def check_same(folder: Path, held: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Rows made with different settings do not belong into one harvest.
+
+    Raises:
+        BadInput: a setting differs; the first that does is named.
+    """
+    for key in sorted({*held, *asked}):
+        if held.get(key) != asked.get(key):
+            was, now = (json.dumps(side.get(key))[:60] for side in (held, asked))
+            raise BadInput(
+                f"harvest '{folder}': made with {key} {was}, not {now}; give this one another name or delete the folder"
+            )

@@ -1,0 +1,111 @@
+"""Files of a harvest: written whole or not at all, told from damaged ones, locked while somebody writes."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from spd_lightning.errors import BadInput
+from spd_lightning.store.manifest import part
+from spd_lightning.store.tables import SORTED
+
+_PROMPT_GROUP, _OTHER_GROUP = 512, 8192  # rows of a row group: at least, cut between prompts; exactly, elsewhere
+
+
+def damage(path: Path, size: int) -> str | None:
+    """What is wrong with a shard as far as its length and its last bytes tell; None if nothing is."""
+    try:
+        with open(path, "rb") as file:
+            if (there := file.seek(0, os.SEEK_END)) != size:
+                return f"{there} of {size} bytes"
+            file.seek(-4, os.SEEK_END)
+            return None if file.read() == b"PAR1" else "its footer is not Parquet's"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def damaged(folder: Path, shard: Mapping[str, Any]) -> bool:
+    """Whether any file of a group is."""
+    return any(damage(folder / table / part(shard), held["bytes"]) for table, held in shard["tables"].items())
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """What the system refuses (no room, no permission, a read-only disk) becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise BadInput(
+            f"harvest '{folder}': cannot be written ({why}); what was committed stays readable: make room or choose "
+            "another folder, then run the same predict again"
+        ) from error
+
+
+def lock(folder: Path, rank: int) -> int:
+    """An open handle that keeps other processes from writing this rank's share.
+
+    Raises:
+        BadInput: another process writes it.
+    """
+    handle = os.open(folder / f".lock-{rank}", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise BadInput(f"harvest '{folder}': another process is writing it; wait for it or name another one") from error
+    return handle
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: it becomes `path` at the end, or after an error nothing does."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+
+
+def write_parquet(frame: pl.DataFrame, table: str, path: Path) -> None:
+    """A table's rows as one file: zstd, floats split by byte, a long prompt in a row group of its own."""
+    import pyarrow.parquet as pq
+
+    floats = [name for name, dtype in frame.schema.items() if dtype.is_float()]
+    # The order of an Enum's names is not the order of their bytes, so no reader may skip by their extremes.
+    extremes = [name for name, dtype in frame.schema.items() if not isinstance(dtype, pl.Enum)]
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "write_statistics": extremes}
+    options |= {"use_dictionary": [n for n in frame.columns if n not in floats], "use_byte_stream_split": floats}
+    arrow = frame.to_arrow()
+    with (
+        open(path, "wb") as file,  # pyarrow's own files lose the system's error numbers
+        pq.ParquetWriter(file, arrow.schema, **options) as out,
+    ):
+        for start, stop in pairwise(_cuts(frame, table)):
+            out.write_table(arrow.slice(start, stop - start))
+
+
+def _cuts(frame: pl.DataFrame, table: str) -> list[int]:
+    """Where row groups begin and end: between prompts where a table is sorted by prompt, so that one is read alone."""
+    if SORTED[table][:1] != ("prompt_id",):
+        return [*range(0, frame.height, _OTHER_GROUP), frame.height]
+    ids, cuts = frame["prompt_id"], [0]
+    for start in ids.ne_missing(ids.shift()).arg_true():
+        if start - cuts[-1] >= _PROMPT_GROUP:
+            cuts.append(start)
+    return [*cuts, frame.height]
