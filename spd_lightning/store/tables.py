@@ -123,10 +123,11 @@ def _typed(table: str, frame: pl.DataFrame, layers: Sequence[str]) -> pl.DataFra
     for name in sorted({*wanted, *frame.columns}):
         if name not in wanted or name not in frame.columns:
             raise ValueError(f"table '{table}', column '{name}': {'missing' if name in wanted else 'unknown'}")
-    return frame.select(_column(table, frame[name], dtype) for name, dtype in wanted.items())
+    return frame.select(_column(table, frame[name], wanted) for name in wanted)
 
 
-def _column(table: str, column: pl.Series, dtype: pl.DataType) -> pl.Series:
+def _column(table: str, column: pl.Series, wanted: pl.Schema) -> pl.Series:
+    dtype = wanted[column.name]
     if isinstance(dtype, pl.Enum) and column.dtype in (pl.String, pl.Categorical, pl.Enum):
         words = column.cast(pl.String)
         if unknown := set(words.unique()).difference(dtype.categories):
