@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import polars as pl
 
@@ -79,8 +80,8 @@ def prompt_hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def schema(table: str, layers: Sequence[str]) -> pl.Schema:
-    """A table's columns in a store with these layers.
+def schema(table: str, layers: Sequence[str]) -> dict[str, Any]:  # beartype cannot read pl.Schema, nor pl.DataType
+    """A table's columns and their polars types in a store with these layers.
 
     Raises:
         BadInput: there is no such table.
@@ -88,7 +89,7 @@ def schema(table: str, layers: Sequence[str]) -> pl.Schema:
     if table not in TABLES:
         raise BadInput(f"table '{table}': not a table of a harvest; {nearest(table, TABLES)}")
     names = pl.Enum(list(layers))
-    return pl.Schema({name: names if name == "layer" else dtype for name, dtype in TABLES[table].items()})
+    return {name: names if name == "layer" else dtype for name, dtype in TABLES[table].items()}
 
 
 def ordered(table: str, frame: pl.DataFrame) -> pl.DataFrame:
@@ -126,7 +127,7 @@ def _typed(table: str, frame: pl.DataFrame, layers: Sequence[str]) -> pl.DataFra
     return frame.select(_column(table, frame[name], wanted) for name in wanted)
 
 
-def _column(table: str, column: pl.Series, wanted: pl.Schema) -> pl.Series:
+def _column(table: str, column: pl.Series, wanted: Mapping[str, Any]) -> pl.Series:
     dtype = wanted[column.name]
     if isinstance(dtype, pl.Enum) and column.dtype in (pl.String, pl.Categorical, pl.Enum):
         words = column.cast(pl.String)
