@@ -1,0 +1,36 @@
+"""Where things are: run folders, who is working on them, and the trackers that hold copies.
+
+    <root>/<run>/         config.yaml, run.json, checkpoints/, decomposition.{safetensors,json}, metrics.jsonl,
+                          figures/, harvest/<name>/, and at last summary.json: a run that has it is finished
+    <root>/<run>/.lock    flocked while a process works on the run; the lock dies with the process
+
+The local folder is the truth and a tracker holds a copy of it. MLflow is the embedded one (a sqlite file and a folder
+of artifacts below the root) unless MLFLOW_TRACKING_URI names a server. A reference is the name of a run, the path of a
+run or of a harvest, `mlflow:<run id or name>`, or `wandb:<entity>/<project>/<artifact>:<version>`.
+"""
+
+from spd_lightning.runs.claims import Claim, claim
+from spd_lightning.runs.files import append_metrics, write_json, write_whole
+from spd_lightning.runs.folders import Run, check_name, newest, root, runs
+from spd_lightning.runs.references import find, pull
+from spd_lightning.runs.trackers import MIRRORED, artifact_location, log_artifacts, reachable, tracking_uri
+
+__all__ = [
+    "MIRRORED",
+    "Claim",
+    "Run",
+    "append_metrics",
+    "artifact_location",
+    "check_name",
+    "claim",
+    "find",
+    "log_artifacts",
+    "newest",
+    "pull",
+    "reachable",
+    "root",
+    "runs",
+    "tracking_uri",
+    "write_json",
+    "write_whole",
+]

@@ -1,0 +1,92 @@
+"""Claiming a run folder: one process works on it, a second one takes the next number, a killed one is continued."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from spd_lightning.config import digest
+from spd_lightning.runs.files import lock, writable, write_json
+from spd_lightning.runs.folders import Run, check_name, family, root
+
+log = logging.getLogger(__name__)
+
+
+class Claim:
+    """A run folder that this process alone works on, until `release` or its own end.
+
+    Attributes:
+        run: the run.
+        path: its folder.
+        resumed: whether an interrupted run goes on here.
+    """
+
+    def __init__(self, run: Run, resumed: bool, handle: int):
+        self.run, self.path, self.resumed = run, run.path, resumed
+        self._handle: int | None = handle
+
+    def release(self) -> None:
+        """Let others work on it; doing so twice is harmless."""
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = None
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def claim(name: str, settings: Mapping[str, Any]) -> Claim:
+    """A folder to work in: the family's interrupted run with the same settings, or a fresh one.
+
+    A finished run is never touched, nor one that another process works on: the next number is taken (name, name-2 …).
+
+    Args:
+        name: the run's family, usually the name of its config.
+        settings: all that decides what the run will be; runs with an equal digest may continue each other.
+
+    Raises:
+        BadInput: the name cannot name a run, or the disk refuses.
+    """
+    key = digest(dict(settings))
+    for run in family(check_name(name)):
+        if run.record.get("digest") == key and not _finished(run):
+            if (handle := lock(run.path)) is None:
+                log.info("run %s: another process is working on it; taking the next number", run.name)
+            elif _finished(run):  # between the first look and the lock
+                os.close(handle)
+            else:
+                log.info("run %s: goes on where it was interrupted", run.name)
+                return Claim(run, True, handle)
+    return _fresh(name, key)
+
+
+def _finished(run: Run) -> bool:
+    return (run.path / "summary.json").exists()
+
+
+def _fresh(name: str, key: str) -> Claim:
+    path = _new_folder(name)
+    handle = lock(path)
+    assert handle is not None, f"a folder just made is locked: {path}"
+    write_json(path / "run.json", {"family": name, "digest": key, "started": time.time()})
+    return Claim(Run(path), False, handle)
+
+
+def _new_folder(name: str) -> Path:
+    """Making the folder is what decides between two processes that want the same number."""
+    with writable(root()):
+        root().mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            path = root() / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                continue
+    raise AssertionError("numbers do not end")

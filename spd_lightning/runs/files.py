@@ -1,0 +1,140 @@
+"""Files of a run folder: written whole or not at all, locked while somebody works, read even where torn."""
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from spd_lightning.errors import BadInput
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """What the system refuses (no room, no permission, a read-only disk) becomes one line.
+
+    Raises:
+        BadInput: it refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise BadInput(f"'{path}': cannot be written ({why}); make room, or set SPD_RUNS to another folder") from error
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: it becomes `path` at the end, or after an error nothing does.
+
+    Raises:
+        BadInput: the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    with writable(path):
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all.
+
+    Raises:
+        BadInput: the disk refuses.
+    """
+    text = json.dumps(value, indent=1) + "\n"
+    with write_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none, and with a warning where it is broken: listings go on."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        log.warning("'%s' cannot be read: %s", path, error)
+        return {}
+
+
+def append_metrics(folder: Path, step: int, values: Mapping[str, float]) -> None:
+    """Add one logged step to a run's metrics.jsonl; half a line that a killed process left is cut off first.
+
+    Raises:
+        BadInput: the disk refuses.
+    """
+    line = json.dumps({"step": step, **values}) + "\n"
+    path = folder / "metrics.jsonl"
+    with writable(path), open(path, "a+b") as file:
+        _cut_torn_line(file)
+        file.write(line.encode())
+
+
+def _cut_torn_line(file: IO[bytes]) -> None:
+    end = start = file.seek(0, os.SEEK_END)
+    tail = b""
+    while start and b"\n" not in tail:
+        start = max(0, start - 4096)
+        file.seek(start)
+        tail = file.read(end - start)
+    file.truncate(start + tail.rfind(b"\n") + 1)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, one entry a step, in order; of a step logged again after a resume the later values."""
+    path = folder / "metrics.jsonl"
+    steps: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ()
+    ):
+        try:
+            values = dict(json.loads(line)) if line else {}
+            steps.setdefault(int(values.get("step", 0)), {}).update(values)
+        except (ValueError, TypeError):
+            log.warning("'%s', line %d: torn, left out", path, number + 1)
+    return [steps[step] for step in sorted(steps) if steps[step]]
+
+
+def lock(folder: Path) -> int | None:
+    """An open handle that holds the folder's lock, or None where another process holds it.
+
+    Raises:
+        BadInput: the disk refuses.
+    """
+    with writable(folder):
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    for _ in range(10):  # `held` takes it for a moment
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            time.sleep(0.02)
+    os.close(handle)
+    return None
+
+
+def held(folder: Path) -> bool:
+    """Whether some process holds the folder's lock."""
+    try:
+        handle = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)

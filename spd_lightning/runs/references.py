@@ -1,0 +1,69 @@
+"""From what a user writes to a run folder here: a name, a path, or a tracker's copy, downloaded once."""
+
+import os
+import re
+import tempfile
+from itertools import count
+from pathlib import Path
+
+from spd_lightning.errors import BadInput
+from spd_lightning.runs.files import read_json, writable, write_json
+from spd_lightning.runs.folders import Run, is_run, root, runs, unknown
+from spd_lightning.runs.trackers import pull_mlflow, pull_wandb
+
+_PULLS = {"mlflow": pull_mlflow, "wandb": pull_wandb}
+
+
+def find(reference: str) -> Run:
+    """The run that a reference means; one that only a tracker has is pulled, once.
+
+    Args:
+        reference: a run's name, the path of a run or of a harvest, or what `pull` takes.
+
+    Raises:
+        BadInput: there is no such run (the nearest name is suggested), or its tracker does not answer.
+    """
+    if reference.partition(":")[0] in _PULLS:
+        had = [run for run in runs() if read_json(run.path / "pulled.json").get("reference") == reference]
+        return had[0] if had else Run(pull(reference))
+    for path in (root() / reference, Path(reference)):
+        if reference and is_run(path):
+            return Run(path)
+    if os.sep in reference:
+        raise BadInput(f"run '{reference}': no run or harvest there; name a folder with config.yaml or manifest.json")
+    raise unknown(reference)
+
+
+def pull(reference: str) -> Path:
+    """Download a tracked run or harvest; it lands whole as <root>/<its name>-pulled.
+
+    Args:
+        reference: `mlflow:<run id or name>` or `wandb:<entity>/<project>/<artifact>:<version>`.
+
+    Raises:
+        BadInput: no such run or artifact, no answer, or file names that point outside the folder.
+    """
+    tracker, _, what = reference.partition(":")
+    if tracker not in _PULLS or not what:
+        raise BadInput(f"reference '{reference}': write mlflow:<run> or wandb:<entity>/<project>/<artifact>:<version>")
+    with writable(root()):
+        root().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root(), prefix=".pull-") as temporary:
+            folder = Path(temporary) / "run"
+            folder.mkdir()
+            name, origin = _PULLS[tracker](what, folder)
+            write_json(folder / "pulled.json", {"reference": reference, "origin": origin})
+            return _land(folder, re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-") or "run", origin)
+
+
+def _land(folder: Path, name: str, origin: str) -> Path:
+    """Move a downloaded folder to its place: over an older copy of the same thing, beside one of another."""
+    for number in count(1):
+        path = root() / (f"{name}-pulled" if number == 1 else f"{name}-pulled-{number}")
+        if path.exists() and read_json(path / "pulled.json").get("origin") != origin:
+            continue
+        if path.exists():
+            path.rename(folder.with_name("old"))
+        folder.rename(path)
+        return path
+    raise AssertionError("numbers do not end")
