@@ -1,0 +1,84 @@
+"""Prompt graphs as a reader wants them: the strongest edges of one prompt, and all that meets in one node.
+
+An edge's strength is |attribution|; ties are broken by (source, target), so that every answer is reproducible.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from spd_lightning.errors import BadInput
+from spd_lightning.store import Store
+
+STRENGTH = pl.col("attribution").abs()
+STRONGEST_FIRST: dict[str, Any] = {"by": [STRENGTH, "source", "target"], "descending": [True, False, False]}
+
+
+@dataclass(frozen=True)
+class PromptGraph:
+    """The part of one prompt's attribution graph that passed the filters, and how much there was before them.
+
+    `nodes` has the columns node, kind, layer, pos, component, importance, activation; `edges` has source, target,
+    attribution, strongest first. `edges_total` counts the prompt's edges, `edges_passing` those above threshold and
+    between visible nodes before the cut to top-k, `largest` is the largest |attribution| of the prompt (0 if none).
+    """
+
+    nodes: pl.DataFrame
+    edges: pl.DataFrame
+    nodes_total: int
+    edges_total: int
+    edges_passing: int
+    largest: float
+
+
+def prompt_graph(
+    store: Store, prompt: int, top_k: int = 200, threshold: float = 0.0, min_importance: float = 0.0
+) -> PromptGraph:
+    """The strongest edges of one prompt, between the nodes whose causal importance suffices.
+
+    Args:
+        store: The harvest.
+        prompt: The prompt's id.
+        top_k: Keep at most so many edges.
+        threshold: Keep edges with |attribution| of at least this share (0 to 1) of the prompt's largest.
+        min_importance: Keep nodes of at least this importance; nodes without one (inputs, outputs) always stay.
+
+    Raises:
+        BadInput: the harvest has no such prompt, or a file is damaged.
+    """
+    nodes = store.collect(store.scan("nodes", prompt)).drop("prompt_id").sort("node")
+    if nodes.is_empty():
+        raise BadInput(f"prompt {prompt} has no graph in harvest '{store.path}'; choose another, or harvest it")
+    edges = store.collect(store.scan("edges", prompt)).drop("prompt_id")
+    visible = nodes.filter(pl.col("importance").is_null() | (pl.col("importance") >= min_importance))
+    largest = float(edges.select(STRENGTH.max()).item() or 0.0)
+    shown = visible["node"].implode()
+    passing = edges.filter(STRENGTH >= threshold * largest, *(pl.col(end).is_in(shown) for end in ("source", "target")))
+    strongest = passing.sort(**STRONGEST_FIRST).head(top_k)
+    return PromptGraph(visible, strongest, len(nodes), len(edges), len(passing), largest)
+
+
+@dataclass(frozen=True)
+class NodeEdges:
+    """What flows into one node and out of it: the strongest edges, and the sums over all of them.
+
+    Frames as in `PromptGraph.edges`. In the linearisation `frozen`, `in_sum` equals the node's activation (law A6);
+    in others the gap between the two is what the linearisation leaves out.
+    """
+
+    ins: pl.DataFrame
+    outs: pl.DataFrame
+    in_count: int
+    out_count: int
+    in_sum: float
+    out_sum: float
+
+
+def node_edges(store: Store, prompt: int, node: int, top_k: int = 20) -> NodeEdges:
+    """The strongest in- and out-edges (top_k each) of a node of one prompt's graph."""
+    touching = store.scan("edges", prompt).filter((pl.col("source") == node) | (pl.col("target") == node))
+    strongest = store.collect(touching.drop("prompt_id").sort(**STRONGEST_FIRST))
+    ins, outs = strongest.filter(pl.col("target") == node), strongest.filter(pl.col("source") == node)
+    in_sum, out_sum = (float(side["attribution"].cast(pl.Float64).sum()) for side in (ins, outs))
+    return NodeEdges(ins.head(top_k), outs.head(top_k), len(ins), len(outs), in_sum, out_sum)

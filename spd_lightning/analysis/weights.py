@@ -1,0 +1,54 @@
+"""The matrices V and U of a decomposed site, read from a run's folder without torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from spd_lightning.errors import BadInput, nearest
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A site's rank-one components: component c is `U[c]ᵀ V[:,c]ᵀ` (law D1)."""
+
+    V: Float[np.ndarray, "d_in C"]
+    U: Float[np.ndarray, "C d_out"]
+
+
+def factors(run: Path, site: str) -> Factors | None:
+    """V and U of one site of a run, or None where the run holds no decomposition (a bare harvest).
+
+    Tied sites (law D9) store one pair of matrices: `V_site = U_partnerᵀ`, `U_site = V_partnerᵀ`.
+
+    Raises:
+        BadInput: the files are unreadable, or the site is not in them.
+    """
+    tensors, description = run / "decomposition.safetensors", run / "decomposition.json"
+    if not (tensors.exists() and description.exists()):
+        return None
+    try:
+        partner = json.loads(description.read_text()).get("tied", {}).get(site)
+        V, U = _stored(tensors, partner or site)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{tensors}: cannot be read ({error}); run fit again, or pull the run anew") from error
+    return Factors(U.T, V.T) if partner else Factors(V, U)
+
+
+def _stored(path: Path, site: str) -> tuple[np.ndarray, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    names = f"components.{site}.V", f"components.{site}.U"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            stored = set(file.keys())
+            if not stored.issuperset(names):
+                sites = {name.removeprefix("components.")[:-2] for name in stored if name.endswith((".V", ".U"))}
+                raise BadInput(f"site '{site}' is not in {path}; {nearest(site, sites)}")
+            return file.get_tensor(names[0]), file.get_tensor(names[1])
+    except SafetensorError as error:
+        raise ValueError(error) from error

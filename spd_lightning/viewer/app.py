@@ -1,0 +1,152 @@
+"""The viewer: `gradio app.py`, or `python -m spd_lightning view`. It shows what runs left on disk and changes nothing.
+
+It listens on this machine alone unless told otherwise, sends no analytics, and opens only what lies below the place it
+was given: a browser names runs, harvests and prompts, never paths.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+
+from spd_lightning.errors import BadInput
+from spd_lightning.runs import Run
+from spd_lightning.viewer import component_page, graph_page, run_page
+from spd_lightning.viewer.library import Library
+from spd_lightning.viewer.panel import Panel
+
+HERE = Path(__file__).parent
+TITLE = '<h1 class="spd-brand">spd_lightning</h1>'
+PAGES = {"Graph": graph_page, "Components": component_page, "Run": run_page}
+EMPTY = (HERE / "empty.html").read_text(encoding="utf-8")
+FONT = ["ui-sans-serif", "system-ui", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+
+
+def build(path: str | None = None) -> gr.Blocks:
+    """The pages, for the runs below `path` (see `Library`); `serve` serves them.
+
+    Raises:
+        BadInput: there is nothing at `path`.
+    """
+    library = Library(path)
+    plain: dict[str, Any] = {"show_label": False, "container": False, "choices": []}
+    with gr.Blocks(title="spd_lightning", analytics_enabled=False, fill_width=True) as demo:
+        with gr.Row(elem_id="top"):
+            gr.HTML(TITLE, apply_default_css=False, min_width=180)
+            run = gr.Dropdown(label="Run", scale=3, min_width=340, **plain)
+            harvest = gr.Dropdown(label="Harvest", scale=1, min_width=160, visible=False, **plain)
+            refresh = gr.Button("Refresh", scale=0, min_width=100, size="md")
+        message = gr.HTML(visible=False, apply_default_css=False)
+        with gr.Tabs(visible=False) as pages:
+            panels = [_page(name, module, library) for name, module in PAGES.items()]
+        _wire(demo, library, refresh, [run, harvest, message, pages], panels)
+    return demo
+
+
+def _page(name: str, module: Any, library: Library) -> Panel:
+    with gr.Tab(name, id=name.lower()):
+        return module.widgets(library)
+
+
+def _wire(demo: gr.Blocks, library: Library, refresh: gr.Button, top: list[Any], panels: list[Panel]) -> None:
+    run, harvest = top[:2]
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+    def look(wanted_run: str | None, wanted_harvest: str | None) -> list[Any]:
+        return _look(library, wanted_run, wanted_harvest)
+
+    looked = gr.on([demo.load, refresh.click, run.input], look, [run, harvest], top, **quick)
+    for panel in panels:
+        inputs, outputs = [run, harvest, *panel.inputs], list(panel.outputs)
+        looked.then(_if_any(panel), inputs, outputs, **quick)
+        gr.on([control.input for control in inputs[1:]], _if_any(panel), inputs, outputs, **quick)
+
+
+def _if_any(panel: Panel) -> Callable[..., Any]:
+    """The panel's `draw`, left alone while no run is chosen."""
+
+    def draw(run: str | None, harvest: str | None, *values: Any) -> Any:
+        drawn = panel.draw(run, harvest, *values) if run else [gr.skip()] * len(panel.outputs)
+        return drawn if len(panel.outputs) > 1 else drawn[0]
+
+    return draw
+
+
+def _look(library: Library, wanted_run: str | None, wanted_harvest: str | None) -> list[Any]:
+    """The choice of run, the choice of harvest, a message, the pages: what is chosen stays if it is still there."""
+    held = {run.name: run for run in library.runs()}
+    if not held:
+        nothing = gr.update(choices=[], value=None)
+        return [nothing, nothing, gr.update(value=EMPTY, visible=True), gr.update(visible=False)]
+    chosen = held.get(wanted_run or "") or next((run for run in held.values() if run.harvests), library.runs()[0])
+    harvests = [path.name for path in chosen.harvests]
+    harvest = wanted_harvest if wanted_harvest in harvests else next(iter(harvests), None)
+    return [
+        gr.update(choices=[(_describe(run), name) for name, run in held.items()], value=chosen.name),
+        gr.update(choices=harvests, value=harvest, visible=len(harvests) > 1),
+        gr.update(visible=False),
+        gr.update(visible=True),
+    ]
+
+
+def _describe(run: Run) -> str:
+    return f"{run.name} · {run.state} · {datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}"
+
+
+def launch(
+    path: str | None = None,
+    port: int | None = None,
+    host: str = "127.0.0.1",
+    open_browser: bool = False,
+    wait: bool = True,
+) -> str:
+    """Serve the viewer until it is interrupted, and return its address.
+
+    Args:
+        path: A folder of runs, a run, a harvest or a tracker's reference; the usual root of runs if None.
+        port: Where to listen; the first free port from 7860 on if None.
+        host: Which interface to listen on: this machine alone by default.
+        open_browser: Whether to open a browser window.
+        wait: Whether to block; without it the caller keeps the process alive.
+
+    Raises:
+        BadInput: there is nothing at `path`, or the port is taken.
+    """
+    return serve(build(path), port, host, open_browser, wait)
+
+
+def serve(
+    demo: gr.Blocks,
+    port: int | None = None,
+    host: str = "127.0.0.1",
+    open_browser: bool = False,
+    wait: bool = True,
+) -> str:
+    """Serve pages that `build` made; arguments and errors as for `launch`."""
+    try:
+        _, address, _ = demo.launch(
+            server_name=host, server_port=port, inbrowser=open_browser, prevent_thread_lock=not wait, quiet=not wait,
+            theme=theme(), css_paths=[HERE / "graph.css", HERE / "page.css"], footer_links=[], run_history=False,
+            ssr_mode=False, share=False, enable_monitoring=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise BadInput(f"port {port}: {error}; choose another with --port, or none for the first free one") from error
+    return address
+
+
+def theme() -> gr.themes.Base:
+    """Quiet colours and the system's own fonts, so that no page asks the network for anything."""
+    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO).set(
+        body_background_fill="white",
+        body_background_fill_dark="#0d131e",
+        block_border_width="0px",
+        block_background_fill="transparent",
+        block_background_fill_dark="transparent",
+    )

@@ -1,0 +1,128 @@
+"""The components page: a site's importances on probe inputs, its matrices, how often its components fire."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float32, Int64
+
+from spd_lightning.analysis.components import component_summary, identity_order, importance_matrix, sites
+from spd_lightning.analysis.prompts import prompt_list
+from spd_lightning.analysis.weights import Factors, factors
+from spd_lightning.errors import BadInput
+from spd_lightning.store import Store
+from spd_lightning.viewer import plots
+from spd_lightning.viewer.library import Library
+from spd_lightning.viewer.panel import Panel, problem, sentence
+
+MOST_PROMPTS, MOST_COMPONENTS = 200, 300
+
+
+@dataclass(frozen=True)
+class ComponentSelection:
+    """Which site (the first one if None), and whether columns are permuted towards the identity."""
+
+    site: str | None = None
+    permuted: bool = True
+
+
+@dataclass(frozen=True)
+class ComponentPage:
+    """A site's components, ready to draw.
+
+    `order` names the component in each column, of the importances as of V and U; `prompts` the rows of `importances`.
+    `weights` is None for a harvest without its run, and `note` says whatever was left out.
+    """
+
+    sites: list[str]
+    site: str
+    prompts: list[str]
+    order: Int64[np.ndarray, " shown"]
+    importances: Float32[np.ndarray, "prompt shown"]
+    weights: Factors | None
+    summary: pl.DataFrame
+    note: str
+
+
+def page_data(store: Store, run: Path, selection: ComponentSelection) -> ComponentPage:
+    """The page of one site.
+
+    Args:
+        store: The harvest.
+        run: The folder of the run it belongs to, where the weights are.
+        selection: What to show.
+
+    Raises:
+        BadInput: the harvest has no such site, or a file cannot be read.
+    """
+    site = selection.site or sites(store)[0]
+    listed = prompt_list(store)
+    probes = listed.filter(pl.col("split") == "probe") if "probe" in listed["split"] else listed
+    shown = probes.head(MOST_PROMPTS)
+    matrix = importance_matrix(store, shown["prompt_id"].to_list(), site)
+    order = (identity_order(matrix) if selection.permuted else np.arange(matrix.shape[1]))[:MOST_COMPONENTS]
+    weights = factors(run, site)
+    return ComponentPage(
+        sites=sites(store),
+        site=site,
+        prompts=shown["label"].to_list(),
+        order=order,
+        importances=matrix[:, order],
+        weights=weights and Factors(weights.V[:, order], weights.U[order]),
+        summary=component_summary(store, site),
+        note=_note(matrix, len(probes), weights is None),
+    )
+
+
+def _note(matrix: np.ndarray, n_probes: int, bare: bool) -> str:
+    sentences = []
+    if matrix.shape[1] > MOST_COMPONENTS:
+        sentences.append(f"{MOST_COMPONENTS} of {matrix.shape[1]} components are shown.")
+    if n_probes > MOST_PROMPTS:
+        sentences.append(f"{MOST_PROMPTS} of {n_probes} prompts are shown.")
+    if bare:
+        sentences.append("The matrices V and U are not here: this harvest stands without its run's decomposition.")
+    return " ".join(sentences)
+
+
+def widgets(library: Library) -> Panel:
+    """The page's controls and plots."""
+    import gradio as gr
+
+    with gr.Row(elem_classes="spd-controls"):
+        site = gr.Dropdown(label="Site", choices=[], container=False, scale=0, min_width=240)
+        permuted = gr.Checkbox(label="Permute columns towards the identity", value=True, container=False)
+    note = gr.HTML(apply_default_css=False)
+    charts = [gr.Plot(label=name, container=False, show_label=False) for name in ("importance", "V", "U", "bars")]
+
+    def draw(run: str, harvest: str | None, wanted: str | None, permute: bool) -> list[Any]:
+        try:
+            store = library.store(run, harvest)
+            known = wanted if wanted in sites(store) else None
+            page = page_data(store, library.run(run).path, ComponentSelection(known, bool(permute)))
+        except BadInput as error:
+            return [gr.update(), problem(str(error)), *[gr.update(visible=False)] * 4]
+        drawn = [gr.update(value=figure, visible=figure is not None) for figure in figures(page)]
+        return [gr.update(choices=page.sites, value=page.site), sentence(page.note), *drawn]
+
+    return Panel(draw, outputs=[site, note, *charts], inputs=[site, permuted])
+
+
+def figures(page: ComponentPage) -> list[Any]:
+    """The page's plots: importances, V, U (None without weights), and the ranked bars."""
+    columns = [str(c) for c in page.order]
+    left = 24 + 7 * max(map(len, [*page.prompts, "output 00"]))  # one margin for all, so that columns stand in line
+    title = f"Causal importance of the components of {page.site}"
+    heat = plots.heat_map(page.importances, page.prompts, columns, title=title, entry="importance", left=left)
+    bars = plots.ranked_bars(page.summary)
+    if page.weights is None:
+        return [heat, None, None, bars]
+    sides = [("V", "reads", page.weights.V, "input"), ("U", "writes", page.weights.U.T, "output")]
+    matrices = [
+        plots.heat_map(matrix, [f"{end} {i}" for i in range(len(matrix))], columns,
+                       title=f"{name}: what each component {verb}", entry=name, left=left, signed=True)
+        for name, verb, matrix, end in sides
+    ]  # fmt: skip
+    return [heat, *matrices, bars]

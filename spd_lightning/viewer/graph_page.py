@@ -1,0 +1,214 @@
+"""The graph page: what one prompt's attribution graph shows, as plain values, and the widget that draws them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from spd_lightning.analysis.graphs import node_edges, prompt_graph
+from spd_lightning.analysis.prompts import prompt_label, prompt_list
+from spd_lightning.errors import BadInput
+from spd_lightning.store import Store
+from spd_lightning.viewer.library import Library
+from spd_lightning.viewer.panel import Panel
+
+MOST_EDGES = 5000
+VALUES = {
+    "vectors": {"under CI masks": "ci_logit", "target": "target_logit"},
+    "tokens": {"p under CI masks": "ci_probability", "p of target": "target_probability"},
+}
+
+
+@dataclass(frozen=True)
+class GraphSelection:
+    """Which prompt, and how much of its graph: see `analysis.graphs.prompt_graph`."""
+
+    prompt: int
+    top_k: int = 200
+    threshold: float = 0.0
+    min_importance: float = 0.0
+
+    @classmethod
+    def read(cls, question: Mapping[str, Any]) -> "GraphSelection":
+        """The selection that a browser asked for.
+
+        Raises:
+            BadInput: a value has the wrong type or lies outside its range.
+        """
+        return cls(
+            prompt_id(question),
+            int(_number(question, "top_k", 0, MOST_EDGES)),
+            _number(question, "threshold", 0, 1),
+            _number(question, "min_importance", 0, 1),
+        )
+
+
+@dataclass(frozen=True)
+class GraphPage:
+    """One prompt's graph, ready to draw.
+
+    A node is {node, kind, layer (index into `layers`), pos, component, importance, activation, label, outputs}; an
+    edge {source, target, attribution}, strongest first. `tokens` are the prompt's tokens by position, empty for models
+    on vectors.
+    """
+
+    label: str
+    mode: str
+    layers: list[str]
+    tokens: list[str]
+    nodes: list[dict[str, Any]]
+    edges: list[dict[str, Any]]
+    nodes_total: int
+    edges_total: int
+    edges_passing: int
+    largest: float
+
+
+@dataclass(frozen=True)
+class NodePage:
+    """All that meets in one node: ends {node, name, attribution}, strongest first, with counts and sums over all."""
+
+    ins: list[dict[str, Any]]
+    outs: list[dict[str, Any]]
+    in_count: int
+    out_count: int
+    in_sum: float
+    out_sum: float
+
+
+def page_data(store: Store, selection: GraphSelection) -> GraphPage:
+    """The graph of the selected prompt, filtered as selected.
+
+    Raises:
+        BadInput: the harvest has no such prompt, or a file is damaged.
+    """
+    graph = prompt_graph(store, selection.prompt, selection.top_k, selection.threshold, selection.min_importance)
+    prompt = store.collect(store.scan("prompts", selection.prompt)).row(0, named=True)
+    vectors = store.manifest["kind"] == "vectors"
+    tokens = [] if vectors else prompt["tokens"]
+    return GraphPage(
+        label=prompt_label(store, prompt),
+        mode=store.manifest["mode"],
+        layers=store.layers,
+        tokens=tokens,
+        nodes=_nodes(store, selection.prompt, graph.nodes, tokens),
+        edges=_finite(graph.edges).to_dicts(),
+        nodes_total=graph.nodes_total,
+        edges_total=graph.edges_total,
+        edges_passing=graph.edges_passing,
+        largest=graph.largest,
+    )
+
+
+def node_data(store: Store, prompt: int, node: int) -> NodePage:
+    """The strongest edges into and out of one node, of all edges that were stored.
+
+    Raises:
+        BadInput: the prompt has no such node, or a file is damaged.
+    """
+    nodes = store.collect(store.scan("nodes", prompt).select("node", "layer", "pos", "component"))
+    names = {row["node"]: f"{row['layer']}:{row['pos']}:{row['component']}" for row in nodes.to_dicts()}
+    if node not in names:
+        raise BadInput(f"node {node} is not in the graph of prompt {prompt}; it has {len(names)} nodes")
+    edges = node_edges(store, prompt, node)
+    ins, outs = (
+        [{"node": row[end], "name": names[row[end]], "attribution": row["attribution"]} for row in side.to_dicts()]
+        for end, side in (("source", _finite(edges.ins)), ("target", _finite(edges.outs)))
+    )
+    return NodePage(ins, outs, edges.in_count, edges.out_count, edges.in_sum, edges.out_sum)
+
+
+def _nodes(store: Store, prompt: int, nodes: pl.DataFrame, tokens: list[str]) -> list[dict[str, Any]]:
+    values = VALUES[store.manifest["kind"]]
+    rows = store.collect(store.scan("outputs", prompt).select("pos", "token_id", **values)).to_dicts()
+    outputs = {(row["pos"], row["token_id"]): {name: row[name] for name in values} for row in rows}
+    order = {layer: index for index, layer in enumerate(store.layers)}
+    return [
+        node
+        | {
+            "layer": order[node["layer"]],
+            "label": _label(node, tokens),
+            "outputs": outputs.get((node["pos"], node["component"])) if node["kind"] == "output" else None,
+        }
+        for node in _finite(nodes).to_dicts()
+    ]
+
+
+def _label(node: Mapping[str, Any], tokens: list[str]) -> str:
+    """What stands beside an input or output node."""
+    if node["kind"] not in ("input", "embedding", "output") or node["activation"] is None:
+        return ""
+    if tokens:
+        return tokens[node["pos"]] if node["kind"] != "output" else ""
+    return f"{node['activation']:.3g}".replace("-", "−")
+
+
+def _finite(frame: pl.DataFrame) -> pl.DataFrame:
+    """JSON has no infinities: they become null."""
+    floats = pl.col(pl.Float32, pl.Float64)
+    return frame.with_columns(pl.when(floats.is_finite()).then(floats))
+
+
+# The browser's side of it.
+
+
+def prompt_id(question: Mapping[str, Any]) -> int:
+    """The prompt that a browser asked for; ids travel as decimal strings, since they exceed a JavaScript number."""
+    text = question.get("prompt")
+    if not (isinstance(text, str) and text.isdecimal() and int(text) < 2**64):
+        raise BadInput(f"prompt {text!r}: expected the id of a prompt, a number from 0 to 2^64 − 1")
+    return int(text)
+
+
+def _number(question: Mapping[str, Any], name: str, low: float, high: float) -> float:
+    value = question.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise BadInput(f"{name} {value!r}: expected a number from {low} to {high}")
+    return value
+
+
+def _node(question: Mapping[str, Any]) -> int:
+    return int(_number(question, "node", 0, 2**32 - 1))
+
+
+def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
+    """What the widget starts from: which harvest, and its prompts.
+
+    Raises:
+        BadInput: the run has no harvest, or it cannot be read.
+    """
+    store = library.store(run, harvest)
+    listed = prompt_list(store)
+    prompts = [{"id": str(i), "label": label, "split": split} for i, label, split in listed.iter_rows()]
+    written = f"{store.manifest.get('checkpoint_digest')} {store.manifest['shards']}"
+    return {"run": run, "harvest": harvest, "prompts": prompts, "written": written}
+
+
+def widgets(library: Library) -> Panel:
+    """The interactive graph: a `gr.HTML` whose value is `contents` or {"problem": one line}."""
+    import gradio as gr
+
+    def graph(question: Any) -> dict[str, Any]:
+        return library.answer(question, lambda store, asked: asdict(page_data(store, GraphSelection.read(asked))))
+
+    def node(question: Any) -> dict[str, Any]:
+        return library.answer(question, lambda store, asked: asdict(node_data(store, prompt_id(asked), _node(asked))))
+
+    def draw(run: str, harvest: str | None) -> list[dict[str, Any]]:
+        try:
+            return [contents(library, run, harvest)]
+        except BadInput as error:
+            return [{"problem": str(error)}]
+
+    here = Path(__file__).parent
+    shown = gr.HTML(
+        value={},
+        html_template=(here / "graph.html").read_text(encoding="utf-8"),
+        js_on_load=(here / "graph.js").read_text(encoding="utf-8"),
+        server_functions=[graph, node],
+        apply_default_css=False,
+        elem_id="graph",
+    )
+    return Panel(draw, outputs=[shown])

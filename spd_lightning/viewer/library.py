@@ -1,0 +1,94 @@
+"""What the viewer may open: the runs below one root, one run, or one harvest; always by name, never by a path."""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from spd_lightning import runs
+from spd_lightning.errors import BadInput, nearest
+from spd_lightning.runs import Run
+from spd_lightning.store import Store
+
+Answer = dict[str, Any]
+
+
+class Library:
+    """The runs and harvests that a viewer shows.
+
+    Args:
+        path: A folder of runs, a run, a harvest, or a tracker's reference (see `runs.find`); the usual root of runs
+            where it is None.
+
+    Raises:
+        BadInput: there is nothing at `path`.
+    """
+
+    def __init__(self, path: str | None = None):
+        self._root: Path | None = None
+        self._only: Run | None = None
+        if path is None:
+            return
+        try:
+            self._only = runs.find(path)
+        except BadInput:
+            if not Path(path).is_dir():
+                raise
+            self._root = Path(path)
+
+    @property
+    def place(self) -> Path:
+        """Where it looks for runs."""
+        return self._only.path if self._only else self._root or runs.root()
+
+    def runs(self) -> list[Run]:
+        """All runs there are at this moment, the latest written first."""
+        return [self._only] if self._only else runs.runs(self._root)
+
+    def run(self, name: Any) -> Run:
+        """The run of this name.
+
+        Raises:
+            BadInput: there is none.
+        """
+        held = {run.name: run for run in self.runs()}
+        if not isinstance(name, str) or name not in held:
+            raise BadInput(f"run '{name}': not in '{self.place}'; {nearest(str(name), held)}")
+        return held[name]
+
+    def store(self, run: Any, harvest: Any) -> Store:
+        """A run's harvest of this name, as it is on disk now.
+
+        Raises:
+            BadInput: there is no such run or harvest, or it cannot be read.
+        """
+        opened = self.run(run)
+        held = {path.name: path for path in opened.harvests}
+        if not held:
+            config = opened.record.get("family", opened.name)
+            raise BadInput(f"run '{run}': no harvest yet; make one: python -m spd_lightning predict --config {config}.yaml")
+        if not isinstance(harvest, str) or harvest not in held:
+            raise BadInput(f"harvest '{harvest}': not in run '{run}'; {nearest(str(harvest), held)}")
+        ledgers = sorted(held[harvest].glob("manifest*.json"))
+        return _opened(held[harvest], tuple(path.stat().st_mtime_ns for path in ledgers))
+
+    def answer(self, question: Any, read: Callable[[Store, Mapping[str, Any]], Answer]) -> Answer:
+        """Answer a browser's question about one harvest, or say in {"problem": …} what is wrong with it.
+
+        Args:
+            question: An object with at least the names of a `run` and a `harvest`.
+            read: Takes that harvest and the question.
+        """
+        try:
+            if not isinstance(question, Mapping):
+                raise BadInput(f"question {question!r}: expected an object")
+            return read(self.store(question.get("run"), question.get("harvest")), question)
+        except BadInput as problem:
+            return {"problem": str(problem)}
+
+
+@lru_cache(maxsize=8)
+def _opened(path: Path, written: tuple[int, ...]) -> Store:
+    """A store, opened once for each state of its manifests (`written`: when each was last replaced)."""
+    del written
+    return Store(path)
