@@ -10,7 +10,7 @@ run or of a harvest, `mlflow:<run id or name>`, or `wandb:<entity>/<project>/<ar
 """
 
 from spd_lightning.runs.claims import Claim, claim
-from spd_lightning.runs.files import append_metrics, write_json, write_whole
+from spd_lightning.runs.files import append_metrics, read_json, write_json, write_whole
 from spd_lightning.runs.folders import Run, check_name, newest, root, runs
 from spd_lightning.runs.references import find, pull
 from spd_lightning.runs.trackers import MIRRORED, artifact_location, log_artifacts, reachable, tracking_uri
@@ -28,6 +28,7 @@ __all__ = [
     "newest",
     "pull",
     "reachable",
+    "read_json",
     "root",
     "runs",
     "tracking_uri",

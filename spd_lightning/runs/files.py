@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def append_metrics(folder: Path, step: int, values: Mapping[str, float]) -> None:
+def append_metrics(folder: Path, step: int, values: Mapping[str, float | int]) -> None:
     """Add one logged step to a run's metrics.jsonl; half a line that a killed process left is cut off first.
 
     Raises:

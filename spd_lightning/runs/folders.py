@@ -104,7 +104,8 @@ class Run:
 
         steps = read_metrics(self.path)
         names = dict.fromkeys(name for step in steps for name in step)
-        return polars.DataFrame({name: [step.get(name) for step in steps] for name in names}, strict=False)
+        types = {name: polars.Int64 if name == "step" else polars.Float64 for name in names}
+        return polars.DataFrame({name: [step.get(name) for step in steps] for name in names}, types, strict=False)
 
 
 def _time(path: Path) -> float:

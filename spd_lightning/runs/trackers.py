@@ -41,10 +41,10 @@ def reachable(uri: str) -> None:
     Raises:
         BadInput: nothing listens at an http(s) address within 3 s.
     """
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
+    if not uri.startswith(("http://", "https://")):
         return
     try:
+        parts = urlsplit(uri)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname or "", port), timeout=3).close()
     except (OSError, ValueError) as error:
@@ -108,8 +108,7 @@ def pull_mlflow(what: str, folder: Path) -> tuple[str, str]:
         files = list(_mlflow_files(client, info.run_id, None))
         for path in files:
             check_inside(path, what)
-        for path in files:
-            client.download_artifacts(info.run_id, path, str(folder))
+        client.download_artifacts(info.run_id, "", str(folder))
     if not files:
         raise BadInput(f"run 'mlflow:{what}': it has no artifacts; log the run's folder first")
     return info.run_name, info.run_id
