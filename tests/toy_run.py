@@ -130,4 +130,5 @@ def _picture(path: Path) -> None:
     from PIL import Image
 
     path.parent.mkdir()
-    Image.fromarray(np.uint8(255 * np.clip(np.add.outer(np.linspace(0, 1, 90), np.linspace(0, 1, 160)) / 2, 0, 1))).save(path)
+    ramp = np.add.outer(np.arange(90), np.arange(160))
+    Image.fromarray(ramp.astype(np.uint8)).save(path)

@@ -11,7 +11,7 @@ import polars as pl
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
 
-STRENGTH = pl.col("attribution").abs()
+STRENGTH = pl.col("attribution").cast(pl.Float64).abs()
 STRONGEST_FIRST: dict[str, Any] = {"by": [STRENGTH, "source", "target"], "descending": [True, False, False]}
 
 
@@ -51,10 +51,12 @@ def prompt_graph(
     if nodes.is_empty():
         raise BadInput(f"prompt {prompt} has no graph in harvest '{store.path}'; choose another, or harvest it")
     edges = store.collect(store.scan("edges", prompt)).drop("prompt_id")
-    visible = nodes.filter(pl.col("importance").is_null() | (pl.col("importance") >= min_importance))
+    importance = pl.col("importance").cast(pl.Float64)  # else a threshold would be rounded to single precision
+    visible = nodes.filter(importance.is_null() | (importance >= min_importance))
     largest = float(edges.select(STRENGTH.max()).item() or 0.0)
     shown = visible["node"].implode()
-    passing = edges.filter(STRENGTH >= threshold * largest, *(pl.col(end).is_in(shown) for end in ("source", "target")))
+    between = [pl.col(end).is_in(shown) for end in ("source", "target")]
+    passing = edges.filter(STRENGTH.ge(threshold * largest), *between)
     strongest = passing.sort(**STRONGEST_FIRST).head(top_k)
     return PromptGraph(visible, strongest, len(nodes), len(edges), len(passing), largest)
 

@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 TITLE = '<h1 class="spd-brand">spd_lightning</h1>'
 PAGES = {"Graph": graph_page, "Components": component_page, "Run": run_page}
 EMPTY = (HERE / "empty.html").read_text(encoding="utf-8")
+FIT = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 60); }"  # plots drawn while hidden
 FONT = ["ui-sans-serif", "system-ui", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
@@ -51,8 +52,10 @@ def build(path: str | None = None) -> gr.Blocks:
 
 
 def _page(name: str, module: Any, library: Library) -> Panel:
-    with gr.Tab(name, id=name.lower()):
-        return module.widgets(library)
+    with gr.Tab(name, id=name.lower()) as tab:
+        panel = module.widgets(library)
+    tab.select(None, js=FIT, queue=False)
+    return panel
 
 
 def _wire(demo: gr.Blocks, library: Library, refresh: gr.Button, top: list[Any], panels: list[Panel]) -> None:

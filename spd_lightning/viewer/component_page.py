@@ -113,9 +113,10 @@ def widgets(library: Library) -> Panel:
 def figures(page: ComponentPage) -> list[Any]:
     """The page's plots: importances, V, U (None without weights), and the ranked bars."""
     columns = [str(c) for c in page.order]
-    left = 24 + 7 * max(map(len, [*page.prompts, "output 00"]))  # one margin for all, so that columns stand in line
+    prompts = [name if len(name) <= 30 else f"{name[:29]}…" for name in page.prompts]
+    left = 24 + 7 * max(map(len, [*prompts, "output 00"]))  # one margin for all, so that columns stand in line
     title = f"Causal importance of the components of {page.site}"
-    heat = plots.heat_map(page.importances, page.prompts, columns, title=title, entry="importance", left=left)
+    heat = plots.heat_map(page.importances, prompts, columns, title=title, entry="importance", left=left)
     bars = plots.ranked_bars(page.summary)
     if page.weights is None:
         return [heat, None, None, bars]

@@ -1,6 +1,6 @@
 // The attribution graph of one prompt: SVG nodes over a canvas of edges. Runs as the body of gr.HTML's js_on_load,
 // with `element` (this component's root), `props.value` (which harvest, its prompts), `server` and `watch`.
-// Edges and nodes come from the server already filtered; what is drawn here is only layout, hover and pin.
+// graph_layout.js stands before it. Nodes and edges come from the server already filtered.
 
 const STEPS = {
   top_k: [5, 10, 20, 50, 100, 200, 300, 500, 1000, 2000, 3000],
@@ -8,7 +8,6 @@ const STEPS = {
   min_importance: [0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9],
 };
 const START = { top_k: 200, threshold: 0, min_importance: 0 };
-const LEFT = 150, RIGHT = 40, TOP = 46, BOTTOM = 46, CELL_GAP = 14, NARROW = 15;
 const SVG = 'http://www.w3.org/2000/svg';
 
 const $ = (selector) => element.querySelector(selector);
@@ -28,7 +27,7 @@ const number = (value) => {
   if (value === null || value === undefined) return '–';
   const size = Math.abs(value);
   const text = size === 0 ? '0' : size >= 1e5 || size < 1e-4 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
-  return text.replace('-', '−');
+  return text.replaceAll('-', '−');
 };
 
 let prompts = [], graph = null, places = new Map(), byNode = new Map();
@@ -58,6 +57,7 @@ async function load() {
   graph = answer;
   byNode = new Map(graph.nodes.map((node) => [node.node, node]));
   hovered = edgeLit = null;
+  $('.tip').hidden = true;
   pinned = graph.nodes.find((node) => keyOf(node) === kept) || null;
   render();
   if (pinned) pin(pinned); else emptyPanel();
@@ -82,120 +82,11 @@ function clear() {
 
 const keyOf = (node) => `${graph.layers[node.layer]}:${node.pos}:${node.component}`;
 
-// ---- layout ---------------------------------------------------------------------------------------------------
-
-// Rows are layers, the input at the bottom; columns are positions; nodes of one layer and position share a cell and
-// wrap into several lines when it is full. `places` holds the centre and radius of every node.
-function layout() {
-  const positions = Math.max(1, graph.tokens.length);
-  const cells = new Map();
-  for (const node of graph.nodes) {
-    const key = `${node.layer},${node.pos}`;
-    cells.set(key, [...(cells.get(key) || []), node]);
-  }
-  const room = Math.max(320, $('.stage').clientWidth - LEFT - RIGHT);
-  const columns = columnWidths(cells, positions, room);
-  const heights = graph.layers.map((_, layer) => rowLines(cells, columns, layer, positions));
-  const base = Math.max(46, Math.min(118, 460 / graph.layers.length));
-  let y = TOP, lowest = 0;
-  const centres = [];
-  for (let layer = graph.layers.length - 1; layer >= 0; layer--) {
-    centres[layer] = y + ((heights[layer] - 1) * NARROW) / 2;
-    lowest = y + (heights[layer] - 1) * NARROW;
-    y = lowest + base;
-  }
-  const width = LEFT + columns.total + RIGHT, height = lowest + BOTTOM;
-  placeCells(cells, columns, centres);
-  return { width, height, centres, columns };
-}
-
-function columnWidths(cells, positions, room) {
-  const widths = new Array(positions).fill(26);
-  for (const nodes of cells.values()) {
-    const pos = positions === 1 ? 0 : nodes[0].pos;
-    const across = positions === 1 ? nodes.length : Math.min(nodes.length, 8);
-    widths[pos] = Math.max(widths[pos], across * NARROW + CELL_GAP);
-  }
-  const wanted = widths.reduce((sum, width) => sum + width, 0);
-  const stretch = positions === 1 ? room / wanted : Math.max(1, room / wanted);
-  const starts = [];
-  let total = 0;
-  widths.forEach((width, index) => { starts[index] = LEFT + total; widths[index] = width * stretch; total += widths[index]; });
-  return { widths, starts, total };
-}
-
-const lineLength = (columns, pos) => Math.max(1, Math.floor((columns.widths[pos] - CELL_GAP) / NARROW));
-
-function rowLines(cells, columns, layer, positions) {
-  let lines = 1;
-  for (let pos = 0; pos < positions; pos++) {
-    const nodes = cells.get(`${layer},${pos}`);
-    if (nodes) lines = Math.max(lines, Math.ceil(nodes.length / lineLength(columns, pos)));
-  }
-  return lines;
-}
-
-function placeCells(cells, columns, centres) {
-  places = new Map();
-  for (const nodes of cells.values()) placeCell(nodes, columns, centres);
-  if (!$('.untangle').checked) return;
-  const upwards = [...cells.values()].sort((a, b) => a[0].layer - b[0].layer);
-  for (let round = 0; round < 4; round++) {
-    const incoming = round % 2 === 0;
-    for (const nodes of incoming ? upwards : [...upwards].reverse()) straighten(nodes, incoming, columns, centres);
-  }
-}
-
-const columnOf = (columns, node) => (columns.widths.length === 1 ? 0 : node.pos);
-
-function placeCell(nodes, columns, centres) {
-  const pos = columnOf(columns, nodes[0]);
-  const perLine = Math.min(nodes.length, lineLength(columns, pos));
-  const lines = Math.ceil(nodes.length / perLine);
-  const gap = Math.min(132, (columns.widths[pos] - CELL_GAP) / perLine);
-  const middle = columns.starts[pos] + columns.widths[pos] / 2;
-  nodes.forEach((node, index) => {
-    const line = Math.floor(index / perLine), onLine = Math.min(perLine, nodes.length - line * perLine);
-    const x = middle + (index - line * perLine - (onLine - 1) / 2) * gap;
-    places.set(node.node, { x, y: centres[node.layer] + (line - (lines - 1) / 2) * NARROW, r: Math.max(4.5, Math.min(15, gap * 0.3)), gap, lines });
-  });
-}
-
-// Moves a cell's nodes towards the mean place of their neighbours below (or above), weighted by |attribution|. Inputs
-// keep their order and outputs their places, which mean something; cells of several lines are only reordered.
-function straighten(nodes, incoming, columns, centres) {
-  if (nodes[0].kind === 'output') return;
-  const pulls = new Map(nodes.map((node) => [node.node, [0, 0]]));
-  for (const { source, target, attribution } of graph.edges) {
-    const [own, other] = incoming ? [target, source] : [source, target];
-    const pull = pulls.get(own), weight = Math.abs(attribution) + 1e-9 * graph.largest;
-    if (pull) { pull[0] += weight * places.get(other).x; pull[1] += weight; }
-  }
-  const wishes = new Map(nodes.map(({ node }) => [node, pulls.get(node)[1] > 0 ? pulls.get(node)[0] / pulls.get(node)[1] : places.get(node).x]));
-  const fixed = nodes[0].kind === 'input' || nodes[0].kind === 'embedding';
-  if (!fixed) nodes.sort((a, b) => wishes.get(a.node) - wishes.get(b.node) || a.node - b.node);
-  const { gap, lines } = places.get(nodes[0].node);
-  if (lines > 1) return placeCell(nodes, columns, centres);
-  const pos = columnOf(columns, nodes[0]), half = (CELL_GAP + Math.min(gap, 40)) / 2;
-  const first = columns.starts[pos] + half, last = first + columns.widths[pos] - 2 * half;
-  spread(nodes.map(({ node }) => wishes.get(node)), Math.min(gap, Math.max(gap * 0.55, 60)), first, last)
-    .forEach((x, index) => { places.get(nodes[index].node).x = x; });
-}
-
-// Places in the given order, at least `gap` apart and between `first` and `last`, near to the wishes.
-function spread(wishes, gap, first, last) {
-  const xs = [];
-  wishes.forEach((wish, index) => { xs.push(index ? Math.max(wish, xs[index - 1] + gap) : wish); });
-  const shift = xs.reduce((sum, x, index) => sum + x - wishes[index], 0) / xs.length;
-  for (let index = xs.length - 1, limit = last; index >= 0; index--, limit -= gap) xs[index] = Math.min(xs[index] - shift, limit);
-  xs.forEach((x, index) => { xs[index] = Math.max(x, first + index * gap); });
-  return xs;
-}
-
 // ---- drawing --------------------------------------------------------------------------------------------------
 
 function render() {
-  const plan = layout();
+  const plan = layout(graph, $('.stage').clientWidth, $('.untangle').checked);
+  places = plan.places;
   const sheet = $('.sheet'), svg = $('svg');
   sheet.style.width = `${plan.width}px`;
   sheet.style.height = `${plan.height}px`;
@@ -243,12 +134,8 @@ function drawNode(node, svg) {
     else if (node.kind === 'bias') shape('path', { class: layer, d: `M0 ${-r}L${r} 0L0 ${r}L${-r} 0Z`, ...fill }, group);
     else shape('rect', { class: layer, x: -r, y: -r, width: 2 * r, height: 2 * r, rx: r * 0.3, ...fill }, group);
   }
-  if (gap < 30) return;
-  const inside = r >= 9;
-  shape('text', { class: inside ? 'inside' : '', y: inside ? 4 : -r - 5 }, group).textContent = node.component;
-  if (node.label && gap >= 58) {
-    shape('text', { y: node.layer === 0 ? r + 17 : -r - 9 }, group).textContent = node.label;
-  }
+  if (7 * String(node.component).length + 3 <= 2 * r) shape('text', { class: 'inside', y: 4 }, group).textContent = node.component;
+  if (node.label && gap >= 58 && !graph.tokens.length) shape('text', { y: node.layer === 0 ? r + 17 : -r - 9 }, group).textContent = node.label;
 }
 
 const colour = (name) => getComputedStyle($('.spd-graph')).getPropertyValue(name).trim();
@@ -299,22 +186,33 @@ function strokeEdge(pen, { edge, share, on }, ink) {
   pen.globalAlpha = 1;
 }
 
-// Values stand at the far end of the lit node's edges, where they fan out.
+// Values stand at the far end of the lit node's edges, where they fan out; one that finds no free place is left to the
+// panel.
 function labelEdges(pen, strokes, ink) {
   pen.font = '600 12px system-ui, sans-serif';
   pen.textAlign = 'center';
   pen.textBaseline = 'middle';
   pen.lineWidth = 4;
   pen.strokeStyle = colour('--paper');
-  for (const { edge } of strokes) {
-    const t = !lit() || edgeLit ? 0.5 : edge.source === lit().node ? 0.62 : 0.38, s = 1 - t;
-    const [x1, y1, x2, y2, x3, y3, x4, y4] = curve(edge);
-    const at = (a, b, c, d) => s * s * s * a + 3 * s * s * t * b + 3 * s * t * t * c + t * t * t * d;
-    const x = at(x1, x2, x3, x4), y = at(y1, y2, y3, y4), text = number(edge.attribution);
-    pen.strokeText(text, x, y);
+  const taken = [];
+  for (const { edge } of strokes.reverse()) {
+    const text = number(edge.attribution), half = pen.measureText(text).width / 2 + 3;
+    const outward = edgeLit || edge.source === lit().node;
+    const spots = [0.62, 0.5, 0.74, 0.4, 0.84].map((t) => along(curve(edge), outward ? t : 1 - t));
+    const spot = spots.find(([x, y]) => taken.every(([a, b, other]) => Math.abs(x - a) > half + other || Math.abs(y - b) > 14));
+    if (!spot) continue;
+    taken.push([...spot, half]);
+    pen.strokeText(text, ...spot);
     pen.fillStyle = edge.attribution >= 0 ? ink.plus : ink.minus;
-    pen.fillText(text, x, y);
+    pen.fillText(text, ...spot);
   }
+}
+
+// The point of a Bézier curve at t between 0 and 1.
+function along([x1, y1, x2, y2, x3, y3, x4, y4], t) {
+  const s = 1 - t;
+  const at = (a, b, c, d) => s * s * s * a + 3 * s * s * t * b + 3 * s * t * t * c + t * t * t * d;
+  return [at(x1, x2, x3, x4), at(y1, y2, y3, y4)];
 }
 
 function markNodes() {
@@ -335,7 +233,8 @@ function markNodes() {
 function drawSummary() {
   const counts = `${graph.edges.length} of ${graph.edges_total} edges, ${graph.nodes.length} of ${graph.nodes_total} nodes`;
   const hidden = graph.edges_passing > graph.edges.length ? ` (${graph.edges_passing} pass the filters)` : '';
-  $('.summary').replaceChildren(make('b', '', graph.label), ` · ${counts}${hidden} · largest |attribution| ${number(graph.largest)} · mode ${graph.mode}`);
+  const rest = `${counts}${hidden} · largest |attribution| ${number(graph.largest)} · mode ${graph.mode}`;
+  $('.summary').replaceChildren(make('b', '', graph.label), make('span', '', ` · ${rest}`));
 }
 
 function meter(value, largest) {
@@ -388,8 +287,8 @@ function hover(node) {
   list.append(make('dt', '', 'edges shown'), make('dd', '', `${edges.filter((e) => e.target === node.node).length} in, ${edges.filter((e) => e.source === node.node).length} out`));
   tip.replaceChildren(make('div', 'name', keyOf(node)), list);
   const { x, y, r } = places.get(node.node), stage = $('.stage');
-  const left = x - stage.scrollLeft + r + 14, flip = left + tip.offsetWidth > stage.clientWidth;
-  tip.style.left = `${flip ? Math.max(4, left - tip.offsetWidth - 2 * r - 28) : left}px`;
+  const right = x - stage.scrollLeft + r + 14, left = right - 2 * r - 28 - tip.offsetWidth;
+  tip.style.left = `${right + tip.offsetWidth > stage.clientWidth && left > 4 ? left : right}px`;
   tip.style.top = `${Math.max(4, Math.min(y - stage.scrollTop - 20, stage.clientHeight - tip.offsetHeight - 4))}px`;
 }
 

@@ -15,6 +15,7 @@ from spd_lightning.viewer.library import Library
 from spd_lightning.viewer.panel import Panel
 
 MOST_EDGES = 5000
+MANY_NODES = 600  # in a graph of more, those without a shown edge are left out
 VALUES = {
     "vectors": {"under CI masks": "ci_logit", "target": "target_logit"},
     "tokens": {"p under CI masks": "ci_probability", "p of target": "target_probability"},
@@ -50,7 +51,8 @@ class GraphPage:
     """One prompt's graph, ready to draw.
 
     A node is {node, kind, layer (index into `layers`), pos, component, importance, activation, label, outputs}; an
-    edge {source, target, attribution}, strongest first. `tokens` are the prompt's tokens by position, empty for models
+    edge {source, target, attribution}, strongest first. Of a graph with many nodes, only those on an edge are here.
+    `tokens` are the prompt's tokens by position, empty for models
     on vectors.
     """
 
@@ -88,12 +90,16 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
     prompt = store.collect(store.scan("prompts", selection.prompt)).row(0, named=True)
     vectors = store.manifest["kind"] == "vectors"
     tokens = [] if vectors else prompt["tokens"]
+    nodes = graph.nodes
+    if len(nodes) > MANY_NODES:
+        ends = pl.concat([graph.edges["source"], graph.edges["target"]]).unique()
+        nodes = nodes.filter(pl.col("node").is_in(ends.implode()))
     return GraphPage(
         label=prompt_label(store, prompt),
         mode=store.manifest["mode"],
         layers=store.layers,
         tokens=tokens,
-        nodes=_nodes(store, selection.prompt, graph.nodes, tokens),
+        nodes=_nodes(store, selection.prompt, nodes, tokens),
         edges=_finite(graph.edges).to_dicts(),
         nodes_total=graph.nodes_total,
         edges_total=graph.edges_total,
@@ -202,11 +208,14 @@ def widgets(library: Library) -> Panel:
         except BadInput as error:
             return [{"problem": str(error)}]
 
-    here = Path(__file__).parent
+    template, layout, script = (
+        Path(__file__).with_name(name).read_text(encoding="utf-8")
+        for name in ("graph.html", "graph_layout.js", "graph.js")
+    )
     shown = gr.HTML(
         value={},
-        html_template=(here / "graph.html").read_text(encoding="utf-8"),
-        js_on_load=(here / "graph.js").read_text(encoding="utf-8"),
+        html_template=template,
+        js_on_load=layout + script,
         server_functions=[graph, node],
         apply_default_css=False,
         elem_id="graph",

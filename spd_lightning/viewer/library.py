@@ -65,8 +65,8 @@ class Library:
         opened = self.run(run)
         held = {path.name: path for path in opened.harvests}
         if not held:
-            config = opened.record.get("family", opened.name)
-            raise BadInput(f"run '{run}': no harvest yet; make one: python -m spd_lightning predict --config {config}.yaml")
+            command = f"python -m spd_lightning predict --config {opened.record.get('family', opened.name)}.yaml"
+            raise BadInput(f"run '{run}': no harvest yet; make one: {command}")
         if not isinstance(harvest, str) or harvest not in held:
             raise BadInput(f"harvest '{harvest}': not in run '{run}'; {nearest(str(harvest), held)}")
         ledgers = sorted(held[harvest].glob("manifest*.json"))

@@ -45,25 +45,19 @@ def heat_map(
     colours = DIVERGING if signed else SEQUENTIAL
     style = {"colorscale": colours, "colorbar": bar, "xgap": gap, "ygap": gap, "hovertemplate": label}
     figure = go.Figure(go.Heatmap(z=values, customdata=_names(rows, components), **style, **scale))
-    _ticks(figure.layout.xaxis, components, "component")
-    _ticks(figure.layout.yaxis, rows, "")
-    figure.update_layout(title=_title(title), yaxis={"autorange": "reversed"})
     _quiet(figure, 100 + int(np.clip(24 * len(rows), 60, 420)))
-    return figure.update_layout(margin={"l": left, "r": 84}).update_yaxes(automargin=False)
-
-
-def _title(text: str) -> dict[str, Any]:
-    return {"text": text, "x": 0, "xanchor": "left", "xref": "paper", "y": 1, "yref": "container", "pad": {"t": 12}, "font": {"size": 14.5}}
+    figure.update_layout(title=_title(title), margin={"l": left, "r": 84})
+    figure.update_xaxes(title="component", **_ticks(components))
+    return figure.update_yaxes(autorange="reversed", automargin=False, **_ticks(rows))
 
 
 def _names(rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1)
 
 
-def _ticks(axis: Any, names: Sequence[str], title: str) -> None:
-    step = max(1, len(names) // 40)
-    places = list(range(0, len(names), step))
-    axis.update(tickvals=places, ticktext=[names[i] for i in places], title=title, showgrid=False, zeroline=False, ticks="")
+def _ticks(names: Sequence[str], most: int = 40) -> dict[str, Any]:
+    places = list(range(0, len(names), -(-len(names) // most) or 1))
+    return {"tickvals": places, "ticktext": [names[i] for i in places], "showgrid": False}
 
 
 def ranked_bars(summary: pl.DataFrame) -> go.Figure:
@@ -100,23 +94,23 @@ def curves(lines: Mapping[str, pl.DataFrame], title: str, log: bool) -> go.Figur
         mode = "lines" if len(shown) > 1 else "markers"
         trace = go.Scatter(x=shown["step"], y=shown["value"], name=name, line=style, mode=mode, hovertemplate=label)
         figure.add_trace(trace)
-    legend = {"orientation": "v", "x": 1.01, "xanchor": "left", "y": 1, "font": {"size": 12}}
+    _quiet(figure, 320)
+    legend = {"x": 1.01, "xanchor": "left", "y": 1, "font": {"size": 12}}
     figure.update_layout(title=_title(title), showlegend=True, legend=legend)
     figure.update_xaxes(title="step", showgrid=False)
-    if log:
-        figure.update_yaxes(type="log", exponentformat="power", nticks=8)
-    return _quiet(figure, 320)
+    return figure.update_yaxes(type="log", exponentformat="power", nticks=8) if log else figure
+
+
+def _title(text: str) -> dict[str, Any]:
+    place = {"x": 0, "xanchor": "left", "xref": "paper", "y": 1, "yref": "container", "pad": {"t": 12}}
+    return {"text": text, "font": {"size": 14.5}, **place}
 
 
 def _quiet(figure: go.Figure, height: int) -> go.Figure:
     font = {"family": "system-ui, sans-serif", "size": 12, "color": QUIET}
-    figure.update_layout(
-        template="none", font=font, height=height, margin={"l": 60, "r": 20, "t": 34, "b": 44}, bargap=0.25,
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", hoverlabel={"font": {"size": 12.5}},
-    )  # fmt: skip
-    if figure.layout.showlegend is None:
-        figure.update_layout(showlegend=False)
+    clear = "rgba(0,0,0,0)"
+    figure.update_layout(template="none", font=font, paper_bgcolor=clear, plot_bgcolor=clear, showlegend=False)
+    figure.update_layout(height=height, margin={"l": 60, "r": 20, "t": 34, "b": 44}, bargap=0.25)
     figure.update_annotations(font={"size": 14.5})
     figure.update_xaxes(zeroline=False, linecolor=GRID, automargin=True, title_standoff=8)
-    figure.update_yaxes(zeroline=False, gridcolor=GRID, automargin=True, title_standoff=8)
-    return figure
+    return figure.update_yaxes(zeroline=False, gridcolor=GRID, automargin=True, title_standoff=8)
