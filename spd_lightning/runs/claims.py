@@ -55,19 +55,16 @@ def claim(name: str, settings: Mapping[str, Any]) -> Claim:
     """
     key = digest(dict(settings))
     for run in family(check_name(name)):
-        if run.record.get("digest") == key and not _finished(run):
-            if (handle := lock(run.path)) is None:
-                log.info("run %s: another process is working on it; taking the next number", run.name)
-            elif _finished(run):  # between the first look and the lock
-                os.close(handle)
-            else:
-                log.info("run %s: goes on where it was interrupted", run.name)
-                return Claim(run, True, handle)
+        if run.record.get("digest") != key:
+            continue
+        if (handle := lock(run.path)) is None:
+            log.info("run %s: another process is working on it; taking the next number", run.name)
+        elif (run.path / "summary.json").exists():
+            os.close(handle)
+        else:
+            log.info("run %s: goes on where it was interrupted", run.name)
+            return Claim(run, True, handle)
     return _fresh(name, key)
-
-
-def _finished(run: Run) -> bool:
-    return (run.path / "summary.json").exists()
 
 
 def _fresh(name: str, key: str) -> Claim:
