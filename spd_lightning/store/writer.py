@@ -60,6 +60,7 @@ class Writer:
             BadInput: the disk is full or read-only; what was committed before stays readable.
             ValueError: a frame is not what its table holds, or a prompt was committed before.
         """
+        assert self._unlock.alive, "this writer has let go of its share"
         frames = checked(tables, self.layers)
         ids = set(frames["prompts"]["prompt_id"])
         if again := self.finished & ids:
