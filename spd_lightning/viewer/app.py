@@ -140,7 +140,8 @@ def serve(
             ssr_mode=False, share=False, enable_monitoring=False,
         )  # fmt: skip
     except OSError as error:
-        raise BadInput(f"port {port}: {error}; choose another with --port, or none for the first free one") from error
+        where = f"port {port} of {host}" if port else f"ports from 7860 on of {host}"
+        raise BadInput(f"{where}: cannot listen there, is another viewer running? choose another with --port") from error
     return address
 
 

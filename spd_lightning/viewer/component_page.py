@@ -57,7 +57,10 @@ def page_data(store: Store, run: Path, selection: ComponentSelection) -> Compone
     Raises:
         BadInput: the harvest has no such site, or a file cannot be read.
     """
-    site = selection.site or sites(store)[0]
+    known = sites(store)
+    if not known:
+        raise BadInput(f"harvest '{store.path}': it has no site with components; harvest again with `predict`")
+    site = selection.site or known[0]
     listed = prompt_list(store)
     probes = listed.filter(pl.col("split") == "probe") if "probe" in listed["split"] else listed
     shown = probes.head(MOST_PROMPTS)
@@ -65,7 +68,7 @@ def page_data(store: Store, run: Path, selection: ComponentSelection) -> Compone
     order = (identity_order(matrix) if selection.permuted else np.arange(matrix.shape[1]))[:MOST_COMPONENTS]
     weights = factors(run, site)
     return ComponentPage(
-        sites=sites(store),
+        sites=known,
         site=site,
         prompts=shown["label"].to_list(),
         order=order,

@@ -163,30 +163,42 @@ def _finite(frame: pl.DataFrame) -> pl.DataFrame:
 def prompt_id(question: Mapping[str, Any]) -> int:
     """The prompt that a browser asked for; ids travel as decimal strings, since they exceed a JavaScript number."""
     text = question.get("prompt")
-    if not (isinstance(text, str) and text.isdecimal() and int(text) < 2**64):
-        raise BadInput(f"prompt {text!r}: expected the id of a prompt, a number from 0 to 2^64 − 1")
+    if not (isinstance(text, str) and text.isdecimal() and len(text) <= 20 and int(text) < 2**64):
+        raise BadInput(f"prompt {repr(text)[:40]}: expected the id of a prompt, a number from 0 to 2^64 − 1")
     return int(text)
 
 
-def _number(question: Mapping[str, Any], name: str, low: float, high: float) -> float:
+def _number(question: Mapping[str, Any], name: str, low: int, high: int) -> float:
     value = question.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise BadInput(f"{name} {value!r}: expected a number from {low} to {high}")
-    return value
+        raise BadInput(f"{name} {repr(value)[:40]}: expected a number from {low} to {high}")
+    return float(value)
 
 
-def _node(question: Mapping[str, Any]) -> int:
-    return int(_number(question, "node", 0, 2**32 - 1))
+def graph_answer(library: Library, question: Any) -> dict[str, Any]:
+    """The `GraphPage` that a browser asked for, as JSON values, or {"problem": one line}."""
+    return library.answer(question, lambda store, asked: asdict(page_data(store, GraphSelection.read(asked))))
+
+
+def node_answer(library: Library, question: Any) -> dict[str, Any]:
+    """The `NodePage` that a browser asked for, as JSON values, or {"problem": one line}."""
+
+    def read(store: Store, asked: Mapping[str, Any]) -> dict[str, Any]:
+        return asdict(node_data(store, prompt_id(asked), int(_number(asked, "node", 0, 2**32 - 1))))
+
+    return library.answer(question, read)
 
 
 def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
     """What the widget starts from: which harvest, and its prompts.
 
     Raises:
-        BadInput: the run has no harvest, or it cannot be read.
+        BadInput: the run has no harvest, or an empty one, or it cannot be read.
     """
     store = library.store(run, harvest)
     listed = prompt_list(store)
+    if listed.is_empty():
+        raise BadInput(f"harvest '{harvest}' of run '{run}': no prompts yet; refresh when `predict` has written some")
     prompts = [{"id": str(i), "label": label, "split": split} for i, label, split in listed.iter_rows()]
     written = f"{store.manifest.get('checkpoint_digest')} {store.manifest['shards']}"
     return {"run": run, "harvest": harvest, "prompts": prompts, "written": written}
@@ -197,10 +209,10 @@ def widgets(library: Library) -> Panel:
     import gradio as gr
 
     def graph(question: Any) -> dict[str, Any]:
-        return library.answer(question, lambda store, asked: asdict(page_data(store, GraphSelection.read(asked))))
+        return graph_answer(library, question)
 
     def node(question: Any) -> dict[str, Any]:
-        return library.answer(question, lambda store, asked: asdict(node_data(store, prompt_id(asked), _node(asked))))
+        return node_answer(library, question)
 
     def draw(run: str, harvest: str | None) -> list[dict[str, Any]]:
         try:

@@ -53,7 +53,8 @@ class Library:
         """
         held = {run.name: run for run in self.runs()}
         if not isinstance(name, str) or name not in held:
-            raise BadInput(f"run '{name}': not in '{self.place}'; {nearest(str(name), held)}")
+            asked = str(name)[:100]
+            raise BadInput(f"run '{asked}': not in '{self.place}'; {nearest(asked, held)}")
         return held[name]
 
     def store(self, run: Any, harvest: Any) -> Store:
@@ -68,7 +69,8 @@ class Library:
             command = f"python -m spd_lightning predict --config {opened.record.get('family', opened.name)}.yaml"
             raise BadInput(f"run '{run}': no harvest yet; make one: {command}")
         if not isinstance(harvest, str) or harvest not in held:
-            raise BadInput(f"harvest '{harvest}': not in run '{run}'; {nearest(str(harvest), held)}")
+            asked = str(harvest)[:100]
+            raise BadInput(f"harvest '{asked}': not in run '{run}'; {nearest(asked, held)}")
         ledgers = sorted(held[harvest].glob("manifest*.json"))
         return _opened(held[harvest], tuple(path.stat().st_mtime_ns for path in ledgers))
 
@@ -81,7 +83,7 @@ class Library:
         """
         try:
             if not isinstance(question, Mapping):
-                raise BadInput(f"question {question!r}: expected an object")
+                raise BadInput(f"question {repr(question)[:40]}: expected an object")
             return read(self.store(question.get("run"), question.get("harvest")), question)
         except BadInput as problem:
             return {"problem": str(problem)}
@@ -91,4 +93,7 @@ class Library:
 def _opened(path: Path, written: tuple[int, ...]) -> Store:
     """A store, opened once for each state of its manifests (`written`: when each was last replaced)."""
     del written
-    return Store(path)
+    store = Store(path)
+    if lacking := [key for key in ("kind", "mode", "C") if key not in store.manifest]:
+        raise BadInput(f"harvest '{path}': its manifest has no '{lacking[0]}'; harvest again with `predict`")
+    return store

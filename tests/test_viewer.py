@@ -1,0 +1,316 @@
+"""The viewer: what each page holds, beside naive loops over the tables; and one walk through it with a browser."""
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_run import ALIVE, FEATURES, C, make_harvest, make_run
+
+from spd_lightning.errors import BadInput
+from spd_lightning.runs import Run
+from spd_lightning.store import Store, prompt_hash
+from spd_lightning.viewer import component_page, graph_page, run_page
+from spd_lightning.viewer.component_page import ComponentSelection
+from spd_lightning.viewer.graph_page import GraphSelection, graph_answer, node_answer
+from spd_lightning.viewer.library import Library
+
+REPO = Path(__file__).parent.parent
+CHROMIUM = Path("/usr/bin/chromium")
+PROBE = str(prompt_hash(b"feature 3"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A root of three runs: a whole one, one without a harvest, one whose harvest is damaged."""
+    root = tmp_path_factory.mktemp("runs")
+    make_run(root / "bare", harvests=(), finished=False)
+    broken = make_run(root / "broken")
+    (broken / "harvest" / "probe" / "manifest.json").write_text("{")
+    make_run(root / "tms_5-2", harvests=("probe", "second"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def store(root) -> Store:
+    return Store(root / "tms_5-2" / "harvest" / "probe")
+
+
+def rows(store: Store, table: str, prompt: int) -> list[dict]:
+    return [row for row in store.scan(table).collect().to_dicts() if row["prompt_id"] == prompt]
+
+
+# What the pages hold.
+
+
+def test_graph_page_holds_the_rows_of_the_tables(store):
+    for source in ("feature 3", "random 4", "random 9"):
+        prompt = prompt_hash(source.encode())
+        page = graph_page.page_data(store, GraphSelection(prompt, top_k=1000))
+        json.dumps(page.__dict__, allow_nan=False)
+        nodes, edges = rows(store, "nodes", prompt), rows(store, "edges", prompt)
+        outputs = {row["token_id"]: row for row in rows(store, "outputs", prompt)}
+        assert len(page.nodes) == len(nodes)
+        for shown, row in zip(page.nodes, nodes, strict=True):
+            assert page.layers[shown["layer"]] == row["layer"]
+            assert all(shown[name] == row[name] for name in ("node", "kind", "pos", "component", "activation"))
+            if row["kind"] == "output":
+                values = outputs[row["component"]]
+                assert list(shown["outputs"].values()) == [values["ci_logit"], values["target_logit"]]
+        assert {tuple(edge.values()) for edge in page.edges} == {
+            (row["source"], row["target"], row["attribution"]) for row in edges
+        }
+        assert (page.edges_total, page.mode, page.tokens) == (len(edges), "unmasked", [])
+    assert graph_page.page_data(store, GraphSelection(int(PROBE))).label == "feature 3 = 0.75"
+
+
+def test_node_page_names_both_ends_of_every_edge(store):
+    """Everything that meets in a node is listed by name, whatever the graph's filters hide."""
+    prompt = prompt_hash(b"random 4")
+    nodes = {row["node"]: f"{row['layer']}:{row['pos']}:{row['component']}" for row in rows(store, "nodes", prompt)}
+    edges = rows(store, "edges", prompt)
+    for node in nodes:
+        page = graph_page.node_data(store, prompt, node)
+        ins = {(nodes[e["source"]], e["attribution"]) for e in edges if e["target"] == node}
+        outs = {(nodes[e["target"]], e["attribution"]) for e in edges if e["source"] == node}
+        assert {(end["name"], end["attribution"]) for end in page.ins} == ins
+        assert {(end["name"], end["attribution"]) for end in page.outs} == outs
+        assert page.in_sum == pytest.approx(sum(value for _, value in ins))
+    with pytest.raises(BadInput, match="node 99 is not in the graph"):
+        graph_page.node_data(store, prompt, 99)
+
+
+def test_component_page_shows_one_component_a_feature(root, store):
+    """The permuted importances of single features are diagonal, and V has the same columns."""
+    page = component_page.page_data(store, root / "tms_5-2", ComponentSelection("linear1", permuted=True))
+    assert page.order[:FEATURES].tolist() == ALIVE
+    assert np.array_equal(page.importances, np.eye(FEATURES, C, dtype=np.float32))
+    assert page.weights is not None
+    assert np.allclose(page.weights.V[:, :FEATURES], np.eye(FEATURES))
+    assert page.prompts == [f"feature {f} = 0.75" for f in range(FEATURES)]
+    plain = component_page.page_data(store, root / "tms_5-2", ComponentSelection("linear1", permuted=False))
+    assert np.array_equal(plain.importances[:, page.order], page.importances)
+    assert [drawn is not None for drawn in component_page.figures(page)] == [True] * 4
+
+
+def test_component_page_of_a_bare_harvest_says_what_is_missing(tmp_path):
+    harvest = make_harvest(tmp_path / "alone")
+    page = component_page.page_data(Store(harvest), harvest, ComponentSelection())
+    assert page.site == "linear1"
+    assert page.weights is None
+    assert "V and U are not here" in page.note
+    assert [drawn is None for drawn in component_page.figures(page)] == [False, True, True, False]
+
+
+def test_run_page_tells_what_the_files_hold(root, store):
+    page = run_page.page_data(Run(root / "tms_5-2"), store)
+    assert dict(page.facts)["state"] == "finished"
+    assert dict(page.results) == {"mmcs": "0.9998", "ml2r": "0.9931", "alive/linear1": "5"}
+    assert dict(page.harvest) | {"prompts": "69", "complete": "yes", "mode": "unmasked"} == dict(page.harvest)
+    logged = [json.loads(line) for line in (root / "tms_5-2" / "metrics.jsonl").read_text().splitlines()]
+    assert page.losses["loss/total"].rows() == [(line["step"], line["loss/total"]) for line in logged]
+    assert page.config == (root / "tms_5-2" / "config.yaml").read_text()
+    picture = (root / "tms_5-2" / "figures" / "importance.png").read_bytes()
+    assert base64.b64decode(page.figures["importance"].partition(",")[2]) == picture
+
+
+def test_run_page_of_an_unfinished_run(root):
+    page = run_page.page_data(Run(root / "bare"), None)
+    assert dict(page.facts)["state"] == "interrupted"
+    assert page.results == page.harvest == []
+    assert page.losses
+
+
+# What may be opened.
+
+
+def test_a_library_opens_a_root_a_run_or_a_harvest(root, tmp_path):
+    assert {run.name for run in Library(str(root)).runs()} == {"bare", "broken", "tms_5-2"}
+    only = Library(str(root / "tms_5-2"))
+    assert [run.name for run in only.runs()] == ["tms_5-2"]
+    harvest = make_harvest(tmp_path / "alone")
+    assert Library(str(harvest)).store("alone", "alone").manifest["prompts"] == 69
+    with pytest.raises(BadInput, match="nowhere"):
+        Library(str(tmp_path / "nowhere"))
+
+
+def test_a_library_opens_names_and_never_paths(root):
+    library = Library(str(root / "tms_5-2"))
+    for run in ("bare", "../bare", str(root / "bare"), ".", "", None, 3, ["tms_5-2"]):
+        with pytest.raises(BadInput, match="not in"):
+            library.store(run, "probe")
+    for harvest in ("../probe", "../../../broken/harvest/probe", str(root), None, {}):
+        with pytest.raises(BadInput, match="harvest"):
+            library.store("tms_5-2", harvest)
+
+
+def test_a_store_is_read_anew_when_it_grows(tmp_path):
+    run = make_run(tmp_path / "runs" / "tms")
+    library = Library(str(tmp_path / "runs"))
+    first = library.store("tms", "probe")
+    assert library.store("tms", "probe") is first
+    ledger = run / "harvest" / "probe" / "manifest-0.json"
+    held = json.loads(ledger.read_text())
+    ledger.write_text(json.dumps(held | {"shards": held["shards"][:1]}))
+    os.utime(ledger, ns=(1, 1))
+    assert library.store("tms", "probe").manifest["prompts"] == 5
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=4,
+)
+FIELDS = ["run", "harvest", "prompt", "top_k", "threshold", "min_importance", "node"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3), other=JSON)
+def test_whatever_a_browser_asks_gets_an_answer_or_one_line(root, changes, other):
+    """Server functions can be called by any client: wrong types, unknown names and numbers out of range are refused."""
+    library = Library(str(root))
+    sane = {"run": "tms_5-2", "harvest": "probe", "prompt": PROBE, "top_k": 50, "threshold": 0, "min_importance": 0}
+    for question in (sane | {"node": 0} | changes, other):
+        for answer in (graph_answer(library, question), node_answer(library, question)):
+            json.dumps(answer, allow_nan=False)
+            assert "problem" in answer or {"edges", "ins"} & set(answer)
+            assert "\n" not in answer.get("problem", "")
+    assert "problem" not in graph_answer(library, sane)
+
+
+def test_broken_harvests_are_told_in_one_line(root):
+    question = {"run": "broken", "harvest": "probe", "prompt": PROBE}
+    assert "not JSON" in graph_answer(Library(str(root)), question)["problem"]
+    question = {"run": "bare", "harvest": None, "prompt": PROBE}
+    assert "spd_lightning predict --config bare.yaml" in graph_answer(Library(str(root)), question)["problem"]
+
+
+def test_app_needs_neither_torch_nor_lightning(root):
+    program = "import app, sys; print(type(app.demo).__name__, sorted({'torch', 'lightning'} & set(sys.modules)))"
+    environment = os.environ | {"SPD_RUNS": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPO, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[0] == "Blocks []"
+
+
+# A walk through it.
+
+
+@contextmanager
+def served(root: Path, log: Path) -> Iterator[str]:
+    """`python app.py` on a free port, for as long as the block lasts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"SPD_RUNS": str(root), "GRADIO_SERVER_PORT": str(port)}
+    with open(log, "w") as out:
+        process = subprocess.Popen([sys.executable, "app.py"], cwd=REPO, env=environment, stdout=out, stderr=out)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_a_walk_through_the_viewer(root, tmp_path):
+    if not CHROMIUM.exists():
+        pytest.skip("no chromium here")
+    from playwright.sync_api import expect, sync_playwright
+
+    flags = ["--no-sandbox", "--disable-quic", "--disable-background-networking"]
+    runs = tmp_path / "runs"
+    with served(runs, tmp_path / "log") as address, sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        complaints: list[str] = []
+        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda asked: None if _local(asked.url, address) else complaints.append(asked.url))
+        _arrive(page, address)
+        expect(page.locator(".spd-empty")).to_contain_text("python -m spd_lightning predict --config")
+        shutil.copytree(root, runs)
+        page.get_by_role("button", name="Refresh").click()
+        _walk(page, expect)
+        _refuse(address, runs)
+        browser.close()
+    assert complaints == []
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def _local(url: str, address: str) -> bool:
+    return url.startswith((address, "data:", "blob:"))
+
+
+def _arrive(page, address: str) -> None:
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(address, timeout=1).close()
+            break
+        except OSError:
+            page.wait_for_timeout(200)
+    page.goto(address)
+
+
+def _walk(page, expect) -> None:
+    summary, panel = page.locator(".spd-graph .summary"), page.locator(".spd-graph .panel")
+    _choose_run(page, "tms_5-2")
+    page.locator(".spd-graph select.prompt").select_option(label="feature 3 = 0.75")
+    expect(summary).to_contain_text("7 of 7 edges, 10 of 10 nodes")
+
+    node = page.locator('.node[aria-label="linear1:0:11"]')
+    node.hover()
+    expect(page.locator(".spd-graph .tip")).to_contain_text("linear1:0:11")
+    expect(page.locator(".spd-graph .tip")).to_contain_text("activation0.75")
+    expect(page.locator(".node:not(.off)")).to_have_count(5)  # itself, one input, three readers
+    node.click()
+    expect(panel).to_contain_text("In-edges1, sum 0.75")
+    expect(panel.get_by_role("button", name="linear2:0:11")).to_contain_text("0.75")
+    panel.get_by_role("button", name="linear2:0:11").click()
+    expect(panel.locator(".name")).to_have_text("linear2:0:11")
+
+    page.locator("[data-setting=top_k]").focus()
+    page.keyboard.press("Home")
+    expect(summary).to_contain_text("5 of 7 edges")
+    expect(page.locator(".strongest tbody tr")).to_have_count(5)
+    page.locator("[data-setting=threshold]").focus()
+    page.keyboard.press("End")
+    expect(summary).to_contain_text("3 of 7 edges")
+
+    page.get_by_role("tab", name="Components").click()
+    expect(page.locator(".js-plotly-plot:visible")).to_have_count(4)
+    expect(page.locator(".js-plotly-plot:visible").first).to_contain_text("feature 3 = 0.75")
+    page.get_by_role("tab", name="Run").click()
+    expect(page.get_by_text("checkpoint_digest")).to_be_visible()
+    expect(page.locator(".spd-gallery img")).to_have_count(1)
+
+    page.get_by_role("tab", name="Graph").click()
+    _choose_run(page, "broken")
+    expect(page.locator(".spd-graph .problem")).to_contain_text("not JSON")
+    expect(page.locator(".node")).to_have_count(0)
+    _choose_run(page, "tms_5-2")
+    expect(summary).to_contain_text("of 7 edges")
+
+
+def _choose_run(page, name: str) -> None:
+    page.locator("#top input").first.click()
+    page.get_by_role("option", name=f"{name} ·").click()
+
+
+def _refuse(address: str, root: Path) -> None:
+    """Files are not served, not even those of the runs that are shown."""
+    for path in (root / "tms_5-2" / "config.yaml", REPO / "app.py", Path("/etc/hostname")):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{address}/gradio_api/file={path}")
