@@ -1,0 +1,33 @@
+"""Stochastic Parameter Decomposition on PyTorch Lightning.
+
+The public names are handed out lazily: `import spd_lightning` costs nothing, `spd_lightning.Decomposition` what it needs.
+"""
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Decomposition": "spd_lightning.training.decompose",
+    "TargetTraining": "spd_lightning.training.target",
+    "TMS": "spd_lightning.targets.toy",
+    "ResidualMLP": "spd_lightning.targets.toy",
+    "InductionHead": "spd_lightning.targets.toy",
+    "SparseFeatures": "spd_lightning.targets.data",
+    "InductionTokens": "spd_lightning.targets.data",
+    "ComponentModel": "spd_lightning.decomposition.model",
+    "PromptGraphs": "spd_lightning.harvest.graphs",
+    "Store": "spd_lightning.store",
+    "BadInput": "spd_lightning.errors",
+}
+
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'spd_lightning' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME)

@@ -7,7 +7,7 @@ dicts merge key by key, lists and single values replace.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ def find(name: str) -> Path:
             return path
     known = {str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.rglob("*.yaml")}
     stem = name.removesuffix(".yaml")
-    raise BadInput(f"config '{name}': no such file here, in configs/, or among the shipped ones; {nearest(stem, known)}")
+    raise BadInput(
+        f"config '{name}': no such file here, in configs/, or among the shipped ones; {nearest(stem, known)}"
+    )
 
 
 def load(name: str) -> dict[str, Any]:
@@ -85,3 +87,8 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def digest(config: Any) -> str:
     """Twelve hex characters that stand for a config's content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def dump(config: Mapping[str, Any]) -> str:
+    """A config as YAML that `load` reads back."""
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)

@@ -166,6 +166,8 @@ def find_sites(model: nn.Module, patterns: Mapping[str, int]) -> dict[str, tuple
             raise BadInput(f"sites: pattern '{pattern}' matches no module of the target; {nearest(pattern, modules)}")
         for name in matched:
             if name in owner:
-                raise BadInput(f"sites: '{name}' is matched by both '{owner[name]}' and '{pattern}'; narrow one of them")
+                raise BadInput(
+                    f"sites: '{name}' is matched by both '{owner[name]}' and '{pattern}'; narrow one of them"
+                )
             owner[name], counts[name] = pattern, C
     return {name: (site, counts[name]) for name, site in sites.items() if name in counts}

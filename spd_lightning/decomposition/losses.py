@@ -49,14 +49,18 @@ def position_mean(values: Float[Tensor, "..."], weights: Float[Tensor, " batch"]
 
 
 def mse(
-    output: Float[Tensor, "batch *rest"], target: Float[Tensor, "batch *rest"], weights: Float[Tensor, " batch"] | None = None
+    output: Float[Tensor, "batch *rest"],
+    target: Float[Tensor, "batch *rest"],
+    weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean squared difference over all output entries."""
     return position_mean((output - target).square().flatten(1).mean(1), weights)
 
 
 def kl(
-    output: Float[Tensor, "batch *rest"], target: Float[Tensor, "batch *rest"], weights: Float[Tensor, " batch"] | None = None
+    output: Float[Tensor, "batch *rest"],
+    target: Float[Tensor, "batch *rest"],
+    weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """KL(softmax target ‖ softmax output), mean over positions, in float32 or better."""
     dtype = torch.promote_types(output.dtype, torch.float32)
@@ -131,7 +135,9 @@ class Minimality:
         return torch.stack([component_means(g, p, weights).sum() for g in upper.values()]).sum()
 
 
-def component_means(g: Float[Tensor, "... C"], p: float, weights: Float[Tensor, " batch"] | None) -> Float[Tensor, " C"]:
+def component_means(
+    g: Float[Tensor, "... C"], p: float, weights: Float[Tensor, " batch"] | None
+) -> Float[Tensor, " C"]:
     """Per component, the mean of `(ĝ + ε)^p` over batch and positions."""
     powered = g + EPSILON if p == 1 else (g + EPSILON).square() if p == 2 else (g + EPSILON) ** p
     return position_mean(powered.flatten(1, -2).mean(1) if g.ndim > 2 else powered, weights)

@@ -66,7 +66,11 @@ def stochastic_sources(
 
 
 def fixed_masks(
-    kind: SourceKind, importances: Mapping[str, Tensor], generator: torch.Generator | None, threshold: float, delta: bool
+    kind: SourceKind,
+    importances: Mapping[str, Tensor],
+    generator: torch.Generator | None,
+    threshold: float,
+    delta: bool,
 ) -> dict[str, Mask]:
     """Masks of the sources that need neither a fresh stochastic draw nor an adversary.
 
@@ -93,13 +97,17 @@ def pgd_sources(
     importances: Mapping[str, Tensor],
     loss: Callable[[Sources], Tensor],
     generator: torch.Generator | None,
+    start: Sources | None = None,
 ) -> Sources:
     """Sources an adversary finds by ascending `loss`; the delta's source is one more entry of each vector.
 
     loss: maps sources to the scalar to be raised; its parameters need no gradient and should carry none.
+    start: sources to go on from, instead of fresh ones.
     """
-    start = {name: _initial(adversary, g, generator) for name, g in importances.items()}
-    names, vectors = list(start), list(start.values())
+    names = list(importances)
+    vectors = [
+        _initial(adversary, g, generator) if start is None else _joined(*start[n]) for n, g in importances.items()
+    ]
     for _ in range(adversary.steps):
         leaves = [v.detach().requires_grad_() for v in vectors]
         with torch.enable_grad():
@@ -120,6 +128,11 @@ def _initial(adversary: Adversary, g: Float[Tensor, "... C"], generator: torch.G
             return g.new_ones(shape)
         case "zeros":
             return g.new_zeros(shape)
+
+
+def _joined(s: Tensor, delta: Tensor) -> Tensor:
+    """The inverse of `_split`: one vector a position, or one for the batch."""
+    return torch.cat([s, (delta if s.ndim > 1 else delta.flatten()[0])[..., None]], dim=-1)
 
 
 def _shared(gradient: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from spd_lightning.decomposition.losses import kl
 from spd_lightning.decomposition.masks import SourceKind, fixed_masks, masks_from_sources, stochastic_sources
 from spd_lightning.decomposition.model import Clean, ComponentModel
 
@@ -112,13 +111,3 @@ def masked_outputs(
             masks = fixed_masks(source, importances, generator, threshold, model.delta and source == "ones")
         outputs[source] = model.masked(batch, masks, clean)
     return outputs
-
-
-def cross_entropy(logits: Float[Tensor, "*positions vocab"], labels: Int[Tensor, "*positions"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of labels under logits, in nats and float32."""
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
-
-
-def divergence_from_target(output: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    """KL from the target's distribution, for models whose output is logits."""
-    return kl(output, target)

@@ -120,7 +120,9 @@ class ComponentModel(nn.Module):
         return [c for m, holds in inside.items() if holds and m not in sites for c in m.children() if not inside[c]]
 
     @contextmanager
-    def replaced(self, replacement: Replacement, plain: Callable[[nn.Module, Map], Map] | None = None) -> Iterator[None]:
+    def replaced(
+        self, replacement: Replacement, plain: Callable[[nn.Module, Map], Map] | None = None
+    ) -> Iterator[None]:
         """While open, sites of the target give what `replacement` makes of them (D8 included).
 
         plain: what to put in place of the forward of the outermost modules without sites.
@@ -178,18 +180,26 @@ class ComponentModel(nn.Module):
         return self.importance(self.importance_function(clean.inputs, clean.inner), generator)
 
     def masked(
-        self, batch: Tensor, masks: Mapping[str, Mask], clean: Clean | None = None, detach: bool = False
+        self,
+        batch: Tensor,
+        masks: Mapping[str, Mask],
+        clean: Clean | None = None,
+        detach: bool = False,
+        seen: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """The target's output with the masked sites in place; sites without a mask run as they are.
 
         clean: the clean run of this very batch, whose record is replayed up to the first masked site.
         detach: keep V, U out of the graph, for ascents that need a gradient to the masks alone.
+        seen: where given, receives the input of every site in this run.
         """
         changed = clean is None
 
         def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
             nonlocal changed
             mask = masks.get(site.name)
+            if seen is not None:
+                seen[site.name] = x
             known, changed = not changed, changed or mask is not None
             if known:
                 assert clean is not None

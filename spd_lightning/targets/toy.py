@@ -1,7 +1,7 @@
 """Small networks whose mechanisms are known, so that a decomposition of them can be judged.
 
 They are plain modules that have never heard of decomposition. Each has `forward`, the `loss` that it is trained on
-(labels follow from the inputs), and `unrepresented`: what it has failed to learn. Some seeds end in a local minimum
+(labels follow from the inputs) with the `score` behind it, and `unrepresented`: what it has failed to learn. Some seeds end in a local minimum
 which the loss hardly shows; a target that leaves something unrepresented is to be trained again from another seed.
 """
 
@@ -69,7 +69,13 @@ class TMS(nn.Module):
 
     def loss(self, inputs: Float[Tensor, "batch features"]) -> Float[Tensor, ""]:
         """Mean squared error between the features and what is read back."""
-        return (self(inputs) - inputs).square().mean()
+        return self.score(self(inputs), inputs)
+
+    def score(
+        self, output: Float[Tensor, "batch features"], inputs: Float[Tensor, "batch features"]
+    ) -> Float[Tensor, ""]:
+        """The loss of any output on these inputs."""
+        return (output - inputs).square().mean()
 
     @torch.no_grad()
     def unrepresented(self) -> list[int]:
@@ -136,7 +142,13 @@ class ResidualMLP(nn.Module):
 
     def loss(self, inputs: Float[Tensor, "batch features"]) -> Float[Tensor, ""]:
         """Mean squared error against `x + relu(x)`."""
-        return (self._forward_in_few_directions(inputs) - inputs - torch.relu(inputs)).square().mean()
+        return self.score(self._forward_in_few_directions(inputs), inputs)
+
+    def score(
+        self, output: Float[Tensor, "batch features"], inputs: Float[Tensor, "batch features"]
+    ) -> Float[Tensor, ""]:
+        """The loss of any output on these inputs."""
+        return (output - inputs - torch.relu(inputs)).square().mean()
 
     def _forward_in_few_directions(self, inputs: Tensor) -> Tensor:
         """`forward`, for much less work where the batch is large and d_embed exceeds features and neurons together.
@@ -224,14 +236,18 @@ class InductionHead(nn.Module):
 
     def forward(self, inputs: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """The logits of the next token at every position."""
-        x = self.embed(inputs) + self.pos_embed.weight[: inputs.shape[1]]
+        x = self.embed(inputs) + self.pos_embed(torch.arange(inputs.shape[1], device=inputs.device))
         for block in self.h:
             x = block(x)
         return self.unembed(x)
 
     def loss(self, inputs: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
         """Cross-entropy of the induced token at the last position, in nats."""
-        return nn.functional.cross_entropy(self(inputs)[:, -1], induced_token(inputs))
+        return self.score(self(inputs), inputs)
+
+    def score(self, output: Float[Tensor, "batch pos vocab"], inputs: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+        """The loss of any logits on these inputs."""
+        return nn.functional.cross_entropy(output[:, -1], induced_token(inputs))
 
     @torch.no_grad()
     def unrepresented(self) -> list[int]:

@@ -1,0 +1,41 @@
+"""`python -m spd_lightning`: help at once, everything else by the command line proper."""
+
+import sys
+
+HELP = """\
+Stochastic Parameter Decomposition on PyTorch Lightning: take a neural network apart, see which parts each input needs.
+
+usage: python -m spd_lightning VERB [options]
+
+  fit       --config tms.yaml     train the target if need be, decompose it, leave a run
+  predict   --config tms.yaml     attribution graphs of the newest run of that name, as Parquet tables
+  validate  --config tms.yaml     evaluate that run again
+  view      [PATH] [--port N]     look at runs in the browser (the same as: gradio app.py)
+  runs      [--json | --table]    the runs there are: path, state, what they reached
+  list                            the configs there are: what they do, and what they reach
+  pull      REFERENCE             fetch a run: mlflow:<run> or wandb:<entity>/<project>/<artifact>:<version>
+
+options of fit, predict and validate
+  --config NAME    a config: a path, or a name in configs/; several are merged, later ones win
+  --run NAME       the run's name; its config's where left out
+  --KEY VALUE      any setting: --trainer.max_steps 500, --model.losses.minimality.coeff 1e-3, --seed_everything 7
+  --print_config   the merged settings, without running anything
+  --debug          show where an error came from
+
+Runs are kept in ./runs, or in $SPD_RUNS. Every config says at its top what it does, how long that takes, and what comes out.
+"""
+
+
+def main() -> None:
+    """Runs one verb; the exit code is 0, or 2 where the input was bad."""
+    words = sys.argv[1:]
+    if not words or any(word in ("-h", "--help", "help") for word in words):
+        print(HELP, end="")
+        return
+    from spd_lightning.cli import run
+
+    sys.exit(run(words))
+
+
+if __name__ == "__main__":
+    main()

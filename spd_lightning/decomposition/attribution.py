@@ -1,0 +1,313 @@
+"""Prompt attributions: which component drives which, on one input (section A of docs/method.md).
+
+1. *Cut.* Run the decomposed model with every site's inner activation cut from the graph: `a = x V` is the value that
+   readers are asked about, `â` a leaf of the same value that writers are asked about, and
+   `y = (m ∘ â) U + δ·(x Δᵀ) + b`. Inputs are leaves too; in `frozen` mode so are what is left of each site and its bias.
+2. *Differentiate.* The edge from component i of S to component j of T is `∂a_T[s,j]/∂â_S[s',i] · â_S[s',i]` (A1): only
+   direct paths carry it, since every other site is cut.
+3. *Collect* the edges between nodes: components whose importance exceeds a threshold, inputs, outputs (A3).
+
+`oracle` does this by definition, one gradient a target node; `edges` by batched vector-Jacobian products, many targets
+and prompts at once. Which sites are connected is found out by asking (a gradient that does not exist), never by name.
+Not here: closed forms without a backward pass, norms in `frozen` mode, pruning.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from spd_lightning.decomposition.components import Site
+from spd_lightning.decomposition.model import ComponentModel, Map
+
+ModeName = Literal["unmasked", "ci_masked", "frozen", "reference"]
+NodeKind = Literal["component", "input", "embedding", "output", "rest", "bias"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A graph's kind: three choices (A5)."""
+
+    mask: Literal["ci", "ones"]
+    delta: Literal["off", "cut", "flow"]
+    linearisation: Literal["jacobian", "frozen"]
+
+
+MODES: dict[ModeName, Mode] = {
+    "unmasked": Mode("ones", "cut", "jacobian"),
+    "ci_masked": Mode("ci", "off", "jacobian"),
+    "frozen": Mode("ones", "cut", "frozen"),
+    "reference": Mode("ones", "flow", "jacobian"),
+}
+
+CHUNK = 1 << 24
+"""Numbers held at once by one batched product."""
+
+
+# ---- the frozen linearisation (A6) ----------------------------------------------------------------------------------
+
+_SECANTS: dict[Callable, Callable[[Tensor], Tensor]] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), lambda h: (h > 0).to(h.dtype)),
+    F.gelu: lambda h: torch.special.ndtr(h),
+    F.silu: torch.sigmoid,
+}
+_PATTERNS = {F.softmax, torch.softmax, Tensor.softmax}
+
+
+class Frozen(TorchFunctionMode):
+    """While open, non-linearities multiply by a constant secant and attention patterns are constants (A6, rules 3, 4)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if secant := _SECANTS.get(func):
+            return args[0] * secant(args[0].detach())
+        out = func(*args, **kwargs)
+        return out.detach() if func in _PATTERNS else out
+
+
+# ---- the cut run ----------------------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """One row of the graph on a batch of prompts, as a source, a target, or both.
+
+    leaf: what gradients are taken to, or None for a pure target. value [batch, pos, K]: what gradients are taken of.
+    nodes [batch, pos, K]: which entries are nodes. importance: of components. whole: the leaf is one node a position,
+    whatever its width.
+    """
+
+    name: str
+    kind: NodeKind
+    leaf: Tensor | None
+    value: Float[Tensor, "batch pos K"]
+    nodes: Bool[Tensor, "batch pos K"]
+    importance: Float[Tensor, "batch pos K"] | None = None
+    whole: bool = False
+
+    def contributions(self, gradient: Tensor) -> Float[Tensor, "targets batch pos K"]:
+        """gradient × value of every node: the edges from this layer to some targets (A1, A2)."""
+        assert self.leaf is not None
+        product = (gradient * self.leaf.detach()).reshape(len(gradient), *_shape3(self.leaf))
+        return product.sum(-1, keepdim=True) if self.whole else product
+
+
+def _shape3(x: Tensor) -> tuple[int, int, int]:
+    """[batch, K] and [batch, pos, K] alike as (batch, pos, K)."""
+    return x.shape[0], x.shape[1] if x.ndim == 3 else 1, x.shape[-1]
+
+
+def _whole(name: str, kind: NodeKind, leaf: Tensor) -> Layer:
+    b, p, _ = _shape3(leaf)
+    ones = torch.ones(b, p, 1, dtype=torch.bool, device=leaf.device)
+    return Layer(name, kind, leaf, leaf.detach().reshape(b, p, -1).norm(dim=-1, keepdim=True), ones, whole=True)
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().clone().requires_grad_()
+
+
+OutputNodes = Callable[[Tensor], Tensor]
+"""Chooses which output entries [batch, pos, K] are nodes."""
+
+
+def every_output(output: Float[Tensor, "batch pos K"]) -> Bool[Tensor, "batch pos K"]:
+    """Every output entry is a node: for models on vectors."""
+    return torch.ones_like(output, dtype=torch.bool)
+
+
+def likely_tokens(probability: Float[Tensor, "batch pos vocab"], floor: float = 0.01, most: int = 15) -> OutputNodes:
+    """Output nodes of token models: at most 15 tokens a position with CI-masked probability above 0.01 (A3)."""
+    top = probability.topk(min(most, probability.shape[-1]), dim=-1)
+    chosen = torch.zeros_like(probability, dtype=torch.bool).scatter(-1, top.indices, top.values > floor)
+    return lambda output: chosen
+
+
+def cut_run(
+    model: ComponentModel,
+    inputs: Tensor,
+    importances: Mapping[str, Tensor],
+    mode: Mode,
+    threshold: float = 0.0,
+    output_nodes: OutputNodes = every_output,
+) -> list[Layer]:
+    """The layers of the graphs of a batch of prompts, in forward order, joined by one autograd graph.
+
+    inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of the clean run.
+    """
+    layers: list[Layer] = []
+    embeddings = [m for m in model.target.modules() if isinstance(m, nn.Embedding)]
+    names = {module: name for name, module in model.target.named_modules()}
+
+    def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
+        g, site_layers, y = _cut_site(model, site, x, own, importances[site.name], mode, threshold)
+        layers.extend(site_layers)
+        return y
+
+    def at_module(module: nn.Module, own: Map) -> Map:
+        def forward(*args, **kwargs):
+            leaf = _leaf(own(*args, **kwargs))
+            batched = leaf.expand(len(inputs), *leaf.shape[-2:]) if leaf.ndim == 2 or len(leaf) == 1 else leaf
+            layers.append(_whole(names[module], "embedding", leaf if batched is leaf else _leaf(batched)))
+            return layers[-1].leaf
+
+        return forward if module in embeddings else own
+
+    x = _leaf(inputs) if inputs.is_floating_point() else inputs
+    if inputs.is_floating_point():
+        shaped = inputs.reshape(_shape3(inputs))
+        layers.append(Layer("input", "input", x, shaped, shaped != 0))
+    frozen = Frozen() if mode.linearisation == "frozen" else nullcontext()
+    with torch.enable_grad(), frozen, model.replaced(at_site, at_module):
+        out = model.target(x)
+    shaped = out.reshape(_shape3(out))
+    return [*layers, Layer("output", "output", None, shaped, output_nodes(shaped.detach()))]
+
+
+def _cut_site(model, site: Site, x: Tensor, own: Map, g: Tensor, mode: Mode, threshold: float):
+    """A site under the cut: its layers (components; in frozen mode also rest and bias) and its output."""
+    V, U = model[site.name].V.detach(), model[site.name].U.detach()
+    a = site.inner(x, V)
+    leaf, nodes = _leaf(a), g > threshold
+    mask = g.detach() if mode.mask == "ci" else torch.ones_like(g)
+    shape = _shape3(a)
+    layers = [Layer(site.name, "component", leaf, a.reshape(shape), nodes.reshape(shape), g.detach().reshape(shape))]
+    bias = torch.zeros_like(U[0]) if site.bias is None else site.bias
+    y = (mask * leaf * nodes) @ U
+    rest = (mask * a * ~nodes) @ U
+    if mode.delta != "off":
+        rest = rest + (own(x) - bias - a @ U)
+    if mode.linearisation == "frozen":
+        layers.append(_whole(site.name, "rest", _leaf(rest)))
+        layers.append(_whole(site.name, "bias", _leaf(bias.expand_as(rest))))
+        return g, layers, y + layers[1].leaf + layers[2].leaf
+    if mode.delta == "flow":  # what is no node is cut like every component; only Δ carries gradient
+        others = ((mask * a * ~nodes) @ U).detach()
+        return g, layers, y + others + (own(x) - bias - a @ U) + bias
+    return g, layers, y + rest.detach() + bias
+
+
+# ---- edges ----------------------------------------------------------------------------------------------------------
+
+
+class Edges(NamedTuple):
+    """Edges from one layer to another: per edge its prompt, both ends as (pos, component), and its attribution."""
+
+    source: int
+    target: int
+    prompt: Tensor
+    source_at: Tensor
+    target_at: Tensor
+    attribution: Tensor
+
+
+def edges(layers: list[Layer], mode: Mode) -> Iterator[Edges]:
+    """All edges between nodes of a cut run by batched vector-Jacobian products.
+
+    Edges across positions are given where they are not exactly zero (no direct path moves there otherwise).
+    """
+    sources = [k for k, layer in enumerate(layers) if layer.leaf is not None]
+    for t, target in enumerate(layers):
+        if target.kind not in ("component", "output") or not target.value.requires_grad:
+            continue
+        before = [s for s in sources if s < t]
+        for where, gradients in _products(target, [layers[s].leaf for s in before]):
+            for s, gradient in zip(before, gradients, strict=True):
+                if gradient is not None:
+                    yield _select(layers[s], s, target, t, where, gradient)
+
+
+def _products(target: Layer, leaves: list) -> Iterator[tuple[Tensor, tuple[Tensor | None, ...]]]:
+    """Chunks of target entries (pos, component) that are nodes in some prompt, with their gradients to all leaves."""
+    where = target.nodes.any(0).nonzero()
+    widest = max((leaf.numel() for leaf in leaves), default=1)
+    size = max(1, CHUNK // max(widest, target.value.numel()))
+    for chunk in where.split(size):
+        cotangents = torch.zeros(len(chunk), *target.value.shape, dtype=target.value.dtype, device=target.value.device)
+        cotangents[torch.arange(len(chunk)), :, chunk[:, 0], chunk[:, 1]] = 1
+        yield (
+            chunk,
+            torch.autograd.grad(
+                target.value, leaves, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+            ),
+        )
+
+
+def _select(source: Layer, s: int, target: Layer, t: int, where: Tensor, gradient: Tensor) -> Edges:
+    """The products of one chunk that join two nodes."""
+    values = source.contributions(gradient)
+    live = target.nodes[:, where[:, 0], where[:, 1]].T[:, :, None, None] & source.nodes
+    here = where[:, 0, None] == torch.arange(values.shape[2], device=values.device)
+    live = live & (here[:, None, :, None] | (values != 0))
+    index = live.nonzero()
+    return Edges(s, t, index[:, 1], index[:, 2:], where[index[:, 0]], values[tuple(index.T)])
+
+
+def connected(layers: list[Layer]) -> set[tuple[int, int]]:
+    """The pairs of layers joined by a direct path (A4), found by asking for gradients."""
+    pairs = set()
+    for t, target in enumerate(layers):
+        before = [s for s, layer in enumerate(layers[:t]) if layer.leaf is not None]
+        if target.kind in ("component", "output") and target.value.requires_grad and before:
+            leaves = [layers[s].leaf for s in before]
+            found = torch.autograd.grad(target.value.sum(), leaves, retain_graph=True, allow_unused=True)
+            pairs |= {(s, t) for s, g in zip(before, found, strict=True) if g is not None}
+    return pairs
+
+
+def prompt_edges(
+    model: ComponentModel,
+    inputs: Tensor,
+    importances: Mapping[str, Tensor],
+    mode: Mode,
+    threshold: float = 0.0,
+    output_nodes: OutputNodes = every_output,
+) -> tuple[list[Layer], list[Edges]]:
+    """The graphs of a batch of prompts: their layers and all edges between their nodes.
+
+    Where delta carries gradient, edges are kept to direct pairs and to their own position (mode `reference`, A5).
+    """
+    layers = cut_run(model, inputs, importances, mode, threshold, output_nodes)
+    found = list(edges(layers, mode))
+    if mode.delta == "flow":
+        cut = Mode(mode.mask, "cut", mode.linearisation)
+        direct = connected(cut_run(model, inputs, importances, cut, threshold, output_nodes))
+        found = [_own_position(e) for e in found if (e.source, e.target) in direct]
+    return layers, found
+
+
+def _own_position(e: Edges) -> Edges:
+    keep = e.source_at[:, 0] == e.target_at[:, 0]
+    return Edges(e.source, e.target, e.prompt[keep], e.source_at[keep], e.target_at[keep], e.attribution[keep])
+
+
+EdgeKey = tuple[str, int, int, str, int, int]
+
+
+def oracle(layers: list[Layer]) -> dict[tuple[NodeKind, EdgeKey], float]:
+    """Every edge of one prompt by definition: one `autograd.grad` for each target node, read entry by entry (A7).
+
+    layers: a cut run of a batch of one. Returns {(source kind, (S, s', i, T, s, j)): attribution}.
+    """
+    found = {}
+    for t, target in enumerate(layers):
+        sources = [layer for layer in layers[:t] if layer.leaf is not None]
+        if target.kind not in ("component", "output") or not target.value.requires_grad:
+            continue
+        for pos, j in target.nodes[0].nonzero().tolist():
+            gradients = torch.autograd.grad(
+                target.value[0, pos, j], [layer.leaf for layer in sources], retain_graph=True, allow_unused=True
+            )
+            for layer, gradient in zip(sources, gradients, strict=True):
+                if gradient is None:
+                    continue
+                values = layer.contributions(gradient[None])[0, 0]
+                for q, i in layer.nodes[0].nonzero().tolist():
+                    if q == pos or values[q, i] != 0:
+                        found[layer.kind, (layer.name, q, i, target.name, pos, j)] = values[q, i].item()
+    return found

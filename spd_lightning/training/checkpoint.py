@@ -1,0 +1,199 @@
+"""Weights on disk: safetensors and JSON, written whole, never a pickle.
+
+Two kinds of files. A *checkpoint* (`checkpoints/last.safetensors`) is all that Lightning needs to go on; its tree of
+numbers is JSON in the file's own header. A *decomposition* (`decomposition.safetensors` + `.json`) is the result, with
+the target's weights inside, so that it opens on a machine that has never seen the target.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spd_lightning import runs
+from spd_lightning.decomposition.importance import Importance
+from spd_lightning.errors import BadInput
+from spd_lightning.training.decompose import Decomposition
+from spd_lightning.training.evaluate import Evaluation
+
+SCHEMA = 1
+LAST = Path("checkpoints") / "last.safetensors"
+
+
+# ---- trees of tensors -----------------------------------------------------------------------------------------------
+
+
+def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """A tree of tensors and plain values as JSON, its tensors set apart under their paths."""
+    match tree:
+        case Tensor():
+            tensors[path] = tree.detach().cpu().contiguous().clone()
+            return {"tensor": path}
+        case dict():
+            return {"items": [[k, pack(v, tensors, f"{path}/{k}")] for k, v in tree.items()]}
+        case list() | tuple():
+            return {type(tree).__name__: [pack(v, tensors, f"{path}/{k}") for k, v in enumerate(tree)]}
+        case None | bool() | int() | float() | str():
+            return tree
+    raise TypeError(f"a checkpoint cannot hold {type(tree).__name__} at '{path}': make it a number, string or tensor")
+
+
+def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `pack`."""
+    match tree:
+        case {"tensor": path}:
+            return tensors[path]
+        case {"items": items}:
+            return {k: unpack(v, tensors) for k, v in items}
+        case {"list": values}:
+            return [unpack(v, tensors) for v in values]
+        case {"tuple": values}:
+            return tuple(unpack(v, tensors) for v in values)
+    return tree
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file.
+
+    Raises:
+        BadInput: it is missing, truncated, or no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return load_file(path), file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"'{path}': cannot be read ({error}); restore it from a copy, or run the fit again") from error
+
+
+class SafetensorsIO(CheckpointIO):
+    """Lightning's checkpoints as one safetensors file each, renamed into place when whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        tensors: dict[str, Tensor] = {}
+        tree = json.dumps(pack(checkpoint, tensors))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with runs.write_whole(Path(path)) as temporary:
+            save_file(tensors, temporary, {"tree": tree})
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        tensors, header = read(Path(path))
+        if "tree" not in header:
+            raise BadInput(f"'{path}': not a checkpoint of this tool; name the run's own checkpoints/last.safetensors")
+        return unpack(json.loads(header["tree"]), tensors)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class Checkpoints(Callback):
+    """Saves the newest state of a training every so many optimiser steps, so that a killed one goes on from there.
+
+    Args:
+        folder: the run's folder.
+        every: optimiser steps between two checkpoints, rounded up to whole `training_step`s.
+    """
+
+    def __init__(self, folder: str | Path, every: int = 500):
+        self.path, self.every, self._next = Path(folder) / LAST, every, every
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._next = (trainer.global_step // self.every + 1) * self.every
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step >= self._next:
+            self._next = (trainer.global_step // self.every + 1) * self.every
+            trainer.save_checkpoint(self.path)
+
+
+# ---- decompositions -------------------------------------------------------------------------------------------------
+
+
+def save_decomposition(module: Decomposition, folder: Path) -> None:
+    """Writes `decomposition.safetensors` (components.<site>.V and .U, importance.*, target.*) and its JSON."""
+    model, path = module.model, folder / "decomposition.safetensors"
+    tensors = {f"importance.{k}": v for k, v in model.importance_function.state_dict().items()}
+    tensors |= {f"target.{k}": v for k, v in model.target.state_dict().items()}
+    for site in model.sites:
+        if site not in model.tied:
+            tensors |= {f"components.{site}.V": model[site].V, f"components.{site}.U": model[site].U}
+    with runs.write_whole(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary)
+    runs.write_json(folder / "decomposition.json", {"schema": SCHEMA, **_description(module), "digest": digest(path)})
+
+
+def _description(module: Decomposition) -> dict[str, Any]:
+    model = module.model
+    shapes = {n: {"C": model.counts[n], "d_in": s.d_in, "d_out": s.d_out} for n, s in model.sites.items()}
+    settings = {k: asdict(v) if hasattr(v, "__dataclass_fields__") else v for k, v in module.settings.items()}
+    return {"model": settings, "target": module.target_spec, "sites": shapes, "tied": model.tied}
+
+
+def digest(path: Path) -> str:
+    """Sixteen hex characters that stand for a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def build(spec: Mapping[str, Any]) -> nn.Module:
+    """The network that a class path and its arguments describe."""
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)(**spec.get("init_args", {}))
+
+
+def load_decomposition(reference: str | Path, target: nn.Module | None = None) -> Decomposition:
+    """A decomposition from a run (see `Decomposition.from_pretrained`)."""
+    folder = runs.find(str(reference)).path
+    described, weights = folder / "decomposition.json", folder / "decomposition.safetensors"
+    if not described.exists() or not weights.exists():
+        raise BadInput(f"run '{folder}': holds no decomposition (yet); let its fit finish")
+    try:
+        facts = json.loads(described.read_text())
+    except ValueError as error:
+        raise BadInput(f"'{described}': not JSON ({error}); restore it from a copy, or run the fit again") from error
+    if facts.get("schema", 0) > SCHEMA:
+        raise BadInput(f"'{described}': schema {facts['schema']} is newer than this tool's {SCHEMA}; upgrade the tool")
+    tensors, _ = read(weights)
+    if digest(weights) != facts["digest"]:
+        raise BadInput(f"'{weights}': not the weights that decomposition.json describes; restore both from one copy")
+    module = _assembled(facts, tensors, target, weights)
+    module.origin, module.digest = folder.resolve().name, facts["digest"]
+    return module
+
+
+def _assembled(
+    facts: dict[str, Any], tensors: dict[str, Tensor], target: nn.Module | None, path: Path
+) -> Decomposition:
+    settings, spec = dict(facts["model"]), facts["target"]
+    if target is None and spec is None:
+        raise BadInput(f"'{path}': its target was given as an object; call load_decomposition(path, target=...)")
+    settings["importance"] = Importance(**settings["importance"])
+    settings["evaluation"] = Evaluation(**settings["evaluation"])
+    network = build(spec) if target is None else target
+    _load(network, tensors, "target.", path)
+    module = Decomposition(network, **settings)
+    module.target_spec = spec
+    for site in module.model.sites:
+        if site not in module.model.tied:
+            _load(module.model[site], tensors, f"components.{site}.", path)
+    _load(module.model.importance_function, tensors, "importance.", path)
+    return module.eval()
+
+
+def _load(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Path) -> None:
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"'{path}': weights of another model ({why}); name the run that belongs to this target"
+        ) from error

@@ -1,0 +1,255 @@
+"""The LightningModule that takes a target apart.
+
+d = Decomposition(target="targets/tms_5-2", sites={"linear*": 20}, tied={"linear2": "linear1"})
+Trainer(max_steps=2000).fit(d, SparseFeatures(5, 0.05, batch_size=1024))
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spd_lightning.decomposition.importance import Importance
+from spd_lightning.decomposition.losses import Faithfulness, Losses, Pass
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.targets.data import generator_for
+from spd_lightning.training.blocks import BlockModule
+from spd_lightning.training.evaluate import (
+    Evaluation,
+    Totals,
+    adversarial_ladder,
+    count,
+    figures_of,
+    lone_features,
+    truth,
+    verdict,
+)
+from spd_lightning.training.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW without weight decay on components and importance functions.
+
+    Args:
+        lr: full learning rate.
+        importance_lr: that of the importance functions, where it differs.
+        betas: of AdamW.
+        schedule: how the learning rate moves.
+        clip_components: largest gradient norm of all V and U together; none where left out.
+        clip_importance: largest gradient norm of all importance functions together; none where left out.
+    """
+
+    lr: float = 1e-3
+    importance_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Schedule = field(default_factory=lambda: Schedule("cosine"))
+    clip_components: float | None = None
+    clip_importance: float | None = None
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Updates on faithfulness alone before training begins, so that components start by adding up to the weights.
+
+    Args:
+        steps: how many; 0 for none.
+        lr: their own AdamW's learning rate.
+        weight_decay: and weight decay.
+    """
+
+    steps: int = 200
+    lr: float = 0.01
+    weight_decay: float = 0.1
+
+
+class Decomposition(BlockModule):
+    """Splits a trained network's weight matrices into rank-one components and learns which of them each input needs.
+
+    Source: SPD (arXiv 2506.20790); the laws of docs/method.md.
+
+    Args:
+        target: a trained network, or the name of a config that trains one (kept, and reused by every decomposition).
+        sites: fnmatch patterns of module names, each with a number of components.
+        tied: site → partner, where the site's weight is the transpose of its partner's (D9).
+        delta: whether what components miss of a weight takes part in masked runs (D3).
+        importance: how causal importances are computed (G1).
+        losses: the terms of the training loss (L7).
+        optimiser: of components and importance functions.
+        warm_up: updates on faithfulness alone, before the first step.
+        evaluation: what to measure, and what is known to be true.
+        inner_steps: optimiser steps taken in one `training_step`.
+        log_every: updates between two logged ones.
+        seed: of initial values and masks.
+    """
+
+    def __init__(
+        self,
+        target: str | nn.Module,
+        sites: dict[str, int],
+        tied: dict[str, str] | None = None,
+        delta: bool = True,
+        importance: Importance = Importance(),  # noqa: B008  (frozen, like all defaults below)
+        losses: Losses = Losses(),  # noqa: B008
+        optimiser: Optimiser = Optimiser(),
+        warm_up: WarmUp = WarmUp(),
+        evaluation: Evaluation = Evaluation(),  # noqa: B008
+        inner_steps: int = 10,
+        log_every: int = 50,
+        seed: int = 0,
+    ):
+        super().__init__(optimiser.schedule, inner_steps, log_every)
+        self.settings = {"sites": dict(sites), "tied": dict(tied or {}), "delta": delta, "importance": importance}
+        self.settings |= {"evaluation": evaluation, "seed": seed}
+        network, self.target_spec = _network(target)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = ComponentModel(network, sites, tied, importance, delta)
+        self.losses, self.optimiser, self.warm_up = losses, optimiser, warm_up
+        self.evaluation, self.seed = evaluation, seed
+        self.arrays: dict[str, Tensor] = {}
+        self.figures: dict[str, float] = {}
+        self.warning: str | None = None
+        self.origin, self.digest = "", ""  # the run it was loaded from, and its weights' digest
+        self._inert: bool | None = None
+
+    @classmethod
+    def from_pretrained(cls, reference: str | Path) -> "Decomposition":
+        """A decomposition from a run: its name, its folder, or `mlflow:…` / `wandb:…` in a tracker.
+
+        Raises:
+            BadInput: there is none, or its files are damaged or belong to another model.
+        """
+        from spd_lightning.training.checkpoint import load_decomposition
+
+        return load_decomposition(reference)
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        o, importance = self.optimiser, list(self.model.importance_function.parameters())
+        groups = [
+            {"params": list(self.model.components.parameters()), "peak": o.lr},
+            {"params": importance, "peak": o.lr if o.importance_lr is None else o.importance_lr},
+        ]
+        return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=0.0, fused=True)
+
+    def on_train_start(self) -> None:
+        if self.global_step == 0 and self.warm_up.steps:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Faithfulness alone, with an optimiser of its own."""
+        w, loss, term = self.warm_up, torch.tensor(0.0), Faithfulness()
+        optimiser = torch.optim.AdamW(self.model.components.parameters(), lr=w.lr, weight_decay=w.weight_decay)
+        with torch.enable_grad():
+            for _ in range(w.steps):
+                loss = term(self.model)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        if self.trainer.is_global_zero:
+            log.info("faithfulness after %d warm-up steps: %.2e", w.steps, loss.item())
+
+    def objective(self, batch: Tensor, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The training loss of one batch (L7); masks are a pure function of (seed, step, rank)."""
+        rows, weights = self._merged(batch)
+        run = Pass.of(self.model, rows, self._generator("masks", step), weights, sample=True)
+        return self.losses(run, step / max(1, self.steps - 1))
+
+    def _generator(self, stream: str, step: int) -> torch.Generator:
+        generator = generator_for(self.seed, stream, step, self.global_rank)
+        if self.device.type == "cpu":
+            return generator
+        return torch.Generator(self.device).manual_seed(generator.initial_seed() % 2**63)
+
+    def _merged(self, batch: Tensor) -> tuple[Tensor, Float[Tensor, " rows"] | None]:
+        """A batch with all its zero rows as one, weighted by their number; exact where zeros are inert.
+
+        Sparse inputs are mostly zero rows. Where a zero input is zero at every site, masks cannot change its output:
+        it adds nothing to reconstruction, and one row says all about its importances. (Counting rows would stall a
+        GPU, where the rows cost little.)
+        """
+        if batch.device.type != "cpu" or not batch.is_floating_point() or batch.ndim != 2:
+            return batch, None
+        if self._inert is None:
+            inputs = self.model.clean(torch.zeros_like(batch[:1])).inputs
+            self._inert = not any(x.any() for x in inputs.values())
+        if not self._inert:
+            return batch, None
+        rows = torch.cat([batch[batch.any(1)], batch.new_zeros(1, batch.shape[1])])
+        weights = batch.new_ones(len(rows))
+        weights[-1] = len(batch) - len(rows) + 1
+        return rows, weights
+
+    def clip(self) -> Mapping[str, Tensor]:
+        """Bounds the gradients of components and of importance functions separately."""
+        o = self.optimiser
+        parts = {
+            "components": (self.model.components, o.clip_components),
+            "importance": (self.model.importance_function, o.clip_importance),
+        }
+        logged = self.global_step % self.log_every == 0
+        return {
+            f"gradient_norm/{name}": nn.utils.clip_grad_norm_(part.parameters(), bound or float("inf"))
+            for name, (part, bound) in parts.items()
+            if bound or logged
+        }
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._totals = Totals()
+        self._ladder: dict[int, Tensor] = {}
+
+    def validation_step(self, batch: Tensor, batch_index: int) -> None:
+        with torch.inference_mode(False), torch.no_grad():  # an adversary needs gradients
+            run = Pass.of(self.model, batch.clone(), self._generator("evaluation", batch_index))
+            count(self.model, run, self.evaluation, self._totals)
+            if batch_index == 0:
+                self._ladder = adversarial_ladder(self.model, run, self.evaluation)
+                self._width = batch.shape[1] if batch.is_floating_point() else None
+
+    def on_validation_epoch_end(self) -> None:
+        with torch.no_grad():
+            self.figures = self._figures()
+        self.log_dict({k: float(v) for k, v in self.figures.items()}, logger=False, sync_dist=False)
+        if not self.trainer.sanity_checking:
+            for logger in self.loggers:
+                logger.log_metrics(self.figures, self.global_step)
+
+    def _figures(self) -> dict[str, float]:
+        reduce = self.trainer.strategy.reduce
+        totals = Totals({k: reduce(v, reduce_op="sum") for k, v in self._totals.sums.items()})  # pyright: ignore[reportArgumentType]
+        settings = self.evaluation
+        found = figures_of(totals, settings, settings.divergence)
+        found |= {f"pgd/{steps}": float(reduce(v)) for steps, v in self._ladder.items()}  # pyright: ignore[reportArgumentType]
+        found["loss/faithfulness"] = float(Faithfulness()(self.model))
+        self.arrays = {f"mean_importance/{k[11:]}": totals.mean(k) for k in totals.sums if k.startswith("importance/")}
+        self.arrays |= {f"density/{k[6:]}": totals.mean(k) for k in totals.sums if k.startswith("fired/")}
+        self.arrays |= {k: v for k, v in totals.sums.items() if k.startswith("histogram/")}
+        if self._width is not None:
+            alone = lone_features(self.model, self._width)
+            self.arrays |= {f"alone/{site}": g for site, g in alone.items()}
+            found |= truth(self.model, alone, settings)
+            self.warning = verdict(found, settings, self._width)
+        return found
+
+    def predict_step(self, batch: Any, batch_index: int) -> None:
+        """Nothing by itself: harvesters, callbacks that share the pass, read the batch (see harvest/)."""
+
+
+def _network(target: str | nn.Module) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The target itself and how to build it anew (None for one given as an object)."""
+    if isinstance(target, nn.Module):
+        return target, None
+    from spd_lightning.training.session import trained_target
+
+    return trained_target(target)

@@ -1,0 +1,172 @@
+"""Evaluation of a decomposition over validation batches: sums in, figures of section E out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_lightning.decomposition.losses import DIVERGENCES, Pass, routed
+from spd_lightning.decomposition.masks import Adversary, draw_routes, masks_from_sources, pgd_sources
+from spd_lightning.decomposition.metrics import (
+    MASKINGS,
+    column_match,
+    component_norms,
+    dense_error,
+    firings,
+    identity_error,
+    masked_outputs,
+)
+from spd_lightning.decomposition.model import ComponentModel
+
+PROBE = 0.75
+BINS = 50
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure, and what is known to be true.
+
+    Args:
+        threshold: τ, the importance above which a component counts as needed.
+        identity: sites where every input feature should have a component of its own.
+        dense: sites where k components should serve all features together, with their k.
+        groups: named sums of L0 over sites, each an fnmatch pattern of site names.
+        ladder: numbers of ascents at which a fresh adversary is scored, on the first batch.
+        divergence: how outputs are compared.
+    """
+
+    threshold: float = 0.1
+    identity: tuple[str, ...] = ()
+    dense: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    ladder: tuple[int, ...] = (20, 40, 80, 160)
+    divergence: str = "mse"
+
+
+@dataclass
+class Totals:
+    """Sums over validation batches, ready to be added up across devices."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+
+    def mean(self, name: str) -> Tensor:
+        return self.sums[name] / self.sums["positions"]
+
+
+def count(model: ComponentModel, run: Pass, settings: Evaluation, totals: Totals) -> None:
+    """Adds one validation batch to the totals."""
+    importances = run.importances.lower
+    positions = next(iter(importances.values()))[..., 0].numel()
+    totals.add("positions", torch.tensor(positions, device=run.batch.device))
+    for site, g in importances.items():
+        flat = g.flatten(0, -2)
+        totals.add(f"fired/{site}", firings(flat, settings.threshold).sum(0))
+        totals.add(f"importance/{site}", flat.sum(0))
+        totals.add(f"histogram/{site}", torch.histc(flat.float(), BINS, 0, 1))
+    compare = DIVERGENCES[settings.divergence]
+    outputs = masked_outputs(model, run.batch, run.clean, importances, run.generator, settings.threshold)
+    for source, output in outputs.items():
+        totals.add(f"output/{source}", compare(output, run.clean.output) * positions)
+        totals.add(f"task/{source}", _task(model, run.batch, output) * positions)
+    totals.add("task/target", _task(model, run.batch, run.clean.output) * positions)
+    for site, error in hidden_errors(model, run).items():
+        totals.add(f"hidden/{site}", error * positions)
+
+
+def _task(model: ComponentModel, batch: Tensor, output: Tensor) -> Tensor:
+    """The target's own loss of an output: the cross-entropy of a language model, a toy's squared error."""
+    return model.target.score(output, batch)  # pyright: ignore[reportCallIssue]
+
+
+def hidden_errors(model: ComponentModel, run: Pass) -> dict[str, Tensor]:
+    """Relative squared error of every site's input inside the CI-masked model."""
+    seen: dict[str, Tensor] = {}
+    model.masked(run.batch, run.masks("ci", 0, 0.0), seen=seen)
+    errors = {}
+    for site, x in run.clean.inputs.items():
+        if x.is_floating_point():
+            errors[site] = (seen[site] - x).square().sum() / x.square().sum().clamp(min=1e-30)
+    return errors
+
+
+def adversarial_ladder(model: ComponentModel, run: Pass, settings: Evaluation) -> dict[int, Tensor]:
+    """How badly a fresh adversary with this many steps can hurt the output (one vector of sources for the batch)."""
+    compare, scores = DIVERGENCES[settings.divergence], {}
+    fixed = {name: g.detach() for name, g in run.importances.lower.items()}
+    (route,) = draw_routes("all", fixed, None)
+
+    def loss(sources) -> Tensor:
+        masks = routed(masks_from_sources(fixed, sources, model.delta), route)
+        return compare(model.masked(run.batch, masks, run.clean, detach=True), run.clean.output)
+
+    generator, sources, done = torch.Generator(run.batch.device).manual_seed(0), None, 0
+    for steps in sorted(settings.ladder):  # every rung goes on from the one below
+        sources = pgd_sources(Adversary(steps=steps - done), fixed, loss, generator, sources)
+        scores[steps], done = loss(sources).detach(), steps
+    return scores
+
+
+def figures_of(totals: Totals, settings: Evaluation, divergence: str) -> dict[str, float]:
+    """The scalar figures of section E from summed totals."""
+    found: dict[str, float] = {}
+    sites = [name.removeprefix("fired/") for name in totals.sums if name.startswith("fired/")]
+    for site in sites:
+        found[f"l0/{site}"] = float(totals.mean(f"fired/{site}").sum())
+        found[f"alive/{site}"] = int((totals.sums[f"fired/{site}"] > 0).sum())
+        if f"hidden/{site}" in totals.sums:
+            found[f"hidden/{site}"] = float(totals.mean(f"hidden/{site}"))
+    for group, pattern in settings.groups.items():
+        found[f"l0/{group}"] = sum(found[f"l0/{site}"] for site in sites if fnmatchcase(site, pattern))
+    nothing = float(totals.mean("output/zeros"))
+    for source in MASKINGS:
+        value = float(totals.mean(f"output/{source}"))
+        found[f"{divergence}/{source}"] = value
+        found[f"recovered/{source}"] = 1 - value / nothing if nothing > 0 else 0.0
+        found[f"task_difference/{source}"] = float(totals.mean(f"task/{source}") - totals.mean("task/target"))
+    found["task/target"] = float(totals.mean("task/target"))
+    return found
+
+
+def lone_features(model: ComponentModel, n_features: int) -> dict[str, Float[Tensor, "features C"]]:
+    """Importances when each feature is fed alone at 0.75: what the truth of toy models is judged by."""
+    parameter = next(model.parameters())
+    probe = PROBE * torch.eye(n_features, dtype=parameter.dtype, device=parameter.device)
+    return model.importances(model.clean(probe)).lower
+
+
+def truth(model: ComponentModel, alone: Mapping[str, Tensor], settings: Evaluation) -> dict[str, float]:
+    """How near a model on vectors comes to its known mechanism: MMCS, ML2R, identity and dense error."""
+    found: dict[str, float] = {}
+    for name, site in model.sites.items():
+        V, U = model[name].V, model[name].U
+        cosine, ratio = column_match(site.weight, V, U)
+        norms = component_norms(V, U)
+        found[f"mmcs/{name}"], found[f"ml2r/{name}"] = float(cosine), float(ratio)
+        found[f"nonzero/{name}"] = int((norms > 0.05 * norms.max()).sum())
+    for name in settings.identity:
+        found[f"identity_error/{name}"] = identity_error(alone[name])
+    for name, k in settings.dense.items():
+        found[f"dense_error/{name}"] = dense_error(alone[name], k)
+    return found
+
+
+def verdict(found: Mapping[str, float], settings: Evaluation, n_features: int) -> str | None:
+    """Why a decomposition with known truth has ended in a local minimum, or None where it has not."""
+    wrong = [
+        f"{name}: {found[f'alive/{name}']:.0f} components for {n_features} features, identity error "
+        f"{found[f'identity_error/{name}']:.0f}"
+        for name in settings.identity
+        if found[f"identity_error/{name}"] or found[f"alive/{name}"] != n_features
+    ]
+    wrong += [
+        f"{name}: {found[f'alive/{name}']:.0f} components instead of {k}, dense error {found[f'dense_error/{name}']:.0f}"
+        for name, k in settings.dense.items()
+        if found[f"dense_error/{name}"] or found[f"alive/{name}"] != k
+    ]
+    return "; ".join(wrong) or None

@@ -1,0 +1,33 @@
+"""Learning rates over training, as pure functions of the step: nothing to save, nothing to restore."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a learning rate moves over training.
+
+    Args:
+        kind: constant, linear or cosine, from the full rate to its final fraction.
+        warmup: updates over which the rate first rises linearly from 0.
+        final: fraction of the full rate that the last update uses.
+    """
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = 0
+    final: float = 0.0
+
+    def factor(self, step: int, steps: int) -> float:
+        """The share of the full rate that update `step` of `steps` uses (both counted from 0; L7)."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, steps - 1 - self.warmup)
+        match self.kind:
+            case "constant":
+                return 1.0
+            case "linear":
+                return 1 + (self.final - 1) * progress
+            case "cosine":
+                return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,194 @@
+"""From a config to a trainer, a module and its data, by LightningCLI; and targets that are trained when missing."""
+
+import fcntl
+import json
+import logging
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from safetensors.torch import save_file
+from torch import nn
+
+from spd_lightning import config as configs
+from spd_lightning import runs
+from spd_lightning.errors import BadInput
+from spd_lightning.training.progress import Progress
+
+log = logging.getLogger(__name__)
+
+TRAINER = {
+    "enable_checkpointing": False,  # ours are safetensors
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 1,  # an evaluation that fails should fail before the training, not after it
+    "check_val_every_n_epoch": None,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a session adds to its config: where it works, and a module in place of the config's."""
+
+    folder: Path
+    name: str
+    model: LightningModule | None = None
+    callbacks: Sequence[Callback] = ()
+    loggers: Callable[[Any], list[Logger]] = field(default=lambda chosen: [])
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong with a config in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        raise BadInput(_true_line(str(message)))
+
+
+def _true_line(message: str) -> str:
+    """The one line of a parser's complaint that names the cause."""
+    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
+    told = [
+        line
+        for line in lines
+        if not re.match(r"(usage:|- Type |Problem with given class_path|Does not validate)", line)
+    ]
+    return "config: " + ("; ".join(told) or message)[:600]
+
+
+class Session(LightningCLI):
+    """A trainer, a module and its data, put together from a config.
+
+    Args:
+        args: a config (merged with all it builds on) and what the command line overrides.
+        plan: called with the parsed settings before anything is built; says where to work.
+    """
+
+    def __init__(self, config: Mapping[str, Any], overrides: Sequence[str], plan: Callable[[dict[str, Any]], Plan]):
+        self._plan = plan
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults=TRAINER,
+            parser_class=_Parser,
+            args=["--config", json.dumps(dict(config)), *overrides],
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for owner in ("model", "data"):
+            parser.link_arguments("seed_everything", f"{owner}.init_args.seed")
+
+    def before_instantiate_classes(self) -> None:
+        self.settings = yaml.safe_load(self.parser.dump(self.config, skip_validation=True, skip_link_targets=False))
+        self.plan = self._plan(self.settings)
+        if self.plan.model is not None:
+            self.config["model"] = self.plan.model
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        from spd_lightning.training.checkpoint import SafetensorsIO
+
+        chosen = self.config_init["trainer"]
+        own = [SafetensorsIO(), *(chosen.get("plugins") or [])]
+        callbacks = [*(chosen.get("callbacks") or []), Progress(self.plan.name), *self.plan.callbacks]
+        loggers = self.plan.loggers(chosen.get("logger"))
+        return super().instantiate_trainer(
+            logger=loggers, plugins=own, callbacks=callbacks, default_root_dir=str(self.plan.folder), **kwargs
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Libraries' advice on settings that are ours to choose is kept from the user."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for text in _OURS_TO_CHOOSE:
+            warnings.filterwarnings("ignore", message=f".*{text}.*")
+        yield
+
+
+_OURS_TO_CHOOSE = (
+    "LeafSpec",
+    "args parameter is intended to run",  # LightningCLI: given words, it also sees those of the process
+    "in eval mode at the start of training",  # the target is (D6)
+    "GPU available but not used",
+    "Experiment with name",
+    "does not have many workers",
+    "predict returned None",  # harvesters write what there is to return
+)
+
+
+# ---- targets --------------------------------------------------------------------------------------------------------
+
+
+def trained_target(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained target that a config describes, and how to build one like it.
+
+    It is trained if there is none yet, and kept under a hash of its config in `<root>/targets/`.
+
+    Raises:
+        BadInput: the config does not describe a target, or its kept files are damaged.
+    """
+    from spd_lightning.training.checkpoint import build, read
+
+    folder = train_target(name, configs.load(name))
+    facts = json.loads((folder / "target.json").read_text())
+    network = build(facts["spec"])
+    network.load_state_dict(read(folder / "target.safetensors")[0])
+    return network, facts["spec"] | {"seconds": facts["seconds"]}
+
+
+def train_target(name: str, config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
+    """Trains a target unless that has been done; returns the folder with target.safetensors and target.json.
+
+    A target that leaves features unrepresented is trained again from the next seed.
+    """
+    key = configs.digest([config, list(overrides)])
+    folder = runs.root() / "targets" / f"{Path(name).stem}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be training the same one: then wait and take it
+        if not (folder / "target.json").exists():
+            _train(name, config, overrides, folder)
+    return folder
+
+
+def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> None:
+    started, seed = time.perf_counter(), int(config.get("seed_everything", 0))
+    while True:
+        session = Session({**config, "seed_everything": seed}, overrides, lambda _: Plan(folder, Path(name).stem))
+        if not hasattr(session.model, "target"):
+            raise BadInput(f"config '{name}': does not train a target; its model must be a TargetTraining")
+        session.trainer.fit(session.model, datamodule=session.datamodule)
+        network: nn.Module = session.model.target  # pyright: ignore[reportAssignmentType]
+        missed = network.eval().unrepresented()  # pyright: ignore[reportCallIssue]
+        if not missed:
+            break
+        left = int(config.get("seed_everything", 0)) + session.model.retries - seed
+        if left <= 0:
+            log.warning(
+                "target %s: seed %d leaves %s unrepresented; no retries left, it is kept so", name, seed, missed
+            )
+            break
+        log.warning(
+            "target %s: seed %d leaves %s unrepresented; training again with seed %d", name, seed, missed, seed + 1
+        )
+        seed += 1
+    with runs.write_whole(folder / "target.safetensors") as temporary:
+        save_file({k: v.contiguous().clone() for k, v in network.state_dict().items()}, temporary)
+    facts = {"spec": session.settings["model"]["init_args"]["target"], "seed": seed, "unrepresented": missed}
+    runs.write_json(folder / "target.json", facts | {"seconds": time.perf_counter() - started, "config": dict(config)})
