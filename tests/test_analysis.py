@@ -11,7 +11,7 @@ from toy_run import ALIVE, FEATURES, C, W, make_harvest, make_run
 
 from spd_lightning.analysis.components import component_summary, identity_order, importance_matrix, sites
 from spd_lightning.analysis.graphs import node_edges, prompt_graph
-from spd_lightning.analysis.prompts import prompt_list
+from spd_lightning.analysis.prompts import prompt_label, prompt_list
 from spd_lightning.analysis.weights import factors
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store, prompt_hash
@@ -138,6 +138,14 @@ def test_prompts_are_listed_probes_first_with_readable_names(store):
     assert listed["split"].to_list() == ["probe"] * 5 + ["random"] * 64
     numbers = [int(label.split()[1]) for label in listed["label"][5:]]
     assert numbers == list(range(64))
+
+
+def test_texts_are_joined_as_they_were_written():
+    words = {"source": "text 1", "tokens": ["Once", " upon", " a", " time"]}
+    numbers = {"source": "token 3", "tokens": ["0", "12", "3"]}
+    assert prompt_label(words) == "text 1 · Once upon a time"
+    assert prompt_label(words, most=4) == "text 1 · Once…"
+    assert prompt_label(numbers) == "token 3 · 0 12 3"
 
 
 def test_tied_factors_are_transposes(tmp_path):

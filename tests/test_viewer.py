@@ -92,6 +92,13 @@ def test_node_page_names_both_ends_of_every_edge(store):
         graph_page.node_data(store, prompt, 99)
 
 
+def test_what_is_no_component_has_a_name_of_its_own():
+    """In frozen graphs (A6) a site has a rest and a bias beside its components, all numbered from 0."""
+    kinds = ["component", "rest", "bias"]
+    nodes = [{"layer": "linear1", "pos": 2, "component": 0, "kind": kind} for kind in kinds]
+    assert [graph_page.node_name(node) for node in nodes] == ["linear1:2:0", "linear1:2:rest", "linear1:2:bias"]
+
+
 def test_component_page_shows_one_component_a_feature(root, store):
     """The permuted importances of single features are diagonal, and V has the same columns."""
     page = component_page.page_data(store, root / "tms_5-2", ComponentSelection("linear1", permuted=True))

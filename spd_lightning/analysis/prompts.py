@@ -13,11 +13,11 @@ def prompt_list(store: Store) -> pl.DataFrame:
     number = pl.col("source").str.extract(r"(\d+)").cast(pl.UInt64, strict=False)
     order = [pl.col("split") != "probe", pl.col("split"), number, pl.col("source"), pl.col("prompt_id")]
     prompts = store.collect(store.scan("prompts").sort(order, nulls_last=True))
-    labels = [prompt_label(store, row) for row in prompts.iter_rows(named=True)]
+    labels = [prompt_label(row) for row in prompts.iter_rows(named=True)]
     return prompts.select("prompt_id", label=pl.Series("label", labels, dtype=pl.String), split="split")
 
 
-def prompt_label(store: Store, prompt: Mapping[str, Any], most: int = 80) -> str:
+def prompt_label(prompt: Mapping[str, Any], most: int = 80) -> str:
     """What a row of the table `prompts` is called.
 
     A probe of one feature is "feature 3 = 0.75"; other vectors go by their source and non-zero features; a text by its
@@ -26,5 +26,6 @@ def prompt_label(store: Store, prompt: Mapping[str, Any], most: int = 80) -> str
     source, tokens = prompt["source"], prompt["tokens"]
     if len(tokens) == 1 and source.startswith("feature ") and "=" in tokens[0]:
         return f"{source} = {tokens[0].partition('=')[2]}"
-    text = (" " if store.manifest["kind"] == "vectors" else "").join(tokens) or "no active feature"
+    joint = "" if any(" " in token for token in tokens) else " "  # tokens of a text bring their own spaces
+    text = joint.join(tokens) or "no active feature"
     return f"{source} · {text if len(text) <= most else text[:most] + '…'}"

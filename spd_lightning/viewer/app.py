@@ -141,7 +141,7 @@ def serve(
         )  # fmt: skip
     except OSError as error:
         where = f"port {port} of {host}" if port else f"ports from 7860 on of {host}"
-        raise BadInput(f"{where}: cannot listen there, is another viewer running? choose another with --port") from error
+        raise BadInput(f"{where}: cannot listen there; is another viewer running? choose a --port") from error
     return address
 
 

@@ -53,12 +53,12 @@ async function load() {
   if (turn !== asked) return;
   show(answer.problem);
   if (answer.problem) return clear();
-  const kept = pinned && keyOf(pinned);
+  const kept = pinned && pinned.name;
   graph = answer;
   byNode = new Map(graph.nodes.map((node) => [node.node, node]));
   hovered = edgeLit = null;
   $('.tip').hidden = true;
-  pinned = graph.nodes.find((node) => keyOf(node) === kept) || null;
+  pinned = graph.nodes.find((node) => node.name === kept) || null;
   render();
   if (pinned) pin(pinned); else emptyPanel();
 }
@@ -79,8 +79,6 @@ function clear() {
   $('canvas').width = $('canvas').height = 0;
   emptyPanel();
 }
-
-const keyOf = (node) => `${graph.layers[node.layer]}:${node.pos}:${node.component}`;
 
 // ---- drawing --------------------------------------------------------------------------------------------------
 
@@ -127,14 +125,14 @@ function drawNode(node, svg) {
   const { x, y, r, gap } = places.get(node.node);
   const strength = node.kind === 'component' ? Math.max(0, Math.min(1, node.importance)) : 0;
   const group = shape('g', { class: `node ${node.kind}${strength > 0.55 ? ' strong' : ''}`, 'data-node': node.node, transform: `translate(${x},${y})`,
-    tabindex: 0, role: 'button', 'aria-label': keyOf(node) }, svg);
+    tabindex: 0, role: 'button', 'aria-label': node.name }, svg);
   for (const layer of ['under', 'shape']) {
     const fill = layer === 'under' || node.kind === 'rest' ? {} : { 'fill-opacity': node.kind === 'component' ? strength : 0.08 };
     if (node.kind === 'component' || node.kind === 'rest') shape('circle', { class: layer, r, ...fill }, group);
     else if (node.kind === 'bias') shape('path', { class: layer, d: `M0 ${-r}L${r} 0L0 ${r}L${-r} 0Z`, ...fill }, group);
     else shape('rect', { class: layer, x: -r, y: -r, width: 2 * r, height: 2 * r, rx: r * 0.3, ...fill }, group);
   }
-  if (7 * String(node.component).length + 3 <= 2 * r) shape('text', { class: 'inside', y: 4 }, group).textContent = node.component;
+  if (node.kind !== 'rest' && node.kind !== 'bias' && 7 * String(node.component).length + 3 <= 2 * r) shape('text', { class: 'inside', y: 4 }, group).textContent = node.component;
   if (node.label && gap >= 58 && !graph.tokens.length) shape('text', { y: node.layer === 0 ? r + 17 : -r - 9 }, group).textContent = node.label;
 }
 
@@ -248,7 +246,7 @@ function drawTable() {
   const rows = graph.edges.slice(0, 25).map((edge) => {
     const row = make('tr');
     for (const end of [edge.source, edge.target]) {
-      const cell = make('td'), button = make('button', '', keyOf(byNode.get(end)));
+      const cell = make('td'), button = make('button', '', byNode.get(end).name);
       button.addEventListener('click', () => pin(byNode.get(end)));
       cell.append(button);
       row.append(cell);
@@ -285,7 +283,7 @@ function hover(node) {
   const edges = graph.edges.filter((edge) => touches(edge, node));
   const list = facts(node);
   list.append(make('dt', '', 'edges shown'), make('dd', '', `${edges.filter((e) => e.target === node.node).length} in, ${edges.filter((e) => e.source === node.node).length} out`));
-  tip.replaceChildren(make('div', 'name', keyOf(node)), list);
+  tip.replaceChildren(make('div', 'name', node.name), list);
   const { x, y, r } = places.get(node.node), stage = $('.stage');
   const right = x - stage.scrollLeft + r + 14, left = right - 2 * r - 28 - tip.offsetWidth;
   tip.style.left = `${right + tip.offsetWidth > stage.clientWidth && left > 4 ? left : right}px`;
@@ -313,7 +311,7 @@ async function pin(node) {
   const head = make('div', 'head'), close = make('button', 'close', '×');
   close.setAttribute('aria-label', 'Unpin');
   close.addEventListener('click', unpin);
-  head.append(make('div', 'name', keyOf(node)), close);
+  head.append(make('div', 'name', node.name), close);
   $('.panel').replaceChildren(head, facts(node), ...side('In', answer.ins, answer.in_count, answer.in_sum), ...side('Out', answer.outs, answer.out_count, answer.out_sum));
 }
 

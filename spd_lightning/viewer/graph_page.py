@@ -50,8 +50,8 @@ class GraphSelection:
 class GraphPage:
     """One prompt's graph, ready to draw.
 
-    A node is {node, kind, layer (index into `layers`), pos, component, importance, activation, label, outputs}; an
-    edge {source, target, attribution}, strongest first. Of a graph with many nodes, only those on an edge are here.
+    A node is {node, name, kind, layer (index into `layers`), pos, component, importance, activation, label, outputs};
+    an edge {source, target, attribution}, strongest first. Of a graph with many nodes, only those on an edge are here.
     `tokens` are the prompt's tokens by position, empty for models
     on vectors.
     """
@@ -95,7 +95,7 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
         ends = pl.concat([graph.edges["source"], graph.edges["target"]]).unique()
         nodes = nodes.filter(pl.col("node").is_in(ends.implode()))
     return GraphPage(
-        label=prompt_label(store, prompt),
+        label=prompt_label(prompt),
         mode=store.manifest["mode"],
         layers=store.layers,
         tokens=tokens,
@@ -114,8 +114,8 @@ def node_data(store: Store, prompt: int, node: int) -> NodePage:
     Raises:
         BadInput: the prompt has no such node, or a file is damaged.
     """
-    nodes = store.collect(store.scan("nodes", prompt).select("node", "layer", "pos", "component"))
-    names = {row["node"]: f"{row['layer']}:{row['pos']}:{row['component']}" for row in nodes.to_dicts()}
+    nodes = store.collect(store.scan("nodes", prompt).select("node", "kind", "layer", "pos", "component"))
+    names = {row["node"]: node_name(row) for row in nodes.to_dicts()}
     if node not in names:
         raise BadInput(f"node {node} is not in the graph of prompt {prompt}; it has {len(names)} nodes")
     edges = node_edges(store, prompt, node)
@@ -124,6 +124,11 @@ def node_data(store: Store, prompt: int, node: int) -> NodePage:
         for end, side in (("source", _finite(edges.ins)), ("target", _finite(edges.outs)))
     )
     return NodePage(ins, outs, edges.in_count, edges.out_count, edges.in_sum, edges.out_sum)
+
+
+def node_name(node: Mapping[str, Any]) -> str:
+    """A node's name `layer:pos:component`; what is left of a site, and its bias, stand in the component's place."""
+    return f"{node['layer']}:{node['pos']}:{node['kind'] if node['kind'] in ('rest', 'bias') else node['component']}"
 
 
 def _nodes(store: Store, prompt: int, nodes: pl.DataFrame, tokens: list[str]) -> list[dict[str, Any]]:
@@ -135,6 +140,7 @@ def _nodes(store: Store, prompt: int, nodes: pl.DataFrame, tokens: list[str]) ->
         node
         | {
             "layer": order[node["layer"]],
+            "name": node_name(node),
             "label": _label(node, tokens),
             "outputs": outputs.get((node["pos"], node["component"])) if node["kind"] == "output" else None,
         }

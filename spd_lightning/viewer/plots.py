@@ -57,7 +57,7 @@ def _names(rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
 
 def _ticks(names: Sequence[str], most: int = 40) -> dict[str, Any]:
     places = list(range(0, len(names), -(-len(names) // most) or 1))
-    return {"tickvals": places, "ticktext": [names[i] for i in places], "showgrid": False}
+    return {"tickvals": places, "ticktext": [names[i] for i in places], "showgrid": False, "ticks": ""}
 
 
 def ranked_bars(summary: pl.DataFrame) -> go.Figure:
