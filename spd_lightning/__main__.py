@@ -22,7 +22,7 @@ options of fit, predict and validate
   --print_config   the merged settings, without running anything
   --debug          show where an error came from
 
-Runs are kept in ./runs, or in $SPD_RUNS. Every config says at its top what it does, how long that takes, and what comes out.
+Runs are kept in ./runs, or in $SPD_RUNS. Every config says at its top what it does, how long, and what comes out.
 """
 
 

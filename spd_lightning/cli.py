@@ -190,7 +190,7 @@ def validate(words: Sequence[str]) -> None:
 
 
 def predict(words: Sequence[str]) -> None:
-    """Runs the harvesters of a config over its prompts; the tables land in the run and, as one artifact, its tracker."""
+    """Runs a config's harvesters over its prompts; the tables land in the run and, as one artifact, in its tracker."""
     from spd_lightning.harvest.module import Harvester
     from spd_lightning.training.tracking import publish
 

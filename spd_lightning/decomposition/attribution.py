@@ -2,7 +2,7 @@
 
 1. *Cut.* Run the decomposed model with every site's inner activation cut from the graph: `a = x V` is the value that
    readers are asked about, `â` a leaf of the same value that writers are asked about, and
-   `y = (m ∘ â) U + δ·(x Δᵀ) + b`. Inputs are leaves too; in `frozen` mode so are what is left of each site and its bias.
+   `y = (m ∘ â) U + δ·(x Δᵀ) + b`. Inputs are leaves too; in `frozen` mode so are each site's rest and its bias.
 2. *Differentiate.* The edge from component i of S to component j of T is `∂a_T[s,j]/∂â_S[s',i] · â_S[s',i]` (A1): only
    direct paths carry it, since every other site is cut.
 3. *Collect* the edges between nodes: components whose importance exceeds a threshold, inputs, outputs (A3).
@@ -61,7 +61,7 @@ _PATTERNS = {F.softmax, torch.softmax, Tensor.softmax}
 
 
 class Frozen(TorchFunctionMode):
-    """While open, non-linearities multiply by a constant secant and attention patterns are constants (A6, rules 3, 4)."""
+    """While open, non-linearities multiply by a constant secant, attention patterns are constants (A6, rules 3, 4)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -145,7 +145,7 @@ def cut_run(
     names = {module: name for name, module in model.target.named_modules()}
 
     def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
-        g, site_layers, y = _cut_site(model, site, x, own, importances[site.name], mode, threshold)
+        site_layers, y = _cut_site(model, site, x, own, importances[site.name], mode, threshold)
         layers.extend(site_layers)
         return y
 
@@ -153,8 +153,9 @@ def cut_run(
         def forward(*args, **kwargs):
             leaf = _leaf(own(*args, **kwargs))
             batched = leaf.expand(len(inputs), *leaf.shape[-2:]) if leaf.ndim == 2 or len(leaf) == 1 else leaf
-            layers.append(_whole(names[module], "embedding", leaf if batched is leaf else _leaf(batched)))
-            return layers[-1].leaf
+            leaf = leaf if batched is leaf else _leaf(batched)
+            layers.append(_whole(names[module], "embedding", leaf))
+            return leaf
 
         return forward if module in embeddings else own
 
@@ -185,11 +186,11 @@ def _cut_site(model, site: Site, x: Tensor, own: Map, g: Tensor, mode: Mode, thr
     if mode.linearisation == "frozen":
         layers.append(_whole(site.name, "rest", _leaf(rest)))
         layers.append(_whole(site.name, "bias", _leaf(bias.expand_as(rest))))
-        return g, layers, y + layers[1].leaf + layers[2].leaf
+        return layers, y + layers[1].leaf + layers[2].leaf
     if mode.delta == "flow":  # what is no node is cut like every component; only Δ carries gradient
         others = ((mask * a * ~nodes) @ U).detach()
-        return g, layers, y + others + (own(x) - bias - a @ U) + bias
-    return g, layers, y + rest.detach() + bias
+        return layers, y + others + (own(x) - bias - a @ U) + bias
+    return layers, y + rest.detach() + bias
 
 
 # ---- edges ----------------------------------------------------------------------------------------------------------
@@ -252,9 +253,9 @@ def connected(layers: list[Layer]) -> set[tuple[int, int]]:
     """The pairs of layers joined by a direct path (A4), found by asking for gradients."""
     pairs = set()
     for t, target in enumerate(layers):
-        before = [s for s, layer in enumerate(layers[:t]) if layer.leaf is not None]
+        before = {s: layer.leaf for s, layer in enumerate(layers[:t]) if layer.leaf is not None}
         if target.kind in ("component", "output") and target.value.requires_grad and before:
-            leaves = [layers[s].leaf for s in before]
+            leaves = list(before.values())
             found = torch.autograd.grad(target.value.sum(), leaves, retain_graph=True, allow_unused=True)
             pairs |= {(s, t) for s, g in zip(before, found, strict=True) if g is not None}
     return pairs
@@ -297,12 +298,11 @@ def oracle(layers: list[Layer]) -> dict[tuple[NodeKind, EdgeKey], float]:
     found = {}
     for t, target in enumerate(layers):
         sources = [layer for layer in layers[:t] if layer.leaf is not None]
+        leaves = [layer.leaf for layer in sources if layer.leaf is not None]
         if target.kind not in ("component", "output") or not target.value.requires_grad:
             continue
         for pos, j in target.nodes[0].nonzero().tolist():
-            gradients = torch.autograd.grad(
-                target.value[0, pos, j], [layer.leaf for layer in sources], retain_graph=True, allow_unused=True
-            )
+            gradients = torch.autograd.grad(target.value[0, pos, j], leaves, retain_graph=True, allow_unused=True)
             for layer, gradient in zip(sources, gradients, strict=True):
                 if gradient is None:
                     continue

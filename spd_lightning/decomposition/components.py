@@ -40,9 +40,9 @@ class Site:
         """W as the law writes it, whatever way round the module stores it."""
         match self.kind:
             case "linear":
-                return self.module.weight
+                return self.module.weight  # pyright: ignore[reportReturnType]
             case "conv1d" | "embedding":
-                return self.module.weight.T
+                return self.module.weight.T  # pyright: ignore[reportReturnType]
             case "identity":
                 parameter = next(self.module.parameters())
                 return torch.eye(self.d_in, dtype=parameter.dtype, device=parameter.device)
@@ -50,7 +50,7 @@ class Site:
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
         """b, or None where the map has none."""
-        return None if self.kind in ("identity", "embedding") else self.module.bias
+        return None if self.kind in ("identity", "embedding") else self.module.bias  # pyright: ignore[reportReturnType]
 
     def inner(self, x: Tensor, V: Float[Tensor, "d_in C"]) -> Float[Tensor, "... C"]:
         """Inner activations `a = x V` (D2); for embeddings x holds token ids and rows of V are picked."""
@@ -114,7 +114,10 @@ def masked_output(
         y = y + gate * (clean if bias is None else clean - bias)
     if bias is not None:
         y = y + bias
-    return y if route is None else torch.where(route.unsqueeze(-1), y, clean)
+    if route is None:
+        return y
+    assert clean is not None
+    return torch.where(route.unsqueeze(-1), y, clean)
 
 
 def _kind(module: nn.Module) -> Kind | None:
@@ -130,9 +133,9 @@ def _kind(module: nn.Module) -> Kind | None:
 
 def _width(module: nn.Module, kind: Kind) -> tuple[int, int]:
     if kind == "embedding":
-        return module.num_embeddings, module.embedding_dim
-    rows, columns = module.weight.shape
-    return (rows, columns) if kind == "conv1d" else (columns, rows)
+        return module.num_embeddings, module.embedding_dim  # pyright: ignore[reportReturnType]
+    rows, columns = module.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
+    return (rows, columns) if kind == "conv1d" else (columns, rows)  # pyright: ignore[reportReturnType]
 
 
 def available(model: nn.Module) -> dict[str, Site]:

@@ -196,11 +196,11 @@ class _VectorMLP(nn.Module):
 
 
 def _shared_network(d_in: int, hidden: int, d_out: int) -> nn.Sequential:
-    network = nn.Sequential(nn.Linear(d_in, hidden), nn.GELU(), nn.Linear(hidden, d_out))
-    for layer, gain in ((network[0], 2.0), (network[2], 1.0)):
-        nn.init.normal_(layer.weight, std=(gain / layer.in_features) ** 0.5)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
-    return network
+    first, last = nn.Linear(d_in, hidden), nn.Linear(hidden, d_out)
+    for layer, gain in ((first, 2.0), (last, 1.0)):
+        nn.init.normal_(layer.weight, std=(gain / layer.in_features) ** 0.5)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(first, nn.GELU(), last)
 
 
 class _SharedMLP(nn.Module):

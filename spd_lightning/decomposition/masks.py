@@ -164,7 +164,8 @@ def draw_routes(
         case "all":
             yield dict.fromkeys(names)
         case "layerwise":
-            yield from ({name: None} for name in names)
+            for name in names:
+                yield {name: None}
         case "subset":
             rank = _rand(like, (len(names), *positions), generator).argsort(0).argsort(0)
             size = torch.randint(1, len(names) + 1, positions, generator=generator, device=like.device)

@@ -46,7 +46,7 @@ class Harvester(Callback, ABC):
         self._writer = Writer(self.folder, settings, trainer.global_rank, trainer.world_size)
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Prompts, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Prompts, *_: Any, **__: Any
     ) -> None:
         assert self._writer is not None
         assert isinstance(pl_module, Decomposition)

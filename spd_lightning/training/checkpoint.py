@@ -108,7 +108,7 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._next = (trainer.global_step // self.every + 1) * self.every
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if trainer.global_step >= self._next:
             self._next = (trainer.global_step // self.every + 1) * self.every
             trainer.save_checkpoint(self.path)

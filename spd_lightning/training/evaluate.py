@@ -165,7 +165,8 @@ def verdict(found: Mapping[str, float], settings: Evaluation, n_features: int) -
         if found[f"identity_error/{name}"] or found[f"alive/{name}"] != n_features
     ]
     wrong += [
-        f"{name}: {found[f'alive/{name}']:.0f} components instead of {k}, dense error {found[f'dense_error/{name}']:.0f}"
+        f"{name}: {found[f'alive/{name}']:.0f} components instead of {k}, dense error "
+        f"{found[f'dense_error/{name}']:.0f}"
         for name, k in settings.dense.items()
         if found[f"dense_error/{name}"] or found[f"alive/{name}"] != k
     ]

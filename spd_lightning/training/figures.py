@@ -90,6 +90,7 @@ def _histograms(sites: list[str], arrays: dict[str, np.ndarray]) -> Any:
 
 def _heat_maps(sites: list[str], maps: dict[str, np.ndarray]) -> Any:
     figure, axes = _axes(1, len(sites), 4.2, 3.4)
+    image = None
     for axis, site in zip(axes[0], sites, strict=True):
         image = axis.imshow(maps[site], vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
         axis.set(title=site, xlabel="component", ylabel="input feature alone at 0.75")

@@ -44,25 +44,25 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open("fit", trainer.global_step, trainer.max_steps, "step")
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if self._bar is not None:
             if "loss" in trainer.progress_bar_metrics:
                 self._bar.set_postfix_str(f"loss={trainer.progress_bar_metrics['loss']:.3g}", refresh=False)
             self._bar.update(trainer.global_step - self._bar.n)
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self._close()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = trainer.num_predict_batches[0]
         self._open("predict", 0, int(batches) if batches != float("inf") else None, "batch")
 
-    def on_predict_batch_end(self, *_: Any) -> None:
+    def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
         if self._bar is not None:
             self._bar.update(1)
 
-    def on_predict_end(self, *_: Any) -> None:
+    def on_predict_end(self, *_: Any, **__: Any) -> None:
         self._close()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, *_: Any, **__: Any) -> None:
         self._close()

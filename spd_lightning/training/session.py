@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -48,7 +48,7 @@ class Plan:
 class _Parser(LightningArgumentParser):
     """Says what is wrong with a config in one line."""
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise BadInput(_true_line(str(message)))
 
 

@@ -44,7 +44,7 @@ class MetricsFile(Logger):
 
 
 def chosen_loggers(chosen: Any, folder: Path) -> list[Logger]:
-    """The run's own metrics file, and the tracker that a config chooses: MLflow where it says nothing, none for false."""
+    """The run's own metrics file, and the tracker a config chooses: MLflow where it says nothing, none for false."""
     match chosen:
         case None | True:
             trackers: list[Logger] = [mlflow_logger(folder)]
