@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_run import ALIVE, FEATURES, C, make_harvest, make_run
 
+from spd_lightning.analysis.weights import Factors
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
 from spd_lightning.store import Store, prompt_hash
@@ -121,13 +123,30 @@ def test_component_page_of_a_bare_harvest_says_what_is_missing(tmp_path):
     assert [drawn is None for drawn in component_page.figures(page)] == [False, True, True, False]
 
 
+def test_a_tall_matrix_is_cut_to_its_strongest_rows(root, store):
+    page = component_page.page_data(store, root / "tms_5-2", ComponentSelection("linear1"))
+    V = np.zeros((2000, C), dtype=np.float32)
+    V[::4, 3] = np.arange(500) + 1
+    tall = replace(page, weights=Factors(V, page.weights.U))
+    drawn = component_page.figures(tall)[1].data[0]
+    assert np.array_equal(drawn.z[drawn.z.any(axis=1)], V[V.any(axis=1)])
+    assert len(drawn.z) == component_page.MOST_ROWS
+
+
 def test_run_page_tells_what_the_files_hold(root, store):
     page = run_page.page_data(Run(root / "tms_5-2"), store)
     assert dict(page.facts)["state"] == "finished"
-    assert dict(page.results) == {"mmcs": "0.9998", "ml2r": "0.9931", "alive/linear1": "5"}
+    assert page.results == [("seed", "0")]
+    assert [grid.things for grid in page.grids] == [["linear1", "linear2"]]
+    assert page.grids[0].measures == {"mmcs": ["0.9998", "0.9997"], "alive": ["5", "5"]}
     assert dict(page.harvest) | {"prompts": "69", "complete": "yes", "mode": "unmasked"} == dict(page.harvest)
     logged = [json.loads(line) for line in (root / "tms_5-2" / "metrics.jsonl").read_text().splitlines()]
-    assert page.losses["loss/total"].rows() == [(line["step"], line["loss/total"]) for line in logged]
+    assert set(page.losses) == {"train/loss", "train/faithfulness"}
+    losses = {line["step"]: line["train/loss"] for line in logged if "train/loss" in line}
+    assert dict(page.losses["train/loss"].rows()) == losses
+    l0 = {line["step"]: line["l0/linear2"] for line in logged if "l0/linear2" in line}
+    assert dict(page.measures["l0"]["linear2"].rows()) == l0
+    assert None not in run_page.figures(page)
     assert page.config == (root / "tms_5-2" / "config.yaml").read_text()
     picture = (root / "tms_5-2" / "figures" / "importance.png").read_bytes()
     assert base64.b64decode(page.figures["importance"].partition(",")[2]) == picture
@@ -136,7 +155,7 @@ def test_run_page_tells_what_the_files_hold(root, store):
 def test_run_page_of_an_unfinished_run(root):
     page = run_page.page_data(Run(root / "bare"), None)
     assert dict(page.facts)["state"] == "interrupted"
-    assert page.results == page.harvest == []
+    assert page.results == page.harvest == page.grids == []
     assert page.losses
 
 

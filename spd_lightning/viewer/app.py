@@ -18,7 +18,7 @@ import gradio as gr
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
 from spd_lightning.viewer import component_page, graph_page, run_page
-from spd_lightning.viewer.library import Library
+from spd_lightning.viewer.library import Library, harvest_names
 from spd_lightning.viewer.panel import Panel
 
 HERE = Path(__file__).parent
@@ -88,8 +88,9 @@ def _look(library: Library, wanted_run: str | None, wanted_harvest: str | None) 
     if not held:
         nothing = gr.update(choices=[], value=None)
         return [nothing, nothing, gr.update(value=EMPTY, visible=True), gr.update(visible=False)]
-    chosen = held.get(wanted_run or "") or next((run for run in held.values() if run.harvests), library.runs()[0])
-    harvests = [path.name for path in chosen.harvests]
+    newest = [run for run in held.values() if run.harvests] or list(held.values())
+    chosen = held.get(wanted_run or "", newest[0])
+    harvests = harvest_names(chosen)
     harvest = wanted_harvest if wanted_harvest in harvests else next(iter(harvests), None)
     return [
         gr.update(choices=[(_describe(run), name) for name, run in held.items()], value=chosen.name),

@@ -17,7 +17,7 @@ from spd_lightning.viewer import plots
 from spd_lightning.viewer.library import Library
 from spd_lightning.viewer.panel import Panel, problem, sentence
 
-MOST_PROMPTS, MOST_COMPONENTS = 200, 300
+MOST_PROMPTS, MOST_COMPONENTS, MOST_ROWS = 200, 300, 512
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,15 @@ def figures(page: ComponentPage) -> list[Any]:
     if page.weights is None:
         return [heat, None, None, bars]
     sides = [("V", "reads", page.weights.V, "input"), ("U", "writes", page.weights.U.T, "output")]
-    matrices = [
-        plots.heat_map(matrix, [f"{end} {i}" for i in range(len(matrix))], columns,
-                       title=f"{name}: what each component {verb}", entry=name, left=left, signed=True)
-        for name, verb, matrix, end in sides
-    ]  # fmt: skip
-    return [heat, *matrices, bars]
+    return [heat, *(_matrix(name, verb, matrix, end, columns, left) for name, verb, matrix, end in sides), bars]
+
+
+def _matrix(name: str, verb: str, matrix: np.ndarray, end: str, columns: list[str], left: int) -> Any:
+    """A heat map of V or U; of a matrix with very many rows (an embedding), of the rows with the largest entries."""
+    title = f"{name}: what each component {verb}"
+    shown = np.arange(len(matrix))
+    if len(matrix) > MOST_ROWS:
+        shown = np.sort(np.argsort(-np.abs(matrix).max(axis=1), kind="stable")[:MOST_ROWS])
+        title += f" ({MOST_ROWS} of {len(matrix)} rows, those with the largest entries)"
+    rows = [f"{end} {i}" for i in shown]
+    return plots.heat_map(matrix[shown], rows, columns, title=title, entry=name, left=left, signed=True)

@@ -292,7 +292,7 @@ function hover(node) {
 
 function emptyPanel() {
   $('.panel').replaceChildren(...[
-    'A circle is a component that takes part in this prompt, the fuller the more important it is. A line is an attribution: how much of one node’s value reaches the next along the direct path.',
+    'A circle is a component that takes part in this prompt, the fuller the more important it is. A line is an attribution: how much of one node’s value reaches the next along the direct path. A component’s own sign is arbitrary: two negative lines in a row do what two positive ones would.',
     'Hover a node to see its edges and their values. Click it to pin it here, with everything that flows in and out.',
   ].map((text) => make('p', 'hint', text)));
 }
@@ -365,7 +365,7 @@ function refresh() { describeSliders(); return load(); }
 
 function open() {
   prompts = (props.value && props.value.prompts) || [];
-  $('.find').hidden = prompts.length <= 60;
+  $('.find').hidden = prompts.length <= 100;
   $('.find').value = '';
   unpin();
   fillPrompts();

@@ -154,7 +154,7 @@ def _label(node: Mapping[str, Any], tokens: list[str]) -> str:
         return ""
     if tokens:
         return tokens[node["pos"]] if node["kind"] != "output" else ""
-    return f"{node['activation']:.3g}".replace("-", "−")
+    return f"{node['activation'] + 0.0:.3g}".replace("-", "−")  # + 0.0: there is no −0
 
 
 def _finite(frame: pl.DataFrame) -> pl.DataFrame:

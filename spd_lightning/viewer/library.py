@@ -89,6 +89,12 @@ class Library:
             return {"problem": str(problem)}
 
 
+def harvest_names(run: Run) -> list[str]:
+    """The names of a run's harvests, the latest begun first."""
+    newest = sorted(run.harvests, key=lambda path: (path / "manifest.json").stat().st_mtime, reverse=True)
+    return [path.name for path in newest]
+
+
 @lru_cache(maxsize=8)
 def _opened(path: Path, written: tuple[int, ...]) -> Store:
     """A store, opened once for each state of its manifests (`written`: when each was last replaced)."""

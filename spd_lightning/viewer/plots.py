@@ -1,6 +1,7 @@
 """Plotly figures in one quiet style, readable on light and on dark paper."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -78,27 +79,68 @@ def ranked_bars(summary: pl.DataFrame) -> go.Figure:
     return _quiet(figure, 260)
 
 
-def curves(lines: Mapping[str, pl.DataFrame], title: str, log: bool) -> go.Figure:
-    """Values over training steps, one line a name; on a log axis, values that are not positive are left out.
+def curves(lines: Mapping[str, pl.DataFrame], title: str) -> go.Figure:
+    """Values over training steps on a log axis, one line a name; what is not positive is left out.
 
     Args:
         lines: By name, a frame with columns step and value.
         title: What they are.
-        log: Whether the axis is logarithmic.
     """
-    figure = go.Figure()
-    for number, (name, line) in enumerate(lines.items()):
-        shown = line.filter(pl.col("value") > 0) if log else line
-        style = {"color": SERIES[number % len(SERIES)], "width": 1.6}
-        label = f"{name}<br>step %{{x}}<br>%{{y:.4g}}<extra></extra>"
-        mode = "lines" if len(shown) > 1 else "markers"
-        trace = go.Scatter(x=shown["step"], y=shown["value"], name=name, line=style, mode=mode, hovertemplate=label)
-        figure.add_trace(trace)
+    figure = go.Figure([_line(name, line, n) for n, (name, line) in enumerate(lines.items())])
     _quiet(figure, 320)
     legend = {"x": 1.01, "xanchor": "left", "y": 1, "font": {"size": 12}}
     figure.update_layout(title=_title(title), showlegend=True, legend=legend)
     figure.update_xaxes(title="step", showgrid=False)
-    return figure.update_yaxes(type="log", exponentformat="power", nticks=8) if log else figure
+    return figure.update_yaxes(type="log", exponentformat="power", nticks=8)
+
+
+def small_curves(groups: Mapping[str, Mapping[str, pl.DataFrame]], across: int = 4) -> go.Figure:
+    """Groups of lines over training steps, a small plot each; a plot's title names its lines in their colours.
+
+    A group whose positive values span more than two powers of ten gets a log axis.
+
+    Args:
+        groups: By title and name, a frame with columns step and value.
+        across: How many plots stand in a row.
+    """
+    down = -(-len(groups) // across)
+    titles = [_coloured(title, list(lines)) for title, lines in groups.items()]
+    figure = make_subplots(down, across, subplot_titles=titles, horizontal_spacing=0.05, vertical_spacing=0.3 / down)
+    for place, lines in enumerate(groups.values()):
+        row, col = place // across + 1, place % across + 1
+        for n, (name, line) in enumerate(lines.items()):
+            figure.add_trace(_line(name, line, n), row, col)
+        if _spans_decades(list(lines.values())):
+            figure.update_yaxes(type="log", exponentformat="power", nticks=5, row=row, col=col)
+    _quiet(figure, 190 * down + 40)
+    figure.update_xaxes(showgrid=False)
+    return figure.update_annotations(font={"size": 12.5})
+
+
+def _line(name: str, line: pl.DataFrame, number: int) -> go.Scatter:
+    style = {"color": SERIES[number % len(SERIES)], "width": 1.6}
+    label = f"{name}<br>step %{{x}}<br>%{{y:.4g}}<extra></extra>"
+    mode = "lines" if len(line) > 20 else "lines+markers"
+    marks = {"size": 4}
+    return go.Scatter(
+        x=line["step"], y=line["value"], name=name, line=style, marker=marks, mode=mode, hovertemplate=label
+    )
+
+
+def _spans_decades(lines: Sequence[pl.DataFrame]) -> bool:
+    values = pl.concat([line["value"] for line in lines])
+    positive = values.filter(values > 0)
+    return len(positive) > 0 and bool((values >= 0).all()) and max(positive) > 100 * min(positive)
+
+
+def _coloured(title: str, names: list[str], room: int = 34) -> str:
+    """A title with the names of its lines in their colours, as many as there is room for."""
+    if names == [title]:
+        return title
+    ends = list(accumulate(len(name) + 1 for name in names))
+    shown = [name for name, end in zip(names, ends, strict=True) if len(title) + end <= room] or names[:1]
+    words = [f'<span style="color:{SERIES[n % len(SERIES)]}">{name}</span>' for n, name in enumerate(shown)]
+    return " ".join([title, *words, *(["…"] if len(shown) < len(names) else [])])
 
 
 def _title(text: str) -> dict[str, Any]:

@@ -21,18 +21,28 @@ MOST_POINTS = 2000
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Results named measure/thing, of measures that tell of the same things: the values of each measure, by thing."""
+
+    things: list[str]
+    measures: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
 class RunPage:
     """A run, ready to draw.
 
-    `facts`, `results` and `harvest` are (name, value) rows; `losses` and `measures` hold a frame (step, value) by
-    name; `figures` are PNG files as data URIs by name.
+    `facts`, `results` and `harvest` are (name, value) rows; `grids` are the results that several things share, such as
+    sites or kinds of masks. `losses` and each group of `measures` hold a frame (step, value) by name; `figures` are PNG
+    files as data URIs by name.
     """
 
     facts: list[tuple[str, str]]
-    results: list[tuple[str, str]]
     harvest: list[tuple[str, str]]
+    grids: list[Grid]
+    results: list[tuple[str, str]]
     losses: dict[str, pl.DataFrame]
-    measures: dict[str, pl.DataFrame]
+    measures: dict[str, dict[str, pl.DataFrame]]
     figures: dict[str, str]
     config: str
 
@@ -44,16 +54,39 @@ def page_data(run: Run, store: Store | None) -> RunPage:
         BadInput: a file cannot be read.
     """
     lines = _lines(run.metrics())
-    losses = {name: line for name, line in lines.items() if "loss" in name}
+    losses = {name: line for name, line in lines.items() if is_loss(name)}
+    grids, results = gridded(rows(run.summary))
     return RunPage(
         facts=_facts(run),
-        results=rows(run.summary),
         harvest=_harvest(store) if store else [],
+        grids=grids,
+        results=results,
         losses=losses,
-        measures={name: line for name, line in lines.items() if name not in losses},
+        measures=_grouped({name: line for name, line in lines.items() if name not in losses}),
         figures={path.stem: _data_uri(path) for path in run.figures},
         config=_config(run),
     )
+
+
+def is_loss(name: str) -> bool:
+    """Whether a logged number is one of the losses that training follows (L7: each is logged raw)."""
+    return name.startswith(("train/", "loss")) and not ("gradient_norm" in name or "lr" in name.split("/")[-1])
+
+
+def gridded(results: list[tuple[str, str]]) -> tuple[list[Grid], list[tuple[str, str]]]:
+    """Split results into grids, of two measures or more that tell of the same things, and the rest."""
+    told: dict[str, dict[str, str]] = {}
+    for name, value in results:
+        measure, _, thing = name.partition("/")
+        if thing:
+            told.setdefault(measure, {})[thing] = value
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for measure, values in told.items():
+        alike.setdefault(tuple(values), []).append(measure)
+    shared = {things: measures for things, measures in alike.items() if len(things) > 1 and len(measures) > 1}
+    grids = [Grid(list(things), {m: list(told[m].values()) for m in ms}) for things, ms in shared.items()]
+    inside = {measure for measures in shared.values() for measure in measures}
+    return grids, [(name, value) for name, value in results if name.partition("/")[0] not in inside]
 
 
 def rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -95,6 +128,15 @@ def _lines(metrics: pl.DataFrame) -> dict[str, pl.DataFrame]:
     return {name: line.gather_every(-(-len(line) // MOST_POINTS)) for name, line in lines.items() if len(line)}
 
 
+def _grouped(lines: dict[str, pl.DataFrame]) -> dict[str, dict[str, pl.DataFrame]]:
+    """Lines by all of their name but its last word; the last word tells them apart."""
+    groups: dict[str, dict[str, pl.DataFrame]] = {}
+    for name, line in lines.items():
+        group, _, last = name.rpartition("/")
+        groups.setdefault(group or name, {})[last] = line
+    return groups
+
+
 def _data_uri(path: Path) -> str:
     try:
         return "data:image/png;base64," + b64encode(path.read_bytes()).decode()
@@ -129,14 +171,23 @@ def widgets(library: Library) -> Panel:
 
 
 def figures(page: RunPage) -> list[Any]:
-    """The page's plots: losses on a log axis, all else that was logged on a linear one; None where there is nothing."""
-    losses = plots.curves(page.losses, "Losses", log=True) if page.losses else None
-    return [losses, plots.curves(page.measures, "Measures", log=False) if page.measures else None]
+    """The page's plots: losses on a log axis, and all else that was logged in small; None where there is nothing."""
+    losses = plots.curves(page.losses, "Losses") if page.losses else None
+    return [losses, plots.small_curves(page.measures) if page.measures else None]
 
 
 def _tables(page: RunPage) -> str:
-    sections = {"Run": page.facts, "Reached": page.results, "Harvest": page.harvest}
-    return f'<div class="spd-tables">{"".join(table(rows, title) for title, rows in sections.items())}</div>'
+    lists = table(page.facts, "Run") + table(page.harvest, "Harvest") + table(page.results, "Results")
+    return f'<div class="spd-grids">{"".join(map(_grid, page.grids))}</div><div class="spd-tables">{lists}</div>'
+
+
+def _grid(grid: Grid) -> str:
+    head = "".join(f"<th>{escape(thing)}</th>" for thing in grid.things)
+    body = "".join(
+        f"<tr><th>{escape(measure)}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+        for measure, values in grid.measures.items()
+    )
+    return f'<table class="spd-table"><tr><th></th>{head}</tr>{body}</table>'
 
 
 def _gallery(page: RunPage) -> str:
