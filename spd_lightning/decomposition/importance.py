@@ -177,8 +177,9 @@ class _ScalarMLP(nn.Module):
         self.W2, self.b2 = _normal(C, hidden, gain=1, fan_in=hidden), nn.Parameter(torch.zeros(C))
 
     def forward(self, x: Tensor, a: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        flat = a.reshape(-1, a.shape[-1]).T.contiguous()
-        z = _ScalarMLPs.apply(flat, self.W1, self.b1, self.W2, self.b2)
+        flat = a.reshape(-1, a.shape[-1]).T.to(self.W1.dtype).contiguous()
+        with torch.autocast(a.device.type, enabled=False):  # its backward pass knows one precision only
+            z = _ScalarMLPs.apply(flat, self.W1, self.b1, self.W2, self.b2)
         return z.T.contiguous().reshape(a.shape)  # pyright: ignore[reportOptionalMemberAccess]
 
 

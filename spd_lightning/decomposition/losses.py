@@ -262,7 +262,7 @@ class Pass:
     importances: Importances
     generator: torch.Generator | None
     weights: Float[Tensor, " batch"] | None = None
-    drawn: dict[tuple[str, int], dict[str, Mask]] = field(default_factory=dict)
+    drawn: dict[tuple[str, int, float], dict[str, Mask]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -279,7 +279,7 @@ class Pass:
 
     def masks(self, source: SourceKind, n: int, threshold: float) -> dict[str, Mask]:
         """The n-th draw of a source, the same for every loss that asks for it."""
-        key = (source, n)
+        key = (source, n, threshold if source == "rounded" else 0.0)
         if key not in self.drawn:
             if source == "stochastic":
                 binomial = self.model.importance.sampling == "binomial"

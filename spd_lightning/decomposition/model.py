@@ -5,7 +5,8 @@
 3. A *masked* run replaces the output of chosen sites by their masked components (D3, D4).
 
 A masked run repeats nothing the clean run of the same batch already knows: up to the first site that it changes, every
-map answers from the clean run's record. What does not belong here: losses, schedules, where masks come from.
+map answers from the clean run's record. (A target that changes tensors in place is always run in full: its record
+would not be what its own code sees.) What does not belong here: losses, schedules, where masks come from.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -40,13 +41,10 @@ class Clean:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     inner: dict[str, Tensor] = field(default_factory=dict)
-    record: dict[nn.Module, tuple[Tensor, int]] = field(default_factory=dict)
+    record: dict[nn.Module, Tensor] = field(default_factory=dict)
+    """Outputs of the parts of the target that hold no site."""
     masked: dict[str, tuple[Mask, Tensor]] = field(default_factory=dict)
     """Masked outputs on clean inputs already computed for this batch, to be shared by passes with the same mask."""
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 class ComponentModel(nn.Module):
@@ -60,7 +58,7 @@ class ComponentModel(nn.Module):
         delta: whether the delta component takes part in masked runs.
 
     Raises:
-        BadInput: a pattern matches nothing or overlaps another; a tie that does not hold.
+        BadInput: a pattern matches nothing or overlaps another; a tie of no site, or one that does not hold.
     """
 
     def __init__(
@@ -77,6 +75,9 @@ class ComponentModel(nn.Module):
         self.sites = {name: site for name, (site, _) in found.items()}
         self.counts = {name: C for name, (_, C) in found.items()}
         self.tied = dict(tied or {})
+        if unknown := set(self.tied) - set(self.sites):
+            name = min(unknown)
+            raise BadInput(f"tied: '{name}' is no site; {nearest(name, self.sites)}")
         self.components = nn.ModuleDict()  # its keys cannot hold dots
         for name in sorted(self.sites, key=lambda n: n in self.tied):
             self.components[name.replace(".", "/")] = self._components(name)
@@ -84,6 +85,7 @@ class ComponentModel(nn.Module):
         self.importance_function = importance_function(self.importance, found)
         self.delta = delta
         self._plain = self._modules_without_sites()
+        self._in_place = False  # until a clean run shows that the target changes tensors in place
 
     def _components(self, name: str) -> nn.Module:
         site, partner = self.sites[name], self.tied.get(name)
@@ -91,6 +93,8 @@ class ComponentModel(nn.Module):
             return Components(site.d_in, site.d_out, self.counts[name])
         if partner not in self.sites:
             raise BadInput(f"tied: '{name}' is tied to '{partner}', which is no site; {nearest(partner, self.sites)}")
+        if partner in self.tied:
+            raise BadInput(f"tied: '{name}' is tied to '{partner}', which is tied itself; tie to a site that is not")
         other = self.sites[partner]
         same = self.counts[name] == self.counts[partner] and (site.d_in, site.d_out) == (other.d_out, other.d_in)
         if not same or not torch.equal(site.weight, other.weight.T):
@@ -117,7 +121,8 @@ class ComponentModel(nn.Module):
         """The outermost modules with no site inside: the parts of the target whose clean output can be replayed."""
         sites = {site.module for site in self.sites.values()}
         inside = {m: any(s in sites for s in m.modules()) for m in self.target.modules()}
-        return [c for m, holds in inside.items() if holds and m not in sites for c in m.children() if not inside[c]]
+        holders = [m for m, holds in inside.items() if holds and m not in sites]
+        return list(dict.fromkeys(c for m in holders for c in m.children() if not inside[c]))
 
     @contextmanager
     def replaced(
@@ -151,29 +156,54 @@ class ComponentModel(nn.Module):
                     module.forward = forward
 
     def clean(self, batch: Tensor) -> Clean:
-        """Runs the target as it is, recording site inputs, and computes inner activations with gradient to V."""
-        run = Clean(batch)
-        twice: set[nn.Module] = set()
+        """Runs the target as it is, recording site inputs, and computes inner activations with gradient to V.
+
+        Raises:
+            BadInput: the target uses a site twice, or not at all.
+        """
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors do not tell whether they were changed
+            batch = batch.clone() if batch.is_inference() else batch
+            run, intact = self._recorded(batch)
+            if not intact:
+                self._in_place = True
+                run, _ = self._recorded(batch)
+        if unused := [name for name in self.sites if name not in run.inputs]:
+            raise BadInput(f"sites: the target does not use '{unused[0]}' on its inputs; leave it out")
+        run.inner = {name: site.inner(run.inputs[name], self[name].V) for name, site in self.sites.items()}
+        return run
+
+    def _recorded(self, batch: Tensor) -> tuple[Clean, bool]:
+        """A clean run without inner activations, and whether what it recorded is still what it was."""
+        run, twice, watched = Clean(batch), set[nn.Module](), list[tuple[Tensor, int]]()
+
+        def kept(tensor: Tensor) -> Tensor:
+            watched.append((tensor, tensor._version))
+            return tensor.clone() if self._in_place else tensor
 
         def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
-            run.inputs[site.name], run.outputs[site.name] = x, own(x)
-            return run.outputs[site.name]
+            if site.name in run.inputs:
+                raise BadInput(f"sites: the target uses '{site.name}' twice in one run; leave it out")
+            run.inputs[site.name] = kept(x)
+            out = own(x)
+            run.outputs[site.name] = kept(out)
+            return out
 
         def at_module(module: nn.Module, own: Map) -> Map:
             def forward(*args, **kwargs):
+                watched.extend((t, t._version) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
                 out = own(*args, **kwargs)
-                twice.add(module) if module in run.record else None
-                if isinstance(out, Tensor):
-                    run.record[module] = (out, _version(out))
+                if module in run.record:
+                    twice.add(module)
+                elif isinstance(out, Tensor):
+                    run.record[module] = kept(out)
                 return out
 
             return forward
 
-        with torch.no_grad(), self.replaced(at_site, at_module):
+        with self.replaced(at_site, at_module):
             run.output = self.target(batch)
         run.record = {m: out for m, out in run.record.items() if m not in twice}
-        run.inner = {name: site.inner(run.inputs[name], self[name].V) for name, site in self.sites.items()}
-        return run
+        return run, all(tensor._version == version for tensor, version in watched)
 
     def importances(self, clean: Clean, generator: torch.Generator | None = None) -> Importances:
         """Causal importances of every site on a clean run (G1); the generator is for binomial sampling only (G5)."""
@@ -193,13 +223,13 @@ class ComponentModel(nn.Module):
         detach: keep V, U out of the graph, for ascents that need a gradient to the masks alone.
         seen: where given, receives the input of every site in this run.
         """
-        changed = clean is None
+        changed = clean is None or self._in_place
 
         def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
             nonlocal changed
             mask = masks.get(site.name)
             if seen is not None:
-                seen[site.name] = x
+                seen[site.name] = x.clone() if self._in_place else x
             known, changed = not changed, changed or mask is not None
             if known:
                 assert clean is not None
@@ -212,8 +242,8 @@ class ComponentModel(nn.Module):
 
         def at_module(module: nn.Module, own: Map) -> Map:
             def forward(*args, **kwargs):
-                out, version = clean.record.get(module, (None, 0)) if clean and not changed else (None, 0)
-                return out if out is not None and _version(out) == version else own(*args, **kwargs)
+                known = clean.record.get(module) if clean and not changed else None
+                return own(*args, **kwargs) if known is None else known
 
             return forward
 
