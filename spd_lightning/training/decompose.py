@@ -33,6 +33,8 @@ from spd_lightning.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
+LADDER_ROWS = 512  # an adversary of 160 ascents on a whole batch would cost more than the rest of an evaluation
+
 
 @dataclass(frozen=True)
 class Optimiser:
@@ -214,7 +216,8 @@ class Decomposition(BlockModule):
             run = Pass.of(self.model, batch.clone(), self._generator("evaluation", batch_index))
             count(self.model, run, self.evaluation, self._totals)
             if batch_index == 0:
-                self._ladder = adversarial_ladder(self.model, run, self.evaluation)
+                few = Pass.of(self.model, run.batch[:LADDER_ROWS], run.generator)
+                self._ladder = adversarial_ladder(self.model, few, self.evaluation)
                 self._width = batch.shape[1] if batch.is_floating_point() else None
 
     def on_validation_epoch_end(self) -> None:

@@ -34,7 +34,7 @@ class Evaluation:
         identity: sites where every input feature should have a component of its own.
         dense: sites where k components should serve all features together, with their k.
         groups: named sums of L0 over sites, each an fnmatch pattern of site names.
-        ladder: numbers of ascents at which a fresh adversary is scored, on the first batch.
+        ladder: numbers of ascents at which a fresh adversary is scored, on the first rows of the first batch.
         divergence: how outputs are compared.
     """
 

@@ -59,10 +59,14 @@ def draw(module: Decomposition) -> Iterator[tuple[str, Any]]:
 def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return figure, axes
 
 
 def _lines(sites: list[str], arrays: dict[str, np.ndarray], kind: str, label: str) -> Any:

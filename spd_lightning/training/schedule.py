@@ -12,18 +12,21 @@ class Schedule:
     Args:
         kind: constant, linear or cosine, from the full rate to its final fraction.
         warmup: updates over which the rate first rises linearly from 0.
+        hold: fraction of training that has passed before the rate begins to fall.
         final: fraction of the full rate that the last update uses.
     """
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = 0
+    hold: float = 0.0
     final: float = 0.0
 
     def factor(self, step: int, steps: int) -> float:
         """The share of the full rate that update `step` of `steps` uses (both counted from 0; L7)."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, steps - 1 - self.warmup)
+        begin = max(self.warmup, self.hold * (steps - 1))
+        progress = max(0.0, (step - begin) / max(1, steps - 1 - begin))
         match self.kind:
             case "constant":
                 return 1.0

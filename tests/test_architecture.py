@@ -1,0 +1,56 @@
+"""The house stands as planned: who may import whom, what costs nothing to import, how long a file may get."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "spd_lightning").rglob("*.py"))
+
+
+def test_import_contracts_hold():
+    """The layers of pyproject.toml, as import-linter checks them."""
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("spd_lightning", {"torch", "lightning", "polars", "gradio", "mlflow"}),
+        ("spd_lightning.cli", {"torch", "lightning", "polars", "gradio", "mlflow", "wandb"}),
+        ("spd_lightning.runs", {"torch", "lightning", "mlflow", "wandb", "polars"}),
+        ("spd_lightning.store", {"torch", "lightning", "gradio"}),
+        ("spd_lightning.decomposition.attribution", {"lightning", "polars", "matplotlib", "gradio", "mlflow"}),
+        ("app", {"torch", "lightning"}),
+    ],
+)
+def test_importing_one_does_not_import(module, absent):
+    """What a part does not need it does not load, however it is reached."""
+    code = f"import sys, {module}; print(*({absent!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_help_needs_nothing_heavy():
+    """`--help` answers before torch, Lightning or even the command line proper is imported."""
+    code = "import sys; sys.argv = ['x', '--help']; import runpy; runpy.run_module('spd_lightning', run_name='__main__');"
+    code += "print('HEAVY', *({'torch', 'lightning', 'yaml', 'spd_lightning.cli'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].strip() == "HEAVY"
+    assert "fit" in done.stdout
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path):
+    """No file far above 400 lines, no function above 60, no drawer for odds and ends."""
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 400
+    assert path.stem not in {"utils", "helpers", "common", "base", "misc"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or node.lineno) - node.lineno < 60, node.name
