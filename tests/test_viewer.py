@@ -152,6 +152,17 @@ def test_run_page_tells_what_the_files_hold(root, store):
     assert base64.b64decode(page.figures["importance"].partition(",")[2]) == picture
 
 
+def test_a_run_that_diverged_is_drawn_too(tmp_path):
+    """Infinite and missing losses leave a gap, no error."""
+    run = make_run(tmp_path / "run", harvests=())
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3000, "train/loss": Infinity, "l0/linear1": NaN}\n{"step": 3001, "train/loss": NaN}\n')
+    page = run_page.page_data(Run(run), None)
+    assert page.losses["train/loss"]["value"].is_infinite().any()
+    for figure in run_page.figures(page):
+        assert "Infinity" not in figure.to_json()
+
+
 def test_run_page_of_an_unfinished_run(root):
     page = run_page.page_data(Run(root / "bare"), None)
     assert dict(page.facts)["state"] == "interrupted"
@@ -180,6 +191,21 @@ def test_a_library_opens_names_and_never_paths(root):
     for harvest in ("../probe", "../../../broken/harvest/probe", str(root), None, {}):
         with pytest.raises(BadInput, match="harvest"):
             library.store("tms_5-2", harvest)
+
+
+def test_what_is_wished_for_is_chosen_if_it_is_there(root, tmp_path):
+    library = Library(str(root))
+    chosen = {wish: library.choose(*wish) for wish in [("tms_5-2", "probe"), ("broken", "second"), ("bare", "probe")]}
+    assert {wish: (run.name, harvest) for wish, (run, harvest) in chosen.items()} == {
+        ("tms_5-2", "probe"): ("tms_5-2", "probe"),
+        ("broken", "second"): ("broken", "probe"),
+        ("bare", "probe"): ("bare", None),
+    }
+    for nonsense in (None, "", 3, ["tms_5-2"], {"a": 1}):
+        run, harvest = library.choose(nonsense, nonsense)
+        assert run.harvests
+        assert harvest in [path.name for path in run.harvests]
+    assert Library(str(tmp_path)).choose("tms_5-2", "probe") is None
 
 
 def test_a_store_is_read_anew_when_it_grows(tmp_path):

@@ -60,40 +60,45 @@ def _page(name: str, module: Any, library: Library) -> Panel:
 
 def _wire(demo: gr.Blocks, library: Library, refresh: gr.Button, top: list[Any], panels: list[Panel]) -> None:
     run, harvest = top[:2]
-    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    # Without preprocess, gradio compares no value with choices that another event may have changed; `choose` does it.
+    quick: dict[str, Any] = {
+        "queue": False,
+        "preprocess": False,
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
 
-    def look(wanted_run: str | None, wanted_harvest: str | None) -> list[Any]:
+    def look(wanted_run: Any, wanted_harvest: Any) -> list[Any]:
         return _look(library, wanted_run, wanted_harvest)
 
     looked = gr.on([demo.load, refresh.click, run.input], look, [run, harvest], top, **quick)
     for panel in panels:
-        inputs, outputs = [run, harvest, *panel.inputs], list(panel.outputs)
-        looked.then(_if_any(panel), inputs, outputs, **quick)
-        gr.on([control.input for control in inputs[1:]], _if_any(panel), inputs, outputs, **quick)
+        draw, inputs, outputs = _chosen(library, panel), [run, harvest, *panel.inputs], list(panel.outputs)
+        looked.then(draw, inputs, outputs, **quick)
+        gr.on([control.input for control in inputs[1:]], draw, inputs, outputs, **quick)
 
 
-def _if_any(panel: Panel) -> Callable[..., Any]:
-    """The panel's `draw`, left alone while no run is chosen."""
+def _chosen(library: Library, panel: Panel) -> Callable[..., Any]:
+    """The panel's `draw` on what a browser's wishes mean; they may be a moment older than what `_look` answered."""
 
-    def draw(run: str | None, harvest: str | None, *values: Any) -> Any:
-        drawn = panel.draw(run, harvest, *values) if run else [gr.skip()] * len(panel.outputs)
+    def draw(wanted_run: Any, wanted_harvest: Any, *values: Any) -> Any:
+        chosen = library.choose(wanted_run, wanted_harvest)
+        drawn = panel.draw(chosen[0].name, chosen[1], *values) if chosen else [gr.skip()] * len(panel.outputs)
         return drawn if len(panel.outputs) > 1 else drawn[0]
 
     return draw
 
 
-def _look(library: Library, wanted_run: str | None, wanted_harvest: str | None) -> list[Any]:
-    """The choice of run, the choice of harvest, a message, the pages: what is chosen stays if it is still there."""
-    held = {run.name: run for run in library.runs()}
-    if not held:
+def _look(library: Library, wanted_run: Any, wanted_harvest: Any) -> list[Any]:
+    """The choice of run, the choice of harvest, a message, the pages."""
+    chosen = library.choose(wanted_run, wanted_harvest)
+    if chosen is None:
         nothing = gr.update(choices=[], value=None)
         return [nothing, nothing, gr.update(value=EMPTY, visible=True), gr.update(visible=False)]
-    newest = [run for run in held.values() if run.harvests] or list(held.values())
-    chosen = held.get(wanted_run or "", newest[0])
-    harvests = harvest_names(chosen)
-    harvest = wanted_harvest if wanted_harvest in harvests else next(iter(harvests), None)
+    run, harvest = chosen
+    harvests = harvest_names(run)
     return [
-        gr.update(choices=[(_describe(run), name) for name, run in held.items()], value=chosen.name),
+        gr.update(choices=[(_describe(held), held.name) for held in library.runs()], value=run.name),
         gr.update(choices=harvests, value=harvest, visible=len(harvests) > 1),
         gr.update(visible=False),
         gr.update(visible=True),

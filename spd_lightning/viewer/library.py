@@ -57,6 +57,18 @@ class Library:
             raise BadInput(f"run '{asked}': not in '{self.place}'; {nearest(asked, held)}")
         return held[name]
 
+    def choose(self, run: Any, harvest: Any) -> tuple[Run, str | None] | None:
+        """What to show to someone who wishes for this run and harvest: they themselves where they are there.
+
+        Otherwise the latest run that has a harvest, and the latest harvest of the run; None if there is no run.
+        """
+        held = self.runs()
+        asked = [one for one in held if one.name == run] or [one for one in held if one.harvests] or held
+        if not asked:
+            return None
+        names = harvest_names(asked[0])
+        return asked[0], harvest if harvest in names else next(iter(names), None)
+
     def store(self, run: Any, harvest: Any) -> Store:
         """A run's harvest of this name, as it is on disk now.
 

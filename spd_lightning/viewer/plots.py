@@ -91,7 +91,7 @@ def curves(lines: Mapping[str, pl.DataFrame], title: str) -> go.Figure:
     legend = {"x": 1.01, "xanchor": "left", "y": 1, "font": {"size": 12}}
     figure.update_layout(title=_title(title), showlegend=True, legend=legend)
     figure.update_xaxes(title="step", showgrid=False)
-    return figure.update_yaxes(type="log", exponentformat="power", nticks=8)
+    return figure.update_yaxes(type="log", exponentformat="power", dtick=max(1, round(_decades(lines) / 7)))
 
 
 def small_curves(groups: Mapping[str, Mapping[str, pl.DataFrame]], across: int = 4) -> go.Figure:
@@ -110,9 +110,10 @@ def small_curves(groups: Mapping[str, Mapping[str, pl.DataFrame]], across: int =
         row, col = place // across + 1, place % across + 1
         for n, (name, line) in enumerate(lines.items()):
             figure.add_trace(_line(name, line, n), row, col)
-        if _spans_decades(list(lines.values())):
-            figure.update_yaxes(type="log", exponentformat="power", nticks=5, row=row, col=col)
+        if (decades := _decades(lines)) > 2 and not any((line["value"] < 0).any() for line in lines.values()):
+            figure.update_yaxes(type="log", dtick=max(1, round(decades / 4)), row=row, col=col)
     _quiet(figure, 190 * down + 40)
+    figure.update_yaxes(exponentformat="power")
     figure.update_xaxes(showgrid=False)
     return figure.update_annotations(font={"size": 12.5})
 
@@ -127,10 +128,11 @@ def _line(name: str, line: pl.DataFrame, number: int) -> go.Scatter:
     )
 
 
-def _spans_decades(lines: Sequence[pl.DataFrame]) -> bool:
-    values = pl.concat([line["value"] for line in lines])
-    positive = values.filter(values > 0)
-    return len(positive) > 0 and bool((values >= 0).all()) and max(positive) > 100 * min(positive)
+def _decades(lines: Mapping[str, pl.DataFrame]) -> float:
+    """How many powers of ten the positive values span."""
+    values = np.concatenate([line["value"].to_numpy() for line in lines.values()])
+    positive = values[np.isfinite(values) & (values > 0)]
+    return float(np.log10(positive.max() / positive.min())) if positive.size else 0.0
 
 
 def _coloured(title: str, names: list[str], room: int = 34) -> str:
