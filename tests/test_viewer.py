@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from toy_run import ALIVE, FEATURES, C, make_harvest, make_run
 from spd_lightning.analysis.weights import Factors
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
-from spd_lightning.store import Store, prompt_hash
+from spd_lightning.store import Store, Writer, prompt_hash
 from spd_lightning.viewer import component_page, graph_page, run_page
 from spd_lightning.viewer.component_page import ComponentSelection
 from spd_lightning.viewer.graph_page import GraphSelection, graph_answer, node_answer
@@ -92,6 +93,23 @@ def test_node_page_names_both_ends_of_every_edge(store):
         assert page.in_sum == pytest.approx(sum(value for _, value in ins))
     with pytest.raises(BadInput, match="node 99 is not in the graph"):
         graph_page.node_data(store, prompt, 99)
+
+
+def test_values_that_are_not_finite_reach_the_browser_as_nothing(store, tmp_path):
+    """JSON knows no infinity: such an attribution is shown as missing, and the others keep their scale."""
+    prompt, path = prompt_hash(b"one"), tmp_path / "odd"
+    keep = ("harvest", "run", "kind", "mode", "threshold", "layers", "C")
+    tables = {t: store.scan(t, int(PROBE)).collect() for t in ("prompts", "nodes", "edges", "outputs")}
+    tables = {t: frame.with_columns(prompt_id=pl.lit(prompt, pl.UInt64)) for t, frame in tables.items()}
+    values = pl.Series("attribution", [np.inf, np.nan, 0.5, -2.0, 0.0, 0.0, 0.0], pl.Float32)
+    tables["edges"] = tables["edges"].with_columns(values)
+    Writer(path, {key: store.manifest[key] for key in keep}).write(tables)
+    odd = Store(path)
+    page = graph_page.page_data(odd, GraphSelection(prompt))
+    assert page.largest == 2.0
+    assert sum(edge["attribution"] is None for edge in page.edges) == 2
+    nodes = [graph_page.node_data(odd, prompt, node["node"]) for node in page.nodes]
+    json.dumps([page.__dict__, *(node.__dict__ for node in nodes)], allow_nan=False)
 
 
 def test_what_is_no_component_has_a_name_of_its_own():

@@ -21,7 +21,8 @@ class PromptGraph:
 
     `nodes` has the columns node, kind, layer, pos, component, importance, activation; `edges` has source, target,
     attribution, strongest first. `edges_total` counts the prompt's edges, `edges_passing` those above threshold and
-    between visible nodes before the cut to top-k, `largest` is the largest |attribution| of the prompt (0 if none).
+    between visible nodes before the cut to top-k, `largest` is the largest finite |attribution| of the prompt
+    (0 if none).
     """
 
     nodes: pl.DataFrame
@@ -53,7 +54,7 @@ def prompt_graph(
     edges = store.collect(store.scan("edges", prompt)).drop("prompt_id")
     importance = pl.col("importance").cast(pl.Float64)  # else a threshold would be rounded to single precision
     visible = nodes.filter(importance.is_null() | (importance >= min_importance))
-    largest = float(edges.select(STRENGTH.max()).item() or 0.0)
+    largest = float(edges.select(STRENGTH.filter(STRENGTH.is_finite()).max()).item() or 0.0)
     shown = visible["node"].implode()
     between = [pl.col(end).is_in(shown) for end in ("source", "target")]
     passing = edges.filter(STRENGTH.ge(threshold * largest), *between)

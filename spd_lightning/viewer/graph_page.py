@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,15 @@ class GraphPage:
 
 @dataclass(frozen=True)
 class NodePage:
-    """All that meets in one node: ends {node, name, attribution}, strongest first, with counts and sums over all."""
+    """All that meets in one node: ends {node, name, attribution}, strongest first, with counts and sums over all
+    (None where a sum is not finite)."""
 
     ins: list[dict[str, Any]]
     outs: list[dict[str, Any]]
     in_count: int
     out_count: int
-    in_sum: float
-    out_sum: float
+    in_sum: float | None
+    out_sum: float | None
 
 
 def page_data(store: Store, selection: GraphSelection) -> GraphPage:
@@ -123,7 +125,8 @@ def node_data(store: Store, prompt: int, node: int) -> NodePage:
         [{"node": row[end], "name": names[row[end]], "attribution": row["attribution"]} for row in side.to_dicts()]
         for end, side in (("source", _finite(edges.ins)), ("target", _finite(edges.outs)))
     )
-    return NodePage(ins, outs, edges.in_count, edges.out_count, edges.in_sum, edges.out_sum)
+    in_sum, out_sum = (total if isfinite(total) else None for total in (edges.in_sum, edges.out_sum))
+    return NodePage(ins, outs, edges.in_count, edges.out_count, in_sum, out_sum)
 
 
 def node_name(node: Mapping[str, Any]) -> str:
