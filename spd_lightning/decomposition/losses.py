@@ -187,7 +187,7 @@ class SmoothL0:
         """`Σ_l Σ_c mean g² / (g² + γ²)`."""
         gamma = anneal(self.gamma, self.gamma_final, progress, end=self.end)
         counts = {name: g.square() / (g.square() + gamma**2) for name, g in lower.items()}
-        return torch.stack([component_means(count, 1, weights).sum() for count in counts.values()]).sum()
+        return torch.stack([component_means(count, 1.0, weights).sum() for count in counts.values()]).sum()
 
 
 # ---- reconstruction -------------------------------------------------------------------------------------------------

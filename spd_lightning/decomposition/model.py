@@ -227,9 +227,9 @@ class ComponentModel(nn.Module):
 
         def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
             nonlocal changed
-            mask = masks.get(site.name)
+            mask, x = masks.get(site.name), x.clone() if self._in_place else x
             if seen is not None:
-                seen[site.name] = x.clone() if self._in_place else x
+                seen[site.name] = x
             known, changed = not changed, changed or mask is not None
             if known:
                 assert clean is not None
