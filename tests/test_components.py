@@ -102,7 +102,7 @@ def test_d3_and_d4_both_forms_agree_in_value_and_every_gradient(bias, delta, com
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(kinds=some_kinds, seed=st.integers(0, 99))
 def test_d3_and_d4_hold_in_whole_networks_of_every_kind_of_site(network, kinds, seed):
     model = decomposed(network, seed)
@@ -340,7 +340,7 @@ def test_a_site_used_twice_or_never_is_refused():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(kinds=some_kinds, more=some_kinds, seed=st.integers(0, 99))
 def test_replaying_the_clean_runs_record_changes_nothing(network, kinds, more, seed):
     model = decomposed(network, seed)

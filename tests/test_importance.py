@@ -93,7 +93,7 @@ def test_g1_every_kind_is_its_loop_over_components_in_value_and_gradient(network
         torch.testing.assert_close(a, b, **EXACT)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(C=st.integers(1, 7), hidden=st.integers(1, 5), rows=st.integers(0, 6), block=st.integers(1, 80))
 def test_g1_blocks_of_any_size_give_the_same(C, hidden, rows, block):
     torch.manual_seed(0)
