@@ -6,6 +6,7 @@ What a verb does not need it does not import.
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -42,6 +43,10 @@ def run(words: Sequence[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as done:  # --print_config has printed
+        return done.code if isinstance(done.code, int) else 0
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if debug:
             raise
@@ -62,10 +67,9 @@ def _quiet(verb: str) -> AbstractContextManager[None]:
 
 def _speak() -> None:
     """What this tool has to say goes to the terminal as it is."""
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
-        log.propagate = False
+    log.handlers = [logging.StreamHandler()]
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 # ---- fit, validate, predict -----------------------------------------------------------------------------------------
@@ -84,9 +88,10 @@ class Request:
         """Reads --config and --run; all else is for LightningCLI."""
         request, rest = cls(), list(words)
         while rest:
-            word, _, value = rest.pop(0).partition("=")
+            option = rest.pop(0)
+            word, _, value = option.partition("=")
             if word not in ("--config", "-c", "--run"):
-                request.overrides.append(f"{word}={value}" if value else word)
+                request.overrides.append(option)
                 continue
             if not value and (not rest or rest[0].startswith("--")):
                 raise BadInput(f"'{word}' needs a value; for example: {word} tms.yaml")
@@ -127,17 +132,16 @@ def fit(words: Sequence[str]) -> None:
 
 
 def _trains_target(config: dict[str, Any]) -> bool:
-    return str(config.get("model", {}).get("class_path", "")).endswith("TargetTraining")
+    model = config.get("model")
+    return isinstance(model, dict) and str(model.get("class_path")).endswith("TargetTraining")
 
 
 def _decompose(request: Request, config: dict[str, Any]) -> None:
-    from spd_lightning.training.checkpoint import LAST, Checkpoints, save_decomposition
+    from spd_lightning.training.checkpoint import Checkpoints
     from spd_lightning.training.figures import Figures
     from spd_lightning.training.session import Plan, Session
-    from spd_lightning.training.tracking import chosen_loggers, publish
 
-    started = time.perf_counter()
-    claims = []
+    started, claims = time.perf_counter(), []
 
     def plan(settings: dict[str, Any]) -> Plan:
         claim = runs.claim(request.name, settings)
@@ -145,23 +149,44 @@ def _decompose(request: Request, config: dict[str, Any]) -> None:
         with runs.write_whole(claim.path / "config.yaml") as temporary:
             temporary.write_text(configs.dump(settings), encoding="utf-8")
         extra = [Checkpoints(claim.path), Figures(claim.path)]
-        return Plan(claim.path, claim.run.name, None, extra, lambda chosen: chosen_loggers(chosen, claim.path))
+        return Plan(claim.path, claim.run.name, callbacks=extra, tracked=True)
 
-    session = Session(config, request.overrides, plan)
-    folder, module, trainer = claims[0].path, session.model, session.trainer
-    checkpoint = folder / LAST
-    trainer.fit(module, datamodule=session.datamodule, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
-    trainer.validate(module, datamodule=session.datamodule, verbose=False)
-    if trainer.is_global_zero:
-        save_decomposition(module, folder)
-        summary = _summary(session, time.perf_counter() - started)
-        if module.warning:
-            log.warning("run %s: ended in a local minimum; try another seed. %s", folder.name, module.warning)
-        runs.write_json(folder / "summary.json", summary)
-        publish(trainer, folder)
-        print(_table([(folder.name, summary)]))
-        print(f"run: {folder}    next: python -m spd_lightning predict --config {request.names[0]}")
-    claims[0].release()
+    try:
+        session = Session(config, request.overrides, plan)
+        _train(session)
+        if session.trainer.is_global_zero:
+            _finish(session, started)
+            print(f"run: {session.plan.folder}    next: python -m spd_lightning predict --config {request.names[0]}")
+    finally:
+        for claim in claims:
+            claim.abandon()
+
+
+def _train(session: "Session") -> None:
+    from spd_lightning.training.checkpoint import LAST
+    from spd_lightning.training.tracking import answering, begin
+
+    trainer, checkpoint = session.trainer, session.plan.folder / LAST
+    with answering():
+        begin(trainer, session.plan.folder, session.settings)
+        trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
+        trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
+
+
+def _finish(session: "Session", started: float) -> None:
+    """Writes what the training came to, the summary last, and sends copies to the trackers."""
+    from spd_lightning.training.checkpoint import save_decomposition
+    from spd_lightning.training.tracking import answering, publish
+
+    folder, module = session.plan.folder, session.model
+    save_decomposition(module, folder)
+    summary = _summary(session, time.perf_counter() - started)
+    if module.warning:
+        log.warning("run %s: ended in a local minimum; try another seed. %s", folder.name, module.warning)
+    runs.write_json(folder / "summary.json", summary)
+    print(_table([(folder.name, summary)]))
+    with answering():
+        publish(session.trainer, folder)
 
 
 def _summary(session: "Session", seconds: float) -> dict[str, float | str]:
@@ -183,7 +208,7 @@ def _summary(session: "Session", seconds: float) -> dict[str, float | str]:
 
 def validate(words: Sequence[str]) -> None:
     """Evaluates a finished run again and prints its figures."""
-    session = _finished(Request.of(words))
+    session = _finished(Request.of(words), tracked=False)
     session.trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
     if session.trainer.is_global_zero:
         print(json.dumps(session.model.figures, indent=1))
@@ -192,30 +217,29 @@ def validate(words: Sequence[str]) -> None:
 def predict(words: Sequence[str]) -> None:
     """Runs a config's harvesters over its prompts; the tables land in the run and, as one artifact, in its tracker."""
     from spd_lightning.harvest.module import Harvester
-    from spd_lightning.training.tracking import publish
+    from spd_lightning.training.tracking import answering, begin, publish
 
-    session = _finished(Request.of(words))
+    session = _finished(Request.of(words), tracked=True)
     harvesters = [c for c in session.trainer.callbacks if isinstance(c, Harvester)]  # pyright: ignore[reportAttributeAccessIssue]
     if not harvesters:
         raise BadInput("config: no harvester in trainer.callbacks; add class_path spd_lightning.PromptGraphs")
     session.trainer.predict(session.model, datamodule=session.datamodule, return_predictions=False)
     for harvester in harvesters:
         if session.trainer.is_global_zero:
-            publish(session.trainer, session.plan.folder, [f"harvest/{harvester.name}"])
             print(f"harvest: {harvester.folder}    see it: python -m spd_lightning view")
+    with answering():
+        begin(session.trainer, session.plan.folder)
+        publish(session.trainer, session.plan.folder, [f"harvest/{harvester.name}" for harvester in harvesters])
 
 
-def _finished(request: Request) -> "Session":
+def _finished(request: Request, tracked: bool) -> "Session":
     """A session on the run a request means: its weights, the config's data and trainer."""
     from spd_lightning.training.checkpoint import load_decomposition
     from spd_lightning.training.session import Plan, Session
-    from spd_lightning.training.tracking import chosen_loggers
-
-    run_ = runs.find(request.run) if request.run else runs.newest(request.name)
 
     def plan(settings: dict[str, Any]) -> Plan:
-        model = load_decomposition(run_.path)
-        return Plan(run_.path, run_.name, model, (), lambda chosen: chosen_loggers(chosen, run_.path))
+        found = runs.find(request.run) if request.run else runs.newest(request.name)
+        return Plan(found.path, found.name, load_decomposition(found.path), tracked=tracked)
 
     return Session(request.config, request.overrides, plan)
 

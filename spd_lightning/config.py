@@ -68,8 +68,9 @@ def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise BadInput(f"config '{path}': expected 'key: value' lines, found {type(own).__name__}")
     bases = own.pop("base", [])
+    bases = bases if isinstance(bases, list) else [bases]
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in map(str, bases):
         beside = path.parent / base
         merged = merge(merged, _load(beside if beside.is_file() else find(base), (*seen, path.resolve())))
     return merge(merged, own)

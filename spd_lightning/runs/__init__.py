@@ -10,7 +10,7 @@ run or of a harvest, `mlflow:<run id or name>`, or `wandb:<entity>/<project>/<ar
 """
 
 from spd_lightning.runs.claims import Claim, claim
-from spd_lightning.runs.files import append_metrics, read_json, write_json, write_whole
+from spd_lightning.runs.files import append_metrics, cut_metrics, metrics_size, read_json, write_json, write_whole
 from spd_lightning.runs.folders import Run, check_name, newest, root, runs
 from spd_lightning.runs.references import find, pull
 from spd_lightning.runs.trackers import MIRRORED, artifact_location, log_artifacts, reachable, tracking_uri
@@ -23,8 +23,10 @@ __all__ = [
     "artifact_location",
     "check_name",
     "claim",
+    "cut_metrics",
     "find",
     "log_artifacts",
+    "metrics_size",
     "newest",
     "pull",
     "reachable",

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from itertools import count
@@ -14,6 +15,9 @@ from spd_lightning.runs.folders import Run, check_name, family, root
 
 log = logging.getLogger(__name__)
 
+_SHARED = "SPD_CLAIM"
+_REACHED = ("metrics.jsonl", "checkpoints", "decomposition.safetensors", "harvest", "summary.json")
+
 
 class Claim:
     """A run folder that this process alone works on, until `release` or its own end.
@@ -24,15 +28,24 @@ class Claim:
         resumed: whether an interrupted run goes on here.
     """
 
-    def __init__(self, run: Run, resumed: bool, handle: int):
+    def __init__(self, run: Run, resumed: bool, handle: int | None):
         self.run, self.path, self.resumed = run, run.path, resumed
-        self._handle: int | None = handle
+        self._handle = handle
+        if handle is not None:
+            os.environ[_SHARED] = str(self.path)
 
     def release(self) -> None:
         """Let others work on it; doing so twice is harmless."""
         if self._handle is not None:
+            os.environ.pop(_SHARED, None)
             os.close(self._handle)
         self._handle = None
+
+    def abandon(self) -> None:
+        """Release it; a folder in which nothing was reached yet is taken away, so that the next try has its name."""
+        if self._handle is not None and not any((self.path / sign).exists() for sign in _REACHED):
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
 
     def __enter__(self) -> "Claim":
         return self
@@ -45,6 +58,7 @@ def claim(name: str, settings: Mapping[str, Any]) -> Claim:
     """A folder to work in: the family's interrupted run with the same settings, or a fresh one.
 
     A finished run is never touched, nor one that another process works on: the next number is taken (name, name-2 …).
+    The processes that Lightning starts for further devices share the claim of the first.
 
     Args:
         name: the run's family, usually the name of its config.
@@ -53,6 +67,8 @@ def claim(name: str, settings: Mapping[str, Any]) -> Claim:
     Raises:
         BadInput: the name cannot name a run, or the disk refuses.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and (shared := os.environ.get(_SHARED)):
+        return Claim(Run(Path(shared)), True, None)
     key = digest(dict(settings))
     for run in family(check_name(name)):
         if run.record.get("digest") != key:

@@ -92,6 +92,23 @@ def _cut_torn_line(file: IO[bytes]) -> None:
     file.truncate(start + tail.rfind(b"\n") + 1)
 
 
+def metrics_size(folder: Path) -> int:
+    """How many bytes a run has logged."""
+    path = folder / "metrics.jsonl"
+    return path.stat().st_size if path.exists() else 0
+
+
+def cut_metrics(folder: Path, size: int) -> None:
+    """Takes back what a run logged after its first `size` bytes.
+
+    Raises:
+        BadInput: the disk refuses.
+    """
+    if metrics_size(folder) > size:
+        with writable(folder / "metrics.jsonl"):
+            os.truncate(folder / "metrics.jsonl", size)
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """What was logged, one entry a step, in order; of a step logged again after a resume the later values."""
     path = folder / "metrics.jsonl"

@@ -55,9 +55,8 @@ def reachable(uri: str) -> None:
 
 
 @contextmanager
-def _mlflow() -> Iterator[Any]:
+def _mlflow(uri: str) -> Iterator[Any]:
     """A client of the tracker; what it cannot do becomes one line."""
-    uri = tracking_uri()
     reachable(uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise BadInput(f"tracker '{uri}': no such file yet; run a fit, or set MLFLOW_TRACKING_URI")
@@ -71,18 +70,19 @@ def _mlflow() -> Iterator[Any]:
         raise BadInput(f"tracker '{uri}': {why}; check the reference and MLFLOW_TRACKING_URI") from error
 
 
-def log_artifacts(folder: Path, mlflow_run: str, names: Sequence[str] = MIRRORED) -> None:
+def log_artifacts(folder: Path, mlflow_run: str, names: Sequence[str] = MIRRORED, uri: str | None = None) -> None:
     """Copy a run folder's files to its MLflow run, at the same places, so that a pulled run opens like this one.
 
     Args:
         folder: the run's folder.
         mlflow_run: the id of the MLflow run.
         names: which files and folders, relative to the folder (`harvest/graphs`, …); missing ones are passed over.
+        uri: the tracker; the usual one where left out.
 
     Raises:
         BadInput: the tracker does not answer, or does not know the run.
     """
-    with _mlflow() as client:
+    with _mlflow(uri or tracking_uri()) as client:
         for name in names:
             for path in [folder / name, *sorted((folder / name).rglob("*"))]:
                 if path.is_file() and not path.name.startswith("."):
@@ -103,7 +103,7 @@ def pull_mlflow(what: str, folder: Path) -> tuple[str, str]:
     Raises:
         BadInput: no such run, no artifacts, no answer, or an artifact that points outside the folder.
     """
-    with _mlflow() as client:
+    with _mlflow(tracking_uri()) as client:
         info = _mlflow_run(client, what).info
         files = list(_mlflow_files(client, info.run_id, None))
         for path in files:

@@ -8,11 +8,13 @@ import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from spd_lightning.errors import BadInput
 from spd_lightning.training.schedule import Schedule
 
 
@@ -22,10 +24,20 @@ class BlockModule(L.LightningModule, ABC):
     Its optimiser has one parameter group or more; a group's `peak` is the learning rate that the schedule scales.
     """
 
-    def __init__(self, schedule: Schedule, inner_steps: int, log_every: int):
+    def __init__(self, schedule: Schedule, inner_steps: int, log_every: int, checkpoint_every: int = 500):
         super().__init__()
+        counts = {"inner_steps": inner_steps, "log_every": log_every, "checkpoint_every": checkpoint_every}
+        for name, count in counts.items():
+            if count < 1:
+                raise BadInput(f"{name} {count} in {type(self).__name__}: it must be at least 1")
         self.automatic_optimization = False
-        self.schedule, self.inner_steps, self.log_every = schedule, inner_steps, log_every
+        self.schedule, self.inner_steps = schedule, inner_steps
+        self.log_every, self.checkpoint_every = log_every, checkpoint_every
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """What batches go through."""
 
     @abstractmethod
     def objective(self, batch: Tensor, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -39,6 +51,25 @@ class BlockModule(L.LightningModule, ABC):
     def steps(self) -> int:
         """How many optimiser steps this training has."""
         return self.trainer.max_steps
+
+    def try_on(self, inputs: Tensor) -> None:
+        """Runs the network once, before work begins.
+
+        Raises:
+            BadInput: it cannot take such inputs.
+        """
+        try:
+            with torch.no_grad():
+                self.network(inputs)
+        except (RuntimeError, IndexError) as error:
+            why = str(error).partition("\n")[0]
+            raise BadInput(
+                f"data: a batch {list(inputs.shape)} does not go through the target ({why}); take data made for it"
+            ) from error
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self.trainer.sanity_checking:
+            self.try_on(batch)
 
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from spd_lightning import runs
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.errors import BadInput
+from spd_lightning.training.blocks import BlockModule
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.evaluate import Evaluation
 
@@ -95,23 +96,35 @@ class SafetensorsIO(CheckpointIO):
 
 
 class Checkpoints(Callback):
-    """Saves the newest state of a training every so many optimiser steps, so that a killed one goes on from there.
+    """Saves the newest state of a training every `checkpoint_every` optimiser steps of its module.
+
+    A killed training goes on from there as if nothing had been: what it had logged since is taken back, to be logged
+    again. A checkpoint is written before a `training_step`, when all that belongs to the one before has been logged.
 
     Args:
         folder: the run's folder.
-        every: optimiser steps between two checkpoints, rounded up to whole `training_step`s.
     """
 
-    def __init__(self, folder: str | Path, every: int = 500):
-        self.path, self.every, self._next = Path(folder) / LAST, every, every
+    def __init__(self, folder: str | Path):
+        self.folder, self._saved, self._logged = Path(folder), 0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._next = (trainer.global_step // self.every + 1) * self.every
+        self._saved = trainer.global_step
+        if trainer.is_global_zero:
+            runs.cut_metrics(self.folder, self._logged)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        if trainer.global_step >= self._next:
-            self._next = (trainer.global_step // self.every + 1) * self.every
-            trainer.save_checkpoint(self.path)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        assert isinstance(pl_module, BlockModule)
+        every = pl_module.checkpoint_every
+        if trainer.global_step // every > self._saved // every:
+            self._saved = trainer.global_step
+            trainer.save_checkpoint(self.folder / LAST)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"logged": runs.metrics_size(self.folder)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._logged = state_dict["logged"]
 
 
 # ---- decompositions -------------------------------------------------------------------------------------------------

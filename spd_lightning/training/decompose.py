@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import Faithfulness, Losses, Pass
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.errors import BadInput
 from spd_lightning.targets.data import generator_for
 from spd_lightning.training.blocks import BlockModule
 from spd_lightning.training.evaluate import (
@@ -56,6 +57,10 @@ class Optimiser:
     clip_components: float | None = None
     clip_importance: float | None = None
 
+    def __post_init__(self):
+        if self.lr <= 0:
+            raise BadInput(f"lr {self.lr} in optimiser: it must be above 0")
+
 
 @dataclass(frozen=True)
 class WarmUp:
@@ -89,6 +94,7 @@ class Decomposition(BlockModule):
         evaluation: what to measure, and what is known to be true.
         inner_steps: optimiser steps taken in one `training_step`.
         log_every: updates between two logged ones.
+        checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
         seed: of initial values and masks.
     """
 
@@ -105,9 +111,10 @@ class Decomposition(BlockModule):
         evaluation: Evaluation = Evaluation(),  # noqa: B008
         inner_steps: int = 10,
         log_every: int = 50,
+        checkpoint_every: int = 500,
         seed: int = 0,
     ):
-        super().__init__(optimiser.schedule, inner_steps, log_every)
+        super().__init__(optimiser.schedule, inner_steps, log_every, checkpoint_every)
         self.settings = {"sites": dict(sites), "tied": dict(tied or {}), "delta": delta, "importance": importance}
         self.settings |= {"evaluation": evaluation, "seed": seed}
         network, self.target_spec = _network(target)
@@ -159,6 +166,11 @@ class Decomposition(BlockModule):
                 optimiser.step()
         if self.trainer.is_global_zero:
             log.info("faithfulness after %d warm-up steps: %.2e", w.steps, loss.item())
+
+    @property
+    def network(self) -> nn.Module:
+        """The target."""
+        return self.model.target
 
     def objective(self, batch: Tensor, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The training loss of one batch (L7); masks are a pure function of (seed, step, rank)."""
@@ -223,7 +235,7 @@ class Decomposition(BlockModule):
     def on_validation_epoch_end(self) -> None:
         with torch.no_grad():
             self.figures = self._figures()
-        self.log_dict({k: float(v) for k, v in self.figures.items()}, logger=False, sync_dist=False)
+        self.log_dict({k: float(v) for k, v in self.figures.items()}, logger=False, sync_dist=True)
         if not self.trainer.sanity_checking:
             for logger in self.loggers:
                 logger.log_metrics(self.figures, self.global_step)
@@ -244,6 +256,10 @@ class Decomposition(BlockModule):
             found |= truth(self.model, alone, settings)
             self.warning = verdict(found, settings, self._width)
         return found
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 0:
+            self.try_on(batch.inputs)
 
     def predict_step(self, batch: Any, batch_index: int) -> None:
         """Nothing by itself: harvesters, callbacks that share the pass, read the batch (see harvest/)."""

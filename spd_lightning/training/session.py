@@ -3,26 +3,28 @@
 import fcntl
 import json
 import logging
-import re
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 from torch import nn
 
 from spd_lightning import config as configs
 from spd_lightning import runs
 from spd_lightning.errors import BadInput
+from spd_lightning.training.parsing import Parser, complaint
 from spd_lightning.training.progress import Progress
+from spd_lightning.training.tracking import MetricsFile, placed
 
 log = logging.getLogger(__name__)
 
@@ -36,31 +38,16 @@ TRAINER = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a session adds to its config: where it works, and a module in place of the config's."""
+    """What a session adds to its config: where it works and under what name, and a module in place of the config's.
+
+    A tracked session writes its folder's metrics and speaks to the trackers that its config chooses.
+    """
 
     folder: Path
     name: str
     model: LightningModule | None = None
     callbacks: Sequence[Callback] = ()
-    loggers: Callable[[Any], list[Logger]] = field(default=lambda chosen: [])
-
-
-class _Parser(LightningArgumentParser):
-    """Says what is wrong with a config in one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise BadInput(_true_line(str(message)))
-
-
-def _true_line(message: str) -> str:
-    """The one line of a parser's complaint that names the cause."""
-    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
-    told = [
-        line
-        for line in lines
-        if not re.match(r"(usage:|- Type |Problem with given class_path|Does not validate)", line)
-    ]
-    return "config: " + ("; ".join(told) or message)[:600]
+    tracked: bool = False
 
 
 class Session(LightningCLI):
@@ -69,24 +56,30 @@ class Session(LightningCLI):
     Args:
         args: a config (merged with all it builds on) and what the command line overrides.
         plan: called with the parsed settings before anything is built; says where to work.
+
+    Raises:
+        BadInput: a setting is unknown, of a wrong type, or refused by what it is for.
     """
 
     def __init__(self, config: Mapping[str, Any], overrides: Sequence[str], plan: Callable[[dict[str, Any]], Plan]):
         self._plan = plan
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=0,
-            trainer_defaults=TRAINER,
-            parser_class=_Parser,
-            args=["--config", json.dumps(dict(config)), *overrides],
-            run=False,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        try:
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                seed_everything_default=0,
+                trainer_defaults=TRAINER,
+                parser_class=Parser,
+                args=["--config", json.dumps(dict(config)), *overrides],
+                run=False,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise complaint(error) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for owner in ("model", "data"):
@@ -97,6 +90,8 @@ class Session(LightningCLI):
         self.plan = self._plan(self.settings)
         if self.plan.model is not None:
             self.config["model"] = self.plan.model
+        trainer = self.config["trainer"]
+        trainer["logger"] = placed(trainer.get("logger"), self.plan.folder) if self.plan.tracked else False
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from spd_lightning.training.checkpoint import SafetensorsIO
@@ -104,7 +99,9 @@ class Session(LightningCLI):
         chosen = self.config_init["trainer"]
         own = [SafetensorsIO(), *(chosen.get("plugins") or [])]
         callbacks = [*(chosen.get("callbacks") or []), Progress(self.plan.name), *self.plan.callbacks]
-        loggers = self.plan.loggers(chosen.get("logger"))
+        loggers = [MetricsFile(self.plan.folder), *(chosen["logger"] or [])] if self.plan.tracked else False
+        if chosen.get("val_check_interval") == 0:
+            raise BadInput("config: trainer.val_check_interval: 0 is no interval; how many batches lie between two?")
         return super().instantiate_trainer(
             logger=loggers, plugins=own, callbacks=callbacks, default_root_dir=str(self.plan.folder), **kwargs
         )
@@ -113,8 +110,10 @@ class Session(LightningCLI):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Libraries' advice on settings that are ours to choose is kept from the user."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic"):
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is imported
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # "not found. Creating it."
     with warnings.catch_warnings():
         for text in _OURS_TO_CHOOSE:
             warnings.filterwarnings("ignore", message=f".*{text}.*")
@@ -125,8 +124,8 @@ _OURS_TO_CHOOSE = (
     "LeafSpec",
     "args parameter is intended to run",  # LightningCLI: given words, it also sees those of the process
     "in eval mode at the start of training",  # the target is (D6)
+    "max_epochs. was not set",  # steps count here
     "GPU available but not used",
-    "Experiment with name",
     "does not have many workers",
     "predict returned None",  # harvesters write what there is to return
 )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from spd_lightning.errors import BadInput
 from spd_lightning.training.blocks import BlockModule
 from spd_lightning.training.schedule import Schedule
 
@@ -38,7 +39,14 @@ class TargetTraining(BlockModule):
         seed: int = 0,
     ):
         super().__init__(schedule, inner_steps, log_every)
+        if lr <= 0:
+            raise BadInput(f"lr {lr} in TargetTraining: it must be above 0")
         self.target, self.lr, self.weight_decay, self.retries = target, lr, weight_decay, retries
+
+    @property
+    def network(self) -> nn.Module:
+        """The target."""
+        return self.target
 
     def objective(self, batch: Tensor, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The target's own loss."""

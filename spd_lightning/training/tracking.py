@@ -1,11 +1,13 @@
 """What a run tells others: a metrics file of its own, and a copy of everything for the tracker."""
 
 import contextlib
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -39,53 +41,86 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         runs.append_metrics(self.folder, step or 0, metrics)
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Settings are in config.yaml."""
 
 
-def chosen_loggers(chosen: Any, folder: Path) -> list[Logger]:
-    """The run's own metrics file, and the tracker a config chooses: MLflow where it says nothing, none for false."""
-    match chosen:
-        case None | True:
-            trackers: list[Logger] = [mlflow_logger(folder)]
-        case False:
-            trackers = []
-        case Logger():
-            trackers = [chosen]
-        case _:
-            trackers = list(chosen)
-    return [MetricsFile(folder), *trackers]
+def placed(chosen: Any, folder: Path) -> list[Namespace] | Literal[False]:
+    """The settings of the trackers that a config chooses, completed by what only the run knows.
 
-
-def mlflow_logger(folder: Path) -> MLFlowLogger:
-    """A logger to the embedded MLflow store (or $MLFLOW_TRACKING_URI); a resumed run goes on in its own record.
+    MLflow where it says nothing, none for false. A run that is resumed, or harvested, goes on in its own record.
 
     Raises:
-        BadInput: the tracker does not answer.
+        BadInput: a tracker does not answer.
     """
-    uri = runs.tracking_uri()
+    if chosen is False:
+        return False
+    chosen = Namespace(class_path="lightning.pytorch.loggers.MLFlowLogger") if chosen in (None, True) else chosen
+    trackers = chosen if isinstance(chosen, list) else [chosen]
+    for tracker in trackers:
+        given = tracker.get("init_args") or Namespace()
+        place = _PLACES.get(tracker.class_path.rpartition(".")[2], lambda given, folder: {})
+        tracker.init_args = Namespace({**given.as_dict(), **place(given, folder)})
+    return trackers
+
+
+def _mlflow_place(given: Namespace, folder: Path) -> dict[str, Any]:
+    uri = given.get("tracking_uri") or runs.tracking_uri()
     runs.reachable(uri)
-    known = runs.read_json(folder / "mlflow.json")
-    logger = MLFlowLogger(
-        experiment_name=EXPERIMENT,
-        run_name=folder.name,
-        run_id=known.get("run_id") if known.get("uri") == uri else None,
-        tracking_uri=uri,
-        artifact_location=runs.artifact_location(),
-    )
-    with _answering(uri):
-        runs.write_json(folder / "mlflow.json", {"uri": uri, "run_id": logger.run_id})
-    return logger
+    known, ours = runs.read_json(folder / "mlflow.json"), uri == runs.tracking_uri()
+    experiment = given.get("experiment_name", "lightning_logs")  # Lightning's default
+    return {
+        "tracking_uri": uri,
+        "experiment_name": EXPERIMENT if experiment == "lightning_logs" else experiment,
+        "run_name": given.get("run_name") or folder.name,
+        "run_id": given.get("run_id") or (known.get("run_id") if known.get("uri") == uri else None),
+        "artifact_location": given.get("artifact_location") or (runs.artifact_location() if ours else None),
+    }
+
+
+def _wandb_place(given: Namespace, folder: Path) -> dict[str, Any]:
+    path = folder / "wandb.json"
+    if not path.exists():
+        runs.write_json(path, {"id": secrets.token_hex(4)})
+    save_dir = given.get("save_dir", ".")  # Lightning's default
+    return {
+        "name": given.get("name") or folder.name,
+        "project": given.get("project") or os.environ.get("WANDB_PROJECT", EXPERIMENT),
+        "version": given.get("version") or given.get("id") or runs.read_json(path)["id"],
+        "save_dir": str(folder) if save_dir == "." else save_dir,
+    }
+
+
+_PLACES = {"MLFlowLogger": _mlflow_place, "WandbLogger": _wandb_place}
+
+
+def begin(trainer: Trainer, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Opens a run's records: its MLflow run is noted in mlflow.json, and settings become its hyperparameters."""
+    if not trainer.is_global_zero:
+        return
+    with answering():
+        for logger in trainer.loggers:
+            if isinstance(logger, MLFlowLogger):
+                facts = {"uri": logger.experiment.tracking_uri, "run_id": logger.run_id}
+                runs.write_json(folder / "mlflow.json", facts)
+            if settings:
+                logger.log_hyperparams(dict(settings))
 
 
 @contextlib.contextmanager
-def _answering(uri: str):
-    from mlflow.exceptions import MlflowException
+def answering() -> Iterator[None]:
+    """A tracker that fails in the middle of work ends it with one line; what the run holds by itself is whole.
 
+    Raises:
+        BadInput: it failed.
+    """
     try:
         yield
-    except MlflowException as error:
-        raise BadInput(f"tracker '{uri}': {' '.join(str(error).split())[:200]}; check MLFLOW_TRACKING_URI") from error
+    except Exception as error:
+        if not type(error).__module__.startswith(("mlflow.", "wandb.", "requests.", "urllib3.")):
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(f"tracker: {why}; once it answers again, the same command goes on from here") from error
 
 
 def publish(trainer: Trainer, folder: Path, names: Sequence[str] = runs.MIRRORED) -> None:
@@ -95,7 +130,7 @@ def publish(trainer: Trainer, folder: Path, names: Sequence[str] = runs.MIRRORED
     for logger in trainer.loggers:
         match logger:
             case MLFlowLogger():
-                runs.log_artifacts(folder, str(logger.run_id), names)
+                runs.log_artifacts(folder, str(logger.run_id), names, logger.experiment.tracking_uri)
             case WandbLogger():
                 _publish_wandb(logger, folder, names)
 

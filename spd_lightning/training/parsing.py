@@ -1,0 +1,112 @@
+"""LightningCLI's parser, whose complaints are one line.
+
+jsonargparse wraps what is wrong in layers: the key of every level, each type that was tried and why it did not fit, the
+whole value. The layers are chained as causes: going down them gives the place key by key, and at the bottom the cause.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+import spd_lightning
+from spd_lightning.errors import BadInput, nearest
+
+
+class Complaint(BadInput):
+    """What is wrong with a setting, and where it stands."""
+
+    def __init__(self, place: str, why: str):
+        super().__init__(f"config: {place}: {why}" if place else f"config: {why}")
+        self.place, self.why = place, why
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong with a config in one line; takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs["allow_abbrev"] = False
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        key = re.match(r'Parser key "([^"]+)":', str(message))
+        place = key[1] if key and key[1] != "config" else ""
+        found = told(ex)
+        inner, why = (found.place, found.why) if isinstance(found, Complaint) else ("", str(found or ""))
+        if not found:
+            inner, why = self._cause([str(layer) for layer in causes(ex)] or [str(message)])
+        raise Complaint(".".join(filter(None, (place, inner))), why) from ex
+
+    def _cause(self, layers: list[str]) -> tuple[str, str]:
+        """The setting within this parser, and what is wrong with it, from the layers of a complaint."""
+        union, leaf = layers[-2] if len(layers) > 1 else "", layers[-1]
+        if m := re.search(r"^Problem with given class_path '(.+?)':(.*)", "\n".join(layers), re.DOTALL | re.MULTILINE):
+            return "", _no_class(m[1], m[2].split("\n")[1])
+        if m := re.match(r"Expected a dot import path string: (.+)", leaf):
+            return "", _no_class(m[1], "names no package")
+        if m := re.match(r"Not a valid subclass of (\S+)\. Got value: (.*)", leaf):
+            return "", f"'{m[2]}' is no {m[1]}; give its class_path, and init_args"
+        if m := re.match(r"Import path (\S+) does not correspond to a subclass of (\S+)", leaf):
+            return "", f"class_path '{m[1]}' is no {m[2]}"
+        if m := re.match(r"(?:Group '(.+)' does not accept option|Option) '(.+?)'", leaf):
+            return self._unknown(".".join(filter(None, m.groups())))
+        if m := re.match(r"unrecognized arguments: --([^\s=]+)", leaf):
+            return self._unknown(m[1])
+        if m := re.match(r"unrecognized arguments: (\S+)", leaf):
+            return "", f"'{m[1]}' belongs to no option; options are written --key value"
+        if m := re.match(r"the following arguments are required: (.+)", leaf):
+            return m[1], "missing; it has no default"
+        if m := re.match(r"argument --(\S+): expected one argument", leaf):
+            return m[1], f"no value; for example: --{m[1]}=1"
+        if m := re.match(r"Expected an? (.+)\. Got value: (.*)", leaf, re.DOTALL):
+            types = re.findall(r"- Expected an? (.+)", union) or [m[1]]
+            return "", f"'{m[2]}' is not {' or '.join(map(_readable, types))}"
+        return "", " ".join(leaf.split())[:300]
+
+    def _unknown(self, name: str) -> tuple[str, str]:
+        """The first part of a dotted name that this parser does not have, and the nearest one beside it."""
+        known, parts = {action.dest for action in self._actions}, name.split(".")
+        for depth in range(len(parts)):
+            parent = "".join(f"{part}." for part in parts[:depth])
+            beside = {k.removeprefix(parent).split(".")[0] for k in known if k.startswith(parent)} - _NO_SETTINGS
+            if parts[depth] not in beside:
+                hint = nearest(parts[depth], beside) if beside else "is a class_path missing?"
+                return parent + parts[depth], f"no such setting; {hint}"
+        return name, "no such setting"
+
+
+_NO_SETTINGS = {"help", "config", "print_config", "print_shtab"}
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+_KINDS |= {"dict": "'key: value' pairs", "list": "a list", "NoneType": "null"}
+
+
+def _readable(kind: str) -> str:
+    """A type as a newcomer would say it."""
+    if m := re.match(r"typing\.Literal\[(.*)\]", kind):
+        return f"one of {m[1]}"
+    name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kind)
+    return _KINDS.get(name, name)
+
+
+def _no_class(path: str, why: str) -> str:
+    near = nearest(path, [f"spd_lightning.{name}" for name in spd_lightning.__all__])
+    return f"class_path '{path}': {why.strip()}; {near if near.startswith('did') else 'write package.Class'}"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it goes back to; a config given as text is first tried as a path, which is no cause."""
+    while error is not None and not str(error).startswith("File does not exist"):
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def told(error: BaseException | None) -> BadInput | None:
+    """The outermost cause that was written for the user."""
+    return next((cause for cause in causes(error) if isinstance(cause, BadInput)), None)
+
+
+def complaint(error: Exception) -> BadInput:
+    """What an error met while building things from a config says to the user."""
+    inner = told(error)
+    return BadInput(str(inner)) if inner else Complaint("", " ".join(str(list(causes(error))[-1]).split())[:300])
