@@ -26,7 +26,8 @@ class Schedule:
         if step < self.warmup:
             return (step + 1) / self.warmup
         begin = max(self.warmup, self.hold * (steps - 1))
-        progress = max(0.0, (step - begin) / max(1, steps - 1 - begin))
+        fall = steps - 1 - begin
+        progress = max(0.0, step - begin) / fall if fall > 0 else 0.0
         match self.kind:
             case "constant":
                 return 1.0
