@@ -171,6 +171,7 @@ def _train(session: "Session") -> None:
         begin(trainer, session.plan.folder, session.settings)
         trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
         trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
+    session.model.adopt(trainer.callback_metrics)  # forked devices evaluate in processes of their own
 
 
 def _finish(session: "Session", started: float) -> None:

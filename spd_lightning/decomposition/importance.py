@@ -188,7 +188,8 @@ class _VectorMLP(nn.Module):
 
     def __init__(self, site: Site, C: int, hidden: int):
         super().__init__()
-        self.W1, self.b1 = _normal(C, site.d_in, hidden, gain=2.0, fan_in=site.d_in), nn.Parameter(torch.zeros(C, hidden))
+        self.W1 = _normal(C, site.d_in, hidden, gain=2.0, fan_in=site.d_in)
+        self.b1 = nn.Parameter(torch.zeros(C, hidden))
         self.W2, self.b2 = _normal(C, hidden, gain=1.0, fan_in=hidden), nn.Parameter(torch.zeros(C))
 
     def forward(self, x: Float[Tensor, "... d_in"], a: Tensor) -> Float[Tensor, "... C"]:

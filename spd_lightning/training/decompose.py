@@ -25,6 +25,7 @@ from spd_lightning.training.evaluate import (
     Totals,
     adversarial_ladder,
     count,
+    counts,
     figures_of,
     lone_features,
     truth,
@@ -234,11 +235,17 @@ class Decomposition(BlockModule):
 
     def on_validation_epoch_end(self) -> None:
         with torch.no_grad():
-            self.figures = self._figures()
+            self.adopt(self._figures())
         self.log_dict({k: float(v) for k, v in self.figures.items()}, logger=False, sync_dist=True)
         if not self.trainer.sanity_checking:
             for logger in self.loggers:
                 logger.log_metrics(self.figures, self.global_step)
+
+    def adopt(self, figures: Mapping[str, Any]) -> None:
+        """Takes the figures of an evaluation, perhaps one that another process ran, and judges them."""
+        self.figures = {k: round(float(v)) if counts(k) else float(v) for k, v in figures.items() if k != "loss"}
+        known = "features" in self.figures
+        self.warning = verdict(self.figures, self.evaluation, round(self.figures["features"])) if known else None
 
     def _figures(self) -> dict[str, float]:
         reduce = self.trainer.strategy.reduce
@@ -253,8 +260,7 @@ class Decomposition(BlockModule):
         if self._width is not None:
             alone = lone_features(self.model, self._width)
             self.arrays |= {f"alone/{site}": g for site, g in alone.items()}
-            found |= truth(self.model, alone, settings)
-            self.warning = verdict(found, settings, self._width)
+            found |= {"features": self._width, **truth(self.model, alone, settings)}
         return found
 
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

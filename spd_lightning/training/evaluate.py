@@ -156,6 +156,11 @@ def truth(model: ComponentModel, alone: Mapping[str, Tensor], settings: Evaluati
     return found
 
 
+def counts(figure: str) -> bool:
+    """Whether a figure is a number of things."""
+    return figure.split("/")[0] in ("alive", "nonzero", "identity_error", "dense_error", "features")
+
+
 def verdict(found: Mapping[str, float], settings: Evaluation, n_features: int) -> str | None:
     """Why a decomposition with known truth has ended in a local minimum, or None where it has not."""
     wrong = [
