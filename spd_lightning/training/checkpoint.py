@@ -157,9 +157,20 @@ def digest(path: Path) -> str:
 
 
 def build(spec: Mapping[str, Any]) -> nn.Module:
-    """The network that a class path and its arguments describe."""
-    module, _, name = spec["class_path"].rpartition(".")
-    return getattr(importlib.import_module(module), name)(**spec.get("init_args", {}))
+    """The network that a class path and its arguments describe; a file may come from strangers: nothing else is called.
+
+    Raises:
+        BadInput: there is no such network.
+    """
+    path = str(spec.get("class_path"))
+    module, _, name = path.rpartition(".")
+    try:
+        network = getattr(importlib.import_module(module), name)
+        if not (isinstance(network, type) and issubclass(network, nn.Module)):
+            raise TypeError("it is no torch.nn.Module")
+        return network(**spec.get("init_args", {}))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"target '{path}': cannot be built ({error}); install what defines it") from error
 
 
 def load_decomposition(reference: str | Path, target: nn.Module | None = None) -> Decomposition:
@@ -169,15 +180,20 @@ def load_decomposition(reference: str | Path, target: nn.Module | None = None) -
     if not described.exists() or not weights.exists():
         raise BadInput(f"run '{folder}': holds no decomposition (yet); let its fit finish")
     try:
-        facts = json.loads(described.read_text())
-    except ValueError as error:
+        facts = dict(json.loads(described.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise BadInput(f"'{described}': not JSON ({error}); restore it from a copy, or run the fit again") from error
-    if facts.get("schema", 0) > SCHEMA:
+    if missing := {"schema", "model", "target", "digest"} - set(facts):
+        raise BadInput(f"'{described}': no '{min(missing)}' in it; restore it from a copy, or run the fit again")
+    if facts["schema"] > SCHEMA:
         raise BadInput(f"'{described}': schema {facts['schema']} is newer than this tool's {SCHEMA}; upgrade the tool")
     tensors, _ = read(weights)
     if digest(weights) != facts["digest"]:
         raise BadInput(f"'{weights}': not the weights that decomposition.json describes; restore both from one copy")
-    module = _assembled(facts, tensors, target, weights)
+    try:
+        module = _assembled(facts, tensors, target, weights)
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"'{described}': cannot be understood ({error}); restore it from a copy") from error
     module.origin, module.digest = folder.resolve().name, facts["digest"]
     return module
 
@@ -189,7 +205,8 @@ def _assembled(
     if target is None and spec is None:
         raise BadInput(f"'{path}': its target was given as an object; call load_decomposition(path, target=...)")
     settings["importance"] = Importance(**settings["importance"])
-    settings["evaluation"] = Evaluation(**settings["evaluation"])
+    tuples = {k: tuple(v) for k, v in settings["evaluation"].items() if isinstance(v, list)}
+    settings["evaluation"] = Evaluation(**settings["evaluation"] | tuples)
     network = build(spec) if target is None else target
     _load(network, tensors, "target.", path)
     module = Decomposition(network, **settings)
