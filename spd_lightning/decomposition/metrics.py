@@ -37,7 +37,7 @@ def column_match(
     negligible norm could win the cosine and spoil the ratio. Columns of W that are zero are left out.
     """
     norms = component_norms(V, U)
-    alive = norms > floor * norms.max()
+    alive = ~(norms <= floor * norms.max()) | ~(norms.max() > 0)  # where all are zero or not a number, all compete
     directions = torch.nn.functional.normalize(U[alive], dim=1)
     columns = torch.nn.functional.normalize(W, dim=0)
     cosine = (directions @ columns).T * V[:, alive].sign()
@@ -53,17 +53,20 @@ def identity_order(importances: Float[Tensor, "features C"]) -> Int[Tensor, " C"
 
     Components that match no feature follow, the most important first.
     """
-    rows, columns = linear_sum_assignment(importances.detach().cpu().numpy(), maximize=True)
+    given = importances.detach().cpu().nan_to_num()
+    rows, columns = linear_sum_assignment(given.numpy(), maximize=True)
     first = torch.as_tensor(columns[rows.argsort()])
     rest = torch.tensor([c for c in range(importances.shape[1]) if c not in set(first.tolist())], dtype=torch.long)
-    total = importances.detach().cpu().sum(0)
+    total = given.sum(0)
     return torch.cat([first, rest[total[rest].argsort(descending=True)]])
 
 
 def identity_error(importances: Float[Tensor, "features C"]) -> int:
     """How many importances, features fed alone and components permuted, are off the identity by more than 0.1."""
-    ordered = importances.detach().cpu()[:, identity_order(importances)]
-    return int(((ordered - torch.eye(*ordered.shape)).abs() > TOLERANCE).sum())
+    features, C = importances.shape
+    padded = torch.nn.functional.pad(importances.detach().cpu(), (0, max(0, features - C)))  # idle ones where few
+    ordered = padded[:, identity_order(padded)]
+    return int((~((ordered - torch.eye(*ordered.shape)).abs() <= TOLERANCE)).sum())
 
 
 def dense_error(importances: Float[Tensor, "features C"], k: int) -> int:

@@ -112,9 +112,9 @@ def adversarial_ladder(model: ComponentModel, run: Pass, settings: Evaluation) -
     return scores
 
 
-def figures_of(totals: Totals, settings: Evaluation, divergence: str) -> dict[str, float]:
+def figures_of(totals: Totals, settings: Evaluation, divergence: str) -> dict[str, float | int]:
     """The scalar figures of section E from summed totals."""
-    found: dict[str, float] = {}
+    found: dict[str, float | int] = {}
     sites = [name.removeprefix("fired/") for name in totals.sums if name.startswith("fired/")]
     for site in sites:
         found[f"l0/{site}"] = float(totals.mean(f"fired/{site}").sum())
@@ -140,9 +140,9 @@ def lone_features(model: ComponentModel, n_features: int) -> dict[str, Float[Ten
     return model.importances(model.clean(probe)).lower
 
 
-def truth(model: ComponentModel, alone: Mapping[str, Tensor], settings: Evaluation) -> dict[str, float]:
+def truth(model: ComponentModel, alone: Mapping[str, Tensor], settings: Evaluation) -> dict[str, float | int]:
     """How near a model on vectors comes to its known mechanism: MMCS, ML2R, identity and dense error."""
-    found: dict[str, float] = {}
+    found: dict[str, float | int] = {}
     for name, site in model.sites.items():
         V, U = model[name].V, model[name].U
         cosine, ratio = column_match(site.weight, V, U)
@@ -161,7 +161,7 @@ def counts(figure: str) -> bool:
     return figure.split("/")[0] in ("alive", "nonzero", "identity_error", "dense_error", "features")
 
 
-def verdict(found: Mapping[str, float], settings: Evaluation, n_features: int) -> str | None:
+def verdict(found: Mapping[str, float | int], settings: Evaluation, n_features: int) -> str | None:
     """Why a decomposition with known truth has ended in a local minimum, or None where it has not."""
     wrong = [
         f"{name}: {found[f'alive/{name}']:.0f} components for {n_features} features, identity error "
