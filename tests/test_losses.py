@@ -247,8 +247,8 @@ def test_l5_thresholds_of_two_rounded_losses_are_kept_apart(passes):
 @pytest.mark.parametrize("sampling", ["continuous", "binomial"])
 def test_l5_every_source_route_and_divergence_trains(source, route, divergence, sampling):
     delta = source != "ones"  # with it, all ones is the target itself (D5): no slope
-    model = decomposed(Branches, importance=Importance(sampling=sampling), delta=delta).float()
-    run = Pass.of(model, model.target.batch().float(), generator(), sample=True)
+    model = decomposed(Tokens, importance=Importance(sampling=sampling), delta=delta).float()
+    run = Pass.of(model, model.target.batch(), generator(), sample=True)
     loss = Reconstruction(source, route, divergence, adversary=Adversary(2))(run)
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -1,0 +1,359 @@
+"""Evaluation (law E): figures against known truth, of importances, and of outputs under the six maskings."""
+
+import math
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import NETWORKS, Perceptron, decomposed, naive
+from torch import nn
+
+from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.importance import Importance
+from spd_lightning.decomposition.losses import Pass
+from spd_lightning.decomposition.masks import Adversary, masks_from_sources, pgd_sources
+from spd_lightning.decomposition.metrics import (
+    MASKINGS,
+    column_match,
+    component_norms,
+    dense_error,
+    firings,
+    identity_error,
+    identity_order,
+    l0,
+    masked_outputs,
+)
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.targets.toy import TMS, InductionHead
+from spd_lightning.training.evaluate import (
+    Evaluation,
+    Totals,
+    adversarial_ladder,
+    count,
+    figures_of,
+    hidden_errors,
+    lone_features,
+    truth,
+    verdict,
+)
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+ANGLES = torch.arange(5).double() * 2 * math.pi / 5
+PENTAGON = torch.stack([ANGLES.cos(), ANGLES.sin()]) * torch.tensor([1.0, 1.1, 0.9, 1.2, 1.0]).double()  # W [2, 5]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def turned(U, angle):
+    """Components that write at an angle to where they did."""
+    rows = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
+    return U @ torch.tensor(rows, dtype=torch.float64)
+
+
+def one_each(W, order, C):
+    """V, U in which component order[j] is column j of W, and all others are zero."""
+    V, U = torch.zeros(W.shape[1], C).double(), torch.zeros(C, W.shape[0]).double()
+    for j, c in enumerate(order):
+        V[j, c], U[c] = 1.0, W[:, j]
+    return V, U
+
+
+# ---- against known truth --------------------------------------------------------------------------------------------
+
+
+@given(st.permutations(range(8)), st.lists(st.floats(0.2, 3) | st.floats(-3, -0.2), min_size=8, max_size=8))
+def test_e_mmcs_and_ml2r_of_a_perfect_decomposition_are_one(order, scales):
+    V, U = one_each(PENTAGON, order[:5], 8)
+    scale = torch.tensor(scales).double()
+    cosine, ratio = column_match(PENTAGON, V / scale, U * scale[:, None])
+    assert (cosine.item(), ratio.item()) == pytest.approx((1, 1), abs=1e-12)
+
+
+@given(st.floats(0.1, 3), st.floats(-0.6, 0.6))
+def test_e_mmcs_sees_rotation_alone_and_ml2r_shrinkage_alone(size, angle):
+    V, U = one_each(PENTAGON, range(5), 5)
+    cosine, ratio = column_match(PENTAGON, V, size * turned(U, angle))
+    assert cosine.item() == pytest.approx(math.cos(angle), abs=1e-9)
+    assert ratio.item() == pytest.approx(size, rel=1e-9)
+
+
+def test_e_a_component_that_writes_the_opposite_does_not_match():
+    V, U = one_each(PENTAGON, range(5), 5)
+    V[0, 0] *= -1
+    cosine, ratio = column_match(PENTAGON, V, U)
+    assert cosine.item() == pytest.approx(4 / 5)  # the best that is left reads nothing of the feature
+    assert ratio.item() == pytest.approx(4 / 5)
+
+
+def test_e_dead_components_do_not_compete():
+    V, U = one_each(PENTAGON, range(5), 6)
+    U[:5] = turned(U[:5], 0.3)
+    V[0, 5], U[5] = 1.0, 0.04 * PENTAGON[:, 0]  # in the very direction of column 0, and 4 % of its size
+    cosine, ratio = column_match(PENTAGON, V, U)
+    assert (cosine.item(), ratio.item()) == pytest.approx((math.cos(0.3), 1.0), abs=1e-9)
+    cosine, ratio = column_match(PENTAGON, V, U, floor=0.0)
+    assert cosine.item() == pytest.approx((4 * math.cos(0.3) + 1) / 5)
+    assert ratio.item() == pytest.approx(4.04 / 5)
+
+
+@given(st.integers(1, 4), st.integers(2, 5), st.integers(1, 6), st.integers(0, 1000))
+def test_e_mmcs_and_ml2r_are_their_loops(d_out, d_in, C, seed):
+    torch.manual_seed(seed)
+    W, V, U = torch.randn(d_out, d_in).double(), torch.randn(d_in, C).double(), torch.randn(C, d_out).double()
+    V[:, 0] *= 0.03
+    V[0, -1] = 0.0
+    norms = [torch.outer(U[c], V[:, c]).norm().item() for c in range(C)]
+    cosines, ratios = [], []
+    for j in range(d_in):
+        columns = {c: U[c] * V[j, c] for c in range(C) if norms[c] > 0.05 * max(norms)}
+        cos = {c: float(u @ W[:, j] / max(float(u.norm() * W[:, j].norm()), 1e-30)) for c, u in columns.items()}
+        best = max(cos, key=cos.get)
+        cosines.append(cos[best])
+        ratios.append(float(columns[best].norm() / W[:, j].norm()))
+    cosine, ratio = column_match(W, V, U)
+    assert cosine.item() == pytest.approx(sum(cosines) / d_in, rel=1e-9)
+    assert ratio.item() == pytest.approx(sum(ratios) / d_in, rel=1e-9)
+    assert component_norms(V, U).tolist() == pytest.approx(norms, rel=1e-10)
+
+
+@settings(max_examples=50)
+@given(
+    features=st.integers(1, 5),
+    C=st.integers(1, 8),
+    order=st.permutations(range(8)),
+    flips=st.sets(st.tuples(st.integers(0, 4), st.integers(0, 7)), max_size=2),
+    seed=st.integers(0, 99),
+)
+def test_e_identity_error_counts_what_is_off_in_any_order(features, C, order, flips, seed):
+    noise = 0.099 * torch.rand(features, C, generator=generator(seed)).double()
+    ideal = torch.eye(features, C).double()
+    clean = (ideal - noise).abs()
+    assert identity_error(clean[:, [c for c in order if c < C]]) == max(0, features - C)  # one for each idle feature
+    if features <= 4 and features < C:
+        for f, c in flips:
+            if f < features and c < C:
+                clean[f, c] = 0.5
+        shuffled = clean[:, [c for c in order if c < C]]
+        choices = permutations(range(C), features)
+        best = max(choices, key=lambda columns: sum(clean[f, c] for f, c in enumerate(columns)))
+        target = torch.zeros(features, C).double()
+        target[range(features), best] = 1
+        expected = int(((clean - target).abs() > 0.1).sum())
+        assert identity_error(shuffled) == expected
+
+
+def test_e_identity_error_by_hand():
+    importances = torch.tensor([[0.0, 0.95, 0.0, 0.2], [0.85, 0.0, 0.0, 0.0], [0.0, 0.05, 1.0, 0.0]])
+    assert identity_error(importances) == 2  # feature 0 wakes a second component, feature 1 its own only to 0.85
+    assert identity_order(importances).tolist() == [1, 0, 2, 3]
+    assert identity_error(torch.zeros(4, 4)) == 4
+    assert identity_error(torch.ones(3, 3)) == 6
+
+
+@given(st.permutations(range(4)), st.integers(0, 3))
+def test_e_identity_order_puts_the_busiest_of_the_others_first(order, features):
+    importances = torch.zeros(features, features + 4)
+    importances[:, :features] = torch.eye(features)
+    importances[:, features:] = 0.01 * (1 + torch.tensor(order, dtype=torch.float32))
+    found = identity_order(importances).tolist()
+    assert found[:features] == list(range(features))
+    assert [order[c - features] for c in found[features:]] == (
+        [3, 2, 1, 0] if features else [order[c] for c in range(4)]
+    )
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 7), st.integers(0, 999))
+def test_e_dense_error_is_its_definition(features, C, k, seed):
+    g = torch.rand(features, C, generator=generator(seed)).double().square()
+    g[:, torch.rand(C, generator=generator(seed)) < 0.5] *= 0.05
+    columns = sorted(g.T.tolist(), key=sum, reverse=True)
+    expected = sum(max(column) < 0.9 for column in columns[:k]) + max(0, k - C)
+    expected += sum(value > 0.1 for column in columns[k:] for value in column)
+    assert dense_error(g, k) == expected
+
+
+def test_e_dense_error_of_a_dense_block_is_zero_in_any_order():
+    g = torch.cat([torch.full((6, 3), 0.5), torch.full((6, 4), 0.05)], dim=1)
+    g[range(3), range(3)] = 0.95
+    shuffled = g[:, torch.randperm(7, generator=generator())]
+    assert [dense_error(shuffled, k) for k in (2, 3, 4)] == [6, 0, 1]
+
+
+@torch.no_grad()
+def test_e_truth_of_a_handmade_decomposition_of_tms():
+    target = TMS(5, 2).double()
+    with torch.no_grad():
+        target.linear1.weight.copy_(PENTAGON)
+    model = ComponentModel(target, {"linear*": 8}, {"linear2": "linear1"}).double()
+    V, U = one_each(PENTAGON, [3, 1, 6, 0, 2], 8)
+    with torch.no_grad():
+        model["linear1"].V.copy_(V)
+        model["linear1"].U.copy_(0.9 * U)
+    settings = Evaluation(identity=("linear1",), dense={"linear2": 2})
+    alone = lone_features(model, 5)
+    for name, g in alone.items():
+        expected = torch.stack(
+            [model.importances(model.clean(0.75 * e[None])).lower[name][0] for e in torch.eye(5).double()]
+        )
+        torch.testing.assert_close(g, expected, **EXACT)
+    found = truth(model, alone, settings)
+    assert found["mmcs/linear1"] == pytest.approx(1)
+    assert found["ml2r/linear1"] == pytest.approx(0.9)
+    assert found["nonzero/linear1"] == found["nonzero/linear2"] == 5
+    assert found["identity_error/linear1"] == identity_error(alone["linear1"])
+    assert found["dense_error/linear2"] == dense_error(alone["linear2"], 2)
+
+
+def test_e_diverged_or_vanished_components_are_no_crash():
+    V, U = one_each(PENTAGON, range(5), 5)
+    assert [value.item() for value in column_match(PENTAGON, 0 * V, U)] == [0, 0]
+    assert all(value.isnan() for value in column_match(PENTAGON, V, math.nan * U))
+    assert identity_error(torch.full((3, 4), math.nan)) == 12
+
+
+def test_e_the_verdict_names_what_is_wrong_and_nothing_else():
+    settings = Evaluation(identity=("in",), dense={"out": 3})
+    right = {"alive/in": 5, "identity_error/in": 0, "alive/out": 3, "dense_error/out": 0}
+    assert verdict(right, settings, 5) is None
+    assert verdict({}, Evaluation(), 5) is None
+    for figure, value in {"alive/in": 4, "identity_error/in": 2, "alive/out": 4, "dense_error/out": 1}.items():
+        told = verdict(right | {figure: value}, settings, 5)
+        assert told.split(":")[0] == figure.split("/")[1]
+        assert ";" not in told
+        assert str(value) in told
+    both = verdict(right | {"alive/in": 4, "alive/out": 7}, settings, 5)
+    assert both == ("in: 4 components for 5 features, identity error 0; out: 7 components instead of 3, dense error 0")
+
+
+# ---- importances and outputs ----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=6), st.floats(0, 1))
+def test_e_l0_is_the_mean_number_above_the_threshold(rows, threshold):
+    g = torch.tensor(rows, dtype=torch.float64)
+    expected = sum(value > threshold for row in rows for value in row) / len(rows)
+    assert l0(g, threshold).item() == pytest.approx(expected)
+    assert l0(g[:, None], threshold).item() == pytest.approx(expected)
+    assert int(firings(g, threshold).sum()) == round(expected * len(rows))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("delta", [True, False])
+def test_e_six_maskings_are_their_rows_of_the_table(network, delta, monkeypatch):
+    model, calls, own = decomposed(network, delta=delta), [], ComponentModel.masked
+    monkeypatch.setattr(
+        ComponentModel, "masked", lambda self, b, masks, *rest: calls.append(masks) or own(self, b, masks, *rest)
+    )
+    batch = model.target.batch()
+    run = Pass.of(model, batch)
+    g = {name: (value * 1.7).clamp(0, 1) for name, value in run.importances.lower.items()}
+    outputs = masked_outputs(model, batch, run.clean, g, generator(), 0.3)
+    assert tuple(outputs) == MASKINGS == ("ones", "ci", "stochastic", "random", "rounded", "zeros")
+    used = dict(zip(MASKINGS, calls, strict=True))
+    for name, value in g.items():
+        assert ((used["stochastic"][name].components >= value) & (used["stochastic"][name].components <= 1)).all()
+        assert torch.is_tensor(used["stochastic"][name].delta) == delta
+    printed = {
+        "ones": {name: Mask(torch.ones_like(v), float(delta)) for name, v in g.items()},
+        "ci": {name: Mask(v, 0.0) for name, v in g.items()},
+        "stochastic": used["stochastic"],
+        "random": {name: Mask(used["random"][name].components, 0.0) for name in g},
+        "rounded": {name: Mask((v > 0.3).double(), 0.0) for name, v in g.items()},
+        "zeros": {name: Mask(torch.zeros_like(v), 0.0) for name, v in g.items()},
+    }
+    for source, masks in printed.items():
+        torch.testing.assert_close(outputs[source], naive(model, batch, masks), **EXACT)
+    if delta:
+        torch.testing.assert_close(outputs["ones"], model.target(batch), **EXACT)
+
+
+def tokens_model():
+    torch.manual_seed(0)
+    patterns = {"h.*.attn.*_proj": 4, "unembed": 5}
+    return ComponentModel(InductionHead(7, 6, 6), patterns).double(), torch.randint(1, 7, (5, 6))
+
+
+def vectors_model():
+    torch.manual_seed(0)
+    target = TMS(5, 3)
+    nn.init.normal_(target.linear2.bias)
+    return ComponentModel(target, {"*": 4}, importance=Importance("shared_mlp")).double(), torch.rand(5, 5).double()
+
+
+@pytest.mark.parametrize(("made", "divergence"), [(tokens_model, "kl"), (vectors_model, "mse")])
+def test_e_figures_are_means_over_positions_however_the_data_are_cut(made, divergence):
+    model, data = made()
+    if made is tokens_model:
+        data[:, -1] = data[:, 1]  # the last token has occurred before
+    settings = Evaluation(threshold=0.2, groups={"some": "*1*", "all": "*"}, divergence=divergence)
+    found = []
+    for cut in ([5], [2, 3], [1, 1, 3]):
+        totals = Totals()
+        for batch in data.split(cut):
+            count(model, Pass.of(model, batch, generator()), settings, totals)
+        found.append((totals, figures_of(totals, settings, divergence)))
+    drawn = {
+        f"{kind}/{source}"
+        for kind in (divergence, "recovered", "task_difference")
+        for source in ("stochastic", "random")
+    }
+    for _, figures in found[1:]:
+        for name in figures.keys() - drawn - {n for n in figures if n.startswith("hidden")}:
+            assert figures[name] == pytest.approx(found[0][1][name], rel=1e-9, abs=1e-12), name
+    totals, figures = found[0]
+    run = Pass.of(model, data)
+    flat = {name: g.reshape(-1, g.shape[-1]) for name, g in run.importances.lower.items()}
+    for name, g in flat.items():
+        rows = g.tolist()
+        assert figures[f"l0/{name}"] == pytest.approx(sum(v > 0.2 for row in rows for v in row) / len(rows))
+        assert figures[f"alive/{name}"] == sum(any(row[c] > 0.2 for row in rows) for c in range(g.shape[1]))
+        torch.testing.assert_close(totals.mean(f"importance/{name}"), g.mean(0))
+        torch.testing.assert_close(totals.mean(f"fired/{name}"), (g > 0.2).double().mean(0))
+        assert totals.sums[f"histogram/{name}"].sum() == g.numel()
+    assert figures["l0/all"] == pytest.approx(sum(figures[f"l0/{name}"] for name in flat))
+    assert figures["l0/some"] == pytest.approx(sum(figures[f"l0/{name}"] for name in flat if "1" in name))
+    masks = {"ci": run.importances.lower, "zeros": {n: torch.zeros_like(g) for n, g in run.importances.lower.items()}}
+    raw, target = {}, model.target(data)
+    for source, m in masks.items():
+        output = model.masked(data, {name: Mask(value, 0.0) for name, value in m.items()})
+        log_p, log_q = torch.log_softmax(target, -1), torch.log_softmax(output, -1)
+        apart = (log_p.exp() * (log_p - log_q)).sum(-1) if divergence == "kl" else (output - target).square()
+        raw[source] = apart.mean().item()
+        assert figures[f"{divergence}/{source}"] == pytest.approx(raw[source], rel=1e-9)
+        gap = model.target.score(output, data) - model.target.score(target, data)
+        assert figures[f"task_difference/{source}"] == pytest.approx(gap.item(), rel=1e-9)
+    assert figures["recovered/ci"] == pytest.approx(1 - raw["ci"] / raw["zeros"])
+    assert figures["recovered/ones"] == pytest.approx(1)
+    assert figures["recovered/zeros"] == pytest.approx(0)
+    assert figures["task/target"] == pytest.approx(model.target.score(target, data).item())
+
+
+def test_e_hidden_errors_are_those_of_site_inputs_inside_the_ci_masked_model():
+    model = decomposed(Perceptron)
+    run, seen = Pass.of(model, model.target.batch()), {}
+    naive(model, run.batch, {name: Mask(g, 0.0) for name, g in run.importances.lower.items()}, seen)
+    errors = hidden_errors(model, run)
+    assert errors["first"] == 0
+    x = torch.tanh(model.target.first(run.batch))
+    assert errors["second"].item() == pytest.approx(((seen["second"] - x).norm() / x.norm()).item() ** 2, rel=1e-9)
+
+
+def test_e_every_rung_of_the_ladder_is_an_adversary_of_its_own():
+    model = decomposed(Perceptron)
+    run = Pass.of(model, model.target.batch())
+    g = {name: value.detach() for name, value in run.importances.lower.items()}
+
+    def loss(sources):
+        return (naive(model, run.batch, masks_from_sources(g, sources)) - model.target(run.batch)).square().mean()
+
+    with torch.no_grad():
+        ladder = adversarial_ladder(model, run, Evaluation(ladder=(9, 2, 5)))
+        for steps, score in ladder.items():
+            alone = loss(pgd_sources(Adversary(steps), g, loss, generator()))
+            torch.testing.assert_close(score, alone, **EXACT)
+    assert list(ladder) == [2, 5, 9]
+    assert not any(p.grad is not None for p in model.parameters())
