@@ -22,8 +22,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 with numbers as people write them: 1e-3 is a number, not a word."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes words that `_Loader` would take for numbers."""
+
+
 _FLOAT = r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 
 
 def places(name: str) -> Iterator[Path]:
@@ -92,4 +97,4 @@ def digest(config: Any) -> str:
 
 def dump(config: Mapping[str, Any]) -> str:
     """A config as YAML that `load` reads back."""
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120)
