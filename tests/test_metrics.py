@@ -195,7 +195,7 @@ def test_e_truth_of_a_handmade_decomposition_of_tms():
         model["linear1"].U.copy_(0.9 * U)
     settings = Evaluation(identity=("linear1",), dense={"linear2": 2})
     alone = lone_features(model, 5)
-    for name, g in alone.items():
+    for name, g in alone.importances.items():
         expected = torch.stack(
             [model.importances(model.clean(0.75 * e[None])).lower[name][0] for e in torch.eye(5).double()]
         )
@@ -204,8 +204,9 @@ def test_e_truth_of_a_handmade_decomposition_of_tms():
     assert found["mmcs/linear1"] == pytest.approx(1)
     assert found["ml2r/linear1"] == pytest.approx(0.9)
     assert found["nonzero/linear1"] == found["nonzero/linear2"] == 5
-    assert found["identity_error/linear1"] == identity_error(alone["linear1"])
-    assert found["dense_error/linear2"] == dense_error(alone["linear2"], 2)
+    assert found["identity_error/linear1"] == identity_error(alone.importances["linear1"])
+    assert found["dense_error/linear2"] == dense_error(alone.importances["linear2"], 2)
+    assert "mmcs/linear2" not in found, "its columns belong to no features"
 
 
 def test_e_diverged_or_vanished_components_are_no_crash():

@@ -259,7 +259,7 @@ class Decomposition(BlockModule):
         self.arrays |= {k: v for k, v in totals.sums.items() if k.startswith("histogram/")}
         if self._width is not None:
             alone = lone_features(self.model, self._width)
-            self.arrays |= {f"alone/{site}": g for site, g in alone.items()}
+            self.arrays |= {f"alone/{site}": g for site, g in alone.importances.items()}
             found |= {"features": self._width, **truth(self.model, alone, settings)}
         return found
 

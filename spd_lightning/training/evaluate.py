@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -133,26 +134,36 @@ def figures_of(totals: Totals, settings: Evaluation, divergence: str) -> dict[st
     return found
 
 
-def lone_features(model: ComponentModel, n_features: int) -> dict[str, Float[Tensor, "features C"]]:
-    """Importances when each feature is fed alone at 0.75: what the truth of toy models is judged by."""
+class LoneFeatures(NamedTuple):
+    """What each site sees, and finds important, when every feature is fed alone at 0.75."""
+
+    inputs: dict[str, Float[Tensor, "features d_in"]]
+    importances: dict[str, Float[Tensor, "features C"]]
+
+
+def lone_features(model: ComponentModel, n_features: int) -> LoneFeatures:
+    """Feeds each feature alone: what the truth of toy models is judged by."""
     parameter = next(model.parameters())
-    probe = PROBE * torch.eye(n_features, dtype=parameter.dtype, device=parameter.device)
-    return model.importances(model.clean(probe)).lower
+    clean = model.clean(PROBE * torch.eye(n_features, dtype=parameter.dtype, device=parameter.device))
+    return LoneFeatures(clean.inputs, model.importances(clean).lower)
 
 
-def truth(model: ComponentModel, alone: Mapping[str, Tensor], settings: Evaluation) -> dict[str, float | int]:
-    """How near a model on vectors comes to its known mechanism: MMCS, ML2R, identity and dense error."""
+def truth(model: ComponentModel, alone: LoneFeatures, settings: Evaluation) -> dict[str, float | int]:
+    """How near a model on vectors comes to its known mechanism: MMCS, ML2R, identity and dense error.
+
+    A site's columns are taken along the features as they reach it: for the first map of a TMS, the columns of W.
+    """
     found: dict[str, float | int] = {}
-    for name, site in model.sites.items():
-        V, U = model[name].V, model[name].U
-        cosine, ratio = column_match(site.weight, V, U)
-        norms = component_norms(V, U)
-        found[f"mmcs/{name}"], found[f"ml2r/{name}"] = float(cosine), float(ratio)
+    for name in model.sites:
+        norms = component_norms(model[name].V, model[name].U)
         found[f"nonzero/{name}"] = int((norms > 0.05 * norms.max()).sum())
     for name in settings.identity:
-        found[f"identity_error/{name}"] = identity_error(alone[name])
+        X = alone.inputs[name] / PROBE
+        cosine, ratio = column_match(model.sites[name].weight @ X.T, X @ model[name].V, model[name].U)
+        found[f"mmcs/{name}"], found[f"ml2r/{name}"] = float(cosine), float(ratio)
+        found[f"identity_error/{name}"] = identity_error(alone.importances[name])
     for name, k in settings.dense.items():
-        found[f"dense_error/{name}"] = dense_error(alone[name], k)
+        found[f"dense_error/{name}"] = dense_error(alone.importances[name], k)
     return found
 
 
