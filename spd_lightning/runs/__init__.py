@@ -10,7 +10,15 @@ run or of a harvest, `mlflow:<run id or name>`, or `wandb:<entity>/<project>/<ar
 """
 
 from spd_lightning.runs.claims import Claim, claim
-from spd_lightning.runs.files import append_metrics, cut_metrics, metrics_size, read_json, write_json, write_whole
+from spd_lightning.runs.files import (
+    append_metrics,
+    cut_metrics,
+    metrics_size,
+    read_json,
+    writable,
+    write_json,
+    write_whole,
+)
 from spd_lightning.runs.folders import Run, check_name, newest, root, runs
 from spd_lightning.runs.references import find, pull
 from spd_lightning.runs.trackers import MIRRORED, artifact_location, log_artifacts, reachable, tracking_uri
@@ -34,6 +42,7 @@ __all__ = [
     "root",
     "runs",
     "tracking_uri",
+    "writable",
     "write_json",
     "write_whole",
 ]

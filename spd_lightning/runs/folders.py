@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "interrupted"]
 
-_SIGNS = ("run.json", "config.yaml", "summary.json", "metrics.jsonl", "manifest.json", "harvest")
+_SIGNS = ("run.json", "config.yaml", "summary.json", "metrics.jsonl", "decomposition.json", "manifest.json", "harvest")
 _RESERVED = ("targets", "mlartifacts")
 
 

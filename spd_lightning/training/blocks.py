@@ -71,6 +71,14 @@ class BlockModule(L.LightningModule, ABC):
         if self.trainer.sanity_checking:
             self.try_on(batch)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        held, own = ({k: v.shape for k, v in state.items()} for state in (checkpoint["state_dict"], self.state_dict()))
+        if held != own:
+            name = min(k for k in {*held, *own} if held.get(k) != own.get(k))
+            raise BadInput(
+                f"checkpoint: weights of another model ('{name}' differs); delete it, and the same fit begins anew"
+            )
+
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
             settle_processor()

@@ -37,12 +37,15 @@ def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """A tree of tensors and plain values as JSON, its tensors set apart under their paths."""
     match tree:
         case Tensor():
-            tensors[path] = tree.detach().cpu().contiguous().clone()
+            while path in tensors:  # keys may hold slashes, or differ only in type
+                path += "'"
+            tensors[path] = tree
             return {"tensor": path}
         case dict():
             return {"items": [[k, pack(v, tensors, f"{path}/{k}")] for k, v in tree.items()]}
         case list() | tuple():
-            return {type(tree).__name__: [pack(v, tensors, f"{path}/{k}") for k, v in enumerate(tree)]}
+            kind = "tuple" if isinstance(tree, tuple) else "list"
+            return {kind: [pack(v, tensors, f"{path}/{k}") for k, v in enumerate(tree)]}
         case None | bool() | int() | float() | str():
             return tree
     raise TypeError(f"a checkpoint cannot hold {type(tree).__name__} at '{path}': make it a number, string or tensor")
@@ -62,7 +65,21 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tree
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def write(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all.
+
+    Raises:
+        BadInput: the disk refuses.
+    """
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with runs.write_whole(path) as temporary:
+        try:
+            save_file(own, temporary, header)
+        except SafetensorError as error:  # which is how safetensors tells of a full disk
+            raise OSError(str(error)) from error
+
+
+def read(path: Path, remedy: str = "restore it from a copy, or run the fit again") -> tuple[dict[str, Tensor], dict]:
     """Tensors and header of a safetensors file.
 
     Raises:
@@ -72,7 +89,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return load_file(path), file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"'{path}': cannot be read ({error}); restore it from a copy, or run the fit again") from error
+        raise BadInput(f"'{path}': cannot be read ({error}); {remedy}") from error
 
 
 class SafetensorsIO(CheckpointIO):
@@ -81,14 +98,15 @@ class SafetensorsIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         tensors: dict[str, Tensor] = {}
         tree = json.dumps(pack(checkpoint, tensors))
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with runs.write_whole(Path(path)) as temporary:
-            save_file(tensors, temporary, {"tree": tree})
+        with runs.writable(Path(path)):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write(tensors, Path(path), {"tree": tree})
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        tensors, header = read(Path(path))
+        remedy = "delete it, and the same fit begins anew"
+        tensors, header = read(Path(path), remedy)
         if "tree" not in header:
-            raise BadInput(f"'{path}': not a checkpoint of this tool; name the run's own checkpoints/last.safetensors")
+            raise BadInput(f"'{path}': not a checkpoint of this tool; {remedy}")
         return unpack(json.loads(header["tree"]), tensors)
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -138,8 +156,7 @@ def save_decomposition(module: Decomposition, folder: Path) -> None:
     for site in model.sites:
         if site not in model.tied:
             tensors |= {f"components.{site}.V": model[site].V, f"components.{site}.U": model[site].U}
-    with runs.write_whole(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary)
+    write(tensors, path)
     runs.write_json(folder / "decomposition.json", {"schema": SCHEMA, **_description(module), "digest": digest(path)})
 
 
@@ -203,7 +220,9 @@ def _assembled(
 ) -> Decomposition:
     settings, spec = dict(facts["model"]), facts["target"]
     if target is None and spec is None:
-        raise BadInput(f"'{path}': its target was given as an object; call load_decomposition(path, target=...)")
+        raise BadInput(
+            f"'{path}': its target was an object; use Decomposition.from_pretrained(path, target=…)"
+        )
     settings["importance"] = Importance(**settings["importance"])
     tuples = {k: tuple(v) for k, v in settings["evaluation"].items() if isinstance(v, list)}
     settings["evaluation"] = Evaluation(**settings["evaluation"] | tuples)

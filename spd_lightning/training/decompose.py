@@ -131,15 +131,19 @@ class Decomposition(BlockModule):
         self._inert: bool | None = None
 
     @classmethod
-    def from_pretrained(cls, reference: str | Path) -> "Decomposition":
+    def from_pretrained(cls, reference: str | Path, target: nn.Module | None = None) -> "Decomposition":
         """A decomposition from a run: its name, its folder, or `mlflow:…` / `wandb:…` in a tracker.
+
+        Args:
+            reference: the run.
+            target: a network like the decomposed one, where that was given as an object; it gets its weights.
 
         Raises:
             BadInput: there is none, or its files are damaged or belong to another model.
         """
         from spd_lightning.training.checkpoint import load_decomposition
 
-        return load_decomposition(reference)
+        return load_decomposition(reference, target)
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -251,7 +255,7 @@ class Decomposition(BlockModule):
         reduce = self.trainer.strategy.reduce
         totals = Totals({k: reduce(v, reduce_op="sum") for k, v in self._totals.sums.items()})  # pyright: ignore[reportArgumentType]
         settings = self.evaluation
-        found = figures_of(totals, settings, settings.divergence)
+        found = figures_of(self.model, totals, settings)
         found |= {f"pgd/{steps}": float(reduce(v)) for steps, v in self._ladder.items()}  # pyright: ignore[reportArgumentType]
         found["loss/faithfulness"] = float(Faithfulness()(self.model))
         self.arrays = {f"mean_importance/{k[11:]}": totals.mean(k) for k in totals.sums if k.startswith("importance/")}

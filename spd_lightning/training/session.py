@@ -16,7 +16,6 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from safetensors.torch import save_file
 from torch import nn
 
 from spd_lightning import config as configs
@@ -168,6 +167,8 @@ def train_target(name: str, config: Mapping[str, Any], overrides: Sequence[str] 
 
 
 def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> None:
+    from spd_lightning.training.checkpoint import write
+
     started, seed = time.perf_counter(), int(config.get("seed_everything", 0))
     while True:
         session = Session({**config, "seed_everything": seed}, overrides, lambda _: Plan(folder, Path(name).stem))
@@ -188,7 +189,6 @@ def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folde
             "target %s: seed %d leaves %s unrepresented; training again with seed %d", name, seed, missed, seed + 1
         )
         seed += 1
-    with runs.write_whole(folder / "target.safetensors") as temporary:
-        save_file({k: v.contiguous().clone() for k, v in network.state_dict().items()}, temporary)
+    write(network.state_dict(), folder / "target.safetensors")
     facts = {"spec": session.settings["model"]["init_args"]["target"], "seed": seed, "unrepresented": missed}
     runs.write_json(folder / "target.json", facts | {"seconds": time.perf_counter() - started, "config": dict(config)})

@@ -1,0 +1,337 @@
+"""Weights on disk: what is read is what was written, bit for bit; what is damaged is told apart; no pickles."""
+
+import builtins
+import json
+import math
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import Trainer
+from torch import nn
+
+import spd_lightning
+from spd_lightning import runs
+from spd_lightning.decomposition.importance import Importance
+from spd_lightning.errors import BadInput
+from spd_lightning.targets.data import SparseFeatures
+from spd_lightning.targets.toy import TMS
+from spd_lightning.training import checkpoint
+from spd_lightning.training.checkpoint import LAST, SCHEMA, Checkpoints, SafetensorsIO, build, pack, unpack
+from spd_lightning.training.decompose import Decomposition, WarmUp
+from spd_lightning.training.evaluate import Evaluation
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:.*in eval mode at the start.*"
+)
+
+TARGET = {"class_path": "spd_lightning.TMS", "init_args": {"n_features": 5, "n_hidden": 2}}
+
+
+def decomposition(C: int = 7, **settings) -> Decomposition:
+    """An untrained decomposition with importances of all sizes."""
+    settings = {"sites": {"linear1": C, "linear2": C}, "tied": {"linear2": "linear1"}, "seed": 1} | settings
+    module = Decomposition(build(TARGET), evaluation=Evaluation(identity=("linear1",), ladder=(2, 3)), **settings)
+    module.target_spec = dict(TARGET)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += torch.randn(p.shape, generator=generator) * 0.5
+    return module
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    checkpoint.save_decomposition(decomposition(), tmp_path)
+    runs.write_json(tmp_path / "summary.json", {})
+    return tmp_path
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(BadInput) as caught:
+        Decomposition.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- trees of tensors -----------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+
+
+@st.composite
+def tensors(draw):
+    """Any shape up to three dimensions, empty ones and views that are not contiguous among them."""
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))) * 3
+    tensor = tensor.to(draw(st.sampled_from(DTYPES)))
+    return tensor.T if tensor.ndim == 2 and draw(st.booleans()) else tensor
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+NAMES = st.text("a/'\"0.", max_size=3) | st.integers(0, 2)
+TREES = st.recursive(
+    SCALARS | tensors(),
+    lambda inner: (
+        st.dictionaries(NAMES, inner, max_size=3)
+        | st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.sampled_from(["tensor", "items", "list", "tuple"]), inner, max_size=2)
+    ),
+    max_leaves=8,
+)
+
+
+def same(one, other) -> bool:
+    """Equal in value and type everywhere, tensors bit for bit."""
+    if type(one) is not type(other):
+        return False
+    match one:
+        case torch.Tensor():
+            alike = one.dtype == other.dtype and one.shape == other.shape
+            return (
+                alike and one.contiguous().numpy(force=True).tobytes() == other.numpy(force=True).tobytes()
+                if one.dtype != torch.bfloat16
+                else alike and torch.equal(one, other)
+            )
+        case dict():
+            return list(one) == list(other) and all(same(one[k], other[k]) for k in one)
+        case list() | tuple():
+            return len(one) == len(other) and all(map(same, one, other))
+        case float():
+            return one == other or (math.isnan(one) and math.isnan(other))
+    return one == other
+
+
+@given(TREES)
+def test_trees_survive_a_file(tmp_path_factory, tree):
+    path = tmp_path_factory.mktemp("tree") / "t.safetensors"
+    SafetensorsIO().save_checkpoint({"tree": tree}, path)
+    assert same(SafetensorsIO().load_checkpoint(path), {"tree": tree})
+
+
+def test_named_tuples_come_back_as_tuples():
+    held = {}
+    assert unpack(json.loads(json.dumps(pack(torch.zeros(2, 3).shape, held))), held) == (2, 3)
+
+
+@pytest.mark.parametrize("alien", [{1, 2}, object(), b"bytes", 1j, nn.Linear])
+def test_what_has_no_safe_form_is_refused(alien):
+    with pytest.raises(TypeError, match="at '/a/0'"):
+        pack({"a": [alien]}, {})
+
+
+# ---- no pickles -----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_pickled(tmp_path, monkeypatch):
+    """A fit, its checkpoints, a resume and a load, while pickle, torch.save and torch.load refuse to work."""
+
+    def refuse(*_, **__):
+        raise AssertionError("pickled")
+
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "save", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    for steps in (20, 30):
+        module = decomposition(inner_steps=5, checkpoint_every=10, warm_up=WarmUp(2))
+        resumed = str(tmp_path / LAST) if (tmp_path / LAST).exists() else None
+        trainer(tmp_path, steps).fit(module, SparseFeatures(5, 0.3, 16), ckpt_path=resumed)
+    checkpoint.save_decomposition(module, tmp_path)
+    Decomposition.from_pretrained(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as file:
+                assert list(file.keys())
+
+
+def test_no_source_file_speaks_of_pickles():
+    package = Path(spd_lightning.__file__).parent
+    for path in package.rglob("*.py"):
+        code = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(import|from) (pickle|joblib|dill|cloudpickle)", code, re.MULTILINE), path
+        assert not re.search(r"torch\.(save|load)\((?!.*weights_only=True)", code), path
+
+
+def trainer(folder: Path, steps: int) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[SafetensorsIO()],
+        callbacks=[Checkpoints(folder)],
+        limit_val_batches=0,
+    )
+
+
+def test_strangers_cannot_run_code(saved):
+    """A decomposition pulled from a tracker names the class of its target: only networks are built."""
+    facts = json.loads((saved / "decomposition.json").read_text())
+    for path, args in (("os.system", {"command": f"touch {saved}/done"}), ("os.nothing", {}), ("nowhere.X", {})):
+        facts["target"] = {"class_path": path, "init_args": args}
+        (saved / "decomposition.json").write_text(json.dumps(facts))
+        assert f"target '{path}': cannot be built" in refused(saved)
+    assert not (saved / "done").exists()
+
+
+# ---- whole or not at all --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), safetensors.SafetensorError("I/O error")])
+def test_a_save_that_fails_leaves_the_old_one(tmp_path, monkeypatch, error):
+    path = tmp_path / LAST
+    io = SafetensorsIO()
+    io.save_checkpoint({"step": 1, "w": torch.ones(3)}, path)
+
+    def half(tensors, filename, metadata=None):
+        Path(filename).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(BadInput, match="cannot be written"):
+        io.save_checkpoint({"step": 2, "w": torch.zeros(3)}, path)
+    assert same(io.load_checkpoint(path), {"step": 1, "w": torch.ones(3)})
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_process_that_dies_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
+    """What was written under the temporary name never has the real one: seen by stopping before every system call."""
+    path = tmp_path / "t.safetensors"
+    SafetensorsIO().save_checkpoint({"step": 1}, path)
+    monkeypatch.setattr(runs.files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        SafetensorsIO().save_checkpoint({"step": 2}, path)
+    assert SafetensorsIO().load_checkpoint(path) == {"step": 1}
+
+
+# ---- decompositions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mlp", "vector_mlp", "shared_mlp", "global_mlp"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_loaded_is_what_was_saved(tmp_path, kind, tied):
+    """Weights and importances bit for bit, whatever the importance function."""
+    tie = {"linear2": "linear1"} if tied else {}
+    module = decomposition(importance=Importance(kind, hidden=3), tied=tie, delta=not tied)
+    checkpoint.save_decomposition(module, tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
+    loaded = Decomposition.from_pretrained(tmp_path)
+    assert not loaded.training
+    assert loaded.origin == tmp_path.name
+    assert loaded.settings == module.settings
+    assert same(dict(loaded.state_dict()), dict(module.state_dict()))
+    x = torch.rand(32, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, other = (m.model.importances(m.model.clean(x)) for m in (module, loaded))
+        assert torch.equal(module.model.target(x), loaded.model.target(x))
+    assert same(one.lower, other.lower)
+    assert same(one.upper, other.upper)
+    spread = torch.cat([g.flatten() for g in one.lower.values()])
+    assert 0.1 < (spread > 0).float().mean() < 1  # not all dead, which would prove nothing
+
+
+def test_an_object_as_target_is_asked_for(tmp_path):
+    module = decomposition()
+    module.target_spec = None
+    checkpoint.save_decomposition(module, tmp_path)
+    assert "target=" in refused(tmp_path)
+    again = Decomposition.from_pretrained(tmp_path, target=TMS(5, 2))
+    assert same(dict(again.state_dict()), dict(module.state_dict()))
+
+
+def test_an_unfinished_run_holds_none(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    assert "let its fit finish" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_truncated_weights(saved, keep):
+    path = saved / "decomposition.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "decomposition.safetensors': cannot be read" in refused(saved)
+
+
+def test_a_flipped_bit(saved):
+    path = saved / "decomposition.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "not the weights that decomposition.json describes" in refused(saved)
+
+
+def test_files_of_two_decompositions(saved, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    checkpoint.save_decomposition(decomposition(seed=2), other)
+    shutil.copy(other / "decomposition.safetensors", saved)
+    assert "not the weights" in refused(saved)
+
+
+def change(folder: Path, **changes) -> None:
+    path = folder / "decomposition.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_weights_of_another_model(saved):
+    """Same digest, but sites of another width, other sites, or another target."""
+    facts = json.loads((saved / "decomposition.json").read_text())
+    change(saved, model=facts["model"] | {"sites": {"linear1": 8, "linear2": 8}})
+    assert "weights of another model" in refused(saved)
+    change(saved, model=facts["model"] | {"tied": {}})
+    assert "weights of another model" in refused(saved)
+    change(saved, model=facts["model"], target=TARGET | {"init_args": {"n_features": 6, "n_hidden": 2}})
+    assert "weights of another model" in refused(saved)
+    change(saved, model=facts["model"] | {"unheard_of": 1}, target=TARGET)
+    assert "cannot be understood" in refused(saved)
+
+
+def test_newer_schema(saved):
+    change(saved, schema=SCHEMA + 1)
+    assert f"schema {SCHEMA + 1} is newer" in refused(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"schema": 1}', "\x00"])
+def test_broken_description(saved, text):
+    (saved / "decomposition.json").write_text(text)
+    assert "decomposition.json'" in refused(saved)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def resume(folder: Path, module: Decomposition) -> str:
+    with pytest.raises(BadInput) as caught:
+        trainer(folder, 30).fit(module, SparseFeatures(5, 0.3, 16), ckpt_path=str(folder / LAST))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_damaged_checkpoints(tmp_path):
+    module = decomposition(inner_steps=5, checkpoint_every=10, warm_up=WarmUp(2))
+    trainer(tmp_path, 20).fit(module, SparseFeatures(5, 0.3, 16))
+    path, content = tmp_path / LAST, (tmp_path / LAST).read_bytes()
+    assert "weights of another model" in resume(tmp_path, decomposition(C=8))
+    for damaged in (content[:-1], content[: len(content) // 2], b"", b"x" * 50):
+        path.write_bytes(damaged)
+        assert "delete it, and the same fit begins anew" in resume(tmp_path, decomposition())
+    checkpoint.write({"w": torch.ones(1)}, path)
+    assert "not a checkpoint of this tool" in resume(tmp_path, decomposition())
+
+
+def test_opening_imports_no_tracker(saved, monkeypatch):
+    """Loading imports what the target needs and nothing that speaks to a tracker."""
+    real, asked = builtins.__import__, []
+    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: asked.append(name) or real(name, *a, **k))
+    Decomposition.from_pretrained(saved)
+    assert not {"mlflow", "wandb"} & {name.partition(".")[0] for name in asked}
