@@ -17,6 +17,8 @@ from spd_lightning.decomposition.model import Clean, ComponentModel
 MASKINGS: tuple[SourceKind, ...] = ("ones", "ci", "stochastic", "random", "rounded", "zeros")
 TOLERANCE = 0.1
 """How far an importance may be from 0 or 1 and still count as such."""
+REMNANT = 0.05
+"""The share of its site's largest norm up to which a component is but a remnant."""
 
 
 # ---- against known truth --------------------------------------------------------------------------------------------
@@ -27,17 +29,22 @@ def component_norms(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> 
     return V.norm(dim=0) * U.norm(dim=1)
 
 
+def sizeable(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> Bool[Tensor, " C"]:
+    """Which components are more than remnants: norm above 5 % of the site's largest."""
+    norms = component_norms(V, U)
+    return ~(norms <= REMNANT * norms.max()) | ~(norms.max() > 0)  # all, where all are zero or not a number
+
+
 def column_match(
-    W: Float[Tensor, "d_out d_in"], V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], floor: float = 0.05
+    W: Float[Tensor, "d_out d_in"], V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """MMCS and ML2R: does one component write each column of W, in direction and in size? (SPD, section 3)
 
     For column j, the component whose column `U[c] V[j, c]` has the highest cosine with `W[:, j]`; returns the mean
-    cosine and the mean ratio of norms. Only components above `floor` times the largest norm compete, or a dead one of
-    negligible norm could win the cosine and spoil the ratio. Columns of W that are zero are left out.
+    cosine and the mean ratio of norms. Only sizeable components compete, or a remnant could win the cosine and spoil
+    the ratio. Columns of W that are zero are left out.
     """
-    norms = component_norms(V, U)
-    alive = ~(norms <= floor * norms.max()) | ~(norms.max() > 0)  # where all are zero or not a number, all compete
+    alive = sizeable(V, U)
     directions = torch.nn.functional.normalize(U[alive], dim=1)
     columns = torch.nn.functional.normalize(W, dim=0)
     cosine = (directions @ columns).T * V[:, alive].sign()

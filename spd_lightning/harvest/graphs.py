@@ -24,7 +24,7 @@ from spd_lightning.decomposition.attribution import (
     prompt_edges,
 )
 from spd_lightning.decomposition.components import Mask
-from spd_lightning.decomposition.metrics import component_norms
+from spd_lightning.decomposition.metrics import component_norms, sizeable
 from spd_lightning.decomposition.model import Clean
 from spd_lightning.harvest.module import Harvester
 from spd_lightning.targets.data import Prompts
@@ -184,7 +184,7 @@ def _components(module: Decomposition, layers: list[Layer], threshold: float) ->
                     "importance_sum": _array(layer.importance.sum((0, 1)), np.float64),
                     "activation_sum": _array(layer.value.sum((0, 1)), np.float64),
                     "norm": _array(norms, np.float32),
-                    "alive": (norms > 0.05 * norms.max()).numpy(),
+                    "alive": sizeable(parts.V, parts.U).cpu().numpy(),
                 }
             ).with_columns(layer=pl.lit(layer.name))
         )

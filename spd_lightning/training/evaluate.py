@@ -14,11 +14,11 @@ from spd_lightning.decomposition.masks import Adversary, draw_routes, masks_from
 from spd_lightning.decomposition.metrics import (
     MASKINGS,
     column_match,
-    component_norms,
     dense_error,
     firings,
     identity_error,
     masked_outputs,
+    sizeable,
 )
 from spd_lightning.decomposition.model import ComponentModel
 
@@ -113,13 +113,18 @@ def adversarial_ladder(model: ComponentModel, run: Pass, settings: Evaluation) -
     return scores
 
 
-def figures_of(totals: Totals, settings: Evaluation, divergence: str) -> dict[str, float | int]:
-    """The scalar figures of section E from summed totals."""
+def figures_of(model: ComponentModel, totals: Totals, settings: Evaluation) -> dict[str, float | int]:
+    """The scalar figures of section E from summed totals.
+
+    A component is alive if some input needs it and it is more than a remnant.
+    """
     found: dict[str, float | int] = {}
-    sites = [name.removeprefix("fired/") for name in totals.sums if name.startswith("fired/")]
+    sites, divergence = list(model.sites), settings.divergence
     for site in sites:
+        large = sizeable(model[site].V, model[site].U)
         found[f"l0/{site}"] = float(totals.mean(f"fired/{site}").sum())
-        found[f"alive/{site}"] = int((totals.sums[f"fired/{site}"] > 0).sum())
+        found[f"alive/{site}"] = int(((totals.sums[f"fired/{site}"] > 0) & large).sum())
+        found[f"nonzero/{site}"] = int(large.sum())
         if f"hidden/{site}" in totals.sums:
             found[f"hidden/{site}"] = float(totals.mean(f"hidden/{site}"))
     for group, pattern in settings.groups.items():
@@ -154,9 +159,6 @@ def truth(model: ComponentModel, alone: LoneFeatures, settings: Evaluation) -> d
     A site's columns are taken along the features as they reach it: for the first map of a TMS, the columns of W.
     """
     found: dict[str, float | int] = {}
-    for name in model.sites:
-        norms = component_norms(model[name].V, model[name].U)
-        found[f"nonzero/{name}"] = int((norms > 0.05 * norms.max()).sum())
     for name in settings.identity:
         X = alone.inputs[name] / PROBE
         cosine, ratio = column_match(model.sites[name].weight @ X.T, X @ model[name].V, model[name].U)
