@@ -52,10 +52,18 @@ CHUNK = 1 << 24
 
 # ---- the frozen linearisation (A6) ----------------------------------------------------------------------------------
 
-_SECANTS: dict[Callable, Callable[[Tensor], Tensor]] = {
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), lambda h: (h > 0).to(h.dtype)),
-    F.gelu: lambda h: torch.special.ndtr(h),
-    F.silu: torch.sigmoid,
+
+def _gelu_secant(h: Tensor, approximate: str = "none") -> Tensor:
+    """Φ(h), by erf or as the tanh that stands for it."""
+    if approximate == "none":
+        return torch.special.ndtr(h)
+    return 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
+
+
+_SECANTS: dict[Callable, Callable[..., Tensor]] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), lambda h, **_: (h > 0).to(h.dtype)),
+    F.gelu: _gelu_secant,
+    F.silu: lambda h, **_: torch.sigmoid(h),
 }
 _PATTERNS = {F.softmax, torch.softmax, Tensor.softmax}
 
@@ -66,7 +74,7 @@ class Frozen(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if secant := _SECANTS.get(func):
-            return args[0] * secant(args[0].detach())
+            return args[0] * secant(args[0].detach(), **kwargs)
         out = func(*args, **kwargs)
         return out.detach() if func in _PATTERNS else out
 
@@ -141,8 +149,9 @@ def cut_run(
     inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of the clean run.
     """
     layers: list[Layer] = []
-    embeddings = [m for m in model.target.modules() if isinstance(m, nn.Embedding)]
-    names = {module: name for name, module in model.target.named_modules()}
+    sites = {site.module for site in model.sites.values()}
+    embeddings = [(m, name) for name, m in model.target.named_modules() if isinstance(m, nn.Embedding)]
+    named: dict[nn.Module, str] = {m: name for m, name in embeddings if m not in sites}
 
     def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
         site_layers, y = _cut_site(model, site, x, own, importances[site.name], mode, threshold)
@@ -154,17 +163,17 @@ def cut_run(
             leaf = _leaf(own(*args, **kwargs))
             batched = leaf.expand(len(inputs), *leaf.shape[-2:]) if leaf.ndim == 2 or len(leaf) == 1 else leaf
             leaf = leaf if batched is leaf else _leaf(batched)
-            layers.append(_whole(names[module], "embedding", leaf))
+            layers.append(_whole(named[module], "embedding", leaf))
             return leaf
 
-        return forward if module in embeddings else own
+        return forward
 
     x = _leaf(inputs) if inputs.is_floating_point() else inputs
     if inputs.is_floating_point():
         shaped = inputs.reshape(_shape3(inputs))
         layers.append(Layer("input", "input", x, shaped, shaped != 0))
     frozen = Frozen() if mode.linearisation == "frozen" else nullcontext()
-    with torch.enable_grad(), frozen, model.replaced(at_site, at_module):
+    with torch.enable_grad(), frozen, model.replaced(at_site, at_module, named):
         out = model.target(x)
     shaped = out.reshape(_shape3(out))
     return [*layers, Layer("output", "output", None, shaped, output_nodes(shaped.detach()))]
@@ -228,7 +237,7 @@ def _products(target: Layer, leaves: list) -> Iterator[tuple[Tensor, tuple[Tenso
     where = target.nodes.any(0).nonzero()
     widest = max((leaf.numel() for leaf in leaves), default=1)
     size = max(1, CHUNK // max(widest, target.value.numel()))
-    for chunk in where.split(size):
+    for chunk in where.split(size) if len(where) else ():
         cotangents = torch.zeros(len(chunk), *target.value.shape, dtype=target.value.dtype, device=target.value.device)
         cotangents[torch.arange(len(chunk)), :, chunk[:, 0], chunk[:, 1]] = 1
         yield (

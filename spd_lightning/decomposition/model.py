@@ -9,7 +9,7 @@ map answers from the clean run's record. (A target that changes tensors in place
 would not be what its own code sees.) What does not belong here: losses, schedules, where masks come from.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -126,11 +126,14 @@ class ComponentModel(nn.Module):
 
     @contextmanager
     def replaced(
-        self, replacement: Replacement, plain: Callable[[nn.Module, Map], Map] | None = None
+        self,
+        replacement: Replacement,
+        plain: Callable[[nn.Module, Map], Map] | None = None,
+        modules: Iterable[nn.Module] | None = None,
     ) -> Iterator[None]:
         """While open, sites of the target give what `replacement` makes of them (D8 included).
 
-        plain: what to put in place of the forward of the outermost modules without sites.
+        plain: what to put in place of the forward of other modules: of the outermost without sites, or of `modules`.
         """
         before: list[tuple[nn.Module, Map | None]] = []
 
@@ -139,8 +142,9 @@ class ComponentModel(nn.Module):
             module.forward = forward
 
         try:
-            for module in self._plain if plain else []:
-                patch(module, plain(module, module.forward))  # pyright: ignore[reportOptionalCall]
+            if plain is not None:
+                for module in self._plain if modules is None else modules:
+                    patch(module, plain(module, module.forward))
             for site in self.sites.values():
                 if site.kind != "identity":
                     patch(site.module, _through(replacement, site, site.module.forward))
