@@ -26,7 +26,7 @@ from spd_lightning.decomposition.metrics import (
     masked_outputs,
 )
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.targets.toy import TMS, InductionHead
+from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP
 from spd_lightning.training.evaluate import (
     Evaluation,
     Totals,
@@ -207,6 +207,23 @@ def test_e_truth_of_a_handmade_decomposition_of_tms():
     assert found["identity_error/linear1"] == identity_error(alone.importances["linear1"])
     assert found["dense_error/linear2"] == dense_error(alone.importances["linear2"], 2)
     assert "mmcs/linear2" not in found, "its columns belong to no features"
+
+
+@torch.no_grad()
+def test_e_columns_of_a_residual_mlp_are_taken_along_its_features():
+    torch.manual_seed(0)
+    target = ResidualMLP(5, 7, 4)
+    model = ComponentModel(target, {"*": 6}).double()
+    found = truth(model, lone_features(model, 5), Evaluation(identity=("layers.0.mlp_in",)))
+    W, V, U = target.layers[0].mlp_in.weight, model["layers.0.mlp_in"].V, model["layers.0.mlp_in"].U
+    cosines, ratios = [], []
+    for direction in target.embedding:
+        written = {c: (direction @ V[:, c]) * U[c] for c in range(6)}  # no remnants among random components
+        best = max(written, key=lambda c: torch.cosine_similarity(written[c], W @ direction, dim=0))
+        cosines.append(torch.cosine_similarity(written[best], W @ direction, dim=0).item())
+        ratios.append((written[best].norm() / (W @ direction).norm()).item())
+    assert found["mmcs/layers.0.mlp_in"] == pytest.approx(sum(cosines) / 5)
+    assert found["ml2r/layers.0.mlp_in"] == pytest.approx(sum(ratios) / 5)
 
 
 def test_e_diverged_or_vanished_components_are_no_crash():
