@@ -1,6 +1,7 @@
 """Readings of a harvest: the same answers as naive loops over its rows."""
 
 import shutil
+from collections import defaultdict
 
 import numpy as np
 import polars as pl
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from toy_run import ALIVE, FEATURES, C, W, make_harvest, make_run
 
 from spd_lightning.analysis.components import component_summary, identity_order, importance_matrix, sites
-from spd_lightning.analysis.graphs import node_edges, prompt_graph
-from spd_lightning.analysis.prompts import prompt_label, prompt_list
+from spd_lightning.analysis.graphs import node_edges, prompt_graph, tables
+from spd_lightning.analysis.prompts import ALL_PROBES, graph_list, prompt_label, prompt_list
 from spd_lightning.analysis.weights import factors
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store, prompt_hash
@@ -138,6 +139,35 @@ def test_prompts_are_listed_probes_first_with_readable_names(store):
     assert listed["split"].to_list() == ["probe"] * 5 + ["random"] * 64
     numbers = [int(label.split()[1]) for label in listed["label"][5:]]
     assert numbers == list(range(64))
+
+
+def test_all_probes_together_are_the_sum_of_their_graphs(store, rows):
+    """The same place is one node, its edges and activations summed, its largest importance kept."""
+    listed = graph_list(store)
+    assert listed.row(0) == (ALL_PROBES, "all 5 probes together", "probe")
+    assert listed[1:].equals(prompt_list(store))
+    probes = {row["prompt_id"] for row in rows["prompts"] if row["split"] == "probe"}
+    place, sums, activations, importances = {}, defaultdict(float), defaultdict(float), defaultdict(list)
+    for row in rows["nodes"]:
+        if row["prompt_id"] in probes:
+            key = (row["layer"], row["kind"], row["pos"], row["component"])
+            place[row["prompt_id"], row["node"]] = key
+            activations[key] += row["activation"]
+            importances[key].append(row["importance"])
+    for row in rows["edges"]:
+        if row["prompt_id"] in probes:
+            sums[place[row["prompt_id"], row["source"]], place[row["prompt_id"], row["target"]]] += row["attribution"]
+    nodes, edges = tables(store, ALL_PROBES)
+    assert nodes["node"].to_list() == list(range(len(activations)))
+    names = [(r["layer"], r["kind"], r["pos"], r["component"]) for r in nodes.iter_rows(named=True)]
+    assert dict(zip(names, nodes["activation"], strict=True)) == pytest.approx(activations, rel=1e-5)
+    assert {n: i for n, i in zip(names, nodes["importance"], strict=True) if i is not None} == {
+        name: max(values) for name, values in importances.items() if None not in values
+    }
+    found = {(names[s], names[t]): a for s, t, a in edges.iter_rows()}
+    assert found == pytest.approx(sums, rel=1e-5)
+    whole = prompt_graph(store, ALL_PROBES)
+    assert (whole.nodes_total, whole.edges_total) == (len(activations), len(sums))
 
 
 def test_texts_are_joined_as_they_were_written():

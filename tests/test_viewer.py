@@ -371,7 +371,8 @@ def _walk(page, expect) -> None:
     expect(page.locator(".spd-graph .problem")).to_contain_text("not JSON")
     expect(page.locator(".node")).to_have_count(0)
     _choose_run(page, "tms_5-2")
-    expect(summary).to_contain_text("of 7 edges")
+    expect(summary).to_contain_text("all 5 probes together")
+    expect(summary).to_contain_text("of 25 edges")
 
 
 def _choose_run(page, name: str) -> None:

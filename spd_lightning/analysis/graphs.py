@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from spd_lightning.analysis.prompts import ALL_PROBES, probes
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
 
@@ -48,10 +49,9 @@ def prompt_graph(
     Raises:
         BadInput: the harvest has no such prompt, or a file is damaged.
     """
-    nodes = store.collect(store.scan("nodes", prompt)).drop("prompt_id").sort("node")
+    nodes, edges = tables(store, prompt)
     if nodes.is_empty():
         raise BadInput(f"prompt {prompt} has no graph in harvest '{store.path}'; choose another, or harvest it")
-    edges = store.collect(store.scan("edges", prompt)).drop("prompt_id")
     importance = pl.col("importance").cast(pl.Float64)  # else a threshold would be rounded to single precision
     visible = nodes.filter(importance.is_null() | (importance >= min_importance))
     largest = float(edges.select(STRENGTH.filter(STRENGTH.is_finite()).max()).item() or 0.0)
@@ -60,6 +60,35 @@ def prompt_graph(
     passing = edges.filter(STRENGTH.ge(threshold * largest), *between)
     strongest = passing.sort(**STRONGEST_FIRST).head(top_k)
     return PromptGraph(visible, strongest, len(nodes), len(edges), len(passing), largest)
+
+
+def tables(store: Store, prompt: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Nodes, in order of their numbers, and edges of one prompt's graph, or of all probes together."""
+    if prompt == ALL_PROBES:
+        return _together(store, probes(store)["prompt_id"])
+    frames = (store.collect(store.scan(table, prompt)).drop("prompt_id") for table in ("nodes", "edges"))
+    nodes, edges = frames
+    return nodes.sort("node"), edges
+
+
+def _together(store: Store, prompts: pl.Series) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The graphs of several prompts as one: the same place is one node; attributions and activations are summed.
+
+    So a sum rule that holds for each of them (A6) holds for the whole. Of importances, the largest is kept.
+    """
+    place = ["layer", "kind", "pos", "component"]
+    mine = pl.col("prompt_id").is_in(prompts.implode())
+    found = store.collect(store.scan("nodes").filter(mine)).sort(place)
+    nodes = found.group_by(place, maintain_order=True).agg(pl.col("importance").max(), pl.col("activation").sum())
+    nodes = nodes.with_row_index("node")
+    numbers = found.select("prompt_id", was="node").with_columns(
+        now=found.select(place).join(nodes, on=place, how="left", maintain_order="left")["node"]
+    )
+    edges = store.collect(store.scan("edges").filter(mine))
+    for end in ("source", "target"):
+        edges = edges.join(numbers.rename({"was": end, "now": f"{end}_now"}), on=["prompt_id", end])
+    merged = edges.group_by(source="source_now", target="target_now").agg(pl.col("attribution").sum())
+    return nodes, merged.sort("source", "target")
 
 
 @dataclass(frozen=True)
@@ -80,8 +109,8 @@ class NodeEdges:
 
 def node_edges(store: Store, prompt: int, node: int, top_k: int = 20) -> NodeEdges:
     """The strongest in- and out-edges (top_k each) of a node of one prompt's graph."""
-    touching = store.scan("edges", prompt).filter((pl.col("source") == node) | (pl.col("target") == node))
-    strongest = store.collect(touching.drop("prompt_id").sort(**STRONGEST_FIRST))
+    touching = (pl.col("source") == node) | (pl.col("target") == node)
+    strongest = tables(store, prompt)[1].filter(touching).sort(**STRONGEST_FIRST)
     ins, outs = strongest.filter(pl.col("target") == node), strongest.filter(pl.col("source") == node)
     in_sum, out_sum = (float(side["attribution"].cast(pl.Float64).sum()) for side in (ins, outs))
     return NodeEdges(ins.head(top_k), outs.head(top_k), len(ins), len(outs), in_sum, out_sum)

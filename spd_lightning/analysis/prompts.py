@@ -7,6 +7,14 @@ import polars as pl
 
 from spd_lightning.store import Store
 
+ALL_PROBES = 0
+"""The id that stands for all probes of a harvest together; hashes of prompts are anything else."""
+
+
+def probes(store: Store) -> pl.DataFrame:
+    """The prompts that show one thing each."""
+    return store.collect(store.scan("prompts").filter(pl.col("split") == "probe"))
+
 
 def prompt_list(store: Store) -> pl.DataFrame:
     """All prompts with a readable label: columns prompt_id, label, split; probes first, then by number in `source`."""
@@ -15,6 +23,21 @@ def prompt_list(store: Store) -> pl.DataFrame:
     prompts = store.collect(store.scan("prompts").sort(order, nulls_last=True))
     labels = [prompt_label(row) for row in prompts.iter_rows(named=True)]
     return prompts.select("prompt_id", label=pl.Series("label", labels, dtype=pl.String), split="split")
+
+
+def graph_list(store: Store) -> pl.DataFrame:
+    """What there is a graph of: where probes are vectors, all of them together first; then every prompt."""
+    listed = prompt_list(store)
+    count = int((listed["split"] == "probe").sum())
+    if count < 2 or store.manifest["kind"] != "vectors":
+        return listed
+    together = {"prompt_id": [ALL_PROBES], "label": [together_label(count)], "split": ["probe"]}
+    return pl.concat([pl.DataFrame(together, schema=listed.schema), listed])
+
+
+def together_label(count: int) -> str:
+    """What all probes together are called."""
+    return f"all {count} probes together"
 
 
 def prompt_label(prompt: Mapping[str, Any], most: int = 80) -> str:

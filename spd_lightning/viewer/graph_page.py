@@ -8,8 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from spd_lightning.analysis.graphs import node_edges, prompt_graph
-from spd_lightning.analysis.prompts import prompt_label, prompt_list
+from spd_lightning.analysis.graphs import node_edges, prompt_graph, tables
+from spd_lightning.analysis.prompts import ALL_PROBES, graph_list, probes, prompt_label, together_label
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
 from spd_lightning.viewer.library import Library
@@ -89,15 +89,13 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
         BadInput: the harvest has no such prompt, or a file is damaged.
     """
     graph = prompt_graph(store, selection.prompt, selection.top_k, selection.threshold, selection.min_importance)
-    prompt = store.collect(store.scan("prompts", selection.prompt)).row(0, named=True)
-    vectors = store.manifest["kind"] == "vectors"
-    tokens = [] if vectors else prompt["tokens"]
+    label, tokens = _prompt(store, selection.prompt)
     nodes = graph.nodes
     if len(nodes) > MANY_NODES:
         ends = pl.concat([graph.edges["source"], graph.edges["target"]]).unique()
         nodes = nodes.filter(pl.col("node").is_in(ends.implode()))
     return GraphPage(
-        label=prompt_label(prompt),
+        label=label,
         mode=store.manifest["mode"],
         layers=store.layers,
         tokens=tokens,
@@ -110,14 +108,21 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
     )
 
 
+def _prompt(store: Store, prompt: int) -> tuple[str, list[str]]:
+    """What a prompt is called, and its tokens by position (none for models on vectors)."""
+    if prompt == ALL_PROBES:
+        return together_label(len(probes(store))), []
+    row = store.collect(store.scan("prompts", prompt)).row(0, named=True)
+    return prompt_label(row), [] if store.manifest["kind"] == "vectors" else row["tokens"]
+
+
 def node_data(store: Store, prompt: int, node: int) -> NodePage:
     """The strongest edges into and out of one node, of all edges that were stored.
 
     Raises:
         BadInput: the prompt has no such node, or a file is damaged.
     """
-    nodes = store.collect(store.scan("nodes", prompt).select("node", "kind", "layer", "pos", "component"))
-    names = {row["node"]: node_name(row) for row in nodes.to_dicts()}
+    names = {row["node"]: node_name(row) for row in tables(store, prompt)[0].to_dicts()}
     if node not in names:
         raise BadInput(f"node {node} is not in the graph of prompt {prompt}; it has {len(names)} nodes")
     edges = node_edges(store, prompt, node)
@@ -205,7 +210,7 @@ def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
         BadInput: the run has no harvest, or an empty one, or it cannot be read.
     """
     store = library.store(run, harvest)
-    listed = prompt_list(store)
+    listed = graph_list(store)
     if listed.is_empty():
         raise BadInput(f"harvest '{harvest}' of run '{run}': no prompts yet; refresh when `predict` has written some")
     prompts = [{"id": str(i), "label": label, "split": split} for i, label, split in listed.iter_rows()]
