@@ -66,7 +66,7 @@ def lock(folder: Path, rank: int) -> int:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to: it becomes `path` at the end, or after an error nothing does."""
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")  # several ranks write manifest.json
     try:
         yield temporary
         with open(temporary, "rb") as file:

@@ -138,6 +138,12 @@ class Checkpoints(Callback):
             self._saved = trainer.global_step
             trainer.save_checkpoint(self.folder / LAST)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning counts the coming training_step as begun; a resumed run would validate one too early.
+        total = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+        if total["started"] == total["completed"]:
+            total["ready"] = total["completed"]
+
     def state_dict(self) -> dict[str, Any]:
         return {"logged": runs.metrics_size(self.folder)}
 
@@ -220,9 +226,7 @@ def _assembled(
 ) -> Decomposition:
     settings, spec = dict(facts["model"]), facts["target"]
     if target is None and spec is None:
-        raise BadInput(
-            f"'{path}': its target was an object; use Decomposition.from_pretrained(path, target=…)"
-        )
+        raise BadInput(f"'{path}': its target was an object; use Decomposition.from_pretrained(path, target=…)")
     settings["importance"] = Importance(**settings["importance"])
     tuples = {k: tuple(v) for k, v in settings["evaluation"].items() if isinstance(v, list)}
     settings["evaluation"] = Evaluation(**settings["evaluation"] | tuples)

@@ -1,0 +1,243 @@
+"""Killed work goes on: the same command again ends in what an undisturbed one would have ended in, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from spd_lightning import cli, runs
+from spd_lightning.store import TABLES, Store
+
+CONFIG = """\
+base: tms_5-2.yaml
+model:
+  init_args:
+    target: target.yaml
+    sites: {linear1: 6, linear2: 6}
+    warm_up: {steps: 20}
+    inner_steps: 5
+    log_every: 7
+    checkpoint_every: 20
+    evaluation: {ladder: [2]}
+trainer: {max_steps: 240, val_check_interval: 4, logger: false}
+data:
+  init_args: {batch_size: 64, n_random_prompts: 160, predict_batch_size: 4}
+"""
+TARGET = """\
+base: targets/tms_5-2.yaml
+model: {init_args: {retries: 0}}
+trainer: {max_steps: 100}
+data: {init_args: {batch_size: 64}}
+"""
+FIT, PREDICT = ["fit", "--config", "tiny"], ["predict", "--config", "tiny"]
+
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["spd_lightning.training.session", "spd_lightning.harvest.graphs"])
+
+
+def work(here: Path, words: list[str]) -> None:
+    """One command, in a process that has imported much and done nothing."""
+    os.chdir(here)
+    os.environ["SPD_RUNS"] = str(here / "runs")
+    sys.exit(cli.run(words))
+
+
+def begun(root: Path, words: list[str]) -> BaseProcess:
+    process = SERVER.Process(target=work, args=(root.parent, words))
+    process.start()
+    return process
+
+
+def done(root: Path, words: list[str]) -> None:
+    """Runs a command to its end."""
+    process = begun(root, words)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def killed(root: Path, words: list[str], ready: Callable[[], bool]) -> None:
+    """Runs a command and kills it as soon as something is so."""
+    process = begun(root, words)
+    kill_when(ready, process.is_alive, process.pid)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A working directory with a config of a few seconds, and a finished run `plain` of it."""
+    here = tmp_path_factory.mktemp("resume")
+    (here / "tiny.yaml").write_text(CONFIG)
+    (here / "target.yaml").write_text(TARGET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.setenv("SPD_RUNS", str(here / "runs"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        done(here / "runs", [*FIT, "--run", "plain"])
+        yield here / "runs"
+
+
+def kill_when(ready: Callable[[], bool], alive: Callable[[], bool], pid: int | None) -> None:
+    assert pid is not None
+    deadline = time.monotonic() + 60
+    while alive() and not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+
+
+def logged(folder: Path) -> int:
+    """The last step that a run logged."""
+    return max((values["step"] for values in runs.files.read_metrics(folder)), default=-1)
+
+
+def same_run(folder: Path, other: Path) -> None:
+    for name in ("decomposition.safetensors", "metrics.jsonl", "config.yaml", "decomposition.json"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    summaries = [runs.Run(path).summary for path in (folder, other)]
+    assert {k: v for k, v in summaries[0].items() if not k.startswith("seconds/")} == {
+        k: v for k, v in summaries[1].items() if not k.startswith("seconds/")
+    }
+
+
+# ---- fit ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_fit_ends_as_if_never_killed(root, seed):
+    """Killed at a random step, twice; the weights, the log and the figures are those of the undisturbed run."""
+    words, folder = [*FIT, "--run", f"killed{seed}"], root / f"killed{seed}"
+    chance = random.Random(seed)
+    for step in sorted(chance.sample(range(30, 220), 2)):
+        killed(
+            root, words, lambda step=step: logged(folder) >= step and (folder / "checkpoints/last.safetensors").exists()
+        )
+        assert runs.Run(folder).state == "interrupted"
+    done(root, words)
+    same_run(folder, root / "plain")
+    assert not list(root.glob(f"killed{seed}-*"))
+
+
+def test_a_fit_killed_before_its_first_checkpoint_begins_anew(root):
+    words, folder = [*FIT, "--run", "early"], root / "early"
+    killed(root, words, lambda: logged(folder) >= 0)
+    done(root, words)
+    same_run(folder, root / "plain")
+
+
+def test_a_fit_killed_in_its_last_moments(root):
+    """All steps done, no summary yet: the end is repeated."""
+    words, folder = [*FIT, "--run", "late"], root / "late"
+    killed(root, words, lambda: (folder / "figures").exists() or (folder / "decomposition.safetensors").exists())
+    done(root, words)
+    same_run(folder, root / "plain")
+
+
+def test_a_killed_command_of_the_shell(root):
+    """`python -m spd_lightning fit` as a user runs it: killed, and run again."""
+    words, folder = [sys.executable, "-m", "spd_lightning", *FIT, "--run", "shell"], root / "shell"
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    kill_when(lambda: logged(folder) >= 100, lambda: process.poll() is None, process.pid)
+    assert process.wait() == -signal.SIGKILL
+    again = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    assert "goes on where it was interrupted" in again.stderr
+    same_run(folder, root / "plain")
+
+
+def test_a_second_fit_never_touches_a_finished_one(root):
+    """The same command again is a run of its own, with the same result."""
+    before = {path: path.stat().st_mtime_ns for path in (root / "plain").rglob("*")}
+    done(root, [*FIT, "--run", "plain"])
+    assert {path: path.stat().st_mtime_ns for path in (root / "plain").rglob("*")} == before
+    same_run(root / "plain-2", root / "plain")
+
+
+def test_other_settings_continue_nothing(root):
+    """An interrupted run is continued by the same settings alone."""
+    folder = root / "other"
+    killed(root, [*FIT, "--run", "other"], lambda: logged(folder) >= 50)
+    held = (folder / "metrics.jsonl").read_bytes()
+    done(root, [*FIT, "--run", "other", "--trainer.max_steps", "10"])
+    assert (folder / "metrics.jsonl").read_bytes() == held
+    assert runs.Run(folder).state == "interrupted"
+    assert runs.Run(root / "other-2").summary["steps"] == 10
+
+
+# ---- predict --------------------------------------------------------------------------------------------------------
+
+
+def harvest(name: str) -> list[str]:
+    graphs = [{"class_path": "spd_lightning.PromptGraphs", "init_args": {"mode": "unmasked", "name": name}}]
+    return [*PREDICT, "--run", "plain", "--trainer.callbacks", json.dumps(graphs)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root) -> Store:
+    done(root, harvest("undisturbed"))
+    return Store(root / "plain/harvest/undisturbed")
+
+
+def committed(folder: Path) -> int:
+    ledger = folder / "manifest-0.json"
+    return len(json.loads(ledger.read_text())["shards"]) if ledger.exists() else 0
+
+
+def rows(store: Store, table: str) -> pl.DataFrame:
+    """A table's rows in an order that does not depend on who wrote them, counts of components added up."""
+    frame = store.collect(store.scan(table))
+    if table == "components":
+        counts = ["firings", "positions", "importance_sum", "activation_sum"]
+        frame = frame.group_by("layer", "component").agg(pl.col(counts).sum(), pl.col("norm", "alive").first())
+    return frame.sort([c for c in frame.columns if not isinstance(frame.schema[c], pl.List | pl.Float32)])
+
+
+def same_tables(store: Store, other: Store, exact: bool) -> None:
+    for table in TABLES:
+        one, two = rows(store, table), rows(other, table)
+        assert one.height > 0
+        assert_frame_equal(one, two, check_exact=exact, abs_tol=1e-6, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 9, 25])
+def test_a_killed_predict_gives_the_same_tables(root, undisturbed, groups):
+    """Killed between batches, and run again: nothing is missing, nothing is there twice."""
+    name = f"killed{groups}"
+    folder = root / "plain/harvest" / name
+    killed(root, harvest(name), lambda: committed(folder) >= groups)
+    part = Store(folder)
+    assert not part.manifest["complete"]
+    assert 4 * groups <= part.manifest["prompts"] < undisturbed.manifest["prompts"] == 165
+    done(root, harvest(name))
+    whole = Store(folder)
+    assert whole.manifest["complete"]
+    same_tables(whole, undisturbed, exact=True)
+
+
+def test_a_complete_harvest_is_not_computed_again(root, undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.path.rglob("*.parquet")}
+    done(root, harvest("undisturbed"))
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.path.rglob("*.parquet")} == before
+    assert Store(undisturbed.path).manifest["complete"]
+
+
+def test_two_processes_give_the_rows_of_one(root, undisturbed):
+    """Two devices divide the prompts; together they write what one writes."""
+    words = [*harvest("two"), "--trainer.devices", "2", "--trainer.strategy", "ddp_fork"]
+    done(root, words)
+    store = Store(root / "plain/harvest/two")
+    assert store.manifest["complete"]
+    assert store.manifest["world"] == 2
+    assert {path.name for path in store.path.glob("manifest-*.json")} == {"manifest-0.json", "manifest-1.json"}
+    same_tables(store, undisturbed, exact=False)
