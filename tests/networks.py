@@ -82,8 +82,8 @@ class Branches(nn.Module):
         q, k, v = (at(name, n) for name in "qkv")
         x = x + at("o", torch.softmax(q @ k.transpose(1, 2), -1) @ v)
         mixed, _ = self.mix(x)
-        up = at("up", at("up.pre_identity", self.norm(mixed)))
-        return x + at("down", self.act(up))
+        n = self.norm(mixed)  # also read beside the sites
+        return x + n + at("down", self.act(at("up", at("up.pre_identity", n))))
 
     def batch(self, rows=3):
         return torch.randn(rows, 4, 4).double()
