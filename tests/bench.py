@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spd_lightning.decomposition.importance import lower_leaky, upper_leaky
 from spd_lightning.decomposition.losses import Losses, Minimality
-from spd_lightning.targets.data import SparseFeatures, generator_for
+from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.targets.toy import TMS, ResidualMLP
 from spd_lightning.training.blocks import settle_processor
 from spd_lightning.training.decompose import Decomposition, WarmUp

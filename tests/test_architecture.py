@@ -38,7 +38,8 @@ def test_importing_one_does_not_import(module, absent):
 
 def test_help_needs_nothing_heavy():
     """`--help` answers before torch, Lightning or even the command line proper is imported."""
-    code = "import sys; sys.argv = ['x', '--help']; import runpy; runpy.run_module('spd_lightning', run_name='__main__');"
+    code = "import sys; sys.argv = ['x', '--help']; import runpy; "
+    code += "runpy.run_module('spd_lightning', run_name='__main__'); "
     code += "print('HEAVY', *({'torch', 'lightning', 'yaml', 'spd_lightning.cli'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].strip() == "HEAVY"

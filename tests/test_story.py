@@ -1,4 +1,4 @@
-"""The whole story once, for real: a target is trained, decomposed and harvested, and what comes out is the known truth."""
+"""The whole story once, for real: a target is trained, decomposed and harvested; what comes out is the known truth."""
 
 import math
 
@@ -9,8 +9,6 @@ import torch
 from spd_lightning import cli, runs
 from spd_lightning.store import Store
 from spd_lightning.training.decompose import Decomposition
-
-pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
 
 @pytest.fixture(scope="module")
