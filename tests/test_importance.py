@@ -166,6 +166,15 @@ def test_importances_train_under_bf16_autocast(kind):
     assert off < 0.05 * torch.cat([a.flatten() for a in results[0]]).norm()
 
 
+def test_mlp_importances_keep_their_precision_under_autocast():
+    model = scrambled(Perceptron, "mlp").float()
+    clean = model.clean(model.target.batch().float())
+    outside = model.importance_function(clean.inputs, clean.inner)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model.importance_function(clean.inputs, clean.inner)
+    assert all(torch.equal(inside[name], z) for name, z in outside.items())
+
+
 # ---- sigmoids -------------------------------------------------------------------------------------------------------
 
 
