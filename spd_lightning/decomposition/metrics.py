@@ -118,6 +118,6 @@ def masked_outputs(
             drawn = stochastic_sources(importances, generator)
             masks = masks_from_sources(importances, drawn, model.delta)
         else:
-            masks = fixed_masks(source, importances, generator, threshold, model.delta and source == "ones")
+            masks = fixed_masks(source, importances, generator, threshold, model.delta)
         outputs[source] = model.masked(batch, masks, clean)
     return outputs
