@@ -522,7 +522,7 @@ def test_a3_only_chosen_outputs_are_targets():
     chosen = torch.zeros(1, 4, 6, dtype=torch.bool)
     chosen[0, 2, 5] = chosen[0, 3, 1] = True
     layers = cut_run(model, inputs, g, MODES["unmasked"], THRESHOLD, lambda output: chosen)
-    (found,) = dictionaries(layers, edges(layers, MODES["unmasked"]), 1)
+    (found,) = dictionaries(layers, edges(layers), 1)
     assert {key[4:] for _, key in found if key[3] == "output"} == {(2, 5), (3, 1)}
     everything = alone(model, inputs, g, "unmasked", 0)
     assert found == {k: v for k, v in everything.items() if k[1][3] != "output" or k[1][4:] in {(2, 5), (3, 1)}}

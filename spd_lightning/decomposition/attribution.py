@@ -216,7 +216,7 @@ class Edges(NamedTuple):
     attribution: Tensor
 
 
-def edges(layers: list[Layer], mode: Mode) -> Iterator[Edges]:
+def edges(layers: list[Layer]) -> Iterator[Edges]:
     """All edges between nodes of a cut run by batched vector-Jacobian products.
 
     Edges across positions are given where they are not exactly zero (no direct path moves there otherwise).
@@ -283,7 +283,7 @@ def prompt_edges(
     Where delta carries gradient, edges are kept to direct pairs and to their own position (mode `reference`, A5).
     """
     layers = cut_run(model, inputs, importances, mode, threshold, output_nodes)
-    found = list(edges(layers, mode))
+    found = list(edges(layers))
     if mode.delta == "flow":
         cut = Mode(mode.mask, "cut", mode.linearisation)
         direct = connected(cut_run(model, inputs, importances, cut, threshold, output_nodes))
