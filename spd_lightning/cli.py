@@ -38,6 +38,7 @@ def run(words: Sequence[str]) -> int:
             raise BadInput(f"'{words[0]}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
         with _quiet(words[0]):
             verb(words[1:])
+        sys.stdout.flush()
     except BadInput as error:
         if debug:
             raise
@@ -250,14 +251,20 @@ def _finished(request: Request, tracked: bool) -> "Session":
 
 def view(words: Sequence[str]) -> None:
     """Opens the viewer."""
-    from spd_lightning.viewer.app import launch
-
-    words, port = list(words), None
+    words, port = [part for word in words for part in _parts(word, "--port")], None
     if "--port" in words:
         k = words.index("--port")
         port = _number(words[k + 1] if k + 1 < len(words) else "")
         del words[k : k + 2]
-    launch(words[0] if words else None, port)
+    paths = _checked("view", words, ("--port",), most=1)
+    from spd_lightning.viewer.app import launch
+
+    launch(paths[0] if paths else None, port)
+
+
+def _parts(word: str, option: str) -> list[str]:
+    """`--port=7860` as two words."""
+    return word.split("=", 1) if word.startswith(f"{option}=") else [word]
 
 
 def _number(word: str) -> int:
@@ -266,8 +273,20 @@ def _number(word: str) -> int:
     return int(word)
 
 
+def _checked(verb: str, words: Sequence[str], options: Sequence[str] = (), most: int = 0) -> list[str]:
+    """The words of a verb that are no options; whatever it does not know is refused."""
+    plain = [word for word in words if not word.startswith("-")]
+    for word in words:
+        if word.startswith("-") and word not in options:
+            raise BadInput(f"{verb}: '{word}' is none of its options; {nearest(word, options)}")
+    if len(plain) > most:
+        raise BadInput(f"{verb}: '{plain[most]}' is one word too many; see: python -m spd_lightning --help")
+    return plain
+
+
 def list_runs(words: Sequence[str]) -> None:
     """The runs there are, as lines, as a table of results, or as JSON."""
+    _checked("runs", words, ("--json", "--table"))
     found = runs.runs()
     if "--json" in words:
         facts = [{"name": r.name, "path": str(r.path), "state": r.state, "summary": r.summary} for r in found]
@@ -293,7 +312,7 @@ def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
             seconds = f"{summary.get('seconds/fit', 0):.0f}" if first else ""
             lines.append(
                 f"{name if first else '':<18} {site:<18} {_figure(mmcs)} {_figure(ml2r)} {summary[f'alive/{site}']:>6}"
-                f" {l0:>7.2f} {'' if error is None else error:>6} {seconds:>8}"
+                f" {'' if l0 is None else f'{l0:.2f}':>7} {'' if error is None else error:>6} {seconds:>8}"
             )
     return "\n".join(lines)
 
@@ -304,6 +323,7 @@ def _figure(value: float | None) -> str:
 
 def list_configs(words: Sequence[str]) -> None:
     """The configs there are, each with the first line of its header."""
+    _checked("list", words)
     for path in sorted(configs.SHIPPED.rglob("*.yaml")):
         first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         print(f"{path.relative_to(configs.SHIPPED)!s:<28} {first}")
@@ -311,9 +331,10 @@ def list_configs(words: Sequence[str]) -> None:
 
 def pull(words: Sequence[str]) -> None:
     """Fetches a run from a tracker."""
-    if not words:
+    references = _checked("pull", words, most=1)
+    if not references:
         raise BadInput("pull: name a run, mlflow:<run> or wandb:<entity>/<project>/<artifact>:<version>")
-    path = runs.pull(words[0])
+    path = runs.pull(references[0])
     print(f"run: {path}    see it: python -m spd_lightning view {path}")
 
 

@@ -15,31 +15,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from tiny_run import lay_out
 
 from spd_lightning import cli, runs
 from spd_lightning.store import TABLES, Store
 
-CONFIG = """\
-base: tms_5-2.yaml
-model:
-  init_args:
-    target: target.yaml
-    sites: {linear1: 6, linear2: 6}
-    warm_up: {steps: 20}
-    inner_steps: 5
-    log_every: 7
-    checkpoint_every: 20
-    evaluation: {ladder: [2]}
-trainer: {max_steps: 240, val_check_interval: 4, logger: false}
-data:
-  init_args: {batch_size: 64, n_random_prompts: 160, predict_batch_size: 4}
-"""
-TARGET = """\
-base: targets/tms_5-2.yaml
-model: {init_args: {retries: 0}}
-trainer: {max_steps: 100}
-data: {init_args: {batch_size: 64}}
-"""
 FIT, PREDICT = ["fit", "--config", "tiny"], ["predict", "--config", "tiny"]
 
 
@@ -79,8 +59,7 @@ def killed(root: Path, words: list[str], ready: Callable[[], bool]) -> None:
 def root(tmp_path_factory):
     """A working directory with a config of a few seconds, and a finished run `plain` of it."""
     here = tmp_path_factory.mktemp("resume")
-    (here / "tiny.yaml").write_text(CONFIG)
-    (here / "target.yaml").write_text(TARGET)
+    lay_out(here, steps=240, batch=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         patch.setenv("SPD_RUNS", str(here / "runs"))

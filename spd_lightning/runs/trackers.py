@@ -35,7 +35,10 @@ def artifact_location() -> str | None:
     return None if os.environ.get("MLFLOW_TRACKING_URI") else (root().resolve() / "mlartifacts").as_uri()
 
 
-def reachable(uri: str) -> None:
+_EMBEDDED = "start its server, or unset MLFLOW_TRACKING_URI to use the embedded store"
+
+
+def reachable(uri: str, remedy: str = _EMBEDDED) -> None:
     """Try a tracker's address before its client retries for minutes; an embedded store always answers.
 
     Raises:
@@ -48,10 +51,7 @@ def reachable(uri: str) -> None:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname or "", port), timeout=3).close()
     except (OSError, ValueError) as error:
-        raise BadInput(
-            f"tracker '{uri}': no answer ({error}); start its server, or unset MLFLOW_TRACKING_URI to use the embedded"
-            " store"
-        ) from error
+        raise BadInput(f"tracker '{uri}': no answer ({error}); {remedy}") from error
 
 
 @contextmanager

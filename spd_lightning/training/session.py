@@ -144,7 +144,10 @@ def trained_target(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """
     from spd_lightning.training.checkpoint import build, read
 
-    folder = train_target(name, configs.load(name))
+    try:
+        folder = train_target(name, configs.load(name))
+    except BadInput as error:
+        raise BadInput(f"target '{name}': {error}") from error
     facts = json.loads((folder / "target.json").read_text())
     network = build(facts["spec"])
     network.load_state_dict(read(folder / "target.safetensors")[0])
@@ -173,7 +176,7 @@ def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folde
     while True:
         session = Session({**config, "seed_everything": seed}, overrides, lambda _: Plan(folder, Path(name).stem))
         if not hasattr(session.model, "target"):
-            raise BadInput(f"config '{name}': does not train a target; its model must be a TargetTraining")
+            raise BadInput("does not train a target; its model must be a TargetTraining")
         session.trainer.fit(session.model, datamodule=session.datamodule)
         network: nn.Module = session.model.target  # pyright: ignore[reportAssignmentType]
         missed = network.eval().unrepresented()  # pyright: ignore[reportCallIssue]

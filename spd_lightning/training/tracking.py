@@ -79,6 +79,9 @@ def _mlflow_place(given: Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _wandb_place(given: Namespace, folder: Path) -> dict[str, Any]:
+    if os.environ.setdefault("WANDB_MODE", "offline") == "online":
+        address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        runs.reachable(address, "set WANDB_MODE=offline, and `wandb sync` later")
     path = folder / "wandb.json"
     if not path.exists():
         runs.write_json(path, {"id": secrets.token_hex(4)})

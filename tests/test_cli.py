@@ -1,0 +1,559 @@
+"""The command line: what is wrong is told in one line with exit code 2, and nothing written before is lost."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+import yaml
+from tiny_run import lay_out
+
+from spd_lightning import cli, config, runs
+from spd_lightning.errors import BadInput
+from spd_lightning.store import SCHEMA_VERSION, Store
+from spd_lightning.training import checkpoint
+from spd_lightning.training.decompose import Decomposition
+
+FIT, PREDICT = ["fit", "--config", "tiny"], ["predict", "--config", "tiny"]
+SHORT = ["--trainer.max_steps", "10"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Iterator[Path]:
+    """A working directory with runs/tiny in it, fitted and harvested. To be copied, not changed."""
+    here, threads = tmp_path_factory.mktemp("cli"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.setenv("SPD_RUNS", str(lay_out(here, steps=40, batch=32)))
+        assert cli.run(FIT) == 0
+        assert cli.run(PREDICT) == 0
+    yield here
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to work in."""
+    copy = tmp_path / "here"
+    shutil.copytree(finished, copy)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("SPD_RUNS", str(copy / "runs"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return copy
+
+
+@pytest.fixture
+def refused(capsys, here):
+    """Runs a command that cannot work; returns the one line that says why. No file of a run may change."""
+
+    def command(*words: str, touches: bool = False) -> str:
+        before = contents(here / "runs")
+        capsys.readouterr()
+        assert cli.run(words) == 2
+        out, err = capsys.readouterr()
+        work = ("run ", "fit ", "predict ", "faithfulness ")  # what a command says while it still goes well
+        lines = [line for line in re.split(r"[\r\n]+|(?=faithfulness)", err) if line and not line.startswith(work)]
+        assert out == ""
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        assert len(lines[0]) < 420
+        if not touches:
+            assert contents(here / "runs") == before
+        return lines[0].removeprefix("error: ")
+
+    return command
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files of runs; targets are made when needed."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
+    return {path: path.read_bytes() for path in files if "targets" not in path.parts}
+
+
+# ---- what costs nothing ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["-h"], []])
+def test_help_comes_before_all_imports(words):
+    """Help needs nothing but Python: no torch, no Lightning, no table, no YAML is loaded for it."""
+    code = (
+        f"import sys; sys.argv = ['spd'] + {words!r}; from spd_lightning.__main__ import main; main();"
+        "print(*sys.modules, sep=chr(10), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "predict   --config tms.yaml" in done.stdout
+    loaded = set(done.stderr.split())
+    assert not loaded & {"torch", "lightning", "mlflow", "polars", "numpy", "yaml", "gradio", "jsonargparse"}
+    assert {name for name in loaded if name.startswith("spd_lightning")} == {"spd_lightning", "spd_lightning.__main__"}
+
+
+def test_help_names_every_verb():
+    from spd_lightning.__main__ import HELP
+
+    for verb in cli.VERBS:
+        assert re.search(rf"^  {verb} ", HELP, re.MULTILINE)
+
+
+def test_verbs_without_a_trainer_need_no_torch(tmp_path):
+    """`runs`, `list` and refusals answer without the seconds that torch and Lightning cost."""
+    code = (
+        "import sys; from spd_lightning.cli import run;"
+        "assert run(['runs']) == run(['list']) == 0; assert run(['pull', 'x']) == run(['fti']) == 2;"
+        "assert not {'torch', 'lightning', 'mlflow', 'wandb', 'gradio', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"SPD_RUNS": str(tmp_path)}, check=True, timeout=60)
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    words = f"{sys.executable} -m spd_lightning list | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {words}"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+M = "model: {{init_args: {{{}}}}}"
+WRONG_CONFIGS = {
+    "sites: {nope: 3}": (M, "sites: pattern 'nope' matches no module of the target; there are: linear1, linear2"),
+    "sites: {linear1: 0, linear2: 0}": (M, "must have at least one component"),
+    "sites: {linear1: four}": (M, "config: model.sites: 'four' is not a whole number"),
+    "sites: [linear1]": (M, "config: model.sites: '['linear1']' is not 'key: value' pairs"),
+    "tied: {linear3: linear1}": (M, "tied: 'linear3' is no site; did you mean 'linear"),
+    "site: {linear1: 3}": (M, "config: model.site: no such setting; did you mean 'sites'?"),
+    "inner_steps: many": (M, "config: model.inner_steps: 'many' is not a whole number"),
+    "inner_steps: 0": (M, "inner_steps 0 in Decomposition: it must be at least 1"),
+    "checkpoint_every: -1": (M, "checkpoint_every -1 in Decomposition"),
+    "losses: {minimality: {coeff: lots}}": (M, "config: model.losses.minimality.coeff: 'lots' is not a number"),
+    "losses: {minimality: {coef: 1}}": (
+        M,
+        "config: model.losses.minimality.coef: no such setting; did you mean 'coeff'?",
+    ),
+    "losses: {reconstruction: {all: {source: stochastc}}}": (M, "'stochastc' is not one of 'ones', 'ci', 'stochastic'"),
+    "optimiser: {schedule: {knd: cosine}}": (
+        M,
+        "config: model.optimiser.schedule.knd: no such setting; did you mean 'kind'?",
+    ),
+    "optimiser: {schedule: {kind: cosin}}": (M, "'cosin' is not one of 'constant', 'linear', 'cosine'"),
+    "optimiser: {lr: -1}": (M, "lr -1.0 in optimiser: it must be above 0"),
+    "importance: {kind: mpl}": (M, "config: model.importance.kind: 'mpl' is not one of 'mlp'"),
+    "target: targets/tms_5-3": (M, "config 'targets/tms_5-3': no such file here"),
+    "target: toy": (M, "target 'toy': "),
+    "target: tms_5-2": (M, "target 'tms_5-2': does not train a target"),
+    "model: {class_path: spd_lightning.Decompositon}": ("{}", "did you mean 'spd_lightning.Decomposition'?"),
+    "model: {class_path: nopackage.Thing}": ("{}", "class_path 'nopackage.Thing': No module named 'nopackage'"),
+    "model: {class_path: spd_lightning.SparseFeatures}": ("{}", "'spd_lightning.SparseFeatures' is no LightningModule"),
+    "model: 3": ("{}", "config: model: '3' is no LightningModule; give its class_path"),
+    "data: {class_path: spd_lightning.SparseFeature}": ("{}", "did you mean 'spd_lightning.SparseFeatures'?"),
+    "data: {init_args: {n_feature: 5}}": ("{}", "config: data.n_feature: no such setting; did you mean 'n_features'?"),
+    "data: {init_args: {probability: 3}}": (
+        "{}",
+        "probability 3.0 in SparseFeatures: it must be above 0 and at most 1",
+    ),
+    "data: {init_args: {n_features: 7}}": ("{}", "data: a batch [64, 7] does not go through the target"),
+    "trainer: {max_step: 3}": ("{}", "config: trainer.max_step: no such setting; did you mean 'max_steps'?"),
+    "trainer: {max_steps: three}": ("{}", "config: trainer.max_steps: 'three' is not a whole number"),
+    "trainer: {max_steps: -1}": ("{}", "max_steps -1 in trainer: data that are drawn on demand never end"),
+    "trainer: {val_check_interval: 0}": ("{}", "config: trainer.val_check_interval: 0 is no interval"),
+    "trainer: {accelerator: quantum}": ("{}", "quantum"),
+    "trainer: {devices: zero}": ("{}", "devices"),
+    "trainer: {callbacks: [{class_path: spd_lightning.PromptGraph}]}": (
+        "{}",
+        "did you mean 'spd_lightning.PromptGraphs'?",
+    ),
+    "trainer: {callbacks: [{class_path: spd_lightning.PromptGraphs, init_args: {mde: frozen}}]}": (
+        "{}",
+        "config: trainer.callbacks.mde: no such setting; did you mean 'mode'?",
+    ),
+    "trainer: {callbacks: [{class_path: spd_lightning.PromptGraphs, init_args: {mode: frzen}}]}": (
+        "{}",
+        "'frzen' is not one of 'unmasked', 'ci_masked', 'frozen', 'reference'",
+    ),
+    "trainer: {logger: {class_path: WandbLoger}}": ("{}", "class_path 'WandbLoger': names no package"),
+    "seed_everything: abc": ("{}", "config: seed_everything: 'abc' is not true or false or a whole number"),
+    "modle: {x: 1}": ("{}", "config: modle: no such setting; did you mean 'model'?"),
+    "a: [1": ("{}", "config 'wrong.yaml': not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("text", WRONG_CONFIGS)
+@pytest.mark.filterwarnings("ignore:.*max_epochs. was not set")
+def test_a_wrong_config(refused, here, text):
+    """The line names the setting by its path, the value, and the nearest or possible ones; no run folder is left."""
+    shape, said = WRONG_CONFIGS[text]
+    body = text if shape == "{}" else shape.format(text)
+    (here / "wrong.yaml").write_text(f"base: tiny.yaml\n{body}\n")
+    assert said in refused("fit", "--config", "wrong.yaml")
+    assert not (here / "runs" / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trainer: {max_steps: 3}", "config: data, model: missing"),
+        ("model: {class_path: spd_lightning.Decomposition, init_args: {target: target.yaml}}", "model.sites: missing"),
+        ("model: {init_args: {sites: {linear1: 3}}}", "config: model.sites: no such setting; is a class_path missing?"),
+        ("base: 3", "config '3': no such file"),
+        ("base: wrong.yaml", "builds on itself"),
+    ],
+)
+def test_a_config_by_itself(refused, here, text, said):
+    (here / "wrong.yaml").write_text(f"{text}\n")
+    assert said in refused("fit", "--config", "wrong.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--trainer.max_stps 3", "config: trainer.max_stps: no such setting; did you mean 'max_steps'?"),
+        ("--trainer.max_st 3", "config: trainer.max_st: no such setting"),  # a prefix that only one option has
+        ("--trai.max_steps 3", "config: trai: no such setting; did you mean 'trainer'?"),
+        ("--seed_every 3", "config: seed_every: no such setting; did you mean 'seed_everything'?"),
+        ("--model.losses.minimality.coef 3", "config: model.losses.minimality.coef: no such setting"),
+        ("--model.losses.minimality.coef=3", "config: model.losses.minimality.coef: no such setting"),
+        ("--model.init_args.losses.minimality.coef 3", "config: model.losses.minimality.coef: no such setting"),
+        ("--data.n_feat 5", "config: data.n_feat: no such setting; did you mean 'n_features'?"),
+        ("--model.nonsense 3", "config: model.nonsense: no such setting"),
+        ("--trainer.max_steps many", "config: trainer.max_steps: 'many' is not a whole number"),
+        ("--trainer.max_steps=", "config: trainer.max_steps: '' is not a whole number"),
+        ("--trainer.max_steps", "config: trainer.max_steps: no value; for example: --trainer.max_steps=1"),
+        ("stray", "config: 'stray' belongs to no option"),
+        ("--config", "'--config' needs a value; for example: --config tms.yaml"),
+        ("--config --run x", "'--config' needs a value"),
+        ("--run", "'--run' needs a value"),
+        ("--run a/b", "run name 'a/b': use at most 100 letters"),
+        ("--run targets", "run name 'targets'"),
+        (
+            "--config tms_52",
+            "config 'tms_52': no such file here, in configs/, or among the shipped ones; did you mean 'tms_5-2'?",
+        ),
+    ],
+)
+def test_wrong_words(refused, words, said):
+    """No option is guessed from its beginning, none is passed over."""
+    assert said in refused(*FIT, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("fti --config tiny", "'fti': not a verb of spd_lightning; did you mean 'fit'?"),
+        ("--config tiny", "'--config': not a verb"),
+        ("fit", "--config is missing; for example: --config tms.yaml"),
+        ("predict --config tms", "run 'tms': not in "),
+        ("predict --config tiny --run tniy", "did you mean 'tiny'?"),
+        ("validate --config tms", "run 'tms': not in "),
+        ("runs --tabel", "runs: '--tabel' is none of its options; did you mean '--table'?"),
+        ("runs tiny", "runs: 'tiny' is one word too many"),
+        ("list all", "list: 'all' is one word too many"),
+        ("pull", "pull: name a run, mlflow:<run> or wandb:"),
+        ("pull nonsense", "reference 'nonsense': write mlflow:<run> or wandb:"),
+        ("pull mlflow:", "reference 'mlflow:': write mlflow:<run>"),
+        ("pull mlflow:tiny", "mlflow.db': no such file yet"),
+        ("pull wandb:nonsense", "reference 'wandb:nonsense': write wandb:<entity>/<project>/<artifact>:<version>"),
+        ("pull a b", "pull: 'b' is one word too many"),
+        ("view --prt 3", "view: '--prt' is none of its options; did you mean '--port'?"),
+        ("view --port x", "--port 'x': not a number"),
+        ("view --port", "--port '': not a number"),
+    ],
+)
+def test_verbs_and_their_words(refused, words, said):
+    assert said in refused(*words.split())
+
+
+def test_debug_shows_where_it_came_from(here):
+    with pytest.raises(BadInput, match="not a verb"):
+        cli.run(["--debug", "fti"])
+
+
+def test_a_wrong_command_of_the_shell(here):
+    """As a user sees it: one line, exit code 2, no traceback."""
+    words = [sys.executable, "-m", "spd_lightning", *FIT, "--model.inner_step", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: config: model.inner_step: no such setting; did you mean 'inner_steps'?\n"
+
+
+# ---- what is printed ------------------------------------------------------------------------------------------------
+
+
+def test_print_config(here, capsys):
+    """It prints what a fit would take, as a config that says the same again; it needs no run and makes none."""
+    before = contents(here / "runs")
+    assert cli.run([*FIT, "--model.losses.minimality.coeff", "7e-3", "--print_config"]) == 0
+    text = capsys.readouterr().out
+    printed = yaml.safe_load(text)
+    assert printed["model"]["init_args"]["losses"]["minimality"]["coeff"] == 7e-3
+    assert printed["model"]["init_args"]["sites"] == {"linear1": 6, "linear2": 6}  # from tiny.yaml
+    assert printed["model"]["init_args"]["tied"] == {"linear2": "linear1"}  # from its base
+    assert printed["trainer"]["accelerator"] == "cpu"  # from the base of that
+    (here / "again.yaml").write_text(text)
+    for verb in ("fit", "predict", "validate"):
+        assert cli.run([verb, "--config", "again.yaml", "--print_config"]) == 0
+        assert capsys.readouterr().out == text
+    assert contents(here / "runs") == before
+
+
+def test_the_config_of_a_run_says_it_again(here):
+    """runs/<run>/config.yaml names the same settings: a fit of it would be the same run."""
+    made = config.load(str(here / "runs/tiny/config.yaml"))
+    assert config.digest(made) == runs.Run(here / "runs/tiny").record["digest"]
+    assert cli.run(["predict", "--config", "runs/tiny/config.yaml", "--run", "tiny"]) == 0
+
+
+def test_runs(here, capsys):
+    shutil.copytree(here / "runs/tiny", here / "runs/half")
+    (here / "runs/half/summary.json").unlink()
+    assert cli.run(["runs", "--json"]) == 0
+    found = {run["name"]: run for run in json.loads(capsys.readouterr().out)}
+    assert {name: run["state"] for name, run in found.items()} == {"tiny": "finished", "half": "interrupted"}
+    assert found["tiny"]["path"] == str(here / "runs/tiny")
+    assert found["tiny"]["summary"]["steps"] == 40
+    assert found["half"]["summary"] == {}
+    assert cli.run(["runs"]) == 0
+    assert re.search(rf"^finished +{here}/runs/tiny ", capsys.readouterr().out, re.MULTILINE)
+    assert cli.run(["runs", "--table"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["run", "site", "MMCS", "ML2R", "alive", "L0", "error", "seconds"]
+    assert [line.split()[:2] for line in lines[1:2]] == [["tiny", "linear1"]]
+
+
+def test_no_runs_yet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SPD_RUNS", str(tmp_path / "nothing"))
+    assert cli.run(["runs"]) == 0
+    assert "fit --config tms.yaml" in capsys.readouterr().out
+    assert cli.run(["runs", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_list(capsys):
+    assert cli.run(["list"]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert set(listed) == {str(path.relative_to(config.SHIPPED)) for path in config.SHIPPED.rglob("*.yaml")}
+    assert all(listed.values())
+
+
+def test_validate_gives_the_figures_of_the_fit_and_changes_nothing(here, capsys):
+    before = contents(here / "runs")
+    assert cli.run(["validate", "--config", "tiny"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    summary = runs.Run(here / "runs/tiny").summary
+    assert figures == pytest.approx({name: summary[name] for name in figures}, rel=1e-6, abs=1e-6)
+    assert contents(here / "runs") == before
+
+
+# ---- runs that cannot be used ---------------------------------------------------------------------------------------
+
+
+def test_predict_before_the_end_of_the_fit(refused, here):
+    (here / "runs/tiny/summary.json").unlink()
+    assert "run 'tiny': none has finished (tiny is interrupted)" in refused(*PREDICT)
+
+
+@pytest.mark.parametrize("keep", [0, 8, 1000])
+def test_truncated_weights(refused, here, keep):
+    path = here / "runs/tiny/decomposition.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "decomposition.safetensors': cannot be read" in refused(*PREDICT)
+
+
+def test_weights_of_another_run(refused, here):
+    path = here / "runs/tiny/decomposition.safetensors"
+    tensors, _ = checkpoint.read(path)
+    checkpoint.write({name: tensor + 1 for name, tensor in tensors.items()}, path)
+    assert "not the weights that decomposition.json describes" in refused(*PREDICT)
+
+
+def interrupt(here: Path) -> Path:
+    """Makes the finished run one that was killed before its end; returns its last checkpoint."""
+    (here / "runs/tiny/summary.json").unlink()
+    return here / "runs/tiny/checkpoints/last.safetensors"
+
+
+def test_a_checkpoint_of_another_model(refused, here):
+    path = interrupt(here)
+    state = checkpoint.SafetensorsIO().load_checkpoint(path)
+    state["state_dict"]["model.components.linear1.V"] = torch.ones(5, 5)
+    checkpoint.SafetensorsIO().save_checkpoint(state, path)
+    assert "weights of another model ('model.components.linear1.V' differs)" in refused(*FIT)
+
+
+def test_a_truncated_checkpoint(refused, here):
+    """It is refused with its remedy, and the remedy works."""
+    path = interrupt(here)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "last.safetensors': cannot be read" in (said := refused(*FIT))
+    assert "delete it, and the same fit begins anew" in said
+    path.unlink()
+    weights = (here / "runs/tiny/decomposition.safetensors").read_bytes()
+    assert cli.run(FIT) == 0
+    assert (here / "runs/tiny/decomposition.safetensors").read_bytes() == weights
+
+
+def test_no_harvester(refused):
+    assert "no harvester in trainer.callbacks" in refused(*PREDICT, "--trainer.callbacks", "null")
+
+
+# ---- harvests that cannot be used -----------------------------------------------------------------------------------
+
+
+def graphs(here: Path) -> Path:
+    return here / "runs/tiny/harvest/graphs-unmasked"
+
+
+def test_a_truncated_parquet_file_is_told_and_mended(here):
+    """Readers name it, or read the rest; the same predict harvests what it held again."""
+    whole = {table: Store(graphs(here)).scan(table).collect() for table in ("prompts", "edges")}
+    path = graphs(here) / "edges/part-0-3.parquet"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(BadInput, match=r"edges/part-0-3\.parquet is damaged"):
+        Store(graphs(here)).scan("edges").collect()
+    rest = Store(graphs(here), skip_damaged=True).scan("edges").collect()
+    assert 0 < rest.height < whole["edges"].height
+    assert cli.run(PREDICT) == 0
+    for table, frame in whole.items():
+        order = [c for c in frame.columns if frame.schema[c] != pl.List]
+        assert Store(graphs(here)).scan(table).collect().sort(order).equals(frame.sort(order))
+
+
+def test_a_harvest_of_a_newer_schema(refused, here):
+    path = graphs(here) / "manifest.json"
+    newer = json.loads(path.read_text()) | {"schema_version": SCHEMA_VERSION + 1}
+    path.write_text(json.dumps(newer))
+    assert f"schema_version {SCHEMA_VERSION + 1} is newer than {SCHEMA_VERSION}" in refused(*PREDICT)
+
+
+def test_a_decomposition_of_a_newer_schema(refused, here):
+    path = here / "runs/tiny/decomposition.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+    assert "schema 99 is newer" in refused(*PREDICT)
+
+
+def test_a_harvest_of_other_weights(refused, here):
+    """Rows of two decompositions never meet in one harvest."""
+    path = graphs(here) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint_digest": "0" * 16}))
+    assert "made with checkpoint_digest" in refused(*PREDICT)
+
+
+# ---- trackers that do not answer ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody(monkeypatch) -> str:
+    """An address that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    return address
+
+
+@pytest.mark.parametrize("words", [FIT, PREDICT], ids=["fit", "predict"])
+def test_an_unreachable_tracker(refused, here, nobody, words):
+    """Known before the work begins, not after it; no folder is left over."""
+    assert f"tracker '{nobody}': no answer" in refused(*words, "--trainer.logger", "true")
+    assert not (here / "runs/tiny-2").exists()
+
+
+def test_pull_from_an_unreachable_tracker(refused, nobody):
+    assert "no answer" in refused("pull", "mlflow:tiny")
+
+
+def test_wandb_without_a_network(refused, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert "set WANDB_MODE=offline" in refused(*FIT, "--config", "wandb")
+
+
+# ---- disks that refuse ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: what a full disk is to a program."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_fit_on_a_full_disk(refused, here):
+    """It ends in one line wherever it happens (record, checkpoint, log), and goes on once there is room."""
+    finished = contents(here / "runs/tiny")
+    for size, stopped_by in ((100, "config.yaml"), (9000, "last.safetensors"), (14000, "")):
+        with largest_file(size):
+            said = refused(*FIT, touches=True)
+        assert stopped_by in said
+        assert "make room" in said
+        assert contents(here / "runs/tiny") == finished
+        assert not list((here / "runs").rglob("*.new"))
+    assert cli.run(FIT) == 0
+    for name in ("decomposition.safetensors", "metrics.jsonl"):
+        assert (here / "runs/tiny-2" / name).read_bytes() == (here / "runs/tiny" / name).read_bytes()
+
+
+def test_a_predict_on_a_full_disk(refused, here):
+    """What was committed stays readable, and the same predict adds the rest."""
+    whole = Store(graphs(here)).manifest
+    sizes = [max(path.stat().st_size for path in graphs(here).glob(f"*/part-0-{n}.parquet")) for n in range(6)]
+    shutil.rmtree(graphs(here))
+    with largest_file(max(sizes) - 1):
+        assert "make room" in refused(*PREDICT, touches=True)
+    part = Store(graphs(here))
+    assert part.manifest["shards"] == sizes.index(max(sizes)) > 0
+    assert not part.manifest["complete"]
+    for table in part.tables:
+        part.scan(table).collect()
+    assert cli.run(PREDICT) == 0
+    assert Store(graphs(here)).manifest["rows"] == whole["rows"]
+
+
+@pytest.mark.parametrize("words", [FIT, [*FIT, "--run", "x"]])
+def test_runs_below_a_file(refused, here, monkeypatch, words):
+    (here / "file").write_text("no folder")
+    monkeypatch.setenv("SPD_RUNS", str(here / "file" / "runs"))
+    assert "file" in refused(*words)
+    assert cli.run(["runs"]) == 0
+
+
+def test_a_place_that_takes_no_files(refused, monkeypatch):
+    """The kernel's own file system refuses even root."""
+    monkeypatch.setenv("SPD_RUNS", "/proc/spd")
+    assert "/proc/spd" in refused(*FIT)
+
+
+# ---- runs beside each other -----------------------------------------------------------------------------------------
+
+
+def test_a_second_fit_is_a_run_of_its_own(here):
+    before = contents(here / "runs/tiny")
+    assert cli.run([*FIT, *SHORT]) == 0
+    assert contents(here / "runs/tiny") == before
+    assert runs.Run(here / "runs/tiny-2").summary["steps"] == 10
+    assert runs.newest("tiny").name == "tiny-2"
+    loaded = Decomposition.from_pretrained("tiny")
+    assert loaded.origin == "tiny"
+
+
+def test_two_fits_at_once_take_two_folders(here):
+    """While another process works on a run, the next number is taken."""
+    settings = config.load(str(here / "runs/tiny/config.yaml"))
+    settings["trainer"]["max_steps"] = 10
+    with runs.claim("tiny", settings) as held:
+        assert held.path == here / "runs/tiny-2"
+        assert cli.run([*FIT, *SHORT]) == 0
+    assert runs.Run(here / "runs/tiny-3").state == "finished"
+    assert runs.Run(here / "runs/tiny-2").state == "interrupted"
