@@ -24,7 +24,14 @@ class BlockModule(L.LightningModule, ABC):
     Its optimiser has one parameter group or more; a group's `peak` is the learning rate that the schedule scales.
     """
 
-    def __init__(self, schedule: Schedule, inner_steps: int, log_every: int, checkpoint_every: int = 500):
+    def __init__(
+        self,
+        schedule: Schedule,
+        inner_steps: int,
+        log_every: int,
+        checkpoint_every: int = 500,
+        threads: int | None = None,
+    ):
         super().__init__()
         counts = {"inner_steps": inner_steps, "log_every": log_every, "checkpoint_every": checkpoint_every}
         for name, count in counts.items():
@@ -32,7 +39,7 @@ class BlockModule(L.LightningModule, ABC):
                 raise BadInput(f"{name} {count} in {type(self).__name__}: it must be at least 1")
         self.automatic_optimization = False
         self.schedule, self.inner_steps = schedule, inner_steps
-        self.log_every, self.checkpoint_every = log_every, checkpoint_every
+        self.log_every, self.checkpoint_every, self.threads = log_every, checkpoint_every, threads
 
     @property
     @abstractmethod
@@ -82,6 +89,8 @@ class BlockModule(L.LightningModule, ABC):
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
             settle_processor()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
 
     def training_step(self, batches: list[Tensor]) -> None:
         optimiser = self.optimizers()

@@ -96,6 +96,7 @@ class Decomposition(BlockModule):
         inner_steps: optimiser steps taken in one `training_step`.
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
+        threads: processor threads; as many as torch takes where left out. Small models are quickest on one.
         seed: of initial values and masks.
     """
 
@@ -113,9 +114,10 @@ class Decomposition(BlockModule):
         inner_steps: int = 10,
         log_every: int = 50,
         checkpoint_every: int = 500,
+        threads: int | None = None,
         seed: int = 0,
     ):
-        super().__init__(optimiser.schedule, inner_steps, log_every, checkpoint_every)
+        super().__init__(optimiser.schedule, inner_steps, log_every, checkpoint_every, threads)
         self.settings = {"sites": dict(sites), "tied": dict(tied or {}), "delta": delta, "importance": importance}
         self.settings |= {"evaluation": evaluation, "seed": seed}
         network, self.target_spec = _network(target)
