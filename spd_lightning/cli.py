@@ -168,8 +168,8 @@ def _train(session: "Session") -> None:
     from spd_lightning.training.tracking import answering, begin
 
     trainer, checkpoint = session.trainer, session.plan.folder / LAST
+    begin(trainer, session.plan.folder, session.settings)
     with answering():
-        begin(trainer, session.plan.folder, session.settings)
         trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
         trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
     session.model.adopt(trainer.callback_metrics)  # forked devices evaluate in processes of their own
@@ -225,12 +225,12 @@ def predict(words: Sequence[str]) -> None:
     harvesters = [c for c in session.trainer.callbacks if isinstance(c, Harvester)]  # pyright: ignore[reportAttributeAccessIssue]
     if not harvesters:
         raise BadInput("config: no harvester in trainer.callbacks; add class_path spd_lightning.PromptGraphs")
+    begin(session.trainer, session.plan.folder)
     session.trainer.predict(session.model, datamodule=session.datamodule, return_predictions=False)
     for harvester in harvesters:
         if session.trainer.is_global_zero:
             print(f"harvest: {harvester.folder}    see it: python -m spd_lightning view")
     with answering():
-        begin(session.trainer, session.plan.folder)
         publish(session.trainer, session.plan.folder, [f"harvest/{harvester.name}" for harvester in harvesters])
 
 

@@ -1,58 +1,21 @@
 """Killed work goes on: the same command again ends in what an undisturbed one would have ended in, bit for bit."""
 
 import json
-import multiprocessing
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
-from tiny_run import lay_out
+from tiny_run import done, kill_when, killed, lay_out
 
-from spd_lightning import cli, runs
+from spd_lightning import runs
 from spd_lightning.store import TABLES, Store
 
 FIT, PREDICT = ["fit", "--config", "tiny"], ["predict", "--config", "tiny"]
-
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["spd_lightning.training.session", "spd_lightning.harvest.graphs"])
-
-
-def work(here: Path, words: list[str]) -> None:
-    """One command, in a process that has imported much and done nothing."""
-    os.chdir(here)
-    os.environ["SPD_RUNS"] = str(here / "runs")
-    sys.exit(cli.run(words))
-
-
-def begun(root: Path, words: list[str]) -> BaseProcess:
-    process = SERVER.Process(target=work, args=(root.parent, words))
-    process.start()
-    return process
-
-
-def done(root: Path, words: list[str]) -> None:
-    """Runs a command to its end."""
-    process = begun(root, words)
-    process.join(120)
-    assert process.exitcode == 0
-
-
-def killed(root: Path, words: list[str], ready: Callable[[], bool]) -> None:
-    """Runs a command and kills it as soon as something is so."""
-    process = begun(root, words)
-    kill_when(ready, process.is_alive, process.pid)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +29,6 @@ def root(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         done(here / "runs", [*FIT, "--run", "plain"])
         yield here / "runs"
-
-
-def kill_when(ready: Callable[[], bool], alive: Callable[[], bool], pid: int | None) -> None:
-    assert pid is not None
-    deadline = time.monotonic() + 60
-    while alive() and not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
 
 
 def logged(folder: Path) -> int:

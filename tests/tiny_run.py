@@ -1,6 +1,15 @@
-"""A config of TMS 5-2 that is fitted in a second, for tests of everything but what it learns."""
+"""A config of TMS 5-2 that is fitted in a second, and commands on it in processes of their own, to be killed."""
 
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from spd_lightning import cli
 
 CONFIG = """\
 base: tms_5-2.yaml
@@ -30,3 +39,45 @@ def lay_out(here: Path, steps: int, batch: int) -> Path:
     (here / "tiny.yaml").write_text(CONFIG.replace("STEPS", str(steps)).replace("BATCH", str(batch)))
     (here / "target.yaml").write_text(TARGET)
     return here / "runs"
+
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["spd_lightning.training.session", "spd_lightning.harvest.graphs"])
+
+
+def work(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
+    """One command, in a process that has imported much and done nothing."""
+    os.chdir(root.parent)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    os.environ.update(surroundings, SPD_RUNS=str(root), OMP_NUM_THREADS="1")
+    sys.exit(cli.run(words))
+
+
+def begun(root: Path, words: list[str], **surroundings: str) -> BaseProcess:
+    process = SERVER.Process(target=work, args=(root, words, surroundings))
+    process.start()
+    return process
+
+
+def done(root: Path, words: list[str], **surroundings: str) -> None:
+    """Runs a command to its end."""
+    process = begun(root, words, **surroundings)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def killed(root: Path, words: list[str], ready: Callable[[], bool], **surroundings: str) -> None:
+    """Runs a command and kills it as soon as something is so."""
+    process = begun(root, words, **surroundings)
+    kill_when(ready, process.is_alive, process.pid)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def kill_when(ready: Callable[[], bool], alive: Callable[[], bool], pid: int | None) -> None:
+    assert pid is not None
+    deadline = time.monotonic() + 60
+    while alive() and not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)

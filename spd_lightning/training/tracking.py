@@ -101,7 +101,7 @@ def begin(trainer: Trainer, folder: Path, settings: Mapping[str, Any] | None = N
     """Opens a run's records: its MLflow run is noted in mlflow.json, and settings become its hyperparameters."""
     if not trainer.is_global_zero:
         return
-    with answering():
+    with answering(f"or delete '{folder / 'mlflow.json'}', and it begins a new record there"):
         for logger in trainer.loggers:
             if isinstance(logger, MLFlowLogger):
                 facts = {"uri": logger.experiment.tracking_uri, "run_id": logger.run_id}
@@ -111,7 +111,7 @@ def begin(trainer: Trainer, folder: Path, settings: Mapping[str, Any] | None = N
 
 
 @contextlib.contextmanager
-def answering() -> Iterator[None]:
+def answering(remedy: str = "what was done so far is kept") -> Iterator[None]:
     """A tracker that fails in the middle of work ends it with one line; what the run holds by itself is whole.
 
     Raises:
@@ -123,11 +123,14 @@ def answering() -> Iterator[None]:
         if not type(error).__module__.startswith(("mlflow.", "wandb.", "requests.", "urllib3.")):
             raise
         why = " ".join(str(error).split())[:200]
-        raise BadInput(f"tracker: {why}; once it answers again, the same command goes on from here") from error
+        raise BadInput(f"tracker: {why}; run the same command again once it answers, {remedy}") from error
 
 
 def publish(trainer: Trainer, folder: Path, names: Sequence[str] = runs.MIRRORED) -> None:
-    """Copies a run's files to every tracker of a trainer: into the MLflow run, or as one W&B artifact a call."""
+    """Copies a run's files to every tracker of a trainer: into the MLflow run, or as one W&B artifact.
+
+    It is the last that a tracker hears of a command.
+    """
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
@@ -149,3 +152,4 @@ def _publish_wandb(logger: WandbLogger, folder: Path, names: Sequence[str]) -> N
         elif path.exists():
             artifact.add_file(str(path), name=name)
     logger.experiment.log_artifact(artifact)
+    logger.experiment.finish()

@@ -1,0 +1,157 @@
+"""Trackers, end to end: what MLflow and W&B get of a run, and what can be fetched from there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from polars.testing import assert_frame_equal
+from tiny_run import done, killed, lay_out
+
+from spd_lightning import cli, config, runs
+from spd_lightning.store import TABLES, Store
+from spd_lightning.training.decompose import Decomposition
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow"),
+]
+BOTH = ["--config", "tiny", "--config", "both"]
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A run fitted and harvested with both trackers, killed once on the way, where no network can be reached."""
+    here = tmp_path_factory.mktemp("tracking")
+    root = lay_out(here, steps=120, batch=32)
+    alone = {f"WANDB_{kind}_DIR": str(here / "wandb" / kind) for kind in ("CACHE", "DATA", "CONFIG")}
+    alone |= {"HTTP_PROXY": NOWHERE, "HTTPS_PROXY": NOWHERE, "WANDB_SILENT": "true"}
+    checkpoint = root / "tiny/checkpoints/last.safetensors"
+    killed(root, ["fit", *BOTH, "--run", "tiny"], checkpoint.exists, **alone)
+    done(root, ["fit", *BOTH, "--run", "tiny"], **alone)
+    done(root, ["predict", *BOTH, "--run", "tiny"], **alone)
+    return root
+
+
+@pytest.fixture
+def client(root, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("SPD_RUNS", str(root))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return MlflowClient(runs.tracking_uri())
+
+
+def tracked(client):
+    """The one MLflow run there is: killed, resumed and harvested, it stayed the same."""
+    experiment = client.get_experiment_by_name("spd_lightning")
+    (only,) = client.search_runs([experiment.experiment_id])
+    return only
+
+
+def test_mlflow_holds_the_run(client, root):
+    run = tracked(client)
+    assert run.info.run_name == "tiny"
+    assert run.info.status == "FINISHED"
+    assert run.info.run_id == json.loads((root / "tiny/mlflow.json").read_text())["run_id"]
+
+
+def test_mlflow_holds_the_settings(client, root):
+    """Every setting is a hyperparameter under its path, nested ones flattened."""
+    params = tracked(client).data.params
+    assert params["model/init_args/losses/minimality/coeff"] == "0.003"
+    assert params["model/init_args/inner_steps"] == "5"
+    assert params["trainer/max_steps"] == "120"
+    assert params["seed_everything"] == "0"
+    made = config.load(str(root / "tiny/config.yaml"))
+
+    def flat(tree, path=""):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{path}{key}/")
+            elif not isinstance(value, list):
+                yield f"{path}{key}", str(value)
+
+    leaves = dict(flat(made))
+    assert len(leaves) > 50
+    assert leaves.items() <= params.items()
+
+
+def test_mlflow_holds_the_metrics(client, root):
+    """The same curves as the run's own metrics.jsonl, and the figures of its summary."""
+    run, logged = tracked(client), runs.files.read_metrics(root / "tiny")
+    for name in ("train/loss", "l0/linear1", "mse/ci"):
+        held = {point.step: point.value for point in client.get_metric_history(run.info.run_id, name)}
+        assert held == pytest.approx({values["step"]: values[name] for values in logged if name in values})
+        assert len(held) > 3
+    summary = runs.Run(root / "tiny").summary
+    assert run.data.metrics["l0/linear1"] == pytest.approx(summary["l0/linear1"])
+
+
+def test_mlflow_holds_the_files(client, root):
+    """Config, result, figures and the harvest, byte for byte; checkpoints stay at home."""
+    run_id = tracked(client).info.run_id
+
+    def files(folder=None):
+        for item in client.list_artifacts(run_id, folder):
+            yield from files(item.path) if item.is_dir else [item.path]
+
+    held = set(files())
+    assert {"config.yaml", "decomposition.safetensors", "decomposition.json", "summary.json", "metrics.jsonl"} <= held
+    assert {"figures/importance.png", "harvest/graphs-unmasked/manifest.json"} <= held
+    here = {str(p.relative_to(root / "tiny")) for p in (root / "tiny").rglob("*") if p.is_file()}
+    away = {name for name in here if name.startswith(("checkpoints", "wandb", "mlflow", ".")) or "/.lock" in name}
+    assert held == here - away
+
+
+def test_a_pulled_run_is_the_run(client, root, tmp_path, monkeypatch, capsys):
+    """Fetched to another machine it opens there: tables, weights, figures; asking twice fetches once."""
+    whole, weights = Store(root / "tiny/harvest/graphs-unmasked"), Decomposition.from_pretrained(root / "tiny")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", runs.tracking_uri())
+    monkeypatch.setenv("SPD_RUNS", str(tmp_path / "elsewhere"))
+    assert cli.run(["pull", "mlflow:tiny"]) == 0
+    path = tmp_path / "elsewhere/tiny-pulled"
+    assert f"run: {path}" in capsys.readouterr().out
+    store = Store(path / "harvest/graphs-unmasked")
+    assert store.manifest == whole.manifest
+    for table in TABLES:
+        assert_frame_equal(store.scan(table).collect(), whole.scan(table).collect())
+    monkeypatch.setattr(runs.references, "pull", lambda *_: pytest.fail("fetched twice"))
+    assert runs.find("mlflow:tiny").path == path
+    pulled = Decomposition.from_pretrained("mlflow:tiny")
+    assert all(torch.equal(v, weights.state_dict()[k]) for k, v in pulled.state_dict().items())
+    assert runs.Run(path).state == "finished"
+    assert runs.Run(path).summary == runs.Run(root / "tiny").summary
+
+
+def test_a_record_that_the_tracker_has_lost(client, root, capsys, monkeypatch):
+    """It is told before the work begins, with the way out."""
+    monkeypatch.chdir(root.parent)
+    path = root / "tiny/mlflow.json"
+    known = path.read_text()
+    path.write_text(known.replace(json.loads(known)["run_id"], "f" * 32))
+    assert cli.run(["predict", "--config", "tiny", "--trainer.logger", "true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: tracker: ")
+    assert f"delete '{path}'" in line
+    path.write_text(known)
+
+
+def test_pulling_what_is_not_there(client, capsys):
+    assert cli.run(["pull", "mlflow:tyni"]) == 2
+    assert "there are: tiny" in capsys.readouterr().err
+
+
+def test_wandb_keeps_its_files_in_the_run(root):
+    """Offline, each command leaves one record, all of the same W&B run, with settings, curves and artifacts in it."""
+    records = sorted((root / "tiny/wandb").glob("offline-run-*/run-*.wandb"))
+    name = json.loads((root / "tiny/wandb.json").read_text())["id"]
+    assert len(records) == 3
+    assert {record.name for record in records} == {f"run-{name}.wandb"}
+    fitted, harvested = (record.read_bytes() for record in records[1:])
+    for held in (b"train/loss", b"l0/linear1", b"minimality", b"tiny-run", b"decomposition.safetensors"):
+        assert held in fitted
+    for held in (b"tiny-harvest-graphs-unmasked", b"manifest.json"):
+        assert held in harvested
+    assert not (root.parent / "wandb/run").exists()
