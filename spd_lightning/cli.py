@@ -27,7 +27,7 @@ log = logging.getLogger("spd_lightning")
 
 
 def run(words: Sequence[str]) -> int:
-    """Runs one verb and returns the exit code: 0, or 2 where the input was bad."""
+    """Runs one verb and returns the exit code: 0, 2 where the input was bad, or 130 after Ctrl-C."""
     words = list(words)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -44,8 +44,11 @@ def run(words: Sequence[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except SystemExit as done:  # --print_config has printed
-        return done.code if isinstance(done.code, int) else 0
+    except (KeyboardInterrupt, SystemExit) as done:
+        if isinstance(done, SystemExit) and not done.code:  # --print_config has printed
+            return 0
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)  # Lightning exits with 1
+        return 130
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -199,7 +202,11 @@ def _summary(session: "Session", seconds: float) -> dict[str, float | str]:
     trained = (module.target_spec or {}).get("seconds", 0.0)
     return {
         **module.figures,
-        "verdict": f"local minimum: {module.warning}" if module.warning else "ok",
+        "verdict": f"local minimum: {module.warning}"
+        if module.warning
+        else "ok"
+        if module.figures
+        else "not evaluated",
         "seconds/target": round(trained, 2),
         "seconds/fit": round(seconds, 2),
         "steps": session.trainer.max_steps,

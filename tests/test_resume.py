@@ -89,6 +89,19 @@ def test_a_killed_command_of_the_shell(root):
     same_run(folder, root / "plain")
 
 
+def test_ctrl_c(root):
+    """A fit that its user stops says how to go on, and does."""
+    words, folder = [sys.executable, "-m", "spd_lightning", *FIT, "--run", "stopped"], root / "stopped"
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    kill_when(lambda: logged(folder) >= 100, lambda: process.poll() is None, process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.endswith("interrupted; the same command goes on from what is saved\n")
+    done(root, [*FIT, "--run", "stopped"])
+    same_run(folder, root / "plain")
+
+
 def test_a_second_fit_never_touches_a_finished_one(root):
     """The same command again is a run of its own, with the same result."""
     before = {path: path.stat().st_mtime_ns for path in (root / "plain").rglob("*")}

@@ -74,10 +74,12 @@ def killed(root: Path, words: list[str], ready: Callable[[], bool], **surroundin
     assert process.exitcode == -signal.SIGKILL
 
 
-def kill_when(ready: Callable[[], bool], alive: Callable[[], bool], pid: int | None) -> None:
+def kill_when(
+    ready: Callable[[], bool], alive: Callable[[], bool], pid: int | None, by: signal.Signals = signal.SIGKILL
+) -> None:
     assert pid is not None
     deadline = time.monotonic() + 60
     while alive() and not ready():
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, by)
