@@ -23,7 +23,7 @@ from spd_lightning.decomposition.importance import lower_leaky, upper_leaky
 from spd_lightning.decomposition.losses import Losses, Minimality
 from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.targets.toy import TMS, ResidualMLP
-from spd_lightning.training.blocks import settle_processor
+from spd_lightning.training.blocks import settle_allocator
 from spd_lightning.training.decompose import Decomposition, WarmUp
 from spd_lightning.training.session import quiet
 
@@ -213,7 +213,8 @@ def startup() -> str:
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
-    settle_processor()
+    settle_allocator()
+    torch.set_flush_denormal(True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     print("CPU milliseconds per optimiser step, one thread, published batch size")
     print(f"{'model':<12} {'ours':>8} {'at most':>8} {'plain':>8} {'ratio':>8} {'Lightning':>11}")

@@ -86,11 +86,18 @@ class BlockModule(L.LightningModule, ABC):
                 f"checkpoint: weights of another model ('{name}' differs); delete it, and the same fit begins anew"
             )
 
-    def on_fit_start(self) -> None:
-        if self.device.type == "cpu":
-            settle_processor()
+    def setup(self, stage: str) -> None:
+        """The processor's settings for this module's work; `teardown` puts back what others may rely on."""
+        self._threads_before = torch.get_num_threads()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        if self.trainer.strategy.root_device.type == "cpu":
+            settle_allocator()
+            torch.set_flush_denormal(True)  # dying components are full of denormals, a hundred times slower than others
+
+    def teardown(self, stage: str) -> None:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(self._threads_before)
 
     def training_step(self, batches: list[Tensor]) -> None:
         optimiser = self.optimizers()
@@ -118,16 +125,14 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from malloc.h
 
 
 @cache
-def settle_processor() -> None:
-    """Makes this process quicker at many small steps on a CPU, once.
+def settle_allocator() -> None:
+    """Keeps glibc from giving big blocks back to the kernel at every step, only to fetch them again; once a process.
 
-    glibc gives big blocks back to the kernel at every step, only to fetch them again (a third of a toy step); denormal
-    numbers, which dying components are full of, take a hundred times longer than others.
+    That fetching is a third of a toy's step. Another C library has another allocator, and is left alone.
     """
-    torch.set_flush_denormal(True)
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
-        return  # another C library, another allocator
+        return
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 1 << 28)):
         mallopt(option, value)
