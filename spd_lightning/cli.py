@@ -172,7 +172,7 @@ def _train(session: "Session") -> None:
 
     trainer, checkpoint = session.trainer, session.plan.folder / LAST
     begin(trainer, session.plan.folder, session.settings)
-    with answering():
+    with answering("once it answers, the same command goes on from the last checkpoint"):
         trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
         trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
     session.model.adopt(trainer.callback_metrics)  # forked devices evaluate in processes of their own
@@ -190,7 +190,7 @@ def _finish(session: "Session", started: float) -> None:
         log.warning("run %s: ended in a local minimum; try another seed. %s", folder.name, module.warning)
     runs.write_json(folder / "summary.json", summary)
     print(_table([(folder.name, summary)]))
-    with answering():
+    with answering(f"the run itself is whole: '{folder}'"):
         publish(session.trainer, folder)
 
 
@@ -202,17 +202,19 @@ def _summary(session: "Session", seconds: float) -> dict[str, float | str]:
     trained = (module.target_spec or {}).get("seconds", 0.0)
     return {
         **module.figures,
-        "verdict": f"local minimum: {module.warning}"
-        if module.warning
-        else "ok"
-        if module.figures
-        else "not evaluated",
+        "verdict": _verdict(module),
         "seconds/target": round(trained, 2),
         "seconds/fit": round(seconds, 2),
         "steps": session.trainer.max_steps,
         "seed": module.seed,
         **{f"version/{name}": version(name) for name in ("spd_lightning", "torch", "lightning")},
     }
+
+
+def _verdict(module: "Decomposition") -> str:
+    if module.warning:
+        return f"local minimum: {module.warning}"
+    return "ok" if module.figures else "not evaluated"
 
 
 def validate(words: Sequence[str]) -> None:
@@ -237,7 +239,7 @@ def predict(words: Sequence[str]) -> None:
     for harvester in harvesters:
         if session.trainer.is_global_zero:
             print(f"harvest: {harvester.folder}    see it: python -m spd_lightning view")
-    with answering():
+    with answering("once it answers, the same command sends what is harvested already"):
         publish(session.trainer, session.plan.folder, [f"harvest/{harvester.name}" for harvester in harvesters])
 
 

@@ -83,6 +83,32 @@ def test_an_interrupted_run_with_other_settings_is_left_alone(root):
     assert runs.claim("tms", SETTINGS).path == root / "tms"
 
 
+@pytest.mark.parametrize("reached", [None, "metrics.jsonl", "checkpoints", "decomposition.safetensors", "summary.json"])
+def test_a_start_that_failed_leaves_no_folder_behind(root, reached):
+    """Only a folder in which nothing was reached is taken away; the next try then has its name."""
+    claimed = runs.claim("tms", SETTINGS)
+    (claimed.path / "config.yaml").write_text("{}")
+    if reached:
+        (claimed.path / reached).touch()
+    claimed.abandon()
+    claimed.abandon()
+    assert claimed.path.exists() == (reached is not None)
+    assert not runs.files.held(claimed.path)
+
+
+def test_further_devices_share_the_claim_of_the_first(root, monkeypatch):
+    """Lightning runs the command again for each device, with its LOCAL_RANK: they work on one run."""
+    first = runs.claim("tms", SETTINGS)
+    code = "from spd_lightning import runs; c = runs.claim('tms', {'any': 1}); print(c.path); c.abandon()"
+    for rank, path in (("1", root / "tms"), ("0", root / "tms-2")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(path)
+    assert first.run.state == "running"
+    first.release()
+    assert "SPD_CLAIM" not in os.environ
+
+
 def test_a_run_that_somebody_works_on_is_passed_by(root, caplog):
     first = runs.claim("tms", SETTINGS)
     with caplog.at_level("INFO"), runs.claim("tms", SETTINGS) as second:
@@ -294,6 +320,18 @@ def test_a_torn_last_line_costs_that_line_alone(tmp_path_factory, cut, length):
     runs.append_metrics(folder, 7, {"loss": 0.1})
     assert path.read_bytes().splitlines(keepends=True)[:-1] == lines[: 2 if torn else 3]
     assert runs.Run(folder).metrics()["step"].to_list() == ([0, 1, 7] if torn else [0, 1, 2, 7])
+
+
+def test_what_was_logged_after_a_checkpoint_is_taken_back(tmp_path):
+    for step in range(5):
+        runs.append_metrics(tmp_path, step, {"loss": step / 2})
+        if step == 2:
+            size = runs.metrics_size(tmp_path)
+    runs.cut_metrics(tmp_path, size)
+    assert runs.Run(tmp_path).metrics()["step"].to_list() == [0, 1, 2]
+    runs.cut_metrics(tmp_path, size + 100)  # a log that lost its end is not filled with zeros
+    assert runs.metrics_size(tmp_path) == size
+    runs.cut_metrics(tmp_path / "none", 0)
 
 
 # Trackers.

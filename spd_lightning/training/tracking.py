@@ -101,7 +101,7 @@ def begin(trainer: Trainer, folder: Path, settings: Mapping[str, Any] | None = N
     """Opens a run's records: its MLflow run is noted in mlflow.json, and settings become its hyperparameters."""
     if not trainer.is_global_zero:
         return
-    with answering(f"or delete '{folder / 'mlflow.json'}', and it begins a new record there"):
+    with answering(f"bring it back, or delete '{folder / 'mlflow.json'}' to begin a new record there"):
         for logger in trainer.loggers:
             if isinstance(logger, MLFlowLogger):
                 facts = {"uri": logger.experiment.tracking_uri, "run_id": logger.run_id}
@@ -111,8 +111,8 @@ def begin(trainer: Trainer, folder: Path, settings: Mapping[str, Any] | None = N
 
 
 @contextlib.contextmanager
-def answering(remedy: str = "what was done so far is kept") -> Iterator[None]:
-    """A tracker that fails in the middle of work ends it with one line; what the run holds by itself is whole.
+def answering(remedy: str) -> Iterator[None]:
+    """A tracker that fails in the middle of work ends it with one line; what the run holds by itself is kept.
 
     Raises:
         BadInput: it failed.
@@ -123,13 +123,13 @@ def answering(remedy: str = "what was done so far is kept") -> Iterator[None]:
         if not type(error).__module__.startswith(("mlflow.", "wandb.", "requests.", "urllib3.")):
             raise
         why = " ".join(str(error).split())[:200]
-        raise BadInput(f"tracker: {why}; run the same command again once it answers, {remedy}") from error
+        raise BadInput(f"tracker: {why}; {remedy}") from error
 
 
 def publish(trainer: Trainer, folder: Path, names: Sequence[str] = runs.MIRRORED) -> None:
-    """Copies a run's files to every tracker of a trainer: into the MLflow run, or as one W&B artifact.
+    """Copies a run's files to every tracker of a trainer; the last that these hear of a command.
 
-    It is the last that a tracker hears of a command.
+    They go into the MLflow run; on W&B a whole run is one artifact, and so is each harvest.
     """
     if not trainer.is_global_zero:
         return
@@ -144,12 +144,14 @@ def publish(trainer: Trainer, folder: Path, names: Sequence[str] = runs.MIRRORED
 def _publish_wandb(logger: WandbLogger, folder: Path, names: Sequence[str]) -> None:
     import wandb
 
-    artifact = wandb.Artifact(f"{folder.name}-{names[0].replace('/', '-') if len(names) == 1 else 'run'}", type="spd")
-    for name in names:
-        path = folder / name
-        if path.is_dir():
-            artifact.add_dir(str(path), name=name)
-        elif path.exists():
-            artifact.add_file(str(path), name=name)
-    logger.experiment.log_artifact(artifact)
+    bundles = {"run": names} if names is runs.MIRRORED else {name.replace("/", "-"): [name] for name in names}
+    for title, held in bundles.items():
+        artifact = wandb.Artifact(f"{folder.name}-{title}", type="spd")
+        for name in held:
+            path = folder / name
+            if path.is_dir():
+                artifact.add_dir(str(path), name=name)
+            elif path.exists():
+                artifact.add_file(str(path), name=name)
+        logger.experiment.log_artifact(artifact)
     logger.experiment.finish()
