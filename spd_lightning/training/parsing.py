@@ -42,7 +42,7 @@ class Parser(LightningArgumentParser):
         """The setting within this parser, and what is wrong with it, from the layers of a complaint."""
         union, leaf = layers[-2] if len(layers) > 1 else "", layers[-1]
         if m := re.search(r"^Problem with given class_path '(.+?)':(.*)", "\n".join(layers), re.DOTALL | re.MULTILINE):
-            return "", _no_class(m[1], m[2].split("\n")[1])
+            return "", _no_class(m[1], m[2].strip().partition("\n")[0])
         if m := re.match(r"Expected a dot import path string: (.+)", leaf):
             return "", _no_class(m[1], "names no package")
         if m := re.match(r"Not a valid subclass of (\S+)\. Got value: (.*)", leaf):
@@ -61,7 +61,7 @@ class Parser(LightningArgumentParser):
             return m[1], f"no value; for example: --{m[1]}=1"
         if m := re.match(r"Expected an? (.+)\. Got value: (.*)", leaf, re.DOTALL):
             types = re.findall(r"- Expected an? (.+)", union) or [m[1]]
-            return "", f"'{m[2]}' is not {' or '.join(map(_readable, types))}"
+            return "", f"'{' '.join(m[2].split())[:80]}' is not {' or '.join(map(_readable, types))}"
         return "", " ".join(leaf.split())[:300]
 
     def _unknown(self, name: str) -> tuple[str, str]:
@@ -91,7 +91,7 @@ def _readable(kind: str) -> str:
 
 def _no_class(path: str, why: str) -> str:
     near = nearest(path, [f"spd_lightning.{name}" for name in spd_lightning.__all__])
-    return f"class_path '{path}': {why.strip()}; {near if near.startswith('did') else 'write package.Class'}"
+    return f"class_path '{path}': {why}; {near if near.startswith('did') else 'write package.Class'}"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
