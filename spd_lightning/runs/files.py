@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from spd_lightning.errors import BadInput
+from spd_lightning.files import whole
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +37,8 @@ def write_whole(path: Path) -> Iterator[Path]:
     Raises:
         BadInput: the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with writable(path):
-        try:
-            yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with writable(path), whole(path) as temporary:
+        yield temporary
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from spd_lightning.errors import BadInput
+from spd_lightning.files import whole
 from spd_lightning.store.manifest import part
 from spd_lightning.store.tables import SORTED
 
@@ -61,19 +62,6 @@ def lock(folder: Path, rank: int) -> int:
         os.close(handle)
         raise BadInput(f"harvest '{folder}': another process is writing it; wait for it or name another one") from error
     return handle
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: it becomes `path` at the end, or after an error nothing does."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")  # several ranks write manifest.json
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def replace_json(path: Path, value: Any) -> None:

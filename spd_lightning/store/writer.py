@@ -9,9 +9,10 @@ from typing import Any
 
 import polars as pl
 
+from spd_lightning.files import whole
 from spd_lightning.store.manifest import Shard, check_same, ledger_path, part, read_ledgers, read_settings
 from spd_lightning.store.reader import Store
-from spd_lightning.store.shards import damaged, disk, lock, replace_json, whole, write_parquet
+from spd_lightning.store.shards import damaged, disk, lock, replace_json, write_parquet
 from spd_lightning.store.tables import SCHEMA_VERSION, checked
 
 
