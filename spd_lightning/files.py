@@ -1,9 +1,14 @@
-"""Files appear whole or not at all, whoever is killed while writing them."""
+"""Where files go, and how: they appear whole or not at all, whoever is killed while writing them."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def root() -> Path:
+    """The folder that holds all that is made here: $SPD_RUNS, or ./runs."""
+    return Path(os.environ.get("SPD_RUNS") or "runs")
 
 
 @contextmanager

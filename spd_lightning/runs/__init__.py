@@ -9,6 +9,7 @@ of artifacts below the root) unless MLFLOW_TRACKING_URI names a server. A refere
 run or of a harvest, `mlflow:<run id or name>`, or `wandb:<entity>/<project>/<artifact>:<version>`.
 """
 
+from spd_lightning.files import root
 from spd_lightning.runs.claims import Claim, claim
 from spd_lightning.runs.files import (
     append_metrics,
@@ -19,7 +20,7 @@ from spd_lightning.runs.files import (
     write_json,
     write_whole,
 )
-from spd_lightning.runs.folders import Run, check_name, newest, root, runs
+from spd_lightning.runs.folders import Run, check_name, newest, runs
 from spd_lightning.runs.references import find, pull
 from spd_lightning.runs.trackers import MIRRORED, artifact_location, log_artifacts, reachable, tracking_uri
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from spd_lightning.config import digest
+from spd_lightning.files import root
 from spd_lightning.runs.files import lock, writable, write_json
-from spd_lightning.runs.folders import Run, check_name, family, root
+from spd_lightning.runs.folders import Run, check_name, family
 
 log = logging.getLogger(__name__)
 

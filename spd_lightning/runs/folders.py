@@ -1,7 +1,6 @@
 """Run folders: what one holds, which there are, and the families that repeated runs of one name form."""
 
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spd_lightning.config import load
 from spd_lightning.errors import BadInput, nearest
+from spd_lightning.files import root
 from spd_lightning.runs.files import held, read_json, read_metrics
 
 if TYPE_CHECKING:
@@ -19,12 +19,7 @@ log = logging.getLogger(__name__)
 State = Literal["running", "finished", "interrupted"]
 
 _SIGNS = ("run.json", "config.yaml", "summary.json", "metrics.jsonl", "decomposition.json", "manifest.json", "harvest")
-_RESERVED = ("targets", "mlartifacts")
-
-
-def root() -> Path:
-    """The folder that holds all runs: $SPD_RUNS, or ./runs."""
-    return Path(os.environ.get("SPD_RUNS") or "runs")
+_RESERVED = ("targets", "data", "mlartifacts")
 
 
 def check_name(name: str) -> str:

@@ -7,8 +7,9 @@ from itertools import count
 from pathlib import Path
 
 from spd_lightning.errors import BadInput
+from spd_lightning.files import root
 from spd_lightning.runs.files import read_json, writable, write_json
-from spd_lightning.runs.folders import Run, is_run, root, runs, unknown
+from spd_lightning.runs.folders import Run, is_run, runs, unknown
 from spd_lightning.runs.trackers import pull_mlflow, pull_wandb
 
 _PULLS = {"mlflow": pull_mlflow, "wandb": pull_wandb}

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from spd_lightning.errors import BadInput, nearest
-from spd_lightning.runs.folders import root
+from spd_lightning.files import root
 
 MIRRORED = (
     "config.yaml",
