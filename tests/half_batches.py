@@ -5,9 +5,10 @@ import json
 import torch
 from torch import nn
 
-from spd_lightning.decomposition.losses import Frequency, Losses, Minimality, Pass, Reconstruction, SmoothL0
-from spd_lightning.decomposition.masks import Adversary
+from spd_lightning.decomposition.adversaries import Adversary
+from spd_lightning.decomposition.losses import Frequency, Losses, Minimality, SmoothL0
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.reconstruction import Pass, Reconstruction
 
 LOSSES = Losses(
     minimality=Minimality(1.0, p=1.5),

@@ -13,8 +13,9 @@ from scipy import stats
 from torch import nn
 
 from spd_lightning.decomposition.components import Components, Mask, available, find_sites, masked_output
-from spd_lightning.decomposition.losses import Losses, Pass
+from spd_lightning.decomposition.losses import Losses
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.reconstruction import Pass
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.toy import TMS, InductionHead
 

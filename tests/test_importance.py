@@ -13,10 +13,10 @@ from torch import nn
 from spd_lightning.decomposition import importance as module
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.importance import SIGMOIDS, Importance, lower_leaky, upper_leaky
-from spd_lightning.decomposition.losses import Pass, Reconstruction
 from spd_lightning.decomposition.masks import stochastic_sources
 from spd_lightning.decomposition.metrics import masked_outputs
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.reconstruction import Pass, Reconstruction
 from spd_lightning.errors import BadInput
 
 KINDS = ("mlp", "vector_mlp", "shared_mlp", "global_mlp")

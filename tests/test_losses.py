@@ -15,22 +15,11 @@ from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
 from spd_lightning.decomposition import model as model_module
+from spd_lightning.decomposition.adversaries import Adversary
 from spd_lightning.decomposition.importance import Importance
-from spd_lightning.decomposition.losses import (
-    EPSILON,
-    Faithfulness,
-    Frequency,
-    Losses,
-    Minimality,
-    Pass,
-    Reconstruction,
-    SmoothL0,
-    anneal,
-    kl,
-    mse,
-)
-from spd_lightning.decomposition.masks import Adversary
+from spd_lightning.decomposition.losses import EPSILON, Faithfulness, Frequency, Losses, Minimality, SmoothL0, anneal
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.reconstruction import Pass, Reconstruction, kl, mse
 from spd_lightning.targets.toy import TMS, ResidualMLP
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.schedule import Schedule

@@ -9,16 +9,10 @@ from hypothesis import strategies as st
 from networks import Branches, Perceptron, decomposed
 from scipy import stats
 
+from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
 from spd_lightning.decomposition.components import Mask
-from spd_lightning.decomposition.losses import Pass, Reconstruction, mse, routed
-from spd_lightning.decomposition.masks import (
-    Adversary,
-    draw_routes,
-    fixed_masks,
-    masks_from_sources,
-    pgd_sources,
-    stochastic_sources,
-)
+from spd_lightning.decomposition.masks import draw_routes, fixed_masks, masks_from_sources, stochastic_sources
+from spd_lightning.decomposition.reconstruction import Pass, Reconstruction, mse, routed
 
 unit = st.floats(0, 1, width=32)
 SCOPES, INITS = ("per_position", "per_batch"), ("random", "ones", "zeros")

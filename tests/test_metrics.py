@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from networks import NETWORKS, Perceptron, decomposed, naive
 from torch import nn
 
+from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.importance import Importance
-from spd_lightning.decomposition.losses import Pass
-from spd_lightning.decomposition.masks import Adversary, masks_from_sources, pgd_sources
+from spd_lightning.decomposition.masks import masks_from_sources
 from spd_lightning.decomposition.metrics import (
     MASKINGS,
     column_match,
@@ -26,6 +26,7 @@ from spd_lightning.decomposition.metrics import (
     masked_outputs,
 )
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.reconstruction import Pass
 from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP
 from spd_lightning.training.evaluate import (
     Evaluation,

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_lightning.decomposition.importance import Importance
-from spd_lightning.decomposition.losses import Faithfulness, Losses, Pass
+from spd_lightning.decomposition.losses import Faithfulness, Losses
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.reconstruction import Pass
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.data import generator_for
 from spd_lightning.training.blocks import BlockModule

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lightning.decomposition.losses import DIVERGENCES, Pass, routed
-from spd_lightning.decomposition.masks import Adversary, draw_routes, masks_from_sources, pgd_sources
+from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
+from spd_lightning.decomposition.masks import draw_routes, masks_from_sources
 from spd_lightning.decomposition.metrics import (
     MASKINGS,
     column_match,
@@ -21,6 +21,7 @@ from spd_lightning.decomposition.metrics import (
     sizeable,
 )
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.reconstruction import DIVERGENCES, Pass, routed
 
 PROBE = 0.75
 BINS = 50
