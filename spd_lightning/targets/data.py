@@ -1,14 +1,14 @@
-"""What the toy targets are trained, decomposed and probed on, as LightningDataModules.
+"""What targets are trained, decomposed and probed on, as LightningDataModules; and the toy targets' own.
 
-Every batch is a pure function of (seed, split, step, rank). No random state has to be saved, a resumed run sees
-exactly the batches it would have seen, and no two devices see the same one. There are no files and no epochs: a
-training epoch lasts from the trainer's `global_step` to its `max_steps`.
+Every batch is a pure function of (seed, split, step, rank, world). No random state has to be saved, a resumed run sees
+exactly the batches it would have seen, and no two devices see the same one. To Lightning there is one epoch: it lasts
+from the trainer's `global_step` to its `max_steps`.
 """
 
 import hashlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -27,11 +27,14 @@ class Prompts(NamedTuple):
 
     inputs: Shaped[Tensor, "batch _"]
     sources: list[str]  # "feature 3", "random 17"
-    splits: list[str]  # "probe" or "random"
+    splits: list[str]  # "probe" or "random"; of text "given" or "validation"
+    tokens: list[list[str]] | None = None  # what each token id stands for; None where inputs are not text
 
-    def take(self, rows: slice) -> "Prompts":
+    def take(self, rows: slice | list[int]) -> "Prompts":
         """The same, of these rows only."""
-        return Prompts(self.inputs[rows], self.sources[rows], self.splits[rows])
+        at = range(len(self.sources))[rows] if isinstance(rows, slice) else rows
+        sources, splits = [self.sources[i] for i in at], [self.splits[i] for i in at]
+        return Prompts(self.inputs[rows], sources, splits, self.tokens and [self.tokens[i] for i in at])
 
 
 class Batches(Generic[T]):
@@ -63,40 +66,35 @@ def generator_for(seed: int, split: str, step: int, rank: int) -> torch.Generato
     return torch.Generator().manual_seed(int.from_bytes(key))
 
 
-class SampledData(LightningDataModule, ABC):
-    """Batches drawn on demand; a subclass says how to draw rows, and which inputs show one thing each."""
+class StepData(LightningDataModule, ABC):
+    """Batches by step number; a subclass says what is in each, and which inputs `predict` runs on."""
 
-    def __init__(
-        self, batch_size: int, seed: int, validation_batches: int, n_random_prompts: int, predict_batch_size: int
-    ) -> None:
+    def __init__(self, batch_size: int, seed: int, validation_batches: int, predict_batch_size: int) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("predict_batch_size", predict_batch_size)):
             if value < 1:
                 raise BadInput(f"{name} {value} in {type(self).__name__}: it must be at least 1")
         self.batch_size, self.seed, self.validation_batches = batch_size, seed, validation_batches
-        self.n_random_prompts, self.predict_batch_size = n_random_prompts, predict_batch_size
+        self.predict_batch_size = predict_batch_size
 
     @abstractmethod
-    def sample(self, rows: int, generator: torch.Generator) -> Shaped[Tensor, "rows _"]:
-        """Draw that many inputs."""
+    def batch(self, step: int, rank: int = 0, split: str = "train", world: int = 1) -> Shaped[Tensor, "batch _"]:
+        """The batch of one step on one of `world` devices, the same whenever and wherever it is asked for.
+
+        Args:
+            step: counts batches from 0.
+            rank: which device.
+            split: "train" or "val".
+            world: how many devices work on the step together.
+        """
 
     @abstractmethod
-    def probes(self) -> tuple[Shaped[Tensor, "probes _"], list[str]]:
-        """Inputs that show one thing each, and the names of what they show."""
+    def groups(self) -> list[Prompts]:
+        """All inputs that `predict` runs on, those of one length together."""
 
-    def batch(self, step: int, rank: int = 0, split: str = "train") -> Shaped[Tensor, "batch _"]:
-        """The batch of one step on one device, the same whenever and wherever it is asked for."""
-        return self.sample(self.batch_size, generator_for(self.seed, split, step, rank))
-
-    def prompts(self) -> Prompts:
-        """All inputs that `predict` runs on: the probes, then random inputs that are not all zero."""
-        probes, sources = self.probes()
-        random = self._random_prompts()
-        return Prompts(
-            torch.cat([probes, random]),
-            sources + [f"random {index}" for index in range(len(random))],
-            ["probe"] * len(probes) + ["random"] * len(random),
-        )
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """What these token ids stand for, to be read by people."""
+        return [str(i) for i in ids]
 
     def train_dataloader(self) -> Batches[list[Tensor]]:
         """Lists of consecutive batches, as many as the module takes optimiser steps in one `training_step`.
@@ -111,28 +109,66 @@ class SampledData(LightningDataModule, ABC):
 
     def val_dataloader(self) -> Batches[Tensor]:
         """The first batches of the split "val": each device its own, the same at every validation."""
-        (rank, _), count = self._rank_and_world(), self.validation_batches
-        return Batches(lambda: (self.batch(step, rank, "val") for step in range(count)), count)
+        (rank, world), count = self._rank_and_world(), self.validation_batches
+        return Batches(lambda: (self.batch(step, rank, "val", world) for step in range(count)), count)
 
     def predict_dataloader(self) -> Batches[Prompts]:
-        """`prompts()` in batches, dealt out to the devices in turn: none is repeated and none left out."""
-        rank, world = self._rank_and_world()
-        mine, size = self.prompts().take(slice(rank, None, world)), self.predict_batch_size
-        starts = range(0, len(mine.sources), size)
-        return Batches(lambda: (mine.take(slice(start, start + size)) for start in starts), len(starts))
+        """All prompts in batches of one length, dealt to the devices in turn: none repeated, none left out."""
+        (rank, world), before, batches = self._rank_and_world(), 0, list[Prompts]()
+        for group in self.groups():
+            mine, size = group.take(slice((rank - before) % world, None, world)), self.predict_batch_size
+            batches += [mine.take(slice(start, start + size)) for start in range(0, len(mine.sources), size)]
+            before += len(group.sources)
+        return Batches(lambda: iter(batches), len(batches))
 
     def _train_lists(self) -> Iterator[list[Tensor]]:
-        (rank, _), step, last, size = self._rank_and_world(), 0, sys.maxsize, 1
+        (rank, world), step, last, size = self._rank_and_world(), 0, sys.maxsize, 1
         if self.trainer is not None:
             step, last = self.trainer.global_step, self.trainer.max_steps
             size = getattr(self.trainer.lightning_module, "inner_steps", 1)
         while step < last:
             stop = min(step - step % size + size, last)
-            yield [self.batch(index, rank) for index in range(step, stop)]
+            yield [self.batch(index, rank, world=world) for index in range(step, stop)]
             step = stop
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+class SampledData(StepData):
+    """Batches drawn on demand; a subclass says how to draw rows, and which inputs show one thing each."""
+
+    def __init__(
+        self, batch_size: int, seed: int, validation_batches: int, n_random_prompts: int, predict_batch_size: int
+    ) -> None:
+        super().__init__(batch_size, seed, validation_batches, predict_batch_size)
+        self.n_random_prompts = n_random_prompts
+
+    @abstractmethod
+    def sample(self, rows: int, generator: torch.Generator) -> Shaped[Tensor, "rows _"]:
+        """Draw that many inputs."""
+
+    @abstractmethod
+    def probes(self) -> tuple[Shaped[Tensor, "probes _"], list[str]]:
+        """Inputs that show one thing each, and the names of what they show."""
+
+    def batch(self, step: int, rank: int = 0, split: str = "train", world: int = 1) -> Shaped[Tensor, "batch _"]:
+        """The batch of one step on one device, whatever the number of devices."""
+        return self.sample(self.batch_size, generator_for(self.seed, split, step, rank))
+
+    def prompts(self) -> Prompts:
+        """All inputs that `predict` runs on: the probes, then random inputs that are not all zero."""
+        probes, sources = self.probes()
+        random = self._random_prompts()
+        return Prompts(
+            torch.cat([probes, random]),
+            sources + [f"random {index}" for index in range(len(random))],
+            ["probe"] * len(probes) + ["random"] * len(random),
+        )
+
+    def groups(self) -> list[Prompts]:
+        """All prompts: they have one length."""
+        return [self.prompts()]
 
     def _random_prompts(self) -> Tensor:
         found, step = self.probes()[0][:0], 0
