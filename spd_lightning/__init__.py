@@ -15,6 +15,7 @@ _HOME = {
     "SparseFeatures": "spd_lightning.targets.data",
     "InductionTokens": "spd_lightning.targets.data",
     "ComponentModel": "spd_lightning.decomposition.model",
+    "PromptNodes": "spd_lightning.harvest.nodes",
     "PromptGraphs": "spd_lightning.harvest.graphs",
     "Store": "spd_lightning.store",
     "BadInput": "spd_lightning.errors",

@@ -35,7 +35,7 @@ words = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 u16, u32, count = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**40)
 layers, sums = st.sampled_from(LAYERS), st.floats(allow_nan=False)
 NODE = st.tuples(u32, st.sampled_from(KINDS), layers, u16, u32, st.none() | floats, floats)
-OUTPUT = st.tuples(u16, u32, st.none() | floats, floats, st.none() | floats, floats)
+OUTPUT = st.tuples(u16, u32, words, st.none() | floats, floats, st.none() | floats, floats)
 COMPONENT = st.tuples(layers, u32, count, count, sums, sums, floats, st.booleans())
 
 
@@ -364,6 +364,14 @@ def test_a_store_of_a_newer_program(harvest, version):
     (harvest / "manifest.json").write_text(json.dumps(manifest | {"schema_version": version}))
     with pytest.raises(BadInput, match="update spd_lightning"):
         Store(harvest)
+
+
+def test_a_store_of_an_older_program(harvest):
+    manifest = json.loads((harvest / "manifest.json").read_text())
+    (harvest / "manifest.json").write_text(json.dumps(manifest | {"schema_version": SCHEMA_VERSION - 1}))
+    for open_it in (Store, opened):
+        with pytest.raises(BadInput, match=r"is older than .*; delete the folder and run the same predict again"):
+            open_it(harvest)
 
 
 def test_an_unknown_table(harvest):

@@ -21,7 +21,7 @@ BIAS = -0.31
 SCHEMAS = {
     "nodes": ["node", "kind", "layer", "pos", "component", "importance", "activation"],
     "edges": ["source", "target", "attribution"],
-    "outputs": ["pos", "token_id", "ci_logit", "target_logit"],
+    "outputs": ["pos", "token_id", "token", "ci_logit", "target_logit"],
 }
 
 
@@ -88,7 +88,7 @@ def _graph(x: np.ndarray, features: list[int]) -> dict[str, list]:
     for f in features:
         edges += [(numbers["linear1", ALIVE[f]], numbers["linear2", ALIVE[g]], x[f] * (W.T @ W)[f, g]) for g in second]
     edges += [(numbers["linear2", ALIVE[g]], numbers["output", g], a2[g] * float(y[g] > 0)) for g in second]
-    outputs = [(0, f, y[f] + 0.01 * f, y[f]) for f in range(FEATURES)]
+    outputs = [(0, f, str(f), y[f] + 0.01 * f, y[f]) for f in range(FEATURES)]
     return {"nodes": [(n, *node) for n, node in enumerate(nodes)], "edges": edges, "outputs": outputs}
 
 

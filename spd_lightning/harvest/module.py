@@ -5,7 +5,7 @@ prompts that the store already holds are not computed again. A harvest lives in 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ import polars as pl
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.store import Writer, prompt_hash
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
+
+DENSE, LOGITS = 1 << 25, 4
+"""Numbers in one array over all components of the prompts that are harvested together; arrays of logits beside it."""
 
 
 class Harvester(Callback, ABC):
@@ -24,11 +28,13 @@ class Harvester(Callback, ABC):
     Attributes:
         name: the harvest's folder below `<run>/harvest/`.
         folder: that folder, once predicting has begun.
+        names: what tokens look like, as the data module says.
     """
 
     def __init__(self, name: str):
         self.name = name
         self.folder: Path | None = None
+        self.names: Callable[[list[int]], list[str]] = digits
         self._writer: Writer | None = None
 
     @abstractmethod
@@ -42,6 +48,7 @@ class Harvester(Callback, ABC):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Decomposition)
         self.folder = Path(trainer.default_root_dir) / "harvest" / self.name
+        self.names = getattr(getattr(trainer, "datamodule", None), "names", digits)
         settings = self.manifest(pl_module)
         self._writer = Writer(self.folder, settings, trainer.global_rank, trainer.world_size)
 
@@ -52,11 +59,16 @@ class Harvester(Callback, ABC):
         assert isinstance(pl_module, Decomposition)
         ids = [prompt_id(row) for row in batch.inputs]
         fresh = [k for k, i in enumerate(ids) if i not in self._writer.finished and i not in ids[:k]]
-        if fresh:
-            prompts = Prompts(batch.inputs[fresh], [batch.sources[k] for k in fresh], [batch.splits[k] for k in fresh])
-            with torch.inference_mode(False), torch.enable_grad():  # attributions are gradients
-                prompts = prompts._replace(inputs=prompts.inputs.clone())
-                self._writer.write(self.rows(pl_module, prompts, [ids[k] for k in fresh]))
+        size = at_once(pl_module.model, batch.inputs)
+        for start in range(0, len(fresh), size):
+            self._harvest(pl_module, batch, fresh[start : start + size], ids)
+
+    def _harvest(self, module: Decomposition, batch: Prompts, chosen: list[int], ids: list[int]) -> None:
+        """Commit the rows of some prompts of a batch: in single precision, and with gradients, for attributions."""
+        assert self._writer is not None
+        plain = torch.autocast(module.device.type, enabled=False)
+        with torch.inference_mode(False), torch.enable_grad(), plain:
+            self._writer.write(self.rows(module, batch.take(chosen), [ids[k] for k in chosen]))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._writer is not None
@@ -66,6 +78,22 @@ class Harvester(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def at_once(model: ComponentModel, inputs: torch.Tensor) -> int:
+    """How many prompts of a batch fit into memory together: at least one.
+
+    inputs: [batch, features] floating point, or [batch, pos] token ids. Counted are the numbers of one dense array over
+    all components, and several arrays of logits.
+    """
+    positions = 1 if inputs.is_floating_point() else inputs.shape[1]
+    numbers = sum(model.counts.values()) + LOGITS * int(getattr(model.target, "vocab", 0))
+    return max(1, DENSE // max(1, positions * numbers))
+
+
+def digits(ids: list[int]) -> list[str]:
+    """Tokens that nobody can name go by their numbers."""
+    return [str(i) for i in ids]
 
 
 def prompt_id(row: torch.Tensor) -> int:

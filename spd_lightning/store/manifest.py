@@ -40,7 +40,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """What was harvested, and how.
 
     Raises:
-        BadInput: no manifest, one that cannot be read, or one of a newer schema.
+        BadInput: no manifest, one that cannot be read, or one of another schema.
     """
     path = folder / "manifest.json"
     if not path.exists():
@@ -51,6 +51,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise BadInput(
             f"harvest '{folder}': schema_version {version!r} is newer than {SCHEMA_VERSION}, the newest that this "
             "program reads; update spd_lightning"
+        )
+    if version < SCHEMA_VERSION:
+        raise BadInput(
+            f"harvest '{folder}': schema_version {version} is older than {SCHEMA_VERSION}, the one that this program "
+            "reads; delete the folder and run the same predict again"
         )
     return settings
 

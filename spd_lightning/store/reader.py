@@ -27,7 +27,7 @@ class Store:
         layers: the names of all layers in forward order.
 
     Raises:
-        BadInput: the folder has no manifest, or one that cannot be read, or one of a newer schema.
+        BadInput: the folder has no manifest, or one that cannot be read, or one of another schema.
     """
 
     def __init__(self, path: str | Path, skip_damaged: bool = False):

@@ -8,7 +8,7 @@ import polars as pl
 
 from spd_lightning.errors import BadInput, nearest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KINDS = ("component", "input", "embedding", "output", "rest", "bias")
 """What a node of a graph can be; `importance` is null for all but components."""
 
@@ -37,6 +37,7 @@ _OUTPUTS = {
     "prompt_id": pl.UInt64,
     "pos": pl.UInt16,
     "token_id": pl.UInt32,
+    "token": pl.String,
     "ci_probability": pl.Float32,
     "ci_logit": pl.Float32,
     "target_probability": pl.Float32,
@@ -129,11 +130,11 @@ def _typed(table: str, frame: pl.DataFrame, layers: Sequence[str]) -> pl.DataFra
 
 def _column(table: str, column: pl.Series, wanted: Mapping[str, Any]) -> pl.Series:
     dtype = wanted[column.name]
+    if column.dtype == dtype:
+        return column
     if isinstance(dtype, pl.Enum) and column.dtype in (pl.String, pl.Categorical, pl.Enum):
         words = column.cast(pl.String)
         if unknown := set(words.unique()).difference(dtype.categories):
             raise ValueError(f"table '{table}', column '{column.name}': {unknown.pop()!r} is not one of its names")
         return words.cast(dtype)
-    if column.dtype != dtype:
-        raise ValueError(f"table '{table}', column '{column.name}': {column.dtype}, where the store has {dtype}")
-    return column
+    raise ValueError(f"table '{table}', column '{column.name}': {column.dtype}, where the store has {dtype}")
