@@ -10,14 +10,13 @@ from networks import Branches, Perceptron, Tokens, decomposed
 from scipy import stats
 from torch import nn
 
-from spd_lightning.decomposition import importance as module
+from spd_lightning.decomposition import importance_functions as module
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.importance import SIGMOIDS, Importance, lower_leaky, upper_leaky
 from spd_lightning.decomposition.masks import stochastic_sources
 from spd_lightning.decomposition.metrics import masked_outputs
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass, Reconstruction
-from spd_lightning.errors import BadInput
 
 KINDS = ("mlp", "vector_mlp", "shared_mlp", "global_mlp")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -31,12 +30,18 @@ def gelu(h):
 
 def loop(kind, function, inputs, inner):
     """z of every site, one component after the other."""
+    if isinstance(function, module.Together):  # an embedding's `mlp`, and a function for all other sites
+        first, rest = function.parts
+        names = [name for name in inputs if name != "embed"]
+        z = loop("mlp", first, {"embed": inputs["embed"]}, inner)
+        z |= loop(kind, rest, {n: inputs[n] for n in names}, {n: inner[n] for n in names})
+        return {name: z[name] for name in inputs}
     if kind == "global_mlp":
         x = torch.cat(list(inputs.values()), dim=-1)
         flat = iter(torch.stack(read_shared(function.network, x), dim=-1).unbind(-1))
         return {name: torch.stack([next(flat) for _ in range(a.shape[-1])], dim=-1) for name, a in inner.items()}
     return {
-        name: torch.stack(ONE_SITE[kind](f, inputs[name], inner[name]), dim=-1)
+        name: torch.stack(ONE_SITE["mlp" if name == "embed" else kind](f, inputs[name], inner[name]), dim=-1)
         for (name, f) in zip(inputs, function.networks, strict=True)
     }
 
@@ -70,10 +75,8 @@ def scrambled(network, kind, **settings):
     return model
 
 
-READABLE = [(network, kind) for network in (Perceptron, Branches) for kind in KINDS] + [(Tokens, "mlp")]
-
-
-@pytest.mark.parametrize(("network", "kind"), READABLE)
+@pytest.mark.parametrize("network", [Perceptron, Branches, Tokens])
+@pytest.mark.parametrize("kind", KINDS)
 def test_g1_every_kind_is_its_loop_over_components_in_value_and_gradient(network, kind):
     model = scrambled(network, kind)
     clean = model.clean(model.target.batch(3))
@@ -128,10 +131,28 @@ def test_g1_importances_come_from_the_clean_run_and_only_mlp_trains_v(kind):
     assert [g is not None and bool(g.any()) for g in gradients] == [kind == "mlp"] * 2
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_g1_kinds_that_read_vectors_refuse_embeddings(kind):
-    with pytest.raises(BadInput, match="cannot read token ids at 'embed'; use kind 'mlp'"):
-        decomposed(Tokens, importance=Importance(kind))
+@pytest.mark.parametrize("kind", [*KINDS, "transformer"])
+def test_g1_embeddings_get_an_mlp_of_a_width_of_its_own(kind):
+    model = decomposed(Tokens, importance=Importance(kind, hidden=3, embedding_hidden=5))
+    function = model.importance_function
+    first = function.parts[0].networks[0] if isinstance(function, module.Together) else function.networks[0]
+    assert first.W1.shape == (9, 3 if kind == "mlp" else 5)
+    alone = ComponentModel(nn.Sequential(nn.Embedding(7, 4)), {"*": 9}, importance=Importance(kind))
+    assert isinstance(alone.importance_function.networks[0], type(first))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "transformer"])
+def test_g1_nothing_asks_for_what_it_does_not_read(kind):
+    model, asked = decomposed(Tokens, importance=Importance(kind)), set()
+
+    class Watched(dict):
+        def __getitem__(self, name):
+            asked.add(name)
+            return super().__getitem__(name)
+
+    clean = model.clean(model.target.batch())
+    model.importance_function(clean.inputs, Watched(clean.inner))
+    assert asked == (set(model.sites) if kind == "mlp" else {"embed"})
 
 
 @pytest.mark.parametrize("kind", KINDS)

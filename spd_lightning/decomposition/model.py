@@ -25,7 +25,8 @@ from spd_lightning.decomposition.components import (
     find_sites,
     masked_output,
 )
-from spd_lightning.decomposition.importance import Importance, Importances, importance_function
+from spd_lightning.decomposition.importance import Importance, Importances
+from spd_lightning.decomposition.importance_functions import importance_function
 from spd_lightning.errors import BadInput, nearest
 
 Map = Callable[[Tensor], Tensor]
