@@ -12,6 +12,8 @@ _HOME = {
     "TMS": "spd_lightning.targets.toy",
     "ResidualMLP": "spd_lightning.targets.toy",
     "InductionHead": "spd_lightning.targets.toy",
+    "Decoder": "spd_lightning.targets.transformer",
+    "HuggingFaceLM": "spd_lightning.targets.huggingface",
     "SparseFeatures": "spd_lightning.targets.data",
     "InductionTokens": "spd_lightning.targets.data",
     "ComponentModel": "spd_lightning.decomposition.model",

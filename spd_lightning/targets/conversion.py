@@ -1,0 +1,173 @@
+"""HuggingFace checkpoints on our own decoder: the same logits from parts that can be read.
+
+GPT-2 keeps queries, keys and values in one map and its weights transposed; both are undone. Llama, Mistral and Qwen2
+share one layout. What the decoder has no switch for is refused by name: `hf:` takes any model as it is.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from spd_lightning.errors import BadInput
+from spd_lightning.targets.huggingface import checkpoint
+from spd_lightning.targets.transformer import Decoder
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+
+
+def decoder_from(reference: str) -> Decoder:
+    """A GPT-2, Llama, Mistral or Qwen2 checkpoint as a `Decoder`, in float32.
+
+    Args:
+        reference: the checkpoint's folder, or its name on the hub.
+
+    Raises:
+        BadInput: there is no such checkpoint, or it needs what the decoder does not have.
+    """
+    model = checkpoint(reference, "float32")
+    kind = model.config.model_type
+    if kind not in _FAMILIES:
+        raise _unsupported(reference, "model_type", kind)
+    settings, renamed = _FAMILIES[kind]
+    decoder = Decoder(**settings(reference, model.config))
+    given = dict(renamed(model.state_dict(), model.config))
+    own = decoder.state_dict()
+    if surplus := sorted(set(given) - set(own)):
+        raise BadInput(f"decoder:{reference}: no place for its '{surplus[0]}'; take it as it is: hf:{reference}")
+    for name, tensor in own.items():
+        if name in given:
+            tensor.copy_(given[name])
+        elif name.endswith("bias"):
+            tensor.zero_()
+        else:
+            raise BadInput(f"decoder:{reference}: its checkpoint has no '{name}'; take it as it is: hf:{reference}")
+    return decoder
+
+
+def _unsupported(reference: str, name: str, value: Any) -> BadInput:
+    return BadInput(f"decoder:{reference}: {name} {value!r} is not for our decoder; take it as it is: hf:{reference}")
+
+
+def _refuse(reference: str, config: Any, wanted: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises BadInput at the first setting that has none of the values wanted."""
+    for name, values in wanted.items():
+        if (value := getattr(config, name, values[0])) not in values:
+            raise _unsupported(reference, name, value)
+
+
+# ---- GPT-2 ----------------------------------------------------------------------------------------------------------
+
+
+def _gpt2_settings(reference: str, config: Any) -> dict[str, Any]:
+    wanted = {
+        "activation_function": tuple(ACTIVATIONS),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    }
+    _refuse(reference, config, wanted)
+    return {
+        "vocab": config.vocab_size,
+        "d_model": config.n_embd,
+        "n_layers": config.n_layer,
+        "n_heads": config.n_head,
+        "context": config.n_positions,
+        "d_mlp": config.n_inner or 4 * config.n_embd,
+        "positions": "learned",
+        "norm": "layer",
+        "mlp": "plain",
+        "activation": ACTIVATIONS[config.activation_function],
+        "bias": True,
+        "tied_unembedding": bool(config.tie_word_embeddings),
+        "norm_eps": config.layer_norm_epsilon,
+    }
+
+
+_GPT2_PARTS = {
+    "transformer.": "",
+    ".ln_1.": ".norm_1.",
+    ".ln_2.": ".norm_2.",
+    "ln_f.": "norm_f.",
+    ".attn.c_proj.": ".attn.o_proj.",
+    ".mlp.c_proj.": ".mlp.down_proj.",
+}
+
+
+def _gpt2_weights(weights: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights.items():
+        mapped = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # Conv1D: [d_in, d_out]
+        own, tensor = _renamed(name, _GPT2_PARTS), tensor.T if mapped else tensor
+        if ".attn.c_attn." not in own:
+            yield own, tensor
+            continue
+        for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+            yield own.replace("c_attn", f"{part}_proj"), piece
+
+
+# ---- Llama and its like ---------------------------------------------------------------------------------------------
+
+
+def _llama_settings(reference: str, config: Any) -> dict[str, Any]:
+    rotary = dict(getattr(config, "rope_parameters", None) or {})
+    base = rotary.pop("rope_theta", 10000.0)
+    if rotary.pop("rope_type", "default") != "default" or rotary.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise _unsupported(reference, "rope_parameters", config.rope_parameters)
+    d_head = config.hidden_size // config.num_attention_heads
+    _refuse(reference, config, {"hidden_act": tuple(ACTIVATIONS), "head_dim": (d_head, None)})
+    if getattr(config, "use_sliding_window", True):  # Mistral slides by its window alone, Qwen2 has a switch
+        _refuse(reference, config, {"sliding_window": (None,)})
+    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    return {
+        "vocab": config.vocab_size,
+        "d_model": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "context": config.max_position_embeddings,
+        "d_mlp": config.intermediate_size,
+        "n_kv_heads": config.num_key_value_heads,
+        "positions": "rotary",
+        "norm": "rms",
+        "mlp": "gated",
+        "activation": ACTIVATIONS[config.hidden_act],
+        "bias": bool(biased) or config.model_type == "qwen2",  # where only some maps have one, the others' are zero
+        "tied_unembedding": bool(config.tie_word_embeddings),
+        "rotary_base": float(base),
+        "norm_eps": config.rms_norm_eps,
+    }
+
+
+_LLAMA_PARTS = {
+    "model.embed_tokens.": "wte.",
+    "model.layers.": "h.",
+    "model.norm.": "norm_f.",
+    ".input_layernorm.": ".norm_1.",
+    ".post_attention_layernorm.": ".norm_2.",
+    ".self_attn.": ".attn.",
+}
+
+
+def _llama_weights(weights: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights.items():
+        yield _renamed(name, _LLAMA_PARTS), tensor
+
+
+def _renamed(name: str, parts: Mapping[str, str]) -> str:
+    for theirs, ours in parts.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+_FAMILIES = {
+    "gpt2": (_gpt2_settings, _gpt2_weights),
+    "llama": (_llama_settings, _llama_weights),
+    "mistral": (_llama_settings, _llama_weights),
+    "qwen2": (_llama_settings, _llama_weights),
+}
