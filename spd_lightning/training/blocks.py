@@ -65,6 +65,7 @@ class BlockModule(L.LightningModule, ABC):
         Raises:
             BadInput: it cannot take such inputs.
         """
+        _known(inputs, getattr(self.network, "vocab", None))
         try:
             with torch.no_grad():
                 self.network(inputs)
@@ -111,6 +112,7 @@ class BlockModule(L.LightningModule, ABC):
             self.manual_backward(loss)
             norms = self.clip()
             optimiser.step()  # pyright: ignore[reportAttributeAccessIssue]
+            torch.clear_autocast_cache()  # it holds copies of the weights before this update
             if step % self.log_every == 0 or step == self.steps - 1:
                 self._record({"loss": loss.detach(), **terms, **norms}, factor, step)
 
@@ -119,6 +121,16 @@ class BlockModule(L.LightningModule, ABC):
         self.log("loss", reduced["train/loss"], prog_bar=True, logger=False)
         for logger in self.loggers:
             logger.log_metrics({**reduced, "train/lr_factor": factor}, step)
+
+
+def _known(inputs: Tensor, vocab: int | None) -> None:
+    """Raises BadInput where token ids reach beyond a vocabulary; a GPU would not say which."""
+    if vocab is None or inputs.is_floating_point() or not inputs.numel():
+        return
+    if (token := int(inputs.max())) >= vocab:
+        raise BadInput(
+            f"data: token {token} is outside the target's vocabulary of {vocab}; take the tokenizer it was trained with"
+        )
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from malloc.h

@@ -282,6 +282,6 @@ def _network(target: str | nn.Module) -> tuple[nn.Module, dict[str, Any] | None]
     """The target itself and how to build it anew (None for one given as an object)."""
     if isinstance(target, nn.Module):
         return target, None
-    from spd_lightning.training.session import trained_target
+    from spd_lightning.training.pretraining import trained_target
 
     return trained_target(target)

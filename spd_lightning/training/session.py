@@ -1,10 +1,8 @@
-"""From a config to a trainer, a module and its data, by LightningCLI; and targets that are trained when missing."""
+"""From a config to a trainer, a module and its data, by LightningCLI."""
 
-import fcntl
 import json
 import logging
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,10 +14,7 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
-from spd_lightning import config as configs
-from spd_lightning import runs
 from spd_lightning.errors import BadInput
 from spd_lightning.training.parsing import Parser, complaint
 from spd_lightning.training.progress import Progress
@@ -39,7 +34,7 @@ TRAINER = {
 class Plan:
     """What a session adds to its config: where it works and under what name, and a module in place of the config's.
 
-    A tracked session writes its folder's metrics and speaks to the trackers that its config chooses.
+    A logged session writes its folder's metrics; a tracked one also speaks to the trackers that its config chooses.
     """
 
     folder: Path
@@ -47,6 +42,7 @@ class Plan:
     model: LightningModule | None = None
     callbacks: Sequence[Callback] = ()
     tracked: bool = False
+    logged: bool = False
 
 
 class Session(LightningCLI):
@@ -98,11 +94,15 @@ class Session(LightningCLI):
         chosen = self.config_init["trainer"]
         own = [SafetensorsIO(), *(chosen.get("plugins") or [])]
         callbacks = [*(chosen.get("callbacks") or []), Progress(self.plan.name), *self.plan.callbacks]
-        loggers = [MetricsFile(self.plan.folder), *(chosen["logger"] or [])] if self.plan.tracked else False
+        own_file = [MetricsFile(self.plan.folder)] if self.plan.logged or self.plan.tracked else []
         if chosen.get("val_check_interval") == 0:
             raise BadInput("config: trainer.val_check_interval: 0 is no interval; how many batches lie between two?")
         return super().instantiate_trainer(
-            logger=loggers, plugins=own, callbacks=callbacks, default_root_dir=str(self.plan.folder), **kwargs
+            logger=own_file + (chosen["logger"] or []) or False,
+            plugins=own,
+            callbacks=callbacks,
+            default_root_dir=str(self.plan.folder),
+            **kwargs,
         )
 
 
@@ -129,69 +129,3 @@ _OURS_TO_CHOOSE = (
     "does not have many workers",
     "predict returned None",  # harvesters write what there is to return
 )
-
-
-# ---- targets --------------------------------------------------------------------------------------------------------
-
-
-def trained_target(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained target that a config describes, and how to build one like it.
-
-    It is trained if there is none yet, and kept under a hash of its config in `<root>/targets/`.
-
-    Raises:
-        BadInput: the config does not describe a target, or its kept files are damaged.
-    """
-    from spd_lightning.training.checkpoint import build, read
-
-    try:
-        folder = train_target(name, configs.load(name))
-    except BadInput as error:
-        raise BadInput(f"target '{name}': {error}") from error
-    facts = json.loads((folder / "target.json").read_text())
-    network = build(facts["spec"])
-    network.load_state_dict(read(folder / "target.safetensors")[0])
-    return network, facts["spec"] | {"seconds": facts["seconds"]}
-
-
-def train_target(name: str, config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
-    """Trains a target unless that has been done; returns the folder with target.safetensors and target.json.
-
-    A target that leaves features unrepresented is trained again from the next seed.
-    """
-    key = configs.digest([config, list(overrides)])
-    folder = runs.root() / "targets" / f"{Path(name).stem}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be training the same one: then wait and take it
-        if not (folder / "target.json").exists():
-            _train(name, config, overrides, folder)
-    return folder
-
-
-def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> None:
-    from spd_lightning.training.checkpoint import write
-
-    started, seed = time.perf_counter(), int(config.get("seed_everything", 0))
-    while True:
-        session = Session({**config, "seed_everything": seed}, overrides, lambda _: Plan(folder, Path(name).stem))
-        if not hasattr(session.model, "target"):
-            raise BadInput("does not train a target; its model must be a TargetTraining")
-        session.trainer.fit(session.model, datamodule=session.datamodule)
-        network: nn.Module = session.model.target  # pyright: ignore[reportAssignmentType]
-        missed = network.eval().unrepresented()  # pyright: ignore[reportCallIssue]
-        if not missed:
-            break
-        left = int(config.get("seed_everything", 0)) + session.model.retries - seed
-        if left <= 0:
-            log.warning(
-                "target %s: seed %d leaves %s unrepresented; no retries left, it is kept so", name, seed, missed
-            )
-            break
-        log.warning(
-            "target %s: seed %d leaves %s unrepresented; training again with seed %d", name, seed, missed, seed + 1
-        )
-        seed += 1
-    write(network.state_dict(), folder / "target.safetensors")
-    facts = {"spec": session.settings["model"]["init_args"]["target"], "seed": seed, "unrepresented": missed}
-    runs.write_json(folder / "target.json", facts | {"seconds": time.perf_counter() - started, "config": dict(config)})

@@ -4,6 +4,7 @@ A target is an ordinary network with `forward`, `loss(inputs)` and `unrepresente
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from spd_lightning.errors import BadInput
 from spd_lightning.training.blocks import BlockModule
 from spd_lightning.training.schedule import Schedule
+
+VALIDATION = "validation/loss"
 
 
 class TargetTraining(BlockModule):
@@ -20,9 +23,14 @@ class TargetTraining(BlockModule):
         target: the network: a module with `loss(inputs) -> scalar`.
         lr: full learning rate.
         weight_decay: AdamW's.
+        decay: what decays: all parameters, or matrices alone (embeddings too, but no biases and gains).
+        betas: AdamW's.
+        clip: largest gradient norm of all parameters together; none where left out.
         schedule: how the learning rate moves.
         inner_steps: optimiser steps taken in one `training_step`.
         log_every: updates between two logged ones.
+        checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
+        threads: processor threads; as many as torch takes where left out.
         retries: how many further seeds to try when the trained target leaves features unrepresented.
         seed: of the initial weights.
     """
@@ -32,16 +40,24 @@ class TargetTraining(BlockModule):
         target: nn.Module,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
+        decay: Literal["all", "matrices"] = "all",
+        betas: tuple[float, float] = (0.9, 0.999),
+        clip: float | None = None,
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
         inner_steps: int = 25,
         log_every: int = 100,
+        checkpoint_every: int = 500,
+        threads: int | None = None,
         retries: int = 10,
         seed: int = 0,
     ):
-        super().__init__(schedule, inner_steps, log_every)
+        super().__init__(schedule, inner_steps, log_every, checkpoint_every, threads)
         if lr <= 0:
             raise BadInput(f"lr {lr} in TargetTraining: it must be above 0")
+        if clip is not None and clip <= 0:
+            raise BadInput(f"clip {clip} in TargetTraining: it must be above 0; leave it out for none")
         self.target, self.lr, self.weight_decay, self.retries = target, lr, weight_decay, retries
+        self.decay, self.betas, self.bound = decay, betas, clip
 
     @property
     def network(self) -> nn.Module:
@@ -52,11 +68,37 @@ class TargetTraining(BlockModule):
         """The target's own loss."""
         return self.target.loss(batch), {}  # pyright: ignore[reportCallIssue]
 
+    def clip(self) -> Mapping[str, Tensor]:
+        """Bounds the gradient of all parameters together."""
+        if self.bound is None and self.global_step % self.log_every:
+            return {}
+        bound = float("inf") if self.bound is None else self.bound
+        return {"gradient_norm": nn.utils.clip_grad_norm_(self.target.parameters(), bound)}
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trained = [p for p in self.target.parameters() if p.requires_grad]
-        return torch.optim.AdamW(
-            [{"params": trained, "peak": self.lr}], lr=self.lr, weight_decay=self.weight_decay, fused=True
-        )
+        groups = [{"params": trained, "weight_decay": self.weight_decay}]
+        if self.decay == "matrices":
+            groups = [
+                {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            ]
+        groups = [group | {"peak": self.lr} for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
+
+    # ---- validation ---------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # their sum, and how many rows
 
     def validation_step(self, batch: Tensor) -> None:
-        self.log("loss/target", self.target.loss(batch), sync_dist=True, batch_size=len(batch))  # pyright: ignore[reportCallIssue]
+        with torch.autocast(self.device.type, enabled=False):
+            loss = self.target.loss(batch)  # pyright: ignore[reportCallIssue]
+        self._losses += torch.stack([loss * len(batch), torch.full_like(loss, len(batch))])
+
+    def on_validation_epoch_end(self) -> None:
+        total, rows = self.trainer.strategy.reduce(self._losses, reduce_op="sum")  # pyright: ignore[reportArgumentType]
+        self.log(VALIDATION, total / rows, logger=False)
+        if not self.trainer.sanity_checking:
+            for logger in self.loggers:
+                logger.log_metrics({VALIDATION: float(total / rows)}, self.global_step)

@@ -1,0 +1,203 @@
+"""Targets: trained when missing and kept for every decomposition that names them, or taken from HuggingFace.
+
+    <root>/targets/<name>-<digest>/    target.safetensors, target.json (written last), metrics.jsonl, figures/loss.png,
+                                       samples.txt of a language model; until it is trained, checkpoints/, attempt.json
+
+A killed training goes on from its last checkpoint, and ends with the same weights, bit for bit.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spd_lightning import config as configs
+from spd_lightning import runs
+from spd_lightning.errors import BadInput
+from spd_lightning.targets.language import LanguageModel, sample
+from spd_lightning.training.checkpoint import LAST, Checkpoints, build, read, write
+from spd_lightning.training.session import Plan, Session
+from spd_lightning.training.target import VALIDATION
+
+log = logging.getLogger(__name__)
+
+ATTEMPT = "attempt.json"
+SAMPLES, SAMPLE_PROMPT, TEMPERATURE = 6, 8, 0.8
+
+
+# ---- what a config means by its target ------------------------------------------------------------------------------
+
+
+def trained_target(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network that a reference means, and how to build one like it (and the seconds its training took).
+
+    Args:
+        name: a config that trains a target, which is done if it has not been yet; `hf:<folder or hub name>`, any causal
+            language model of HuggingFace as it is; or `decoder:<folder or hub name>`, one on our decoder.
+
+    Raises:
+        BadInput: the config does not describe a target, its kept files are damaged, or there is no such model.
+    """
+    kind, _, reference = name.partition(":")
+    if kind in ("hf", "decoder") and reference:
+        return _opened(kind, reference)
+    try:
+        folder = train_target(name, configs.load(name))
+    except BadInput as error:
+        raise BadInput(f"target '{name}': {error}") from error
+    facts = json.loads((folder / "target.json").read_text())
+    network = build(facts["spec"])
+    network.load_state_dict(read(folder / "target.safetensors")[0])
+    return network, facts["spec"] | {"seconds": facts["seconds"]}
+
+
+def _opened(kind: str, reference: str) -> tuple[LanguageModel, dict[str, Any]]:
+    from spd_lightning.targets.conversion import decoder_from
+    from spd_lightning.targets.huggingface import HuggingFaceLM
+
+    network = decoder_from(reference) if kind == "decoder" else HuggingFaceLM.from_pretrained(reference)
+    spec = {"class_path": f"spd_lightning.{type(network).__name__}", "init_args": network.init_args}
+    return network, spec | {"seconds": 0.0}
+
+
+# ---- training one ---------------------------------------------------------------------------------------------------
+
+
+def train_target(name: str, config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
+    """Trains a target unless that has been done; returns its folder.
+
+    A target that leaves features unrepresented is trained again from the next seed.
+
+    Raises:
+        BadInput: the config does not describe a target.
+    """
+    key = configs.digest([config, list(overrides)])
+    folder = runs.root() / "targets" / f"{Path(name).stem}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        if not (folder / "target.json").exists():
+            _train(name, config, overrides, folder)
+    return folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Another process that trains the same target is waited for; those that Lightning starts for devices are one."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        yield
+        return
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> None:
+    started, first = time.perf_counter(), int(config.get("seed_everything", 0))
+    seed = int(runs.read_json(folder / ATTEMPT).get("seed", first))
+    while True:
+        session = _attempt(name, {**config, "seed_everything": seed}, overrides, folder)
+        missed = session.model.target.unrepresented()  # pyright: ignore[reportCallIssue]
+        if not missed:
+            break
+        said = f"target {name}: seed {seed} leaves {missed} unrepresented"
+        if seed >= first + session.model.retries:
+            log.warning("%s; no retries left, it is kept so", said)
+            break
+        seed += 1
+        log.warning("%s; training again with seed %d", said, seed)
+        shutil.rmtree(folder / LAST.parent, ignore_errors=True)
+        runs.write_json(folder / ATTEMPT, {"seed": seed})
+    if session.trainer.is_global_zero:
+        _keep(session, folder, {"seed": seed, "unrepresented": missed, "config": dict(config)}, started)
+    session.trainer.strategy.barrier()
+
+
+def _attempt(name: str, config: dict[str, Any], overrides: Sequence[str], folder: Path) -> Session:
+    """One training to its end, from the last checkpoint if there is one; the target is then in eval mode."""
+    plan = Plan(folder, Path(name).stem, callbacks=[Checkpoints(folder)], logged=True)
+    session = Session(config, overrides, lambda _: plan)
+    if not hasattr(session.model, "target"):
+        raise BadInput("does not train a target; its model must be a TargetTraining")
+    checkpoint = folder / LAST
+    session.trainer.fit(
+        session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None
+    )
+    session.trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
+    session.model.target.eval()
+    return session
+
+
+def _keep(session: Session, folder: Path, facts: dict[str, Any], started: float) -> None:
+    """Writes what a training came to, and takes away what it needed."""
+    network: nn.Module = session.model.target  # pyright: ignore[reportAssignmentType]
+    write(network.state_dict(), folder / "target.safetensors")
+    losses = {"validation": float(session.trainer.callback_metrics.get(VALIDATION, math.nan))}
+    if isinstance(network, LanguageModel):
+        losses["perplexity"] = math.exp(losses["validation"])
+        with runs.write_whole(folder / "samples.txt") as temporary:
+            temporary.write_text(samples(network, session.datamodule), encoding="utf-8")
+    draw_losses(folder)
+    spec = session.settings["model"]["init_args"]["target"]
+    facts |= {"spec": spec, "losses": losses, "seconds": time.perf_counter() - started}
+    runs.write_json(folder / "target.json", facts)
+    shutil.rmtree(folder / LAST.parent, ignore_errors=True)
+    (folder / ATTEMPT).unlink(missing_ok=True)
+
+
+# ---- what is shown of it --------------------------------------------------------------------------------------------
+
+
+def report(folder: Path) -> str:
+    """One line on a trained target: its losses and where it is."""
+    facts = runs.read_json(folder / "target.json")
+    losses = facts.get("losses", {})
+    said = f"validation loss {losses['validation']:.4g}" if "validation" in losses else ""
+    if "perplexity" in losses:
+        said += f" nats, perplexity {losses['perplexity']:.4g}"
+    return f"target: {folder}    {said}    {facts['seconds']:.0f} s"
+
+
+def samples(network: LanguageModel, data: Any) -> str:
+    """Beginnings of a few validation sequences, and how a language model goes on from them."""
+    device, batch = next(network.parameters()).device, next(iter(data.val_dataloader()))
+    prompts = batch[:SAMPLES, : min(SAMPLE_PROMPT, batch.shape[1] // 2)].to(device)
+    steps, generator = network.context - prompts.shape[1], torch.Generator(device).manual_seed(0)
+    longer = sample(network, prompts, min(steps, 200), TEMPERATURE, generator).tolist()
+    parts = [(ids[: prompts.shape[1]], ids[prompts.shape[1] :]) for ids in longer]
+    lines = [
+        f"({number}) {_text(data, given)} >>> {_text(data, own)}\n" for number, (given, own) in enumerate(parts, 1)
+    ]
+    return "\n".join([f"From >>> on the model speaks, at temperature {TEMPERATURE}.\n", *lines])
+
+
+def _text(data: Any, ids: list[int]) -> str:
+    return data.decode(ids) if hasattr(data, "decode") else " ".join(map(str, ids))
+
+
+def draw_losses(folder: Path) -> None:
+    """Draws `figures/loss.png`: the losses in a folder's metrics.jsonl over optimiser steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    logged, figure = runs.Run(folder).metrics(), Figure(figsize=(6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name, label in (("train/loss", "training"), (VALIDATION, "validation")):
+        if name in logged.columns:
+            curve = logged.select("step", name).drop_nulls()
+            axis.plot(curve["step"].to_numpy(), curve[name].to_numpy(), label=label, linewidth=1)
+    axis.set(xlabel="optimiser steps", ylabel="loss", title=folder.name)
+    axis.legend(frameon=False)
+    (folder / "figures").mkdir(exist_ok=True)
+    with runs.write_whole(folder / "figures" / "loss.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
