@@ -16,6 +16,7 @@ _HOME = {
     "HuggingFaceLM": "spd_lightning.targets.huggingface",
     "SparseFeatures": "spd_lightning.targets.data",
     "InductionTokens": "spd_lightning.targets.data",
+    "Text": "spd_lightning.targets.text",
     "ComponentModel": "spd_lightning.decomposition.model",
     "PromptNodes": "spd_lightning.harvest.nodes",
     "PromptGraphs": "spd_lightning.harvest.graphs",

@@ -1,0 +1,192 @@
+"""Text as a LightningDataModule: windows of a corpus's tokens to train on, prompts to look at.
+
+A stream of tokens is cut into consecutive windows that do not overlap. Rows of batches count through the windows in
+an order that is drawn anew for every epoch; row r of epoch e is a pure function of (seed, e, r), and the batches of one
+step on all devices together are consecutive rows. So one device with batch 2B sees what two with batch B see.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from spd_lightning.errors import BadInput
+from spd_lightning.targets.corpora import Corpus, jsonl, lines
+from spd_lightning.targets.data import Prompts, StepData, generator_for
+from spd_lightning.targets.tokens import ALPHABET, Streams, Tokeniser, opened, tokenised
+
+
+class Text(StepData):
+    """Token windows of a corpus, and prompts, by any tokenizer or one trained on the corpus."""
+
+    def __init__(
+        self,
+        corpus: str = "stories",
+        column: str = "text",
+        split: str = "train",
+        config_name: str | None = None,
+        streaming: bool = False,
+        max_tokens: int | None = None,
+        tokenizer: str | None = None,
+        vocab: int = 1000,
+        seq_len: int = 64,
+        batch_size: int = 64,
+        seed: int = 0,
+        validation_batches: int = 4,
+        validation_batch_size: int | None = None,
+        prompts: Sequence[str] = (),
+        prompts_file: str | None = None,
+        n_prompts: int = 64,
+        n_ctx: int | None = None,
+        predict_batch_size: int = 64,
+    ) -> None:
+        """
+        Args:
+            corpus: `stories` or `stdlib` (on every machine), a path or glob of .txt, .jsonl or .parquet files, or
+                `hf:NAME`, a HuggingFace dataset.
+            column: the column that holds the text, of .jsonl, .parquet and datasets.
+            split: the split of a dataset.
+            config_name: the configuration of a dataset that has several.
+            streaming: read a dataset as it arrives rather than download it first.
+            max_tokens: training tokens to take of the corpus; all where left out, of the endless stories 4 million.
+            tokenizer: a tokenizer.json, the folder that holds it, or a hub name; left out, a byte-level BPE is trained.
+            vocab: tokens of a tokenizer that is trained; at least 257.
+            seq_len: tokens in a window.
+            batch_size: windows in a batch, on each device.
+            seed: chooses the order of the windows, not the corpus.
+            validation_batches: how many batches each device validates on.
+            validation_batch_size: windows in such a batch; batch_size where left out.
+            prompts: texts that `predict` runs on.
+            prompts_file: more of them: a .txt file with one a line, or a .jsonl file with them in `column`.
+            n_prompts: where neither is given, how many windows of validation text `predict` runs on.
+            n_ctx: tokens of such a window; seq_len where left out.
+            predict_batch_size: prompts in a batch of `predict`.
+        """
+        super().__init__(batch_size, seed, validation_batches, predict_batch_size)
+        self.corpus = Corpus(corpus, column, split, config_name, streaming)
+        self.max_tokens, self.tokenizer_name, self.vocab, self.seq_len = max_tokens, tokenizer, vocab, seq_len
+        self.validation_batch_size = batch_size if validation_batch_size is None else validation_batch_size
+        self.given = [prompts] if isinstance(prompts, str) else list(prompts)
+        self.prompts_file, self.n_prompts = prompts_file, n_prompts
+        self.n_ctx = seq_len if n_ctx is None else n_ctx
+        least = {"seq_len": 2, "validation_batch_size": 1, "n_prompts": 0, "n_ctx": 1}
+        least |= {"max_tokens": 1} if max_tokens is not None else {}
+        least |= {"vocab": ALPHABET} if tokenizer is None else {}
+        for name, bound in least.items():
+            if (value := getattr(self, name)) < bound:
+                raise BadInput(f"{name} {value} in Text: it must be at least {bound}")
+
+    # ---- tokens ---------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Tokenises the corpus unless that has been done."""
+        assert self.streams
+
+    @cached_property
+    def streams(self) -> Streams:
+        """The corpus's tokens.
+
+        Raises:
+            BadInput: the corpus or the tokenizer cannot be had.
+        """
+        return tokenised(self.corpus, self.tokenizer_name, self.vocab, self.max_tokens)
+
+    @cached_property
+    def tokeniser(self) -> Tokeniser:
+        """The tokenizer; a corpus is touched only where it has to be trained."""
+        return self.streams.tokeniser if self.tokenizer_name is None else opened(self.tokenizer_name)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return self.tokeniser.size
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, with those that the tokenizer itself puts around one."""
+        return self.tokeniser.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens."""
+        return self.tokeniser.decode(list(ids))
+
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """Each token's text; spaces and line ends stand as they are, parts of a character as `<0xE2>`."""
+        return [self.tokeniser.name(i) for i in ids]
+
+    # ---- windows --------------------------------------------------------------------------------------------------
+
+    def batch(self, step: int, rank: int = 0, split: str = "train", world: int = 1) -> Int[Tensor, "batch pos"]:
+        """The windows of one step on one of `world` devices, the same whenever and wherever they are asked for.
+
+        Raises:
+            BadInput: the corpus cannot be had, or is shorter than a window.
+        """
+        rows = self.validation_batch_size if split == "val" else self.batch_size
+        windows, first = self._windows(split, self.seq_len), (step * world + rank) * rows
+        chosen = [self._window(split, row, len(windows)) for row in range(first, first + rows)]
+        return torch.from_numpy(windows[chosen].astype(np.int64))
+
+    def _window(self, split: str, row: int, count: int) -> int:
+        epoch, place = divmod(row, count)
+        return int(_order(self.seed, split, epoch, count)[place])
+
+    def _windows(self, split: str, length: int) -> np.ndarray:
+        """All windows of a split [windows, length], as a view of the stream."""
+        stream = self.streams.train if split == "train" else self.streams.validation
+        if len(stream) < length:
+            part, remedy = ("training", "more text") if split == "train" else ("validation", "more documents")
+            raise BadInput(
+                f"corpus '{self.corpus.name}' in Text: {len(stream)} {part} tokens, and a window needs {length}; "
+                f"give it {remedy}, or make seq_len and n_ctx smaller"
+            )
+        return stream[: len(stream) // length * length].reshape(-1, length)
+
+    # ---- prompts --------------------------------------------------------------------------------------------------
+
+    def groups(self) -> list[Prompts]:
+        """All that `predict` runs on, by length: the texts given, or else windows of validation text.
+
+        Raises:
+            BadInput: a prompt is empty, or its file cannot be read.
+        """
+        found: dict[int, list[tuple[str, str, list[int]]]] = {}
+        for source, ids in self._prompts():
+            split = "validation" if source.startswith("validation") else "given"
+            found.setdefault(len(ids), []).append((source, split, ids))
+        return [self._group(*zip(*group, strict=True)) for group in found.values()]
+
+    def _group(self, sources: Sequence[str], splits: Sequence[str], ids: Sequence[list[int]]) -> Prompts:
+        return Prompts(torch.tensor(ids), list(sources), list(splits), [self.names(row) for row in ids])
+
+    def _prompts(self) -> Iterator[tuple[str, list[int]]]:
+        """Every prompt's source and tokens."""
+        texts = [(f"given {index}", text) for index, text in enumerate(self.given)]
+        texts += [(f"file {index}", text) for index, text in enumerate(self._from_file())]
+        for source, text in texts:
+            if not (ids := self.encode(text)):
+                raise BadInput(f"prompt '{source}' in Text: it is empty; give it a text or leave it out")
+            yield source, ids
+        if self.given or self.prompts_file is not None or not self.n_prompts:
+            return
+        windows = self._windows("val", self.n_ctx)
+        for index in _order(self.seed, "predict", 0, len(windows))[: self.n_prompts]:
+            yield f"validation {index}", windows[index].tolist()
+
+    def _from_file(self) -> list[str]:
+        if self.prompts_file is None:
+            return []
+        path = Path(self.prompts_file).expanduser()
+        found = list(jsonl(path, self.corpus.column) if path.suffix == ".jsonl" else lines(path))
+        if not found:
+            raise BadInput(f"prompts_file '{path}' in Text: there is no prompt in it; write one a line")
+        return found
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, split: str, epoch: int, count: int) -> np.ndarray:
+    """A permutation of that many windows."""
+    return torch.randperm(count, generator=generator_for(seed, f"{split} windows", epoch, 0)).numpy()
