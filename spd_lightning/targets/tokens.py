@@ -32,7 +32,7 @@ LAYOUT = 1  # of the folder
 ENDLESS = 4_000_000  # training tokens of a corpus that has no end
 ALPHABET = 257  # tokens of the smallest byte-level BPE: the bytes and the end of a text
 TRAINED_ON = 10_000_000  # characters that suffice for a BPE
-AT_ONCE = 1_000_000  # characters tokenised together
+AT_ONCE = 200_000  # characters tokenised together
 ENDS = (END, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")  # by which tokenizers mark a document's end
 _HELD_OUT = 50
 
@@ -261,7 +261,7 @@ def _write(
 
 
 def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Documents in lists of about a million characters."""
+    """Documents in lists, each as long as is tokenised together."""
     for first in documents:
         room = AT_ONCE - len(first[1])
         batch = [first]
