@@ -380,6 +380,12 @@ def test_without_prompts_windows_of_validation_text_are_taken(tales):
     assert tales(n_prompts=0).groups() == []
 
 
+def test_fewer_windows_than_prompts_are_said(tales, caplog):
+    (group,) = tales(n_prompts=9999).groups()
+    assert f"n_prompts 9999 in Text: the validation text has {len(group.sources)} windows" in caplog.text
+    assert len(set(group.sources)) == len(written(tales(), "validation.bin")) // 16
+
+
 def test_a_config_names_its_settings(tales):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Text, "data")

@@ -5,6 +5,7 @@ an order that is drawn anew for every epoch; row r of epoch e is a pure function
 step on all devices together are consecutive rows. So one device with batch 2B sees what two with batch B see.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from spd_lightning.errors import BadInput
 from spd_lightning.targets.corpora import Corpus, jsonl, lines
 from spd_lightning.targets.data import Prompts, StepData, generator_for
 from spd_lightning.targets.tokens import ALPHABET, Streams, Tokeniser, opened, tokenised
+
+log = logging.getLogger(__name__)
 
 
 class Text(StepData):
@@ -173,6 +176,8 @@ class Text(StepData):
         if self.given or self.prompts_file is not None or not self.n_prompts:
             return
         windows = self._windows("val", self.n_ctx)
+        if len(windows) < self.n_prompts:
+            log.warning("n_prompts %d in Text: the validation text has %d windows", self.n_prompts, len(windows))
         for index in _order(self.seed, "predict", 0, len(windows))[: self.n_prompts]:
             yield f"validation {index}", windows[index].tolist()
 

@@ -241,7 +241,7 @@ def _write(
     corpus: Corpus, tokeniser: Tokeniser, limit: int | None, kind: np.dtype, train: BinaryIO, validation: BinaryIO
 ) -> dict[str, int]:
     """Both streams; returns how many documents and tokens went into each."""
-    counts = dict.fromkeys(("documents", "tokens", "validation_documents", "validation_tokens"), 0)
+    counts: dict[str, int] = dict.fromkeys(("documents", "tokens", "validation_documents", "validation_tokens"), 0)
     end = [] if tokeniser.end is None else [tokeniser.end]
     bar = tqdm(desc=f"tokenise {corpus.name}", unit="tok", unit_scale=True, total=limit, delay=1, dynamic_ncols=True)
     with bar:
