@@ -13,6 +13,7 @@ usage: python -m spd_lightning VERB [options]
   view      [PATH] [--port N]     look at runs in the browser (the same as: gradio app.py)
   runs      [--json | --table]    the runs there are: path, state, what they reached
   list                            the configs there are: what they do, and what they reach
+  push      RUN                   send a finished run to its trackers once more
   pull      REFERENCE             fetch a run: mlflow:<run> or wandb:<entity>/<project>/<artifact>:<version>
 
 options of fit, predict and validate

@@ -18,7 +18,7 @@ import torch
 import yaml
 from tiny_run import lay_out
 
-from spd_lightning import cli, config, runs
+from spd_lightning import cli, config, results, runs
 from spd_lightning.errors import BadInput
 from spd_lightning.store import SCHEMA_VERSION, Store
 from spd_lightning.training import checkpoint
@@ -182,6 +182,10 @@ WRONG_CONFIGS = {
     "trainer: {logger: {class_path: WandbLoger}}": ("{}", "class_path 'WandbLoger': names no package"),
     "seed_everything: abc": ("{}", "config: seed_everything: 'abc' is not true or false or a whole number"),
     "modle: {x: 1}": ("{}", "config: modle: no such setting; did you mean 'model'?"),
+    "modle: {}": ("{}", "config: modle: no such setting; did you mean 'model'?"),
+    "losess: {}": (M, "config: model.losess: no such setting; did you mean 'losses'?"),
+    "losses: {minimalty: {}}": (M, "config: model.losses.minimalty: no such setting; did you mean 'minimality'?"),
+    "trainer: {plugin: {}}": ("{}", "config: trainer.plugin: no such setting; did you mean 'plugins'?"),
     "a: [1": ("{}", "config 'wrong.yaml': not valid YAML"),
 }
 
@@ -257,6 +261,9 @@ def test_wrong_words(refused, words, said):
         ("runs tiny", "runs: 'tiny' is one word too many"),
         ("list all", "list: 'all' is one word too many"),
         ("pull", "pull: name a run, mlflow:<run> or wandb:"),
+        ("push", "push: name one run"),
+        ("push tiny --port", "push: name one run"),
+        ("push tniy", "did you mean 'tiny'?"),
         ("pull nonsense", "reference 'nonsense': write mlflow:<run> or wandb:"),
         ("pull mlflow:", "reference 'mlflow:': write mlflow:<run>"),
         ("pull mlflow:tiny", "mlflow.db': no such file yet"),
@@ -337,10 +344,46 @@ def test_no_runs_yet(tmp_path, monkeypatch, capsys):
 
 
 def test_list(capsys):
+    """Every config once, below what it is for, with the first line of its header."""
     assert cli.run(["list"]) == 0
-    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    groups = dict(block.split("\n", 1) for block in capsys.readouterr().out.strip().split("\n\n"))
+    lines = [line.split(maxsplit=1) for block in groups.values() for line in block.splitlines()]
+    listed = dict(lines)
+    assert len(listed) == len(lines)
     assert set(listed) == {str(path.relative_to(config.SHIPPED)) for path in config.SHIPPED.rglob("*.yaml")}
     assert all(listed.values())
+    places = {
+        "toys": ["tms.yaml", "ih.yaml"],
+        "targets": ["targets/tms_5-2.yaml"],
+        "shared": ["toy.yaml", "wandb.yaml"],
+    }
+    for group, names in places.items():
+        (block,) = [block for title, block in groups.items() if title.startswith(group)]
+        assert {*names} <= {line.split()[0] for line in block.splitlines()}
+
+
+TOY = {"alive/linear1": 5, "alive/linear2": 5, "l0/linear1": 0.25, "l0/linear2": 0.25, "mmcs/linear1": 0.9995}
+TOY |= {"ml2r/linear1": 0.997, "identity_error/linear1": 0, "seconds/fit": 19.6, "recovered/ci": 0.98}
+LM = {"alive/h.0.attn.q_proj": 41, "alive/h.0.mlp.c_fc": 177, "l0/h.0.attn.q_proj": 3.25, "l0/h.0.mlp.c_fc": 12.5}
+LM |= {"kl/ci": 0.2153, "task_difference/ci": 0.19, "recovered/ci": 0.965, "seconds/fit": 1201.0, "se/kl/ci": 0.0041}
+
+
+def test_the_table_of_toys_and_of_language_models():
+    """Runs are judged by what is known of them; where no truth is known, no empty columns stand for it."""
+    toys, models = results.table([("tms", TOY), ("stories-2L", LM)]).split("\n\n")
+    assert [line.split() for line in toys.splitlines()] == [
+        ["run", "site", "MMCS", "ML2R", "alive", "L0", "error", "seconds"],
+        ["tms", "linear1", "1.000", "0.997", "5", "0.25", "0", "20"],
+        ["linear2", "5", "0.25"],
+    ]
+    head, *sites, kept = models.splitlines()
+    assert head.split() == ["run", "site", "alive", "L0", "seconds"]
+    assert [line.split() for line in sites] == [
+        ["stories-2L", "h.0.attn.q_proj", "41", "3.25", "1201"],
+        ["h.0.mlp.c_fc", "177", "12.50"],
+    ]
+    assert kept.strip() == "under CI masks: KL 0.2153 ± 0.0041 nats, loss difference 0.19, recovered 96.5 %"
+    assert results.table([]) == ""
 
 
 def test_validate_gives_the_figures_of_the_fit_and_changes_nothing(here, capsys):
@@ -464,6 +507,31 @@ def test_an_unreachable_tracker(refused, here, nobody, words):
     """Known before the work begins, not after it; no folder is left over."""
     assert f"tracker '{nobody}': no answer" in refused(*words, "--trainer.logger", "true")
     assert not (here / "runs/tiny-2").exists()
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow")
+def test_a_copy_that_did_not_arrive_is_sent_by_push(here, capsys):
+    """A tracker that fails at the very end costs nothing: the run is whole, and a small verb sends it."""
+
+    def dies(*_, **__):
+        from mlflow.exceptions import MlflowException
+
+        raise MlflowException("no more room")
+
+    words = [*FIT, "--trainer.logger", "true", *SHORT]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "log_artifacts", dies)
+        assert cli.run(words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("the run itself is whole; once it answers: python -m spd_lightning push tiny-2")
+    assert runs.Run(here / "runs/tiny-2").state == "finished"
+    assert not list((here / "runs/mlartifacts").rglob("decomposition.safetensors"))
+    before = contents(here / "runs/tiny-2")
+    assert cli.run(["push", "tiny-2"]) == 0
+    assert contents(here / "runs/tiny-2") == before
+    (sent,) = (here / "runs/mlartifacts").rglob("decomposition.safetensors")
+    assert sent.read_bytes() == (here / "runs/tiny-2/decomposition.safetensors").read_bytes()
 
 
 def test_pull_from_an_unreachable_tracker(refused, nobody):

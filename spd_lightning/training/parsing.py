@@ -5,7 +5,7 @@ whole value. The layers are chained as causes: going down them gives the place k
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -92,6 +92,22 @@ def _readable(kind: str) -> str:
 def _no_class(path: str, why: str) -> str:
     near = nearest(path, [f"spd_lightning.{name}" for name in spd_lightning.__all__])
     return f"class_path '{path}': {why}; {near if near.startswith('did') else 'write package.Class'}"
+
+
+def refuse_unknown(given: Mapping[str, Any], parsed: Mapping[str, Any], place: tuple[str, ...] = ()) -> None:
+    """jsonargparse passes over empty mappings, whatever their names: those that no setting has are refused here.
+
+    Raises:
+        BadInput: there is one.
+    """
+    for key, value in given.items():
+        if not isinstance(value, Mapping):
+            continue
+        if key not in parsed:
+            where = ".".join(part for part in (*place, key) if part != "init_args")
+            raise Complaint(where, f"no such setting; {nearest(key, set(parsed) - _NO_SETTINGS)}")
+        if isinstance(inner := parsed[key], Mapping):
+            refuse_unknown(value, inner, (*place, key))
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

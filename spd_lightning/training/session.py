@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from spd_lightning.errors import BadInput
-from spd_lightning.training.parsing import Parser, complaint
+from spd_lightning.training.parsing import Parser, complaint, refuse_unknown
 from spd_lightning.training.progress import Progress
 from spd_lightning.training.tracking import MetricsFile, placed
 
@@ -57,7 +57,7 @@ class Session(LightningCLI):
     """
 
     def __init__(self, config: Mapping[str, Any], overrides: Sequence[str], plan: Callable[[dict[str, Any]], Plan]):
-        self._plan = plan
+        self._plan, self._given = plan, config
         try:
             super().__init__(
                 LightningModule,
@@ -81,6 +81,7 @@ class Session(LightningCLI):
             parser.link_arguments("seed_everything", f"{owner}.init_args.seed")
 
     def before_instantiate_classes(self) -> None:
+        refuse_unknown(self._given, self.config.as_dict())
         self.settings = yaml.safe_load(self.parser.dump(self.config, skip_validation=True, skip_link_targets=False))
         self.plan = self._plan(self.settings)
         if self.plan.model is not None:

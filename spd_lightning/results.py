@@ -1,0 +1,87 @@
+"""What runs reached, as a table for the terminal: toys by their known truth, language models by what they keep."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+Summary = dict[str, Any]
+
+
+def table(rows: Sequence[tuple[str, Summary]]) -> str:
+    """Runs and what they reached, a line for each of their sites; runs with known truth apart from those without."""
+    judged = [(name, summary) for name, summary in rows if _has_truth(summary)]
+    others = [(name, summary) for name, summary in rows if not _has_truth(summary)]
+    parts = [_judged(judged)] if judged else []
+    parts += [_measured(others)] if others else []
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _has_truth(summary: Summary) -> bool:
+    return any(key.startswith(("mmcs/", "identity_error/", "dense_error/")) for key in summary)
+
+
+def sites_of(summary: Summary) -> list[str]:
+    """The sites that a summary speaks of, in the model's order."""
+    return [key.removeprefix("alive/") for key in summary if key.startswith("alive/")]
+
+
+def _width(rows: Sequence[tuple[str, Summary]]) -> tuple[int, int]:
+    """Of the columns `run` and `site`."""
+    names, sites = [name for name, _ in rows], [site for _, summary in rows for site in sites_of(summary)]
+    return max(18, *map(len, names)), max([18, *map(len, sites)])
+
+
+def _judged(rows: Sequence[tuple[str, Summary]]) -> Iterator[str]:
+    """Runs with known truth: how near they come to it."""
+    run, at = _width(rows)
+    yield f"{'run':<{run}} {'site':<{at}} {'MMCS':>6} {'ML2R':>6} {'alive':>6} {'L0':>7} {'error':>6} {'seconds':>8}"
+    for name, summary in rows:
+        seconds = f"{summary.get('seconds/fit', 0):.0f}"
+        for site in sites_of(summary):
+            error = summary.get(f"identity_error/{site}", summary.get(f"dense_error/{site}", ""))
+            mmcs, ml2r = (_figure(summary.get(f"{key}/{site}"), 3) for key in ("mmcs", "ml2r"))
+            alive, l0 = summary[f"alive/{site}"], _figure(summary.get(f"l0/{site}"), 2)
+            line = f"{name:<{run}} {site:<{at}} {mmcs:>6} {ml2r:>6} {alive:>6} {l0:>7} {error:>6} {seconds:>8}"
+            yield line.rstrip()
+            name = seconds = ""
+
+
+def _measured(rows: Sequence[tuple[str, Summary]]) -> Iterator[str]:
+    """Runs without known truth: what their components keep of the target, and how many it takes."""
+    run, at = _width(rows)
+    yield f"{'run':<{run}} {'site':<{at}} {'alive':>6} {'L0':>8} {'seconds':>8}"
+    for name, summary in rows:
+        seconds = f"{summary.get('seconds/fit', 0):.0f}"
+        for site in sites_of(summary):
+            alive, l0 = summary[f"alive/{site}"], _figure(summary.get(f"l0/{site}"), 2)
+            yield f"{name:<{run}} {site:<{at}} {alive:>6} {l0:>8} {seconds:>8}".rstrip()
+            name = seconds = ""
+        yield from _kept(summary)
+
+
+KEPT = {
+    "kl/ci": ("KL", "nats"),
+    "mse/ci": ("squared error", ""),
+    "task_difference/ci": ("loss difference", ""),
+    "recovered/ci": ("recovered", ""),
+    "task_difference/ones": ("unmasked loss difference", ""),
+}
+
+
+def _kept(summary: Summary) -> Iterator[str]:
+    """One line: what is left of the output when only what is important stays on."""
+    words = []
+    for key, (what, unit) in KEPT.items():
+        value = summary.get(key)
+        if value is None:
+            continue
+        error = summary.get(f"se/{key}")
+        if what == "recovered":
+            words.append(f"{what} {100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + " %")
+        else:
+            words.append(f"{what} {value:.4g}" + (f" ± {error:.2g}" if error is not None else "") + f" {unit}".rstrip())
+    if words:
+        yield f"  under CI masks: {', '.join(words)}"
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,212 @@
+"""The verbs that need a Trainer: fit, validate, predict, and push, which sends a run to its trackers once more."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spd_lightning import config as configs
+from spd_lightning import results, runs
+from spd_lightning.errors import BadInput
+
+if TYPE_CHECKING:
+    from spd_lightning.training.decompose import Decomposition
+    from spd_lightning.training.session import Session
+
+log = logging.getLogger("spd_lightning")
+
+
+@dataclass
+class Request:
+    """What the words of fit, validate or predict ask for."""
+
+    names: list[str] = field(default_factory=list)
+    run: str | None = None
+    overrides: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> "Request":
+        """Reads --config and --run; all else is for LightningCLI."""
+        request, rest = cls(), list(words)
+        while rest:
+            option = rest.pop(0)
+            word, _, value = option.partition("=")
+            if word not in ("--config", "-c", "--run"):
+                request.overrides.append(option)
+                continue
+            if not value and (not rest or rest[0].startswith("--")):
+                raise BadInput(f"'{word}' needs a value; for example: {word} tms.yaml")
+            value = value or rest.pop(0)
+            if word == "--run":
+                request.run = value
+            else:
+                request.names.append(value)
+        if not request.names:
+            raise BadInput("--config is missing; for example: --config tms.yaml ('list' shows the configs there are)")
+        return request
+
+    @property
+    def name(self) -> str:
+        """The run's name: as asked for, or the first config's."""
+        return runs.check_name(self.run or Path(self.names[0]).name.removesuffix(".yaml"))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All configs, merged."""
+        merged: dict[str, Any] = {}
+        for name in self.names:
+            merged = configs.merge(merged, configs.load(name))
+        return merged
+
+
+def fit(words: Sequence[str]) -> None:
+    """Trains a target, or decomposes one: a run in the end, with its summary, figures and a copy in the tracker."""
+    from spd_lightning.training.pretraining import report, train_target
+
+    request = Request.of(words)
+    config = request.config
+    if _trains_target(config):
+        folder = train_target(request.names[0], config, request.overrides)
+        print(report(folder))
+        return
+    _decompose(request, config)
+
+
+def _trains_target(config: dict[str, Any]) -> bool:
+    model = config.get("model")
+    return isinstance(model, dict) and str(model.get("class_path")).endswith("TargetTraining")
+
+
+def _decompose(request: Request, config: dict[str, Any]) -> None:
+    from spd_lightning.training.checkpoint import Checkpoints
+    from spd_lightning.training.figures import Figures
+    from spd_lightning.training.session import Plan, Session
+
+    started, claims = time.perf_counter(), []
+
+    def plan(settings: dict[str, Any]) -> Plan:
+        claim = runs.claim(request.name, settings)
+        claims.append(claim)
+        with runs.write_whole(claim.path / "config.yaml") as temporary:
+            temporary.write_text(configs.dump(settings), encoding="utf-8")
+        extra = [Checkpoints(claim.path), Figures(claim.path)]
+        return Plan(claim.path, claim.run.name, callbacks=extra, tracked=True)
+
+    try:
+        session = Session(config, request.overrides, plan)
+        _train(session)
+        if session.trainer.is_global_zero:
+            _finish(session, started)
+            print(f"run: {session.plan.folder}    next: python -m spd_lightning predict --config {request.names[0]}")
+    finally:
+        for claim in claims:
+            claim.abandon()
+
+
+def _train(session: "Session") -> None:
+    from spd_lightning.training.checkpoint import LAST
+    from spd_lightning.training.tracking import answering, begin
+
+    trainer, checkpoint = session.trainer, session.plan.folder / LAST
+    begin(trainer, session.plan.folder, session.settings)
+    with answering("once it answers, the same command goes on from the last checkpoint"):
+        trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
+        trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
+    session.model.adopt(trainer.callback_metrics)  # forked devices evaluate in processes of their own
+
+
+def _finish(session: "Session", started: float) -> None:
+    """Writes what the training came to, the summary last, and sends copies to the trackers."""
+    from spd_lightning.training.checkpoint import save_decomposition
+    from spd_lightning.training.tracking import answering, publish
+
+    folder, module = session.plan.folder, session.model
+    save_decomposition(module, folder)
+    summary = _summary(session, time.perf_counter() - started)
+    if module.warning:
+        log.warning("run %s: ended in a local minimum; try another seed. %s", folder.name, module.warning)
+    runs.write_json(folder / "summary.json", summary)
+    print(results.table([(folder.name, summary)]))
+    with answering(f"the run itself is whole; once it answers: python -m spd_lightning push {folder.name}"):
+        publish(session.trainer, folder)
+
+
+def _summary(session: "Session", seconds: float) -> dict[str, float | str]:
+    """The flat map that a run is judged by: figures, seconds, steps, seed, versions."""
+    from importlib.metadata import version
+
+    module: Decomposition = session.model  # pyright: ignore[reportAssignmentType]
+    trained = (module.target_spec or {}).get("seconds", 0.0)
+    return {
+        **module.figures,
+        "verdict": _verdict(module),
+        "seconds/target": round(trained, 2),
+        "seconds/fit": round(seconds, 2),
+        "steps": session.trainer.max_steps,
+        "seed": module.seed,
+        **{f"version/{name}": version(name) for name in ("spd_lightning", "torch", "lightning")},
+    }
+
+
+def _verdict(module: "Decomposition") -> str:
+    if module.warning:
+        return f"local minimum: {module.warning}"
+    return "ok" if module.figures else "not evaluated"
+
+
+def validate(words: Sequence[str]) -> None:
+    """Evaluates a finished run again and prints its figures."""
+    session = _finished(Request.of(words), tracked=False)
+    session.trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
+    if session.trainer.is_global_zero:
+        print(json.dumps(session.model.figures, indent=1))
+
+
+def predict(words: Sequence[str]) -> None:
+    """Runs a config's harvesters over its prompts; the tables land in the run and, as one artifact, in its tracker."""
+    from spd_lightning.harvest.module import Harvester
+    from spd_lightning.training.tracking import answering, begin, publish
+
+    session = _finished(Request.of(words), tracked=True)
+    harvesters = [c for c in session.trainer.callbacks if isinstance(c, Harvester)]  # pyright: ignore[reportAttributeAccessIssue]
+    if not harvesters:
+        raise BadInput("config: no harvester in trainer.callbacks; add class_path spd_lightning.PromptGraphs")
+    begin(session.trainer, session.plan.folder)
+    session.trainer.predict(session.model, datamodule=session.datamodule, return_predictions=False)
+    for harvester in harvesters:
+        if session.trainer.is_global_zero:
+            print(f"harvest: {harvester.folder}    see it: python -m spd_lightning view")
+    with answering("once it answers, the same command sends what is harvested already"):
+        publish(session.trainer, session.plan.folder, [f"harvest/{harvester.name}" for harvester in harvesters])
+
+
+def _finished(request: Request, tracked: bool) -> "Session":
+    """A session on the run a request means: its weights, the config's data and trainer."""
+    from spd_lightning.training.checkpoint import load_decomposition
+    from spd_lightning.training.session import Plan, Session
+
+    def plan(settings: dict[str, Any]) -> Plan:
+        found = runs.find(request.run) if request.run else runs.newest(request.name)
+        return Plan(found.path, found.name, load_decomposition(found.path), tracked=tracked)
+
+    return Session(request.config, request.overrides, plan)
+
+
+def push(words: Sequence[str]) -> None:
+    """Sends a finished run, its harvests included, to the trackers that its config names: once more, or at last."""
+    from spd_lightning.training.tracking import answering, begin, publish
+
+    names = [word for word in words if not word.startswith("-")]
+    if len(words) != 1 or not names:
+        raise BadInput("push: name one run; for example: push tms ('runs' shows the runs there are)")
+    found = runs.find(names[0])
+    if found.state != "finished":
+        raise BadInput(f"run '{found.name}': it is {found.state}; let its fit finish, which sends it too")
+    session = _finished(Request([str(found.path / "config.yaml")], str(found.path)), tracked=True)
+    begin(session.trainer, found.path)
+    with answering("once it answers, the same command sends it"):
+        publish(session.trainer, found.path)
+    print(f"sent: {found.path}")
