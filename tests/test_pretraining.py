@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Trainer
 from tiny_run import done, killed
 
-from spd_lightning import BadInput, Decoder, Decomposition, InductionTokens, TargetTraining, cli, runs
+from spd_lightning import BadInput, Decoder, Decomposition, InductionTokens, TargetTraining, Text, cli, runs
 from spd_lightning.training.checkpoint import read
-from spd_lightning.training.pretraining import report, samples, train_target, trained_target
+from spd_lightning.training.pretraining import report, train_target, trained_target
 from spd_lightning.training.schedule import Schedule
 from spd_lightning.training.session import quiet
 
@@ -117,20 +117,26 @@ def test_samples_begin_as_the_data_do(plain):
     rows = [line for line in lines if line.startswith("(")]
     assert len(rows) == 6
     for row, wanted in zip(rows, data.batch(0, split="val"), strict=False):
-        given, own = row.partition(") ")[2].split(" >>> ")
+        given, own = row.partition(") ")[2].split("▸")
         assert [int(token) for token in given.split()] == wanted[:6].tolist()
         assert len(own.split()) == 12 - 6
 
 
-def test_samples_are_decoded(plain):
-    """By the data module's own `decode`, if it has one."""
-    data, network = InductionTokens(**CONFIG["data"]["init_args"]), trained_target("tiny.yaml")[0]
-    assert isinstance(network, Decoder)
-    data.decode = lambda ids: "".join("abcdefghi"[i] for i in ids)  # pyright: ignore[reportAttributeAccessIssue]
-    plain_text = samples(network, InductionTokens(**CONFIG["data"]["init_args"]))
-    first = samples(network, data).splitlines()[2]
-    numbers = plain_text.splitlines()[2].replace("(1)", "").replace(">>>", "").split()
-    assert first.replace("(1)", "").replace(">>>", "").replace(" ", "") == "".join("abcdefghi"[int(n)] for n in numbers)
+def test_a_language_model_of_text(here):
+    """Its samples are text, and begin as the validation text does."""
+    rhyme = json.dumps({"text": "Jack and Jill went up the hill to fetch a pail of water. " * 20})
+    (here / "rhyme.jsonl").write_text(f"{rhyme}\n" * 60)
+    config = json.loads(json.dumps(CONFIG))
+    config["model"]["init_args"]["target"]["init_args"]["vocab"] = 290
+    text = {"corpus": str(here / "rhyme.jsonl"), "vocab": 290, "seq_len": 12, "batch_size": 16}
+    config["data"] = {"class_path": "spd_lightning.Text", "init_args": text}
+    folder = train_target("rhyme.yaml", config)
+    samples = (folder / "samples.txt").read_text().partition("\n")[2]
+    data = Text(**text)
+    for number, row in enumerate(data.batch(0, split="val")[:6], 1):
+        assert f"({number}) {data.decode(row[:6].tolist())}▸" in samples
+    own = " ".join(part.partition("▸")[2] for part in samples.split("("))
+    assert {"Jack", "hill", "water"} & set(own.replace(".", "").split())
 
 
 def test_a_decomposition_takes_it_by_its_config(here, plain):
@@ -169,6 +175,7 @@ def test_a_further_seed_begins_anew(here, monkeypatch):
     monkeypatch.setenv("SPD_RUNS", str(here / "seeds"))
     config = json.loads(json.dumps(CONFIG))
     config["model"]["init_args"]["retries"] = 2
+    config["trainer"]["max_steps"] = 20
     seen = []
     failing = lambda self: seen.append(self.wte.weight.detach().clone()) or ([0] if len(seen) == 1 else [])  # noqa: E731
     monkeypatch.setattr(Decoder, "unrepresented", failing)

@@ -174,14 +174,12 @@ def samples(network: LanguageModel, data: Any) -> str:
     steps, generator = network.context - prompts.shape[1], torch.Generator(device).manual_seed(0)
     longer = sample(network, prompts, min(steps, 200), TEMPERATURE, generator).tolist()
     parts = [(ids[: prompts.shape[1]], ids[prompts.shape[1] :]) for ids in longer]
-    lines = [
-        f"({number}) {_text(data, given)} >>> {_text(data, own)}\n" for number, (given, own) in enumerate(parts, 1)
-    ]
-    return "\n".join([f"From >>> on the model speaks, at temperature {TEMPERATURE}.\n", *lines])
+    lines = [f"({number}) {_text(data, given)}▸{_text(data, own)}\n" for number, (given, own) in enumerate(parts, 1)]
+    return "\n".join([f"From ▸ on the model speaks, at temperature {TEMPERATURE}.\n", *lines])
 
 
 def _text(data: Any, ids: list[int]) -> str:
-    return data.decode(ids) if hasattr(data, "decode") else " ".join(map(str, ids))
+    return data.decode(ids) if hasattr(data, "decode") else " ".join(data.names(ids))
 
 
 def draw_losses(folder: Path) -> None:

@@ -98,7 +98,7 @@ class TargetTraining(BlockModule):
 
     def on_validation_epoch_end(self) -> None:
         total, rows = self.trainer.strategy.reduce(self._losses, reduce_op="sum")  # pyright: ignore[reportArgumentType]
-        self.log(VALIDATION, total / rows, logger=False)
+        self.log(VALIDATION, total / rows, logger=False, sync_dist=True)
         if not self.trainer.sanity_checking:
             for logger in self.loggers:
                 logger.log_metrics({VALIDATION: float(total / rows)}, self.global_step)
