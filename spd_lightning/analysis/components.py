@@ -1,6 +1,7 @@
 """Components across prompts: who answers to which input, how often each fires, how important it is on average."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -11,22 +12,33 @@ from spd_lightning.errors import BadInput, nearest
 from spd_lightning.store import Store
 
 
-def importance_matrix(store: Store, prompts: Sequence[int], layer: str) -> Float32[np.ndarray, "prompt C"]:
+def importance_matrix(
+    store: Store, prompts: Sequence[int], layer: str, over: Literal["largest", "mean"] = "largest"
+) -> Float32[np.ndarray, "prompt C"]:
     """Causal importance of every component of a site on the given prompts, one row a prompt.
 
-    A component that is not a node of a prompt's graph has importance 0 there; over several positions the largest
-    counts. Rows follow the order of `prompts`.
+    A component that is not a node at a position has importance 0 there; of several positions the largest counts, or
+    the mean over all. Rows follow the order of `prompts`.
 
     Raises:
         BadInput: the harvest has no such site, or a file is damaged.
     """
     rows = pl.LazyFrame({"prompt_id": prompts}, schema={"prompt_id": pl.UInt64}).with_row_index("row")
     own = store.scan("nodes_by_component").filter(pl.col("layer") == site(store, layer), pl.col("kind") == "component")
-    largest = own.join(rows, on="prompt_id").group_by("row", "component").agg(pl.col("importance").max())
-    cells = store.collect(largest)
+    largest, total = pl.col("importance").max(), pl.col("importance").sum()
+    cells = own.join(rows, on="prompt_id").group_by("row", "component").agg(largest if over == "largest" else total)
+    held = store.collect(cells)
     matrix = np.zeros((len(prompts), store.manifest["C"][layer]), dtype=np.float32)
-    matrix[cells["row"].to_numpy(), cells["component"].to_numpy()] = cells["importance"].to_numpy()
-    return matrix
+    matrix[held["row"].to_numpy(), held["component"].to_numpy()] = held["importance"].to_numpy()
+    return matrix if over == "largest" else matrix / _positions(store, rows)[:, None]
+
+
+def _positions(store: Store, rows: pl.LazyFrame) -> Float32[np.ndarray, " prompt"]:
+    """How many positions each prompt has; a vector has one."""
+    if store.manifest["kind"] == "vectors":
+        return np.ones(store.collect(rows.select(pl.len())).item(), dtype=np.float32)
+    held = store.scan("prompts").select("prompt_id", length=pl.col("token_ids").list.len())
+    return store.collect(rows.join(held, on="prompt_id", how="left").sort("row"))["length"].to_numpy().astype("f4")
 
 
 def identity_order(matrix: Float32[np.ndarray, "prompt C"]) -> Int64[np.ndarray, " C"]:
@@ -38,8 +50,12 @@ def identity_order(matrix: Float32[np.ndarray, "prompt C"]) -> Int64[np.ndarray,
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     claimed = columns[matrix[rows, columns] > 0]
     rest = np.setdiff1d(np.arange(matrix.shape[1]), claimed)
-    by_sum = np.argsort(-matrix[:, rest].sum(axis=0), kind="stable")
-    return np.concatenate([claimed, rest[by_sum]]).astype(np.int64)
+    return np.concatenate([claimed, rest[size_order(matrix[:, rest])]]).astype(np.int64)
+
+
+def size_order(matrix: Float32[np.ndarray, "prompt C"]) -> Int64[np.ndarray, " C"]:
+    """The order of columns that puts those of larger sum first."""
+    return np.argsort(-matrix.sum(axis=0), kind="stable").astype(np.int64)
 
 
 def component_summary(store: Store, layer: str) -> pl.DataFrame:

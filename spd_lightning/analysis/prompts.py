@@ -44,11 +44,11 @@ def prompt_label(prompt: Mapping[str, Any], most: int = 80) -> str:
     """What a row of the table `prompts` is called.
 
     A probe of one feature is "feature 3 = 0.75"; other vectors go by their source and non-zero features; a text by its
-    source and its first `most` characters.
+    source and its first `most` characters, each run of blanks as one.
     """
     source, tokens = prompt["source"], prompt["tokens"]
     if len(tokens) == 1 and source.startswith("feature ") and "=" in tokens[0]:
         return f"{source} = {tokens[0].partition('=')[2]}"
     joint = "" if any(" " in token for token in tokens) else " "  # tokens of a text bring their own spaces
-    text = joint.join(tokens) or "no active feature"
+    text = " ".join(joint.join(tokens).split()) or ("(blank)" if tokens else "no active feature")
     return f"{source} · {text if len(text) <= most else text[:most] + '…'}"

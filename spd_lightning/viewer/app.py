@@ -17,13 +17,14 @@ import gradio as gr
 
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
-from spd_lightning.viewer import component_page, graph_page, run_page
+from spd_lightning.viewer import component_page, graph_page, run_page, token_page
 from spd_lightning.viewer.library import Library, harvest_names
 from spd_lightning.viewer.panel import Panel
 
 HERE = Path(__file__).parent
 TITLE = '<h1 class="spd-brand">spd_lightning</h1>'
-PAGES = {"Graph": graph_page, "Components": component_page, "Run": run_page}
+PAGES = {"Graph": graph_page, "Tokens": token_page, "Components": component_page, "Run": run_page}
+STYLES = ("widget.css", "graph.css", "tokens.css", "page.css")
 EMPTY = (HERE / "empty.html").read_text(encoding="utf-8")
 FIT = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 60); }"  # plots drawn while hidden
 FONT = ["ui-sans-serif", "system-ui", "sans-serif"]
@@ -71,10 +72,15 @@ def _wire(demo: gr.Blocks, library: Library, refresh: gr.Button, top: list[Any],
     def look(wanted_run: Any, wanted_harvest: Any) -> list[Any]:
         return _look(library, wanted_run, wanted_harvest)
 
-    looked = gr.on([demo.load, refresh.click, run.input], look, [run, harvest], top, **quick)
+    def arrive(wanted_run: Any, wanted_harvest: Any) -> list[Any]:
+        return [*look(wanted_run, wanted_harvest)[:-1], _pages(library, wanted_run, wanted_harvest)]
+
+    looked = gr.on([refresh.click, run.input], look, [run, harvest], top, **quick)
+    arrived = demo.load(arrive, [run, harvest], top, **quick)
     for panel in panels:
         draw, inputs, outputs = _chosen(library, panel), [run, harvest, *panel.inputs], list(panel.outputs)
         looked.then(draw, inputs, outputs, **quick)
+        arrived.then(draw, inputs, outputs, **quick)
         gr.on([control.input for control in inputs[1:]], draw, inputs, outputs, **quick)
 
 
@@ -103,6 +109,18 @@ def _look(library: Library, wanted_run: Any, wanted_harvest: Any) -> list[Any]:
         gr.update(visible=False),
         gr.update(visible=True),
     ]
+
+
+def _pages(library: Library, wanted_run: Any, wanted_harvest: Any) -> Any:
+    """The pages for one who arrives: where there are no graphs to see, the tokens are in front."""
+    chosen = library.choose(wanted_run, wanted_harvest)
+    if chosen is None:
+        return gr.update(visible=False)
+    try:
+        bare = library.store(chosen[0].name, chosen[1]).manifest["mode"] == "nodes"
+    except BadInput:
+        bare = False
+    return gr.update(visible=True, selected="tokens" if bare else "graph")
 
 
 def _describe(run: Run) -> str:
@@ -142,7 +160,7 @@ def serve(
     try:
         _, address, _ = demo.launch(
             server_name=host, server_port=port, inbrowser=open_browser, prevent_thread_lock=not wait, quiet=not wait,
-            theme=theme(), css_paths=[HERE / "graph.css", HERE / "page.css"], footer_links=[], run_history=False,
+            theme=theme(), css_paths=[HERE / name for name in STYLES], footer_links=[], run_history=False,
             ssr_mode=False, share=False, enable_monitoring=False,
         )  # fmt: skip
     except OSError as error:

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 from jaxtyping import Float32, Int64
 
-from spd_lightning.analysis.components import component_summary, identity_order, importance_matrix, sites
+from spd_lightning.analysis.components import component_summary, identity_order, importance_matrix, sites, size_order
 from spd_lightning.analysis.prompts import prompt_list
 from spd_lightning.analysis.weights import Factors, factors
 from spd_lightning.errors import BadInput
@@ -17,15 +17,21 @@ from spd_lightning.viewer import plots
 from spd_lightning.viewer.library import Library
 from spd_lightning.viewer.panel import Panel, problem, sentence
 
+IDENTITY, SIZE = "Permute columns towards the identity", "Most important columns first"
 MOST_PROMPTS, MOST_COMPONENTS, MOST_ROWS = 200, 300, 512
 
 
 @dataclass(frozen=True)
 class ComponentSelection:
-    """Which site (the first one if None), and whether columns are permuted towards the identity."""
+    """Which site (the first one if None), and whether columns are permuted.
+
+    `over` says which importance stands for a text: the mean over its positions, or the largest, which in a long text is
+    often 1.
+    """
 
     site: str | None = None
     permuted: bool = True
+    over: Literal["mean", "largest"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class ComponentPage:
     """A site's components, ready to draw.
 
     `order` names the component in each column, of the importances as of V and U; `prompts` the rows of `importances`.
-    `weights` is None for a harvest without its run, and `note` says whatever was left out.
+    `over` is None where prompts have one position, `weights` for a harvest without its run; `note` says whatever was
+    left out.
     """
 
     sites: list[str]
@@ -44,6 +51,7 @@ class ComponentPage:
     weights: Factors | None
     summary: pl.DataFrame
     note: str
+    over: Literal["mean", "largest"] | None = None
 
 
 def page_data(store: Store, run: Path, selection: ComponentSelection) -> ComponentPage:
@@ -64,8 +72,10 @@ def page_data(store: Store, run: Path, selection: ComponentSelection) -> Compone
     listed = prompt_list(store)
     probes = listed.filter(pl.col("split") == "probe") if "probe" in listed["split"] else listed
     shown = probes.head(MOST_PROMPTS)
-    matrix = importance_matrix(store, shown["prompt_id"].to_list(), site)
-    order = (identity_order(matrix) if selection.permuted else np.arange(matrix.shape[1]))[:MOST_COMPONENTS]
+    over = None if store.manifest["kind"] == "vectors" else selection.over
+    matrix = importance_matrix(store, shown["prompt_id"].to_list(), site, over or "largest")
+    permuted = size_order(matrix) if over else identity_order(matrix)
+    order = (permuted if selection.permuted else np.arange(matrix.shape[1]))[:MOST_COMPONENTS]
     weights = factors(run, site)
     return ComponentPage(
         sites=known,
@@ -76,6 +86,7 @@ def page_data(store: Store, run: Path, selection: ComponentSelection) -> Compone
         weights=weights and Factors(weights.V[:, order], weights.U[order]),
         summary=component_summary(store, site),
         note=_note(matrix, len(probes), weights is None),
+        over=over,
     )
 
 
@@ -96,21 +107,25 @@ def widgets(library: Library) -> Panel:
 
     with gr.Row(elem_classes="spd-controls"):
         site = gr.Dropdown(label="Site", choices=[], container=False, scale=0, min_width=240)
-        permuted = gr.Checkbox(label="Permute columns towards the identity", value=True, container=False)
+        permuted = gr.Checkbox(label=IDENTITY, value=True, container=False)
+        kinds = [("mean over a text", "mean"), ("largest in a text", "largest")]
+        over = gr.Radio(kinds, value="mean", show_label=False, container=False, visible=False, scale=0, min_width=330)
     note = gr.HTML(apply_default_css=False)
     charts = [gr.Plot(label=name, container=False, show_label=False) for name in ("importance", "V", "U", "bars")]
 
-    def draw(run: str, harvest: str | None, wanted: str | None, permute: bool) -> list[Any]:
+    def draw(run: str, harvest: str | None, wanted: str | None, permute: bool, wanted_over: str) -> list[Any]:
         try:
             store = library.store(run, harvest)
             known = wanted if wanted in sites(store) else None
-            page = page_data(store, library.run(run).path, ComponentSelection(known, bool(permute)))
+            kind = "largest" if wanted_over == "largest" else "mean"
+            page = page_data(store, library.run(run).path, ComponentSelection(known, bool(permute), kind))
         except BadInput as error:
-            return [gr.update(), problem(str(error)), *[gr.update(visible=False)] * 4]
+            return [*[gr.update()] * 3, problem(str(error)), *[gr.update(visible=False)] * 4]
         drawn = [gr.update(value=figure, visible=figure is not None) for figure in figures(page)]
-        return [gr.update(choices=page.sites, value=page.site), sentence(page.note), *drawn]
+        controls = [gr.update(choices=page.sites, value=page.site), gr.update(label=SIZE if page.over else IDENTITY)]
+        return [*controls, gr.update(visible=page.over is not None), sentence(page.note), *drawn]
 
-    return Panel(draw, outputs=[site, note, *charts], inputs=[site, permuted])
+    return Panel(draw, outputs=[site, permuted, over, note, *charts], inputs=[site, permuted, over])
 
 
 def figures(page: ComponentPage) -> list[Any]:
@@ -119,6 +134,8 @@ def figures(page: ComponentPage) -> list[Any]:
     prompts = [name if len(name) <= 30 else f"{name[:29]}…" for name in page.prompts]
     left = 24 + 7 * max(map(len, [*prompts, "output 00"]))  # one margin for all, so that columns stand in line
     title = f"Causal importance of the components of {page.site}"
+    if page.over:
+        title += f", {'mean over' if page.over == 'mean' else 'largest in'} each text"
     heat = plots.heat_map(page.importances, prompts, columns, title=title, entry="importance", left=left)
     bars = plots.ranked_bars(page.summary)
     if page.weights is None:

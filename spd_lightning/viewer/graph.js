@@ -1,6 +1,6 @@
 // The attribution graph of one prompt: SVG nodes over a canvas of edges. Runs as the body of gr.HTML's js_on_load,
 // with `element` (this component's root), `props.value` (which harvest, its prompts), `server` and `watch`.
-// graph_layout.js stands before it. Nodes and edges come from the server already filtered.
+// widget.js and graph_layout.js stand before it. Nodes and edges come from the server already filtered.
 
 const STEPS = {
   top_k: [5, 10, 20, 50, 100, 200, 300, 500, 1000, 2000, 3000],
@@ -10,26 +10,12 @@ const STEPS = {
 const START = { top_k: 200, threshold: 0, min_importance: 0 };
 const SVG = 'http://www.w3.org/2000/svg';
 
-const $ = (selector) => element.querySelector(selector);
-const make = (tag, className, text) => {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-};
 const shape = (tag, attributes, parent) => {
   const made = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   parent.append(made);
   return made;
 };
-const number = (value) => {
-  if (value === null || value === undefined) return '–';
-  const size = Math.abs(value);
-  const text = size === 0 ? '0' : size >= 1e5 || size < 1e-4 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
-  return text.replaceAll('-', '−');
-};
-
 let prompts = [], graph = null, places = new Map(), byNode = new Map();
 let hovered = null, pinned = null, edgeLit = null, asked = 0, askedNode = 0;
 
@@ -37,14 +23,6 @@ let hovered = null, pinned = null, edgeLit = null, asked = 0, askedNode = 0;
 
 const setting = (name) => STEPS[name][Number($(`[data-setting=${name}]`).value)];
 const request = (more) => ({ run: props.value.run, harvest: props.value.harvest, prompt: $('.prompt').value, ...more });
-
-async function ask(name, question) {
-  try {
-    return await server[name](question);
-  } catch (error) {
-    return { problem: 'The viewer does not answer; is the process that serves this page still running?' };
-  }
-}
 
 async function load() {
   const turn = ++asked;
@@ -61,11 +39,6 @@ async function load() {
   pinned = graph.nodes.find((node) => node.name === kept) || null;
   render();
   if (pinned) pin(pinned); else emptyPanel();
-}
-
-function show(problem) {
-  $('.problem').hidden = !problem;
-  $('.problem').textContent = problem || '';
 }
 
 function clear() {
@@ -113,8 +86,9 @@ function drawAxis(plan) {
   const axis = $('.axis');
   axis.style.width = `${plan.width}px`;
   axis.replaceChildren(...graph.tokens.map((token, pos) => {
-    const label = make('span', '', token);
-    label.title = `position ${pos}: ${token}`;
+    const label = make('span');
+    label.append(...written(token));
+    label.title = `position ${pos}: ${glyphs(token)}`;
     label.style.left = `${plan.columns.starts[pos]}px`;
     label.style.width = `${plan.columns.widths[pos] - 3}px`;
     return label;
@@ -135,6 +109,9 @@ function drawNode(node, svg) {
   if (node.kind !== 'rest' && node.kind !== 'bias' && 7 * String(node.component).length + 3 <= 2 * r) shape('text', { class: 'inside', y: 4 }, group).textContent = node.component;
   if (node.label && gap >= 58 && !graph.tokens.length) shape('text', { y: node.layer === 0 ? r + 17 : -r - 9 }, group).textContent = node.label;
 }
+
+// A node's name; where inputs are tokens, that of an input or output with its token.
+const titled = ({ name, label }) => (label && graph.tokens.length ? `${name} “${glyphs(label)}”` : name);
 
 const colour = (name) => getComputedStyle($('.spd-graph')).getPropertyValue(name).trim();
 
@@ -235,18 +212,11 @@ function drawSummary() {
   $('.summary').replaceChildren(make('b', '', graph.label), make('span', '', ` · ${rest}`));
 }
 
-function meter(value, largest) {
-  const track = make('span', 'meter'), fill = make('i', value >= 0 ? 'plus' : 'minus');
-  fill.style.width = `${(100 * Math.abs(value)) / (largest || 1)}%`;
-  track.append(fill);
-  return track;
-}
-
 function drawTable() {
   const rows = graph.edges.slice(0, 25).map((edge) => {
     const row = make('tr');
     for (const end of [edge.source, edge.target]) {
-      const cell = make('td'), button = make('button', '', byNode.get(end).name);
+      const cell = make('td'), button = make('button', '', titled(byNode.get(end)));
       button.addEventListener('click', () => pin(byNode.get(end)));
       cell.append(button);
       row.append(cell);
@@ -283,7 +253,7 @@ function hover(node) {
   const edges = graph.edges.filter((edge) => touches(edge, node));
   const list = facts(node);
   list.append(make('dt', '', 'edges shown'), make('dd', '', `${edges.filter((e) => e.target === node.node).length} in, ${edges.filter((e) => e.source === node.node).length} out`));
-  tip.replaceChildren(make('div', 'name', node.name), list);
+  tip.replaceChildren(make('div', 'name', titled(node)), list);
   const { x, y, r } = places.get(node.node), stage = $('.stage');
   const right = x - stage.scrollLeft + r + 14, left = right - 2 * r - 28 - tip.offsetWidth;
   tip.style.left = `${right + tip.offsetWidth > stage.clientWidth && left > 4 ? left : right}px`;
@@ -311,7 +281,7 @@ async function pin(node) {
   const head = make('div', 'head'), close = make('button', 'close', '×');
   close.setAttribute('aria-label', 'Unpin');
   close.addEventListener('click', unpin);
-  head.append(make('div', 'name', node.name), close);
+  head.append(make('div', 'name', titled(node)), close);
   $('.panel').replaceChildren(head, facts(node), ...side('In', answer.ins, answer.in_count, answer.in_sum), ...side('Out', answer.outs, answer.out_count, answer.out_sum));
 }
 
@@ -328,7 +298,7 @@ function side(title, ends, count, sum) {
   const largest = Math.max(...ends.map((end) => Math.abs(end.attribution)), 0);
   return [head, ...ends.map((end) => {
     const button = make('button', 'end');
-    button.append(make('span', '', end.name), make('span', 'value', number(end.attribution)), meter(end.attribution, largest));
+    button.append(make('span', '', titled(end)), make('span', 'value', number(end.attribution)), meter(end.attribution, largest));
     button.title = byNode.has(end.node) ? 'Pin this node' : 'Hidden by the importance filter';
     button.addEventListener('click', () => pin(byNode.get(end.node)));
     return button;
@@ -370,7 +340,7 @@ function open() {
   unpin();
   fillPrompts();
   show(props.value && props.value.problem);
-  $('.spd-graph').classList.toggle('blank', !prompts.length);
+  $('.spd-widget').classList.toggle('blank', !prompts.length);
   if (prompts.length) refresh(); else clear();
 }
 

@@ -13,7 +13,7 @@ from spd_lightning.analysis.prompts import ALL_PROBES, graph_list, probes, promp
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
 from spd_lightning.viewer.library import Library
-from spd_lightning.viewer.panel import Panel
+from spd_lightning.viewer.panel import Panel, finite, integer, number, prompt_id
 
 MOST_EDGES = 5000
 MANY_NODES = 600  # in a graph of more, those without a shown edge are left out
@@ -41,9 +41,9 @@ class GraphSelection:
         """
         return cls(
             prompt_id(question),
-            int(_number(question, "top_k", 0, MOST_EDGES)),
-            _number(question, "threshold", 0, 1),
-            _number(question, "min_importance", 0, 1),
+            integer(question, "top_k", MOST_EDGES),
+            number(question, "threshold", 0, 1),
+            number(question, "min_importance", 0, 1),
         )
 
 
@@ -71,7 +71,7 @@ class GraphPage:
 
 @dataclass(frozen=True)
 class NodePage:
-    """All that meets in one node: ends {node, name, attribution}, strongest first, with counts and sums over all
+    """All that meets in one node: ends {node, name, label, attribution}, strongest first, with counts and sums over all
     (None where a sum is not finite)."""
 
     ins: list[dict[str, Any]]
@@ -99,8 +99,8 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
         mode=store.manifest["mode"],
         layers=store.layers,
         tokens=tokens,
-        nodes=_nodes(store, selection.prompt, nodes, tokens),
-        edges=_finite(graph.edges).to_dicts(),
+        nodes=_nodes(store, selection.prompt, nodes),
+        edges=finite(graph.edges).to_dicts(),
         nodes_total=graph.nodes_total,
         edges_total=graph.edges_total,
         edges_passing=graph.edges_passing,
@@ -122,13 +122,15 @@ def node_data(store: Store, prompt: int, node: int) -> NodePage:
     Raises:
         BadInput: the prompt has no such node, or a file is damaged.
     """
-    names = {row["node"]: node_name(row) for row in tables(store, prompt)[0].to_dicts()}
-    if node not in names:
-        raise BadInput(f"node {node} is not in the graph of prompt {prompt}; it has {len(names)} nodes")
+    nodes = tables(store, prompt)[0]
+    if not (nodes["node"] == node).any():
+        raise BadInput(f"node {node} is not in the graph of prompt {prompt}; it has {len(nodes)} nodes")
     edges = node_edges(store, prompt, node)
+    met = nodes.filter(pl.col("node").is_in([*edges.ins["source"], *edges.outs["target"]]))
+    named = {held["node"]: {k: held[k] for k in ("node", "name", "label")} for held in _nodes(store, prompt, met)}
     ins, outs = (
-        [{"node": row[end], "name": names[row[end]], "attribution": row["attribution"]} for row in side.to_dicts()]
-        for end, side in (("source", _finite(edges.ins)), ("target", _finite(edges.outs)))
+        [named[row[end]] | {"attribution": row["attribution"]} for row in side.to_dicts()]
+        for end, side in (("source", finite(edges.ins)), ("target", finite(edges.outs)))
     )
     in_sum, out_sum = (total if isfinite(total) else None for total in (edges.in_sum, edges.out_sum))
     return NodePage(ins, outs, edges.in_count, edges.out_count, in_sum, out_sum)
@@ -139,54 +141,29 @@ def node_name(node: Mapping[str, Any]) -> str:
     return f"{node['layer']}:{node['pos']}:{node['kind'] if node['kind'] in ('rest', 'bias') else node['component']}"
 
 
-def _nodes(store: Store, prompt: int, nodes: pl.DataFrame, tokens: list[str]) -> list[dict[str, Any]]:
-    values = VALUES[store.manifest["kind"]]
-    rows = store.collect(store.scan("outputs", prompt).select("pos", "token_id", **values)).to_dicts()
-    outputs = {(row["pos"], row["token_id"]): {name: row[name] for name in values} for row in rows}
+def _nodes(store: Store, prompt: int, nodes: pl.DataFrame) -> list[dict[str, Any]]:
+    values, tokens = VALUES[store.manifest["kind"]], _prompt(store, prompt)[1]
+    rows = store.collect(store.scan("outputs", prompt).select("pos", "token_id", "token", **values)).to_dicts()
+    outputs = {(row["pos"], row["token_id"]): row for row in rows}
     order = {layer: index for index, layer in enumerate(store.layers)}
-    return [
-        node
-        | {
-            "layer": order[node["layer"]],
-            "name": node_name(node),
-            "label": _label(node, tokens),
-            "outputs": outputs.get((node["pos"], node["component"])) if node["kind"] == "output" else None,
-        }
-        for node in _finite(nodes).to_dicts()
-    ]
+    found = []
+    for node in finite(nodes).to_dicts():
+        output = outputs.get((node["pos"], node["component"])) if node["kind"] == "output" else None
+        own = {"layer": order[node["layer"]], "name": node_name(node), "label": _label(node, tokens, output)}
+        found.append(node | own | {"outputs": output and {name: output[name] for name in values}})
+    return found
 
 
-def _label(node: Mapping[str, Any], tokens: list[str]) -> str:
-    """What stands beside an input or output node."""
+def _label(node: Mapping[str, Any], tokens: list[str], output: Mapping[str, Any] | None) -> str:
+    """What stands beside an input or output node: of vectors its value, of text its token."""
     if node["kind"] not in ("input", "embedding", "output") or node["activation"] is None:
         return ""
     if tokens:
-        return tokens[node["pos"]] if node["kind"] != "output" else ""
+        return tokens[node["pos"]] if node["kind"] != "output" else output["token"] if output else ""
     return f"{node['activation'] + 0.0:.3g}".replace("-", "−")  # + 0.0: there is no −0
 
 
-def _finite(frame: pl.DataFrame) -> pl.DataFrame:
-    """JSON has no infinities: they become null."""
-    floats = pl.col(pl.Float32, pl.Float64)
-    return frame.with_columns(pl.when(floats.is_finite()).then(floats))
-
-
 # The browser's side of it.
-
-
-def prompt_id(question: Mapping[str, Any]) -> int:
-    """The prompt that a browser asked for; ids travel as decimal strings, since they exceed a JavaScript number."""
-    text = question.get("prompt")
-    if not (isinstance(text, str) and text.isdecimal() and len(text) <= 20 and int(text) < 2**64):
-        raise BadInput(f"prompt {repr(text)[:40]}: expected the id of a prompt, a number from 0 to 2^64 − 1")
-    return int(text)
-
-
-def _number(question: Mapping[str, Any], name: str, low: int, high: int) -> float:
-    value = question.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise BadInput(f"{name} {repr(value)[:40]}: expected a number from {low} to {high}")
-    return float(value)
 
 
 def graph_answer(library: Library, question: Any) -> dict[str, Any]:
@@ -198,7 +175,7 @@ def node_answer(library: Library, question: Any) -> dict[str, Any]:
     """The `NodePage` that a browser asked for, as JSON values, or {"problem": one line}."""
 
     def read(store: Store, asked: Mapping[str, Any]) -> dict[str, Any]:
-        return asdict(node_data(store, prompt_id(asked), int(_number(asked, "node", 0, 2**32 - 1))))
+        return asdict(node_data(store, prompt_id(asked), integer(asked, "node", 2**32 - 1)))
 
     return library.answer(question, read)
 
@@ -207,9 +184,14 @@ def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
     """What the widget starts from: which harvest, and its prompts.
 
     Raises:
-        BadInput: the run has no harvest, or an empty one, or it cannot be read.
+        BadInput: the run has no harvest, or one without edges, or an empty one, or it cannot be read.
     """
     store = library.store(run, harvest)
+    if store.manifest["mode"] == "nodes":
+        raise BadInput(
+            f"harvest '{harvest}' of run '{run}': it holds no edges, hence no graphs; see the page Tokens, or harvest "
+            "graphs too with spd_lightning.PromptGraphs"
+        )
     listed = graph_list(store)
     if listed.is_empty():
         raise BadInput(f"harvest '{harvest}' of run '{run}': no prompts yet; refresh when `predict` has written some")
@@ -234,14 +216,14 @@ def widgets(library: Library) -> Panel:
         except BadInput as error:
             return [{"problem": str(error)}]
 
-    template, layout, script = (
+    template, shared, layout, script = (
         Path(__file__).with_name(name).read_text(encoding="utf-8")
-        for name in ("graph.html", "graph_layout.js", "graph.js")
+        for name in ("graph.html", "widget.js", "graph_layout.js", "graph.js")
     )
     shown = gr.HTML(
         value={},
         html_template=template,
-        js_on_load=layout + script,
+        js_on_load=shared + layout + script,
         server_functions=[graph, node],
         apply_default_css=False,
         elem_id="graph",

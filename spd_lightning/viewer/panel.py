@@ -1,9 +1,13 @@
-"""What a page of the viewer hands to the app: its widgets, and the function that fills them."""
+"""What pages of the viewer share: what they hand to the app, questions from a browser, values for one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+
+import polars as pl
+
+from spd_lightning.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,37 @@ def table(rows: Sequence[tuple[str, str]], title: str) -> str:
         return ""
     body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
     return f'<section><h3>{escape(title)}</h3><table class="spd-table">{body}</table></section>'
+
+
+# Questions from a browser, which may hold anything, and values for one.
+
+
+def prompt_id(question: Mapping[str, Any]) -> int:
+    """The prompt that a browser asked for; ids travel as decimal strings, since they exceed a JavaScript number."""
+    text = question.get("prompt")
+    if not (isinstance(text, str) and text.isdecimal() and len(text) <= 20 and int(text) < 2**64):
+        raise BadInput(f"prompt {repr(text)[:40]}: expected the id of a prompt, a number from 0 to 2^64 − 1")
+    return int(text)
+
+
+def number(question: Mapping[str, Any], name: str, low: int, high: int) -> float:
+    """A number that a browser asked for.
+
+    Raises:
+        BadInput: it is none, or outside its range.
+    """
+    value = question.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise BadInput(f"{name} {repr(value)[:40]}: expected a number from {low} to {high}")
+    return float(value)
+
+
+def integer(question: Mapping[str, Any], name: str, high: int) -> int:
+    """A whole number from 0 that a browser asked for; what stands behind the point is dropped."""
+    return int(number(question, name, 0, high))
+
+
+def finite(frame: pl.DataFrame) -> pl.DataFrame:
+    """JSON has no infinities: they become null."""
+    floats = pl.col(pl.Float32, pl.Float64)
+    return frame.with_columns(pl.when(floats.is_finite()).then(floats))
