@@ -112,7 +112,6 @@ class BlockModule(L.LightningModule, ABC):
             self.manual_backward(loss)
             norms = self.clip()
             optimiser.step()  # pyright: ignore[reportAttributeAccessIssue]
-            torch.clear_autocast_cache()  # it holds copies of the weights before this update
             if step % self.log_every == 0 or step == self.steps - 1:
                 self._record({"loss": loss.detach(), **terms, **norms}, factor, step)
 
