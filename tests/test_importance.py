@@ -291,7 +291,7 @@ def test_g5_only_training_blurs():
         assert not torch.equal(trained.importances.lower[name], g)
         assert torch.equal(trained.importances.upper[name], evaluated.importances.upper[name])
     outputs = [
-        masked_outputs(model, batch, run.clean, run.importances.lower, generator(), 0.1)
+        dict(masked_outputs(model, batch, run.clean, run.importances.lower, generator(), 0.1))
         for model, run in ((blurred, evaluated), (plain, Pass.of(plain, batch)))
     ]
     assert all(torch.equal(outputs[0][source], outputs[1][source]) for source in outputs[0])

@@ -27,18 +27,19 @@ from spd_lightning.decomposition.metrics import (
 )
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass
+from spd_lightning.errors import BadInput
 from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP
 from spd_lightning.training.evaluate import (
     Evaluation,
     Totals,
-    adversarial_ladder,
     count,
     figures_of,
-    hidden_errors,
-    lone_features,
-    truth,
-    verdict,
+    hidden_squares,
+    uncertain,
+    with_errors,
 )
+from spd_lightning.training.ladder import adversarial_ladder
+from spd_lightning.training.truth import lone_features, truth, verdict
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 ANGLES = torch.arange(5).double() * 2 * math.pi / 5
@@ -270,14 +271,14 @@ def test_e_six_maskings_are_their_rows_of_the_table(network, delta, monkeypatch)
     batch = model.target.batch()
     run = Pass.of(model, batch)
     g = {name: (value * 1.7).clamp(0, 1) for name, value in run.importances.lower.items()}
-    outputs = masked_outputs(model, batch, run.clean, g, generator(), 0.3)
-    assert tuple(outputs) == MASKINGS == ("ones", "ci", "stochastic", "random", "rounded", "zeros")
+    outputs = dict(masked_outputs(model, batch, run.clean, g, generator(), 0.3))
+    assert tuple(outputs) == MASKINGS == ("unmasked", "ci", "stochastic", "random", "rounded", "zeros")
     used = dict(zip(MASKINGS, calls, strict=True))
     for name, value in g.items():
         assert ((used["stochastic"][name].components >= value) & (used["stochastic"][name].components <= 1)).all()
         assert torch.is_tensor(used["stochastic"][name].delta) == delta
     printed = {
-        "ones": {name: Mask(torch.ones_like(v), float(delta)) for name, v in g.items()},
+        "unmasked": {name: Mask(torch.ones_like(v), 0.0) for name, v in g.items()},
         "ci": {name: Mask(v, 0.0) for name, v in g.items()},
         "stochastic": used["stochastic"],
         "random": {name: Mask(used["random"][name].components, 0.0) for name in g},
@@ -286,8 +287,13 @@ def test_e_six_maskings_are_their_rows_of_the_table(network, delta, monkeypatch)
     }
     for source, masks in printed.items():
         torch.testing.assert_close(outputs[source], naive(model, batch, masks), **EXACT)
-    if delta:
-        torch.testing.assert_close(outputs["ones"], model.target(batch), **EXACT)
+    with torch.no_grad():
+        for name, site in model.sites.items():  # where there are enough components they are made to add up
+            if site.d_in <= model.counts[name]:
+                model[name].V.copy_(torch.eye(site.d_in, model.counts[name]))
+                model[name].U.copy_(torch.cat([site.weight.T, torch.zeros(99, site.d_out)])[: model.counts[name]])
+    exact = {name: m for name, m in printed["unmasked"].items() if model.sites[name].d_in <= model.counts[name]}
+    torch.testing.assert_close(model.masked(batch, exact), model.target(batch), **EXACT)
 
 
 def tokens_model():
@@ -322,8 +328,10 @@ def test_e_figures_are_means_over_positions_however_the_data_are_cut(made, diver
         for kind in (divergence, "recovered", "task_difference")
         for source in ("stochastic", "random")
     }
+    drawn |= {f"ce_recovered/{source}" for source in ("stochastic", "random")}
+    drawn |= {f"se/{name}" for name in drawn}
     for _, figures in found[1:]:
-        for name in figures.keys() - drawn - {n for n in figures if n.startswith("hidden")}:
+        for name in figures.keys() - drawn:
             assert figures[name] == pytest.approx(found[0][1][name], rel=1e-9, abs=1e-12), name
     totals, figures = found[0]
     run = Pass.of(model, data)
@@ -338,10 +346,12 @@ def test_e_figures_are_means_over_positions_however_the_data_are_cut(made, diver
         torch.testing.assert_close(totals.mean(f"importance/{name}"), g.mean(0))
         torch.testing.assert_close(totals.mean(f"fired/{name}"), (g > 0.2).double().mean(0))
         assert totals.sums[f"histogram/{name}"].sum() == g.numel()
+    for name, (error, size) in hidden_squares(model, run).items():
+        assert figures[f"hidden/{name}"] == pytest.approx((error / size).item(), rel=1e-9)
     assert figures["l0/all"] == pytest.approx(sum(figures[f"l0/{name}"] for name in flat))
     assert figures["l0/some"] == pytest.approx(sum(figures[f"l0/{name}"] for name in flat if "1" in name))
     masks = {"ci": run.importances.lower, "zeros": {n: torch.zeros_like(g) for n, g in run.importances.lower.items()}}
-    raw, target = {}, model.target(data)
+    raw, gaps, target = {}, {}, model.target(data)
     for source, m in masks.items():
         output = model.masked(data, {name: Mask(value, 0.0) for name, value in m.items()})
         log_p, log_q = torch.log_softmax(target, -1), torch.log_softmax(output, -1)
@@ -350,8 +360,11 @@ def test_e_figures_are_means_over_positions_however_the_data_are_cut(made, diver
         assert figures[f"{divergence}/{source}"] == pytest.approx(raw[source], rel=1e-9)
         gap = model.target.score(output, data) - model.target.score(target, data)
         assert figures[f"task_difference/{source}"] == pytest.approx(gap.item(), rel=1e-9)
+        gaps[source] = gap.item()
     assert figures["recovered/ci"] == pytest.approx(1 - raw["ci"] / raw["zeros"])
-    assert figures["recovered/ones"] == pytest.approx(1)
+    if divergence == "kl":
+        assert figures["ce_recovered/ci"] == pytest.approx(1 - gaps["ci"] / gaps["zeros"] if gaps["zeros"] > 0 else 0)
+    assert ("ce_recovered/ci" in figures) == (divergence == "kl")
     assert figures["recovered/zeros"] == pytest.approx(0)
     assert figures["task/target"] == pytest.approx(model.target.score(target, data).item())
 
@@ -360,24 +373,120 @@ def test_e_hidden_errors_are_those_of_site_inputs_inside_the_ci_masked_model():
     model = decomposed(Perceptron)
     run, seen = Pass.of(model, model.target.batch()), {}
     naive(model, run.batch, {name: Mask(g, 0.0) for name, g in run.importances.lower.items()}, seen)
-    errors = hidden_errors(model, run)
-    assert errors["first"] == 0
+    squares = hidden_squares(model, run)
+    assert squares["first"][0] == 0
     x = torch.tanh(model.target.first(run.batch))
-    assert errors["second"].item() == pytest.approx(((seen["second"] - x).norm() / x.norm()).item() ** 2, rel=1e-9)
+    error, size = squares["second"]
+    assert (error / size).item() == pytest.approx(((seen["second"] - x).norm() / x.norm()).item() ** 2, rel=1e-9)
 
 
-def test_e_every_rung_of_the_ladder_is_an_adversary_of_its_own():
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_e_every_rung_of_the_ladder_is_the_worst_of_adversaries_of_its_own(restarts):
     model = decomposed(Perceptron)
-    run = Pass.of(model, model.target.batch())
-    g = {name: value.detach() for name, value in run.importances.lower.items()}
+    batch = model.target.batch()
+    g = {name: value.detach() for name, value in Pass.of(model, batch[:4]).importances.lower.items()}
 
-    def loss(sources):
-        return (naive(model, run.batch, masks_from_sources(g, sources)) - model.target(run.batch)).square().mean()
+    def rows(sources):
+        return (naive(model, batch[:4], masks_from_sources(g, sources)) - model.target(batch[:4])).square().mean(1)
 
     with torch.no_grad():
-        ladder = adversarial_ladder(model, run, Evaluation(ladder=(9, 2, 5)))
-        for steps, score in ladder.items():
-            alone = loss(pgd_sources(Adversary(steps), g, loss, generator()))
-            torch.testing.assert_close(score, alone, **EXACT)
-    assert list(ladder) == [2, 5, 9]
+        settings = Evaluation(ladder=(9, 2, 5), restarts=restarts, ladder_rows=4)
+        ladder = adversarial_ladder(model, batch, settings)
+        for steps in settings.ladder:
+            starts = range(restarts)
+            climbed = [
+                rows(pgd_sources(Adversary(steps), g, lambda s: rows(s).mean(), generator(seed))) for seed in starts
+            ]
+            worst = max(climbed, key=torch.mean)
+            assert ladder[f"pgd/{steps}"] == pytest.approx(worst.mean().item(), rel=1e-10)
+            assert ladder[f"se/pgd/{steps}"] == pytest.approx(worst.std().item() / 2, rel=1e-9)
+    assert [name for name in ladder if name.startswith("pgd")] == ["pgd/2", "pgd/5", "pgd/9"]
     assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_e_the_ladder_takes_about_512_positions_where_nothing_is_said(monkeypatch):
+    taken, own = [], Pass.of.__func__
+    monkeypatch.setattr(
+        Pass, "of", classmethod(lambda cls, model, batch: taken.append(batch) or own(cls, model, batch))
+    )
+    settings = Evaluation(ladder=(1,), divergence="kl")
+    tokens, _ = tokens_model()
+    adversarial_ladder(tokens, torch.randint(1, 7, (200, 6)), settings)
+    vectors, _ = vectors_model()
+    adversarial_ladder(vectors, torch.rand(700, 5).double(), settings)
+    adversarial_ladder(vectors, torch.rand(3, 5).double(), settings)
+    adversarial_ladder(vectors, torch.rand(700, 5).double(), Evaluation(ladder=(1,), ladder_rows=7))
+    assert [len(batch) for batch in taken] == [86, 512, 3, 7]
+    assert adversarial_ladder(vectors, torch.rand(3, 5).double(), Evaluation(ladder=())) == {}
+
+
+# ---- uncertainty ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("made", "divergence"), [(tokens_model, "kl"), (vectors_model, "mse")])
+def test_e_standard_errors_are_those_of_the_mean_over_rows(made, divergence):
+    model, data = made()
+    if made is tokens_model:
+        data[:, -1] = data[:, 1]
+    settings, totals = Evaluation(threshold=0.2, groups={"all": "*"}, divergence=divergence), Totals()
+    for batch in data.split([2, 3]):
+        count(model, Pass.of(model, batch, generator()), settings, totals)
+    figures, one = figures_of(model, totals, settings), {}
+    for row in data:
+        alone = Totals()
+        count(model, Pass.of(model, row[None], generator()), settings, alone)
+        for name, value in figures_of(model, alone, settings).items():
+            one.setdefault(name, []).append(value)
+    assert not any(name.startswith("se/") for name in one), "one row says nothing of the next"
+    errors = {name.removeprefix("se/"): value for name, value in figures.items() if name.startswith("se/")}
+    expected = {f"l0/{site}" for site in model.sites} | {"l0/all", "task/target"}
+    expected |= {f"{kind}/{masking}" for kind in (divergence, "task_difference") for masking in MASKINGS}
+    assert set(errors) == expected
+    for name in expected - {n for n in expected if n.endswith(("/stochastic", "/random"))}:
+        values = torch.tensor(one[name], dtype=torch.float64)
+        assert figures[name] == pytest.approx(values.mean().item(), rel=1e-9, abs=1e-12), name
+        assert errors[name] == pytest.approx(values.std().item() / math.sqrt(5), rel=1e-6, abs=1e-9), name
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30), st.integers(1, 29))
+def test_standard_errors_add_up_however_rows_are_cut(values, cut):
+    rows, totals = torch.tensor(values, dtype=torch.float64), Totals()
+    for part in (rows[:cut], rows[cut:]):
+        totals.add("rows", torch.tensor(len(part)))
+        totals.add_rows("x", part)
+    assert totals.row_mean("x") == pytest.approx(rows.mean().item(), abs=1e-9)
+    assert totals.standard_error("x") == pytest.approx(rows.std().item() / math.sqrt(len(rows)), rel=1e-6, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "told"),
+    [
+        (0.12345, 0.0042, "0.123 ± 0.004"),
+        (0.12345, 0.0142, "0.123 ± 0.014"),
+        (0.12345, 0.0096, "0.123 ± 0.010"),
+        (-3.14159, 0.5, "-3.1 ± 0.5"),
+        (1234.5, 34.0, "1230 ± 30"),
+        (0.0, 3e-9, "0 ± 3e-09"),
+        (2.5, None, "2.5"),
+        (2.5, 0.0, "2.5"),
+        (0.123456, math.nan, "0.1235"),
+        (7, None, "7"),
+    ],
+)
+def test_figures_are_stated_to_the_digit_that_is_certain(value, error, told):
+    assert uncertain(value, error) == told
+    figures = {"kl/ci": value} | ({} if error is None else {"se/kl/ci": error})
+    assert with_errors(figures) == {"kl/ci": told}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"divergence": "kll"}, "divergence 'kll'.*'kl'"),
+        ({"restarts": 0}, "restarts 0; it must be at least 1"),
+        ({"ladder_rows": 0}, "ladder_rows 0; it must be at least 1"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused(settings, told):
+    with pytest.raises(BadInput, match=told):
+        Evaluation(**settings)

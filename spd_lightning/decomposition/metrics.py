@@ -4,17 +4,20 @@ Three kinds: against known truth (MMCS, ML2R, identity and dense error), about i
 the output under the maskings of section M. All are pure functions; sums over batches and devices are the caller's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from spd_lightning.decomposition.masks import SourceKind, fixed_masks, masks_from_sources, stochastic_sources
+from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.masks import fixed_masks, masks_from_sources, stochastic_sources
 from spd_lightning.decomposition.model import Clean, ComponentModel
 
-MASKINGS: tuple[SourceKind, ...] = ("ones", "ci", "stochastic", "random", "rounded", "zeros")
+Masking = Literal["unmasked", "ci", "stochastic", "random", "rounded", "zeros"]
+MASKINGS: tuple[Masking, ...] = get_args(Masking)
 TOLERANCE = 0.1
 """How far an importance may be from 0 or 1 and still count as such."""
 REMNANT = 0.05
@@ -103,6 +106,17 @@ def l0(importances: Float[Tensor, "... C"], threshold: float) -> Float[Tensor, "
 # ---- output under the maskings --------------------------------------------------------------------------------------
 
 
+class Part(NamedTuple):
+    """Which of how many equal parts of a whole batch some rows are: one device's share."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This part of the rows of something that belongs to the whole batch."""
+        return whole.chunk(self.world)[self.rank]
+
+
 def masked_outputs(
     model: ComponentModel,
     batch: Tensor,
@@ -110,14 +124,40 @@ def masked_outputs(
     importances: Mapping[str, Tensor],
     generator: torch.Generator | None,
     threshold: float,
-) -> dict[SourceKind, Tensor]:
-    """The model's output under each of the six maskings of section E, everything decomposed."""
-    outputs = {}
-    for source in MASKINGS:
-        if source == "stochastic":
-            drawn = stochastic_sources(importances, generator)
-            masks = masks_from_sources(importances, drawn, model.delta)
+    part: Part = Part(),  # noqa: B008
+) -> Iterator[tuple[Masking, Tensor]]:
+    """The model's output under each of the six maskings of section E, everything decomposed; one at a time.
+
+    `unmasked` has every component on and the delta component off; with that on too, it would be the target (D5).
+
+    generator: where two devices hold parts of a batch, the same on both; draws are made for the whole batch, so that
+        they do not depend on how it is cut.
+    """
+    for masking in MASKINGS:
+        masks = _masks(masking, importances, generator, threshold, model.delta, part)
+        yield masking, model.masked(batch, masks, clean)
+
+
+def _masks(
+    masking: Masking,
+    importances: Mapping[str, Tensor],
+    generator: torch.Generator | None,
+    threshold: float,
+    delta: bool,
+    part: Part,
+) -> dict[str, Mask]:
+    if masking == "unmasked":
+        return fixed_masks("ones", importances, None, threshold, delta=False)
+    if masking not in ("stochastic", "random"):
+        return fixed_masks(masking, importances, None, threshold, delta)
+    masks: dict[str, Mask] = {}
+    for name, g in importances.items():  # a draw for the whole batch is kept for one site at a time
+        whole = {name: g[:1].expand(part.world * len(g), *g.shape[1:])}
+        if masking == "random":
+            drawn = fixed_masks("random", whole, generator, threshold, delta)[name].components
+            assert drawn is not None
+            masks[name] = Mask(part.of(drawn), 0.0)
         else:
-            masks = fixed_masks(source, importances, generator, threshold, model.delta)
-        outputs[source] = model.masked(batch, masks, clean)
-    return outputs
+            s, s_delta = stochastic_sources(whole, generator)[name]
+            masks |= masks_from_sources({name: g}, {name: (part.of(s), part.of(s_delta))}, delta)
+    return masks

@@ -40,13 +40,26 @@ def position_mean(values: Float[Tensor, "..."], weights: Float[Tensor, " batch"]
 # ---- divergences ----------------------------------------------------------------------------------------------------
 
 
+def mse_rows(output: Float[Tensor, "batch *rest"], target: Float[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
+    """Mean squared difference over the entries of each row of a batch."""
+    return (output - target).square().flatten(1).mean(1)
+
+
+def kl_rows(output: Float[Tensor, "batch *rest"], target: Float[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
+    """KL(softmax target ‖ softmax output), mean over the positions of each row, in float32 or better."""
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    p, q = log_softmax(target.to(dtype), -1), log_softmax(output.to(dtype), -1)
+    per_position = (p.exp() * (p - q)).sum(-1)
+    return per_position.flatten(1).mean(1) if per_position.ndim > 1 else per_position
+
+
 def mse(
     output: Float[Tensor, "batch *rest"],
     target: Float[Tensor, "batch *rest"],
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean squared difference over all output entries."""
-    return position_mean((output - target).square().flatten(1).mean(1), weights)
+    return position_mean(mse_rows(output, target), weights)
 
 
 def kl(
@@ -55,13 +68,11 @@ def kl(
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """KL(softmax target ‖ softmax output), mean over positions, in float32 or better."""
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    p, q = log_softmax(target.to(dtype), -1), log_softmax(output.to(dtype), -1)
-    per_position = (p.exp() * (p - q)).sum(-1)
-    return position_mean(per_position.flatten(1).mean(1) if per_position.ndim > 1 else per_position, weights)
+    return position_mean(kl_rows(output, target), weights)
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {"mse": mse, "kl": kl}
+ROW_DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse_rows, "kl": kl_rows}
 
 
 @dataclass(frozen=True)

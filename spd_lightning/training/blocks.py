@@ -40,6 +40,7 @@ class BlockModule(L.LightningModule, ABC):
         self.automatic_optimization = False
         self.schedule, self.inner_steps = schedule, inner_steps
         self.log_every, self.checkpoint_every, self.threads = log_every, checkpoint_every, threads
+        self.recorded: tuple[int, dict[str, float]] = (-1, {})  # the newest logged step and its losses and norms
 
     @property
     @abstractmethod
@@ -117,6 +118,7 @@ class BlockModule(L.LightningModule, ABC):
 
     def _record(self, values: Mapping[str, Tensor], factor: float, step: int) -> None:
         reduced = {f"train/{k}": float(self.trainer.strategy.reduce(v)) for k, v in values.items()}
+        self.recorded = (step, {name.removeprefix("train/"): value for name, value in reduced.items()})
         self.log("loss", reduced["train/loss"], prog_bar=True, logger=False)
         for logger in self.loggers:
             logger.log_metrics({**reduced, "train/lr_factor": factor}, step)

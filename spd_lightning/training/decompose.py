@@ -6,37 +6,31 @@ Trainer(max_steps=2000).fit(d, SparseFeatures(5, 0.05, batch_size=1024))
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import Faithfulness, Losses
+from spd_lightning.decomposition.metrics import Part
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.data import generator_for
 from spd_lightning.training.blocks import BlockModule
-from spd_lightning.training.evaluate import (
-    Evaluation,
-    Totals,
-    adversarial_ladder,
-    count,
-    counts,
-    figures_of,
-    lone_features,
-    truth,
-    verdict,
-)
+from spd_lightning.training.collapse import Collapse
+from spd_lightning.training.evaluate import Evaluation, Totals, count, counts, figures_of
+from spd_lightning.training.ladder import adversarial_ladder
 from spd_lightning.training.schedule import Schedule
+from spd_lightning.training.truth import lone_features, truth, verdict
 
 log = logging.getLogger(__name__)
-
-LADDER_ROWS = 512  # an adversary of 160 ascents on a whole batch would cost more than the rest of an evaluation
 
 
 @dataclass(frozen=True)
@@ -132,6 +126,7 @@ class Decomposition(BlockModule):
         self.warning: str | None = None
         self.origin, self.digest = "", ""  # the run it was loaded from, and its weights' digest
         self._inert: bool | None = None
+        self._rehearsed = False  # whether the figures are those of the evaluation before step 0
 
     @classmethod
     def from_pretrained(cls, reference: str | Path, target: nn.Module | None = None) -> "Decomposition":
@@ -158,7 +153,12 @@ class Decomposition(BlockModule):
         ]
         return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=0.0, fused=True)
 
+    def configure_callbacks(self) -> list[Callback]:
+        return [Collapse()]
+
     def on_train_start(self) -> None:
+        if self.global_step == 0 and self._rehearsed:
+            self._log_figures()
         if self.global_step == 0 and self.warm_up.steps:
             self._warm_up()
 
@@ -186,8 +186,8 @@ class Decomposition(BlockModule):
         run = Pass.of(self.model, rows, self._generator("masks", step), weights, sample=True)
         return self.losses(run, step / max(1, self.steps - 1))
 
-    def _generator(self, stream: str, step: int) -> torch.Generator:
-        generator = generator_for(self.seed, stream, step, self.global_rank)
+    def _generator(self, stream: str, step: int, rank: int | None = None) -> torch.Generator:
+        generator = generator_for(self.seed, stream, step, self.global_rank if rank is None else rank)
         if self.device.type == "cpu":
             return generator
         return torch.Generator(self.device).manual_seed(generator.initial_seed() % 2**63)
@@ -228,25 +228,33 @@ class Decomposition(BlockModule):
     # ---- evaluation ---------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._totals = Totals()
-        self._ladder: dict[int, Tensor] = {}
+        self._totals, self._ladder = Totals(), dict[str, float]()
 
     def validation_step(self, batch: Tensor, batch_index: int) -> None:
-        with torch.inference_mode(False), torch.no_grad():  # an adversary needs gradients
-            run = Pass.of(self.model, batch.clone(), self._generator("evaluation", batch_index))
-            count(self.model, run, self.evaluation, self._totals)
+        with torch.inference_mode(False), torch.no_grad(), self._full_precision():  # an adversary needs gradients
+            batch, first = batch.clone(), self._generator("evaluation", batch_index, rank=0)
+            run = Pass.of(self.model, batch, first)
+            count(self.model, run, self.evaluation, self._totals, Part(self.global_rank, self.trainer.world_size))
             if batch_index == 0:
-                few = Pass.of(self.model, run.batch[:LADDER_ROWS], run.generator)
-                self._ladder = adversarial_ladder(self.model, few, self.evaluation)
+                self._ladder = adversarial_ladder(self.model, batch, self.evaluation)
                 self._width = batch.shape[1] if batch.is_floating_point() else None
+
+    def _full_precision(self) -> AbstractContextManager[Any]:
+        """Figures are taken in float32 whatever the training's precision; a target in half precision keeps its own."""
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.target.parameters())
+        return nullcontext() if half else torch.autocast(self.device.type, enabled=False)
 
     def on_validation_epoch_end(self) -> None:
         with torch.no_grad():
             self.adopt(self._figures())
         self.log_dict({k: float(v) for k, v in self.figures.items()}, logger=False, sync_dist=True)
-        if not self.trainer.sanity_checking:
-            for logger in self.loggers:
-                logger.log_metrics(self.figures, self.global_step)
+        self._rehearsed = self.trainer.sanity_checking  # then loggers are not listening yet
+        if not self._rehearsed:
+            self._log_figures()
+
+    def _log_figures(self) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(self.figures, self.global_step)
 
     def adopt(self, figures: Mapping[str, Any]) -> None:
         """Takes the figures of an evaluation, perhaps one that another process ran, and judges them."""
@@ -255,11 +263,8 @@ class Decomposition(BlockModule):
         self.warning = verdict(self.figures, self.evaluation, round(self.figures["features"])) if known else None
 
     def _figures(self) -> dict[str, float]:
-        reduce = self.trainer.strategy.reduce
-        totals = Totals({k: reduce(v, reduce_op="sum") for k, v in self._totals.sums.items()})  # pyright: ignore[reportArgumentType]
-        settings = self.evaluation
-        found = figures_of(self.model, totals, settings)
-        found |= {f"pgd/{steps}": float(reduce(v)) for steps, v in self._ladder.items()}  # pyright: ignore[reportArgumentType]
+        totals, settings = self._totals.over_devices(), self.evaluation
+        found = figures_of(self.model, totals, settings) | self._ladder
         found["loss/faithfulness"] = float(Faithfulness()(self.model))
         self.arrays = {f"mean_importance/{k[11:]}": totals.mean(k) for k in totals.sums if k.startswith("importance/")}
         self.arrays |= {f"density/{k[6:]}": totals.mean(k) for k in totals.sums if k.startswith("fired/")}

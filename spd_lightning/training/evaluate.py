@@ -1,29 +1,23 @@
-"""Evaluation of a decomposition over validation batches: sums in, figures of section E out."""
+"""Evaluation of a decomposition over validation batches: sums in, figures of section E out.
 
+Rows of a batch (sequences; vectors) are independent, positions of one sequence are not: standard errors, `se/<figure>`,
+are taken over rows. All sums are additive, so that neither batches nor devices change a figure.
+"""
+
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
-from spd_lightning.decomposition.masks import draw_routes, masks_from_sources
-from spd_lightning.decomposition.metrics import (
-    MASKINGS,
-    column_match,
-    dense_error,
-    firings,
-    identity_error,
-    masked_outputs,
-    sizeable,
-)
+from spd_lightning.decomposition.metrics import MASKINGS, Part, firings, masked_outputs, sizeable
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import DIVERGENCES, Pass, routed
+from spd_lightning.decomposition.reconstruction import ROW_DIVERGENCES, Pass
+from spd_lightning.errors import BadInput, nearest
 
-PROBE = 0.75
 BINS = 50
 
 
@@ -37,7 +31,9 @@ class Evaluation:
         dense: sites where k components should serve all features together, with their k.
         groups: named sums of L0 over sites, each an fnmatch pattern of site names.
         ladder: numbers of ascents at which a fresh adversary is scored, on the first rows of the first batch.
-        divergence: how outputs are compared.
+        ladder_rows: how many rows that are, on all devices together; as many as make 512 positions where left out.
+        restarts: adversaries that start anew; each rung states the worst of them.
+        divergence: how outputs are compared: mse or kl.
     """
 
     threshold: float = 0.1
@@ -45,7 +41,19 @@ class Evaluation:
     dense: dict[str, int] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
     ladder: tuple[int, ...] = (20, 40, 80, 160)
+    ladder_rows: int | None = None
+    restarts: int = 1
     divergence: str = "mse"
+
+    def __post_init__(self):
+        if self.divergence not in ROW_DIVERGENCES:
+            raise BadInput(f"evaluation: divergence '{self.divergence}'; {nearest(self.divergence, ROW_DIVERGENCES)}")
+        for name, value in (("restarts", self.restarts), ("ladder_rows", self.ladder_rows)):
+            if value is not None and value < 1:
+                raise BadInput(f"evaluation: {name} {value}; it must be at least 1")
+
+
+# ---- sums -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -55,63 +63,98 @@ class Totals:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, value: Tensor) -> None:
+        """Adds to a sum, in float64."""
         self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
+    def add_rows(self, name: str, values: Float[Tensor, " batch"]) -> None:
+        """Adds one value a row: their sum, and that of their squares, for the standard error."""
+        self.add(name, values.double().sum())
+        self.add(f"squares/{name}", values.double().square().sum())
+
     def mean(self, name: str) -> Tensor:
+        """The mean over positions."""
         return self.sums[name] / self.sums["positions"]
 
+    def row_mean(self, name: str) -> float:
+        """The mean over rows."""
+        return float(self.sums[name] / self.sums["rows"])
 
-def count(model: ComponentModel, run: Pass, settings: Evaluation, totals: Totals) -> None:
-    """Adds one validation batch to the totals."""
+    def standard_error(self, name: str) -> float | None:
+        """Of the mean over rows: their standard deviation over the root of their number; None for a single row."""
+        rows, mean = float(self.sums["rows"]), self.row_mean(name)
+        if rows < 2:
+            return None
+        variance = (float(self.sums[f"squares/{name}"]) - rows * mean**2) / (rows - 1)
+        return math.sqrt(max(variance, 0.0) / rows)
+
+    def stated(self, name: str, figure: str) -> dict[str, float]:
+        """A mean over rows as the figure of that name, with its standard error."""
+        error = self.standard_error(name)
+        return {figure: self.row_mean(name)} | ({} if error is None else {f"se/{figure}": error})
+
+    def over_devices(self) -> "Totals":
+        """The sums of all devices together, in one exchange."""
+        if not (self.sums and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        flat = torch.cat([value.flatten() for value in self.sums.values()])
+        torch.distributed.all_reduce(flat)
+        pieces = flat.split([value.numel() for value in self.sums.values()])
+        return Totals({n: piece.view_as(v) for (n, v), piece in zip(self.sums.items(), pieces, strict=True)})
+
+
+def count(model: ComponentModel, run: Pass, settings: Evaluation, totals: Totals, part: Part = Part()) -> None:  # noqa: B008
+    """Adds one validation batch, or a device's part of it, to the totals."""
     importances = run.importances.lower
-    positions = next(iter(importances.values()))[..., 0].numel()
-    totals.add("positions", torch.tensor(positions, device=run.batch.device))
+    _count_importances(importances, settings, totals)
+    compare, target = ROW_DIVERGENCES[settings.divergence], _task(model, run.batch, run.clean.output)
+    totals.add_rows("task/target", target)
+    for masking, output in masked_outputs(
+        model, run.batch, run.clean, importances, run.generator, settings.threshold, part
+    ):
+        totals.add_rows(f"divergence/{masking}", compare(output, run.clean.output))
+        totals.add_rows(f"task_difference/{masking}", _task(model, run.batch, output) - target)
+    for site, (error, size) in hidden_squares(model, run).items():
+        totals.add(f"hidden_error/{site}", error)
+        totals.add(f"hidden_size/{site}", size)
+
+
+def _count_importances(importances: Mapping[str, Tensor], settings: Evaluation, totals: Totals) -> None:
+    first = next(iter(importances.values()))
+    totals.add("rows", first.new_tensor(len(first)))
+    totals.add("positions", first.new_tensor(first[..., 0].numel()))
+    per_row = {}
     for site, g in importances.items():
-        flat = g.flatten(0, -2)
-        totals.add(f"fired/{site}", firings(flat, settings.threshold).sum(0))
-        totals.add(f"importance/{site}", flat.sum(0))
-        totals.add(f"histogram/{site}", torch.histc(flat.float(), BINS, 0, 1))
-    compare = DIVERGENCES[settings.divergence]
-    outputs = masked_outputs(model, run.batch, run.clean, importances, run.generator, settings.threshold)
-    for source, output in outputs.items():
-        totals.add(f"output/{source}", compare(output, run.clean.output) * positions)
-        totals.add(f"task/{source}", _task(model, run.batch, output) * positions)
-    totals.add("task/target", _task(model, run.batch, run.clean.output) * positions)
-    for site, error in hidden_errors(model, run).items():
-        totals.add(f"hidden/{site}", error * positions)
+        fired = firings(g, settings.threshold)
+        totals.add(f"fired/{site}", fired.flatten(0, -2).sum(0))
+        totals.add(f"importance/{site}", g.flatten(0, -2).sum(0))
+        totals.add(f"histogram/{site}", torch.histc(g.flatten().float(), BINS, 0, 1))
+        per_row[site] = fired.sum(-1).double().flatten(1).mean(1) if g.ndim > 2 else fired.sum(-1).double()
+        totals.add_rows(f"l0/{site}", per_row[site])
+    for group, pattern in settings.groups.items():
+        held = [value for site, value in per_row.items() if fnmatchcase(site, pattern)]
+        totals.add_rows(f"l0/{group}", torch.stack(held).sum(0) if held else 0 * next(iter(per_row.values())))
 
 
-def _task(model: ComponentModel, batch: Tensor, output: Tensor) -> Tensor:
-    """The target's own loss of an output: the cross-entropy of a language model, a toy's squared error."""
-    return model.target.score(output, batch)  # pyright: ignore[reportCallIssue]
+def _task(model: ComponentModel, batch: Tensor, output: Tensor) -> Float[Tensor, " batch"]:
+    """The target's own loss of each row's output: the cross-entropy of a language model, a toy's squared error."""
+
+    def score(row: Tensor, own: Tensor) -> Tensor:
+        return model.target.score(row[None], own[None])  # pyright: ignore[reportCallIssue]
+
+    if batch.is_floating_point():
+        return torch.vmap(score)(output, batch)
+    return torch.stack([score(row, own) for row, own in zip(output, batch, strict=True)])  # few rows, large ones
 
 
-def hidden_errors(model: ComponentModel, run: Pass) -> dict[str, Tensor]:
-    """Relative squared error of every site's input inside the CI-masked model."""
+def hidden_squares(model: ComponentModel, run: Pass) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per site: the squared error of its input inside the CI-masked model, and the square it is relative to."""
     seen: dict[str, Tensor] = {}
     model.masked(run.batch, run.masks("ci", 0, 0.0), seen=seen)
-    errors = {}
-    for site, x in run.clean.inputs.items():
-        if x.is_floating_point():
-            errors[site] = (seen[site] - x).square().sum() / x.square().sum().clamp(min=1e-30)
-    return errors
+    inputs = {site: x for site, x in run.clean.inputs.items() if x.is_floating_point()}
+    return {site: ((seen[site] - x).double().square().sum(), x.double().square().sum()) for site, x in inputs.items()}
 
 
-def adversarial_ladder(model: ComponentModel, run: Pass, settings: Evaluation) -> dict[int, Tensor]:
-    """How badly a fresh adversary with this many steps can hurt the output (one vector of sources for the batch)."""
-    compare, scores = DIVERGENCES[settings.divergence], {}
-    fixed = {name: g.detach() for name, g in run.importances.lower.items()}
-    (route,) = draw_routes("all", fixed, None)
-
-    def loss(sources) -> Tensor:
-        masks = routed(masks_from_sources(fixed, sources, model.delta), route)
-        return compare(model.masked(run.batch, masks, run.clean, detach=True), run.clean.output)
-
-    generator, sources, done = torch.Generator(run.batch.device).manual_seed(0), None, 0
-    for steps in sorted(settings.ladder):  # every rung goes on from the one below
-        sources = pgd_sources(Adversary(steps=steps - done), fixed, loss, generator, sources)
-        scores[steps], done = loss(sources).detach(), steps
-    return scores
+# ---- figures --------------------------------------------------------------------------------------------------------
 
 
 def figures_of(model: ComponentModel, totals: Totals, settings: Evaluation) -> dict[str, float | int]:
@@ -120,54 +163,29 @@ def figures_of(model: ComponentModel, totals: Totals, settings: Evaluation) -> d
     A component is alive if some input needs it and it is more than a remnant.
     """
     found: dict[str, float | int] = {}
-    sites, divergence = list(model.sites), settings.divergence
-    for site in sites:
+    for site in model.sites:
         large = sizeable(model[site].V, model[site].U)
-        found[f"l0/{site}"] = float(totals.mean(f"fired/{site}").sum())
+        found |= totals.stated(f"l0/{site}", f"l0/{site}")
         found[f"alive/{site}"] = int(((totals.sums[f"fired/{site}"] > 0) & large).sum())
         found[f"nonzero/{site}"] = int(large.sum())
-        if f"hidden/{site}" in totals.sums:
-            found[f"hidden/{site}"] = float(totals.mean(f"hidden/{site}"))
-    for group, pattern in settings.groups.items():
-        found[f"l0/{group}"] = sum(found[f"l0/{site}"] for site in sites if fnmatchcase(site, pattern))
-    nothing = float(totals.mean("output/zeros"))
-    for source in MASKINGS:
-        value = float(totals.mean(f"output/{source}"))
-        found[f"{divergence}/{source}"] = value
-        found[f"recovered/{source}"] = 1 - value / nothing if nothing > 0 else 0.0
-        found[f"task_difference/{source}"] = float(totals.mean(f"task/{source}") - totals.mean("task/target"))
-    found["task/target"] = float(totals.mean("task/target"))
-    return found
+        if f"hidden_size/{site}" in totals.sums:
+            size = totals.sums[f"hidden_size/{site}"].clamp(min=1e-30)
+            found[f"hidden/{site}"] = float(totals.sums[f"hidden_error/{site}"] / size)
+    for group in settings.groups:
+        found |= totals.stated(f"l0/{group}", f"l0/{group}")
+    for masking in MASKINGS:
+        found |= totals.stated(f"divergence/{masking}", f"{settings.divergence}/{masking}")
+        found[f"recovered/{masking}"] = _recovered(totals, "divergence", masking)
+        found |= totals.stated(f"task_difference/{masking}", f"task_difference/{masking}")
+        if settings.divergence == "kl":  # outputs are logits, so that the task's loss is a cross-entropy
+            found[f"ce_recovered/{masking}"] = _recovered(totals, "task_difference", masking)
+    return found | totals.stated("task/target", "task/target")
 
 
-class LoneFeatures(NamedTuple):
-    """What each site sees, and finds important, when every feature is fed alone at 0.75."""
-
-    inputs: dict[str, Float[Tensor, "features d_in"]]
-    importances: dict[str, Float[Tensor, "features C"]]
-
-
-def lone_features(model: ComponentModel, n_features: int) -> LoneFeatures:
-    """Feeds each feature alone: what the truth of toy models is judged by."""
-    parameter = next(model.parameters())
-    clean = model.clean(PROBE * torch.eye(n_features, dtype=parameter.dtype, device=parameter.device))
-    return LoneFeatures(clean.inputs, model.importances(clean).lower)
-
-
-def truth(model: ComponentModel, alone: LoneFeatures, settings: Evaluation) -> dict[str, float | int]:
-    """How near a model on vectors comes to its known mechanism: MMCS, ML2R, identity and dense error.
-
-    A site's columns are taken along the features as they reach it: for the first map of a TMS, the columns of W.
-    """
-    found: dict[str, float | int] = {}
-    for name in settings.identity:
-        X = alone.inputs[name] / PROBE
-        cosine, ratio = column_match(model.sites[name].weight @ X.T, X @ model[name].V, model[name].U)
-        found[f"mmcs/{name}"], found[f"ml2r/{name}"] = float(cosine), float(ratio)
-        found[f"identity_error/{name}"] = identity_error(alone.importances[name])
-    for name, k in settings.dense.items():
-        found[f"dense_error/{name}"] = dense_error(alone.importances[name], k)
-    return found
+def _recovered(totals: Totals, measure: str, masking: str) -> float:
+    """The share of what masking everything costs that is not lost; 0 where that costs nothing."""
+    nothing = totals.row_mean(f"{measure}/zeros")
+    return 1 - totals.row_mean(f"{measure}/{masking}") / nothing if nothing > 0 else 0.0
 
 
 def counts(figure: str) -> bool:
@@ -175,18 +193,21 @@ def counts(figure: str) -> bool:
     return figure.split("/")[0] in ("alive", "nonzero", "identity_error", "dense_error", "features")
 
 
-def verdict(found: Mapping[str, float | int], settings: Evaluation, n_features: int) -> str | None:
-    """Why a decomposition with known truth has ended in a local minimum, or None where it has not."""
-    wrong = [
-        f"{name}: {found[f'alive/{name}']:.0f} components for {n_features} features, identity error "
-        f"{found[f'identity_error/{name}']:.0f}"
-        for name in settings.identity
-        if found[f"identity_error/{name}"] or found[f"alive/{name}"] != n_features
-    ]
-    wrong += [
-        f"{name}: {found[f'alive/{name}']:.0f} components instead of {k}, dense error "
-        f"{found[f'dense_error/{name}']:.0f}"
-        for name, k in settings.dense.items()
-        if found[f"dense_error/{name}"] or found[f"alive/{name}"] != k
-    ]
-    return "; ".join(wrong) or None
+def with_errors(figures: Mapping[str, float | int]) -> dict[str, str]:
+    """Figures as people read them, those with a standard error as `0.123 ± 0.004`."""
+    return {
+        name: uncertain(value, figures.get(f"se/{name}"))
+        for name, value in figures.items()
+        if not name.startswith("se/")
+    }
+
+
+def uncertain(value: float | int, error: float | None) -> str:
+    """A value to the last digit that its standard error leaves certain; to four where it has none."""
+    if error is None or not error > 0 or not math.isfinite(error):
+        return str(value) if isinstance(value, int) else f"{value:.4g}"
+    digits = -math.floor(math.log10(error))
+    digits += f"{error:e}".startswith("1")  # 0.0014 rather than 0.001
+    if digits > 6 or digits < -3:
+        return f"{value:.4g} ± {error:.1g}"
+    return f"{round(value, digits):.{max(0, digits)}f} ± {round(error, digits):.{max(0, digits)}f}"

@@ -1,6 +1,10 @@
-"""Plots of a decomposition, drawn when its final evaluation ends."""
+"""Plots of a decomposition, drawn when its final evaluation ends.
 
-from collections.abc import Iterator
+A figure has a panel for each site, in a grid of several rows where there are many, so that it stays about a page wide.
+"""
+
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,18 @@ from spd_lightning.decomposition.metrics import identity_order
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.training.decompose import Decomposition
 
+MOST_MATRICES = 24
+"""Sites whose V and U are drawn; the picture of more would be all frames."""
+MOST_ENTRIES = 1 << 24
+"""Entries up to which a site's V and U are drawn; one with a row for every token says little, and takes long."""
+MOST_CELLS = 400
+"""Rows and columns of a drawn matrix; of a larger one, each cell shows the largest entry of a block."""
+
 
 class Figures(Callback):
     """Draws the figures of section E into `<folder>/figures/` after `trainer.validate`.
+
+    Before training begins all are drawn once and thrown away, so that what cannot be drawn fails at once.
 
     Args:
         folder: the run's folder.
@@ -25,8 +38,12 @@ class Figures(Callback):
         self.folder = Path(folder) / "figures"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        final = trainer.state.fn == "validate" and trainer.is_global_zero
-        if final and isinstance(pl_module, Decomposition):
+        if not (trainer.is_global_zero and isinstance(pl_module, Decomposition)):
+            return
+        if trainer.sanity_checking:
+            for _, figure in draw(pl_module):
+                _rehearse(figure)
+        elif trainer.state.fn == "validate":
             for name, figure in draw(pl_module):
                 self._save(name, figure)
 
@@ -35,6 +52,16 @@ class Figures(Callback):
         with runs.write_whole(self.folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
         figure.clear()
+
+
+def _rehearse(figure: Any) -> None:
+    """Draws what a figure shows and none of its lettering, which takes most of the time."""
+    for axis in figure.axes:
+        axis.set_axis_off()
+        axis.set_title("")
+    figure.set_layout_engine("none")
+    figure.savefig(BytesIO(), format="png", dpi=10)
+    figure.clear()
 
 
 def draw(module: Decomposition) -> Iterator[tuple[str, Any]]:
@@ -48,7 +75,8 @@ def draw(module: Decomposition) -> Iterator[tuple[str, Any]]:
         yield "importance", _heat_maps(sites, {s: arrays[f"alone/{s}"] for s in sites})
         permuted = {s: arrays[f"alone/{s}"][:, identity_order(module.arrays[f"alone/{s}"]).numpy()] for s in sites}
         yield "importance_permuted", _heat_maps(sites, permuted)
-    yield "components", _matrices(model)
+    if (matrices := _matrices(model)) is not None:
+        yield "components", matrices
     if any(model.sites[s].d_out == 2 for s in sites):
         yield "vectors", _vectors(model, next(s for s in sites if model.sites[s].d_out == 2))
     for site in sites:
@@ -59,63 +87,99 @@ def draw(module: Decomposition) -> Iterator[tuple[str, Any]]:
 def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _panels(sites: Sequence[str], width: float, height: float, stacked: int = 1) -> tuple[Any, list[list[Any]]]:
+    """A figure with `stacked` axes above each other for each site, in a grid no wider than a page."""
+    columns = min(len(sites), 4 if len(sites) <= 16 else 6)
+    scale = min(1.0, 16 / (columns * width))
+    figure, axes = _axes(stacked * -(-len(sites) // columns), columns, scale * width, scale * height)
+    held = [[axes[stacked * (k // columns) + s, k % columns] for s in range(stacked)] for k in range(len(sites))]
+    for (top, *_), site in zip(held, sites, strict=True):
+        top.set_title(site, fontsize=9)
+    for axis in {*axes.flat} - {axis for panel in held for axis in panel}:
+        axis.set_axis_off()
     for axis in axes.flat:
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    return figure, axes
+        axis.tick_params(labelsize=7)
+    return figure, held
+
+
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def _lines(sites: list[str], arrays: dict[str, np.ndarray], kind: str, label: str) -> Any:
     """Sorted values of every component, on a linear and a logarithmic axis."""
-    figure, axes = _axes(2, len(sites), 3.6, 2.4)
-    for column, site in enumerate(sites):
+    figure, panels = _panels(sites, 3.6, 2.2, stacked=2)
+    for panel, site in zip(panels, sites, strict=True):
         values = np.sort(arrays[f"{kind}/{site}"])[::-1]
-        for row, scale in enumerate(("linear", "log")):
-            axis = axes[row, column]
-            axis.plot(np.maximum(values, 1e-9) if scale == "log" else values, ".-", markersize=4, linewidth=0.8)
+        for axis, scale in zip(panel, ("linear", "log"), strict=True):
+            axis.plot(np.maximum(values, 1e-9) if scale == "log" else values, ".-", markersize=3, linewidth=0.8)
             axis.set_yscale(scale)
-            axis.set(title=site if row == 0 else None, xlabel="component, sorted", ylabel=label)
+            _whole_numbers(axis)
+    figure.supxlabel("component, sorted", fontsize=9)
+    figure.supylabel(label, fontsize=9)
     return figure
 
 
 def _histograms(sites: list[str], arrays: dict[str, np.ndarray]) -> Any:
-    figure, axes = _axes(1, len(sites), 3.6, 2.6)
-    for axis, site in zip(axes[0], sites, strict=True):
+    figure, panels = _panels(sites, 3.6, 2.4)
+    for (axis,), site in zip(panels, sites, strict=True):
         counts = arrays[f"histogram/{site}"]
         axis.stairs(counts, np.linspace(0, 1, len(counts) + 1), fill=True)
         axis.set_yscale("log")
-        axis.set(title=site, xlabel="importance", ylabel="positions × components")
+    figure.supxlabel("importance", fontsize=9)
+    figure.supylabel("positions × components", fontsize=9)
     return figure
 
 
 def _heat_maps(sites: list[str], maps: dict[str, np.ndarray]) -> Any:
-    figure, axes = _axes(1, len(sites), 4.2, 3.4)
+    figure, panels = _panels(sites, 4.2, 3.4)
     image = None
-    for axis, site in zip(axes[0], sites, strict=True):
+    for (axis,), site in zip(panels, sites, strict=True):
         image = axis.imshow(maps[site], vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
-        axis.set(title=site, xlabel="component", ylabel="input feature alone at 0.75")
-    figure.colorbar(image, ax=axes[0].tolist(), label="importance")
+        _whole_numbers(axis)
+    figure.supxlabel("component", fontsize=9)
+    figure.supylabel("input feature alone at 0.75", fontsize=9)
+    figure.colorbar(image, ax=[axis for (axis,) in panels], label="importance")
     return figure
 
 
-def _matrices(model: ComponentModel) -> Any:
-    """V and U of every site."""
-    figure, axes = _axes(2, len(model.sites), 4.2, 3.0)
-    for column, site in enumerate(model.sites):
-        V, U = (_numpy(m) for m in (model[site].V, model[site].U))
-        for axis, matrix, title, labels in (
-            (axes[0, column], V, f"{site}: V", ("component", "input")),
-            (axes[1, column], U, f"{site}: U", ("output", "component")),
-        ):
-            limit = np.abs(matrix).max()
-            image = axis.imshow(matrix, vmin=-limit, vmax=limit, cmap="RdBu", aspect="auto", interpolation="nearest")
-            axis.set(title=title, xlabel=labels[0], ylabel=labels[1])
-            figure.colorbar(image, ax=axis)
+def _matrices(model: ComponentModel) -> Any | None:
+    """V above U of the first sites whose matrices are of a size that can be drawn; None where there is no such site."""
+    sizes = {site: max(model[site].V.numel(), model[site].U.numel()) for site in model.sites}
+    sites = [site for site, size in sizes.items() if size <= MOST_ENTRIES][:MOST_MATRICES]
+    if not sites:
+        return None
+    figure, panels = _panels(sites, 4.2, 2.8, stacked=2)
+    for panel, site in zip(panels, sites, strict=True):
+        for axis, name, rows in zip(panel, "VU", ("input", "output"), strict=True):
+            matrix = _numpy(model[site].V if name == "V" else model[site].U.T)
+            cells, limit = _largest(matrix), np.abs(matrix).max()
+            extent = (-0.5, matrix.shape[1] - 0.5, matrix.shape[0] - 0.5, -0.5)
+            image = axis.imshow(
+                cells, vmin=-limit, vmax=limit, cmap="RdBu", aspect="auto", interpolation="nearest", extent=extent
+            )
+            axis.set_ylabel(f"{name}: {rows}", fontsize=8)
+            _whole_numbers(axis)
+            figure.colorbar(image, ax=axis).ax.tick_params(labelsize=7)
+    figure.supxlabel("component", fontsize=9)
     return figure
+
+
+def _largest(matrix: np.ndarray) -> np.ndarray:
+    """The matrix in at most 400 × 400 cells; each shows the entry of largest size among those it stands for."""
+    for axis in (0, 1):
+        starts = np.linspace(0, matrix.shape[axis], min(matrix.shape[axis], MOST_CELLS), endpoint=False).astype(int)
+        high, low = np.maximum.reduceat(matrix, starts, axis), np.minimum.reduceat(matrix, starts, axis)
+        matrix = np.where(high >= -low, high, low)
+    return matrix
 
 
 def _vectors(model: ComponentModel, site: str) -> Any:

@@ -1,0 +1,49 @@
+"""The figures of a batch on one device, and of its two halves on two: what a process of its own needs."""
+
+import json
+
+import torch
+
+from spd_lightning.decomposition.importance import Importance
+from spd_lightning.decomposition.metrics import Part
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.reconstruction import Pass
+from spd_lightning.targets.toy import TMS, InductionHead
+from spd_lightning.training.evaluate import Evaluation, Totals, count, figures_of
+from spd_lightning.training.ladder import adversarial_ladder
+
+
+def subjects():
+    """A model on tokens and one on vectors, each with a whole batch and how it is to be evaluated."""
+    torch.manual_seed(0)
+    ladder = {"threshold": 0.2, "ladder": (2, 6), "restarts": 2, "groups": {"all": "*"}}
+    tokens = torch.randint(1, 7, (8, 6))
+    tokens[:, -1] = tokens[:, 1]
+    importance = Importance("transformer", d_model=12, layers=1, heads=2)
+    decoder = ComponentModel(InductionHead(7, 6, 6), {"h.*.attn.*_proj": 4, "embed": 3}, importance=importance)
+    yield "tokens", decoder.double(), tokens, Evaluation(**ladder, ladder_rows=5, divergence="kl")
+    yield "vectors", ComponentModel(TMS(5, 3), {"*": 4}).double(), torch.rand(8, 5).double(), Evaluation(**ladder)
+
+
+def figures(part=Part()):  # noqa: B008
+    """All figures of section E of the batch, of which this device has a part, by subject."""
+    found = {}
+    for name, model, batch, settings in subjects():
+        for parameter in model.importance_function.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        with torch.no_grad():
+            totals, mine = Totals(), part.of(batch)
+            count(model, Pass.of(model, mine, torch.Generator().manual_seed(0)), settings, totals, part)
+            ladder = adversarial_ladder(model, mine, settings)
+            found[name] = figures_of(model, totals.over_devices(), settings) | ladder
+            found[name] |= {"rows of this device": len(mine)}
+    return found
+
+
+def half_of_two(rank, folder):
+    """A process that holds half of the batch and adds up its sums with the other's."""
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(figures(Part(rank, 2)), file)
+    torch.distributed.destroy_process_group()
