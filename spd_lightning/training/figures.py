@@ -108,10 +108,11 @@ def _panels(sites: Sequence[str], width: float, height: float, stacked: int = 1)
     return figure, held
 
 
-def _whole_numbers(axis: Any) -> None:
+def _whole_numbers(*axes: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def _lines(sites: list[str], arrays: dict[str, np.ndarray], kind: str, label: str) -> Any:
@@ -122,7 +123,7 @@ def _lines(sites: list[str], arrays: dict[str, np.ndarray], kind: str, label: st
         for axis, scale in zip(panel, ("linear", "log"), strict=True):
             axis.plot(np.maximum(values, 1e-9) if scale == "log" else values, ".-", markersize=3, linewidth=0.8)
             axis.set_yscale(scale)
-            _whole_numbers(axis)
+            _whole_numbers(axis.xaxis)
     figure.supxlabel("component, sorted", fontsize=9)
     figure.supylabel(label, fontsize=9)
     return figure
@@ -144,7 +145,7 @@ def _heat_maps(sites: list[str], maps: dict[str, np.ndarray]) -> Any:
     image = None
     for (axis,), site in zip(panels, sites, strict=True):
         image = axis.imshow(maps[site], vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
-        _whole_numbers(axis)
+        _whole_numbers(axis.xaxis, axis.yaxis)
     figure.supxlabel("component", fontsize=9)
     figure.supylabel("input feature alone at 0.75", fontsize=9)
     figure.colorbar(image, ax=[axis for (axis,) in panels], label="importance")
@@ -167,7 +168,7 @@ def _matrices(model: ComponentModel) -> Any | None:
                 cells, vmin=-limit, vmax=limit, cmap="RdBu", aspect="auto", interpolation="nearest", extent=extent
             )
             axis.set_ylabel(f"{name}: {rows}", fontsize=8)
-            _whole_numbers(axis)
+            _whole_numbers(axis.xaxis, axis.yaxis)
             figure.colorbar(image, ax=axis).ax.tick_params(labelsize=7)
     figure.supxlabel("component", fontsize=9)
     return figure
