@@ -8,6 +8,7 @@ Stochastic Parameter Decomposition on PyTorch Lightning: take a neural network a
 usage: python -m spd_lightning VERB [options]
 
   fit       --config tms.yaml     train the target if need be, decompose it, leave a run
+  plan      --config tms.yaml     what that will take: parameters, memory, FLOPs, hours [--device a100|h100|this|…]
   predict   --config tms.yaml     attribution graphs of the newest run of that name, as Parquet tables
   validate  --config tms.yaml     evaluate that run again
   view      [PATH] [--port N]     look at runs in the browser (the same as: gradio app.py)
@@ -16,7 +17,7 @@ usage: python -m spd_lightning VERB [options]
   push      RUN                   send a finished run to its trackers once more
   pull      REFERENCE             fetch a run: mlflow:<run> or wandb:<entity>/<project>/<artifact>:<version>
 
-options of fit, predict and validate
+options of fit, plan, predict and validate
   --config NAME    a config: a path, or a name in configs/; several are merged, later ones win
   --run NAME       the run's name; its config's where left out
   --KEY VALUE      any setting: --trainer.max_steps 500, --model.losses.minimality.coeff 1e-3, --seed_everything 7

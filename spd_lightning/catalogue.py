@@ -19,7 +19,7 @@ def listing() -> str:
     """All shipped configs, a line each, in groups."""
     held: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name, config, first in shipped():
-        held[group_of(config)].append(f"  {name:<28} {first}")
+        held[group_of(config)].append(f"  {name:<36} {first}")
     return "\n\n".join("\n".join([group, *lines]) for group, lines in held.items() if lines)
 
 
@@ -48,7 +48,7 @@ def needs_network(config: Mapping[str, Any]) -> bool:
     target, data = _part(_part(config, "model"), "init_args").get("target"), _part(_part(config, "data"), "init_args")
     named = [target] if str(target).startswith(("hf:", "decoder:")) else []
     named += [data[key] for key in ("corpus", "tokenizer") if data.get(key) and (key, data[key]) not in _LOCAL]
-    return any(not Path(str(name).partition(":")[2] or str(name)).exists() for name in named)
+    return any(not Path(str(name).partition(":")[2] or str(name)).expanduser().exists() for name in named)
 
 
 _LOCAL = {("corpus", "stories"), ("corpus", "stdlib")}

@@ -1,6 +1,6 @@
 """The command line: finds the verb, and turns what went wrong into one line with exit code 2 (`--debug` shows where).
 
-Verbs that need no Trainer are functions here; those that do are in `work`, imported when they are called.
+Verbs that need no Trainer are functions here; those that do are in `work` and `plan`, imported when they are called.
 What a verb does not need it does not import.
 """
 
@@ -140,6 +140,7 @@ def pull(words: Sequence[str]) -> None:
 
 VERBS = {
     "fit": _with_trainer("spd_lightning.work", "fit"),
+    "plan": _with_trainer("spd_lightning.plan", "plan"),
     "validate": _with_trainer("spd_lightning.work", "validate"),
     "predict": _with_trainer("spd_lightning.work", "predict"),
     "push": _with_trainer("spd_lightning.work", "push"),

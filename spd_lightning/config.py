@@ -48,10 +48,9 @@ def find(name: str) -> Path:
         if path.is_file():
             return path
     known = {str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.rglob("*.yaml")}
-    stem = name.removesuffix(".yaml")
-    raise BadInput(
-        f"config '{name}': no such file here, in configs/, or among the shipped ones; {nearest(stem, known)}"
-    )
+    hint = nearest(name.removesuffix(".yaml"), known)
+    hint = hint if hint.startswith("did") else "'python -m spd_lightning list' shows those"
+    raise BadInput(f"config '{name}': no such file here, in configs/, or among the shipped ones; {hint}")
 
 
 def load(name: str) -> dict[str, Any]:

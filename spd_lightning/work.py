@@ -83,8 +83,10 @@ def _trains_target(config: dict[str, Any]) -> bool:
 def _decompose(request: Request, config: dict[str, Any]) -> None:
     from spd_lightning.training.checkpoint import Checkpoints
     from spd_lightning.training.figures import Figures
-    from spd_lightning.training.session import Plan, Session
+    from spd_lightning.training.session import Plan, Session, Settings
+    from spd_lightning.training.sizing import refuse_what_does_not_fit
 
+    refuse_what_does_not_fit(Settings(config, request.overrides))
     started, claims = time.perf_counter(), []
 
     def plan(settings: dict[str, Any]) -> Plan:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from tiny_run import lay_out
 
-from spd_lightning import cli, config, results, runs
+from spd_lightning import catalogue, cli, config, results, runs
 from spd_lightning.errors import BadInput
 from spd_lightning.store import SCHEMA_VERSION, Store
 from spd_lightning.training import checkpoint
@@ -311,6 +311,49 @@ def test_print_config(here, capsys):
     assert contents(here / "runs") == before
 
 
+def described(group: str) -> list[str]:
+    """The shipped configs of a group that `list` shows."""
+    return [name for name, settings, _ in catalogue.shipped() if catalogue.group_of(settings).startswith(group)]
+
+
+@pytest.mark.parametrize("name", [name for group in ("toys", "language", "targets") for name in described(group)])
+def test_every_shipped_config_can_be_fitted(name, tmp_path, monkeypatch):
+    """Its settings are known and of the right types, and its patterns name maps of its target; nothing is trained."""
+    from spd_lightning.training.rehearsal import fakes
+    from spd_lightning.training.session import Settings, quiet
+    from spd_lightning.training.sizing import outline
+
+    monkeypatch.setenv("SPD_RUNS", str(tmp_path / "runs"))
+    given = config.load(name)
+    with quiet():
+        settings = Settings(given)
+        data, target = settings.built("data"), given["model"]["init_args"]["target"]
+        assert settings.config["trainer"]["max_steps"] > 0
+        if name in described("targets"):
+            with fakes():
+                network = settings.built("model").target
+        elif target.partition(":")[0] in ("hf", "decoder"):
+            assert catalogue.needs_network(given)
+            return
+        else:
+            with fakes():
+                network = settings.built("model", target=outline(target)()).network
+    if hasattr(network, "context"):
+        assert data.seq_len <= network.context
+        assert data.tokenizer_name or data.vocab == network.vocab
+    assert not (tmp_path / "runs").exists()
+
+
+def test_configs_that_say_so_need_no_network():
+    """Those listed as offline, and every target that they name."""
+    for name in described("language models, offline"):
+        given = config.load(name)
+        assert not catalogue.needs_network(given)
+        assert not catalogue.needs_network(config.load(given["model"]["init_args"]["target"]))
+    for name in described("language models, from"):
+        assert "network" in (config.SHIPPED / name).read_text()
+
+
 def test_the_config_of_a_run_says_it_again(here):
     """runs/<run>/config.yaml names the same settings: a fit of it would be the same run."""
     made = config.load(str(here / "runs/tiny/config.yaml"))
@@ -355,7 +398,7 @@ def test_list(capsys):
     places = {
         "toys": ["tms.yaml", "ih.yaml"],
         "targets": ["targets/tms_5-2.yaml"],
-        "shared": ["toy.yaml", "wandb.yaml"],
+        "shared": ["toy.yaml", "wandb.yaml", "lm.yaml"],
     }
     for group, names in places.items():
         (block,) = [block for title, block in groups.items() if title.startswith(group)]

@@ -33,12 +33,8 @@ def decoder_from(reference: str) -> Decoder:
         BadInput: there is no such checkpoint, or it needs what the decoder does not have.
     """
     model = checkpoint(reference, "float32")
-    kind = model.config.model_type
-    if kind not in _FAMILIES:
-        raise _unsupported(reference, "model_type", kind)
-    settings, renamed = _FAMILIES[kind]
-    decoder = Decoder(**settings(reference, model.config))
-    given = dict(renamed(model.state_dict(), model.config))
+    decoder = decoder_like(reference, model.config)
+    given = dict(_FAMILIES[model.config.model_type][1](model.state_dict(), model.config))
     own = decoder.state_dict()
     if surplus := sorted(set(given) - set(own)):
         raise BadInput(f"decoder:{reference}: no place for its '{surplus[0]}'; take it as it is: hf:{reference}")
@@ -50,6 +46,17 @@ def decoder_from(reference: str) -> Decoder:
         else:
             raise BadInput(f"decoder:{reference}: its checkpoint has no '{name}'; take it as it is: hf:{reference}")
     return decoder
+
+
+def decoder_like(reference: str, config: Any) -> Decoder:
+    """An untrained `Decoder` of the shape that a checkpoint's configuration describes.
+
+    Raises:
+        BadInput: it needs what the decoder does not have.
+    """
+    if config.model_type not in _FAMILIES:
+        raise _unsupported(reference, "model_type", config.model_type)
+    return Decoder(**_FAMILIES[config.model_type][0](reference, config))
 
 
 def _unsupported(reference: str, name: str, value: Any) -> BadInput:

@@ -9,7 +9,7 @@ import json
 import logging
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -94,22 +94,40 @@ def checkpoint(reference: str, dtype: Precision) -> Any:
     Raises:
         BadInput: there is none, its weights do not belong to its configuration, or the hub is out of reach.
     """
-    folder, auto = Path(reference).expanduser(), library(f"'{reference}'")
-    local = folder.is_dir()
-    if not local and (folder.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1):
-        raise BadInput(f"model '{reference}': no such folder; give the folder of a checkpoint, or a name on the hub")
     options = {"dtype": getattr(torch, dtype), "output_loading_info": True}
-    try:
-        with quietly():
-            place = str(folder) if local else reference if hub_answers() else _kept(reference)
-            model, found = auto.AutoModelForCausalLM.from_pretrained(place, **options)
-    except Exception as error:  # of transformers, the hub's client, safetensors and what they are built on
-        raise BadInput(_unavailable(reference, local, error)) from error
+    auto = library(f"'{reference}'").AutoModelForCausalLM
+    model, found = _taken(reference, lambda place: auto.from_pretrained(place, **options))
     if lacking := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
         raise BadInput(
             f"model '{reference}': its checkpoint has no fitting '{lacking[0]}'; take a causal language model"
         )
     return model
+
+
+def configuration(reference: str) -> Any:
+    """The configuration of a causal language model of transformers, without its weights.
+
+    Raises:
+        BadInput: there is none, or the hub is out of reach.
+    """
+    return _taken(reference, library(f"'{reference}'").AutoConfig.from_pretrained)
+
+
+def _taken(reference: str, take: Callable[[str], Any]) -> Any:
+    """What `take` makes of a checkpoint's folder, or of its name on the hub.
+
+    Raises:
+        BadInput: it can make nothing of it.
+    """
+    folder = Path(reference).expanduser()
+    local = folder.is_dir()
+    if not local and (folder.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1):
+        raise BadInput(f"model '{reference}': no such folder; give the folder of a checkpoint, or a name on the hub")
+    try:
+        with quietly():
+            return take(str(folder) if local else reference if hub_answers() else _kept(reference))
+    except Exception as error:  # of transformers, the hub's client, safetensors and what they are built on
+        raise BadInput(_unavailable(reference, local, error)) from error
 
 
 def hub_answers() -> bool:

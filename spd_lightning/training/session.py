@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -105,6 +106,38 @@ class Session(LightningCLI):
             default_root_dir=str(self.plan.folder),
             **kwargs,
         )
+
+
+class Settings(Session):
+    """A config parsed and checked, of which nothing is built unless asked for: no folder, no target, no trainer.
+
+    Args:
+        config: a config (merged with all it builds on).
+        overrides: what the command line adds.
+
+    Raises:
+        BadInput: a setting is unknown, or of a wrong type.
+    """
+
+    def __init__(self, config: Mapping[str, Any], overrides: Sequence[str] = ()):
+        super().__init__(config, overrides, lambda settings: Plan(Path(), ""))
+
+    def instantiate_classes(self) -> None:
+        """Nothing: see `built`."""
+
+    def built(self, owner: str, **given: Any) -> Any:
+        """The model or the data, with some of its arguments given as objects.
+
+        Raises:
+            BadInput: it refuses one of its arguments.
+        """
+        chosen = self.config[owner].clone()
+        for name, value in given.items():
+            chosen["init_args"][name] = value
+        try:
+            return self.parser.instantiate_classes(Namespace({owner: chosen}))[owner]
+        except (ValueError, TypeError) as error:
+            raise complaint(error) from error
 
 
 @contextmanager

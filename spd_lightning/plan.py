@@ -1,0 +1,91 @@
+"""plan: what a fit of a config will take on a device, printed before anything is trained."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+from spd_lightning.training.session import Settings
+from spd_lightning.training.sizing import DEVICES, Device, GiB, Size, device_named, measured, size_of
+from spd_lightning.work import Request
+
+
+def plan(words: Sequence[str]) -> None:
+    """Prints what the fit of a config will take: parameters, memory, FLOPs of a step, hours."""
+    words, device = _device(list(words))
+    request = Request.of(words)
+    size = size_of(Settings(request.config, request.overrides))
+    devices = [measured(), *DEVICES.values()] if device is None else [device_named(device)]
+    print("\n".join(table(size, devices)))
+
+
+def _device(words: list[str]) -> tuple[list[str], str | None]:
+    """The words without `--device NAME`, and the name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--device")
+    found, rest = parser.parse_known_args(words)
+    return rest, found.device
+
+
+def table(size: Size, devices: Sequence[Device]) -> Iterator[str]:
+    """The lines of a plan."""
+    yield from _parameters(size)
+    yield ""
+    yield from _memory(size)
+    yield ""
+    yield from _work(size)
+    yield ""
+    yield from _hours(size, devices)
+
+
+def _parameters(size: Size) -> Iterator[str]:
+    yield f"{'parameters':<34} {'C':>8} {'number':>16}"
+    yield f"  {'target':<32} {'':>8} {size.target:>16,}"
+    for site in size.sites:
+        yield f"  {site.name:<32} {site.C:>8,} {site.parameters:>16,}"
+    yield f"  {'importance functions':<32} {'':>8} {size.importance:>16,}"
+
+
+def _memory(size: Size) -> Iterator[str]:
+    yield f"{'memory':<34} {'GiB':>25}"
+    for name, count in size.memory.items():
+        yield f"  {name:<32} {count / GiB:>25.3f}"
+    yield f"  {'together':<32} {sum(size.memory.values()) / GiB:>25.3f}"
+
+
+def _work(size: Size) -> Iterator[str]:
+    rows = {**size.step.parts, "together": size.step.total}
+    unit, per = _unit(size.step.total.flops)
+    heads = f"{f'forward {unit}':>15} {f'backward {unit}':>16} {'moved GB':>9} {'share':>6}"
+    yield f"{f'a step of {size.tokens:,}':<34} {heads}"
+    for name, work in rows.items():
+        share = work.flops / max(1, size.step.total.flops)
+        yield (
+            f"  {name:<32} {work.forward / per:>15,.3f} {work.backward / per:>16,.3f} {work.moved / 1e9:>9,.2f}"
+            f" {share:>6.1%}"
+        )
+
+
+def _unit(flops: int) -> tuple[str, float]:
+    return ("TFLOP", 1e12) if flops >= 1e11 else ("GFLOP", 1e9)
+
+
+def _hours(size: Size, devices: Sequence[Device]) -> Iterator[str]:
+    precision, needed = "bfloat16" if size.mixed else "float32", sum(size.memory.values())
+    yield f"{f'{size.steps:,} steps in {precision}':<34} {'ms a step':>10} {'together':>9} {'memory':>9}   assumed"
+    for device in devices:
+        peak = device.half if size.mixed else device.single
+        fits = "fits" if needed <= device.memory else "too small"
+        yield (
+            f"  {device.name:<32} {1000 * size.seconds(device):>10,.1f} {_span(size.hours(device)):>9} {fits:>9}"
+            f"   {device.share:.0%} of {peak / 1e12:,.3g} TFLOP/s, {device.bandwidth / 1e9:,.0f} GB/s,"
+            f" {1e6 * device.launch:,.0f} µs an operation, {device.memory / GiB:,.0f} GiB"
+        )
+    yield "  evaluations, checkpoints and the training of the target come on top"
+
+
+def _span(hours: float) -> str:
+    """A time as people say it."""
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    if hours < 1:
+        return f"{60 * hours:.0f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"
