@@ -283,10 +283,10 @@ def test_of_a_checkpoint_its_configuration_is_enough(tmp_path, kind):
 def test_hours_are_work_over_speed():
     device = sizing.Device("mine", half=4e12, single=1e12, bandwidth=1e9, memory=1e9, launch=1e-3, share=0.5)
     work = Work(forward=3 * 10**12, backward=10**12, moved=5 * 10**9, operations=100)
-    assert device.seconds(work, mixed=False) == pytest.approx(4 / 0.5 + 5 + 0.1)
-    assert device.seconds(work, mixed=True) == pytest.approx(4 / 2 + 5 + 0.1)
+    assert device.seconds(work, mixed=False) == pytest.approx(4 / 0.5 + 10 + 0.1)
+    assert device.seconds(work, mixed=True) == pytest.approx(4 / 2 + 10 + 0.1)
     size = sizing.Size(1, [], 1, 1, Rehearsal({FAITHFULNESS: work, CLEAN: work}, 0, 0, 0), 10, 20, True, 1)
-    assert size.hours(device) == pytest.approx((10 * 2 * 7.1 + 20 * 13.1) / 3600)
+    assert size.hours(device) == pytest.approx((10 * 2 * 12.1 + 20 * 18.1) / 3600)
 
 
 def test_this_machine_is_measured():

@@ -30,7 +30,8 @@ from spd_lightning.training.decompose import Decomposition
 aten = torch.ops.aten
 T = TypeVar("T")
 
-CLEAN, IMPORTANCE, FAITHFULNESS, PENALTIES = "clean run", "importance function", "faithfulness", "penalties"
+CLEAN, IMPORTANCE, FAITHFULNESS = "clean run", "importance function", "faithfulness"
+PENALTIES, OPTIMISER = "penalties", "optimiser"
 
 
 @dataclass
@@ -240,7 +241,9 @@ def step(ledger: Ledger, module: Decomposition, batch: Tensor, precision: torch.
     del loss
     gradients = sum(_bytes(p.grad) for p in trained if p.grad is not None)
     activations = max(forward, ledger.peak - held - gradients)
-    return Rehearsal(dict(ledger.work), activations, gradients, optimiser_state(module))
+    with ledger.part(OPTIMISER):
+        state = optimiser_state(module)
+    return Rehearsal(dict(ledger.work), activations, gradients, state)
 
 
 def total_loss(ledger: Ledger, module: Decomposition, batch: Tensor) -> Tensor:
@@ -290,5 +293,9 @@ def _noted(ledger: Ledger, term: T, name: str, routed: float = 1.0) -> T:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             with ledger.part(name, routed):
                 return super().__call__(*args, **kwargs)
+
+        def terms(self, *args: Any, **kwargs: Any) -> Any:
+            with ledger.part(name, routed):
+                return super().terms(*args, **kwargs)
 
     return Noted(**{f.name: getattr(term, f.name) for f in fields(kind)})

@@ -1,7 +1,7 @@
 """What a decomposition will take, before anything is trained: parameters, memory, FLOPs, hours.
 
     memory  = weights + gradients + optimiser state + adversaries + what a step keeps until its backward pass
-    seconds = FLOPs / (peak · share) + bytes moved / bandwidth + operations · launch              for one step
+    seconds = FLOPs / (peak · share) + bytes moved / (bandwidth / 2) + operations · launch        for one step
 
 Weights are counted, the rest is read off a rehearsed step (`rehearsal`). The target is not trained, and of one on the
 hub nothing but its configuration is fetched. Evaluations, checkpoints and the target's own training come on top.
@@ -25,6 +25,8 @@ from spd_lightning.training.rehearsal import FAITHFULNESS, Rehearsal, Work, fake
 from spd_lightning.training.session import Settings
 
 GiB = 2**30
+STREAM = 0.5
+"""The share of a memory's bandwidth that operations other than matrix products are assumed to reach."""
 MODEST = 0.25
 """The share of a machine's memory up to which a rough bound on the need makes a closer look unnecessary."""
 
@@ -57,7 +59,7 @@ class Device:
     def seconds(self, work: Work, mixed: bool) -> float:
         """How long some work takes; mixed: whether matrix products are in bfloat16."""
         products = work.flops / (self.share * (self.half if mixed else self.single))
-        return products + work.moved / self.bandwidth + work.operations * self.launch
+        return products + work.moved / (STREAM * self.bandwidth) + work.operations * self.launch
 
 
 DEVICES = {
