@@ -12,9 +12,12 @@ def plan(words: Sequence[str]) -> None:
     """Prints what the fit of a config will take: parameters, memory, FLOPs of a step, hours."""
     words, device = _device(list(words))
     request = Request.of(words)
-    size = size_of(Settings(request.config, request.overrides))
+    settings = Settings(request.config, request.overrides)
+    sizes = {False: size_of(settings)}
     devices = [measured(), *DEVICES.values()] if device is None else [device_named(device)]
-    print("\n".join(table(size, devices)))
+    if sizes[False].step.gathered and any(device.gpu for device in devices):
+        sizes[True] = size_of(settings, gpu=True)
+    print("\n".join(table([(device, sizes.get(device.gpu, sizes[False])) for device in devices])))
 
 
 def _device(words: list[str]) -> tuple[list[str], str | None]:
@@ -25,15 +28,16 @@ def _device(words: list[str]) -> tuple[list[str], str | None]:
     return rest, found.device
 
 
-def table(size: Size, devices: Sequence[Device]) -> Iterator[str]:
-    """The lines of a plan."""
+def table(sizes: Sequence[tuple[Device, Size]]) -> Iterator[str]:
+    """The lines of a plan: memory and work on the first device, hours on all."""
+    size = sizes[0][1]
     yield from _parameters(size)
     yield ""
     yield from _memory(size)
     yield ""
     yield from _work(size)
     yield ""
-    yield from _hours(size, devices)
+    yield from _hours(sizes)
 
 
 def _parameters(size: Size) -> Iterator[str]:
@@ -68,12 +72,13 @@ def _unit(flops: int) -> tuple[str, float]:
     return ("TFLOP", 1e12) if flops >= 1e11 else ("GFLOP", 1e9)
 
 
-def _hours(size: Size, devices: Sequence[Device]) -> Iterator[str]:
-    precision, needed = "bfloat16" if size.mixed else "float32", sum(size.memory.values())
+def _hours(sizes: Sequence[tuple[Device, Size]]) -> Iterator[str]:
+    size = sizes[0][1]
+    precision = "bfloat16" if size.mixed else "float32"
     yield f"{f'{size.steps:,} steps in {precision}':<34} {'ms a step':>10} {'together':>9} {'memory':>9}   assumed"
-    for device in devices:
+    for device, size in sizes:
         peak = device.half if size.mixed else device.single
-        fits = "fits" if needed <= device.memory else "too small"
+        fits = "fits" if sum(size.memory.values()) <= device.memory else "too small"
         yield (
             f"  {device.name:<32} {1000 * size.seconds(device):>10,.1f} {_span(size.hours(device)):>9} {fits:>9}"
             f"   {device.share:.0%} of {peak / 1e12:,.3g} TFLOP/s, {device.bandwidth / 1e9:,.0f} GB/s,"

@@ -20,7 +20,17 @@ from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training import sizing
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.pretraining import trained_target
-from spd_lightning.training.rehearsal import CLEAN, FAITHFULNESS, IMPORTANCE, Ledger, Rehearsal, Work, rehearse, step
+from spd_lightning.training.rehearsal import (
+    CLEAN,
+    FAITHFULNESS,
+    IMPORTANCE,
+    Ledger,
+    Rehearsal,
+    Work,
+    fakes,
+    rehearse,
+    step,
+)
 from spd_lightning.training.session import Settings, quiet
 
 B, T, V, C = 4, 16, 60, 20
@@ -137,6 +147,19 @@ def test_every_ascent_costs_the_same():
     assert none.forward < one.forward
     assert three.forward - none.forward == 3 * (one.forward - none.forward)
     assert none.backward == one.backward == three.backward
+
+
+def test_positions_of_a_route_are_expected_or_all():
+    """A mask without numbers has as many positions as its route has on average, on a GPU all."""
+    found = {}
+    for whole in (False, True):
+        with fakes(whole) as ledger:
+            mask = torch.rand(10, 20) < 0.1
+            with ledger.part("a term", routed=0.25):
+                found[whole] = len(mask.flatten().nonzero()[:, 0])
+            assert ledger.gathered
+            assert len(mask.nonzero()) == 200
+    assert found == {False: 50, True: 200}
 
 
 def test_work_grows_with_the_batch():

@@ -5,7 +5,8 @@
    the storage alive at each moment, and books them under the part of the step they belong to.
 3. An operation of the backward pass belongs to the part whose forward pass made its node: nodes are numbered in order.
 
-How many positions a random route decomposes is known only once it is drawn: here it is the expected number.
+How many positions a random route decomposes is known only once it is drawn: here it is the expected number, or all of
+them where asked for, as on GPUs, which would have to wait for the draw.
 What it leaves out: the trainer, the data, and what a device's own kernels allocate for themselves.
 """
 
@@ -62,6 +63,7 @@ class Rehearsal:
         gradients: bytes of the gradients of trained parameters.
         state: bytes that the optimiser keeps.
         adversaries: bytes of adversaries that live across steps.
+        gathered: whether anything depends on how many positions the routes decompose.
     """
 
     parts: dict[str, Work]
@@ -69,6 +71,7 @@ class Rehearsal:
     gradients: int
     state: int
     adversaries: int = 0
+    gathered: bool = False
 
     @property
     def total(self) -> Work:
@@ -80,10 +83,15 @@ class Rehearsal:
 
 
 class Ledger(TorchDispatchMode):
-    """Sees every operation while it is open, of fake tensors and of real ones alike."""
+    """Sees every operation while it is open, of fake tensors and of real ones alike.
 
-    def __init__(self) -> None:
+    Args:
+        whole: routes are taken to decompose every position.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
         super().__init__()
+        self.whole, self.gathered = whole, False
         self.work: dict[str, Work] = {}
         self.alive = self.peak = 0
         self.routed = 1.0
@@ -141,7 +149,8 @@ class Ledger(TorchDispatchMode):
             return None
         match func:
             case aten.nonzero.default:
-                return args[0].new_empty(round(args[0].numel() * self.routed), args[0].ndim, dtype=torch.long)
+                self.gathered, share = True, 1.0 if self.whole else self.routed
+                return args[0].new_empty(round(args[0].numel() * share), args[0].ndim, dtype=torch.long)
             case aten.equal.default:
                 return args[0].shape == args[1].shape
             case aten._local_scalar_dense.default:
@@ -203,9 +212,9 @@ def flops_of(func: Any) -> Callable[..., int] | None:
 
 
 @contextmanager
-def fakes() -> Iterator[Ledger]:
+def fakes(whole: bool = False) -> Iterator[Ledger]:
     """While open, new tensors have shapes but no numbers, and a ledger sees what is done with them."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(whole) as ledger:
         yield ledger
 
 
@@ -213,7 +222,10 @@ def fakes() -> Iterator[Ledger]:
 
 
 def rehearse(
-    build: Callable[[], Decomposition], batch: Callable[[], Tensor], precision: torch.dtype | None
+    build: Callable[[], Decomposition],
+    batch: Callable[[], Tensor],
+    precision: torch.dtype | None,
+    whole: bool = False,
 ) -> Rehearsal:
     """Takes one training step without numbers.
 
@@ -221,8 +233,9 @@ def rehearse(
         build: makes the module; called where tensors are fake.
         batch: makes a batch.
         precision: of autocast; None for none.
+        whole: routes are taken to decompose every position.
     """
-    with fakes() as ledger:
+    with fakes(whole) as ledger:
         module, inputs = build(), batch()
         ledger.work.clear()
         held = ledger.alive
@@ -243,7 +256,7 @@ def step(ledger: Ledger, module: Decomposition, batch: Tensor, precision: torch.
     activations = max(forward, ledger.peak - held - gradients)
     with ledger.part(OPTIMISER):
         state = optimiser_state(module)
-    return Rehearsal(dict(ledger.work), activations, gradients, state)
+    return Rehearsal(dict(ledger.work), activations, gradients, state, gathered=ledger.gathered)
 
 
 def total_loss(ledger: Ledger, module: Decomposition, batch: Tensor) -> Tensor:

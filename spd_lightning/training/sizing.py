@@ -46,6 +46,7 @@ class Device:
         memory: in bytes.
         launch: seconds that one operation costs, however small.
         share: of the peak that matrix products of these shapes are assumed to reach.
+        gpu: whether it is one: they decompose whole batches, where a processor picks the routed positions.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Device:
     memory: float
     launch: float = 1e-5
     share: float = 0.4
+    gpu: bool = True
 
     def seconds(self, work: Work, mixed: bool) -> float:
         """How long some work takes; mixed: whether matrix products are in bfloat16."""
@@ -68,7 +70,7 @@ DEVICES = {
     "a100": Device("NVIDIA A100 80 GB", 312e12, 19.5e12, 2.0e12, 80e9),
     "rtx4090": Device("NVIDIA RTX 4090", 165e12, 82.6e12, 1.0e12, 24e9),
     "t4": Device("NVIDIA T4 (no bfloat16)", 8.1e12, 8.1e12, 0.32e12, 16e9),
-    "laptop": Device("laptop CPU, 8 cores", 0.4e12, 0.4e12, 40e9, 16e9, launch=5e-6, share=0.6),
+    "laptop": Device("laptop CPU, 8 cores", 0.4e12, 0.4e12, 40e9, 16e9, launch=5e-6, share=0.6, gpu=False),
 }
 """Peaks from the makers' data sheets, without sparsity; the laptop is a guess."""
 
@@ -82,7 +84,8 @@ def measured(threads: int | None = None) -> Device:
     torch.set_num_threads(threads or before)
     try:
         half, single = (_products(place, dtype) for dtype in (torch.bfloat16, torch.float32))
-        return Device(name, half, single, _bandwidth(place), machine_memory(place), _launch(place), share=0.7)
+        memory, launch = machine_memory(place), _launch(place)
+        return Device(name, half, single, _bandwidth(place), memory, launch, share=0.7, gpu=cuda)
     finally:
         torch.set_num_threads(before)
 
@@ -198,8 +201,12 @@ class Size:
         return (self.seconds(device) * self.steps + warming) / 3600
 
 
-def size_of(settings: Settings) -> Size:
+def size_of(settings: Settings, gpu: bool = False) -> Size:
     """What a decomposition config asks for.
+
+    Args:
+        settings: the config.
+        gpu: whether it is to run on one.
 
     Raises:
         BadInput: it is no decomposition, or something in it is refused.
@@ -214,7 +221,7 @@ def size_of(settings: Settings) -> Size:
         sites=_sites(module),
         importance=_parameters(module.model.importance_function),
         weights=sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())),
-        step=rehearse(make, batch, torch.bfloat16 if mixed else None),
+        step=rehearse(make, batch, torch.bfloat16 if mixed else None, whole=gpu),
         steps=max(0, trainer["max_steps"]),
         warm_up=module.warm_up.steps,
         mixed=mixed,
@@ -293,7 +300,7 @@ def refuse_what_does_not_fit(settings: Settings, available: float | None = None)
     available = machine_memory(_place(settings)) if available is None else available
     if rough_bound(settings) < MODEST * available:
         return
-    size = size_of(settings)
+    size = size_of(settings, _place(settings).type == "cuda")
     if (needed := sum(size.memory.values())) <= available:
         return
     largest = max(size.sites, key=lambda site: site.C)
