@@ -58,29 +58,29 @@ def _measured(rows: Sequence[tuple[str, Summary]]) -> Iterator[str]:
         yield from _kept(summary)
 
 
-KEPT = {
-    "kl/ci": ("KL", "nats"),
-    "mse/ci": ("squared error", ""),
-    "task_difference/ci": ("loss difference", ""),
-    "recovered/ci": ("recovered", ""),
-    "task_difference/ones": ("unmasked loss difference", ""),
-}
-
-
 def _kept(summary: Summary) -> Iterator[str]:
-    """One line: what is left of the output when only what is important stays on."""
-    words = []
-    for key, (what, unit) in KEPT.items():
-        value = summary.get(key)
-        if value is None:
-            continue
-        error = summary.get(f"se/{key}")
-        if what == "recovered":
-            words.append(f"{what} {100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + " %")
-        else:
-            words.append(f"{what} {value:.4g}" + (f" ± {error:.2g}" if error is not None else "") + f" {unit}".rstrip())
-    if words:
-        yield f"  under CI masks: {', '.join(words)}"
+    """What is left of the output when only what is important stays on, and when everything does."""
+    said = [
+        _with_error(summary, "kl/ci", "KL", " nats"),
+        _with_error(summary, "mse/ci", "squared error", ""),
+        _with_error(summary, "task_difference/ci", "loss difference", ""),
+    ]
+    if (share := summary.get("recovered/ci")) is not None:
+        said.append(f"recovered {100 * share:.1f} %")
+    if any(said):
+        yield f"  under CI masks: {', '.join(filter(None, said))}"
+    loss, all_on = summary.get("task/target"), _with_error(summary, "task_difference/unmasked", "loss difference", "")
+    if all_on:
+        beside = f", the target's loss is {loss:.4g}" if loss else ""
+        yield f"  unmasked: {all_on}{beside}"
+
+
+def _with_error(summary: Summary, key: str, what: str, unit: str) -> str:
+    """A figure in words, with its standard error where that is known; nothing where it is not."""
+    value, error = summary.get(key), summary.get(f"se/{key}")
+    if value is None:
+        return ""
+    return f"{what} {value:.4g}" + (f" ± {error:.2g}" if error is not None else "") + unit
 
 
 def _figure(value: float | None, digits: int) -> str:

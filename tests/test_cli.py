@@ -409,6 +409,7 @@ TOY = {"alive/linear1": 5, "alive/linear2": 5, "l0/linear1": 0.25, "l0/linear2":
 TOY |= {"ml2r/linear1": 0.997, "identity_error/linear1": 0, "seconds/fit": 19.6, "recovered/ci": 0.98}
 LM = {"alive/h.0.attn.q_proj": 41, "alive/h.0.mlp.c_fc": 177, "l0/h.0.attn.q_proj": 3.25, "l0/h.0.mlp.c_fc": 12.5}
 LM |= {"kl/ci": 0.2153, "task_difference/ci": 0.19, "recovered/ci": 0.965, "seconds/fit": 1201.0, "se/kl/ci": 0.0041}
+LM |= {"task_difference/unmasked": 0.012, "se/task_difference/unmasked": 0.0015, "task/target": 2.3142}
 
 
 def test_the_table_of_toys_and_of_language_models():
@@ -419,13 +420,14 @@ def test_the_table_of_toys_and_of_language_models():
         ["tms", "linear1", "1.000", "0.997", "5", "0.25", "0", "20"],
         ["linear2", "5", "0.25"],
     ]
-    head, *sites, kept = models.splitlines()
+    head, *sites, kept, everything = models.splitlines()
     assert head.split() == ["run", "site", "alive", "L0", "seconds"]
     assert [line.split() for line in sites] == [
         ["stories-2L", "h.0.attn.q_proj", "41", "3.25", "1201"],
         ["h.0.mlp.c_fc", "177", "12.50"],
     ]
     assert kept.strip() == "under CI masks: KL 0.2153 ± 0.0041 nats, loss difference 0.19, recovered 96.5 %"
+    assert everything.strip() == "unmasked: loss difference 0.012 ± 0.0015, the target's loss is 2.314"
     assert results.table([]) == ""
 
 
