@@ -5,7 +5,7 @@ import json
 import torch
 from torch import nn
 
-from spd_lightning.decomposition.adversaries import Adversary
+from spd_lightning.decomposition.adversaries import Adversary, Persistent, PersistentAdversary
 from spd_lightning.decomposition.losses import Frequency, Losses, Minimality, SmoothL0
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass, Reconstruction
@@ -17,6 +17,8 @@ LOSSES = Losses(
     reconstruction={
         "ci": Reconstruction("ci"),
         "pgd": Reconstruction("pgd", adversary=Adversary(4, init="zeros")),
+        "lasting": Reconstruction("persistent_pgd", coeff=0.5),
+        "pool": Reconstruction("persistent_pgd", persistent=Persistent(particles=2)),
     },
 )
 
@@ -25,15 +27,26 @@ def whole_batch():
     return torch.linspace(-1.5, 2, 32).sin().reshape(8, 4).double()
 
 
-def losses_and_gradients(batch):
-    """The terms of a batch, and the gradient of their total."""
+def losses_and_gradients(batch, rank=0, world=1):
+    """The terms of a batch, and the gradient of their total, when persistent adversaries have climbed for a step."""
     torch.manual_seed(0)
     target = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     model = ComponentModel(target, {"*": 5}).double()
     for parameter in model.importance_function.parameters():
         nn.init.normal_(parameter)
-    total, terms = LOSSES(Pass.of(model, batch))
-    total.backward()
+    run = Pass.of(model, batch)
+    adversaries = {
+        name: PersistentAdversary(settings, run.importances.lower, torch.Generator().manual_seed(1), rank, world)
+        for name, settings in LOSSES.lasting.items()
+    }
+    for _ in range(2):
+        model.zero_grad()
+        run = Pass.of(model, batch)
+        run.adversaries = adversaries
+        total, terms = LOSSES(run, 0.5)
+        total.backward()
+        for adversary in adversaries.values():
+            adversary.finish(0.5)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return {name: value.item() for name, value in terms.items()}, gradient
 
@@ -42,7 +55,7 @@ def half_of_two(rank, folder):
     """A process that holds half of the batch and averages gradients with the other, as DDP does."""
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    terms, gradient = losses_and_gradients(whole_batch()[4 * rank : 4 * rank + 4])
+    terms, gradient = losses_and_gradients(whole_batch()[4 * rank : 4 * rank + 4], rank, 2)
     torch.distributed.all_reduce(gradient)
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump([terms, (gradient / 2).tolist()], file)

@@ -165,16 +165,31 @@ def naive(model: ComponentModel, batch: Tensor, masks: Mapping[str, Mask], seen:
         own = x @ W.T + b
         if name not in masks:
             return own
+        mask = spread(masks[name], x.shape[:-1])
         V, U = model[name].V, model[name].U
-        m = torch.ones(*x.shape[:-1], V.shape[1]).to(x) if masks[name].components is None else masks[name].components
-        delta = torch.as_tensor(masks[name].delta).to(x).expand(x.shape[:-1])
+        m = torch.ones(*x.shape[:-1], V.shape[1]).to(x) if mask.components is None else mask.components
+        delta = torch.as_tensor(mask.delta).to(x).expand(x.shape[:-1])
         matrices = torch.stack([torch.outer(U[c], V[:, c]) for c in range(len(U))])
         y = sum(m[..., c, None] * (x @ matrices[c].T) for c in range(len(U)))
         y = y + delta[..., None] * (x @ (W - matrices.sum(0)).T) + b
-        route = masks[name].route
+        route = mask.route
         return y if route is None else route[..., None].to(x) * y + (1 - route[..., None].to(x)) * own
 
     return model.target.explicit(batch, at)
+
+
+def spread(mask: Mask, positions: torch.Size) -> Mask:
+    """A mask that holds some positions alone, over all of them; what it does not hold is zero."""
+    if mask.rows is None:
+        return mask
+
+    def at_all(values):
+        if not isinstance(values, Tensor):
+            return values
+        whole = values.new_zeros(positions.numel(), *values.shape[1:])
+        return whole.index_copy(0, mask.rows, values).view(*positions, *values.shape[1:])
+
+    return Mask(at_all(mask.components), at_all(mask.delta), mask.route)
 
 
 def printed_weight(target: nn.Module, name: str) -> tuple[Tensor, Tensor]:

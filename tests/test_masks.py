@@ -230,8 +230,8 @@ def test_pgd_climbs_one_route_and_leaves_parameters_alone(route, monkeypatch):
     parameters = [p for p in model.parameters() if p.requires_grad]
     calls, own = [], type(model).masked
 
-    def watched(self, batch, masks, *rest):
-        output = own(self, batch, masks, *rest)
+    def watched(self, batch, masks, *rest, **named):
+        output = own(self, batch, masks, *rest, **named)
         reached = torch.autograd.grad(output.sum(), parameters, retain_graph=True, allow_unused=True)
         calls.append(({name: mask.route for name, mask in masks.items()}, any(g is not None for g in reached)))
         return output

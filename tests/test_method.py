@@ -20,7 +20,7 @@ def cited(source: str) -> set[str]:
 
 
 def test_laws_stand_once_and_in_order():
-    chapters = {"D": range(1, 10), "G": range(1, 7), "M": [1], "L": [1, 2, 3, 4, 5, 7], "E": [""], "A": range(1, 9)}
+    chapters = {"D": range(1, 10), "G": range(1, 7), "M": [1], "L": range(1, 8), "E": [""], "A": range(1, 9)}
     assert [f"{chapter}{number}" for chapter, numbers in chapters.items() for number in numbers] == LAWS
 
 

@@ -325,7 +325,7 @@ def test_plan_prints_what_it_will_take(capsys):
     out = capsys.readouterr().out
     given = config.load("stories-1L-tiny")
     given["data"]["init_args"]["batch_size"] = 16
-    size = sizing.size_of(Settings(given))
+    size = sizing.size_of(Settings(given), gpu=True)
     rows = {line.split("  ")[1].strip(): line.split() for line in out.splitlines() if line.startswith("  ")}
     assert rows["target"][-1] == f"{size.target:,}"
     assert rows["h.0.mlp.c_fc"][-2:] == ["24", f"{24 * (32 + 128):,}"]

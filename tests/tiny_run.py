@@ -22,6 +22,9 @@ model:
     log_every: 7
     checkpoint_every: 20
     evaluation: {ladder: [2]}
+    losses:
+      reconstruction:
+        lasting: {source: persistent_pgd, divergence: mse, coeff: 0.5, persistent: {ascents: 1}}
 trainer: {max_steps: STEPS, val_check_interval: 4, logger: false}
 data:
   init_args: {batch_size: 64, n_random_prompts: 160, predict_batch_size: BATCH}

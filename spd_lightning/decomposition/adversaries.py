@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -47,15 +47,16 @@ def pgd_sources(
     for _ in range(adversary.steps):
         leaves = [v.detach().requires_grad_() for v in vectors]
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(_split(dict(zip(names, leaves, strict=True)), importances)), leaves)
+            gradients = torch.autograd.grad(loss(split(dict(zip(names, leaves, strict=True)), importances)), leaves)
         vectors = [
             (v.detach() + adversary.step_size * _shared(g).sign()).clamp(0, 1)
             for v, g in zip(vectors, gradients, strict=True)
         ]
-    return _split(dict(zip(names, vectors, strict=True)), importances)
+    return split(dict(zip(names, vectors, strict=True)), importances)
 
 
 def _initial(adversary: Adversary, g: Float[Tensor, "... C"], generator: torch.Generator | None) -> Tensor:
+    g = g.to(torch.promote_types(g.dtype, torch.float32))  # steps may be finer than half precision
     shape = (g.shape[:-1] if adversary.scope == "per_position" else ()) + (g.shape[-1] + 1,)
     match adversary.init:
         case "random":
@@ -78,5 +79,140 @@ def _shared(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _split(vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> Sources:
-    return {n: (v[..., :-1], v[..., -1].expand(importances[n].shape[:-1])) for n, v in vectors.items()}
+def split(vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> Sources:
+    """Vectors [..., C+1] as the sources of components and of the delta, in the importances' precision."""
+    like = {name: v.to(importances[name].dtype) for name, v in vectors.items()}
+    return {n: (v[..., :-1], v[..., -1].expand(importances[n].shape[:-1])) for n, v in like.items()}
+
+
+# ---- the persistent adversary ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Persistent:
+    """An adversary whose sources live on from step to step, climbing by Adam (VPD).
+
+    Args:
+        lr: Adam's, once warmed up.
+        warmup: fraction of training over which it rises from 0.
+        betas: of Adam.
+        ascents: climbs a step with all else at rest; one more follows from the gradient of the training loss.
+        particles: a pool of so many sources, dealt out to the samples of a batch and the same at all positions of one;
+            left out, every sample and position has its own.
+    """
+
+    lr: float = 0.01
+    warmup: float = 0.025
+    betas: tuple[float, float] = (0.5, 0.99)
+    ascents: int = 2
+    particles: int | None = None
+
+
+State = dict[str, Tensor]
+
+
+class PersistentAdversary:
+    """The sources of one persistent adversary, with Adam's moments.
+
+    Args:
+        settings: how it climbs.
+        importances: g of every site, for the shapes.
+        generator: draws where the sources start, for all devices alike.
+        rank: this device's number; it holds its own part of the batch.
+        world: how many devices there are.
+    """
+
+    def __init__(
+        self,
+        settings: Persistent,
+        importances: Mapping[str, Float[Tensor, "... C"]],
+        generator: torch.Generator | None,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.settings, self.rank, self.world, self.updates = settings, rank, world, 0
+        self.vectors: State = {}
+        for name, g in importances.items():
+            g = g.detach().to(torch.promote_types(g.dtype, torch.float32))
+            rows = len(g)
+            kept = (settings.particles,) if settings.particles else (world * rows, *g.shape[1:-1])
+            drawn = uniform(g, (*kept, g.shape[-1] + 1), generator)
+            self.vectors[name] = drawn if settings.particles else drawn[rank * rows : (rank + 1) * rows].clone()
+        self.first = {name: torch.zeros_like(v) for name, v in self.vectors.items()}
+        self.second = {name: torch.zeros_like(v) for name, v in self.vectors.items()}
+        self._leaves: State = {}
+        self._coeff = 1.0
+
+    def spread(self, vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The vector of every sample and position ([..., C+1]); sample b of all devices' has particle b mod K."""
+        if not self.settings.particles:
+            return dict(vectors)
+        spread = {}
+        for name, v in vectors.items():
+            shape = importances[name].shape[:-1]
+            mine = (torch.arange(shape[0], device=v.device) + self.rank * shape[0]) % self.settings.particles
+            spread[name] = v[mine].view(shape[0], *[1] * (len(shape) - 1), -1).expand(*shape, -1)
+        return spread
+
+    def ascend(self, loss: Callable[[Mapping[str, Tensor]], Tensor], progress: float) -> None:
+        """Climbs the loss, a function of the vectors alone. progress: fraction of training."""
+        for _ in range(self.settings.ascents):
+            leaves = self._fresh()
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(loss(leaves), list(leaves.values()))
+            self._climb(dict(zip(leaves, gradients, strict=True)), progress)
+
+    def leaves(self, coeff: float) -> State:
+        """Vectors that the training loss's backward pass leaves its gradient in. coeff: the loss's, divided out."""
+        self._leaves, self._coeff = self._fresh(), coeff
+        return self._leaves
+
+    def finish(self, progress: float) -> None:
+        """The last climb of a step, from that gradient."""
+        gradients = {name: leaf.grad / self._coeff for name, leaf in self._leaves.items() if leaf.grad is not None}
+        if gradients:
+            self._climb(gradients, progress)
+        self._leaves = {}
+
+    def state(self) -> dict[str, State | int]:
+        """All that lives on, whole: the parts of all devices together."""
+        parts = {"vectors": self.vectors, "first": self.first, "second": self.second}
+        return {k: {n: self._whole(v) for n, v in part.items()} for k, part in parts.items()} | {
+            "updates": self.updates
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state; each device takes its part."""
+        for part in ("vectors", "first", "second"):
+            own: State = getattr(self, part)
+            for name, v in state[part].items():
+                rows = len(own[name])
+                mine = v if self.settings.particles else v[self.rank * rows : (self.rank + 1) * rows]
+                own[name] = mine.to(own[name].device, copy=True)
+        self.updates = state["updates"]
+
+    def _fresh(self) -> State:
+        return {name: v.detach().clone().requires_grad_() for name, v in self.vectors.items()}
+
+    def _climb(self, gradients: Mapping[str, Tensor], progress: float) -> None:
+        """One update of Adam, upwards, kept within [0, 1]; gradients are those of the mean over all devices."""
+        (b1, b2), warmup = self.settings.betas, self.settings.warmup
+        lr = self.settings.lr * (min(1.0, progress / warmup) if warmup else 1.0)
+        self.updates += 1
+        for name, gradient in gradients.items():
+            g = gradient / self.world
+            if self.settings.particles and self.world > 1:
+                torch.distributed.all_reduce(g)
+            self.first[name].lerp_(g, 1 - b1)
+            self.second[name].mul_(b2).addcmul_(g, g, value=1 - b2)
+            size = (self.second[name] / (1 - b2**self.updates)).sqrt_().add_(1e-8)
+            self.vectors[name] = (
+                self.vectors[name].addcdiv(self.first[name], size, value=lr / (1 - b1**self.updates)).clamp_(0, 1)
+            )
+
+    def _whole(self, v: Tensor) -> Tensor:
+        if self.settings.particles or self.world == 1:
+            return v.clone()
+        parts = [torch.empty_like(v) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, v)
+        return torch.cat(parts)

@@ -86,12 +86,20 @@ class Mask(NamedTuple):
     """What one forward pass does at one site.
 
     components: m [..., C], or None for all ones. delta: m_Δ [...], or a number. route: r [...] boolean, where False
-    leaves the position to the target's own map (D4); None decomposes every position.
+    leaves the position to the target's own map (D4); None decomposes every position. rows: the flat numbers of the
+    positions that the route decomposes; where given, components and delta hold these alone ([rows, C] and [rows]), and
+    all other positions cost nothing.
     """
 
     components: Tensor | None
     delta: Tensor | float
     route: Tensor | None = None
+    rows: Tensor | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Whether the site's own output plays no part: no delta, and every position decomposed."""
+        return self.route is None and isinstance(self.delta, float | int) and self.delta == 0
 
 
 def masked_output(
@@ -99,9 +107,24 @@ def masked_output(
 ) -> Float[Tensor, "... d_out"]:
     """A site's output under masks (D3, D4).
 
-    clean: the site's own output x Wᵀ + b; may be None where neither the delta mask nor the route needs it.
+    clean: the site's own output x Wᵀ + b; may be None where the mask is bare. a: x V, of the mask's rows alone where
+    it names them.
     """
-    m, delta, route = mask
+    if mask.rows is not None:
+        assert clean is not None
+        flat = clean.flatten(0, -2)
+        y = _decomposed(flat[mask.rows], bias, a, U, mask)
+        return flat.index_copy(0, mask.rows, y.to(flat.dtype)).view_as(clean)
+    y = _decomposed(clean, bias, a, U, mask)
+    if mask.route is None:
+        return y
+    assert clean is not None
+    return torch.where(mask.route.unsqueeze(-1), y, clean)
+
+
+def _decomposed(clean: Tensor | None, bias: Tensor | None, a: Tensor, U: Tensor, mask: Mask) -> Tensor:
+    """The second form of D3, at the positions of a."""
+    m, delta = mask.components, mask.delta
     fixed = isinstance(delta, float | int)
     gate = delta if fixed else delta.unsqueeze(-1)
     if m is None:
@@ -112,12 +135,7 @@ def masked_output(
     if not (fixed and delta == 0):
         assert clean is not None
         y = y + gate * (clean if bias is None else clean - bias)
-    if bias is not None:
-        y = y + bias
-    if route is None:
-        return y
-    assert clean is not None
-    return torch.where(route.unsqueeze(-1), y, clean)
+    return y if bias is None else y + bias
 
 
 def _kind(module: nn.Module) -> Kind | None:

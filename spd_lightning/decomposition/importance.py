@@ -8,7 +8,7 @@ one feeds the minimality losses (G3), so that training keeps a gradient on both 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -162,4 +162,4 @@ class ImportanceFunction(nn.Module, ABC):
     """Maps clean site inputs x and inner activations a to pre-activations z [..., C] of every site (G1)."""
 
     @abstractmethod
-    def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]: ...

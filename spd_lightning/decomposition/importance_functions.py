@@ -5,6 +5,7 @@ network reads the site's input x or its inner activation a = x V; no other is co
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from einops import einsum
@@ -130,7 +131,7 @@ class PerSite(ImportanceFunction):
         self.names = list(networks)
         self.networks = nn.ModuleList(networks.values())
 
-    def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
         pairs = zip(self.names, self.networks, strict=True)
         return {name: network((inner if network.reads_inner else inputs)[name]) for name, network in pairs}
 
@@ -143,7 +144,7 @@ class GlobalMLP(ImportanceFunction):
         self.counts = {name: C for name, (_, C) in sites.items()}
         self.network = _shared_network(sum(s.d_in for s, _ in sites.values()), hidden, sum(self.counts.values()))
 
-    def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
         z = self.network(torch.cat([inputs[name] for name in self.counts], dim=-1))
         return dict(zip(self.counts, z.split(list(self.counts.values()), dim=-1), strict=True))
 
@@ -155,7 +156,7 @@ class Together(ImportanceFunction):
         super().__init__()
         self.names, self.parts = list(names), nn.ModuleList(parts)
 
-    def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
         z = {name: value for part in self.parts for name, value in part(inputs, inner).items()}
         return {name: z[name] for name in self.names}
 

@@ -11,6 +11,7 @@ Source: VPD (Bushnaq et al., 2026). What has no position axis, as the inputs of 
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -86,7 +87,7 @@ class ImportanceTransformer(ImportanceFunction):
         self.blocks = nn.ModuleList(blocks)
         self.last = _linear(config.d_model, sum(self.counts.values()), gain=1.0)
 
-    def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
         x = torch.cat([_normed(inputs[name]) for name in self.counts], dim=-1)
         h = self.first(x[:, None] if x.ndim == 2 else x.flatten(0, -3))
         turn = rotation(h.shape[1], self.d_head, h)

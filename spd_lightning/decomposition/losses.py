@@ -6,7 +6,6 @@ need alike is computed once: the clean run, the importances, and the stochastic 
     total = Σ coeff · loss        faithfulness · minimality · frequency · smooth_l0 · reconstructions       (L7)
 
 A reconstruction is a source × a route × a divergence: how the masks are made, where they act, what is compared.
-Not here: the persistent adversary, hidden-activation reconstruction.
 """
 
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import torch.distributed.nn.functional as differentiable
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lightning.decomposition.adversaries import Persistent
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass, Reconstruction, position_mean
 
@@ -164,6 +164,12 @@ class Losses:
         default_factory=lambda: {"all": Reconstruction(route="all"), "layerwise": Reconstruction(route="layerwise")}
     )
 
+    @property
+    def lasting(self) -> dict[str, Persistent]:
+        """The reconstructions with a persistent adversary, and how it climbs."""
+        kinds = ("persistent_pgd", "mixed")
+        return {name: r.persistent for name, r in self.reconstruction.items() if r.source in kinds}
+
     def __call__(self, run: Pass, progress: float = 0.0) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The total (L7) and every term raw. progress: fraction of training, for what anneals."""
         terms: dict[str, tuple[float, Tensor]] = {}
@@ -176,7 +182,11 @@ class Losses:
             terms["frequency"] = (self.frequency.coeff, self.frequency(run.importances.upper, run.weights))
         if self.smooth_l0.coeff:
             terms["smooth_l0"] = (self.smooth_l0.coeff, self.smooth_l0(run.importances.lower, progress, run.weights))
+        run.progress = progress
         for name, reconstruction in self.reconstruction.items():
-            terms[f"reconstruction/{name}"] = (reconstruction.coeff, reconstruction(run))
+            value, hidden = reconstruction.terms(run, name)
+            terms[f"reconstruction/{name}"] = (reconstruction.coeff, value)
+            if hidden is not None:
+                terms[f"hidden/{name}"] = (reconstruction.hidden_coeff, hidden)
         total = torch.stack([coeff * value for coeff, value in terms.values()]).sum()
         return total, {name: value.detach() for name, (_, value) in terms.items()}

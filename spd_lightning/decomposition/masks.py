@@ -14,12 +14,14 @@ from torch import Tensor
 
 from spd_lightning.decomposition.components import Mask
 
-SourceKind = Literal["ones", "ci", "stochastic", "pgd", "zeros", "random", "rounded"]
+SourceKind = Literal["ones", "ci", "stochastic", "pgd", "persistent_pgd", "mixed", "zeros", "random", "rounded"]
 RouteKind = Literal["all", "layerwise", "subset", "static"]
 Sources = dict[str, tuple[Tensor, Tensor]]
 """Component source s [..., C] and delta source s_Δ [...] of every site."""
 Routes = dict[str, Tensor | None]
 """The sites decomposed in one forward pass, each with its positions (None: all of them)."""
+Rows = dict[str, Tensor]
+"""The flat numbers of the positions decomposed at each site; empty where whole batches are decomposed."""
 
 
 def uniform(like: Tensor, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None) -> Tensor:
@@ -100,3 +102,26 @@ def draw_routes(
             yield dict(zip(names, rank < size, strict=True))
         case "static":
             yield {name: uniform(like, positions, generator) < probability for name in names}
+
+
+def decomposed_rows(route: Routes) -> Rows:
+    """The positions that a route decomposes, by number, so that the others cost nothing.
+
+    Empty where it decomposes all, and on other devices than a processor: they would have to wait for the numbers.
+    """
+    if any(where is None or where.device.type != "cpu" for where in route.values()):
+        return {}
+    return {name: where.flatten().nonzero()[:, 0] for name, where in route.items() if where is not None}
+
+
+def gathered(values: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+    """Values [..., C] of every site at the positions that are decomposed there ([rows, C])."""
+    return {name: v if name not in rows else v.flatten(0, -2)[rows[name]] for name, v in values.items()}
+
+
+def widened(route: Routes, samples: Tensor) -> Routes:
+    """The same route, but decomposing everything in some samples of the batch."""
+    wide = {}
+    for name, where in route.items():
+        wide[name] = where if where is None else where | samples.view(-1, *[1] * (where.ndim - 1))
+    return wide

@@ -34,6 +34,31 @@ Replacement = Callable[[Site, Tensor, Map], Tensor]
 """Given a site, its input and its own map: the output to go on with."""
 
 
+class Inner(Mapping[str, Tensor]):
+    """Inner activations a = x V of every site (D2), each computed when it is first asked for.
+
+    Not every importance function reads them, and a masked run has use for few.
+    """
+
+    def __init__(self, compute: Callable[[str], Tensor], names: Iterable[str]):
+        self._compute, self._names, self._known = compute, list(names), dict[str, Tensor]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            self._known[name] = self._compute(name)
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def known(self, name: str) -> bool:
+        """Whether it has been computed."""
+        return name in self._known
+
+
 @dataclass
 class Clean:
     """One clean run of the target: its output, and per site the input x, the output x Wᵀ + b, and a = x V."""
@@ -41,7 +66,7 @@ class Clean:
     output: Tensor
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    inner: dict[str, Tensor] = field(default_factory=dict)
+    inner: Mapping[str, Tensor] = field(default_factory=dict)
     record: dict[nn.Module, Tensor] = field(default_factory=dict)
     """Outputs of the parts of the target that hold no site."""
     masked: dict[str, tuple[Mask, Tensor]] = field(default_factory=dict)
@@ -174,7 +199,7 @@ class ComponentModel(nn.Module):
                 run, _ = self._recorded(batch)
         if unused := [name for name in self.sites if name not in run.inputs]:
             raise BadInput(f"sites: the target does not use '{unused[0]}' on its inputs; leave it out")
-        run.inner = {name: site.inner(run.inputs[name], self[name].V) for name, site in self.sites.items()}
+        run.inner = Inner(lambda name: self.sites[name].inner(run.inputs[name], self[name].V), self.sites)
         return run
 
     def _recorded(self, batch: Tensor) -> tuple[Clean, bool]:
@@ -235,15 +260,15 @@ class ComponentModel(nn.Module):
             mask, x = masks.get(site.name), x.clone() if self._in_place else x
             if seen is not None:
                 seen[site.name] = x
-            known, changed = not changed, changed or mask is not None
-            if known:
-                assert clean is not None
+            known = not changed or (clean is not None and x is clean.inputs[site.name])  # nothing has moved it
+            changed = changed or mask is not None
+            if clean is not None and known:
                 return clean.outputs[site.name] if mask is None else self._on_clean(site, mask, clean, detach)
             if mask is None:
                 return own(x)
             V, U = self._matrices(site.name, detach)
-            unneeded = mask.route is None and isinstance(mask.delta, float) and mask.delta == 0
-            return masked_output(None if unneeded else own(x), site.bias, site.inner(x, V), U, mask)
+            a = site.inner(x if mask.rows is None else _rows(site, x, mask.rows), V)
+            return masked_output(None if mask.bare else own(x), site.bias, a, U, mask)
 
         def at_module(module: nn.Module, own: Map) -> Map:
             def forward(*args, **kwargs):
@@ -264,11 +289,24 @@ class ComponentModel(nn.Module):
         before = clean.masked.get(site.name)
         if before is not None and before[0] is mask and not detach:
             return before[1]
-        a = clean.inner[site.name].detach() if detach else clean.inner[site.name]
-        out = masked_output(clean.outputs[site.name], site.bias, a, self._matrices(site.name, detach)[1], mask)
+        V, U = self._matrices(site.name, detach)
+        a = self._inner_on_clean(site, mask.rows, clean, V, detach)
+        out = masked_output(clean.outputs[site.name], site.bias, a, U, mask)
         if not detach:
             clean.masked[site.name] = (mask, out)
         return out
+
+    def _inner_on_clean(self, site: Site, rows: Tensor | None, clean: Clean, V: Tensor, detach: bool) -> Tensor:
+        """a = x V on the clean input, of some rows or of all; what is known already is not computed again."""
+        if rows is not None and not (isinstance(clean.inner, Inner) and clean.inner.known(site.name)):
+            return site.inner(_rows(site, clean.inputs[site.name], rows), V)
+        a = clean.inner[site.name].detach() if detach else clean.inner[site.name]
+        return a if rows is None else a.flatten(0, -2)[rows]
+
+
+def _rows(site: Site, x: Tensor, rows: Tensor) -> Tensor:
+    """Some positions of a site's input, which holds token ids for embeddings and vectors for all else."""
+    return (x.flatten() if site.kind == "embedding" else x.flatten(0, -2))[rows]
 
 
 def _through(replacement: Replacement, site: Site, own: Map) -> Map:

@@ -5,8 +5,9 @@ them read one `Pass`: a batch, its clean run, its importances and the random dra
 computed once: the clean run, the importances, and the stochastic masks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -14,20 +15,32 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
+from spd_lightning.decomposition.adversaries import (
+    Adversary,
+    Persistent,
+    PersistentAdversary,
+    pgd_sources,
+    split,
+)
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.importance import Importances
 from spd_lightning.decomposition.masks import (
     RouteKind,
     Routes,
+    Rows,
     SourceKind,
     Sources,
+    decomposed_rows,
     draw_routes,
     fixed_masks,
+    gathered,
     masks_from_sources,
     stochastic_sources,
+    uniform,
+    widened,
 )
 from spd_lightning.decomposition.model import Clean, ComponentModel
+from spd_lightning.errors import BadInput, nearest
 
 
 def position_mean(values: Float[Tensor, "..."], weights: Float[Tensor, " batch"] | None) -> Float[Tensor, "..."]:
@@ -80,14 +93,19 @@ class Reconstruction:
     """The masked model should do what the target does (L5): a source × a route × a divergence.
 
     Args:
-        source: how far what is not needed is switched off.
+        source: how far what is not needed is switched off; `mixed` is stochastic for some samples of a batch and
+            persistent_pgd, routed everywhere, for the others.
         route: which sites and positions are decomposed in a pass.
         divergence: how outputs are compared.
         coeff: weight in the total loss.
         samples: draws to average over.
         adversary: settings of the `pgd` source.
+        persistent: settings of the `persistent_pgd` and `mixed` sources.
+        share: of the samples that the persistent adversary gets under `mixed`.
         probability: P(site and position decomposed) of the `static` route.
         threshold: τ of the `rounded` source.
+        hidden: fnmatch patterns of sites whose inputs should be the target's too (L6).
+        hidden_coeff: weight of that in the total loss.
     """
 
     source: SourceKind = "stochastic"
@@ -96,46 +114,132 @@ class Reconstruction:
     coeff: float = 1.0
     samples: int = 1
     adversary: Adversary = field(default_factory=Adversary)
+    persistent: Persistent = field(default_factory=Persistent)
+    share: float = 0.5
     probability: float = 0.5
     threshold: float = 0.1
+    hidden: tuple[str, ...] = ()
+    hidden_coeff: float = 1.0
 
-    def __call__(self, run: "Pass") -> Float[Tensor, ""]:
+    def __post_init__(self):
+        if self.source == "persistent_pgd" and self.route != "all":
+            raise BadInput(f"route '{self.route}' of a persistent_pgd reconstruction: it acts everywhere; take 'all'")
+        if self.source == "mixed" and self.route == "layerwise":
+            raise BadInput("route 'layerwise' of a mixed reconstruction: it has many passes; take subset or static")
+
+    def __call__(self, run: "Pass", name: str = "") -> Float[Tensor, ""]:
         """Mean divergence over draws and over the passes of the route."""
-        return torch.stack([self._draw(run, n) for n in range(self.samples)]).mean()
+        return self.terms(run, name)[0]
 
-    def _draw(self, run: "Pass", n: int) -> Tensor:
-        importances = run.importances.lower
-        routes = list(draw_routes(self.route, importances, run.generator, self.probability))
-        if self.source == "pgd":
-            return self._compare(run, self._worst_masks(run, routes), routes)
-        return self._compare(run, run.masks(self.source, n, self.threshold), routes)
+    def terms(self, run: "Pass", name: str = "") -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
+        """That, and the hidden reconstruction of the same passes (L6), None where it is not asked for.
 
-    def _compare(self, run: "Pass", masks: Mapping[str, Mask], routes: list[Routes], detach: bool = False) -> Tensor:
-        divergence = DIVERGENCES[self.divergence]
-        passes = [run.model.masked(run.batch, routed(masks, route), run.clean, detach) for route in routes]
-        return torch.stack([divergence(output, run.clean.output, run.weights) for output in passes]).mean()
+        name: under which the run holds the persistent adversary of this reconstruction.
+        """
+        compared = [self._draw(run, name, n) for n in range(self.samples)]
+        hidden = [h for _, h in compared if h is not None]
+        return torch.stack([d for d, _ in compared]).mean(), torch.stack(hidden).mean() if hidden else None
 
-    def _worst_masks(self, run: "Pass", routes: list[Routes]) -> dict[str, Mask]:
-        """The masks a fresh adversary finds while routes, importances and components stand still."""
-        fixed = {name: g.detach() for name, g in run.importances.lower.items()}
+    def _draw(self, run: "Pass", name: str, n: int) -> tuple[Tensor, Tensor | None]:
+        routes = list(draw_routes(self.route, run.importances.lower, run.generator, self.probability))
+        if self.source == "mixed":
+            like = next(iter(run.importances.lower.values()))
+            return self._mixed(run, name, routes[0], uniform(like, like.shape[:1], run.generator) < self.share)
+        rows = decomposed_rows(routes[0])
+        g = gathered(run.importances.lower, rows)
+        match self.source:
+            case "pgd":
+                sources = pgd_sources(self.adversary, g, self._damage(run, g, routes, rows), run.generator)
+                masks = masks_from_sources(g, sources, run.model.delta)
+            case "persistent_pgd":
+                masks = masks_from_sources(g, self._lasting(run, name, routes[0], routes[0]), run.model.delta)
+            case _:
+                masks = run.fresh(self.source, g, self.threshold) if rows else run.masks(self.source, n, self.threshold)
+        return self._compare(run, masks, routes, rows)
 
-        def loss(sources: Sources) -> Tensor:
-            return self._compare(run, masks_from_sources(fixed, sources, run.model.delta), routes, detach=True)
+    def _mixed(self, run: "Pass", name: str, route: Routes, theirs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One pass in which the persistent adversary has some samples, everywhere, and chance the others."""
+        shapes = {n: g.shape[:-1] for n, g in run.importances.lower.items()}
+        whole = {n: theirs.view(-1, *[1] * (len(shape) - 1)).expand(shape) for n, shape in shapes.items()}
+        everywhere, both = dict[str, Tensor | None](whole), widened(route, theirs)
+        rows = decomposed_rows(both)
+        g = gathered(run.importances.lower, rows)
+        drawn = stochastic_sources(g, run.generator, run.model.importance.sampling == "binomial")
+        lasting = self._lasting(run, name, everywhere, both)
+        picked = gathered({n: where.unsqueeze(-1) for n, where in whole.items()}, rows)
+        sources = {
+            n: (torch.where(picked[n], lasting[n][0], s), torch.where(picked[n][..., 0], lasting[n][1], s_delta))
+            for n, (s, s_delta) in drawn.items()
+        }
+        return self._compare(run, masks_from_sources(g, sources, run.model.delta), [both], rows)
 
-        sources = pgd_sources(self.adversary, fixed, loss, run.generator)
-        return masks_from_sources(run.importances.lower, sources, run.model.delta)
+    def _lasting(self, run: "Pass", name: str, climbed: Routes, used: Routes) -> Sources:
+        """The persistent adversary's sources on the route `used`, after its ascents on the route `climbed`.
+
+        They take one more step after the backward pass (`PersistentAdversary.finish`).
+        """
+        adversary, whole = run.adversaries[name], run.importances.lower
+
+        def on(route: Routes, vectors: Mapping[str, Tensor]) -> Sources:
+            rows = decomposed_rows(route)
+            return split(gathered(adversary.spread(vectors, whole), rows), gathered(whole, rows))
+
+        rows = decomposed_rows(climbed)
+        damage = self._damage(run, gathered(whole, rows), [climbed], rows)
+        adversary.ascend(lambda vectors: damage(on(climbed, vectors)), run.progress)
+        return on(used, adversary.leaves(self.coeff / self.samples))
+
+    def _damage(
+        self, run: "Pass", g: Mapping[str, Tensor], routes: list[Routes], rows: Rows
+    ) -> Callable[[Sources], Tensor]:
+        """The divergence as a function of the sources alone: routes, importances and components stand still."""
+        fixed = {name: value.detach() for name, value in g.items()}
+
+        def damage(sources: Sources) -> Tensor:
+            return self._compare(run, masks_from_sources(fixed, sources, run.model.delta), routes, rows, detach=True)[0]
+
+        return damage
+
+    def _compare(
+        self, run: "Pass", masks: Mapping[str, Mask], routes: list[Routes], rows: Rows, detach: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Divergence and hidden error of the passes under given masks."""
+        divergences, hidden = [], []
+        for route in routes:
+            seen = None if detach or not self.hidden else dict[str, Tensor]()
+            output = run.model.masked(run.batch, routed(masks, route, rows), run.clean, detach, seen=seen)
+            divergences.append(DIVERGENCES[self.divergence](output, run.clean.output, run.weights))
+            if seen is not None:
+                hidden.append(hidden_error(run.clean.inputs, seen, self.hidden))
+        return torch.stack(divergences).mean(), torch.stack(hidden).mean() if hidden else None
 
 
-def routed(masks: Mapping[str, Mask], route: Routes) -> dict[str, Mask]:
-    """The masks of one pass: those of its sites, at its positions."""
-    return {n: masks[n] if where is None else masks[n]._replace(route=where) for n, where in route.items()}
+def hidden_error(inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor], patterns: Sequence[str]) -> Tensor:
+    """Relative squared error of the inputs of the sites that fnmatch patterns name, mean over sites (L6).
+
+    Raises:
+        BadInput: they name no site with vectors for inputs.
+    """
+    vectors = [name for name, x in inputs.items() if x.is_floating_point()]
+    named = [name for name in vectors if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not named:
+        raise BadInput(f"hidden: {list(patterns)} match no site; {nearest(patterns[0], vectors)}")
+    errors = [(seen[n] - inputs[n]).square().sum() / inputs[n].square().sum().clamp(min=1e-30) for n in named]
+    return torch.stack(errors).mean()
+
+
+def routed(masks: Mapping[str, Mask], route: Routes, rows: Rows | None = None) -> dict[str, Mask]:
+    """The masks of one pass: those of its sites, at its positions; `rows` where they hold no others."""
+    at = rows or {}
+    return {n: masks[n] if r is None else masks[n]._replace(route=r, rows=at.get(n)) for n, r in route.items()}
 
 
 @dataclass
 class Pass:
     """One batch on its way through the losses: what they share.
 
-    weights [batch]: how many equal rows each row stands for (None: one each).
+    weights [batch]: how many equal rows each row stands for (None: one each). adversaries: the persistent ones, by the
+    name of their reconstruction. progress: fraction of training.
     """
 
     model: ComponentModel
@@ -145,6 +249,8 @@ class Pass:
     generator: torch.Generator | None
     weights: Float[Tensor, " batch"] | None = None
     drawn: dict[tuple[str, int, float], dict[str, Mask]] = field(default_factory=dict)
+    adversaries: Mapping[str, PersistentAdversary] = field(default_factory=dict)
+    progress: float = 0.0
 
     @classmethod
     def of(
@@ -163,11 +269,14 @@ class Pass:
         """The n-th draw of a source, the same for every loss that asks for it."""
         key = (source, n, threshold if source == "rounded" else 0.0)
         if key not in self.drawn:
-            if source == "stochastic":
-                binomial = self.model.importance.sampling == "binomial"
-                sources = stochastic_sources(self.importances.lower, self.generator, binomial)
-                self.drawn[key] = masks_from_sources(self.importances.lower, sources, self.model.delta)
-            else:
-                lower, delta = self.importances.lower, self.model.delta
-                self.drawn[key] = fixed_masks(source, lower, self.generator, threshold, delta)
+            self.drawn[key] = self.fresh(source, self.importances.lower, threshold)
         return self.drawn[key]
+
+    def fresh(self, source: SourceKind, importances: Mapping[str, Tensor], threshold: float) -> dict[str, Mask]:
+        """A draw of a source for importances at some positions."""
+        if source != "stochastic":
+            return fixed_masks(source, importances, self.generator, threshold, self.model.delta)
+        binomial = self.model.importance.sampling == "binomial"
+        return masks_from_sources(
+            importances, stochastic_sources(importances, self.generator, binomial), self.model.delta
+        )

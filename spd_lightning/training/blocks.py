@@ -51,6 +51,9 @@ class BlockModule(L.LightningModule, ABC):
     def objective(self, batch: Tensor, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of one batch, and what to log of it."""
 
+    def after_backward(self) -> None:
+        """What follows from the gradients beside the update."""
+
     def clip(self) -> Mapping[str, Tensor]:
         """Bounds gradients before an update and names their norms."""
         return {}
@@ -111,6 +114,7 @@ class BlockModule(L.LightningModule, ABC):
             loss, terms = self.objective(batch, step)
             optimiser.zero_grad()  # pyright: ignore[reportAttributeAccessIssue]
             self.manual_backward(loss)
+            self.after_backward()
             norms = self.clip()
             optimiser.step()  # pyright: ignore[reportAttributeAccessIssue]
             if step % self.log_every == 0 or step == self.steps - 1:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from spd_lightning.decomposition.adversaries import PersistentAdversary
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import Faithfulness, Losses
 from spd_lightning.decomposition.metrics import Part
@@ -44,6 +45,7 @@ class Optimiser:
         schedule: how the learning rate moves.
         clip_components: largest gradient norm of all V and U together; none where left out.
         clip_importance: largest gradient norm of all importance functions together; none where left out.
+        components: whether V and U are trained at all; if not they stay as drawn, which makes a baseline.
     """
 
     lr: float = 1e-3
@@ -52,6 +54,7 @@ class Optimiser:
     schedule: Schedule = field(default_factory=lambda: Schedule("cosine"))
     clip_components: float | None = None
     clip_importance: float | None = None
+    components: bool = True
 
     def __post_init__(self):
         if self.lr <= 0:
@@ -126,6 +129,9 @@ class Decomposition(BlockModule):
         self.warning: str | None = None
         self.origin, self.digest = "", ""  # the run it was loaded from, and its weights' digest
         self._inert: bool | None = None
+        self._adversaries: dict[str, PersistentAdversary] = {}
+        self._resumed: dict[str, Any] = {}  # the state of adversaries from a checkpoint, until they are made
+        self._progress = 0.0
         self._rehearsed = False  # whether the figures are those of the evaluation before step 0
 
     @classmethod
@@ -148,7 +154,7 @@ class Decomposition(BlockModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         o, importance = self.optimiser, list(self.model.importance_function.parameters())
         groups = [
-            {"params": list(self.model.components.parameters()), "peak": o.lr},
+            {"params": list(self.model.components.parameters()), "peak": o.lr if o.components else 0.0},
             {"params": importance, "peak": o.lr if o.importance_lr is None else o.importance_lr},
         ]
         return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=0.0, fused=True)
@@ -184,7 +190,30 @@ class Decomposition(BlockModule):
         """The training loss of one batch (L7); masks are a pure function of (seed, step, rank)."""
         rows, weights = self._merged(batch)
         run = Pass.of(self.model, rows, self._generator("masks", step), weights, sample=True)
-        return self.losses(run, step / max(1, self.steps - 1))
+        run.adversaries, self._progress = self.adversaries(run), step / max(1, self.steps - 1)
+        return self.losses(run, self._progress)
+
+    def adversaries(self, run: Pass) -> Mapping[str, PersistentAdversary]:
+        """The persistent adversary of every reconstruction that has one, made when the first batch shows the shapes."""
+        for name, settings in self.losses.lasting.items():
+            if name not in self._adversaries:
+                rank, world = (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
+                generator, g = self._generator(f"adversary/{name}", 0, rank=0), run.importances.lower
+                self._adversaries[name] = PersistentAdversary(settings, g, generator, rank, world)
+                if name in self._resumed:
+                    self._adversaries[name].restore(self._resumed.pop(name))
+        return self._adversaries
+
+    def after_backward(self) -> None:
+        for adversary in self._adversaries.values():
+            adversary.finish(self._progress)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["adversaries"] = {name: adversary.state() for name, adversary in self._adversaries.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._resumed = checkpoint.get("adversaries", {})
 
     def _generator(self, stream: str, step: int, rank: int | None = None) -> torch.Generator:
         generator = generator_for(self.seed, stream, step, self.global_rank if rank is None else rank)
@@ -197,9 +226,9 @@ class Decomposition(BlockModule):
 
         Sparse inputs are mostly zero rows. Where a zero input is zero at every site, masks cannot change its output:
         it adds nothing to reconstruction, and one row says all about its importances. (Counting rows would stall a
-        GPU, where the rows cost little.)
+        GPU, where the rows cost little; persistent adversaries know rows by their place.)
         """
-        if batch.device.type != "cpu" or not batch.is_floating_point() or batch.ndim != 2:
+        if batch.device.type != "cpu" or not batch.is_floating_point() or batch.ndim != 2 or self.losses.lasting:
             return batch, None
         if self._inert is None:
             inputs = self.model.clean(torch.zeros_like(batch[:1])).inputs

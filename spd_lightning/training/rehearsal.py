@@ -266,7 +266,9 @@ def total_loss(ledger: Ledger, module: Decomposition, batch: Tensor) -> Tensor:
         clean = model.clean(batch)
     with ledger.part(IMPORTANCE):
         importances = model.importances(clean, generator)
-    return noted(ledger, module.losses, len(model.sites))(Pass(model, batch, clean, importances, generator))[0]
+    run = Pass(model, batch, clean, importances, generator)
+    run.adversaries = module.adversaries(run)
+    return noted(ledger, module.losses, len(model.sites))(run)[0]
 
 
 def optimiser_state(module: Decomposition) -> int:

@@ -1,7 +1,9 @@
 """What a run tells others: a metrics file of its own, and a copy of everything for the tracker."""
 
 import contextlib
+import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,7 +109,18 @@ def begin(trainer: Trainer, folder: Path, settings: Mapping[str, Any] | None = N
                 facts = {"uri": logger.experiment.tracking_uri, "run_id": logger.run_id}
                 runs.write_json(folder / "mlflow.json", facts)
             if settings:
-                logger.log_hyperparams(dict(settings))
+                logger.log_hyperparams(acceptable(settings))
+
+
+def acceptable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as trackers take them: a mapping with names that MLflow refuses (patterns of sites) becomes text."""
+    taken: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            plain = all(re.fullmatch(r"[\w\-. :/]+", str(name)) for name in value)
+            value = acceptable(value) if plain else json.dumps(value)
+        taken[key] = value
+    return taken
 
 
 @contextlib.contextmanager
