@@ -11,6 +11,7 @@ from tiny_run import done, killed, lay_out
 from spd_lightning import cli, config, runs
 from spd_lightning.store import TABLES, Store
 from spd_lightning.training.decompose import Decomposition
+from spd_lightning.training.tracking import acceptable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
@@ -155,3 +156,17 @@ def test_wandb_keeps_its_files_in_the_run(root):
     for held in (b"tiny-harvest-graphs-unmasked", b"manifest.json"):
         assert held in harvested
     assert not (root.parent / "wandb/run").exists()
+
+
+def test_patterns_of_sites_are_logged_as_text():
+    """MLflow takes no stars in the name of a parameter; all else keeps its shape."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.validation import _validate_param_name
+
+    settings = {"model": {"sites": {"h.*.attn.*_proj": 3}, "lr": 0.1}, "data": {"a b/c-d:e.f_1": {}}}
+    taken = acceptable(settings)
+    assert taken == {"model": {"sites": '{"h.*.attn.*_proj": 3}', "lr": 0.1}, "data": {"a b/c-d:e.f_1": {}}}
+    for name in ("model/sites", "model/lr"):
+        _validate_param_name(name)
+    with pytest.raises(MlflowException):
+        _validate_param_name("model/sites/h.*")
