@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from tiny_run import lay_out
+from tiny_run import SERVER, done, lay_out, work_uncopied
 
 from spd_lightning import catalogue, cli, config, results, runs
 from spd_lightning.errors import BadInput
@@ -554,26 +554,22 @@ def test_an_unreachable_tracker(refused, here, nobody, words):
     assert not (here / "runs/tiny-2").exists()
 
 
-@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow")
-def test_a_copy_that_did_not_arrive_is_sent_by_push(here, capsys):
-    """A tracker that fails at the very end costs nothing: the run is whole, and a small verb sends it."""
+def test_a_copy_that_did_not_arrive_is_sent_by_push(here, capfd):
+    """A tracker that fails at the very end costs nothing: the run is whole, and a small verb sends it.
 
-    def dies(*_, **__):
-        from mlflow.exceptions import MlflowException
-
-        raise MlflowException("no more room")
-
+    In processes of their own: MLflow remembers the store it first spoke to.
+    """
     words = [*FIT, "--trainer.logger", "true", *SHORT]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "log_artifacts", dies)
-        assert cli.run(words) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
+    process = SERVER.Process(target=work_uncopied, args=(here / "runs", words, {}))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 2
+    said = capfd.readouterr().err.splitlines()[-1]
     assert said.endswith("the run itself is whole; once it answers: python -m spd_lightning push tiny-2")
     assert runs.Run(here / "runs/tiny-2").state == "finished"
     assert not list((here / "runs/mlartifacts").rglob("decomposition.safetensors"))
     before = contents(here / "runs/tiny-2")
-    assert cli.run(["push", "tiny-2"]) == 0
+    done(here / "runs", ["push", "tiny-2"])
     assert contents(here / "runs/tiny-2") == before
     (sent,) = (here / "runs/mlartifacts").rglob("decomposition.safetensors")
     assert sent.read_bytes() == (here / "runs/tiny-2/decomposition.safetensors").read_bytes()
