@@ -66,7 +66,7 @@ class Clean:
     output: Tensor
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    inner: Mapping[str, Tensor] = field(default_factory=dict)
+    inner: Inner = field(init=False)
     record: dict[nn.Module, Tensor] = field(default_factory=dict)
     """Outputs of the parts of the target that hold no site."""
     masked: dict[str, tuple[Mask, Tensor]] = field(default_factory=dict)
@@ -298,7 +298,7 @@ class ComponentModel(nn.Module):
 
     def _inner_on_clean(self, site: Site, rows: Tensor | None, clean: Clean, V: Tensor, detach: bool) -> Tensor:
         """a = x V on the clean input, of some rows or of all; what is known already is not computed again."""
-        if rows is not None and not (isinstance(clean.inner, Inner) and clean.inner.known(site.name)):
+        if rows is not None and not clean.inner.known(site.name):
             return site.inner(_rows(site, clean.inputs[site.name], rows), V)
         a = clean.inner[site.name].detach() if detach else clean.inner[site.name]
         return a if rows is None else a.flatten(0, -2)[rows]

@@ -152,7 +152,7 @@ class Reconstruction:
                 sources = pgd_sources(self.adversary, g, self._damage(run, g, routes, rows), run.generator)
                 masks = masks_from_sources(g, sources, run.model.delta)
             case "persistent_pgd":
-                masks = masks_from_sources(g, self._lasting(run, name, routes[0], routes[0]), run.model.delta)
+                masks = masks_from_sources(g, self._lasting(run, name, routes[0], rows, g), run.model.delta)
             case _:
                 masks = run.fresh(self.source, g, self.threshold) if rows else run.masks(self.source, n, self.threshold)
         return self._compare(run, masks, routes, rows)
@@ -164,8 +164,8 @@ class Reconstruction:
         everywhere, both = dict[str, Tensor | None](whole), widened(route, theirs)
         rows = decomposed_rows(both)
         g = gathered(run.importances.lower, rows)
-        drawn = stochastic_sources(g, run.generator, run.model.importance.sampling == "binomial")
-        lasting = self._lasting(run, name, everywhere, both)
+        drawn = stochastic_sources(g, run.generator, run.binomial)
+        lasting = self._lasting(run, name, everywhere, rows, g)
         picked = gathered({n: where.unsqueeze(-1) for n, where in whole.items()}, rows)
         sources = {
             n: (torch.where(picked[n], lasting[n][0], s), torch.where(picked[n][..., 0], lasting[n][1], s_delta))
@@ -173,21 +173,21 @@ class Reconstruction:
         }
         return self._compare(run, masks_from_sources(g, sources, run.model.delta), [both], rows)
 
-    def _lasting(self, run: "Pass", name: str, climbed: Routes, used: Routes) -> Sources:
-        """The persistent adversary's sources on the route `used`, after its ascents on the route `climbed`.
+    def _lasting(self, run: "Pass", name: str, climbed: Routes, rows: Rows, g: Mapping[str, Tensor]) -> Sources:
+        """The persistent adversary's sources for g at some rows, after its ascents on the route `climbed`.
 
         They take one more step after the backward pass (`PersistentAdversary.finish`).
         """
         adversary, whole = run.adversaries[name], run.importances.lower
 
-        def on(route: Routes, vectors: Mapping[str, Tensor]) -> Sources:
-            rows = decomposed_rows(route)
-            return split(gathered(adversary.spread(vectors, whole), rows), gathered(whole, rows))
+        def sources(vectors: Mapping[str, Tensor], rows: Rows, g: Mapping[str, Tensor]) -> Sources:
+            return split(gathered(adversary.spread(vectors, whole), rows), g)
 
-        rows = decomposed_rows(climbed)
-        damage = self._damage(run, gathered(whole, rows), [climbed], rows)
-        adversary.ascend(lambda vectors: damage(on(climbed, vectors)), run.progress)
-        return on(used, adversary.leaves(self.coeff / self.samples))
+        there = decomposed_rows(climbed)
+        theirs = gathered(whole, there)
+        damage = self._damage(run, theirs, [climbed], there)
+        adversary.ascend(lambda vectors: damage(sources(vectors, there, theirs)), run.progress)
+        return sources(adversary.leaves(self.coeff / self.samples), rows, g)
 
     def _damage(
         self, run: "Pass", g: Mapping[str, Tensor], routes: list[Routes], rows: Rows
@@ -276,7 +276,10 @@ class Pass:
         """A draw of a source for importances at some positions."""
         if source != "stochastic":
             return fixed_masks(source, importances, self.generator, threshold, self.model.delta)
-        binomial = self.model.importance.sampling == "binomial"
-        return masks_from_sources(
-            importances, stochastic_sources(importances, self.generator, binomial), self.model.delta
-        )
+        sources = stochastic_sources(importances, self.generator, self.binomial)
+        return masks_from_sources(importances, sources, self.model.delta)
+
+    @property
+    def binomial(self) -> bool:
+        """Whether sources are drawn from {0, 1} (G5)."""
+        return self.model.importance.sampling == "binomial"
