@@ -113,7 +113,7 @@ def masked_output(
     if mask.rows is not None:
         assert clean is not None
         flat = clean.flatten(0, -2)
-        y = _decomposed(flat[mask.rows], bias, a, U, mask)
+        y = _decomposed(flat.index_select(0, mask.rows), bias, a, U, mask)
         return flat.index_copy(0, mask.rows, y.to(flat.dtype)).view_as(clean)
     y = _decomposed(clean, bias, a, U, mask)
     if mask.route is None:

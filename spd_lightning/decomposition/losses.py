@@ -86,11 +86,26 @@ class Minimality:
         return torch.stack([component_means(g, p, weights).sum() for g in upper.values()]).sum()
 
 
+class _Power(torch.autograd.Function):
+    """x^p of positive x, whose derivative p x^p / x takes no second power: the dearest operation of its size."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.p, powered = p, x**p
+        ctx.save_for_backward(x, powered)
+        return powered
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, powered = ctx.saved_tensors
+        return (grad * ctx.p).mul_(powered).div_(x), None
+
+
 def component_means(
     g: Float[Tensor, "... C"], p: float, weights: Float[Tensor, " batch"] | None
 ) -> Float[Tensor, " C"]:
     """Per component, the mean of `(ĝ + ε)^p` over batch and positions."""
-    powered = g + EPSILON if p == 1 else (g + EPSILON).square() if p == 2 else (g + EPSILON) ** p
+    powered = g + EPSILON if p == 1 else (g + EPSILON).square() if p == 2 else _Power.apply(g + EPSILON, p)
     return position_mean(powered.flatten(1, -2).mean(1) if g.ndim > 2 else powered, weights)
 
 

@@ -115,8 +115,11 @@ def decomposed_rows(route: Routes) -> Rows:
 
 
 def gathered(values: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
-    """Values [..., C] of every site at the positions that are decomposed there ([rows, C])."""
-    return {name: v if name not in rows else v.flatten(0, -2)[rows[name]] for name, v in values.items()}
+    """Values [..., C] of every site at the positions that are decomposed there ([rows, C]).
+
+    `index_select` and not an index: on a processor its backward pass takes a fifth of the time.
+    """
+    return {n: v if n not in rows else v.flatten(0, -2).index_select(0, rows[n]) for n, v in values.items()}
 
 
 def widened(route: Routes, samples: Tensor) -> Routes:

@@ -301,12 +301,12 @@ class ComponentModel(nn.Module):
         if rows is not None and not clean.inner.known(site.name):
             return site.inner(_rows(site, clean.inputs[site.name], rows), V)
         a = clean.inner[site.name].detach() if detach else clean.inner[site.name]
-        return a if rows is None else a.flatten(0, -2)[rows]
+        return a if rows is None else a.flatten(0, -2).index_select(0, rows)
 
 
 def _rows(site: Site, x: Tensor, rows: Tensor) -> Tensor:
     """Some positions of a site's input, which holds token ids for embeddings and vectors for all else."""
-    return (x.flatten() if site.kind == "embedding" else x.flatten(0, -2))[rows]
+    return (x.flatten() if site.kind == "embedding" else x.flatten(0, -2)).index_select(0, rows)
 
 
 def _through(replacement: Replacement, site: Site, own: Map) -> Map:
