@@ -63,6 +63,17 @@ def test_a_killed_fit_ends_as_if_never_killed(root, seed):
     assert not list(root.glob(f"killed{seed}-*"))
 
 
+def test_a_killed_fit_in_micro_batches_with_muon(root):
+    """The same, each batch taken in two parts with adversaries of their own, and two optimisers in one."""
+    words = [*FIT, "--model.init_args.micro_batches=2", "--model.init_args.optimiser.kind=muon", "--run"]
+    folder = root / "parts"
+    done(root, [*words, "parts-plain"])
+    killed(root, [*words, "parts"], lambda: logged(folder) >= 100)
+    assert runs.Run(folder).state == "interrupted"
+    done(root, [*words, "parts"])
+    same_run(folder, root / "parts-plain")
+
+
 def test_a_fit_killed_before_its_first_checkpoint_begins_anew(root):
     words, folder = [*FIT, "--run", "early"], root / "early"
     killed(root, words, lambda: logged(folder) >= 0)

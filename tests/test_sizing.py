@@ -195,6 +195,24 @@ def test_memory_is_that_of_real_tensors(name):
     assert said.activations == pytest.approx(real.activations, rel=0.02)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_persistent_adversaries_stay_in_memory(parts):
+    """Per sample, position and site: C + 1 sources with two moments each; activations are a part's alone."""
+    lasting = Reconstruction("persistent_pgd", "all", "kl", 0.5)
+    build = decomposition(lasting)
+
+    def make() -> Decomposition:
+        module = build()
+        module.micro_batches = parts
+        return module
+
+    said, once = rehearse(make, tokens, None), rehearse(decomposition(adversarial(3)), tokens, None)
+    sources = sum(B * T * (C + 1) for C in build().model.counts.values())
+    assert said.adversaries == 3 * 4 * sources
+    assert said.activations == pytest.approx(once.activations / parts, rel=0.25)
+    assert said.state == once.state
+
+
 def test_activations_cover_what_autograd_saves():
     """An independent reading: the storages that the graph holds when the backward pass begins.
 

@@ -120,6 +120,7 @@ class PersistentAdversary:
         generator: draws where the sources start, for all devices alike.
         rank: this device's number; it holds its own part of the batch.
         world: how many devices there are.
+        parts: how many equal parts a device takes its batch in; this one belongs to one of them.
     """
 
     def __init__(
@@ -129,8 +130,9 @@ class PersistentAdversary:
         generator: torch.Generator | None,
         rank: int = 0,
         world: int = 1,
+        parts: int = 1,
     ):
-        self.settings, self.rank, self.world, self.updates = settings, rank, world, 0
+        self.settings, self.rank, self.world, self.parts, self.updates = settings, rank, world, parts, 0
         self.vectors: State = {}
         for name, g in importances.items():
             g = g.detach().to(torch.promote_types(g.dtype, torch.float32))
@@ -168,8 +170,9 @@ class PersistentAdversary:
         return self._leaves
 
     def finish(self, progress: float) -> None:
-        """The last climb of a step, from that gradient."""
-        gradients = {name: leaf.grad / self._coeff for name, leaf in self._leaves.items() if leaf.grad is not None}
+        """The last climb of a step, from that gradient, of the mean loss over all parts."""
+        share = self._coeff / self.parts
+        gradients = {name: leaf.grad / share for name, leaf in self._leaves.items() if leaf.grad is not None}
         if gradients:
             self._climb(gradients, progress)
         self._leaves = {}
@@ -191,16 +194,21 @@ class PersistentAdversary:
                 own[name] = mine.to(own[name].device, copy=True)
         self.updates = state["updates"]
 
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes from step to step."""
+        return sum(v.nbytes for part in (self.vectors, self.first, self.second) for v in part.values())
+
     def _fresh(self) -> State:
         return {name: v.detach().clone().requires_grad_() for name, v in self.vectors.items()}
 
     def _climb(self, gradients: Mapping[str, Tensor], progress: float) -> None:
-        """One update of Adam, upwards, kept within [0, 1]; gradients are those of the mean over all devices."""
+        """One update of Adam, upwards, kept within [0, 1]; from gradients of the mean over one part of one device."""
         (b1, b2), warmup = self.settings.betas, self.settings.warmup
         lr = self.settings.lr * (min(1.0, progress / warmup) if warmup else 1.0)
         self.updates += 1
         for name, gradient in gradients.items():
-            g = gradient / self.world
+            g = gradient / (self.world * self.parts)
             if self.settings.particles and self.world > 1:
                 torch.distributed.all_reduce(g)
             self.first[name].lerp_(g, 1 - b1)

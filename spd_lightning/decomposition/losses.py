@@ -123,9 +123,21 @@ class Frequency:
     positions: float = 1.0
     p: float = 1.0
 
-    def __call__(self, upper: Mapping[str, Tensor], weights: Float[Tensor, " batch"] | None) -> Float[Tensor, ""]:
-        """`Σ_l Σ_c f_c log2(1 + a f_c)`, f_c the mean over the batches of all devices."""
-        f = torch.cat([component_means(g, self.p, weights) for g in upper.values()])
+    def frequencies(self, upper: Mapping[str, Tensor], weights: Float[Tensor, " batch"] | None) -> Tensor:
+        """f_c of the components of all sites, on this batch."""
+        return torch.cat([component_means(g, self.p, weights) for g in upper.values()])
+
+    def __call__(
+        self, upper: Mapping[str, Tensor], weights: Float[Tensor, " batch"] | None, whole: Tensor | None = None
+    ) -> Float[Tensor, ""]:
+        """`Σ_l Σ_c f_c log2(1 + a f_c)`, f_c the mean over the batches of all devices.
+
+        whole: f of the whole batch, where this is one of its equal parts: the gradients of all parts then have the
+        mean that the whole batch's has.
+        """
+        f = self.frequencies(upper, weights)
+        if whole is not None:
+            f = whole + (f - f.detach())
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             f = differentiable.all_reduce(f) / torch.distributed.get_world_size()
         return (f * torch.log2(1 + self.positions * f)).sum()
@@ -194,7 +206,10 @@ class Losses:
             value = self.minimality(run.importances.upper, progress, run.weights)
             terms["minimality"] = (self.minimality.coefficient(progress), value)
         if self.frequency.coeff:
-            terms["frequency"] = (self.frequency.coeff, self.frequency(run.importances.upper, run.weights))
+            terms["frequency"] = (
+                self.frequency.coeff,
+                self.frequency(run.importances.upper, run.weights, run.frequencies),
+            )
         if self.smooth_l0.coeff:
             terms["smooth_l0"] = (self.smooth_l0.coeff, self.smooth_l0(run.importances.lower, progress, run.weights))
         run.progress = progress

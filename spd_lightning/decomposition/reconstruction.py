@@ -239,7 +239,8 @@ class Pass:
     """One batch on its way through the losses: what they share.
 
     weights [batch]: how many equal rows each row stands for (None: one each). adversaries: the persistent ones, by the
-    name of their reconstruction. progress: fraction of training.
+    name of their reconstruction. progress: fraction of training. frequencies: how often each component is important
+    over the batch that this is a part of (None: it is whole).
     """
 
     model: ComponentModel
@@ -251,6 +252,7 @@ class Pass:
     drawn: dict[tuple[str, int, float], dict[str, Mask]] = field(default_factory=dict)
     adversaries: Mapping[str, PersistentAdversary] = field(default_factory=dict)
     progress: float = 0.0
+    frequencies: Tensor | None = None
 
     @classmethod
     def of(

@@ -6,7 +6,7 @@ here receive a list of batches and take one step for each.
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -31,15 +31,18 @@ class BlockModule(L.LightningModule, ABC):
         log_every: int,
         checkpoint_every: int = 500,
         threads: int | None = None,
+        micro_batches: int = 1,
     ):
         super().__init__()
         counts = {"inner_steps": inner_steps, "log_every": log_every, "checkpoint_every": checkpoint_every}
+        counts["micro_batches"] = micro_batches
         for name, count in counts.items():
             if count < 1:
                 raise BadInput(f"{name} {count} in {type(self).__name__}: it must be at least 1")
         self.automatic_optimization = False
         self.schedule, self.inner_steps = schedule, inner_steps
         self.log_every, self.checkpoint_every, self.threads = log_every, checkpoint_every, threads
+        self.micro_batches = micro_batches
         self.recorded: tuple[int, dict[str, float]] = (-1, {})  # the newest logged step and its losses and norms
 
     @property
@@ -48,8 +51,11 @@ class BlockModule(L.LightningModule, ABC):
         """What batches go through."""
 
     @abstractmethod
-    def objective(self, batch: Tensor, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of one batch, and what to log of it."""
+    def objective(self, batch: Tensor, step: int, part: int = 0) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of a batch, or of a part of it by number, and what to log of it."""
+
+    def before_parts(self, parts: Sequence[Tensor]) -> None:
+        """What has to be known of a whole batch before its parts are taken one by one."""
 
     def after_backward(self) -> None:
         """What follows from the gradients beside the update."""
@@ -111,14 +117,30 @@ class BlockModule(L.LightningModule, ABC):
             factor = self.schedule.factor(step, self.steps)
             for group in optimiser.param_groups:  # pyright: ignore[reportAttributeAccessIssue]
                 group["lr"] = group["peak"] * factor
-            loss, terms = self.objective(batch, step)
             optimiser.zero_grad()  # pyright: ignore[reportAttributeAccessIssue]
-            self.manual_backward(loss)
-            self.after_backward()
+            found = self._accumulate(batch, step)
             norms = self.clip()
             optimiser.step()  # pyright: ignore[reportAttributeAccessIssue]
             if step % self.log_every == 0 or step == self.steps - 1:
-                self._record({"loss": loss.detach(), **terms, **norms}, factor, step)
+                means = {name: torch.stack([values[name] for values in found]).mean() for name in found[0]}
+                self._record({**means, **norms}, factor, step)
+
+    def _accumulate(self, batch: Tensor, step: int) -> list[Mapping[str, Tensor]]:
+        """Leaves the gradient of a batch's loss, one part of the batch after the other; what to log of each part."""
+        count, found = self.micro_batches, list[Mapping[str, Tensor]]()
+        if len(batch) % count:
+            raise BadInput(
+                f"micro_batches {count} in {type(self).__name__}: a batch of {len(batch)} cannot be cut so; take a "
+                "divisor of data.batch_size"
+            )
+        parts = batch.chunk(count)
+        self.before_parts(parts)
+        for k, part in enumerate(parts):
+            loss, terms = self.objective(part, step, k)
+            self.manual_backward(loss / count)
+            self.after_backward()
+            found.append({"loss": loss.detach(), **terms})
+        return found
 
     def _record(self, values: Mapping[str, Tensor], factor: float, step: int) -> None:
         reduced = {f"train/{k}": float(self.trainer.strategy.reduce(v)) for k, v in values.items()}

@@ -5,9 +5,9 @@ Trainer(max_steps=2000).fit(d, SparseFeatures(5, 0.05, batch_size=1024))
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +28,10 @@ from spd_lightning.training.blocks import BlockModule
 from spd_lightning.training.collapse import Collapse
 from spd_lightning.training.evaluate import Evaluation, Totals, count, counts, figures_of
 from spd_lightning.training.ladder import adversarial_ladder
-from spd_lightning.training.schedule import Schedule
+from spd_lightning.training.optimiser import Optimiser
 from spd_lightning.training.truth import lone_features, truth, verdict
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Optimiser:
-    """AdamW without weight decay on components and importance functions.
-
-    Args:
-        lr: full learning rate.
-        importance_lr: that of the importance functions, where it differs.
-        betas: of AdamW.
-        schedule: how the learning rate moves.
-        clip_components: largest gradient norm of all V and U together; none where left out.
-        clip_importance: largest gradient norm of all importance functions together; none where left out.
-        components: whether V and U are trained at all; if not they stay as drawn, which makes a baseline.
-    """
-
-    lr: float = 1e-3
-    importance_lr: float | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Schedule = field(default_factory=lambda: Schedule("cosine"))
-    clip_components: float | None = None
-    clip_importance: float | None = None
-    components: bool = True
-
-    def __post_init__(self):
-        if self.lr <= 0:
-            raise BadInput(f"lr {self.lr} in optimiser: it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -95,6 +68,8 @@ class Decomposition(BlockModule):
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
         threads: processor threads; as many as torch takes where left out. Small models are quickest on one.
+        micro_batches: equal parts in which a batch is taken, one after the other: less memory, the update of the whole
+            batch. Masks are drawn, and fresh adversaries climb, for each part on its own.
         seed: of initial values and masks.
     """
 
@@ -106,16 +81,23 @@ class Decomposition(BlockModule):
         delta: bool = True,
         importance: Importance = Importance(),  # noqa: B008  (frozen, like all defaults below)
         losses: Losses = Losses(),  # noqa: B008
-        optimiser: Optimiser = Optimiser(),
+        optimiser: Optimiser = Optimiser(),  # noqa: B008
         warm_up: WarmUp = WarmUp(),
         evaluation: Evaluation = Evaluation(),  # noqa: B008
         inner_steps: int = 10,
         log_every: int = 50,
         checkpoint_every: int = 500,
         threads: int | None = None,
+        micro_batches: int = 1,
         seed: int = 0,
     ):
-        super().__init__(optimiser.schedule, inner_steps, log_every, checkpoint_every, threads)
+        super().__init__(optimiser.schedule, inner_steps, log_every, checkpoint_every, threads, micro_batches)
+        for name, adversary in losses.lasting.items():
+            if adversary.particles and micro_batches > 1:
+                raise BadInput(
+                    f"micro_batches {micro_batches} with particles in reconstruction '{name}': a pool climbs on whole "
+                    "batches; leave particles out, or micro_batches"
+                )
         self.settings = {"sites": dict(sites), "tied": dict(tied or {}), "delta": delta, "importance": importance}
         self.settings |= {"evaluation": evaluation, "seed": seed}
         network, self.target_spec = _network(target)
@@ -132,6 +114,7 @@ class Decomposition(BlockModule):
         self._adversaries: dict[str, PersistentAdversary] = {}
         self._resumed: dict[str, Any] = {}  # the state of adversaries from a checkpoint, until they are made
         self._progress = 0.0
+        self._frequencies: Tensor | None = None
         self._rehearsed = False  # whether the figures are those of the evaluation before step 0
 
     @classmethod
@@ -152,12 +135,7 @@ class Decomposition(BlockModule):
     # ---- training -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        o, importance = self.optimiser, list(self.model.importance_function.parameters())
-        groups = [
-            {"params": list(self.model.components.parameters()), "peak": o.lr if o.components else 0.0},
-            {"params": importance, "peak": o.lr if o.importance_lr is None else o.importance_lr},
-        ]
-        return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=0.0, fused=True)
+        return self.optimiser.over(self.model)
 
     def configure_callbacks(self) -> list[Callback]:
         return [Collapse()]
@@ -186,23 +164,43 @@ class Decomposition(BlockModule):
         """The target."""
         return self.model.target
 
-    def objective(self, batch: Tensor, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The training loss of one batch (L7); masks are a pure function of (seed, step, rank)."""
+    def before_parts(self, parts: Sequence[Tensor]) -> None:
+        """How often components are important over the whole batch, which the frequency loss of each part asks (L3)."""
+        self._frequencies = None
+        if len(parts) > 1 and self.losses.frequency.coeff:
+            with torch.no_grad():
+                merged = [self._merged(part) for part in parts]
+                runs = [Pass.of(self.model, rows, weights=weights) for rows, weights in merged]
+                found = [self.losses.frequency.frequencies(run.importances.upper, run.weights) for run in runs]
+            self._frequencies = torch.stack(found).mean(0)
+
+    def objective(self, batch: Tensor, step: int, part: int = 0) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The training loss of a batch or a part of it (L7); masks are a function of (seed, step, part, rank) alone."""
         rows, weights = self._merged(batch)
-        run = Pass.of(self.model, rows, self._generator("masks", step), weights, sample=True)
-        run.adversaries, self._progress = self.adversaries(run), step / max(1, self.steps - 1)
+        run = Pass.of(self.model, rows, self._generator(_stream("masks", part), step), weights, sample=True)
+        run.adversaries, self._progress = self.adversaries(run, part), step / max(1, self.steps - 1)
+        run.frequencies = self._frequencies
         return self.losses(run, self._progress)
 
-    def adversaries(self, run: Pass) -> Mapping[str, PersistentAdversary]:
-        """The persistent adversary of every reconstruction that has one, made when the first batch shows the shapes."""
+    def adversaries(self, run: Pass, part: int = 0) -> Mapping[str, PersistentAdversary]:
+        """The persistent adversary of every reconstruction that has one, made when the first batch shows the shapes.
+
+        Each part of a batch has its own: they know samples by their place.
+        """
+        keys = {name: _stream(name, part) for name in self.losses.lasting}
         for name, settings in self.losses.lasting.items():
-            if name not in self._adversaries:
+            if (key := keys[name]) not in self._adversaries:
                 rank, world = (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
-                generator, g = self._generator(f"adversary/{name}", 0, rank=0), run.importances.lower
-                self._adversaries[name] = PersistentAdversary(settings, g, generator, rank, world)
-                if name in self._resumed:
-                    self._adversaries[name].restore(self._resumed.pop(name))
-        return self._adversaries
+                generator, g = self._generator(f"adversary/{key}", 0, rank=0), run.importances.lower
+                made = PersistentAdversary(settings, g, generator, rank, world, self.micro_batches)
+                self._adversaries[key] = made
+                if key in self._resumed:
+                    made.restore(self._resumed.pop(key))
+        return {name: self._adversaries[key] for name, key in keys.items()}
+
+    def lasting_bytes(self) -> int:
+        """What the persistent adversaries take of memory."""
+        return sum(adversary.bytes for adversary in self._adversaries.values())
 
     def after_backward(self) -> None:
         for adversary in self._adversaries.values():
@@ -310,6 +308,11 @@ class Decomposition(BlockModule):
 
     def predict_step(self, batch: Any, batch_index: int) -> None:
         """Nothing by itself: harvesters, callbacks that share the pass, read the batch (see harvest/)."""
+
+
+def _stream(name: str, part: int) -> str:
+    """The name of what each part of a batch has for itself."""
+    return f"{name}/{part}" if part else name
 
 
 def _network(target: str | nn.Module) -> tuple[nn.Module, dict[str, Any] | None]:

@@ -49,6 +49,9 @@ class Work:
         """Of both directions."""
         return self.forward + self.backward
 
+    def __mul__(self, times: int) -> "Work":
+        return Work(*(getattr(self, f.name) * times for f in fields(self)))
+
     def __add__(self, other: "Work") -> "Work":
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
@@ -244,10 +247,15 @@ def rehearse(
 
 
 def step(ledger: Ledger, module: Decomposition, batch: Tensor, precision: torch.dtype | None, held: int) -> Rehearsal:
-    """One step of a module, booked by part; `held` are the bytes alive before it."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+    """One step of a module, booked by part; `held` are the bytes alive before it.
+
+    Micro-batches are alike: one is rehearsed.
+    """
+    trained, count = [p for p in module.parameters() if p.requires_grad], module.micro_batches
     with torch.autocast("cpu", precision, enabled=precision is not None):
-        loss = total_loss(ledger, module, batch)
+        loss = total_loss(ledger, module, batch.chunk(count)[0])
+    adversaries = module.lasting_bytes()
+    held += adversaries
     forward = ledger.peak - held
     with ledger.backward():
         loss.backward()
@@ -256,7 +264,8 @@ def step(ledger: Ledger, module: Decomposition, batch: Tensor, precision: torch.
     activations = max(forward, ledger.peak - held - gradients)
     with ledger.part(OPTIMISER):
         state = optimiser_state(module)
-    return Rehearsal(dict(ledger.work), activations, gradients, state, gathered=ledger.gathered)
+    parts = {name: work if name == OPTIMISER else work * count for name, work in ledger.work.items()}
+    return Rehearsal(parts, activations, gradients, state, adversaries * count, ledger.gathered)
 
 
 def total_loss(ledger: Ledger, module: Decomposition, batch: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class TargetTraining(BlockModule):
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
         threads: processor threads; as many as torch takes where left out.
+        micro_batches: equal parts in which a batch is taken, one after the other: less memory, the same update.
         retries: how many further seeds to try when the trained target leaves features unrepresented.
         seed: of the initial weights.
     """
@@ -48,10 +49,11 @@ class TargetTraining(BlockModule):
         log_every: int = 100,
         checkpoint_every: int = 500,
         threads: int | None = None,
+        micro_batches: int = 1,
         retries: int = 10,
         seed: int = 0,
     ):
-        super().__init__(schedule, inner_steps, log_every, checkpoint_every, threads)
+        super().__init__(schedule, inner_steps, log_every, checkpoint_every, threads, micro_batches)
         if lr <= 0:
             raise BadInput(f"lr {lr} in TargetTraining: it must be above 0")
         if clip is not None and clip <= 0:
@@ -64,7 +66,7 @@ class TargetTraining(BlockModule):
         """The target."""
         return self.target
 
-    def objective(self, batch: Tensor, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def objective(self, batch: Tensor, step: int, part: int = 0) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The target's own loss."""
         return self.target.loss(batch), {}  # pyright: ignore[reportCallIssue]
 
