@@ -138,6 +138,8 @@ def test_a_language_model_of_text(here):
         assert f"({number}) {data.decode(row[:6].tolist())}▸" in samples
     own = " ".join(part.partition("▸")[2] for part in samples.split("("))
     assert {"Jack", "hill", "water"} & set(own.replace(".", "").split())
+    kept = Text(**text | {"tokenizer": str(folder)})
+    assert kept.encode("Jill fetched a pail") == data.encode("Jill fetched a pail")
 
 
 def test_a_decomposition_takes_it_by_its_config(here, plain):

@@ -1,7 +1,8 @@
 """Targets: trained when missing and kept for every decomposition that names them, or taken from HuggingFace.
 
     <root>/targets/<name>-<digest>/    target.safetensors, target.json (written last), metrics.jsonl, figures/loss.png,
-                                       samples.txt of a language model; until it is trained, checkpoints/, attempt.json
+                                       samples.txt and tokenizer.json of a language model; until it is trained,
+                                       checkpoints/, attempt.json
 
 A killed training goes on from its last checkpoint, and ends with the same weights, bit for bit.
 """
@@ -146,6 +147,9 @@ def _keep(session: Session, folder: Path, facts: dict[str, Any], started: float)
         losses["perplexity"] = math.exp(losses["validation"])
         with runs.write_whole(folder / "samples.txt") as temporary:
             temporary.write_text(samples(network, session.datamodule), encoding="utf-8")
+        if tokeniser := getattr(session.datamodule, "tokeniser", None):
+            with runs.write_whole(folder / "tokenizer.json") as temporary:
+                tokeniser.inner.save(str(temporary))
     draw_losses(folder)
     spec = session.settings["model"]["init_args"]["target"]
     facts |= {"spec": spec, "losses": losses, "seconds": time.perf_counter() - started}
