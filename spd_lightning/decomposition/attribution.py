@@ -12,13 +12,13 @@ and prompts at once. Which sites are connected is found out by asking (a gradien
 Not here: closed forms without a backward pass, norms in `frozen` mode, pruning.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -214,6 +214,34 @@ class Edges(NamedTuple):
     source_at: Tensor
     target_at: Tensor
     attribution: Tensor
+
+
+class EdgeTable(NamedTuple):
+    """Edges as a flat table: per edge its prompt in the batch, the numbers of both nodes there, and its attribution."""
+
+    prompt: Tensor
+    source: Tensor
+    target: Tensor
+    attribution: Tensor
+
+
+def node_numbers(layers: list[Layer]) -> list[Int[Tensor, "batch pos K"]]:
+    """The number of every node within its prompt, in order of layer, position and component; elsewhere nonsense."""
+    start, found = 0, []
+    for layer in layers:
+        counted = layer.nodes.flatten(1).cumsum(1)
+        found.append((counted - 1 + start).view(layer.nodes.shape))
+        start = counted[:, -1:] + start
+    return found
+
+
+def tabled(layers: list[Layer], found: Iterable[Edges]) -> Iterator[EdgeTable]:
+    """Edges between layers as flat tables."""
+    numbers = node_numbers(layers)
+    for e in found:
+        ends = ((e.source, e.source_at), (e.target, e.target_at))
+        source, target = (numbers[layer][e.prompt, at[:, 0], at[:, 1]] for layer, at in ends)
+        yield EdgeTable(e.prompt, source, target, e.attribution)
 
 
 def edges(layers: list[Layer]) -> Iterator[Edges]:

@@ -4,23 +4,22 @@ For each batch of prompts: importances of the clean run choose the nodes, one cu
 (section A of docs/method.md), and a run under the importances themselves gives the outputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from spd_lightning.decomposition.attribution import MODES, Edges, ModeName, prompt_edges
+from spd_lightning.decomposition.attribution import MODES, EdgeTable, ModeName
+from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.rows import (
-    Numbered,
     about,
     array,
     both_runs,
     component_rows,
     node_rows,
-    numbered,
     output_rows,
     prompt_rows,
 )
@@ -51,26 +50,31 @@ class PromptGraphs(Harvester):
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the graphs of a batch of prompts."""
         runs = both_runs(module.model, prompts.inputs)
-        layers, edges = prompt_edges(
+        layers, edges = attribution_graphs(
             module.model, prompts.inputs, runs.importances, MODES[self.mode], self.threshold, runs.nodes
         )
-        numbers = numbered(layers)
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
-            "nodes": node_rows(module.model, layers, numbers, ids),
-            "edges": _edges(edges, numbers, ids),
+            "nodes": node_rows(module.model, layers, ids),
+            "edges": edge_rows(edges, ids),
             "outputs": output_rows(runs, ids, self.names),
             "components": component_rows(module, layers, self.threshold),
         }
 
 
-def _edges(edges: list[Edges], numbers: list[Numbered], ids: list[int]) -> pl.DataFrame:
+def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
+    """One row an edge."""
     prompt_ids = np.array(ids, dtype=np.uint64)
-    empty = {"prompt_id": np.uint64, "source": np.uint32, "target": np.uint32, "attribution": np.float32}
-    columns: dict[str, list[np.ndarray]] = {name: [np.empty(0, dtype)] for name, dtype in empty.items()}
-    for e in edges:
-        columns["prompt_id"].append(prompt_ids[e.prompt.cpu().numpy()])
-        columns["source"].append(numbers[e.source].numbers(e.prompt, e.source_at).astype(np.uint32))
-        columns["target"].append(numbers[e.target].numbers(e.prompt, e.target_at).astype(np.uint32))
-        columns["attribution"].append(array(e.attribution))
-    return pl.DataFrame({name: np.concatenate(parts) for name, parts in columns.items()})
+    frames = [
+        pl.DataFrame(
+            {
+                "prompt_id": prompt_ids[table.prompt.cpu().numpy()],
+                "source": table.source.cpu().numpy().astype(np.uint32),
+                "target": table.target.cpu().numpy().astype(np.uint32),
+                "attribution": array(table.attribution),
+            }
+        )
+        for table in tables
+    ]
+    types = {"prompt_id": pl.UInt64, "source": pl.UInt32, "target": pl.UInt32, "attribution": pl.Float32}
+    return pl.concat([pl.DataFrame(schema=types), *frames])

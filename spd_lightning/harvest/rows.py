@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import Layer, OutputNodes, every_output, likely_tokens
+from spd_lightning.decomposition.attribution import Layer, OutputNodes, every_output, likely_tokens, node_numbers
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.metrics import component_norms, sizeable
 from spd_lightning.decomposition.model import Clean, ComponentModel
@@ -89,36 +89,6 @@ def layer_names(model: ComponentModel) -> list[str]:
     return [*([*embeddings(model).values()] or ["input"]), *model.sites, "output"]
 
 
-# ---- numbers of nodes -----------------------------------------------------------------------------------------------
-
-
-class Numbered(NamedTuple):
-    """The nodes of one layer, in order of prompt, position and component, and the number of each within its prompt."""
-
-    at: tuple[np.ndarray, np.ndarray, np.ndarray]
-    number: np.ndarray
-    shape: tuple[int, ...]
-
-    def numbers(self, prompt: Tensor, at: Shaped[Tensor, "found 2"]) -> np.ndarray:
-        """The numbers of some of these nodes, given by prompt and by (position, component)."""
-        wanted = (prompt.cpu().numpy(), *at.cpu().numpy().T)
-        held, asked = (np.ravel_multi_index(index, self.shape) for index in (self.at, wanted))
-        return self.number[np.searchsorted(held, asked)]
-
-
-def numbered(layers: list[Layer]) -> list[Numbered]:
-    """Number the nodes of every prompt in order of layer, position and component."""
-    start = np.zeros(layers[0].nodes.shape[0], dtype=np.int64)
-    found = []
-    for layer in layers:
-        prompt, pos, component = layer.nodes.nonzero().cpu().numpy().T
-        own = np.bincount(prompt, minlength=len(start))
-        number = (start + own - own.cumsum())[prompt] + np.arange(len(prompt))
-        found.append(Numbered((prompt, pos, component), number, tuple(layer.nodes.shape)))
-        start += own
-    return found
-
-
 def array(tensor: Tensor, dtype: Any = np.float32) -> np.ndarray:
     """A tensor's values in the store's type."""
     return full(tensor.detach()).cpu().numpy().astype(dtype)
@@ -142,16 +112,16 @@ def prompt_rows(prompts: Prompts, ids: list[int], names: Names) -> pl.DataFrame:
     return pl.DataFrame(columns, schema_overrides=types)
 
 
-def node_rows(model: ComponentModel, layers: list[Layer], numbers: list[Numbered], ids: list[int]) -> pl.DataFrame:
+def node_rows(model: ComponentModel, layers: list[Layer], ids: list[int]) -> pl.DataFrame:
     """One row a node."""
     prompt_ids, names = np.array(ids, dtype=np.uint64), pl.Enum(layer_names(model))
     frames = []
-    for layer, held in zip(layers, numbers, strict=True):
-        prompt, pos, component = held.at
+    for layer, numbers in zip(layers, node_numbers(layers), strict=True):
+        prompt, pos, component = layer.nodes.nonzero().cpu().numpy().T
         importance = None if layer.importance is None else pl.Series(array(layer.importance[layer.nodes]))
         columns = {
             "prompt_id": prompt_ids[prompt],
-            "node": held.number.astype(np.uint32),
+            "node": array(numbers[layer.nodes], np.uint32),
             "pos": pos.astype(np.uint16),
             "component": component.astype(np.uint32),
             "activation": array(layer.value[layer.nodes]),

@@ -81,27 +81,32 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d_model, d_kv, bias=bias)
         self.o_proj = nn.Linear(d_model, d_model, bias=bias)
 
-    def heads(self, x: Float[Tensor, "batch pos d_model"], rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [batch head pos d_head], turned to their positions, shared keys repeated."""
-        q, k, v = (
-            rearrange(project(x), "batch pos (head d_head) -> batch head pos d_head", head=count)
-            for project, count in (
-                (self.q_proj, self.n_heads),
-                (self.k_proj, self.n_kv_heads),
-                (self.v_proj, self.n_kv_heads),
-            )
-        )
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+    def turned(
+        self, x: Float[Tensor, "batch pos d_heads"], count: int, rotary: Rotary | None
+    ) -> Float[Tensor, "batch head pos d_head"]:
+        """What a projection gives, cut into heads and turned to its positions."""
+        x = rearrange(x, "batch pos (head d_head) -> batch head pos d_head", head=count)
+        return x if rotary is None else rotate(x, rotary)
+
+    def heads_of(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections as queries, keys and values [batch head pos d_head], turned, shared keys repeated."""
+        q, k = self.turned(q, self.n_heads, rotary), self.turned(k, self.n_kv_heads, rotary)
+        v = self.turned(v, self.n_kv_heads, None)
         if (shared := self.n_heads // self.n_kv_heads) > 1:
             k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         return q, k, v
+
+    @staticmethod
+    def pattern(q: Tensor, k: Tensor) -> Tensor:
+        """How much each position attends to each (`attention_pattern`)."""
+        return attention_pattern(q, k)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], rotary: Rotary | None
     ) -> Float[Tensor, "batch pos d_model"]:
         """What the heads write into the residual stream."""
-        gathered = attend(*self.heads(x, rotary), self.fused)
+        heads = self.heads_of(self.q_proj(x), self.k_proj(x), self.v_proj(x), rotary)
+        gathered = attend(*heads, self.fused)
         return self.o_proj(rearrange(gathered, "batch head pos d_head -> batch pos (head d_head)"))
 
 
@@ -201,6 +206,8 @@ class Decoder(LanguageModel):
         fused_attention: torch's fused kernel; false writes attention out, which higher derivatives need.
     """
 
+    closed_forms = True
+    """Its graphs need no backward pass: `decomposition.closed_form` knows these parts by name."""
     cos: Float[Tensor, "pos d_head"] | None
     sin: Float[Tensor, "pos d_head"]
 
@@ -255,6 +262,10 @@ class Decoder(LanguageModel):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
+    def rotary(self, positions: int) -> Rotary | None:
+        """By what angles the first positions turn; None where nothing turns."""
+        return None if self.cos is None else (self.cos[:positions], self.sin[:positions])
+
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """The logits of the next token at every position.
 
@@ -266,7 +277,7 @@ class Decoder(LanguageModel):
         x = self.wte(tokens)
         if self.wpe is not None:
             x = x + self.wpe(torch.arange(positions, device=tokens.device))
-        rotary = None if self.cos is None else (self.cos[:positions], self.sin[:positions])
+        rotary = self.rotary(positions)
         for block in self.h:
             x = block(x, rotary)
         return self.lm_head(self.norm_f(x))

@@ -1,0 +1,398 @@
+"""Attribution graphs of decoders without a backward pass (section A of docs/method.md).
+
+Between two sites of a decoder there is little: a norm, a non-linearity, or attention. The derivative of each is known,
+so an edge is a few inner products of what the source writes with what the target reads:
+
+    residual writer → reader        w_i U_i · Jᵀ V_j                  J: the norm's Jacobian at this position
+    first MLP map → down            w_i U_i ∘ φ'(h) · V_j
+    v → o                           w_i Σ_h p_h[s, s'] (U_i · V_j)_h
+    q → o                           w_i Σ_h (R U_i)_hᵀ Cov_{p_h[s]}(k, v) V_j,h / √d
+    k → o                           w_i Σ_h p_h[s, s'] (q_s · R U_i)_h ((v_s' − v̄_s) · V_j)_h / √d
+
+with w = m ∘ a, p_h the attention pattern of head h, R the rotation to a position. One forward pass of the batch gives
+all that these ask for; edges then come prompt by prompt, from the rows of U and V that are nodes there.
+Not here: decoders of which only a part is decomposed, and modes whose delta carries gradient (see `why_not`); those
+take the batched products of `attribution`, which give the same numbers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from spd_lightning.decomposition.attribution import (
+    EdgeTable,
+    Layer,
+    Mode,
+    OutputNodes,
+    every_output,
+    node_numbers,
+    prompt_edges,
+    tabled,
+)
+from spd_lightning.decomposition.components import Site
+from spd_lightning.decomposition.model import ComponentModel, Map
+
+BLOCK = 1 << 20
+"""Entries of one block of key–value edges: small enough to stay near the processor."""
+
+
+def why_not(model: ComponentModel, mode: Mode) -> str | None:
+    """What keeps a model's graphs from closed form; None where nothing does."""
+    if not getattr(model.target, "closed_forms", False):
+        return f"{type(model.target).__name__} is no decoder whose parts are known"
+    if mode.delta == "flow" or mode.linearisation == "frozen":
+        return "this mode takes more than Jacobians of known parts"
+    known = {name for block in range(len(model.target.h)) for name in _maps(model.target, block)}  # pyright: ignore
+    if missing := sorted(known - set(model.sites)):
+        return f"'{missing[0]}' is not decomposed"
+    if strange := sorted(set(model.sites) - known - {"wte", "lm_head"}):
+        return f"'{strange[0]}' is decomposed"
+    return None
+
+
+def _maps(target: Any, block: int) -> list[str]:
+    """The names of a block's maps."""
+    mlp = [name for name in ("c_fc", "gate_proj", "up_proj", "down_proj") if hasattr(target.h[block].mlp, name)]
+    return [f"h.{block}.attn.{x}_proj" for x in "qkvo"] + [f"h.{block}.mlp.{name}" for name in mlp]
+
+
+# ---- one forward pass -----------------------------------------------------------------------------------------------
+
+
+class Trace(NamedTuple):
+    """What a batch of prompts did inside the model: inputs and outputs of parts, a = x V and w = m ∘ a of sites.
+
+    order: embeddings that are no sites, and sites, as they came.
+    """
+
+    output: Tensor
+    into: dict[nn.Module, Tensor]
+    out: dict[nn.Module, Tensor]
+    inner: dict[str, Tensor]
+    weight: dict[str, Tensor]
+    order: list[str]
+
+
+def trace(model: ComponentModel, inputs: Tensor, importances: Mapping[str, Tensor], mode: Mode) -> Trace:
+    """Runs a batch of prompts under a mode's masks."""
+    target: Any = model.target
+    found = Trace(inputs, {}, {}, {}, {}, [])
+    sites = {site.module for site in model.sites.values()}
+    norms = [norm for block in target.h for norm in (block.norm_1, block.norm_2)] + [target.norm_f]
+    tables = {m: name for name, m in (("wte", target.wte), ("wpe", target.wpe)) if m is not None and m not in sites}
+
+    def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
+        parts, g = model[site.name], importances[site.name]
+        a = site.inner(x, parts.V)
+        w = a if mode.mask == "ones" else g * a
+        y = own(x) if mode.delta != "off" else (w @ parts.U if site.bias is None else w @ parts.U + site.bias)
+        if mode.delta != "off" and mode.mask != "ones":
+            y = y + (w - a) @ parts.U
+        found.inner[site.name], found.weight[site.name] = a, w
+        found.into[site.module], found.out[site.module] = x, y
+        found.order.append(site.name)
+        return y
+
+    def at_module(module: nn.Module, own: Map) -> Map:
+        def forward(x: Tensor) -> Tensor:
+            y = own(x)
+            if module in tables:
+                found.order.append(tables[module])
+                y = y.expand(len(inputs), *y.shape[-2:])
+            found.into[module], found.out[module] = x, y
+            return y
+
+        return forward
+
+    with torch.no_grad(), model.replaced(at_site, at_module, [*norms, *tables]):
+        return found._replace(output=model.target(inputs))
+
+
+def layers_of(
+    model: ComponentModel, run: Trace, importances: Mapping[str, Tensor], threshold: float, output_nodes: OutputNodes
+) -> list[Layer]:
+    """The layers of the graphs, in forward order, as `attribution.cut_run` gives them, but no leaves."""
+    layers = []
+    for name in run.order:
+        if name in model.sites:
+            g = importances[name].detach()
+            layers.append(Layer(name, "component", None, run.inner[name], g > threshold, g))
+        else:
+            size = run.out[model.target.get_submodule(name)].norm(dim=-1, keepdim=True)
+            layers.append(Layer(name, "embedding", None, size, torch.ones_like(size, dtype=torch.bool), whole=True))
+    return [*layers, Layer("output", "output", None, run.output, output_nodes(run.output))]
+
+
+# ---- the nodes of one prompt ----------------------------------------------------------------------------------------
+
+
+class Nodes(NamedTuple):
+    """The nodes of one layer on one prompt, side by side at each position, as many as the fullest position has."""
+
+    component: Int[Tensor, "pos K"]
+    number: Int[Tensor, "pos K"]
+    real: Bool[Tensor, "pos K"]
+
+    @property
+    def pos(self) -> Int[Tensor, " nodes"]:
+        """The position of every real node."""
+        return self.real.nonzero()[:, 0]
+
+    def pick(self, values: Float[Tensor, "pos C"]) -> Float[Tensor, "pos K"]:
+        """Each node's own value."""
+        return values.gather(1, self.component)
+
+
+def nodes_of(held: Bool[Tensor, "pos C"], number: Int[Tensor, "pos C"]) -> Nodes:
+    """Lays the nodes of a layer out."""
+    pos, component = held.nonzero(as_tuple=True)
+    count = held.sum(1)
+    rank = torch.arange(len(pos), device=pos.device) - (count.cumsum(0) - count)[pos]
+    shape = (len(held), int(count.max()))
+    index, numbers, real = pos.new_zeros(shape), pos.new_zeros(shape), held.new_zeros(shape)
+    index[pos, rank], numbers[pos, rank], real[pos, rank] = component, number[pos, component], True
+    return Nodes(index, numbers, real)
+
+
+class Writer(NamedTuple):
+    """What the nodes of a layer add to the residual stream [pos, K, d]."""
+
+    nodes: Nodes
+    rows: Float[Tensor, "pos K d"]
+
+
+# ---- edges of one prompt --------------------------------------------------------------------------------------------
+
+
+class Graph:
+    """The edges of one prompt of a traced batch.
+
+    Args:
+        model: a decoder, decomposed.
+        run: the batch's trace.
+        layers: its layers.
+        numbers: the numbers of their nodes.
+        prompt: which prompt of the batch.
+    """
+
+    def __init__(self, model: ComponentModel, run: Trace, layers: list[Layer], numbers: list[Tensor], prompt: int):
+        self.model, self.run, self.prompt = model, run, prompt
+        self.target: Any = model.target
+        self.nodes = {
+            layer.name: nodes_of(layer.nodes[prompt], held[prompt]) for layer, held in zip(layers, numbers, strict=True)
+        }
+
+    def __iter__(self) -> Iterator[EdgeTable]:
+        stream = [self._embedded(name) for name in ("wte", "wpe") if name in self.nodes]
+        for k, block in enumerate(self.target.h):
+            attn, mlp, first = (f"h.{k}.{part}" for part in ("attn", "mlp", "mlp.down_proj"))
+            for name in "qkv":
+                yield from self._read(stream, f"{attn}.{name}_proj", block.norm_1)
+            yield from self._attention(block.attn, attn)
+            stream.append(self._writer(f"{attn}.o_proj"))
+            for name, slope in self._slopes(block.mlp, mlp):
+                yield from self._read(stream, name, block.norm_2)
+                writer = self._writer(name)
+                yield from self._same([writer._replace(rows=writer.rows * slope[:, None])], first, self._columns(first))
+            stream.append(self._writer(first))
+        if "lm_head" not in self.model.sites:
+            weight = self.target.lm_head.weight
+            yield from self._read(stream, "output", self.target.norm_f, weight)
+            return
+        yield from self._read(stream, "lm_head", self.target.norm_f)
+        head, out = self._writer("lm_head"), self.nodes["output"]
+        yield from self._select(
+            [head], out, head.rows.gather(2, out.component[:, None].expand(-1, head.rows.shape[1], -1))
+        )
+
+    # ---- what nodes write and read ------------------------------------------------------------------------------
+
+    def _at(self, values: Mapping[Any, Tensor], key: Any) -> Tensor:
+        """What a trace holds of this prompt."""
+        return values[key][self.prompt]
+
+    def _embedded(self, name: str) -> Writer:
+        if name in self.model.sites:
+            return self._writer(name)
+        return Writer(self.nodes[name], self._at(self.run.out, self.target.get_submodule(name))[:, None])
+
+    def _writer(self, name: str) -> Writer:
+        """w_i U_i of every node of a site."""
+        nodes = self.nodes[name]
+        w = nodes.pick(self._at(self.run.weight, name))
+        return Writer(nodes, self.model[name].U[nodes.component] * w[..., None])
+
+    def _columns(self, name: str) -> Float[Tensor, "pos K d_in"]:
+        """V_j of every node of a site."""
+        return self.model[name].V.T[self.nodes[name].component]
+
+    def _read(
+        self, stream: list[Writer], name: str, norm: nn.Module, weight: Tensor | None = None
+    ) -> Iterator[EdgeTable]:
+        """Residual stream → a reader behind a norm; weight [K, d]: its rows, where it is no site."""
+        nodes = self.nodes[name]
+        if weight is None:
+            columns, a = self._columns(name), nodes.pick(self._at(self.run.inner, name))
+        else:
+            columns = weight[nodes.component]
+            a = nodes.pick(self.run.output[self.prompt])
+        yield from self._same(stream, name, pulled_back(norm, self._at(self.run.into, norm), columns, a))
+
+    def _slopes(self, mlp: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The maps that feed an MLP's neurons, and how a neuron's output moves with each [pos, neurons]."""
+        if hasattr(mlp, "c_fc"):
+            yield f"{name}.c_fc", derivative(mlp.act, self._at(self.run.out, mlp.c_fc))
+            return
+        g, u = (self._at(self.run.out, m) for m in (mlp.gate_proj, mlp.up_proj))
+        yield f"{name}.gate_proj", derivative(mlp.act, g) * u
+        yield f"{name}.up_proj", mlp.act(g)
+
+    # ---- edges within a position --------------------------------------------------------------------------------
+
+    def _same(self, writers: list[Writer], target: str, columns: Tensor) -> Iterator[EdgeTable]:
+        """Edges at each position: inner products of what is written with what is read."""
+        rows = torch.cat([writer.rows for writer in writers], dim=1)
+        yield from self._select(writers, self.nodes[target], rows @ columns.transpose(1, 2))
+
+    def _select(self, writers: list[Writer], to: Nodes, values: Float[Tensor, "pos K J"]) -> Iterator[EdgeTable]:
+        number, real = (torch.cat([getattr(w.nodes, part) for w in writers], dim=1) for part in ("number", "real"))
+        both = real[:, :, None] & to.real[:, None, :]
+        source, target = number[:, :, None].expand_as(both), to.number[:, None, :].expand_as(both)
+        if both.all():  # then there is nothing to leave out
+            yield self._table(source.flatten(), target.flatten(), values.flatten())
+        else:
+            yield self._table(source[both], target[both], values[both])
+
+    def _table(self, source: Tensor, target: Tensor, values: Tensor) -> EdgeTable:
+        return EdgeTable(torch.full_like(source, self.prompt), source, target, values)
+
+    # ---- edges through attention --------------------------------------------------------------------------------
+
+    def _attention(self, attn: Any, name: str) -> Iterator[EdgeTable]:
+        """q, k and v → o."""
+        q_site, k_site, v_site, o_site = (f"{name}.{x}_proj" for x in "qkvo")
+        rotary, shared = self.target.rotary(len(self.run.output[self.prompt])), attn.n_heads // attn.n_kv_heads
+        projected = (self._at(self.run.out, m)[None] for m in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (x[0] for x in attn.heads_of(*projected, rotary))  # [head, pos, d_head]
+        pattern, scale = attn.pattern(q[None], k[None])[0], q.shape[-1] ** -0.5
+        columns, mean = self._columns(o_site), pattern @ v
+
+        def turned(writer: Writer, count: int) -> Float[Tensor, "head pos K d_head"]:
+            """R U_i of every node."""
+            return attn.turned(writer.rows.transpose(0, 1), count, rotary).permute(1, 2, 0, 3)
+
+        queries = self._writer(q_site)
+        covariance = torch.einsum("hsp,hpd,hpe->hsde", pattern, k, v) - torch.einsum("hsd,hse->hsde", pattern @ k, mean)
+        moved = (turned(queries, attn.n_heads) @ covariance).permute(1, 2, 0, 3).flatten(2) * scale
+        yield from self._same([queries._replace(rows=moved)], o_site, columns)
+
+        o = self.nodes[o_site]
+        read = columns[o.real].unflatten(-1, (attn.n_heads, -1)).transpose(0, 1)  # [head, nodes of o, d_head]
+        keys = self._writer(k_site)
+        rows = turned(keys, attn.n_kv_heads)[:, keys.nodes.real].repeat_interleave(shared, dim=0)
+        asked = pattern[:, :, keys.nodes.pos] * (q @ rows.transpose(1, 2)) * scale  # [head, pos, nodes of k]
+        gained = read @ v.transpose(1, 2) - (read * mean[:, o.pos]).sum(-1, keepdim=True)  # [head, nodes of o, pos]
+
+        def through_pattern(i: slice, j: slice) -> Float[Tensor, "j i"]:
+            at, to = keys.nodes.pos[i], o.pos[j]
+            return sum(p[:, i][to] * g[j][:, at] for p, g in zip(asked, gained, strict=True))  # pyright: ignore
+
+        yield from self._across(keys.nodes, o, through_pattern)
+        values = self._writer(v_site)
+        rows = values.rows[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1)).transpose(0, 1)
+        rows = rows.repeat_interleave(shared, dim=0)  # [head, nodes of v, d_head]
+
+        def moved_along(i: slice, j: slice) -> Float[Tensor, "j i"]:
+            at, to = values.nodes.pos[i], o.pos[j]
+            return sum((r[j] @ w[i].T) * p[to][:, at] for r, w, p in zip(read, rows, pattern, strict=True))  # pyright: ignore
+
+        yield from self._across(values.nodes, o, moved_along)
+
+    def _across(self, source: Nodes, target: Nodes, values: Callable[[slice, slice], Tensor]) -> Iterator[EdgeTable]:
+        """Edges from positions up to the target's, a block of targets at a time; values(i, j): those of two ranges."""
+        at, to, numbers = source.pos, target.pos, (source.number[source.real], target.number[target.real])
+        start = 0
+        while start < len(to) and len(at):
+            stop = min(len(to), start + max(1, BLOCK // len(at)))
+            past = slice(0, int((at <= to[stop - 1]).sum()))
+            found, gap = values(past, slice(start, stop)), to[start:stop, None] - at[past]
+            j, i = ((gap == 0) | ((gap > 0) & (found != 0))).nonzero(as_tuple=True)
+            yield self._table(numbers[0][i], numbers[1][start + j], found[j, i])
+            start = stop
+
+
+def pulled_back(
+    norm: nn.Module, r: Float[Tensor, "pos d"], columns: Float[Tensor, "pos K d"], a: Float[Tensor, "pos K"]
+) -> Float[Tensor, "pos K d"]:
+    """Gradients to a norm's input r of `a = norm(r) · column`."""
+    match norm:
+        case nn.RMSNorm():
+            eps = torch.finfo(r.dtype).eps if norm.eps is None else norm.eps
+            inverse = (r.square().mean(-1) + eps).rsqrt()[:, None, None]
+            return (columns * norm.weight - r[:, None] * (a[..., None] * inverse / r.shape[-1])) * inverse
+        case nn.LayerNorm():
+            r = r - r.mean(-1, keepdim=True)
+            inverse = (r.square().mean(-1) + norm.eps).rsqrt()[:, None, None]
+            scaled = columns * norm.weight
+            without = a if norm.bias is None else a - columns @ norm.bias
+            scaled = scaled - scaled.mean(-1, keepdim=True)
+            return (scaled - r[:, None] * (without[..., None] * inverse / r.shape[-1])) * inverse
+    return columns
+
+
+def derivative(act: nn.Module, h: Tensor) -> Tensor:
+    """φ'(h) of an activation function."""
+    match act:
+        case nn.GELU():
+            return torch.ops.aten.gelu_backward(torch.ones_like(h), h, approximate=act.approximate)
+        case nn.SiLU():
+            return torch.ops.aten.silu_backward(torch.ones_like(h), h)
+        case nn.ReLU():
+            return (h > 0).to(h.dtype)
+    raise TypeError(f"the derivative of {type(act).__name__} is not known")
+
+
+def closed_form(
+    model: ComponentModel,
+    inputs: Int[Tensor, "batch pos"],
+    importances: Mapping[str, Tensor],
+    mode: Mode,
+    threshold: float = 0.0,
+    output_nodes: OutputNodes = every_output,
+) -> tuple[list[Layer], Iterator[EdgeTable]]:
+    """The graphs of a batch of prompts: their layers, and their edges as they are computed, prompt by prompt.
+
+    `why_not` must have nothing to say against it.
+    """
+    with torch.no_grad():
+        run = trace(model, inputs, importances, mode)
+        layers = layers_of(model, run, importances, threshold, output_nodes)
+        numbers = node_numbers(layers)
+
+    def found() -> Iterator[EdgeTable]:
+        with torch.no_grad():
+            for prompt in range(len(inputs)):
+                yield from Graph(model, run, layers, numbers, prompt)
+
+    return layers, found()
+
+
+def attribution_graphs(
+    model: ComponentModel,
+    inputs: Tensor,
+    importances: Mapping[str, Tensor],
+    mode: Mode,
+    threshold: float = 0.0,
+    output_nodes: OutputNodes = every_output,
+) -> tuple[list[Layer], Iterator[EdgeTable]]:
+    """The graphs of a batch of prompts in the quickest way that the model and the mode allow; the numbers are the same.
+
+    inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of the clean run.
+    """
+    if why_not(model, mode) is None:
+        return closed_form(model, inputs, importances, mode, threshold, output_nodes)
+    layers, found = prompt_edges(model, inputs, importances, mode, threshold, output_nodes)
+    return layers, tabled(layers, found)

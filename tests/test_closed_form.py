@@ -1,0 +1,149 @@
+"""Closed forms of prompt attributions against their definition (laws A1–A8)."""
+
+import pytest
+import torch
+from torch import nn
+
+from spd_lightning.decomposition.attribution import MODES, cut_run, node_numbers, oracle, prompt_edges, tabled
+from spd_lightning.decomposition.closed_form import closed_form, why_not
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.targets.toy import TMS
+from spd_lightning.targets.transformer import Decoder
+
+THRESHOLD, VOCAB, D = 0.3, 7, 8
+MAPS = {"h.*.attn.*_proj": 5, "h.*.mlp.*": 6}
+GPT = {"positions": "learned", "norm": "layer", "activation": "gelu_tanh", "bias": True, "tied_unembedding": True}
+LLAMA = {"positions": "rotary", "norm": "rms", "mlp": "gated", "activation": "silu", "n_kv_heads": 2}
+STYLES = {
+    "gpt": (GPT, MAPS),
+    "llama": (LLAMA, MAPS),
+    "plain": ({}, MAPS),
+    "without norm": ({"norm": "none", "activation": "relu", "positions": "none"}, MAPS),
+    "layer norm without bias": ({"norm": "layer", "mlp": "gated", "activation": "gelu"}, MAPS),
+    "one key head": ({"n_kv_heads": 1, "bias": True}, MAPS),
+    "embedding and unembedding too": (LLAMA, MAPS | {"wte": 4, "lm_head": 9}),
+    "unembedding too": (GPT, MAPS | {"lm_head": 5}),
+}
+CLOSED = ["unmasked", "ci_masked"]
+
+
+def made(style, layers=2, prompts=2, length=4, written=True):
+    """A decoder with random weights, gains and biases; every prompt has another number of nodes at each position."""
+    torch.manual_seed(0)
+    switches, sites = STYLES[style]
+    target = Decoder(VOCAB, D, layers, 4, 6, d_mlp=10, fused_attention=not written, **switches)
+    for name, parameter in target.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.5)
+    model = ComponentModel(target, sites).double()
+    tokens = torch.randint(0, VOCAB, (prompts, length))
+    inner = model.clean(tokens).inner
+    g = {name: (1.8 * torch.rand(a.shape).double() - 0.6).clamp(0, 1) for name, a in inner.items()}
+    return model, tokens, g
+
+
+def some_outputs(output):
+    return (torch.arange(VOCAB) * torch.arange(1, output.shape[1] + 1)[:, None]).remainder(3).eq(1).expand_as(output)
+
+
+def by_number(layers, prompt):
+    """What stands behind every number of a prompt's nodes."""
+    held = {}
+    for layer, numbers in zip(layers, node_numbers(layers), strict=True):
+        for pos, i in layer.nodes[prompt].nonzero().tolist():
+            held[numbers[prompt, pos, i].item()] = (layer.kind, layer.name, pos, i)
+    assert sorted(held) == list(range(len(held)))
+    return held
+
+
+def dictionary(layers, tables, prompt):
+    """The edges of one prompt, keyed as the oracle keys them."""
+    nodes, found = by_number(layers, prompt), {}
+    for table in tables:
+        mine = table.prompt == prompt
+        rows = zip(*(column[mine].tolist() for column in table[1:]), strict=True)
+        for source, target, value in rows:
+            (kind, *start), (_, *end) = nodes[source], nodes[target]
+            assert (kind, (*start, *end)) not in found
+            found[kind, (*start, *end)] = value
+    return found
+
+
+def assert_equal(found, expected, rtol=1e-9, atol=1e-14):
+    """Alike as dictionaries; only an edge across positions may be zero in one and left out in the other."""
+    assert {key for key in found if key[1][1] == key[1][4]} == {key for key in expected if key[1][1] == key[1][4]}
+    largest = max(map(abs, expected.values()))
+    for key in found.keys() | expected.keys():
+        assert found.get(key, 0.0) == pytest.approx(expected.get(key, 0.0), rel=rtol, abs=atol * largest), key
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("mode", CLOSED)
+@pytest.mark.parametrize("style", STYLES)
+def test_a7_closed_form_is_the_oracle_and_the_batched_products(style, mode, layers):
+    """Edge by edge in double precision, zeros included, on prompts of a batch and each alone."""
+    model, tokens, g = made(style, layers)
+    assert why_not(model, MODES[mode]) is None
+    with torch.inference_mode():
+        held, found = closed_form(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
+        found = list(found)
+    products = prompt_edges(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
+    products = list(tabled(*products))
+    for p in range(len(tokens)):
+        own = {name: values[p : p + 1] for name, values in g.items()}
+        cut = cut_run(model, tokens[p : p + 1], own, MODES[mode], THRESHOLD, some_outputs)
+        expected = oracle(cut)
+        assert_equal(dictionary(held, found, p), expected, atol=1e-13)
+        assert_equal(dictionary(held, products, p), expected)
+        for mine, other in zip(held, cut, strict=True):
+            assert (mine.name, mine.kind) == (other.name, other.kind)
+            assert torch.equal(mine.nodes[p], other.nodes[0])
+            torch.testing.assert_close(mine.value[p], other.value[0].detach())
+
+
+@pytest.mark.parametrize("style", ["gpt", "llama"])
+def test_single_precision(style):
+    """A7: relative error 1e-4 in single precision, fused attention included."""
+    model, tokens, g = made(style, written=False)
+    exact = list(closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)[1])
+    held, rough = closed_form(model.float(), tokens, {n: v.float() for n, v in g.items()}, MODES["unmasked"], THRESHOLD)
+    rough = list(rough)
+    for p in range(len(tokens)):
+        expected = dictionary(held, exact, p)
+        assert_equal(dictionary(held, rough, p), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_attention_edges_change_nothing(monkeypatch):
+    model, tokens, g = made("llama", length=6)
+    held, whole = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    whole = list(whole)
+    monkeypatch.setattr("spd_lightning.decomposition.closed_form.BLOCK", 1)
+    _, found = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    found = list(found)
+    assert len(found) > len(whole)
+    for p in range(len(tokens)):
+        assert_equal(dictionary(held, found, p), dictionary(held, whole, p), rtol=1e-12)
+
+
+def test_positions_and_layers_without_nodes():
+    """A prompt in which little matters has few edges, and no trouble."""
+    model, tokens, g = made("llama")
+    g = {name: values * (torch.arange(values.shape[1]) == 2)[:, None] for name, values in g.items()}
+    for name in ("h.1.attn.v_proj", "h.0.mlp.gate_proj"):
+        g[name] = torch.zeros_like(g[name])
+    held, found = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
+    found = list(found)
+    for p in range(len(tokens)):
+        own = {name: values[p : p + 1] for name, values in g.items()}
+        expected = oracle(cut_run(model, tokens[p : p + 1], own, MODES["unmasked"], THRESHOLD, some_outputs))
+        assert_equal(dictionary(held, found, p), expected, atol=1e-13)
+
+
+def test_what_has_no_closed_form_says_why():
+    decoder = Decoder(VOCAB, D, 1, 2, 6)
+    mode = MODES["unmasked"]
+    assert why_not(ComponentModel(TMS(5, 2), {"*": 3}), mode) == "TMS is no decoder whose parts are known"
+    assert why_not(ComponentModel(decoder, {"h.*.mlp.*": 3}), mode) == "'h.0.attn.k_proj' is not decomposed"
+    odd = ComponentModel(decoder, MAPS | {"h.0.mlp.c_fc.pre_identity": 3})
+    assert why_not(odd, mode) == "'h.0.mlp.c_fc.pre_identity' is decomposed"
+    for name in ("frozen", "reference"):
+        assert "this mode" in (why_not(ComponentModel(decoder, MAPS), MODES[name]) or "")
