@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from spd_lightning.decomposition.attribution import (
     EdgeTable,
@@ -152,16 +153,22 @@ def nodes_of(held: Bool[Tensor, "pos C"], number: Int[Tensor, "pos C"]) -> Nodes
     count = held.sum(1)
     rank = torch.arange(len(pos), device=pos.device) - (count.cumsum(0) - count)[pos]
     shape = (len(held), int(count.max()))
-    index, numbers, real = pos.new_zeros(shape), pos.new_zeros(shape), held.new_zeros(shape)
+    index, numbers, real = pos.new_zeros(shape), number.new_zeros(shape), held.new_zeros(shape)
     index[pos, rank], numbers[pos, rank], real[pos, rank] = component, number[pos, component], True
     return Nodes(index, numbers, real)
 
 
-class Writer(NamedTuple):
-    """What the nodes of a layer add to the residual stream [pos, K, d]."""
+class Rows(NamedTuple):
+    """Nodes and a vector of each: what it writes, or what it reads."""
 
     nodes: Nodes
-    rows: Float[Tensor, "pos K d"]
+    vectors: Float[Tensor, "pos K d"]
+
+
+def beside(parts: list[Rows]) -> Rows:
+    """The nodes of several layers side by side."""
+    columns = (torch.cat(column, dim=1) for column in zip(*(part.nodes for part in parts), strict=True))
+    return Rows(Nodes(*columns), torch.cat([part.vectors for part in parts], dim=1))
 
 
 # ---- edges of one prompt --------------------------------------------------------------------------------------------
@@ -176,37 +183,44 @@ class Graph:
         layers: its layers.
         numbers: the numbers of their nodes.
         prompt: which prompt of the batch.
+        read: Vᵀ of every site, and what the output reads [K, d].
     """
 
-    def __init__(self, model: ComponentModel, run: Trace, layers: list[Layer], numbers: list[Tensor], prompt: int):
-        self.model, self.run, self.prompt = model, run, prompt
+    def __init__(
+        self,
+        model: ComponentModel,
+        run: Trace,
+        layers: list[Layer],
+        numbers: list[Tensor],
+        prompt: int,
+        read: Mapping[str, Tensor],
+    ):
+        self.model, self.run, self.prompt, self.read = model, run, prompt, read
         self.target: Any = model.target
         self.nodes = {
             layer.name: nodes_of(layer.nodes[prompt], held[prompt]) for layer, held in zip(layers, numbers, strict=True)
         }
 
     def __iter__(self) -> Iterator[EdgeTable]:
-        stream = [self._embedded(name) for name in ("wte", "wpe") if name in self.nodes]
+        stream = beside([self._embedded(name) for name in ("wte", "wpe") if name in self.nodes])
         for k, block in enumerate(self.target.h):
-            attn, mlp, first = (f"h.{k}.{part}" for part in ("attn", "mlp", "mlp.down_proj"))
-            for name in "qkv":
-                yield from self._read(stream, f"{attn}.{name}_proj", block.norm_1)
+            attn, mlp = f"h.{k}.attn", f"h.{k}.mlp"
+            yield self._same(stream, self._behind(block.norm_1, *(f"{attn}.{x}_proj" for x in "qkv")))
             yield from self._attention(block.attn, attn)
-            stream.append(self._writer(f"{attn}.o_proj"))
-            for name, slope in self._slopes(block.mlp, mlp):
-                yield from self._read(stream, name, block.norm_2)
+            stream = beside([stream, self._writer(f"{attn}.o_proj")])
+            slopes, down = self._slopes(block.mlp, mlp), self._reader(f"{mlp}.down_proj")
+            yield self._same(stream, self._behind(block.norm_2, *slopes))
+            for name, slope in slopes.items():
                 writer = self._writer(name)
-                yield from self._same([writer._replace(rows=writer.rows * slope[:, None])], first, self._columns(first))
-            stream.append(self._writer(first))
+                yield self._same(writer._replace(vectors=writer.vectors * slope[:, None]), down)
+            stream = beside([stream, self._writer(f"{mlp}.down_proj")])
         if "lm_head" not in self.model.sites:
-            weight = self.target.lm_head.weight
-            yield from self._read(stream, "output", self.target.norm_f, weight)
+            yield self._same(stream, self._behind(self.target.norm_f, "output"))
             return
-        yield from self._read(stream, "lm_head", self.target.norm_f)
+        yield self._same(stream, self._behind(self.target.norm_f, "lm_head"))
         head, out = self._writer("lm_head"), self.nodes["output"]
-        yield from self._select(
-            [head], out, head.rows.gather(2, out.component[:, None].expand(-1, head.rows.shape[1], -1))
-        )
+        tokens = out.component[:, None].expand(-1, head.vectors.shape[1], -1)
+        yield self._select(head.nodes, out, head.vectors.gather(2, tokens))
 
     # ---- what nodes write and read ------------------------------------------------------------------------------
 
@@ -214,60 +228,50 @@ class Graph:
         """What a trace holds of this prompt."""
         return values[key][self.prompt]
 
-    def _embedded(self, name: str) -> Writer:
+    def _embedded(self, name: str) -> Rows:
         if name in self.model.sites:
             return self._writer(name)
-        return Writer(self.nodes[name], self._at(self.run.out, self.target.get_submodule(name))[:, None])
+        return Rows(self.nodes[name], self._at(self.run.out, self.target.get_submodule(name))[:, None])
 
-    def _writer(self, name: str) -> Writer:
+    def _writer(self, name: str) -> Rows:
         """w_i U_i of every node of a site."""
         nodes = self.nodes[name]
         w = nodes.pick(self._at(self.run.weight, name))
-        return Writer(nodes, self.model[name].U[nodes.component] * w[..., None])
+        return Rows(nodes, embedding(nodes.component, self.model[name].U) * w[..., None])
 
-    def _columns(self, name: str) -> Float[Tensor, "pos K d_in"]:
+    def _reader(self, name: str) -> Rows:
         """V_j of every node of a site."""
-        return self.model[name].V.T[self.nodes[name].component]
+        return Rows(self.nodes[name], embedding(self.nodes[name].component, self.read[name]))
 
-    def _read(
-        self, stream: list[Writer], name: str, norm: nn.Module, weight: Tensor | None = None
-    ) -> Iterator[EdgeTable]:
-        """Residual stream → a reader behind a norm; weight [K, d]: its rows, where it is no site."""
-        nodes = self.nodes[name]
-        if weight is None:
-            columns, a = self._columns(name), nodes.pick(self._at(self.run.inner, name))
-        else:
-            columns = weight[nodes.component]
-            a = nodes.pick(self.run.output[self.prompt])
-        yield from self._same(stream, name, pulled_back(norm, self._at(self.run.into, norm), columns, a))
+    def _behind(self, norm: nn.Module, *names: str) -> Rows:
+        """Readers behind a norm: their gradients to its input."""
+        readers = beside([self._reader(name) for name in names])
+        inner = self.run.inner | {"output": self.run.output}
+        a = torch.cat([self.nodes[name].pick(self._at(inner, name)) for name in names], dim=1)
+        return readers._replace(vectors=pulled_back(norm, self._at(self.run.into, norm), readers.vectors, a))
 
-    def _slopes(self, mlp: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    def _slopes(self, mlp: Any, name: str) -> dict[str, Tensor]:
         """The maps that feed an MLP's neurons, and how a neuron's output moves with each [pos, neurons]."""
         if hasattr(mlp, "c_fc"):
-            yield f"{name}.c_fc", derivative(mlp.act, self._at(self.run.out, mlp.c_fc))
-            return
+            return {f"{name}.c_fc": derivative(mlp.act, self._at(self.run.out, mlp.c_fc))}
         g, u = (self._at(self.run.out, m) for m in (mlp.gate_proj, mlp.up_proj))
-        yield f"{name}.gate_proj", derivative(mlp.act, g) * u
-        yield f"{name}.up_proj", mlp.act(g)
+        return {f"{name}.gate_proj": derivative(mlp.act, g) * u, f"{name}.up_proj": mlp.act(g)}
 
     # ---- edges within a position --------------------------------------------------------------------------------
 
-    def _same(self, writers: list[Writer], target: str, columns: Tensor) -> Iterator[EdgeTable]:
+    def _same(self, writers: Rows, readers: Rows) -> EdgeTable:
         """Edges at each position: inner products of what is written with what is read."""
-        rows = torch.cat([writer.rows for writer in writers], dim=1)
-        yield from self._select(writers, self.nodes[target], rows @ columns.transpose(1, 2))
+        return self._select(writers.nodes, readers.nodes, writers.vectors @ readers.vectors.transpose(1, 2))
 
-    def _select(self, writers: list[Writer], to: Nodes, values: Float[Tensor, "pos K J"]) -> Iterator[EdgeTable]:
-        number, real = (torch.cat([getattr(w.nodes, part) for w in writers], dim=1) for part in ("number", "real"))
-        both = real[:, :, None] & to.real[:, None, :]
-        source, target = number[:, :, None].expand_as(both), to.number[:, None, :].expand_as(both)
-        if both.all():  # then there is nothing to leave out
-            yield self._table(source.flatten(), target.flatten(), values.flatten())
-        else:
-            yield self._table(source[both], target[both], values[both])
+    def _select(self, source: Nodes, target: Nodes, values: Float[Tensor, "pos K J"]) -> EdgeTable:
+        both = source.real[:, :, None] & target.real[:, None, :]
+        return self._kept(both, source.number[:, :, None], target.number[:, None, :], values)
 
-    def _table(self, source: Tensor, target: Tensor, values: Tensor) -> EdgeTable:
-        return EdgeTable(torch.full_like(source, self.prompt), source, target, values)
+    def _kept(self, held: Tensor, source: Tensor, target: Tensor, values: Tensor) -> EdgeTable:
+        """The edges of an array that are held; the numbers of their nodes are spread over it."""
+        at = held.flatten().nonzero()[:, 0]
+        columns = (column.expand_as(held).reshape(-1).index_select(0, at) for column in (source, target, values))
+        return EdgeTable(at.new_tensor(self.prompt).expand(len(at)), *columns)
 
     # ---- edges through attention --------------------------------------------------------------------------------
 
@@ -278,18 +282,18 @@ class Graph:
         projected = (self._at(self.run.out, m)[None] for m in (attn.q_proj, attn.k_proj, attn.v_proj))
         q, k, v = (x[0] for x in attn.heads_of(*projected, rotary))  # [head, pos, d_head]
         pattern, scale = attn.pattern(q[None], k[None])[0], q.shape[-1] ** -0.5
-        columns, mean = self._columns(o_site), pattern @ v
+        readers, mean = self._reader(o_site), pattern @ v
+        o, columns = readers
 
-        def turned(writer: Writer, count: int) -> Float[Tensor, "head pos K d_head"]:
+        def turned(writer: Rows, count: int) -> Float[Tensor, "head pos K d_head"]:
             """R U_i of every node."""
-            return attn.turned(writer.rows.transpose(0, 1), count, rotary).permute(1, 2, 0, 3)
+            return attn.turned(writer.vectors.transpose(0, 1), count, rotary).permute(1, 2, 0, 3)
 
         queries = self._writer(q_site)
         covariance = torch.einsum("hsp,hpd,hpe->hsde", pattern, k, v) - torch.einsum("hsd,hse->hsde", pattern @ k, mean)
         moved = (turned(queries, attn.n_heads) @ covariance).permute(1, 2, 0, 3).flatten(2) * scale
-        yield from self._same([queries._replace(rows=moved)], o_site, columns)
+        yield self._same(queries._replace(vectors=moved), readers)
 
-        o = self.nodes[o_site]
         read = columns[o.real].unflatten(-1, (attn.n_heads, -1)).transpose(0, 1)  # [head, nodes of o, d_head]
         keys = self._writer(k_site)
         rows = turned(keys, attn.n_kv_heads)[:, keys.nodes.real].repeat_interleave(shared, dim=0)
@@ -302,7 +306,7 @@ class Graph:
 
         yield from self._across(keys.nodes, o, through_pattern)
         values = self._writer(v_site)
-        rows = values.rows[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1)).transpose(0, 1)
+        rows = values.vectors[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1)).transpose(0, 1)
         rows = rows.repeat_interleave(shared, dim=0)  # [head, nodes of v, d_head]
 
         def moved_along(i: slice, j: slice) -> Float[Tensor, "j i"]:
@@ -319,8 +323,8 @@ class Graph:
             stop = min(len(to), start + max(1, BLOCK // len(at)))
             past = slice(0, int((at <= to[stop - 1]).sum()))
             found, gap = values(past, slice(start, stop)), to[start:stop, None] - at[past]
-            j, i = ((gap == 0) | ((gap > 0) & (found != 0))).nonzero(as_tuple=True)
-            yield self._table(numbers[0][i], numbers[1][start + j], found[j, i])
+            held = (gap == 0) | ((gap > 0) & (found != 0))
+            yield self._kept(held, numbers[0][None, past], numbers[1][start:stop, None], found)
             start = stop
 
 
@@ -355,6 +359,11 @@ def derivative(act: nn.Module, h: Tensor) -> Tensor:
     raise TypeError(f"the derivative of {type(act).__name__} is not known")
 
 
+def _head(model: ComponentModel) -> Float[Tensor, "vocab d"]:
+    """What the output reads, where the unembedding is no site."""
+    return model.target.lm_head.weight  # pyright: ignore
+
+
 def closed_form(
     model: ComponentModel,
     inputs: Int[Tensor, "batch pos"],
@@ -370,12 +379,13 @@ def closed_form(
     with torch.no_grad():
         run = trace(model, inputs, importances, mode)
         layers = layers_of(model, run, importances, threshold, output_nodes)
-        numbers = node_numbers(layers)
+        numbers = [number.int() for number in node_numbers(layers)]
+        read = {name: model[name].V.T.contiguous() for name in model.sites} | {"output": _head(model)}
 
     def found() -> Iterator[EdgeTable]:
         with torch.no_grad():
             for prompt in range(len(inputs)):
-                yield from Graph(model, run, layers, numbers, prompt)
+                yield from Graph(model, run, layers, numbers, prompt, read)
 
     return layers, found()
 
