@@ -6,7 +6,7 @@ so an edge is a few inner products of what the source writes with what the targe
     residual writer → reader        w_i U_i · Jᵀ V_j                  J: the norm's Jacobian at this position
     first MLP map → down            w_i U_i ∘ φ'(h) · V_j
     v → o                           w_i Σ_h p_h[s, s'] (U_i · V_j)_h
-    q → o                           w_i Σ_h (R U_i)_hᵀ Cov_{p_h[s]}(k, v) V_j,h / √d
+    q → o                           w_i Σ_h Σ_s' p_h[s, s'] (k_s' · R U_i)_h ((v_s' − v̄_s) · V_j)_h / √d
     k → o                           w_i Σ_h p_h[s, s'] (q_s · R U_i)_h ((v_s' − v̄_s) · V_j)_h / √d
 
 with w = m ∘ a, p_h the attention pattern of head h, R the rotation to a position. One forward pass of the batch gives
@@ -35,9 +35,6 @@ from spd_lightning.decomposition.attribution import (
 )
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map
-
-BLOCK = 1 << 20
-"""Entries of one block of key–value edges: small enough to stay near the processor."""
 
 
 def why_not(model: ComponentModel, mode: Mode) -> str | None:
@@ -283,49 +280,47 @@ class Graph:
         q, k, v = (x[0] for x in attn.heads_of(*projected, rotary))  # [head, pos, d_head]
         pattern, scale = attn.pattern(q[None], k[None])[0], q.shape[-1] ** -0.5
         readers, mean = self._reader(o_site), pattern @ v
-        o, columns = readers
 
         def turned(writer: Rows, count: int) -> Float[Tensor, "head pos K d_head"]:
             """R U_i of every node."""
             return attn.turned(writer.vectors.transpose(0, 1), count, rotary).permute(1, 2, 0, 3)
 
         queries = self._writer(q_site)
-        covariance = torch.einsum("hsp,hpd,hpe->hsde", pattern, k, v) - torch.einsum("hsd,hse->hsde", pattern @ k, mean)
-        moved = (turned(queries, attn.n_heads) @ covariance).permute(1, 2, 0, 3).flatten(2) * scale
-        yield self._same(queries._replace(vectors=moved), readers)
+        asking = (turned(queries, attn.n_heads) @ k[:, None].transpose(2, 3)) * pattern[:, :, None] * scale
+        heads = readers.vectors.unflatten(-1, (attn.n_heads, -1)).permute(2, 0, 1, 3)
+        gained = heads @ (v[:, None] - mean[:, :, None]).transpose(2, 3)  # [head, pos, K, pos]
+        asking, gained = (x.permute(1, 2, 0, 3).flatten(2) for x in (asking, gained))
+        yield self._same(Rows(queries.nodes, asking), Rows(readers.nodes, gained))
 
-        read = columns[o.real].unflatten(-1, (attn.n_heads, -1)).transpose(0, 1)  # [head, nodes of o, d_head]
-        keys = self._writer(k_site)
+        keys, values = self._writer(k_site), self._writer(v_site)
         rows = turned(keys, attn.n_kv_heads)[:, keys.nodes.real].repeat_interleave(shared, dim=0)
-        asked = pattern[:, :, keys.nodes.pos] * (q @ rows.transpose(1, 2)) * scale  # [head, pos, nodes of k]
-        gained = read @ v.transpose(1, 2) - (read * mean[:, o.pos]).sum(-1, keepdim=True)  # [head, nodes of o, pos]
+        asked = (pattern[:, :, keys.nodes.pos] * (q @ rows.transpose(1, 2))).permute(
+            1, 2, 0
+        ) * scale  # [pos, keys, head]
+        written = values.vectors[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1))
+        written = written.repeat_interleave(shared, dim=1)  # [values, head, d_head]
+        weights = pattern[:, :, values.nodes.pos].permute(1, 2, 0)  # [pos, values, head]
+        moved, centre = v.transpose(0, 1)[keys.nodes.pos], mean.transpose(0, 1)  # [keys or pos, head, d_head]
 
-        def through_pattern(i: slice, j: slice) -> Float[Tensor, "j i"]:
-            at, to = keys.nodes.pos[i], o.pos[j]
-            return sum(p[:, i][to] * g[j][:, at] for p, g in zip(asked, gained, strict=True))  # pyright: ignore
+        def along_pattern(pos: int, n: int) -> Float[Tensor, "n d"]:
+            return (written[:n] * weights[pos, :n, :, None]).flatten(1)
 
-        yield from self._across(keys.nodes, o, through_pattern)
-        values = self._writer(v_site)
-        rows = values.vectors[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1)).transpose(0, 1)
-        rows = rows.repeat_interleave(shared, dim=0)  # [head, nodes of v, d_head]
+        def through_pattern(pos: int, n: int) -> Float[Tensor, "n d"]:
+            return ((moved[:n] - centre[pos]) * asked[pos, :n, :, None]).flatten(1)
 
-        def moved_along(i: slice, j: slice) -> Float[Tensor, "j i"]:
-            at, to = values.nodes.pos[i], o.pos[j]
-            return sum((r[j] @ w[i].T) * p[to][:, at] for r, w, p in zip(read, rows, pattern, strict=True))  # pyright: ignore
+        yield self._across(keys.nodes, readers, through_pattern)
+        yield self._across(values.nodes, readers, along_pattern)
 
-        yield from self._across(values.nodes, o, moved_along)
-
-    def _across(self, source: Nodes, target: Nodes, values: Callable[[slice, slice], Tensor]) -> Iterator[EdgeTable]:
-        """Edges from positions up to the target's, a block of targets at a time; values(i, j): those of two ranges."""
-        at, to, numbers = source.pos, target.pos, (source.number[source.real], target.number[target.real])
-        start = 0
-        while start < len(to) and len(at):
-            stop = min(len(to), start + max(1, BLOCK // len(at)))
-            past = slice(0, int((at <= to[stop - 1]).sum()))
-            found, gap = values(past, slice(start, stop)), to[start:stop, None] - at[past]
-            held = (gap == 0) | ((gap > 0) & (found != 0))
-            yield self._kept(held, numbers[0][None, past], numbers[1][start:stop, None], found)
-            start = stop
+    def _across(self, source: Nodes, readers: Rows, arriving: Callable[[int, int], Tensor]) -> EdgeTable:
+        """Edges from each position to itself and later ones; arriving(pos, n): what the first n sources bring to it."""
+        o, at, numbers = readers.nodes, source.pos, source.number[source.real]
+        count, found = source.real.sum(1).cumsum(0).tolist(), []
+        for pos, n in enumerate(count):
+            real = o.real[pos]
+            values = readers.vectors[pos, real] @ arriving(pos, n).T
+            held = (values != 0) | (at[:n] == pos)
+            found.append(self._kept(held, numbers[None, :n], o.number[pos, real, None], values))
+        return EdgeTable(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 def pulled_back(

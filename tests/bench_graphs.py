@@ -1,0 +1,153 @@
+"""`make bench`, second part: seconds of one prompt's attribution graph, the closed form beside what others do.
+
+A two-layer Llama-MLP of width 128 with 650 components a site, ten of them alive at each site and position of a prompt
+of 64 tokens (weights and importances are drawn: they cost what trained ones cost). All ways give the same edges:
+
+- one `autograd.grad` a target node, edges read one by one: how the field writes it; timed on some nodes, scaled up;
+- one batched vector-Jacobian product for many targets: any model;
+- closed form: our decoders, with the flat edge table in hand.
+
+    python tests/bench_graphs.py [FIGURE]      draws cost against alive components and against length, if told where
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spd_lightning.decomposition.attribution import MODES, Layer, OutputNodes, cut_run, likely_tokens, prompt_edges
+from spd_lightning.decomposition.closed_form import closed_form
+from spd_lightning.decomposition.importance import Importance
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.harvest.graphs import edge_rows
+from spd_lightning.targets.transformer import Decoder
+from spd_lightning.training.blocks import settle_allocator
+
+C, VOCAB, ALIVE, LENGTH, TARGETS = 650, 1000, 10, 64, 40
+MODE = MODES["unmasked"]
+
+
+def model_of(length: int) -> ComponentModel:
+    torch.manual_seed(0)
+    target = Decoder(VOCAB, 128, 2, 4, length, fused_attention=False)
+    return ComponentModel(target, {"h.*.attn.*_proj": C, "h.*.mlp.*": C}, importance=Importance("shared_mlp", 16))
+
+
+def alive(model: ComponentModel, length: int, count: int) -> dict[str, Tensor]:
+    """Importances of one prompt with so many components alive at each position."""
+    chance = torch.Generator().manual_seed(0)
+    return {n: (torch.rand(1, length, C, generator=chance).argsort(-1) < count).float() for n in model.sites}
+
+
+class Prompt:
+    """One prompt, its alive components, and its output nodes: the ten likeliest tokens of each position."""
+
+    def __init__(self, length: int = LENGTH, count: int = ALIVE):
+        self.model = model_of(length)
+        self.tokens = torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(1))
+        self.g = alive(self.model, length, count)
+        with torch.no_grad():
+            probability = self.model.target(self.tokens).softmax(-1)
+        self.outputs: OutputNodes = likely_tokens(probability, 0.0, count)
+
+    def closed(self) -> int:
+        """The flat edge table; how many edges it holds."""
+        with torch.inference_mode():
+            _, found = closed_form(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
+            return len(edge_rows(found, [0]))
+
+    def products(self) -> int:
+        _, found = prompt_edges(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
+        return sum(len(e.attribution) for e in found)
+
+    def cut(self) -> list[Layer]:
+        return cut_run(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
+
+
+def seconds(work: Callable[[], object], times: int) -> float:
+    """The best of some runs, after one to warm up."""
+    work()
+    found = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def one_by_one(layers: list[Layer]) -> float:
+    """Seconds of a whole graph by one backward pass a target node, from a sample of its targets."""
+    spent = 0.0
+    for t, target in enumerate(layers):
+        if target.kind not in ("component", "output") or not target.value.requires_grad:
+            continue
+        sources = [layer for layer in layers[:t] if layer.leaf is not None]
+        leaves = [layer.leaf for layer in sources if layer.leaf is not None]
+        every = target.nodes[0].nonzero().tolist()
+        chosen = every[:: max(1, len(every) // TARGETS)]
+        started = time.perf_counter()
+        for pos, j in chosen:
+            gradients = torch.autograd.grad(target.value[0, pos, j], leaves, retain_graph=True, allow_unused=True)
+            for layer, gradient in zip(sources, gradients, strict=True):
+                if gradient is not None:
+                    for q, i in layer.nodes[0, : pos + 1].nonzero().tolist():
+                        k = slice(None) if layer.whole else i
+                        (gradient[0, q, k] * layer.leaf[0, q, k]).sum().item()
+        spent += (time.perf_counter() - started) / len(chosen) * len(every)
+    return spent
+
+
+def curves() -> dict[str, list[tuple[int, int, float]]]:
+    """Cost against alive components and against length: (how many, edges, seconds)."""
+    found: dict[str, list[tuple[int, int, float]]] = {"alive components a site and position": [], "tokens": []}
+    for count in (5, 10, 20, 40):
+        prompt = Prompt(count=count)
+        found["alive components a site and position"].append((count, prompt.closed(), seconds(prompt.closed, 3)))
+    for length in (16, 32, 64, 128, 256):
+        prompt = Prompt(length)
+        found["tokens"].append((length, prompt.closed(), seconds(prompt.closed, 3)))
+    return found
+
+
+def draw(found: dict[str, list[tuple[int, int, float]]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (name, rows) in zip(figure.subplots(1, 2), found.items(), strict=True):
+        x, edges, times = zip(*rows, strict=True)
+        axis.loglog(x, [t * 1e3 for t in times], "o-", label="ms a graph")
+        axis.loglog(x, [e / edges[0] * times[0] * 1e3 for e in edges], ":", label="as the number of edges grows")
+        axis.set_xticks(x, [str(v) for v in x])
+        axis.minorticks_off()
+        axis.set(xlabel=name, ylabel="ms")
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main(figure: str | None) -> None:
+    torch.set_num_threads(1)
+    settle_allocator()
+    prompt = Prompt()
+    closed, edges = seconds(prompt.closed, 5), prompt.closed()
+    assert edges == prompt.products()
+    products, nodes = seconds(prompt.products, 1), one_by_one(prompt.cut())
+    print(f"\nOne graph: {LENGTH} tokens, {ALIVE} of {C} components alive at each of 12 sites, {edges:,} edges")
+    print(f"{'closed form, table in hand':<42}{closed:>10.3f} s   (at least 2000x and 25x)")
+    print(f"{'one backward pass a node, edges one by one':<42}{nodes:>10.1f} s  {nodes / closed:>6.0f}x")
+    print(f"{'batched vector-Jacobian products':<42}{products:>10.2f} s  {products / closed:>6.0f}x")
+    found = curves()
+    for name, rows in found.items():
+        print(f"\n{name:<38} {'edges':>12} {'ms':>9} {'ns an edge':>11}")
+        for x, count, spent in rows:
+            print(f"{x:<38} {count:>12,} {spent * 1e3:>9.1f} {spent / count * 1e9:>11.1f}")
+    if figure:
+        draw(found, Path(figure))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else None)
