@@ -112,6 +112,18 @@ def test_single_precision(style):
         assert_equal(dictionary(held, rough, p), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_of_attention_edges_change_nothing(monkeypatch):
+    model, tokens, g = made("llama", length=6)
+    held, whole = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    whole = list(whole)
+    monkeypatch.setattr("spd_lightning.decomposition.closed_form.BLOCK", 1)
+    _, found = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    found = list(found)
+    assert len(found) > len(whole)
+    for p in range(len(tokens)):
+        assert_equal(dictionary(held, found, p), dictionary(held, whole, p), rtol=1e-12)
+
+
 def test_positions_and_layers_without_nodes():
     """A prompt in which little matters has few edges, and no trouble."""
     model, tokens, g = made("llama")

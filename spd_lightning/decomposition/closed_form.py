@@ -15,7 +15,7 @@ Not here: decoders of which only a part is decomposed, and modes whose delta car
 take the batched products of `attribution`, which give the same numbers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,9 @@ from spd_lightning.decomposition.attribution import (
 )
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map
+
+BLOCK = 1 << 17
+"""Key–value edges worked on at once: few enough to stay near the processor."""
 
 
 def why_not(model: ComponentModel, mode: Mode) -> str | None:
@@ -285,42 +288,50 @@ class Graph:
             """R U_i of every node."""
             return attn.turned(writer.vectors.transpose(0, 1), count, rotary).permute(1, 2, 0, 3)
 
-        queries = self._writer(q_site)
-        asking = (turned(queries, attn.n_heads) @ k[:, None].transpose(2, 3)) * pattern[:, :, None] * scale
-        heads = readers.vectors.unflatten(-1, (attn.n_heads, -1)).permute(2, 0, 1, 3)
-        gained = heads @ (v[:, None] - mean[:, :, None]).transpose(2, 3)  # [head, pos, K, pos]
-        asking, gained = (x.permute(1, 2, 0, 3).flatten(2) for x in (asking, gained))
+        left = readers.vectors.unflatten(-1, (attn.n_heads, -1)).permute(2, 0, 1, 3).contiguous()
+        beyond = torch.cat([left, -(left * mean[:, :, None]).sum(-1, keepdim=True)], dim=-1)
+        values_and_one = nn.functional.pad(v, (0, 1), value=1.0)  # beyond · this = (v − v̄) · V_j
+
+        queries, keys, values = (self._writer(site) for site in (q_site, k_site, v_site))
+        asking = with_all(turned(queries, attn.n_heads), k) * (pattern * scale)[:, :, None]
+        asking, gained = (x.permute(1, 2, 0, 3).flatten(2) for x in (asking, with_all(beyond, values_and_one)))
         yield self._same(Rows(queries.nodes, asking), Rows(readers.nodes, gained))
 
-        keys, values = self._writer(k_site), self._writer(v_site)
+        at = keys.nodes.pos
         rows = turned(keys, attn.n_kv_heads)[:, keys.nodes.real].repeat_interleave(shared, dim=0)
-        asked = (pattern[:, :, keys.nodes.pos] * (q @ rows.transpose(1, 2))).permute(
-            1, 2, 0
-        ) * scale  # [pos, keys, head]
-        written = values.vectors[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1))
-        written = written.repeat_interleave(shared, dim=1)  # [values, head, d_head]
-        weights = pattern[:, :, values.nodes.pos].permute(1, 2, 0)  # [pos, values, head]
-        moved, centre = v.transpose(0, 1)[keys.nodes.pos], mean.transpose(0, 1)  # [keys or pos, head, d_head]
+        asked = pattern.index_select(2, at) * (q @ rows.transpose(1, 2)) * scale
+        yield from self._across(keys.nodes, readers.nodes, asked, beyond, values_and_one.index_select(1, at))
+        written = values.vectors[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1)).transpose(0, 1)
+        written = written.repeat_interleave(shared, dim=0)
+        weight = pattern.index_select(2, values.nodes.pos)
+        yield from self._across(values.nodes, readers.nodes, weight, left, written)
 
-        def along_pattern(pos: int, n: int) -> Float[Tensor, "n d"]:
-            return (written[:n] * weights[pos, :n, :, None]).flatten(1)
+    def _across(
+        self,
+        source: Nodes,
+        target: Nodes,
+        weight: Float[Tensor, "head pos sources"],
+        left: Float[Tensor, "head pos K e"],
+        right: Float[Tensor, "head sources e"],
+    ) -> Iterator[EdgeTable]:
+        """Edges `Σ_h weight_h[s, i] (left_h[s, j] · right_h[i])` from each position to itself and later ones."""
+        at, numbers = source.pos, source.number[source.real]
+        count, width = source.real.sum(1).cumsum(0).tolist(), left.shape[2]
+        size = max(1, BLOCK // max(1, width * count[-1]))
+        for pos in torch.arange(len(count), device=at.device).split(size):
+            block, n = slice(int(pos[0]), int(pos[-1]) + 1), count[pos[-1]]
+            values = left.new_zeros(len(pos), width, n)
+            for head in range(len(left)):
+                products = left[head, block].flatten(0, 1) @ right[head, :n].T
+                values.addcmul_(products.view_as(values), weight[head, block, None, :n])
+            gap = pos[:, None, None] - at[:n]
+            held = target.real[block, :, None] & (gap >= 0) & ((gap == 0) | (values != 0))
+            yield self._kept(held, numbers[:n], target.number[block, :, None], values)
 
-        def through_pattern(pos: int, n: int) -> Float[Tensor, "n d"]:
-            return ((moved[:n] - centre[pos]) * asked[pos, :n, :, None]).flatten(1)
 
-        yield self._across(keys.nodes, readers, through_pattern)
-        yield self._across(values.nodes, readers, along_pattern)
-
-    def _across(self, source: Nodes, readers: Rows, arriving: Callable[[int, int], Tensor]) -> EdgeTable:
-        """Edges from each position to itself and later ones; arriving(pos, n): what the first n sources bring to it."""
-        o, at, numbers = readers.nodes, source.pos, source.number[source.real]
-        count, found = source.real.sum(1).cumsum(0).tolist(), []
-        for pos, n in enumerate(count):
-            real = o.real[pos]
-            values = readers.vectors[pos, real] @ arriving(pos, n).T
-            held = (values != 0) | (at[:n] == pos)
-            found.append(self._kept(held, numbers[None, :n], o.number[pos, real, None], values))
-        return EdgeTable(*(torch.cat(column) for column in zip(*found, strict=True)))
+def with_all(rows: Float[Tensor, "head pos K e"], others: Float[Tensor, "head pos e"]) -> Tensor:
+    """Inner products of every row with what its head has at every position [head, pos, K, pos]."""
+    return (rows.flatten(1, 2) @ others.transpose(1, 2)).unflatten(1, rows.shape[1:3])
 
 
 def pulled_back(
