@@ -15,7 +15,6 @@ from torch import nn
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.harvest import module as harvest_module
 from spd_lightning.harvest.graphs import PromptGraphs
-from spd_lightning.harvest.module import at_once
 from spd_lightning.harvest.nodes import PromptNodes
 from spd_lightning.store import Store
 from spd_lightning.targets.data import Batches, InductionTokens, Prompts, SparseFeatures
@@ -183,14 +182,14 @@ def test_what_does_not_fit_is_harvested_in_parts(tmp_path, monkeypatch):
     (whole,) = harvested(tmp_path / "whole", module, data, PromptNodes())
     budget = 2 * 7 * (sum(module.model.counts.values()) + harvest_module.LOGITS * len(WORDS))
     monkeypatch.setattr(harvest_module, "DENSE", budget)
-    assert [at_once(module.model, batch.inputs) for batch in data.batches] == [2, 3]
+    assert [PromptNodes().at_once(module.model, batch.inputs) for batch in data.batches] == [2, 3]
     (parts,) = harvested(tmp_path / "parts", module, data, PromptNodes())
     assert (whole.manifest["shards"], parts.manifest["shards"]) == (2, 5)
     for name in ("prompts", "nodes", "outputs"):
         keys = [c for c in ("prompt_id", "node", "pos", "token_id") if c in table(whole, name).columns]
         assert_frame_equal(table(whole, name).sort(keys), table(parts, name).sort(keys), abs_tol=1e-6)
     monkeypatch.setattr(harvest_module, "DENSE", 1)
-    assert at_once(module.model, data.batches[0].inputs) == 1
+    assert PromptNodes().at_once(module.model, data.batches[0].inputs) == 1
 
 
 def test_half_precision_of_a_config_stays_out(tmp_path):

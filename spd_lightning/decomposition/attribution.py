@@ -12,7 +12,7 @@ and prompts at once. Which sites are connected is found out by asking (a gradien
 Not here: closed forms without a backward pass, norms in `frozen` mode, pruning.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -233,6 +233,18 @@ def node_numbers(layers: list[Layer]) -> list[Int[Tensor, "batch pos K"]]:
         found.append((counted - 1 + start).view(layer.nodes.shape))
         start = counted[:, -1:] + start
     return found
+
+
+def strong(tables: Sequence[EdgeTable], at_least: float) -> EdgeTable:
+    """The edges of some graphs as one table; of each node's in-edges those that make up a share of all their sizes."""
+    whole = EdgeTable(*(torch.cat(column) for column in zip(*tables, strict=True)))
+    if not at_least or not len(whole.source):
+        return whole
+    size = whole.attribution.abs()
+    node = whole.prompt.long() * (int(whole.target.max()) + 1) + whole.target
+    total = size.new_zeros(int(node.max()) + 1).index_add(0, node, size)
+    keep = (size >= at_least * total[node]).nonzero()[:, 0]
+    return EdgeTable(*(column.index_select(0, keep) for column in whole))
 
 
 def tabled(layers: list[Layer], found: Iterable[Edges]) -> Iterator[EdgeTable]:

@@ -31,6 +31,7 @@ from spd_lightning.decomposition.attribution import (
     every_output,
     node_numbers,
     prompt_edges,
+    strong,
     tabled,
 )
 from spd_lightning.decomposition.components import Site
@@ -377,8 +378,9 @@ def closed_form(
     mode: Mode,
     threshold: float = 0.0,
     output_nodes: OutputNodes = every_output,
+    at_least: float = 0.0,
 ) -> tuple[list[Layer], Iterator[EdgeTable]]:
-    """The graphs of a batch of prompts: their layers, and their edges as they are computed, prompt by prompt.
+    """The graphs of a batch of prompts: their layers, and the edges of each prompt as they are computed.
 
     `why_not` must have nothing to say against it.
     """
@@ -389,9 +391,9 @@ def closed_form(
         read = {name: model[name].V.T.contiguous() for name in model.sites} | {"output": _head(model)}
 
     def found() -> Iterator[EdgeTable]:
-        with torch.no_grad():
-            for prompt in range(len(inputs)):
-                yield from Graph(model, run, layers, numbers, prompt, read)
+        for prompt in range(len(inputs)):
+            with torch.no_grad():
+                yield strong(list(Graph(model, run, layers, numbers, prompt, read)), at_least)
 
     return layers, found()
 
@@ -403,12 +405,15 @@ def attribution_graphs(
     mode: Mode,
     threshold: float = 0.0,
     output_nodes: OutputNodes = every_output,
+    at_least: float = 0.0,
 ) -> tuple[list[Layer], Iterator[EdgeTable]]:
     """The graphs of a batch of prompts in the quickest way that the model and the mode allow; the numbers are the same.
 
-    inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of the clean run.
+    inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of the clean run. at_least:
+    edges below this share of all that enters their target, sizes added up, are left out.
     """
     if why_not(model, mode) is None:
-        return closed_form(model, inputs, importances, mode, threshold, output_nodes)
+        return closed_form(model, inputs, importances, mode, threshold, output_nodes, at_least)
     layers, found = prompt_edges(model, inputs, importances, mode, threshold, output_nodes)
-    return layers, tabled(layers, found)
+    tables = list(tabled(layers, found))
+    return layers, iter([strong(tables, at_least)] if tables else [])

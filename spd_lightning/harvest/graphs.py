@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from torch import Tensor
 
 from spd_lightning.decomposition.attribution import MODES, EdgeTable, ModeName
 from spd_lightning.decomposition.closed_form import attribution_graphs
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.errors import BadInput
 from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.rows import (
     about,
@@ -26,6 +29,9 @@ from spd_lightning.harvest.rows import (
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
 
+PAIRS = 1 << 16
+"""Pairs of positions, of all prompts whose edges are held together."""
+
 
 class PromptGraphs(Harvester):
     """Writes the attribution graph of every prompt: tables prompts, nodes, edges, outputs, components.
@@ -33,25 +39,43 @@ class PromptGraphs(Harvester):
     Args:
         mode: the graph's kind (A5): unmasked, ci_masked, frozen (in-edges add up), or reference.
         threshold: importance above which a component is a node; 0 keeps all that matter at all, readers may raise it.
+        at_least: edges below this share of all that enters their target, sizes added up, are not written.
         name: the harvest's folder below `<run>/harvest/`; "graphs-<mode>" where left out.
     """
 
-    def __init__(self, mode: ModeName = "unmasked", threshold: float = 0.0, name: str | None = None):
+    def __init__(
+        self, mode: ModeName = "unmasked", threshold: float = 0.0, at_least: float = 0.0, name: str | None = None
+    ):
         super().__init__(name or f"graphs-{mode}")
+        if not 0 <= at_least < 1:
+            raise BadInput(f"at_least {at_least} in PromptGraphs: it is a share; take one from 0 up to 1")
+        self.at_least = at_least
         self.mode: ModeName = mode
         self.threshold = threshold
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
         """Everything that the rows depend on."""
         own = {"harvest": self.name, "mode": self.mode, "choices": asdict(MODES[self.mode])}
-        own |= {"threshold": self.threshold, "config": {"mode": self.mode, "threshold": self.threshold}}
+        settings = {"mode": self.mode, "threshold": self.threshold, "at_least": self.at_least}
+        own |= {"threshold": self.threshold, "at_least": self.at_least, "config": settings}
         return about(module) | own
+
+    def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
+        """Edges across positions grow with the square of the length, and are all held until they are written."""
+        length = 1 if inputs.is_floating_point() else inputs.shape[1]
+        return min(super().at_once(model, inputs), max(1, PAIRS // length**2))
 
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the graphs of a batch of prompts."""
         runs = both_runs(module.model, prompts.inputs)
         layers, edges = attribution_graphs(
-            module.model, prompts.inputs, runs.importances, MODES[self.mode], self.threshold, runs.nodes
+            module.model,
+            prompts.inputs,
+            runs.importances,
+            MODES[self.mode],
+            self.threshold,
+            runs.nodes,
+            self.at_least,
         )
         return {
             "prompts": prompt_rows(prompts, ids, self.names),

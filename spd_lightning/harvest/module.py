@@ -45,6 +45,16 @@ class Harvester(Callback, ABC):
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
         """The rows of a batch of prompts, by table."""
 
+    def at_once(self, model: ComponentModel, inputs: torch.Tensor) -> int:
+        """How many prompts of a batch fit into memory together: at least one.
+
+        inputs: [batch, features] floating point, or [batch, pos] token ids. Counted are the numbers of one dense array
+        over all components, and several arrays of logits.
+        """
+        positions = 1 if inputs.is_floating_point() else inputs.shape[1]
+        numbers = sum(model.counts.values()) + LOGITS * int(getattr(model.target, "vocab", 0))
+        return max(1, DENSE // max(1, positions * numbers))
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Decomposition)
         self.folder = Path(trainer.default_root_dir) / "harvest" / self.name
@@ -59,7 +69,7 @@ class Harvester(Callback, ABC):
         assert isinstance(pl_module, Decomposition)
         ids = [prompt_id(row) for row in batch.inputs]
         fresh = [k for k, i in enumerate(ids) if i not in self._writer.finished and i not in ids[:k]]
-        size = at_once(pl_module.model, batch.inputs)
+        size = self.at_once(pl_module.model, batch.inputs)
         for start in range(0, len(fresh), size):
             self._harvest(pl_module, batch, fresh[start : start + size], ids)
 
@@ -78,17 +88,6 @@ class Harvester(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-def at_once(model: ComponentModel, inputs: torch.Tensor) -> int:
-    """How many prompts of a batch fit into memory together: at least one.
-
-    inputs: [batch, features] floating point, or [batch, pos] token ids. Counted are the numbers of one dense array over
-    all components, and several arrays of logits.
-    """
-    positions = 1 if inputs.is_floating_point() else inputs.shape[1]
-    numbers = sum(model.counts.values()) + LOGITS * int(getattr(model.target, "vocab", 0))
-    return max(1, DENSE // max(1, positions * numbers))
 
 
 def digits(ids: list[int]) -> list[str]:
