@@ -40,6 +40,7 @@ check: $(VENV)/.installed-dev  ## ruff, basedpyright, import-linter
 
 bench: $(VENV)/.installed-dev  ## speed beside a plain implementation of the same maths
 	$(PYTHON) tests/bench.py
+	$(PYTHON) tests/bench_graphs.py
 
 paper: install  ## Table 1 of the SPD paper, over seeds, one process a core
 	$(PYTHON) tests/paper.py

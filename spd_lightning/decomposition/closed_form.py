@@ -272,7 +272,7 @@ class Graph:
         """The edges of an array that are held; the numbers of their nodes are spread over it."""
         at = held.flatten().nonzero()[:, 0]
         columns = (column.expand_as(held).reshape(-1).index_select(0, at) for column in (source, target, values))
-        return EdgeTable(at.new_tensor(self.prompt).expand(len(at)), *columns)
+        return EdgeTable(torch.tensor(self.prompt, dtype=torch.int32, device=at.device).expand(len(at)), *columns)
 
     # ---- edges through attention --------------------------------------------------------------------------------
 

@@ -93,8 +93,8 @@ def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
         pl.DataFrame(
             {
                 "prompt_id": prompt_ids[table.prompt.cpu().numpy()],
-                "source": table.source.cpu().numpy().astype(np.uint32),
-                "target": table.target.cpu().numpy().astype(np.uint32),
+                "source": table.source.int().cpu().numpy().view(np.uint32),
+                "target": table.target.int().cpu().numpy().view(np.uint32),
                 "attribution": array(table.attribution),
             }
         )
