@@ -165,3 +165,28 @@ def test_what_has_no_closed_form_says_why():
     assert why_not(odd, mode) == "'h.0.mlp.c_fc.pre_identity' is decomposed"
     for name in ("frozen", "reference"):
         assert "this mode" in (why_not(ComponentModel(decoder, MAPS), MODES[name]) or "")
+
+
+# ---- frozen graphs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["written out", "fused"])
+@pytest.mark.parametrize("style", STYLES)
+def test_a6_frozen_in_edges_of_decoders_add_up(style, written):
+    """Norms, biases, attention and products of two paths: what arrives at a node is what it holds, to 1e-9."""
+    model, tokens, g = made(style, written=written)
+    layers, found = attribution_graphs(model, tokens, g, MODES["frozen"], THRESHOLD, some_outputs)
+    found, checked = list(found), 0
+    torch.testing.assert_close(layers[-1].value.detach(), model.target(tokens))
+    for p in range(len(tokens)):
+        arriving: dict = {}
+        for (_, key), value in dictionary(layers, found, p).items():
+            arriving[key[3:]] = arriving.get(key[3:], 0.0) + value
+        for layer in layers:
+            for pos, j in layer.nodes[p].nonzero().tolist() if layer.kind in ("component", "output") else []:
+                if layer.name == "wte":  # reads token ids
+                    continue
+                value = layer.value[p, pos, j].item()
+                assert arriving[layer.name, pos, j] == pytest.approx(value, rel=1e-9, abs=1e-9)
+                checked += 1
+    assert checked > 100

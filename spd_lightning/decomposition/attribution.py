@@ -9,7 +9,7 @@
 
 `oracle` does this by definition, one gradient a target node; `edges` by batched vector-Jacobian products, many targets
 and prompts at once. Which sites are connected is found out by asking (a gradient that does not exist), never by name.
-Not here: closed forms without a backward pass, norms in `frozen` mode, pruning.
+Not here: closed forms without a backward pass (`closed_form`), pruning.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,10 +20,9 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from spd_lightning.decomposition.components import Site
+from spd_lightning.decomposition.components import Site, available
+from spd_lightning.decomposition.frozen import Frozen
 from spd_lightning.decomposition.model import ComponentModel, Map
 
 ModeName = Literal["unmasked", "ci_masked", "frozen", "reference"]
@@ -48,35 +47,6 @@ MODES: dict[ModeName, Mode] = {
 
 CHUNK = 1 << 24
 """Numbers held at once by one batched product."""
-
-
-# ---- the frozen linearisation (A6) ----------------------------------------------------------------------------------
-
-
-def _gelu_secant(h: Tensor, approximate: str = "none") -> Tensor:
-    """Φ(h), by erf or as the tanh that stands for it."""
-    if approximate == "none":
-        return torch.special.ndtr(h)
-    return 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
-
-
-_SECANTS: dict[Callable, Callable[..., Tensor]] = {
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), lambda h, **_: (h > 0).to(h.dtype)),
-    F.gelu: _gelu_secant,
-    F.silu: lambda h, **_: torch.sigmoid(h),
-}
-_PATTERNS = {F.softmax, torch.softmax, Tensor.softmax}
-
-
-class Frozen(TorchFunctionMode):
-    """While open, non-linearities multiply by a constant secant, attention patterns are constants (A6, rules 3, 4)."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if secant := _SECANTS.get(func):
-            return args[0] * secant(args[0].detach(), **kwargs)
-        out = func(*args, **kwargs)
-        return out.detach() if func in _PATTERNS else out
 
 
 # ---- the cut run ----------------------------------------------------------------------------------------------------
@@ -136,6 +106,14 @@ def likely_tokens(probability: Float[Tensor, "batch pos vocab"], floor: float = 
     return lambda output: chosen
 
 
+def biased(model: ComponentModel) -> dict[str, nn.Module]:
+    """The norms and maps that are no sites and add a bias: in frozen graphs a node of its own (A6, rule 1)."""
+    sites = {site.module for site in model.sites.values()}
+    adds = {site.module for site in available(model.target).values()} - sites
+    adds |= {module for module in model.target.modules() if isinstance(module, nn.LayerNorm)}
+    return {n: m for n, m in model.target.named_modules() if m in adds and getattr(m, "bias", None) is not None}
+
+
 def cut_run(
     model: ComponentModel,
     inputs: Tensor,
@@ -152,13 +130,26 @@ def cut_run(
     sites = {site.module for site in model.sites.values()}
     embeddings = [(m, name) for name, m in model.target.named_modules() if isinstance(m, nn.Embedding)]
     named: dict[nn.Module, str] = {m: name for m, name in embeddings if m not in sites}
+    biases = {m: name for name, m in biased(model).items()} if mode.linearisation == "frozen" else {}
 
     def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
         site_layers, y = _cut_site(model, site, x, own, importances[site.name], mode, threshold)
         layers.extend(site_layers)
         return y
 
+    def with_bias(module: nn.Module, own: Map) -> Map:
+        def forward(x: Tensor) -> Tensor:
+            out = own(x)
+            leaf = _leaf(module.bias.expand_as(out))  # pyright: ignore[reportCallIssue]
+            layers.append(_whole(biases[module], "bias", leaf))
+            return out + (leaf - leaf.detach())
+
+        return forward
+
     def at_module(module: nn.Module, own: Map) -> Map:
+        if module in biases:
+            return with_bias(module, own)
+
         def forward(*args, **kwargs):
             leaf = _leaf(own(*args, **kwargs))
             batched = leaf.expand(len(inputs), *leaf.shape[-2:]) if leaf.ndim == 2 or len(leaf) == 1 else leaf
@@ -173,7 +164,7 @@ def cut_run(
         shaped = inputs.reshape(_shape3(inputs))
         layers.append(Layer("input", "input", x, shaped, shaped != 0))
     frozen = Frozen() if mode.linearisation == "frozen" else nullcontext()
-    with torch.enable_grad(), frozen, model.replaced(at_site, at_module, named):
+    with torch.enable_grad(), frozen, model.replaced(at_site, at_module, [*named, *biases]):
         out = model.target(x)
     shaped = out.reshape(_shape3(out))
     return [*layers, Layer("output", "output", None, shaped, output_nodes(shaped.detach()))]

@@ -22,6 +22,7 @@ from spd_lightning.harvest.rows import (
     array,
     both_runs,
     component_rows,
+    layer_names,
     node_rows,
     output_rows,
     prompt_rows,
@@ -58,7 +59,8 @@ class PromptGraphs(Harvester):
         own = {"harvest": self.name, "mode": self.mode, "choices": asdict(MODES[self.mode])}
         settings = {"mode": self.mode, "threshold": self.threshold, "at_least": self.at_least}
         own |= {"threshold": self.threshold, "at_least": self.at_least, "config": settings}
-        return about(module) | own
+        frozen = MODES[self.mode].linearisation == "frozen"
+        return about(module) | own | {"layers": layer_names(module.model, frozen)}
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
         """Edges across positions grow with the square of the length, and are all held until they are written."""
@@ -79,7 +81,7 @@ class PromptGraphs(Harvester):
         )
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
-            "nodes": node_rows(module.model, layers, ids),
+            "nodes": node_rows(layers, ids),
             "edges": edge_rows(edges, ids),
             "outputs": output_rows(runs, ids, self.names),
             "components": component_rows(module, layers, self.threshold),

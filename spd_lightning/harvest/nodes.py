@@ -55,7 +55,7 @@ class PromptNodes(Harvester):
         layers = clean_layers(runs, prompts.inputs, vectors, self.threshold)
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
-            "nodes": node_rows(module.model, layers, ids),
+            "nodes": node_rows(layers, ids),
             "outputs": output_rows(runs, ids, self.names),
             "components": component_rows(module, layers, self.threshold),
         }

@@ -14,8 +14,15 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import Layer, OutputNodes, every_output, likely_tokens, node_numbers
-from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.attribution import (
+    Layer,
+    OutputNodes,
+    biased,
+    every_output,
+    likely_tokens,
+    node_numbers,
+)
+from spd_lightning.decomposition.components import IDENTITY, Mask
 from spd_lightning.decomposition.metrics import component_norms, sizeable
 from spd_lightning.decomposition.model import Clean, ComponentModel
 from spd_lightning.store import KINDS
@@ -84,9 +91,13 @@ def about(module: Decomposition) -> dict[str, Any]:
     }
 
 
-def layer_names(model: ComponentModel) -> list[str]:
-    """The names of all layers: inputs or embeddings, sites, output."""
-    return [*([*embeddings(model).values()] or ["input"]), *model.sites, "output"]
+def layer_names(model: ComponentModel, frozen: bool = False) -> list[str]:
+    """The names of all layers: inputs or embeddings, sites (in frozen graphs also what else adds a bias), output."""
+    between = list(model.sites)
+    if frozen and (adding := biased(model)):
+        order = [name for name, _ in model.target.named_modules()]
+        between = sorted([*between, *adding], key=lambda name: order.index(name.removesuffix(IDENTITY)))
+    return [*([*embeddings(model).values()] or ["input"]), *between, "output"]
 
 
 def array(tensor: Tensor, dtype: Any = np.float32) -> np.ndarray:
@@ -112,9 +123,9 @@ def prompt_rows(prompts: Prompts, ids: list[int], names: Names) -> pl.DataFrame:
     return pl.DataFrame(columns, schema_overrides=types)
 
 
-def node_rows(model: ComponentModel, layers: list[Layer], ids: list[int]) -> pl.DataFrame:
+def node_rows(layers: list[Layer], ids: list[int]) -> pl.DataFrame:
     """One row a node."""
-    prompt_ids, names = np.array(ids, dtype=np.uint64), pl.Enum(layer_names(model))
+    prompt_ids, names = np.array(ids, dtype=np.uint64), pl.Enum(list(dict.fromkeys(layer.name for layer in layers)))
     frames = []
     for layer, numbers in zip(layers, node_numbers(layers), strict=True):
         prompt, pos, component = layer.nodes.nonzero().cpu().numpy().T
