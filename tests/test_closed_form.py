@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spd_lightning.decomposition.attribution import MODES, cut_run, node_numbers, oracle, prompt_edges, tabled
+from spd_lightning.decomposition.attribution import MODES, Mode, cut_run, node_numbers, oracle, prompt_edges, tabled
 from spd_lightning.decomposition.closed_form import attribution_graphs, closed_form, why_not
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.targets.toy import TMS
@@ -25,7 +25,8 @@ STYLES = {
     "mlps alone": ({}, {"h.*.mlp.*": 6}),
     "unembedding too": (GPT, MAPS | {"lm_head": 5}),
 }
-CLOSED = ["unmasked", "ci_masked"]
+CLOSED = {name: MODES[name] for name in ("unmasked", "ci_masked", "frozen")}
+CLOSED["frozen, ci"] = Mode("ci", "off", "frozen")
 
 
 def made(style, layers=2, prompts=2, length=4, written=True):
@@ -83,15 +84,15 @@ def assert_equal(found, expected, rtol=1e-9, atol=1e-14):
 def test_a7_closed_form_is_the_oracle_and_the_batched_products(style, mode, layers):
     """Edge by edge in double precision, zeros included, on prompts of a batch and each alone."""
     model, tokens, g = made(style, layers)
-    assert why_not(model, MODES[mode]) is None
+    assert why_not(model, CLOSED[mode]) is None
     with torch.inference_mode():
-        held, found = closed_form(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
+        held, found = closed_form(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
         found = list(found)
-    products = prompt_edges(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
+    products = prompt_edges(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
     products = list(tabled(*products))
     for p in range(len(tokens)):
         own = {name: values[p : p + 1] for name, values in g.items()}
-        cut = cut_run(model, tokens[p : p + 1], own, MODES[mode], THRESHOLD, some_outputs)
+        cut = cut_run(model, tokens[p : p + 1], own, CLOSED[mode], THRESHOLD, some_outputs)
         expected = oracle(cut)
         assert_equal(dictionary(held, found, p), expected, atol=1e-13)
         assert_equal(dictionary(held, products, p), expected)
@@ -163,8 +164,7 @@ def test_what_has_no_closed_form_says_why():
     assert why_not(ComponentModel(decoder, {"h.*.mlp.*": 3}), mode) == "'h.0.attn.k_proj' is not decomposed"
     odd = ComponentModel(decoder, MAPS | {"h.0.mlp.c_fc.pre_identity": 3})
     assert why_not(odd, mode) == "'h.0.mlp.c_fc.pre_identity' is decomposed"
-    for name in ("frozen", "reference"):
-        assert "this mode" in (why_not(ComponentModel(decoder, MAPS), MODES[name]) or "")
+    assert why_not(ComponentModel(decoder, MAPS), MODES["reference"]) == "this mode lets delta carry gradient"
 
 
 # ---- frozen graphs --------------------------------------------------------------------------------------------------

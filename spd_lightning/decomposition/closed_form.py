@@ -35,6 +35,7 @@ from spd_lightning.decomposition.attribution import (
     tabled,
 )
 from spd_lightning.decomposition.decoder_run import Trace, layers_of, trace, why_not
+from spd_lightning.decomposition.frozen import gelu_secant
 from spd_lightning.decomposition.model import ComponentModel
 
 BLOCK = 1 << 17
@@ -98,6 +99,7 @@ class Graph:
         numbers: the numbers of their nodes.
         prompt: which prompt of the batch.
         read: Vᵀ of every site, and what the output reads [K, d].
+        frozen: whether maps are made to add up (A6).
     """
 
     def __init__(
@@ -108,30 +110,36 @@ class Graph:
         numbers: list[Tensor],
         prompt: int,
         read: Mapping[str, Tensor],
+        frozen: bool,
     ):
-        self.model, self.run, self.prompt, self.read = model, run, prompt, read
+        self.model, self.run, self.prompt, self.read, self.frozen = model, run, prompt, read, frozen
         self.target: Any = model.target
-        self.nodes = {
-            layer.name: nodes_of(layer.nodes[prompt], held[prompt]) for layer, held in zip(layers, numbers, strict=True)
+        laid = {
+            (layer.kind, layer.name): nodes_of(layer.nodes[prompt], held[prompt])
+            for layer, held in zip(layers, numbers, strict=True)
         }
+        self.nodes = {name: nodes for (kind, name), nodes in laid.items() if kind in ("component", "output")}
+        self.whole: dict[str, list[Rows]] = {}
+        for (kind, name), vectors in run.whole.items():
+            self.whole.setdefault(name, []).append(Rows(laid[kind, name], vectors[prompt][:, None]))
 
     def __iter__(self) -> Iterator[EdgeTable]:
-        stream = beside([self._embedded(name) for name in ("wte", "wpe") if name in self.nodes])
+        stream = beside([self._writer(name) for name in ("wte", "wpe") if name in self.nodes or name in self.whole])
         for k, block in enumerate(self.target.h):
             attn, mlp = f"h.{k}.attn", f"h.{k}.mlp"
-            yield self._same(stream, self._behind(block.norm_1, *(f"{attn}.{x}_proj" for x in "qkv")))
+            yield from self._read(stream, f"h.{k}.norm_1", *(f"{attn}.{x}_proj" for x in "qkv"))
             yield from self._attention(block.attn, attn)
             stream = beside([stream, self._writer(f"{attn}.o_proj")])
             slopes, down = self._slopes(block.mlp, mlp), self._reader(f"{mlp}.down_proj")
-            yield self._same(stream, self._behind(block.norm_2, *slopes))
+            yield from self._read(stream, f"h.{k}.norm_2", *slopes)
             for name, slope in slopes.items():
                 writer = self._writer(name)
                 yield self._same(writer._replace(vectors=writer.vectors * slope[:, None]), down)
             stream = beside([stream, self._writer(f"{mlp}.down_proj")])
         if "lm_head" not in self.model.sites:
-            yield self._same(stream, self._behind(self.target.norm_f, "output"))
+            yield from self._read(stream, "norm_f", "output")
             return
-        yield self._same(stream, self._behind(self.target.norm_f, "lm_head"))
+        yield from self._read(stream, "norm_f", "lm_head")
         head, out = self._writer("lm_head"), self.nodes["output"]
         tokens = out.component[:, None].expand(-1, head.vectors.shape[1], -1)
         yield self._select(head.nodes, out, head.vectors.gather(2, tokens))
@@ -142,34 +150,37 @@ class Graph:
         """What a trace holds of this prompt."""
         return values[key][self.prompt]
 
-    def _embedded(self, name: str) -> Rows:
-        if name in self.model.sites:
-            return self._writer(name)
-        return Rows(self.nodes[name], self._at(self.run.out, self.target.get_submodule(name))[:, None])
-
     def _writer(self, name: str) -> Rows:
-        """w_i U_i of every node of a site."""
+        """w_i U_i of every node of a site, and what the nodes write that stand for a position's whole."""
+        if name not in self.model.sites:
+            return beside(self.whole[name])
         nodes = self.nodes[name]
         w = nodes.pick(self._at(self.run.weight, name))
-        return Rows(nodes, embedding(nodes.component, self.model[name].U) * w[..., None])
+        return beside(
+            [Rows(nodes, embedding(nodes.component, self.model[name].U) * w[..., None]), *self.whole.get(name, [])]
+        )
 
     def _reader(self, name: str) -> Rows:
         """V_j of every node of a site."""
         return Rows(self.nodes[name], embedding(self.nodes[name].component, self.read[name]))
 
-    def _behind(self, norm: nn.Module, *names: str) -> Rows:
-        """Readers behind a norm: their gradients to its input."""
-        readers = beside([self._reader(name) for name in names])
+    def _read(self, stream: Rows, norm: str, *names: str) -> Iterator[EdgeTable]:
+        """The residual stream, and the norm's bias where it is a node, → readers behind a norm."""
+        readers, module = beside([self._reader(name) for name in names]), self.target.get_submodule(norm)
         inner = self.run.inner | {"output": self.run.output}
         a = torch.cat([self.nodes[name].pick(self._at(inner, name)) for name in names], dim=1)
-        return readers._replace(vectors=pulled_back(norm, self._at(self.run.into, norm), readers.vectors, a))
+        vectors = pulled_back(module, self._at(self.run.into, module), readers.vectors, a, self.frozen)
+        yield self._same(stream, readers._replace(vectors=vectors))
+        for bias in self.whole.get(norm, []):
+            yield self._same(bias, readers)
 
     def _slopes(self, mlp: Any, name: str) -> dict[str, Tensor]:
         """The maps that feed an MLP's neurons, and how a neuron's output moves with each [pos, neurons]."""
+        slope, share = (secant, 0.5) if self.frozen else (derivative, 1.0)
         if hasattr(mlp, "c_fc"):
-            return {f"{name}.c_fc": derivative(mlp.act, self._at(self.run.out, mlp.c_fc))}
+            return {f"{name}.c_fc": slope(mlp.act, self._at(self.run.out, mlp.c_fc))}
         g, u = (self._at(self.run.out, m) for m in (mlp.gate_proj, mlp.up_proj))
-        return {f"{name}.gate_proj": derivative(mlp.act, g) * u, f"{name}.up_proj": mlp.act(g)}
+        return {f"{name}.gate_proj": share * slope(mlp.act, g) * u, f"{name}.up_proj": share * mlp.act(g)}
 
     # ---- edges within a position --------------------------------------------------------------------------------
 
@@ -203,10 +214,17 @@ class Graph:
             return attn.turned(writer.vectors.transpose(0, 1), count, rotary).permute(1, 2, 0, 3)
 
         left = readers.vectors.unflatten(-1, (attn.n_heads, -1)).permute(2, 0, 1, 3).contiguous()
+        values = self._writer(v_site)
+        written = values.vectors[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1)).transpose(0, 1)
+        written = written.repeat_interleave(shared, dim=0)
+        weight = pattern.index_select(2, values.nodes.pos)
+        yield from self._across(values.nodes, readers.nodes, weight, left, written)
+        if self.frozen:  # a pattern is a constant then
+            return
+
         beyond = torch.cat([left, -(left * mean[:, :, None]).sum(-1, keepdim=True)], dim=-1)
         values_and_one = nn.functional.pad(v, (0, 1), value=1.0)  # beyond · this = (v − v̄) · V_j
-
-        queries, keys, values = (self._writer(site) for site in (q_site, k_site, v_site))
+        queries, keys = self._writer(q_site), self._writer(k_site)
         asking = with_all(turned(queries, attn.n_heads), k) * (pattern * scale)[:, :, None]
         asking, gained = (x.permute(1, 2, 0, 3).flatten(2) for x in (asking, with_all(beyond, values_and_one)))
         yield self._same(Rows(queries.nodes, asking), Rows(readers.nodes, gained))
@@ -215,10 +233,6 @@ class Graph:
         rows = turned(keys, attn.n_kv_heads)[:, keys.nodes.real].repeat_interleave(shared, dim=0)
         asked = pattern.index_select(2, at) * (q @ rows.transpose(1, 2)) * scale
         yield from self._across(keys.nodes, readers.nodes, asked, beyond, values_and_one.index_select(1, at))
-        written = values.vectors[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1)).transpose(0, 1)
-        written = written.repeat_interleave(shared, dim=0)
-        weight = pattern.index_select(2, values.nodes.pos)
-        yield from self._across(values.nodes, readers.nodes, weight, left, written)
 
     def _across(
         self,
@@ -249,21 +263,27 @@ def with_all(rows: Float[Tensor, "head pos K e"], others: Float[Tensor, "head po
 
 
 def pulled_back(
-    norm: nn.Module, r: Float[Tensor, "pos d"], columns: Float[Tensor, "pos K d"], a: Float[Tensor, "pos K"]
+    norm: nn.Module,
+    r: Float[Tensor, "pos d"],
+    columns: Float[Tensor, "pos K d"],
+    a: Float[Tensor, "pos K"],
+    frozen: bool = False,
 ) -> Float[Tensor, "pos K d"]:
-    """Gradients to a norm's input r of `a = norm(r) · column`."""
+    """Gradients to a norm's input r of `a = norm(r) · column`; frozen, its denominator is a constant."""
     match norm:
         case nn.RMSNorm():
             eps = torch.finfo(r.dtype).eps if norm.eps is None else norm.eps
             inverse = (r.square().mean(-1) + eps).rsqrt()[:, None, None]
-            return (columns * norm.weight - r[:, None] * (a[..., None] * inverse / r.shape[-1])) * inverse
+            moved = 0.0 if frozen else r[:, None] * (a[..., None] * inverse / r.shape[-1])
+            return (columns * norm.weight - moved) * inverse
         case nn.LayerNorm():
             r = r - r.mean(-1, keepdim=True)
             inverse = (r.square().mean(-1) + norm.eps).rsqrt()[:, None, None]
             scaled = columns * norm.weight
             without = a if norm.bias is None else a - columns @ norm.bias
             scaled = scaled - scaled.mean(-1, keepdim=True)
-            return (scaled - r[:, None] * (without[..., None] * inverse / r.shape[-1])) * inverse
+            moved = 0.0 if frozen else r[:, None] * (without[..., None] * inverse / r.shape[-1])
+            return (scaled - moved) * inverse
     return columns
 
 
@@ -277,6 +297,18 @@ def derivative(act: nn.Module, h: Tensor) -> Tensor:
         case nn.ReLU():
             return (h > 0).to(h.dtype)
     raise TypeError(f"the derivative of {type(act).__name__} is not known")
+
+
+def secant(act: nn.Module, h: Tensor) -> Tensor:
+    """φ(h)/h of an activation function, computed without division (A6, rule 4)."""
+    match act:
+        case nn.GELU():
+            return gelu_secant(h, act.approximate)
+        case nn.SiLU():
+            return torch.sigmoid(h)
+        case nn.ReLU():
+            return (h > 0).to(h.dtype)
+    raise TypeError(f"the secant of {type(act).__name__} is not known")
 
 
 def _head(model: ComponentModel) -> Float[Tensor, "vocab d"]:
@@ -297,16 +329,17 @@ def closed_form(
 
     `why_not` must have nothing to say against it.
     """
+    frozen = mode.linearisation == "frozen"
     with torch.no_grad():
-        run = trace(model, inputs, importances, mode)
-        layers = layers_of(model, run, importances, threshold, output_nodes)
+        run = trace(model, inputs, importances, mode, threshold)
+        layers = layers_of(run, importances, threshold, output_nodes)
         numbers = [number.int() for number in node_numbers(layers)]
         read = {name: model[name].V.T.contiguous() for name in model.sites} | {"output": _head(model)}
 
     def found() -> Iterator[EdgeTable]:
         for prompt in range(len(inputs)):
             with torch.no_grad():
-                yield strong(list(Graph(model, run, layers, numbers, prompt, read)), at_least)
+                yield strong(list(Graph(model, run, layers, numbers, prompt, read, frozen)), at_least)
 
     return layers, found()
 

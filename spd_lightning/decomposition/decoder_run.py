@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import Layer, Mode, OutputNodes
+from spd_lightning.decomposition.attribution import Layer, Mode, NodeKind, OutputNodes
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map
 
@@ -15,8 +15,8 @@ def why_not(model: ComponentModel, mode: Mode) -> str | None:
     """What keeps a model's graphs from closed form; None where nothing does."""
     if not getattr(model.target, "closed_forms", False):
         return f"{type(model.target).__name__} is no decoder whose parts are known"
-    if mode.delta == "flow" or mode.linearisation == "frozen":
-        return "this mode takes more than Jacobians of known parts"
+    if mode.delta == "flow":
+        return "this mode lets delta carry gradient"
     known = {name for block in range(len(model.target.h)) for name in _maps(model.target, block)}  # pyright: ignore
     if missing := sorted(known - set(model.sites)):
         return f"'{missing[0]}' is not decomposed"
@@ -34,10 +34,14 @@ def _maps(target: Any, block: int) -> list[str]:
 # ---- one forward pass -----------------------------------------------------------------------------------------------
 
 
+Key = tuple[NodeKind, str]
+"""A layer of the graph: what its nodes are, and its name."""
+
+
 class Trace(NamedTuple):
     """What a batch of prompts did inside the model: inputs and outputs of parts, a = x V and w = m ∘ a of sites.
 
-    order: embeddings that are no sites, and sites, as they came.
+    whole: what layers with one node a position write [batch, pos, d]. order: all layers but the output, as they came.
     """
 
     output: Tensor
@@ -45,35 +49,46 @@ class Trace(NamedTuple):
     out: dict[nn.Module, Tensor]
     inner: dict[str, Tensor]
     weight: dict[str, Tensor]
-    order: list[str]
+    whole: dict[Key, Tensor]
+    order: list[Key]
 
 
-def trace(model: ComponentModel, inputs: Tensor, importances: Mapping[str, Tensor], mode: Mode) -> Trace:
-    """Runs a batch of prompts under a mode's masks."""
+def trace(
+    model: ComponentModel, inputs: Tensor, importances: Mapping[str, Tensor], mode: Mode, threshold: float
+) -> Trace:
+    """Runs a batch of prompts under a mode's masks; in frozen ones rests and biases are layers too (A6)."""
     target: Any = model.target
-    found = Trace(inputs, {}, {}, {}, {}, [])
+    found, frozen = Trace(inputs, {}, {}, {}, {}, {}, []), mode.linearisation == "frozen"
     sites = {site.module for site in model.sites.values()}
-    norms = [norm for block in target.h for norm in (block.norm_1, block.norm_2)] + [target.norm_f]
+    norms = {m: n for n, m in target.named_modules() if n == "norm_f" or n.endswith(("norm_1", "norm_2"))}
     tables = {m: name for name, m in (("wte", target.wte), ("wpe", target.wpe)) if m is not None and m not in sites}
 
+    def write(kind: NodeKind, name: str, vectors: Tensor, like: Tensor) -> None:
+        found.whole[kind, name] = vectors.expand_as(like)
+        found.order.append((kind, name))
+
     def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
-        parts, g = model[site.name], importances[site.name]
+        parts, g, bias = model[site.name], importances[site.name], 0.0 if site.bias is None else site.bias
         a = site.inner(x, parts.V)
         w = a if mode.mask == "ones" else g * a
-        y = own(x) if mode.delta != "off" else (w @ parts.U if site.bias is None else w @ parts.U + site.bias)
+        y = own(x) if mode.delta != "off" else w @ parts.U + bias
         if mode.delta != "off" and mode.mask != "ones":
             y = y + (w - a) @ parts.U
         found.inner[site.name], found.weight[site.name] = a, w
         found.into[site.module], found.out[site.module] = x, y
-        found.order.append(site.name)
+        found.order.append(("component", site.name))
+        if frozen:
+            write("rest", site.name, y - bias - (w * (g > threshold)) @ parts.U, y)
+            write("bias", site.name, y.new_zeros(()) + bias, y)
         return y
 
     def at_module(module: nn.Module, own: Map) -> Map:
         def forward(x: Tensor) -> Tensor:
             y = own(x)
             if module in tables:
-                found.order.append(tables[module])
-                y = y.expand(len(inputs), *y.shape[-2:])
+                write("embedding", tables[module], y, y.expand(len(inputs), *y.shape[-2:]))
+            elif frozen and getattr(module, "bias", None) is not None:
+                write("bias", norms[module], module.bias, y)  # pyright: ignore
             found.into[module], found.out[module] = x, y
             return y
 
@@ -83,16 +98,14 @@ def trace(model: ComponentModel, inputs: Tensor, importances: Mapping[str, Tenso
         return found._replace(output=model.target(inputs))
 
 
-def layers_of(
-    model: ComponentModel, run: Trace, importances: Mapping[str, Tensor], threshold: float, output_nodes: OutputNodes
-) -> list[Layer]:
+def layers_of(run: Trace, importances: Mapping[str, Tensor], threshold: float, nodes: OutputNodes) -> list[Layer]:
     """The layers of the graphs, in forward order, as `attribution.cut_run` gives them, but no leaves."""
     layers = []
-    for name in run.order:
-        if name in model.sites:
+    for kind, name in run.order:
+        if kind == "component":
             g = importances[name].detach()
-            layers.append(Layer(name, "component", None, run.inner[name], g > threshold, g))
+            layers.append(Layer(name, kind, None, run.inner[name], g > threshold, g))
         else:
-            size = run.out[model.target.get_submodule(name)].norm(dim=-1, keepdim=True)
-            layers.append(Layer(name, "embedding", None, size, torch.ones_like(size, dtype=torch.bool), whole=True))
-    return [*layers, Layer("output", "output", None, run.output, output_nodes(run.output))]
+            size = run.whole[kind, name].norm(dim=-1, keepdim=True)
+            layers.append(Layer(name, kind, None, size, torch.ones_like(size, dtype=torch.bool), whole=True))
+    return [*layers, Layer("output", "output", None, run.output, nodes(run.output))]

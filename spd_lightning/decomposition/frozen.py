@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
-def _gelu_secant(h: Tensor, approximate: str = "none") -> Tensor:
+def gelu_secant(h: Tensor, approximate: str = "none") -> Tensor:
     """Φ(h), by erf or as the tanh that stands for it."""
     if approximate == "none":
         return torch.special.ndtr(h)
@@ -21,7 +21,7 @@ def _gelu_secant(h: Tensor, approximate: str = "none") -> Tensor:
 
 _SECANTS: dict[Callable, Callable[..., Tensor]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), lambda h, **_: (h > 0).to(h.dtype)),
-    F.gelu: _gelu_secant,
+    F.gelu: gelu_secant,
     F.silu: lambda h, **_: torch.sigmoid(h),
 }
 _PATTERNS = {F.softmax, torch.softmax, Tensor.softmax}
