@@ -1,7 +1,9 @@
 """Updates: Muon beside AdamW, and batches taken in parts."""
 
 from copy import deepcopy
+from dataclasses import replace
 
+import half_batches
 import pytest
 import torch
 from networks import Perceptron
@@ -9,7 +11,7 @@ from torch import nn
 
 from spd_lightning.decomposition.adversaries import Persistent
 from spd_lightning.decomposition.importance import Importance
-from spd_lightning.decomposition.losses import Frequency, Losses, Minimality, SmoothL0
+from spd_lightning.decomposition.losses import Losses
 from spd_lightning.decomposition.reconstruction import Reconstruction
 from spd_lightning.errors import BadInput
 from spd_lightning.training.decompose import Decomposition, WarmUp
@@ -85,13 +87,11 @@ def test_its_state_goes_on_from_a_checkpoint():
 
 # ---- micro-batches --------------------------------------------------------------------------------------------------
 
-LOSSES = Losses(
-    minimality=Minimality(1.0, p=1.5),
-    frequency=Frequency(1.0, positions=30.0),
-    smooth_l0=SmoothL0(1.0),
+LOSSES = replace(
+    half_batches.LOSSES,
     reconstruction={
         "ci": Reconstruction("ci"),
-        "lasting": Reconstruction("persistent_pgd", coeff=0.5, samples=1, persistent=Persistent(lr=0.1, warmup=0.0)),
+        "lasting": Reconstruction("persistent_pgd", coeff=0.5, persistent=Persistent(lr=0.1, warmup=0.0)),
     },
 )
 
@@ -115,7 +115,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts, monkeypatch):
     monkeypatch.setattr(Decomposition, "steps", property(lambda _: 2))
     whole, cut = module(losses=LOSSES), module(losses=LOSSES, micro_batches=parts)
     cut.network.load_state_dict(whole.network.state_dict())
-    batch = torch.linspace(-1.5, 2, 32).sin().reshape(8, 4).double()
+    batch = half_batches.whole_batch()
     for d in (whole, cut):  # the adversaries are made
         accumulated(d, batch)
     mine = whole._adversaries["lasting"]

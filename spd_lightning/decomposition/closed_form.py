@@ -132,9 +132,9 @@ class Graph:
             stream = beside([stream, self._writer(f"{attn}.o_proj")])
             slopes, down = self._slopes(block.mlp, mlp), self._reader(f"{mlp}.down_proj")
             yield from self._read(stream, f"h.{k}.norm_2", *slopes)
-            for name, slope in slopes.items():
+            for name, moved in slopes.items():
                 writer = self._writer(name)
-                yield self._same(writer._replace(vectors=writer.vectors * slope[:, None]), down)
+                yield self._same(writer._replace(vectors=writer.vectors * moved[:, None]), down)
             stream = beside([stream, self._writer(f"{mlp}.down_proj")])
         if "lm_head" not in self.model.sites:
             yield from self._read(stream, "norm_f", "output")
@@ -176,11 +176,11 @@ class Graph:
 
     def _slopes(self, mlp: Any, name: str) -> dict[str, Tensor]:
         """The maps that feed an MLP's neurons, and how a neuron's output moves with each [pos, neurons]."""
-        slope, share = (secant, 0.5) if self.frozen else (derivative, 1.0)
         if hasattr(mlp, "c_fc"):
-            return {f"{name}.c_fc": slope(mlp.act, self._at(self.run.out, mlp.c_fc))}
+            return {f"{name}.c_fc": slope(mlp.act, self._at(self.run.out, mlp.c_fc), self.frozen)}
         g, u = (self._at(self.run.out, m) for m in (mlp.gate_proj, mlp.up_proj))
-        return {f"{name}.gate_proj": share * slope(mlp.act, g) * u, f"{name}.up_proj": share * mlp.act(g)}
+        share = 0.5 if self.frozen else 1.0  # two paths meet
+        return {f"{name}.gate_proj": share * slope(mlp.act, g, self.frozen) * u, f"{name}.up_proj": share * mlp.act(g)}
 
     # ---- edges within a position --------------------------------------------------------------------------------
 
@@ -287,28 +287,18 @@ def pulled_back(
     return columns
 
 
-def derivative(act: nn.Module, h: Tensor) -> Tensor:
-    """φ'(h) of an activation function."""
+def slope(act: nn.Module, h: Tensor, frozen: bool) -> Tensor:
+    """How an activation function moves with its input: φ'(h), or in frozen graphs the secant (A6, rule 4)."""
     match act:
+        case nn.GELU() if frozen:
+            return gelu_secant(h, act.approximate)
         case nn.GELU():
             return torch.ops.aten.gelu_backward(torch.ones_like(h), h, approximate=act.approximate)
         case nn.SiLU():
-            return torch.ops.aten.silu_backward(torch.ones_like(h), h)
+            return torch.sigmoid(h) if frozen else torch.ops.aten.silu_backward(torch.ones_like(h), h)
         case nn.ReLU():
             return (h > 0).to(h.dtype)
-    raise TypeError(f"the derivative of {type(act).__name__} is not known")
-
-
-def secant(act: nn.Module, h: Tensor) -> Tensor:
-    """φ(h)/h of an activation function, computed without division (A6, rule 4)."""
-    match act:
-        case nn.GELU():
-            return gelu_secant(h, act.approximate)
-        case nn.SiLU():
-            return torch.sigmoid(h)
-        case nn.ReLU():
-            return (h > 0).to(h.dtype)
-    raise TypeError(f"the secant of {type(act).__name__} is not known")
+    raise TypeError(f"the slope of {type(act).__name__} is not known")
 
 
 def _head(model: ComponentModel) -> Float[Tensor, "vocab d"]:

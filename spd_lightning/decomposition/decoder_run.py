@@ -39,7 +39,7 @@ Key = tuple[NodeKind, str]
 
 
 class Trace(NamedTuple):
-    """What a batch of prompts did inside the model: inputs and outputs of parts, a = x V and w = m ∘ a of sites.
+    """What a batch of prompts did inside the model: inputs of norms; outputs, a = x V and w = m ∘ a of sites.
 
     whole: what layers with one node a position write [batch, pos, d]. order: all layers but the output, as they came.
     """
@@ -75,7 +75,7 @@ def trace(
         if mode.delta != "off" and mode.mask != "ones":
             y = y + (w - a) @ parts.U
         found.inner[site.name], found.weight[site.name] = a, w
-        found.into[site.module], found.out[site.module] = x, y
+        found.out[site.module] = y
         found.order.append(("component", site.name))
         if frozen:
             write("rest", site.name, y - bias - (w * (g > threshold)) @ parts.U, y)
@@ -89,7 +89,7 @@ def trace(
                 write("embedding", tables[module], y, y.expand(len(inputs), *y.shape[-2:]))
             elif frozen and getattr(module, "bias", None) is not None:
                 write("bias", norms[module], module.bias, y)  # pyright: ignore
-            found.into[module], found.out[module] = x, y
+            found.into[module] = x
             return y
 
         return forward

@@ -25,8 +25,6 @@ _SECANTS: dict[Callable, Callable[..., Tensor]] = {
     F.silu: lambda h, **_: torch.sigmoid(h),
 }
 _PATTERNS = {F.softmax, torch.softmax, Tensor.softmax}
-
-
 _SCALES = {torch.rsqrt, Tensor.rsqrt, torch.sqrt, Tensor.sqrt}
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__}
 

@@ -1,7 +1,7 @@
 """Prompt graphs: the attribution graph of every prompt, as tables.
 
-For each batch of prompts: importances of the clean run choose the nodes, one cut run gives all edges between them
-(section A of docs/method.md), and a run under the importances themselves gives the outputs.
+For each batch of prompts: importances of the clean run choose the nodes, closed forms or one cut run give all edges
+between them (section A of docs/method.md), and a run under the importances themselves gives the outputs.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,6 +27,7 @@ from spd_lightning.harvest.rows import (
     output_rows,
     prompt_rows,
 )
+from spd_lightning.store import TABLES
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
 
@@ -102,5 +103,4 @@ def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
         )
         for table in tables
     ]
-    types = {"prompt_id": pl.UInt64, "source": pl.UInt32, "target": pl.UInt32, "attribution": pl.Float32}
-    return pl.concat([pl.DataFrame(schema=types), *frames])
+    return pl.concat([pl.DataFrame(schema=TABLES["edges"]), *frames])
