@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spd_lightning.decomposition.products import product
 from spd_lightning.errors import BadInput, nearest
 
 Kind = Literal["linear", "conv1d", "embedding", "identity"]
@@ -54,7 +55,7 @@ class Site:
 
     def inner(self, x: Tensor, V: Float[Tensor, "d_in C"]) -> Float[Tensor, "... C"]:
         """Inner activations `a = x V` (D2); for embeddings x holds token ids and rows of V are picked."""
-        return nn.functional.embedding(x, V) if self.kind == "embedding" else x @ V
+        return nn.functional.embedding(x, V) if self.kind == "embedding" else product(x, V)
 
 
 class Components(nn.Module):
@@ -131,7 +132,7 @@ def _decomposed(clean: Tensor | None, bias: Tensor | None, a: Tensor, U: Tensor,
         w = a if fixed and delta == 0 else (1 - gate) * a
     else:
         w = m * a if fixed and delta == 0 else (m - gate) * a
-    y = w @ U
+    y = product(w, U)
     if not (fixed and delta == 0):
         assert clean is not None
         y = y + gate * (clean if bias is None else clean - bias)

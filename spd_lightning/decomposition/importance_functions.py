@@ -16,6 +16,7 @@ from torch.nn.functional import gelu
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.importance import Importance, ImportanceFunction
 from spd_lightning.decomposition.importance_transformer import ImportanceTransformer, chunks_of_layers
+from spd_lightning.decomposition.products import Linear
 
 
 def _normal(*shape: int, gain: float, fan_in: int) -> nn.Parameter:
@@ -100,7 +101,7 @@ class _VectorMLP(nn.Module):
 
 
 def _shared_network(d_in: int, hidden: int, d_out: int) -> nn.Sequential:
-    first, last = nn.Linear(d_in, hidden), nn.Linear(hidden, d_out)
+    first, last = Linear(d_in, hidden), Linear(hidden, d_out)
     for layer, gain in ((first, 2.0), (last, 1.0)):
         nn.init.normal_(layer.weight, std=(gain / layer.in_features) ** 0.5)
         nn.init.zeros_(layer.bias)

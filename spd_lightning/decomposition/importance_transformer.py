@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.importance import Importance, ImportanceFunction
+from spd_lightning.decomposition.products import Linear
 
 ROTARY_BASE = 10_000.0
 
@@ -46,7 +47,7 @@ def rotated(x: Float[Tensor, "batch head pos d_head"], turn: Rotation) -> Float[
 
 def _linear(d_in: int, d_out: int, gain: float = 2.0, bias: bool = True) -> nn.Linear:
     """Drawn by D7: gain 2 for hidden layers, 1 for the last."""
-    layer = nn.Linear(d_in, d_out, bias=bias)
+    layer = Linear(d_in, d_out, bias=bias)
     nn.init.normal_(layer.weight, std=(gain / d_in) ** 0.5)
     if bias:
         nn.init.zeros_(layer.bias)
