@@ -88,7 +88,7 @@ def test_a1_keys_are_made_of_what_the_first_layer_wrote(graphs):
 
 
 def test_a1_the_answer_is_written_by_the_second_layer(graphs):
-    m, edges = graphs
+    _, edges = graphs
     written = {
         name: torch.zeros(PROMPTS).double().index_add(0, e.prompt, e.attribution)
         for (name, target), e in edges.items()

@@ -13,7 +13,6 @@ import polars as pl
 from torch import Tensor
 
 from spd_lightning.decomposition.attribution import MODES, EdgeTable, ModeName
-from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.module import Harvester
@@ -27,6 +26,7 @@ from spd_lightning.harvest.rows import (
     output_rows,
     prompt_rows,
 )
+from spd_lightning.harvest.twins import twin_of
 from spd_lightning.store import TABLES
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
@@ -71,15 +71,9 @@ class PromptGraphs(Harvester):
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the graphs of a batch of prompts."""
         runs = both_runs(module.model, prompts.inputs)
-        layers, edges = attribution_graphs(
-            module.model,
-            prompts.inputs,
-            runs.importances,
-            MODES[self.mode],
-            self.threshold,
-            runs.nodes,
-            self.at_least,
-        )
+        mode = MODES[self.mode]
+        graphs = twin_of(module.model, mode).graphs
+        layers, edges = graphs(prompts.inputs, runs.importances, mode, self.threshold, runs.nodes, self.at_least)
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
             "nodes": node_rows(layers, ids),

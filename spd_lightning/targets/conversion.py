@@ -4,13 +4,13 @@ GPT-2 keeps queries, keys and values in one map and its weights transposed; both
 share one layout. What the decoder has no switch for is refused by name: `hf:` takes any model as it is.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from spd_lightning.errors import BadInput
-from spd_lightning.targets.huggingface import checkpoint
+from spd_lightning.targets.huggingface import HuggingFaceLM, checkpoint
 from spd_lightning.targets.transformer import Decoder
 
 ACTIVATIONS = {
@@ -33,8 +33,12 @@ def decoder_from(reference: str) -> Decoder:
         BadInput: there is no such checkpoint, or it needs what the decoder does not have.
     """
     model = checkpoint(reference, "float32")
-    decoder = decoder_like(reference, model.config)
-    given = dict(_FAMILIES[model.config.model_type][1](model.state_dict(), model.config))
+    return _filled(reference, decoder_like(reference, model.config), model)
+
+
+def _filled(reference: str, decoder: Decoder, model: Any) -> Decoder:
+    """The decoder with a checkpoint's weights."""
+    given = dict(_FAMILIES[model.config.model_type].weights(model.state_dict(), model.config))
     own = decoder.state_dict()
     if surplus := sorted(set(given) - set(own)):
         raise BadInput(f"decoder:{reference}: no place for its '{surplus[0]}'; take it as it is: hf:{reference}")
@@ -48,6 +52,23 @@ def decoder_from(reference: str) -> Decoder:
     return decoder
 
 
+def twin(target: HuggingFaceLM) -> tuple[Decoder, dict[str, str]] | None:
+    """A model taken as it is, and the decoder that computes the same; None where the decoder has no switch for it.
+
+    Returns the decoder, in the model's precision, and its names of the model's modules. GPT-2's one map for queries,
+    keys and values has no name there: the decoder has three.
+    """
+    model = target.model
+    like = next(model.parameters())
+    try:
+        decoder = _filled("", decoder_like("", model.config).to(like.device, like.dtype), model)
+    except BadInput:
+        return None
+    parts, theirs = _FAMILIES[model.config.model_type].parts, dict(decoder.named_modules())
+    names = {name: _renamed(f"{name}.", parts).removesuffix(".") for name, _ in model.named_modules()}
+    return decoder, {name: own for name, own in names.items() if own in theirs}
+
+
 def decoder_like(reference: str, config: Any) -> Decoder:
     """An untrained `Decoder` of the shape that a checkpoint's configuration describes.
 
@@ -56,7 +77,7 @@ def decoder_like(reference: str, config: Any) -> Decoder:
     """
     if config.model_type not in _FAMILIES:
         raise _unsupported(reference, "model_type", config.model_type)
-    return Decoder(**_FAMILIES[config.model_type][0](reference, config))
+    return Decoder(**_FAMILIES[config.model_type].settings(reference, config))
 
 
 def _unsupported(reference: str, name: str, value: Any) -> BadInput:
@@ -172,9 +193,18 @@ def _renamed(name: str, parts: Mapping[str, str]) -> str:
     return name
 
 
+class _Family(NamedTuple):
+    """How models of one family become decoders: their settings, their weights, and what their modules are called."""
+
+    settings: Callable[[str, Any], dict[str, Any]]
+    weights: Callable[[Mapping[str, Tensor], Any], Iterator[tuple[str, Tensor]]]
+    parts: Mapping[str, str]
+
+
+_LLAMA = _Family(_llama_settings, _llama_weights, _LLAMA_PARTS)
 _FAMILIES = {
-    "gpt2": (_gpt2_settings, _gpt2_weights),
-    "llama": (_llama_settings, _llama_weights),
-    "mistral": (_llama_settings, _llama_weights),
-    "qwen2": (_llama_settings, _llama_weights),
+    "gpt2": _Family(_gpt2_settings, _gpt2_weights, _GPT2_PARTS),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
 }

@@ -75,6 +75,11 @@ class HuggingFaceLM(LanguageModel):
         self.vocab = int(text.vocab_size)
         self.context = int(next((n for n in (getattr(text, name, None) for name in _CONTEXT) if n), _UNBOUNDED))
 
+    @property
+    def model(self) -> Any:
+        """The model of transformers."""
+        return self._model[0]
+
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """The logits of the next token at every position.
 
@@ -82,7 +87,7 @@ class HuggingFaceLM(LanguageModel):
             BadInput: the sequence is longer than the context.
         """
         fits(tokens.shape[1], self.context, "HuggingFaceLM")
-        return self._model[0](input_ids=tokens, use_cache=False).logits
+        return self.model(input_ids=tokens, use_cache=False).logits
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

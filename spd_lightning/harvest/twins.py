@@ -1,0 +1,58 @@
+"""Graphs of models that have a decoder's parts under other names: the same numbers, without a backward pass.
+
+A HuggingFace GPT-2, Llama, Mistral or Qwen2 taken as it is (`hf:`) has a twin, our own decoder with the same weights.
+Where the sites have their places in it, graphs are the twin's, and names stay those of the model. (GPT-2's one map for
+queries, keys and values has none: take such a checkpoint as `decoder:` to have closed forms.)
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode, OutputNodes, every_output
+from spd_lightning.decomposition.closed_form import attribution_graphs
+from spd_lightning.decomposition.decoder_run import why_not
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.targets.conversion import twin
+from spd_lightning.targets.huggingface import HuggingFaceLM
+
+
+class Twin(NamedTuple):
+    """A decomposed model as graphs are made of it; names: the twin's names of the model's own modules."""
+
+    model: ComponentModel
+    names: dict[str, str]
+
+    def graphs(
+        self,
+        inputs: Tensor,
+        importances: Mapping[str, Tensor],
+        mode: Mode,
+        threshold: float = 0.0,
+        output_nodes: OutputNodes = every_output,
+        at_least: float = 0.0,
+    ) -> tuple[list[Layer], Iterator[EdgeTable]]:
+        """What `attribution_graphs` gives, under the model's own names."""
+        g = {self.names.get(name, name): values for name, values in importances.items()}
+        layers, edges = attribution_graphs(self.model, inputs, g, mode, threshold, output_nodes, at_least)
+        own = {theirs: name for name, theirs in self.names.items()}
+        return [layer._replace(name=own.get(layer.name, layer.name)) for layer in layers], edges
+
+
+@lru_cache(maxsize=2)
+def twin_of(model: ComponentModel, mode: Mode) -> Twin:
+    """The quickest form of a decomposed model for graphs of a mode: itself, or a decoder's with the same components."""
+    itself = Twin(model, {})
+    if why_not(model, mode) is None or not isinstance(model.target, HuggingFaceLM):
+        return itself
+    found = twin(model.target)
+    if found is None or not all(name in found[1] for name in model.sites):
+        return itself
+    decoder, names = found
+    counts = {names[name]: C for name, C in model.counts.items()}
+    other = ComponentModel(decoder, counts, delta=model.delta)
+    for name in model.sites:
+        other.components[names[name].replace(".", "/")] = model[name]
+    return Twin(other, names) if why_not(other, mode) is None else itself

@@ -1,0 +1,79 @@
+"""Graphs of HuggingFace models in closed form, under their own names (A7)."""
+
+import pytest
+import tiny_checkpoints
+import torch
+from test_closed_form import CLOSED, assert_equal, dictionary
+
+from spd_lightning.decomposition.attribution import MODES, cut_run, oracle
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.harvest.twins import twin_of
+from spd_lightning.targets.conversion import decoder_from
+from spd_lightning.targets.huggingface import HuggingFaceLM
+
+MAPS = {"model.layers.*.self_attn.*": 5, "model.layers.*.mlp.*_proj": 6}
+KINDS = {
+    "llama": {},
+    "llama, grouped, tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+}
+
+
+def decomposed(target, sites):
+    """In double precision, with random components, importances at random, and half the tokens as outputs."""
+    torch.manual_seed(0)
+    model, tokens = ComponentModel(target, sites).double(), tiny_checkpoints.tokens(2, 4)
+    inner = model.clean(tokens).inner
+    g = {name: (1.8 * torch.rand(a.shape).double() - 0.6).clamp(0, 1) for name, a in inner.items()}
+    return model, tokens, g
+
+
+def odd_tokens(output):
+    return (torch.arange(output.shape[-1]) % 8 == 3).expand_as(output)
+
+
+@pytest.mark.parametrize("mode", CLOSED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a7_a_model_of_transformers_has_the_oracles_graph_without_a_backward_pass(tmp_path, kind, mode):
+    """To single precision: transformers' norms, angles and patterns are, whatever the model's weights are."""
+    tiny_checkpoints.write(tmp_path, kind.split(",")[0], **KINDS[kind])
+    target = HuggingFaceLM.from_pretrained(str(tmp_path))
+    target.model.set_attn_implementation("eager")
+    model, tokens, g = decomposed(target, MAPS)
+    quick = twin_of(model, CLOSED[mode])
+    assert quick.model is not model
+    layers, found = quick.graphs(tokens, g, CLOSED[mode], 0.3, odd_tokens)
+    found = list(found)
+    for p in range(len(tokens)):
+        own = {name: values[p : p + 1] for name, values in g.items()}
+        cut = cut_run(model, tokens[p : p + 1], own, CLOSED[mode], 0.3, odd_tokens)
+        assert [(layer.kind, layer.name) for layer in layers] == [(layer.kind, layer.name) for layer in cut]
+        assert_equal(dictionary(layers, found, p), oracle(cut), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", CLOSED)
+def test_a7_gpt2_as_a_decoder(tmp_path, mode):
+    """A GPT-2 checkpoint on our decoder: closed form and oracle agree, and the logits are transformers' own."""
+    theirs = tiny_checkpoints.write(tmp_path, "gpt2").double()
+    model, tokens, g = decomposed(decoder_from(str(tmp_path)), {"h.*.attn.*_proj": 5, "h.*.mlp.*": 6})
+    torch.testing.assert_close(model.target(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    quick = twin_of(model, CLOSED[mode])
+    layers, found = quick.graphs(tokens, g, CLOSED[mode], 0.3, odd_tokens)
+    found = list(found)
+    for p in range(len(tokens)):
+        own = {name: values[p : p + 1] for name, values in g.items()}
+        cut = cut_run(model, tokens[p : p + 1], own, CLOSED[mode], 0.3, odd_tokens)
+        assert_equal(dictionary(layers, found, p), oracle(cut), atol=1e-11)
+
+
+def test_what_has_no_twin_stays_itself(tmp_path):
+    """GPT-2's one map for queries, keys and values goes the general way."""
+    tiny_checkpoints.write(tmp_path, "gpt2")
+    target = HuggingFaceLM.from_pretrained(str(tmp_path))
+    model, tokens, g = decomposed(target, {"transformer.h.*.attn.*": 5, "transformer.h.*.mlp.*": 6})
+    quick = twin_of(model, MODES["unmasked"])
+    assert quick.model is model
+    layers, found = quick.graphs(tokens, g, MODES["unmasked"], 0.3, odd_tokens)
+    assert sum(len(table.source) for table in found)
+    assert {layer.name for layer in layers if layer.kind == "component"} == set(model.sites)
