@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from spd_lightning.analysis.graphs import node_edges, prompt_graph, tables
+from spd_lightning.analysis.graphs import node_edges, node_name, prompt_graph, tables
 from spd_lightning.analysis.prompts import ALL_PROBES, graph_list, probes, prompt_label, together_label
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
@@ -134,11 +134,6 @@ def node_data(store: Store, prompt: int, node: int) -> NodePage:
     )
     in_sum, out_sum = (total if isfinite(total) else None for total in (edges.in_sum, edges.out_sum))
     return NodePage(ins, outs, edges.in_count, edges.out_count, in_sum, out_sum)
-
-
-def node_name(node: Mapping[str, Any]) -> str:
-    """A node's name `layer:pos:component`; what is left of a site, and its bias, stand in the component's place."""
-    return f"{node['layer']}:{node['pos']}:{node['kind'] if node['kind'] in ('rest', 'bias') else node['component']}"
 
 
 def _nodes(store: Store, prompt: int, nodes: pl.DataFrame) -> list[dict[str, Any]]:
