@@ -243,7 +243,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=4,
 )
-FIELDS = ["run", "harvest", "prompt", "top_k", "threshold", "min_importance", "node"]
+FIELDS = ["run", "harvest", "prompt", "top_k", "threshold", "min_importance", "influence", "node"]
 
 
 @settings(max_examples=100, deadline=None)
@@ -252,6 +252,7 @@ def test_whatever_a_browser_asks_gets_an_answer_or_one_line(root, changes, other
     """Server functions can be called by any client: wrong types, unknown names and numbers out of range are refused."""
     library = Library(str(root))
     sane = {"run": "tms_5-2", "harvest": "probe", "prompt": PROBE, "top_k": 50, "threshold": 0, "min_importance": 0}
+    sane["influence"] = 0.8
     for question in (sane | {"node": 0} | changes, other):
         for answer in (graph_answer(library, question), node_answer(library, question)):
             json.dumps(answer, allow_nan=False)

@@ -2,8 +2,8 @@
 
 In circuit-tracer's format a row of the picture is a layer of ours: embeddings are the row `E`, sites count from 0,
 outputs stand above the last. A component is what a transcoder's feature is there, a rest or a bias what an error is. A
-node's `influence` is cumulative, the share that it and all nodes of more influence make up: what the viewer's slider cuts
-at. Models on vectors have no positions, so each input gets a column of its own there, and all else the last.
+node's `influence` is cumulative, the share that it and all nodes of more influence make up: what the viewer's slider
+cuts at. Models on vectors have no positions, so each input gets a column of its own there, and all else the last.
 """
 
 import json
@@ -160,9 +160,7 @@ def _listed(listing: Path) -> list[dict[str, Any]]:
         graphs = json.loads(listing.read_text(encoding="utf-8"))["graphs"]
         return [dict(one) for one in graphs]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(
-            f"'{listing}': no list of graphs, as its name says; move it away, or export elsewhere"
-        ) from error
+        raise BadInput(f"'{listing}': no list of graphs; move it away, or export elsewhere") from error
 
 
 def circuit_tracer(export: Export, slug: str) -> dict[str, Any]:
@@ -201,7 +199,7 @@ class _Columns:
 
     def __init__(self, export: Export):
         kinds = export.whole.nodes.select(pl.col("layer", "kind").cast(pl.String)).unique().rows()
-        ends = {layer for layer, kind in kinds if kind in TOKENS or kind == "output"}
+        ends = {"input", "output"} | {layer for layer, kind in kinds if kind in TOKENS}
         self.rows = {layer: row for row, layer in enumerate(one for one in export.store.layers if one not in ends)}
         self.embeddings = [layer for layer in export.store.layers if layer in ends]
         vectors = export.store.manifest["kind"] == "vectors"

@@ -156,7 +156,9 @@ def cumulative(found: np.ndarray) -> np.ndarray:
 
 
 def top(found: np.ndarray, share: float, name: str) -> np.ndarray:
-    """Which scores, the largest first, make up a share of their sum; equal ones stay together. All where it is 1.
+    """Which scores, the largest first, make up a share of their sum. All where it is 1.
+
+    Scores that are equal up to rounding, as along a chain, stay together.
 
     Raises:
         BadInput: the share lies outside 0 to 1.
@@ -169,7 +171,7 @@ def top(found: np.ndarray, share: float, name: str) -> np.ndarray:
     if not len(ranked):
         return np.zeros(len(found), dtype=bool)
     last = np.searchsorted(np.cumsum(ranked), share * ranked.sum())
-    return found >= ranked[min(last, len(ranked) - 1)]
+    return found >= ranked[min(last, len(ranked) - 1)] * (1 - 1e-9)
 
 
 class _Shares:

@@ -31,6 +31,7 @@ class GraphSelection:
     top_k: int = 200
     threshold: float = 0.0
     min_importance: float = 0.0
+    influence: float = 1.0
 
     @classmethod
     def read(cls, question: Mapping[str, Any]) -> "GraphSelection":
@@ -44,6 +45,7 @@ class GraphSelection:
             integer(question, "top_k", MOST_EDGES),
             number(question, "threshold", 0, 1),
             number(question, "min_importance", 0, 1),
+            number(question, "influence", 0, 1),
         )
 
 
@@ -53,8 +55,8 @@ class GraphPage:
 
     A node is {node, name, kind, layer (index into `layers`), pos, component, importance, activation, label, outputs};
     an edge {source, target, attribution}, strongest first. Of a graph with many nodes, only those on an edge are here.
-    `tokens` are the prompt's tokens by position, empty for models
-    on vectors.
+    `tokens` are the prompt's tokens by position, empty for models on vectors. `replacement` and `completeness` are the
+    scores of the whole graph, None unless it is frozen (see `analysis.influence.Scores`).
     """
 
     label: str
@@ -67,6 +69,8 @@ class GraphPage:
     edges_total: int
     edges_passing: int
     largest: float
+    replacement: float | None
+    completeness: float | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
     Raises:
         BadInput: the harvest has no such prompt, or a file is damaged.
     """
-    graph = prompt_graph(store, selection.prompt, selection.top_k, selection.threshold, selection.min_importance)
+    filters = selection.top_k, selection.threshold, selection.min_importance, selection.influence
+    graph = prompt_graph(store, selection.prompt, *filters)
     label, tokens = _prompt(store, selection.prompt)
     nodes = graph.nodes
     if len(nodes) > MANY_NODES:
@@ -105,6 +110,8 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
         edges_total=graph.edges_total,
         edges_passing=graph.edges_passing,
         largest=graph.largest,
+        replacement=graph.scores.replacement,
+        completeness=graph.scores.completeness,
     )
 
 
