@@ -24,6 +24,7 @@ from spd_lightning.analysis.influence import (
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.store import Store
+from spd_lightning.viewer.graph_page import GraphSelection, page_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
 SHARES = st.sampled_from([0.0, 0.1, 0.33, 0.5, 0.8, 0.98, 1.0])
@@ -271,7 +272,8 @@ def test_a_frozen_harvest_has_scores_and_others_have_none(frozen, tmp_path):
         rest = reached[np.isin(kind, ["rest", "bias"])].sum()
         assert scores(graph).replacement == pytest.approx(tokens / (tokens + rest))
         assert 0 < scores(graph).completeness < 1
-        assert prompt_graph(frozen, prompt).scores == scores(graph)
+        page = page_data(frozen, GraphSelection(prompt))
+        assert Scores(page.replacement, page.completeness) == scores(graph)
     vectors = Store(make_harvest(tmp_path / "probe"))
     prompt = vectors.scan("prompts").collect()["prompt_id"][0]
     assert set(whole_graph(vectors, prompt).nodes.filter(pl.col("kind") == "output")["weight"]) == {1.0}

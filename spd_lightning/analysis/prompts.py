@@ -59,7 +59,8 @@ def find_prompt(store: Store, asked: str) -> int:
     if begin:
         shown = "; ".join(f"'{names[one][:40]}'" for one in begin[:3])
         raise BadInput(f"prompt '{asked[:80]}': {len(begin)} begin so, {shown}; write more of it, or a number")
-    near = nearest(wanted[:80], {text[: max(len(wanted), 20)] for text in texts.values()})
+    known = {row["source"] for row in rows} | {text[: max(len(wanted), 20)] for text in texts.values()}
+    near = nearest(wanted[:80], known)
     raise BadInput(f"prompt '{asked[:80]}': not in harvest '{store.path}', where numbers go to {len(ids) - 1}; {near}")
 
 
