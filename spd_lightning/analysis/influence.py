@@ -38,6 +38,11 @@ class Graph:
     edges: pl.DataFrame
     frozen: bool = False
 
+    @cached_property
+    def shares(self) -> "_Shares":
+        """Every edge's share of what enters its target."""
+        return _Shares(self)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -63,7 +68,7 @@ def influence(graph: Graph, outputs: Sequence[int] | None = None) -> pl.DataFram
     Raises:
         BadInput: one of `outputs` is not in the graph.
     """
-    return pl.DataFrame({"node": graph.nodes["node"], "influence": _Shares(graph).swept(_weights(graph, outputs))})
+    return pl.DataFrame({"node": graph.nodes["node"], "influence": graph.shares.swept(_weights(graph, outputs))})
 
 
 def outputs_at(graph: Graph, pos: int | None = None, token: int | None = None) -> list[int]:
@@ -93,7 +98,7 @@ def pruned(graph: Graph, nodes: float = 0.8, edges: float = 0.98, outputs: Seque
     Raises:
         BadInput: a share lies outside 0 to 1, or one of `outputs` is not in the graph.
     """
-    weights, shares = _weights(graph, outputs), _Shares(graph)
+    weights, shares = _weights(graph, outputs), graph.shares
     found = shares.swept(weights)
     always = (weights > 0) | (_is(graph, TOKENS) & (found > 0))
     kept = _part(graph, top(found, nodes, "nodes") | always)
@@ -112,7 +117,7 @@ def expanded(graph: Graph, budget: int, edges: float = 1.0, outputs: Sequence[in
     """
     if budget < 0:
         raise BadInput(f"budget {budget}: a number of nodes; take one from 0 up")
-    weights, shares = _weights(graph, outputs), _Shares(graph)
+    weights, shares = _weights(graph, outputs), graph.shares
     kept, reach, added = weights > 0, weights.copy(), np.flatnonzero(weights)
     flow = weights
     for left in range(budget, -1, -1):
@@ -136,7 +141,7 @@ def scores(graph: Graph, outputs: Sequence[int] | None = None) -> Scores:
     """
     if not graph.frozen:
         return Scores(None, None)
-    weights, shares = _weights(graph, outputs), _Shares(graph)
+    weights, shares = _weights(graph, outputs), graph.shares
     found, unexplained = shares.swept(weights), _is(graph, UNEXPLAINED)
     tokens, rest = found[_token_leaves(graph, shares)].sum(), found[unexplained].sum()
     from_rest = np.bincount(shares.target, shares.share * unexplained[shares.source], len(weights))
@@ -179,9 +184,9 @@ class _Shares:
 
     def __init__(self, graph: Graph):
         numbers, self.size = _numbers(graph), len(graph.nodes)
-        self.source, self.target = (
-            np.searchsorted(numbers, graph.edges[end].to_numpy()) for end in ("source", "target")
-        )
+        row = np.zeros(int(numbers.max(initial=0)) + 1, dtype=np.int32)
+        row[numbers] = np.arange(self.size)
+        self.source, self.target = (row[graph.edges[end].to_numpy()] for end in ("source", "target"))
         strength = np.abs(graph.edges["attribution"].to_numpy().astype(np.float64))
         strength[~np.isfinite(strength)] = 0
         into = np.bincount(self.target, strength, self.size)
@@ -234,7 +239,7 @@ def _part(graph: Graph, kept: np.ndarray) -> Graph:
 
 def _strongest(graph: Graph, weights: np.ndarray, share: float) -> Graph:
     """The graph with those of its edges that make up a share of the influence of all."""
-    shares = _Shares(graph)
+    shares = graph.shares
     reached = shares.swept(weights) + weights
     strong = top(shares.share * reached[shares.target], share, "edges")
     return replace(graph, edges=graph.edges.filter(pl.Series(strong)))
@@ -243,7 +248,7 @@ def _strongest(graph: Graph, weights: np.ndarray, share: float) -> Graph:
 def _alive(graph: Graph, always: np.ndarray, first: np.ndarray, last: np.ndarray) -> Graph:
     """The graph without nodes that have lost all in-edges or all out-edges; `first`, `last` never had any."""
     while True:
-        shares = _Shares(graph)
+        shares = graph.shares
         alive = always | ((shares.ends("target") | first) & (shares.ends("source") | last))
         if alive.all():
             return graph
