@@ -91,6 +91,7 @@ def readable(made: dict) -> None:
     assert len(nodes) == len(made["nodes"]) == len({node["jsNodeId"] for node in made["nodes"]})
     tokens = made["metadata"]["prompt_tokens"]
     assert all(0 <= node["ctx_idx"] < len(tokens) for node in nodes.values())
+    assert max(node["ctx_idx"] for node in nodes.values()) > 0  # it cannot lay out a single column
     same = Counter((node["layer"], node["feature"], node["ctx_idx"]) for node in nodes.values())
     assert max(same.values()) <= len(tokens) * 2 / 3  # else it takes them for noise
     rows = {name: -1 if node["layer"] == "E" else int(node["layer"]) for name, node in nodes.items()}
@@ -104,7 +105,9 @@ def readable(made: dict) -> None:
             assert node["clerp"].split('"')[2].startswith(" (p=")
         else:
             assert (node["layer"] == "E") == (kind == "embedding")
-            assert 0 <= node["influence"] <= made["metadata"]["node_threshold"] <= 1  # the slider hides none at first
+            shown = kind == "embedding" or node["influence"] <= made["metadata"]["node_threshold"]
+            assert shown  # where the slider stands at first
+            assert 0 <= node["influence"] <= 1
         if kind == "cross layer transcoder":
             assert (*unpaired(node["feature"]), node["ctx_idx"]) == tuple(map(int, name.split("_")))
 

@@ -168,7 +168,7 @@ def circuit_tracer(export: Export, slug: str) -> dict[str, Any]:
     nodes, columns = export.nodes(), _Columns(export)
     likeliest = _likeliest(nodes)
     made = {row["node"]: columns.node(row) | {"is_target_logit": row["node"] in likeliest} for row in nodes}
-    cut = max((row["cumulative"] for row in nodes if row["kind"] != "output"), default=1.0)
+    cut = max((row["cumulative"] for row in nodes if row["kind"] not in (*TOKENS, "output")), default=1.0)
     return {
         "metadata": {
             "slug": slug,
@@ -206,14 +206,16 @@ class _Columns:
         inputs = export.whole.nodes.filter(pl.col("kind") == "input")["component"].to_list() if vectors else []
         self.inputs = {component: column for column, component in enumerate(inputs)}
         tokens = [f"f{component}" for component in inputs] if vectors else list(export.tokens)
-        self.tokens = [*tokens, ""] if vectors or len(tokens) < 2 else tokens  # a single one is too few for its viewer
-        self.last = len(inputs)
+        tokens += [""] * vectors
+        blank = max(0, 2 - len(tokens))  # its viewer cannot lay out a single column
+        self.tokens = [""] * blank + tokens
+        self.shift = blank + len(inputs)
         self.ids = export.token_ids
 
     def node(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A node of ours as one of theirs."""
         layer, feature, kind, text = self._place(row)
-        pos = row["pos"] + (self.inputs[row["component"]] if row["kind"] == "input" else self.last)
+        pos = self.inputs[row["component"]] if row["kind"] == "input" else row["pos"] + self.shift
         number = _paired(int(layer), feature) if row["kind"] == "component" else feature
         activation = row["activation"]
         return {
