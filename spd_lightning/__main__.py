@@ -12,6 +12,7 @@ usage: python -m spd_lightning VERB [options]
   predict   --config tms.yaml     attribution graphs of the newest run of that name, as Parquet tables
   validate  --config tms.yaml     evaluate that run again
   view      [PATH] [--port N]     look at runs in the browser (the same as: gradio app.py)
+  export    RUN [--to FILE]       one prompt's graph for circuit-tracer (graph.json) or as GraphML (graph.graphml)
   runs      [--json | --table]    the runs there are: path, state, what they reached
   list                            the configs there are: what they do, and what they reach
   push      RUN                   send a finished run to its trackers once more
@@ -23,6 +24,14 @@ options of fit, plan, predict and validate
   --KEY VALUE      any setting: --trainer.max_steps 500, --model.losses.minimality.coeff 1e-3, --seed_everything 7
   --print_config   the merged settings, without running anything
   --debug          show where an error came from
+
+options of export
+  --prompt P       its id, its number in the viewer's list from 0 up, or how it begins; the first where left out
+  --harvest NAME   for example graphs-frozen; the run's first harvest of graphs where left out
+  --position N     ask about the outputs at one position, from 0 up; about all where left out
+  --nodes S        keep the nodes that make up this share of the influence on the outputs (0.8; 1 keeps all)
+  --edges S        then the edges that make up this share of theirs (0.98; 1 keeps all)
+  --budget N       instead of --nodes: the outputs, and the N nodes that have most influence on what is there
 
 Runs are kept in ./runs, or in $SPD_RUNS. Every config says at its top what it does, how long, and what comes out.
 """

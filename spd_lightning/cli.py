@@ -1,6 +1,7 @@
 """The command line: finds the verb, and turns what went wrong into one line with exit code 2 (`--debug` shows where).
 
-Verbs that need no Trainer are functions here; those that do are in `work` and `plan`, imported when they are called.
+Verbs that need no Trainer are functions here, but for `export`; those that do are in `work` and `plan`. Whatever is
+elsewhere is imported when it is called.
 What a verb does not need it does not import.
 """
 
@@ -107,6 +108,11 @@ def _checked(verb: str, words: Sequence[str], options: Sequence[str] = (), most:
     return plain
 
 
+def export(words: Sequence[str]) -> None:
+    """Writes one prompt's graph for other tools."""
+    importlib.import_module("spd_lightning.export").export(words)
+
+
 def list_runs(words: Sequence[str]) -> None:
     """The runs there are, as lines, as a table of results, or as JSON."""
     _checked("runs", words, ("--json", "--table"))
@@ -145,6 +151,7 @@ VERBS = {
     "predict": _with_trainer("spd_lightning.work", "predict"),
     "push": _with_trainer("spd_lightning.work", "push"),
     "view": view,
+    "export": export,
     "runs": list_runs,
     "list": list_configs,
     "pull": pull,

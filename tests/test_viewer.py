@@ -21,6 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_run import ALIVE, FEATURES, C, make_harvest, make_run
 
+from spd_lightning.analysis.graphs import whole_graph
+from spd_lightning.analysis.influence import pruned
 from spd_lightning.analysis.weights import Factors
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
@@ -243,7 +245,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=4,
 )
-FIELDS = ["run", "harvest", "prompt", "top_k", "threshold", "min_importance", "node"]
+FIELDS = ["run", "harvest", "prompt", "top_k", "threshold", "min_importance", "influence", "node"]
 
 
 @settings(max_examples=100, deadline=None)
@@ -252,6 +254,7 @@ def test_whatever_a_browser_asks_gets_an_answer_or_one_line(root, changes, other
     """Server functions can be called by any client: wrong types, unknown names and numbers out of range are refused."""
     library = Library(str(root))
     sane = {"run": "tms_5-2", "harvest": "probe", "prompt": PROBE, "top_k": 50, "threshold": 0, "min_importance": 0}
+    sane["influence"] = 0.8
     for question in (sane | {"node": 0} | changes, other):
         for answer in (graph_answer(library, question), node_answer(library, question)):
             json.dumps(answer, allow_nan=False)
@@ -313,7 +316,7 @@ def test_a_walk_through_the_viewer(root, tmp_path):
         expect(page.locator(".spd-empty")).to_contain_text("python -m spd_lightning predict --config")
         shutil.copytree(root, runs)
         page.get_by_role("button", name="Refresh").click()
-        _walk(page, expect)
+        _walk(page, expect, root)
         _refuse(address, runs)
         browser.close()
     assert complaints == []
@@ -334,7 +337,7 @@ def _arrive(page, address: str) -> None:
     page.goto(address)
 
 
-def _walk(page, expect) -> None:
+def _walk(page, expect, root: Path) -> None:
     summary, panel = page.locator(".spd-graph .summary"), page.locator(".spd-graph .panel")
     _choose_run(page, "tms_5-2")
     page.locator(".spd-graph select.prompt").select_option(label="feature 3 = 0.75")
@@ -351,6 +354,13 @@ def _walk(page, expect) -> None:
     panel.get_by_role("button", name="linear2:0:11").click()
     expect(panel.locator(".name")).to_have_text("linear2:0:11")
 
+    page.locator("[data-setting=influence]").focus()
+    page.keyboard.press("Home")
+    kept = pruned(whole_graph(Store(root / "tms_5-2/harvest/probe"), int(PROBE)), 0.1, 1.0)
+    expect(summary).to_contain_text(f"{len(kept.edges)} of 7 edges, {len(kept.nodes)} of 10 nodes")
+    assert 0 < len(kept.edges) < 7
+    expect(summary).not_to_contain_text("replacement")
+    page.keyboard.press("End")
     page.locator("[data-setting=top_k]").focus()
     page.keyboard.press("Home")
     expect(summary).to_contain_text("5 of 7 edges")

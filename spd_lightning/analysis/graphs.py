@@ -1,13 +1,15 @@
-"""Prompt graphs as a reader wants them: the strongest edges of one prompt, and all that meets in one node.
+"""Prompt graphs as a reader wants them: the whole of one, its strongest edges, and all that meets in one node.
 
 An edge's strength is |attribution|; ties are broken by (source, target), so that every answer is reproducible.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
+from spd_lightning.analysis.influence import Graph, Scores, pruned, scores
 from spd_lightning.analysis.prompts import ALL_PROBES, probes
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
@@ -23,7 +25,7 @@ class PromptGraph:
     `nodes` has the columns node, kind, layer, pos, component, importance, activation; `edges` has source, target,
     attribution, strongest first. `edges_total` counts the prompt's edges, `edges_passing` those above threshold and
     between visible nodes before the cut to top-k, `largest` is the largest finite |attribution| of the prompt
-    (0 if none).
+    (0 if none), `scores` say how much of the whole graph is explained.
     """
 
     nodes: pl.DataFrame
@@ -32,10 +34,16 @@ class PromptGraph:
     edges_total: int
     edges_passing: int
     largest: float
+    scores: Scores
 
 
 def prompt_graph(
-    store: Store, prompt: int, top_k: int = 200, threshold: float = 0.0, min_importance: float = 0.0
+    store: Store,
+    prompt: int,
+    top_k: int = 200,
+    threshold: float = 0.0,
+    min_importance: float = 0.0,
+    influence: float = 1.0,
 ) -> PromptGraph:
     """The strongest edges of one prompt, between the nodes whose causal importance suffices.
 
@@ -45,6 +53,27 @@ def prompt_graph(
         top_k: Keep at most so many edges.
         threshold: Keep edges with |attribution| of at least this share (0 to 1) of the prompt's largest.
         min_importance: Keep nodes of at least this importance; nodes without one (inputs, outputs) always stay.
+        influence: Before all that, keep the nodes that make up this share (0 to 1) of the influence on the outputs.
+
+    Raises:
+        BadInput: the harvest has no such prompt, or a file is damaged.
+    """
+    whole = whole_graph(store, prompt)
+    part = pruned(whole, influence, edges=1.0) if influence < 1 else whole
+    nodes, edges = part.nodes.drop("weight"), part.edges
+    importance = pl.col("importance").cast(pl.Float64)  # else a threshold would be rounded to single precision
+    visible = nodes.filter(importance.is_null() | (importance >= min_importance))
+    largest = float(whole.edges.select(STRENGTH.filter(STRENGTH.is_finite()).max()).item() or 0.0)
+    shown = visible["node"].implode()
+    between = [pl.col(end).is_in(shown) for end in ("source", "target")]
+    passing = edges.filter(STRENGTH.ge(threshold * largest), *between)
+    strongest = passing.sort(**STRONGEST_FIRST).head(top_k)
+    totals = len(whole.nodes), len(whole.edges)
+    return PromptGraph(visible, strongest, *totals, len(passing), largest, scores(whole))
+
+
+def whole_graph(store: Store, prompt: int) -> Graph:
+    """One prompt's graph with all that was stored of it, and what each output weighs.
 
     Raises:
         BadInput: the harvest has no such prompt, or a file is damaged.
@@ -52,14 +81,15 @@ def prompt_graph(
     nodes, edges = tables(store, prompt)
     if nodes.is_empty():
         raise BadInput(f"prompt {prompt} has no graph in harvest '{store.path}'; choose another, or harvest it")
-    importance = pl.col("importance").cast(pl.Float64)  # else a threshold would be rounded to single precision
-    visible = nodes.filter(importance.is_null() | (importance >= min_importance))
-    largest = float(edges.select(STRENGTH.filter(STRENGTH.is_finite()).max()).item() or 0.0)
-    shown = visible["node"].implode()
-    between = [pl.col(end).is_in(shown) for end in ("source", "target")]
-    passing = edges.filter(STRENGTH.ge(threshold * largest), *between)
-    strongest = passing.sort(**STRONGEST_FIRST).head(top_k)
-    return PromptGraph(visible, strongest, len(nodes), len(edges), len(passing), largest)
+    outputs = store.collect(store.scan("outputs", prompt).select("pos", component="token_id", weight="ci_probability"))
+    found = nodes.join(outputs, on=["pos", "component"], how="left", maintain_order="left")
+    weight = pl.when(pl.col("kind") == "output").then(pl.col("weight").cast(pl.Float64).fill_null(1.0)).otherwise(0.0)
+    return Graph(found.with_columns(weight=weight), edges, store.manifest["mode"] == "frozen")
+
+
+def node_name(node: Mapping[str, Any]) -> str:
+    """A node's name `layer:pos:component`; what is left of a site, and its bias, stand in the component's place."""
+    return f"{node['layer']}:{node['pos']}:{node['kind'] if node['kind'] in ('rest', 'bias') else node['component']}"
 
 
 def tables(store: Store, prompt: int) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import polars as pl
 
+from spd_lightning.errors import BadInput, nearest
 from spd_lightning.store import Store
 
 ALL_PROBES = 0
@@ -33,6 +34,34 @@ def graph_list(store: Store) -> pl.DataFrame:
         return listed
     together = {"prompt_id": [ALL_PROBES], "label": [together_label(count)], "split": ["probe"]}
     return pl.concat([pl.DataFrame(together, schema=listed.schema), listed])
+
+
+def find_prompt(store: Store, asked: str) -> int:
+    """The prompt that a person means: by its id, its number in `graph_list` from 0 up, its source or how it begins.
+
+    Raises:
+        BadInput: there is none, or several begin so.
+    """
+    listed = graph_list(store)
+    ids = listed["prompt_id"].to_list()
+    if asked.isdecimal() and int(asked) in ids:
+        return int(asked)
+    if asked.isdecimal() and int(asked) < len(ids):
+        return ids[int(asked)]
+    rows = store.collect(store.scan("prompts")).to_dicts()
+    names = {row["prompt_id"]: prompt_label(row, most=10**6) for row in rows}
+    texts = {one: name.partition(" · ")[2] or name for one, name in names.items()}
+    wanted = " ".join(asked.split())
+    exact = [row["prompt_id"] for row in rows if wanted in (row["source"], texts[row["prompt_id"]])]
+    begin = [one for one in names if wanted and (names[one].startswith(wanted) or texts[one].startswith(wanted))]
+    if exact or len(begin) == 1:
+        return (exact or begin)[0]
+    if begin:
+        shown = "; ".join(f"'{names[one][:40]}'" for one in begin[:3])
+        raise BadInput(f"prompt '{asked[:80]}': {len(begin)} begin so, {shown}; write more of it, or a number")
+    known = {row["source"] for row in rows} | {text[: max(len(wanted), 20)] for text in texts.values()}
+    near = nearest(wanted[:80], known)
+    raise BadInput(f"prompt '{asked[:80]}': not in harvest '{store.path}', where numbers go to {len(ids) - 1}; {near}")
 
 
 def together_label(count: int) -> str:

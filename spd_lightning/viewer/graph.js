@@ -3,11 +3,16 @@
 // widget.js and graph_layout.js stand before it. Nodes and edges come from the server already filtered.
 
 const STEPS = {
+  influence: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1],
   top_k: [5, 10, 20, 50, 100, 200, 300, 500, 1000, 2000, 3000],
   threshold: [0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5],
   min_importance: [0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9],
 };
-const START = { top_k: 200, threshold: 0, min_importance: 0 };
+const START = { influence: 1, top_k: 200, threshold: 0, min_importance: 0 };
+const MEANING = {
+  replacement: 'Of the influence of all leaves on the outputs, the share that tokens have and not rests and biases',
+  completeness: 'The share of a node’s in-edges that comes neither from a rest nor from a bias, averaged by influence',
+};
 const SVG = 'http://www.w3.org/2000/svg';
 
 const shape = (tag, attributes, parent) => {
@@ -27,7 +32,7 @@ const request = (more) => ({ run: props.value.run, harvest: props.value.harvest,
 async function load() {
   const turn = ++asked;
   if (!props.value || !props.value.run) return;
-  const answer = await ask('graph', request({ top_k: setting('top_k'), threshold: setting('threshold'), min_importance: setting('min_importance') }));
+  const answer = await ask('graph', request(Object.fromEntries(Object.keys(STEPS).map((name) => [name, setting(name)]))));
   if (turn !== asked) return;
   show(answer.problem);
   if (answer.problem) return clear();
@@ -209,7 +214,11 @@ function drawSummary() {
   const counts = `${graph.edges.length} of ${graph.edges_total} edges, ${graph.nodes.length} of ${graph.nodes_total} nodes`;
   const hidden = graph.edges_passing > graph.edges.length ? ` (${graph.edges_passing} pass the filters)` : '';
   const rest = `${counts}${hidden} · largest |attribution| ${number(graph.largest)} · mode ${graph.mode}`;
-  $('.summary').replaceChildren(make('b', '', graph.label), make('span', '', ` · ${rest}`));
+  $('.summary').replaceChildren(make('b', '', graph.label), make('span', '', ` · ${rest}`), ...['replacement', 'completeness'].filter((name) => graph[name] !== null).map((name) => {
+    const fact = make('span', '', ` · ${name} ${number(graph[name])}`);
+    fact.title = MEANING[name];
+    return fact;
+  }));
 }
 
 function drawTable() {
@@ -299,7 +308,7 @@ function side(title, ends, count, sum) {
   return [head, ...ends.map((end) => {
     const button = make('button', 'end');
     button.append(make('span', '', titled(end)), make('span', 'value', number(end.attribution)), meter(end.attribution, largest));
-    button.title = byNode.has(end.node) ? 'Pin this node' : 'Hidden by the importance filter';
+    button.title = byNode.has(end.node) ? 'Pin this node' : 'Hidden by a filter';
     button.addEventListener('click', () => pin(byNode.get(end.node)));
     return button;
   })];
@@ -325,7 +334,12 @@ function fillPrompts() {
 function describeSliders() {
   for (const name of Object.keys(STEPS)) {
     const value = setting(name), output = $(`[data-setting=${name}]`).nextElementSibling;
-    output.textContent = name === 'top_k' ? `${value} edges` : `≥ ${name === 'threshold' ? `${number(100 * value)} %` : number(value)}`;
+    output.textContent = {
+      influence: value === 1 ? 'all nodes' : `${number(100 * value)} %`,
+      top_k: `${value} edges`,
+      threshold: `≥ ${number(100 * value)} %`,
+      min_importance: `≥ ${number(value)}`,
+    }[name];
   }
   const index = $('.prompt').selectedIndex, last = $('.prompt').length - 1;
   element.querySelectorAll('.step').forEach((button) => { button.disabled = button.dataset.step === '1' ? index >= last : index <= 0; });

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from spd_lightning.analysis.graphs import node_edges, prompt_graph, tables
+from spd_lightning.analysis.graphs import node_edges, node_name, prompt_graph, tables
 from spd_lightning.analysis.prompts import ALL_PROBES, graph_list, probes, prompt_label, together_label
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
@@ -31,6 +31,7 @@ class GraphSelection:
     top_k: int = 200
     threshold: float = 0.0
     min_importance: float = 0.0
+    influence: float = 1.0
 
     @classmethod
     def read(cls, question: Mapping[str, Any]) -> "GraphSelection":
@@ -44,6 +45,7 @@ class GraphSelection:
             integer(question, "top_k", MOST_EDGES),
             number(question, "threshold", 0, 1),
             number(question, "min_importance", 0, 1),
+            number(question, "influence", 0, 1),
         )
 
 
@@ -53,8 +55,8 @@ class GraphPage:
 
     A node is {node, name, kind, layer (index into `layers`), pos, component, importance, activation, label, outputs};
     an edge {source, target, attribution}, strongest first. Of a graph with many nodes, only those on an edge are here.
-    `tokens` are the prompt's tokens by position, empty for models
-    on vectors.
+    `tokens` are the prompt's tokens by position, empty for models on vectors. `replacement` and `completeness` are the
+    scores of the whole graph, None unless it is frozen (see `analysis.influence.Scores`).
     """
 
     label: str
@@ -67,6 +69,8 @@ class GraphPage:
     edges_total: int
     edges_passing: int
     largest: float
+    replacement: float | None
+    completeness: float | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
     Raises:
         BadInput: the harvest has no such prompt, or a file is damaged.
     """
-    graph = prompt_graph(store, selection.prompt, selection.top_k, selection.threshold, selection.min_importance)
+    filters = selection.top_k, selection.threshold, selection.min_importance, selection.influence
+    graph = prompt_graph(store, selection.prompt, *filters)
     label, tokens = _prompt(store, selection.prompt)
     nodes = graph.nodes
     if len(nodes) > MANY_NODES:
@@ -105,6 +110,8 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
         edges_total=graph.edges_total,
         edges_passing=graph.edges_passing,
         largest=graph.largest,
+        replacement=graph.scores.replacement,
+        completeness=graph.scores.completeness,
     )
 
 
@@ -134,11 +141,6 @@ def node_data(store: Store, prompt: int, node: int) -> NodePage:
     )
     in_sum, out_sum = (total if isfinite(total) else None for total in (edges.in_sum, edges.out_sum))
     return NodePage(ins, outs, edges.in_count, edges.out_count, in_sum, out_sum)
-
-
-def node_name(node: Mapping[str, Any]) -> str:
-    """A node's name `layer:pos:component`; what is left of a site, and its bias, stand in the component's place."""
-    return f"{node['layer']}:{node['pos']}:{node['kind'] if node['kind'] in ('rest', 'bias') else node['component']}"
 
 
 def _nodes(store: Store, prompt: int, nodes: pl.DataFrame) -> list[dict[str, Any]]:
