@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import MODES, Layer, OutputNodes, cut_run, likely_tokens, prompt_edges
+from spd_lightning.decomposition.attribution import MODES, Layer, cut_run, prompt_edges
 from spd_lightning.decomposition.closed_form import closed_form
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.outputs import OutputNodes, likely_tokens
 from spd_lightning.harvest.graphs import edge_rows
 from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training.blocks import settle_allocator

@@ -18,13 +18,12 @@ from spd_lightning.decomposition.attribution import (
     connected,
     cut_run,
     edges,
-    every_output,
-    likely_tokens,
     oracle,
     prompt_edges,
 )
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.outputs import every_output, likely_tokens
 from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP
 
 THRESHOLD = 0.3

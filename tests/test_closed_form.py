@@ -7,6 +7,14 @@ from torch import nn
 from spd_lightning.decomposition.attribution import MODES, Mode, cut_run, node_numbers, oracle, prompt_edges, tabled
 from spd_lightning.decomposition.closed_form import attribution_graphs, closed_form, why_not
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.outputs import (
+    Against,
+    Outputs,
+    at_positions,
+    centred,
+    every_output,
+    given_tokens,
+)
 from spd_lightning.targets.toy import TMS
 from spd_lightning.targets.transformer import Decoder
 
@@ -190,3 +198,31 @@ def test_a6_frozen_in_edges_of_decoders_add_up(style, written):
                 assert arriving[layer.name, pos, j] == pytest.approx(value, rel=1e-9, abs=1e-9)
                 checked += 1
     assert checked > 100
+
+
+READINGS = {"centred": centred, "against": Against(2)}
+
+
+@pytest.mark.parametrize("mode", CLOSED)
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("style", ["gpt", "llama", "unembedding too", "mlps alone"])
+def test_a2_outputs_may_stand_for_differences_of_logits(style, reading, mode):
+    """Their edges are the oracle's, and the same differences of the edges to logits; frozen, they add up too."""
+    model, tokens, g = made(style, prompts=1)
+    run = (model, tokens, g, CLOSED[mode], THRESHOLD)
+    last = at_positions(given_tokens([1, 4]), [-1])
+    layers, found = attribution_graphs(*run, Outputs(last, READINGS[reading]))
+    found = dictionary(layers, found, 0)
+    assert_equal(found, oracle(cut_run(*run, Outputs(last, READINGS[reading]))), atol=1e-12)
+    whole = oracle(cut_run(*run, at_positions(every_output, [-1])))
+    to = {}
+    for (kind, (*source, target, pos, token)), value in whole.items():
+        if target == "output":
+            to.setdefault((kind, *source, pos), torch.zeros(VOCAB).double())[token] = value
+    expected = {
+        (kind, (name, s, i, "output", pos, token)): READINGS[reading](values)[token].item()
+        for (kind, name, s, i, pos), values in to.items()
+        for token in (1, 4)
+    }
+    assert expected
+    assert_equal({key: v for key, v in found.items() if key[1][3] == "output"}, expected, atol=1e-12)

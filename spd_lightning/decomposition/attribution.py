@@ -12,7 +12,7 @@ and prompts at once. Which sites are connected is found out by asking (a gradien
 Not here: closed forms without a backward pass (`closed_form`), pruning.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from spd_lightning.decomposition.components import Site, available
 from spd_lightning.decomposition.frozen import Frozen
 from spd_lightning.decomposition.model import ComponentModel, Map
+from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
 
 ModeName = Literal["unmasked", "ci_masked", "frozen", "reference"]
 NodeKind = Literal["component", "input", "embedding", "output", "rest", "bias"]
@@ -90,22 +91,6 @@ def _leaf(value: Tensor) -> Tensor:
     return value.detach().clone().requires_grad_()
 
 
-OutputNodes = Callable[[Tensor], Tensor]
-"""Chooses which output entries [batch, pos, K] are nodes."""
-
-
-def every_output(output: Float[Tensor, "batch pos K"]) -> Bool[Tensor, "batch pos K"]:
-    """Every output entry is a node: for models on vectors."""
-    return torch.ones_like(output, dtype=torch.bool)
-
-
-def likely_tokens(probability: Float[Tensor, "batch pos vocab"], floor: float = 0.01, most: int = 15) -> OutputNodes:
-    """Output nodes of token models: at most 15 tokens a position with CI-masked probability above 0.01 (A3)."""
-    top = probability.topk(min(most, probability.shape[-1]), dim=-1)
-    chosen = torch.zeros_like(probability, dtype=torch.bool).scatter(-1, top.indices, top.values > floor)
-    return lambda output: chosen
-
-
 def biased(model: ComponentModel) -> dict[str, nn.Module]:
     """The norms and maps that are no sites and add a bias: in frozen graphs a node of its own (A6, rule 1)."""
     sites = {site.module for site in model.sites.values()}
@@ -165,7 +150,7 @@ def cut_run(
         layers.append(Layer("input", "input", x, shaped, shaped != 0))
     frozen = Frozen() if mode.linearisation == "frozen" else nullcontext()
     with torch.enable_grad(), frozen, model.replaced(at_site, at_module, [*named, *biases]):
-        out = model.target(x)
+        out = reading_of(output_nodes)(model.target(x))
     shaped = out.reshape(_shape3(out))
     return [*layers, Layer("output", "output", None, shaped, output_nodes(shaped.detach()))]
 

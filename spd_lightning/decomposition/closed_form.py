@@ -27,8 +27,6 @@ from spd_lightning.decomposition.attribution import (
     EdgeTable,
     Layer,
     Mode,
-    OutputNodes,
-    every_output,
     node_numbers,
     prompt_edges,
     strong,
@@ -37,6 +35,7 @@ from spd_lightning.decomposition.attribution import (
 from spd_lightning.decomposition.decoder_run import Trace, layers_of, trace, why_not
 from spd_lightning.decomposition.frozen import gelu_secant
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
 
 BLOCK = 1 << 17
 """Key–value edges worked on at once: few enough to stay near the processor."""
@@ -142,7 +141,7 @@ class Graph:
         yield from self._read(stream, "norm_f", "lm_head")
         head, out = self._writer("lm_head"), self.nodes["output"]
         tokens = out.component[:, None].expand(-1, head.vectors.shape[1], -1)
-        yield self._select(head.nodes, out, head.vectors.gather(2, tokens))
+        yield self._select(head.nodes, out, self.run.reading(head.vectors).gather(2, tokens))
 
     # ---- what nodes write and read ------------------------------------------------------------------------------
 
@@ -321,10 +320,10 @@ def closed_form(
     """
     frozen = mode.linearisation == "frozen"
     with torch.no_grad():
-        run = trace(model, inputs, importances, mode, threshold)
+        run = trace(model, inputs, importances, mode, threshold, reading_of(output_nodes))
         layers = layers_of(run, importances, threshold, output_nodes)
         numbers = [number.int() for number in node_numbers(layers)]
-        read = {name: model[name].V.T.contiguous() for name in model.sites} | {"output": _head(model)}
+        read = {name: model[name].V.T.contiguous() for name in model.sites} | {"output": run.reading(_head(model).T).T}
 
     def found() -> Iterator[EdgeTable]:
         for prompt in range(len(inputs)):

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import Layer, Mode, NodeKind, OutputNodes
+from spd_lightning.decomposition.attribution import Layer, Mode, NodeKind
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map
+from spd_lightning.decomposition.outputs import OutputNodes, Reading, logits
 
 
 def why_not(model: ComponentModel, mode: Mode) -> str | None:
@@ -42,6 +43,7 @@ class Trace(NamedTuple):
     """What a batch of prompts did inside the model: inputs of norms; outputs, a = x V and w = m ∘ a of sites.
 
     whole: what layers with one node a position write [batch, pos, d]. order: all layers but the output, as they came.
+    reading: what outputs stand for; `output` is that already.
     """
 
     output: Tensor
@@ -51,10 +53,16 @@ class Trace(NamedTuple):
     weight: dict[str, Tensor]
     whole: dict[Key, Tensor]
     order: list[Key]
+    reading: Reading = logits
 
 
 def trace(
-    model: ComponentModel, inputs: Tensor, importances: Mapping[str, Tensor], mode: Mode, threshold: float
+    model: ComponentModel,
+    inputs: Tensor,
+    importances: Mapping[str, Tensor],
+    mode: Mode,
+    threshold: float,
+    reading: Reading = logits,
 ) -> Trace:
     """Runs a batch of prompts under a mode's masks; in frozen ones rests and biases are layers too (A6)."""
     target: Any = model.target
@@ -95,7 +103,7 @@ def trace(
         return forward
 
     with torch.no_grad(), model.replaced(at_site, at_module, [*norms, *tables]):
-        return found._replace(output=model.target(inputs))
+        return found._replace(output=reading(model.target(inputs)), reading=reading)
 
 
 def layers_of(run: Trace, importances: Mapping[str, Tensor], threshold: float, nodes: OutputNodes) -> list[Layer]:

@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 from spd_lightning.decomposition.attribution import (
     Layer,
-    OutputNodes,
     biased,
-    every_output,
-    likely_tokens,
     node_numbers,
 )
 from spd_lightning.decomposition.components import IDENTITY, Mask
 from spd_lightning.decomposition.metrics import component_norms, sizeable
 from spd_lightning.decomposition.model import Clean, ComponentModel
+from spd_lightning.decomposition.outputs import OutputNodes, every_output, likely_tokens
 from spd_lightning.store import KINDS
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition

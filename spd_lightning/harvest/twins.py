@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode, OutputNodes, every_output
+from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode
 from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.outputs import OutputNodes, every_output
 from spd_lightning.targets.conversion import twin
 from spd_lightning.targets.huggingface import HuggingFaceLM
 

@@ -1,0 +1,75 @@
+"""What prompt graphs are asked to explain, in a user's words: tokens by name, positions from either end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spd_lightning.decomposition.outputs import (
+    Against,
+    OutputNodes,
+    Outputs,
+    Reading,
+    at_positions,
+    centred,
+    given_tokens,
+    logits,
+)
+from spd_lightning.errors import BadInput, nearest
+from spd_lightning.harvest.rows import Names
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Which outputs of a language model are nodes of its graphs, and what they stand for.
+
+    Args:
+        tokens: these at every position, by what they look like or by id; those that are likely there if left out.
+        against: nodes stand for their logit above this token's.
+        centred: nodes stand for their logit above the mean of all.
+        positions: output nodes at these positions only, counted from the end where negative; all if left out.
+    """
+
+    tokens: Sequence[int | str] | None = None
+    against: int | str | None = None
+    centred: bool = False
+    positions: Sequence[int] | None = None
+
+    def __post_init__(self):
+        if self.centred and self.against is not None:
+            raise BadInput(f"outputs: centred, and against {self.against!r}: a difference has no mean; leave one out")
+
+    def outputs(self, likely: OutputNodes, output: Tensor, names: Names) -> Outputs:
+        """The output nodes of a batch with outputs [batch, pos, vocab]; names: what tokens look like.
+
+        Raises:
+            BadInput: there is no such token or position.
+        """
+        _, length, vocab = output.shape
+        nodes = likely if self.tokens is None else given_tokens([token_id(t, vocab, names) for t in self.tokens])
+        for position in self.positions or ():
+            if not -length <= position < length:
+                raise BadInput(f"position {position} in outputs: a prompt has {length}; take −{length} to {length - 1}")
+        nodes = nodes if self.positions is None else at_positions(nodes, self.positions)
+        return Outputs(nodes, self._reading(vocab, names))
+
+    def _reading(self, vocab: int, names: Names) -> Reading:
+        if self.against is not None:
+            return Against(token_id(self.against, vocab, names))
+        return centred if self.centred else logits
+
+
+def token_id(token: int | str, vocab: int, names: Names) -> int:
+    """A token's id, from the id or from what it looks like.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if isinstance(token, int):
+        if not 0 <= token < vocab:
+            raise BadInput(f"token {token} in outputs: the vocabulary has {vocab}; take 0 to {vocab - 1}")
+        return token
+    known = names(list(range(vocab)))
+    if token not in known:
+        raise BadInput(f"token {token!r} in outputs: not one of the vocabulary's; {nearest(token, known)}")
+    return known.index(token)
