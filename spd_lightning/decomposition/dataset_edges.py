@@ -8,7 +8,7 @@
    two sums wanted, so that the second costs nothing. Other models' edges are added up as batched products give them.
 3. *Normalisers*: firings, importances and squares of every component, for readers to divide by.
 
-An embedding that is no site is one source a row: a token, or a position. Rests and biases of frozen graphs are one each.
+An embedding that is no site is one source a row: a token, or a position. A rest or a bias of frozen graphs is one.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -19,7 +19,7 @@ from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.harvest.module import PAIRS, Harvester
-from spd_lightning.harvest.rows import about, array, both_runs, layer_names, prompt_rows
+from spd_lightning.harvest.rows import about, array, both_runs, embeddings, layer_names, prompt_rows
 from spd_lightning.store import KINDS, schema
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
@@ -60,7 +60,8 @@ class DatasetEdges(Harvester):
         for pattern in self.layers:
             if not any(fnmatch(name, pattern) for name in names):
                 raise BadInput(f"layers '{pattern}' in DatasetEdges: no such layer; {nearest(pattern, names)}")
-        return about(module) | own | {"threshold": self.threshold, "config": settings, "layers": names}
+        own |= {"threshold": self.threshold, "config": settings, "layers": names}
+        return about(module) | own | {"token_layers": token_layers(module.model)}
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
         """Where edges have no closed form, those across positions are all held at once."""
@@ -83,6 +84,13 @@ class DatasetEdges(Harvester):
 
     def _wanted(self, layer: str) -> bool:
         return any(fnmatch(layer, pattern) for pattern in self.layers)
+
+
+def token_layers(model: ComponentModel) -> list[str]:
+    """The layers whose components are tokens: embeddings of the whole vocabulary that are no sites, and the output."""
+    vocab = getattr(model.target, "vocab", None)
+    found = [name for module, name in embeddings(model).items() if getattr(module, "num_embeddings", None) == vocab]
+    return [*found, "output"] if vocab else []
 
 
 def pair_rows(pairs: Sequence[PairSums], names: list[str]) -> pl.DataFrame:
