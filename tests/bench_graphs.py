@@ -113,7 +113,7 @@ def one_by_one(layers: list[Layer]) -> float:
 
 
 def by_targets(layers: list[Layer]) -> float:
-    """Seconds of the sums by two backward passes an alive component, over all prompts at once; from a sample of them."""
+    """Seconds of the sums by two backward passes an alive component over all prompts at once, from a sample."""
     spent = 0.0
     for t, target in enumerate(layers):
         if target.kind not in ("component", "output") or not target.value.requires_grad:

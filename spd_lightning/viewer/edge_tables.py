@@ -11,7 +11,6 @@ from spd_lightning.store import Store
 
 MOST = 12
 HEADS = ("", "to activation", "to |activation|", "edges")
-TITLES: dict[Side, str] = {"sources": "Strongest sources of {}", "targets": "Strongest targets of {}"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def of_run(run: Run, layer: str, component: int) -> EdgeTables | None:
 def html(page: EdgeTables) -> str:
     """The tables side by side."""
     sides = (("sources", page.sources), ("targets", page.targets))
-    grids = "".join(_grid(TITLES[side].format(page.component), rows) for side, rows in sides)
+    grids = "".join(_grid(f"Strongest {side} of {page.component}", rows) for side, rows in sides)
     return f'<div class="spd-grids">{grids}</div><p class="spd-note">{escape(page.note)}</p>'
 
 
