@@ -35,13 +35,9 @@ from spd_lightning.decomposition.attribution import (
     tabled,
 )
 from spd_lightning.decomposition.decoder_run import Trace, layers_of, trace, why_not
-from spd_lightning.decomposition.edge_blocks import Block, Nodes, T, Tables, Taker, nodes_of
+from spd_lightning.decomposition.edge_blocks import Across, Nodes, T, Tables, Taker, nodes_of
 from spd_lightning.decomposition.frozen import gelu_secant
 from spd_lightning.decomposition.model import ComponentModel
-
-BLOCK = 1 << 17
-"""Key–value edges worked on at once: few enough to stay near the processor."""
-
 
 # ---- edges of one prompt --------------------------------------------------------------------------------------------
 
@@ -181,7 +177,8 @@ class Graph(Generic[T]):
         written = values.vectors[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1)).transpose(0, 1)
         written = written.repeat_interleave(shared, dim=0)
         weight = pattern.index_select(2, values.nodes.pos)
-        yield from self._across(values.nodes, readers.nodes, weight, left, written)
+        own = left.shape[-1]
+        yield from self.taken.across(Across(values.nodes, readers.nodes, weight, left, written, own))
         if self.frozen:  # a pattern is a constant then
             return
 
@@ -195,30 +192,8 @@ class Graph(Generic[T]):
         at = keys.nodes.pos
         rows = turned(keys, attn.n_kv_heads)[:, keys.nodes.real].repeat_interleave(shared, dim=0)
         asked = pattern.index_select(2, at) * (q @ rows.transpose(1, 2)) * scale
-        yield from self._across(keys.nodes, readers.nodes, asked, beyond, values_and_one.index_select(1, at))
-
-    def _across(
-        self,
-        source: Nodes,
-        target: Nodes,
-        weight: Float[Tensor, "head pos sources"],
-        left: Float[Tensor, "head pos K e"],
-        right: Float[Tensor, "head sources e"],
-    ) -> Iterator[T]:
-        """Edges `Σ_h weight_h[s, i] (left_h[s, j] · right_h[i])` from each position to itself and later ones."""
-        count, width = source.real.sum(1).cumsum(0).tolist(), left.shape[2]
-        size = max(1, BLOCK // max(1, width * count[-1]))
-
-        def blocks() -> Iterator[Block]:
-            for pos in torch.arange(len(count), device=left.device).split(size):
-                block, n = slice(int(pos[0]), int(pos[-1]) + 1), count[pos[-1]]
-                values = left.new_zeros(len(pos), width, n)
-                for head in range(len(left)):
-                    products = left[head, block].flatten(0, 1) @ right[head, :n].T
-                    values.addcmul_(products.view_as(values), weight[head, block, None, :n])
-                yield Block(pos, values)
-
-        return self.taken.across(source, target, blocks())
+        read = values_and_one.index_select(1, at)
+        yield from self.taken.across(Across(keys.nodes, readers.nodes, asked, beyond, read, own))
 
 
 def with_all(rows: Float[Tensor, "head pos K e"], others: Float[Tensor, "head pos e"]) -> Tensor:

@@ -29,7 +29,7 @@ from spd_lightning.decomposition.attribution import (
 )
 from spd_lightning.decomposition.closed_form import Graph, readers
 from spd_lightning.decomposition.decoder_run import layers_of, trace, why_not
-from spd_lightning.decomposition.edge_blocks import Block, Nodes
+from spd_lightning.decomposition.edge_blocks import Across, Nodes
 from spd_lightning.decomposition.model import ComponentModel
 
 Rows = Mapping[str, Int[Tensor, "batch pos"]]
@@ -233,25 +233,20 @@ class Sums:
                 numbers = source.number[:, i, None], target.number[:, None, j]
                 self._add(s, t, *numbers, values[:, i, j], held[:, i, j])
 
-    def across(self, source: Nodes, target: Nodes, blocks: Iterator[Block]) -> Iterator[None]:
+    def across(self, edges: Across) -> Iterator[None]:
         """Edges from every position to itself and to later ones, to one layer."""
+        source, target = edges.source, edges.target
         sources, i = source.number[source.real].unique(return_inverse=True)
         targets, j = target.number[target.real].unique(return_inverse=True)
-        read = [0, *target.real.sum(1).cumsum(0).tolist()]
-        summed = None
-        for pos, values in blocks:
-            summed = values.new_zeros(len(targets), len(i)) if summed is None else summed
-            rows = slice(read[int(pos[0])], read[int(pos[-1]) + 1])
-            summed[:, : values.shape[-1]].index_add_(0, j[rows], values[target.real[pos]])
-        if summed is None or not summed.numel():
-            return iter(())
-        before = summed.new_zeros(len(source.real), len(sources))
+        slots = torch.full_like(target.component, len(targets)).masked_scatter(target.real, j)
+        by_reader = over_readers(edges, slots, len(targets))
+        total = by_reader.new_zeros(len(sources), len(targets)).index_add_(0, i, by_reader.T.contiguous())
+        before = total.new_zeros(len(source.real), len(sources))
         before[source.pos, i] = 1
-        edges = summed.new_zeros(len(targets), len(sources)).index_add_(0, j, before.cumsum(0)[target.pos])
-        total = summed.new_zeros(len(sources), len(targets)).index_add_(0, i, summed.T.contiguous())
+        count = total.new_zeros(len(targets), len(sources)).index_add_(0, j, before.cumsum(0)[target.pos])
         for s, span in self._spans(sources):
             for t, _ in self._spans(targets):
-                self._add(s, t, sources[span, None], targets[None, :], total[span], edges.T[span])
+                self._add(s, t, sources[span, None], targets[None, :], total[span], count.T[span])
         return iter(())
 
     def _spans(self, numbers: Int[Tensor, " nodes"]) -> list[tuple[int, slice]]:
@@ -272,3 +267,27 @@ class Sums:
         slots = ((i * width).clamp_(min=0) + j.clamp_(min=0)).flatten()
         sums.total.view(-1).index_add_(0, slots, (values * (edges > 0)).flatten().double())
         sums.edges.view(-1).index_add_(0, slots, edges.flatten().int())
+
+
+def over_readers(edges: Across, slots: Int[Tensor, "pos K"], count: int) -> Float[Tensor, "count sources"]:
+    """Edges across positions summed over those that read, by the slots of the targets there; slot `count` is dropped.
+
+    What a target reads of a value is the same wherever it stands, so only the weights of its places are summed; what
+    differs from place to place is summed beside them.
+    """
+    sources, flat = edges.weight.shape[-1], slots.flatten()
+    place = flat.new_zeros(count + 1).scatter(0, flat, torch.arange(len(flat), device=flat.device))[:count]
+
+    def summed(weights: Iterator[Tensor]) -> Tensor:
+        found = edges.weight.new_zeros(count + 1, sources)
+        for k, weight in enumerate(weights):
+            found.index_add_(0, slots[:, k], weight)
+        return found[:count]
+
+    total, width = edges.weight.new_zeros(count, sources), slots.shape[1]
+    for weight, left, right in zip(edges.weight, edges.left, edges.right, strict=True):
+        own = left.flatten(0, 1)[place, : edges.own] @ right[:, : edges.own].T
+        total.addcmul_(summed(weight for _ in range(width)), own)
+        for e in range(edges.own, left.shape[-1]):
+            total.addcmul_(summed(weight * left[:, k, e, None] for k in range(width)), right[:, e])
+    return total

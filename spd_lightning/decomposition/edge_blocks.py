@@ -14,6 +14,8 @@ from torch import Tensor
 from spd_lightning.decomposition.attribution import EdgeTable
 
 T = TypeVar("T", covariant=True)
+BLOCK = 1 << 17
+"""Key–value edges worked on at once: few enough to stay near the processor."""
 
 
 # ---- the nodes of one prompt ----------------------------------------------------------------------------------------
@@ -57,6 +59,32 @@ class Block(NamedTuple):
     values: Float[Tensor, "block K sources"]
 
 
+class Across(NamedTuple):
+    """Edges `Σ_h weight_h[s, i] (left_h[s, j] · right_h[i])` from each position to itself and later ones.
+
+    own: so many columns of left, the first, are the target component's own, wherever it stands.
+    """
+
+    source: Nodes
+    target: Nodes
+    weight: Float[Tensor, "head pos sources"]
+    left: Float[Tensor, "head pos K e"]
+    right: Float[Tensor, "head sources e"]
+    own: int
+
+    def blocks(self) -> Iterator[Block]:
+        """The edges themselves, some positions at a time; a block ends with the last source that may reach it."""
+        count, width = self.source.real.sum(1).cumsum(0).tolist(), self.left.shape[2]
+        size = max(1, BLOCK // max(1, width * count[-1]))
+        for pos in torch.arange(len(count), device=self.left.device).split(size):
+            block, n = slice(int(pos[0]), int(pos[-1]) + 1), count[pos[-1]]
+            values = self.left.new_zeros(len(pos), width, n)
+            for weight, left, right in zip(self.weight, self.left, self.right, strict=True):
+                products = left[block].flatten(0, 1) @ right[:n].T
+                values.addcmul_(products.view_as(values), weight[block, None, :n])
+            yield Block(pos, values)
+
+
 @runtime_checkable
 class Taker(Protocol[T]):
     """What takes the edges of a graph as they come, a pair of layers or several at a time."""
@@ -65,8 +93,8 @@ class Taker(Protocol[T]):
         """Edges within each position; meaningless where one of the nodes is not real."""
         ...
 
-    def across(self, source: Nodes, target: Nodes, blocks: Iterator[Block]) -> Iterator[T]:
-        """Edges from every position to itself and to later ones; the first sources of a block have them."""
+    def across(self, edges: Across) -> Iterator[T]:
+        """Edges from every position to itself and to later ones."""
         ...
 
 
@@ -80,9 +108,10 @@ class Tables:
         both = source.real[:, :, None] & target.real[:, None, :]
         return self._kept(both, source.number[:, :, None], target.number[:, None, :], values)
 
-    def across(self, source: Nodes, target: Nodes, blocks: Iterator[Block]) -> Iterator[EdgeTable]:
+    def across(self, edges: Across) -> Iterator[EdgeTable]:
+        source, target = edges.source, edges.target
         at, numbers = source.pos, source.number[source.real]
-        for pos, values in blocks:
+        for pos, values in edges.blocks():
             n = values.shape[-1]
             gap = pos[:, None, None] - at[:n]
             held = target.real[pos, :, None] & (gap >= 0) & ((gap == 0) | (values != 0))
