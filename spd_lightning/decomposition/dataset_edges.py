@@ -2,10 +2,10 @@
 
 1. *Edges* are those of the prompt graphs: between nodes (A3), over all positions, from every s' ≤ s through keys and
    values. Two sums are made of them: of `A`, and of `A·sign(a_T)`, which is the attribution to `|a_T|`.
-2. *Sums.* In decoders, `Sums` takes the blocks that closed forms give and adds them up by component before any edge
-   stands by itself: through keys and values first over the positions that read, then over those that are read. A
-   target has two columns, for places where it is positive (or 0) and negative; their sum and their difference are the
-   two sums wanted, so that the second costs nothing. Other models' edges are added up as batched products give them.
+2. *Sums.* In decoders, `Sums` takes what closed forms give and adds it up by component before any edge stands by
+   itself: through keys and values first over the positions that read, then over those that are read. A target has two
+   columns, for places where it is positive (or 0) and negative; their sum and their difference are the two sums
+   wanted, so that the second costs nothing. Other models' edges are added up as batched products give them.
 3. *Normalisers*: firings, importances and squares of every component, for readers to divide by.
 
 An embedding that is no site is one source a row: a token, or a position. A rest or a bias of frozen graphs is one.
