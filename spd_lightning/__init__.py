@@ -20,6 +20,7 @@ _HOME = {
     "ComponentModel": "spd_lightning.decomposition.model",
     "PromptNodes": "spd_lightning.harvest.nodes",
     "PromptGraphs": "spd_lightning.harvest.graphs",
+    "DatasetEdges": "spd_lightning.harvest.dataset_edges",
     "Store": "spd_lightning.store",
     "BadInput": "spd_lightning.errors",
 }

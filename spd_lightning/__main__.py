@@ -12,6 +12,7 @@ usage: python -m spd_lightning VERB [options]
   predict   --config tms.yaml     attribution graphs of the newest run of that name, as Parquet tables
   validate  --config tms.yaml     evaluate that run again
   view      [PATH] [--port N]     look at runs in the browser (the same as: gradio app.py)
+  edges     RUN LAYER:NUMBER      what drives a component over a corpus, what it drives [--sources|--targets] [--json]
   export    RUN [--to FILE]       one prompt's graph for circuit-tracer (graph.json) or as GraphML (graph.graphml)
   runs      [--json | --table]    the runs there are: path, state, what they reached
   list                            the configs there are: what they do, and what they reach
@@ -19,7 +20,7 @@ usage: python -m spd_lightning VERB [options]
   pull      REFERENCE             fetch a run: mlflow:<run> or wandb:<entity>/<project>/<artifact>:<version>
 
 options of fit, plan, predict and validate
-  --config NAME    a config: a path, or a name in configs/; several are merged, later ones win
+  --config NAME    a config: a path, or a name in configs/; several are merged, later ones win (callbacks add up)
   --run NAME       the run's name; its config's where left out
   --KEY VALUE      any setting: --trainer.max_steps 500, --model.losses.minimality.coeff 1e-3, --seed_everything 7
   --print_config   the merged settings, without running anything

@@ -1,7 +1,7 @@
 """The command line: finds the verb, and turns what went wrong into one line with exit code 2 (`--debug` shows where).
 
-Verbs that need no Trainer are functions here, but for `export`; those that do are in `work` and `plan`. Whatever is
-elsewhere is imported when it is called.
+Verbs that need no Trainer are functions here, but for `export` and `edges`; those that do are in `work` and `plan`.
+Whatever is elsewhere is imported when it is called.
 What a verb does not need it does not import.
 """
 
@@ -135,6 +135,11 @@ def list_configs(words: Sequence[str]) -> None:
     print(catalogue.listing())
 
 
+def edges(words: Sequence[str]) -> None:
+    """What drives a component over a corpus, and what it drives."""
+    importlib.import_module("spd_lightning.edges").edges(words)
+
+
 def pull(words: Sequence[str]) -> None:
     """Fetches a run from a tracker."""
     references = _checked("pull", words, most=1)
@@ -152,6 +157,7 @@ VERBS = {
     "push": _with_trainer("spd_lightning.work", "push"),
     "view": view,
     "export": export,
+    "edges": edges,
     "runs": list_runs,
     "list": list_configs,
     "pull": pull,

@@ -55,11 +55,19 @@ class Request:
 
     @property
     def config(self) -> dict[str, Any]:
-        """All configs, merged."""
-        merged: dict[str, Any] = {}
-        for name in self.names:
-            merged = configs.merge(merged, configs.load(name))
-        return merged
+        """All configs, merged; what several laid over the first say of callbacks, harvesters above all, adds up."""
+        merged, laid = configs.load(self.names[0]), []
+        for name in self.names[1:]:
+            over = configs.load(name)
+            merged = configs.merge(merged, over)
+            laid += [each for each in _callbacks(over) if each not in laid]
+        return configs.merge(merged, {"trainer": {"callbacks": laid}}) if laid else merged
+
+
+def _callbacks(config: dict[str, Any]) -> list[Any]:
+    trainer = config.get("trainer")
+    found = trainer.get("callbacks") if isinstance(trainer, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def fit(words: Sequence[str]) -> None:

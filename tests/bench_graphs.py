@@ -7,9 +7,13 @@ of 64 tokens (weights and importances are drawn: they cost what trained ones cos
 - one batched vector-Jacobian product for many targets: any model;
 - closed form: our decoders, with the flat edge table in hand.
 
+Then the sums of all edges over a corpus, to activations and to their sizes, beside two backward passes over the corpus
+for each alive component (timed on some of them, scaled up).
+
     python tests/bench_graphs.py [FIGURE]      draws cost against alive components and against length, if told where
 """
 
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from spd_lightning.decomposition.attribution import MODES, Layer, cut_run, prompt_edges
 from spd_lightning.decomposition.closed_form import closed_form
+from spd_lightning.decomposition.dataset_edges import dataset_edges
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, likely_tokens
@@ -28,6 +33,7 @@ from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training.blocks import settle_allocator
 
 C, VOCAB, ALIVE, LENGTH, TARGETS = 650, 1000, 10, 64, 40
+CORPUS = 32
 MODE = MODES["unmasked"]
 
 
@@ -37,19 +43,19 @@ def model_of(length: int) -> ComponentModel:
     return ComponentModel(target, {"h.*.attn.*_proj": C, "h.*.mlp.*": C}, importance=Importance("shared_mlp", 16))
 
 
-def alive(model: ComponentModel, length: int, count: int) -> dict[str, Tensor]:
-    """Importances of one prompt with so many components alive at each position."""
+def alive(model: ComponentModel, prompts: int, length: int, count: int) -> dict[str, Tensor]:
+    """Importances of some prompts with so many components alive at each position."""
     chance = torch.Generator().manual_seed(0)
-    return {n: (torch.rand(1, length, C, generator=chance).argsort(-1) < count).float() for n in model.sites}
+    return {n: (torch.rand(prompts, length, C, generator=chance).argsort(-1) < count).float() for n in model.sites}
 
 
 class Prompt:
-    """One prompt, its alive components, and its output nodes: the ten likeliest tokens of each position."""
+    """Prompts, their alive components, and their output nodes: the ten likeliest tokens of each position."""
 
-    def __init__(self, length: int = LENGTH, count: int = ALIVE):
+    def __init__(self, length: int = LENGTH, count: int = ALIVE, prompts: int = 1):
         self.model = model_of(length)
-        self.tokens = torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(1))
-        self.g = alive(self.model, length, count)
+        self.tokens = torch.randint(0, VOCAB, (prompts, length), generator=torch.Generator().manual_seed(1))
+        self.g = alive(self.model, prompts, length, count)
         with torch.no_grad():
             probability = self.model.target(self.tokens).softmax(-1)
         self.outputs: OutputNodes = likely_tokens(probability, 0.0, count)
@@ -63,6 +69,12 @@ class Prompt:
     def products(self) -> int:
         _, found = prompt_edges(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
         return sum(len(e.attribution) for e in found)
+
+    def sums(self) -> int:
+        """The sums of all edges by pairs of components; how many edges there are."""
+        with torch.inference_mode():
+            _, pairs = dataset_edges(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
+            return sum(int(pair.edges.sum()) for pair in pairs)
 
     def cut(self) -> list[Layer]:
         return cut_run(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
@@ -101,6 +113,44 @@ def one_by_one(layers: list[Layer]) -> float:
     return spent
 
 
+def by_targets(layers: list[Layer]) -> float:
+    """Seconds of the sums by two backward passes an alive component over all prompts at once, from a sample."""
+    spent = 0.0
+    for t, target in enumerate(layers):
+        if target.kind not in ("component", "output") or not target.value.requires_grad:
+            continue
+        sources = [layer for layer in layers[:t] if layer.leaf is not None]
+        every = target.nodes.flatten(0, 1).any(0).nonzero()[:, 0].tolist()
+        chosen = every[:: max(1, len(every) // 3)][:3]
+        started = time.perf_counter()
+        for j in chosen:
+            values = target.value[..., j] * target.nodes[..., j]
+            for of in (values.sum(), values.abs().sum()):
+                _summed(of, sources)
+        spent += (time.perf_counter() - started) / len(chosen) * len(every)
+    return spent
+
+
+def _summed(of: Tensor, sources: list[Layer]) -> list[Tensor]:
+    """What each component of each source adds to a number."""
+    leaves = [layer.leaf for layer in sources if layer.leaf is not None]
+    gradients = torch.autograd.grad(of, leaves, retain_graph=True, allow_unused=True)
+    pairs = [(layer, x) for layer, x in zip(sources, gradients, strict=True) if x is not None]
+    return [(layer.contributions(x[None])[0] * layer.nodes).sum((0, 1)) for layer, x in pairs]
+
+
+def corpus() -> None:
+    """Prints the row of the sums."""
+    prompts = Prompt(prompts=CORPUS)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ours, edges = seconds(prompts.sums, 2), prompts.sums()
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    theirs = by_targets(prompts.cut())
+    print(f"\nSums over {CORPUS} such prompts, {edges:,} edges, to activations and to their sizes")
+    print(f"{'closed form, by pairs of components':<42}{ours:>10.2f} s   (at least 100x; {memory:,.0f} MiB)")
+    print(f"{'two backward passes an alive component':<42}{theirs:>10.0f} s  {theirs / ours:>6.0f}x")
+
+
 def curves() -> dict[str, list[tuple[int, int, float]]]:
     """Cost against alive components and against length: (how many, edges, seconds)."""
     found: dict[str, list[tuple[int, int, float]]] = {"alive components a site and position": [], "tokens": []}
@@ -133,6 +183,7 @@ def draw(found: dict[str, list[tuple[int, int, float]]], path: Path) -> None:
 def main(figure: str | None) -> None:
     torch.set_num_threads(1)
     settle_allocator()
+    corpus()
     prompt = Prompt()
     closed, edges = seconds(prompt.closed, 5), prompt.closed()
     assert edges == prompt.products()

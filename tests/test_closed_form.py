@@ -126,7 +126,7 @@ def test_blocks_of_attention_edges_change_nothing(monkeypatch):
     model, tokens, g = made("llama", length=6)
     held, whole = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)
     whole = list(whole)
-    monkeypatch.setattr("spd_lightning.decomposition.closed_form.BLOCK", 1)
+    monkeypatch.setattr("spd_lightning.decomposition.edge_blocks.BLOCK", 1)
     _, found = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)
     found = list(found)
     for p in range(len(tokens)):

@@ -37,6 +37,8 @@ layers, sums = st.sampled_from(LAYERS), st.floats(allow_nan=False)
 NODE = st.tuples(u32, st.sampled_from(KINDS), layers, u16, u32, st.none() | floats, floats)
 OUTPUT = st.tuples(u16, u32, words, st.none() | floats, floats, st.none() | floats, floats)
 COMPONENT = st.tuples(layers, u32, count, count, sums, sums, floats, st.booleans())
+PAIR = st.tuples(st.sampled_from(KINDS), layers, u32, layers, u32, count, sums, sums)
+NODES = st.tuples(st.sampled_from(KINDS), layers, u32, count, count, sums, sums)
 
 
 def rows_of(draw: st.DrawFn, prompt_id: int) -> dict[str, list[tuple]]:
@@ -45,7 +47,8 @@ def rows_of(draw: st.DrawFn, prompt_id: int) -> dict[str, list[tuple]]:
 
     prompt = (prompt_id, draw(st.lists(u32, max_size=3)), draw(st.lists(words, max_size=3)), draw(words), draw(words))
     tables = {"nodes": some(NODE), "edges": some(st.tuples(u32, u32, floats)), "outputs": some(OUTPUT)}
-    return {"prompts": [prompt], **tables, "components": draw(st.lists(COMPONENT, max_size=3))}
+    plain = zip(("components", "dataset_edges", "dataset_nodes"), (COMPONENT, PAIR, NODES), strict=True)
+    return {"prompts": [prompt], **tables, **{name: draw(st.lists(row, max_size=3)) for name, row in plain}}
 
 
 @st.composite

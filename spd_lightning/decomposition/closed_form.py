@@ -16,10 +16,10 @@ take the batched products of `attribution`, which give the same numbers.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
@@ -33,43 +33,12 @@ from spd_lightning.decomposition.attribution import (
     tabled,
 )
 from spd_lightning.decomposition.decoder_run import Trace, layers_of, trace, why_not
+from spd_lightning.decomposition.edge_blocks import Across, Nodes, T, Tables, Taker, nodes_of
 from spd_lightning.decomposition.frozen import gelu_secant
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
 
-BLOCK = 1 << 17
-"""Key–value edges worked on at once: few enough to stay near the processor."""
-
-
-# ---- the nodes of one prompt ----------------------------------------------------------------------------------------
-
-
-class Nodes(NamedTuple):
-    """The nodes of one layer on one prompt, side by side at each position, as many as the fullest position has."""
-
-    component: Int[Tensor, "pos K"]
-    number: Int[Tensor, "pos K"]
-    real: Bool[Tensor, "pos K"]
-
-    @property
-    def pos(self) -> Int[Tensor, " nodes"]:
-        """The position of every real node."""
-        return self.real.nonzero()[:, 0]
-
-    def pick(self, values: Float[Tensor, "pos C"]) -> Float[Tensor, "pos K"]:
-        """Each node's own value."""
-        return values.gather(1, self.component)
-
-
-def nodes_of(held: Bool[Tensor, "pos C"], number: Int[Tensor, "pos C"]) -> Nodes:
-    """Lays the nodes of a layer out."""
-    pos, component = held.nonzero(as_tuple=True)
-    count = held.sum(1)
-    rank = torch.arange(len(pos), device=pos.device) - (count.cumsum(0) - count)[pos]
-    shape = (len(held), int(count.max()))
-    index, numbers, real = pos.new_zeros(shape), number.new_zeros(shape), held.new_zeros(shape)
-    index[pos, rank], numbers[pos, rank], real[pos, rank] = component, number[pos, component], True
-    return Nodes(index, numbers, real)
+# ---- edges of one prompt --------------------------------------------------------------------------------------------
 
 
 class Rows(NamedTuple):
@@ -85,10 +54,7 @@ def beside(parts: list[Rows]) -> Rows:
     return Rows(Nodes(*columns), torch.cat([part.vectors for part in parts], dim=1))
 
 
-# ---- edges of one prompt --------------------------------------------------------------------------------------------
-
-
-class Graph:
+class Graph(Generic[T]):
     """The edges of one prompt of a traced batch.
 
     Args:
@@ -99,6 +65,7 @@ class Graph:
         prompt: which prompt of the batch.
         read: Vᵀ of every site, and what the output reads [K, d].
         frozen: whether maps are made to add up (A6).
+        taken: what becomes of the edges.
     """
 
     def __init__(
@@ -110,8 +77,10 @@ class Graph:
         prompt: int,
         read: Mapping[str, Tensor],
         frozen: bool,
+        taken: Taker[T],
     ):
         self.model, self.run, self.prompt, self.read, self.frozen = model, run, prompt, read, frozen
+        self.taken = taken
         self.target: Any = model.target
         laid = {
             (layer.kind, layer.name): nodes_of(layer.nodes[prompt], held[prompt])
@@ -122,7 +91,7 @@ class Graph:
         for (kind, name), vectors in run.whole.items():
             self.whole.setdefault(name, []).append(Rows(laid[kind, name], vectors[prompt][:, None]))
 
-    def __iter__(self) -> Iterator[EdgeTable]:
+    def __iter__(self) -> Iterator[T]:
         stream = beside([self._writer(name) for name in ("wte", "wpe") if name in self.nodes or name in self.whole])
         for k, block in enumerate(self.target.h):
             attn, mlp = f"h.{k}.attn", f"h.{k}.mlp"
@@ -141,7 +110,7 @@ class Graph:
         yield from self._read(stream, "norm_f", "lm_head")
         head, out = self._writer("lm_head"), self.nodes["output"]
         tokens = out.component[:, None].expand(-1, head.vectors.shape[1], -1)
-        yield self._select(head.nodes, out, self.run.reading(head.vectors).gather(2, tokens))
+        yield self.taken.same(head.nodes, out, self.run.reading(head.vectors).gather(2, tokens))
 
     # ---- what nodes write and read ------------------------------------------------------------------------------
 
@@ -163,7 +132,7 @@ class Graph:
         """V_j of every node of a site."""
         return Rows(self.nodes[name], embedding(self.nodes[name].component, self.read[name]))
 
-    def _read(self, stream: Rows, norm: str, *names: str) -> Iterator[EdgeTable]:
+    def _read(self, stream: Rows, norm: str, *names: str) -> Iterator[T]:
         """The residual stream, and the norm's bias where it is a node, → readers behind a norm."""
         readers, module = beside([self._reader(name) for name in names]), self.target.get_submodule(norm)
         inner = self.run.inner | {"output": self.run.output}
@@ -183,23 +152,13 @@ class Graph:
 
     # ---- edges within a position --------------------------------------------------------------------------------
 
-    def _same(self, writers: Rows, readers: Rows) -> EdgeTable:
+    def _same(self, writers: Rows, readers: Rows) -> T:
         """Edges at each position: inner products of what is written with what is read."""
-        return self._select(writers.nodes, readers.nodes, writers.vectors @ readers.vectors.transpose(1, 2))
-
-    def _select(self, source: Nodes, target: Nodes, values: Float[Tensor, "pos K J"]) -> EdgeTable:
-        both = source.real[:, :, None] & target.real[:, None, :]
-        return self._kept(both, source.number[:, :, None], target.number[:, None, :], values)
-
-    def _kept(self, held: Tensor, source: Tensor, target: Tensor, values: Tensor) -> EdgeTable:
-        """The edges of an array that are held; the numbers of their nodes are spread over it."""
-        at = held.flatten().nonzero()[:, 0]
-        columns = (column.expand_as(held).reshape(-1).index_select(0, at) for column in (source, target, values))
-        return EdgeTable(torch.tensor(self.prompt, dtype=torch.int32, device=at.device).expand(len(at)), *columns)
+        return self.taken.same(writers.nodes, readers.nodes, writers.vectors @ readers.vectors.transpose(1, 2))
 
     # ---- edges through attention --------------------------------------------------------------------------------
 
-    def _attention(self, attn: Any, name: str) -> Iterator[EdgeTable]:
+    def _attention(self, attn: Any, name: str) -> Iterator[T]:
         """q, k and v → o."""
         q_site, k_site, v_site, o_site = (f"{name}.{x}_proj" for x in "qkvo")
         rotary, shared = self.target.rotary(len(self.run.output[self.prompt])), attn.n_heads // attn.n_kv_heads
@@ -217,7 +176,8 @@ class Graph:
         written = values.vectors[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1)).transpose(0, 1)
         written = written.repeat_interleave(shared, dim=0)
         weight = pattern.index_select(2, values.nodes.pos)
-        yield from self._across(values.nodes, readers.nodes, weight, left, written)
+        own = left.shape[-1]
+        yield from self.taken.across(Across(values.nodes, readers.nodes, weight, left, written, own))
         if self.frozen:  # a pattern is a constant then
             return
 
@@ -231,29 +191,8 @@ class Graph:
         at = keys.nodes.pos
         rows = turned(keys, attn.n_kv_heads)[:, keys.nodes.real].repeat_interleave(shared, dim=0)
         asked = pattern.index_select(2, at) * (q @ rows.transpose(1, 2)) * scale
-        yield from self._across(keys.nodes, readers.nodes, asked, beyond, values_and_one.index_select(1, at))
-
-    def _across(
-        self,
-        source: Nodes,
-        target: Nodes,
-        weight: Float[Tensor, "head pos sources"],
-        left: Float[Tensor, "head pos K e"],
-        right: Float[Tensor, "head sources e"],
-    ) -> Iterator[EdgeTable]:
-        """Edges `Σ_h weight_h[s, i] (left_h[s, j] · right_h[i])` from each position to itself and later ones."""
-        at, numbers = source.pos, source.number[source.real]
-        count, width = source.real.sum(1).cumsum(0).tolist(), left.shape[2]
-        size = max(1, BLOCK // max(1, width * count[-1]))
-        for pos in torch.arange(len(count), device=at.device).split(size):
-            block, n = slice(int(pos[0]), int(pos[-1]) + 1), count[pos[-1]]
-            values = left.new_zeros(len(pos), width, n)
-            for head in range(len(left)):
-                products = left[head, block].flatten(0, 1) @ right[head, :n].T
-                values.addcmul_(products.view_as(values), weight[head, block, None, :n])
-            gap = pos[:, None, None] - at[:n]
-            held = target.real[block, :, None] & (gap >= 0) & ((gap == 0) | (values != 0))
-            yield self._kept(held, numbers[:n], target.number[block, :, None], values)
+        read = values_and_one.index_select(1, at)
+        yield from self.taken.across(Across(keys.nodes, readers.nodes, asked, beyond, read, own))
 
 
 def with_all(rows: Float[Tensor, "head pos K e"], others: Float[Tensor, "head pos e"]) -> Tensor:
@@ -300,9 +239,10 @@ def slope(act: nn.Module, h: Tensor, frozen: bool) -> Tensor:
     raise TypeError(f"the slope of {type(act).__name__} is not known")
 
 
-def _head(model: ComponentModel) -> Float[Tensor, "vocab d"]:
-    """What the output reads, where the unembedding is no site."""
-    return model.target.lm_head.weight  # pyright: ignore
+def readers(model: ComponentModel, run: Trace) -> dict[str, Float[Tensor, "K d"]]:
+    """Vᵀ of every site, and what the outputs read where the unembedding is no site."""
+    head: Any = model.target.lm_head
+    return {name: model[name].V.T.contiguous() for name in model.sites} | {"output": run.reading(head.weight.T).T}
 
 
 def closed_form(
@@ -323,12 +263,13 @@ def closed_form(
         run = trace(model, inputs, importances, mode, threshold, reading_of(output_nodes))
         layers = layers_of(run, importances, threshold, output_nodes)
         numbers = [number.int() for number in node_numbers(layers)]
-        read = {name: model[name].V.T.contiguous() for name in model.sites} | {"output": run.reading(_head(model).T).T}
+        read = readers(model, run)
 
     def found() -> Iterator[EdgeTable]:
         for prompt in range(len(inputs)):
             with torch.no_grad():
-                yield strong(list(Graph(model, run, layers, numbers, prompt, read, frozen)), at_least)
+                graph = Graph(model, run, layers, numbers, prompt, read, frozen, Tables(prompt))
+                yield strong(list(graph), at_least)
 
     return layers, found()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from spd_lightning.decomposition.attribution import MODES, EdgeTable, ModeName
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
-from spd_lightning.harvest.module import Harvester
+from spd_lightning.harvest.module import PAIRS, Harvester
 from spd_lightning.harvest.rows import (
     about,
     array,
@@ -30,9 +30,6 @@ from spd_lightning.harvest.twins import twin_of
 from spd_lightning.store import TABLES
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
-
-PAIRS = 1 << 16
-"""Pairs of positions, of all prompts whose edges are held together."""
 
 
 class PromptGraphs(Harvester):

@@ -1,7 +1,8 @@
 """What harvesters share: finding the store of this run, skipping what it already holds, closing it whole.
 
 A harvester is a callback. On every predicted batch it turns prompts into rows and commits them as one group of shards;
-prompts that the store already holds are not computed again. A harvest lives in `<run>/harvest/<name>/`.
+sums over prompts are held back until a group has enough of them. Prompts that the store already holds are not computed
+again; those of a group that was not committed are. A harvest lives in `<run>/harvest/<name>/`.
 """
 
 from abc import ABC, abstractmethod
@@ -14,12 +15,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.store import Writer, prompt_hash
+from spd_lightning.store import Writer, added, prompt_hash
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
 
 DENSE, LOGITS = 1 << 25, 4
 """Numbers in one array over all components of the prompts that are harvested together; arrays of logits beside it."""
+
+PAIRS = 1 << 16
+"""Pairs of positions, of all prompts whose edges are held together."""
+
+HELD = 1 << 23
+"""Rows held back at most before sums of the same are added up."""
 
 
 class Harvester(Callback, ABC):
@@ -29,13 +36,16 @@ class Harvester(Callback, ABC):
         name: the harvest's folder below `<run>/harvest/`.
         folder: that folder, once predicting has begun.
         names: what tokens look like, as the data module says.
+        group: how many prompts a group of shards has at least.
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, group: int = 1):
+        self.name, self.group = name, group
         self.folder: Path | None = None
         self.names: Callable[[list[int]], list[str]] = digits
         self._writer: Writer | None = None
+        self._held: list[dict[str, pl.DataFrame]] = []
+        self._pending: set[int] = set()
 
     @abstractmethod
     def manifest(self, module: Decomposition) -> dict[str, Any]:
@@ -61,6 +71,7 @@ class Harvester(Callback, ABC):
         self.names = getattr(getattr(trainer, "datamodule", None), "names", digits)
         settings = self.manifest(pl_module)
         self._writer = Writer(self.folder, settings, trainer.global_rank, trainer.world_size)
+        self._held, self._pending = [], set()
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Prompts, *_: Any, **__: Any
@@ -68,20 +79,37 @@ class Harvester(Callback, ABC):
         assert self._writer is not None
         assert isinstance(pl_module, Decomposition)
         ids = [prompt_id(row) for row in batch.inputs]
-        fresh = [k for k, i in enumerate(ids) if i not in self._writer.finished and i not in ids[:k]]
+        known = self._writer.finished | self._pending
+        fresh = [k for k, i in enumerate(ids) if i not in known and i not in ids[:k]]
         size = self.at_once(pl_module.model, batch.inputs)
         for start in range(0, len(fresh), size):
             self._harvest(pl_module, batch, fresh[start : start + size], ids)
 
     def _harvest(self, module: Decomposition, batch: Prompts, chosen: list[int], ids: list[int]) -> None:
-        """Commit the rows of some prompts of a batch: in single precision, and with gradients, for attributions."""
-        assert self._writer is not None
+        """Make the rows of some prompts of a batch: in single precision, and with gradients, for attributions."""
         plain = torch.autocast(module.device.type, enabled=False)
+        mine = [ids[k] for k in chosen]
         with torch.inference_mode(False), torch.enable_grad(), plain:
-            self._writer.write(self.rows(module, batch.take(chosen), [ids[k] for k in chosen]))
+            self._held.append(dict(self.rows(module, batch.take(chosen), mine)))
+        self._pending.update(mine)
+        if len(self._pending) >= self.group:
+            self._commit()
+        elif sum(frame.height for frames in self._held for frame in frames.values()) > HELD:
+            self._held = [self._together()]
+
+    def _together(self) -> dict[str, pl.DataFrame]:
+        return {table: added(table, [frames[table] for frames in self._held]) for table in self._held[0]}
+
+    def _commit(self) -> None:
+        """Write what is held as one group of shards."""
+        assert self._writer is not None
+        if self._held:
+            self._writer.write(self._together())
+        self._held, self._pending = [], set()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._writer is not None
+        self._commit()
         self._writer.complete()
         self._writer.close()
 

@@ -54,6 +54,26 @@ _COMPONENTS = {
     "alive": pl.Boolean,
 }
 
+_DATASET_EDGES = {
+    "source_kind": pl.Enum(KINDS),
+    "source_layer": pl.Categorical(),
+    "source": pl.UInt32,
+    "target_layer": pl.Categorical(),
+    "target": pl.UInt32,
+    "edges": pl.UInt64,
+    "sum": pl.Float64,
+    "sum_abs_target": pl.Float64,
+}
+_DATASET_NODES = {
+    "kind": pl.Enum(KINDS),
+    "layer": pl.Categorical(),
+    "component": pl.UInt32,
+    "firings": pl.Int64,
+    "positions": pl.Int64,
+    "importance_sum": pl.Float64,
+    "activation_square_sum": pl.Float64,
+}
+
 TABLES: dict[str, pl.Schema] = {
     "prompts": pl.Schema(_PROMPTS),
     "nodes": pl.Schema(_NODES),
@@ -61,9 +81,13 @@ TABLES: dict[str, pl.Schema] = {
     "edges": pl.Schema(_EDGES),
     "outputs": pl.Schema(_OUTPUTS),
     "components": pl.Schema(_COMPONENTS),
+    "dataset_edges": pl.Schema(_DATASET_EDGES),
+    "dataset_nodes": pl.Schema(_DATASET_NODES),
 }
-"""Columns of every table. `layer` is categorical here; in a store it is an Enum over the manifest's layers, in forward
-order. `components` holds additive counts, one row a component and group; `norm` and `alive` are the same in each."""
+"""Columns of every table. Layers are categorical here; in a store they are an Enum over the manifest's, in forward
+order. `components` holds additive counts, one row a component and group; `norm` and `alive` are the same in each.
+`dataset_edges` and `dataset_nodes` hold sums over a group's prompts: a component there may be the row of an embedding,
+and `sum_abs_target` is the sum of edges to |activation|."""
 
 SORTED: dict[str, tuple[str, ...]] = {
     "prompts": (),
@@ -72,6 +96,8 @@ SORTED: dict[str, tuple[str, ...]] = {
     "edges": ("prompt_id", "source", "target"),
     "outputs": ("prompt_id", "pos"),
     "components": ("layer", "component"),
+    "dataset_edges": ("target_layer", "target", "source_layer", "source_kind", "source"),
+    "dataset_nodes": ("layer", "kind", "component"),
 }
 """The order of a shard's rows; prompts stay as they came, and so do rows that the order does not tell apart."""
 
@@ -90,7 +116,16 @@ def schema(table: str, layers: Sequence[str]) -> dict[str, Any]:  # beartype can
     if table not in TABLES:
         raise BadInput(f"table '{table}': not a table of a harvest; {nearest(table, TABLES)}")
     names = pl.Enum(list(layers))
-    return {name: names if name == "layer" else dtype for name, dtype in TABLES[table].items()}
+    return {name: names if dtype == pl.Categorical else dtype for name, dtype in TABLES[table].items()}
+
+
+def added(table: str, frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Frames of one table as one; rows of the same two ends, or of the same node, are added up where they are sums."""
+    whole = pl.concat(frames)
+    if len(frames) == 1 or not table.startswith("dataset_"):
+        return whole
+    keys = list(SORTED[table])
+    return whole.group_by(keys).sum().select(whole.columns)
 
 
 def ordered(table: str, frame: pl.DataFrame) -> pl.DataFrame:

@@ -13,7 +13,7 @@ from spd_lightning.analysis.prompts import prompt_list
 from spd_lightning.analysis.weights import Factors, factors
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
-from spd_lightning.viewer import plots
+from spd_lightning.viewer import edge_tables, plots
 from spd_lightning.viewer.library import Library
 from spd_lightning.viewer.panel import Panel, problem, sentence
 
@@ -112,20 +112,27 @@ def widgets(library: Library) -> Panel:
         over = gr.Radio(kinds, value="mean", show_label=False, container=False, visible=False, scale=0, min_width=330)
     note = gr.HTML(apply_default_css=False)
     charts = [gr.Plot(label=name, container=False, show_label=False) for name in ("importance", "V", "U", "bars")]
+    with gr.Row(elem_classes="spd-controls"):
+        component = gr.Number(label="Component", precision=0, minimum=0, visible=False, scale=0, min_width=180)
+    tables = gr.HTML(apply_default_css=False, visible=False)
 
-    def draw(run: str, harvest: str | None, wanted: str | None, permute: bool, wanted_over: str) -> list[Any]:
+    def draw(run: str, harvest: str | None, wanted: str | None, permute: bool, wanted_over: str, c: Any) -> list[Any]:
         try:
             store = library.store(run, harvest)
             known = wanted if wanted in sites(store) else None
             kind = "largest" if wanted_over == "largest" else "mean"
-            page = page_data(store, library.run(run).path, ComponentSelection(known, bool(permute), kind))
+            held = library.run(run)
+            page = page_data(store, held.path, ComponentSelection(known, bool(permute), kind))
+            shown, edges = edge_tables.update(held, page.site, c, int(page.order[0]), len(page.summary))
         except BadInput as error:
-            return [*[gr.update()] * 3, problem(str(error)), *[gr.update(visible=False)] * 4]
+            return [*[gr.update()] * 3, problem(str(error)), *[gr.update(visible=False)] * 6]
         drawn = [gr.update(value=figure, visible=figure is not None) for figure in figures(page)]
         controls = [gr.update(choices=page.sites, value=page.site), gr.update(label=SIZE if page.over else IDENTITY)]
-        return [*controls, gr.update(visible=page.over is not None), sentence(page.note), *drawn]
+        below = [gr.update(value=value, visible=shown is not None) for value in (shown, edges)]
+        return [*controls, gr.update(visible=page.over is not None), sentence(page.note), *drawn, *below]
 
-    return Panel(draw, outputs=[site, permuted, over, note, *charts], inputs=[site, permuted, over])
+    controls = [site, permuted, over]
+    return Panel(draw, outputs=[*controls, note, *charts, component, tables], inputs=[*controls, component])
 
 
 def figures(page: ComponentPage) -> list[Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_lightning import runs
+from spd_lightning.analysis.dataset_edges import corpus_harvests
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.runs import Run
 from spd_lightning.store import Store
@@ -77,7 +78,7 @@ class Library:
         """
         opened = self.run(run)
         held = {path.name: path for path in opened.harvests}
-        if not held:
+        if not held or harvest is None:
             command = f"python -m spd_lightning predict --config {opened.record.get('family', opened.name)}.yaml"
             raise BadInput(f"run '{run}': no harvest yet; make one: {command}")
         if not isinstance(harvest, str) or harvest not in held:
@@ -102,8 +103,13 @@ class Library:
 
 
 def harvest_names(run: Run) -> list[str]:
-    """The names of a run's harvests, the latest begun first."""
-    newest = sorted(run.harvests, key=lambda path: (path / "manifest.json").stat().st_mtime, reverse=True)
+    """The names of a run's harvests, the latest begun first; sums over a corpus show themselves beside components."""
+    sums = corpus_harvests(run.harvests)
+    newest = sorted(
+        (path for path in run.harvests if path not in sums),
+        key=lambda path: (path / "manifest.json").stat().st_mtime,
+        reverse=True,
+    )
     return [path.name for path in newest]
 
 

@@ -1,0 +1,132 @@
+"""What drives a component over a whole corpus, and what it drives: the strongest sums of edges, with their signs.
+
+A harvest of sums has two for each pair of components: of the attributions to the target's activation, and of those to
+its size |activation|. The first cancels where the target is driven up here and down there; the second says whether
+the source makes it larger. What they are divided by is chosen here (section A of docs/method.md):
+
+    sum           nothing: totals over the corpus
+    mean          the positions at which the source is a node
+    normalised    Σ g of the source and RMS of the target: per full firing, in units of the target's usual size
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from spd_lightning.errors import BadInput, nearest
+from spd_lightning.store import Store
+
+Side = Literal["sources", "targets"]
+Scale = Literal["sum", "mean", "normalised"]
+Metric = Literal["activation", "size"]
+SCALES: tuple[Scale, ...] = ("sum", "mean", "normalised")
+METRICS: dict[Metric, str] = {"activation": "to_activation", "size": "to_size"}
+BESIDE = ("rest", "bias")
+"""Nodes of frozen graphs that share a layer's name with its components."""
+
+
+def corpus_harvests(harvests: Iterable[Path]) -> list[Path]:
+    """Those of some harvests' folders that hold sums over a corpus, the latest begun first."""
+    from spd_lightning.store.manifest import read_settings
+
+    found = []
+    for path in harvests:
+        try:
+            if read_settings(path).get("corpus"):
+                found.append(path)
+        except BadInput:  # whoever opens it is told
+            continue
+    return sorted(found, key=lambda path: (path / "manifest.json").stat().st_mtime, reverse=True)
+
+
+def strongest(
+    store: Store,
+    layer: str,
+    component: int,
+    side: Side = "sources",
+    scale: Scale = "normalised",
+    metric: Metric = "activation",
+    most: int = 20,
+) -> pl.DataFrame:
+    """The strongest sources or targets of a component over the corpus.
+
+    Columns kind, layer, component, edges (how many), to_activation, to_size (both metrics, on the scale), largest
+    |metric| first; equals in order of layer and component.
+
+    Raises:
+        BadInput: the harvest has no sums, no such layer, or no such component; or a file is damaged.
+    """
+    check(store, layer, component)
+    here, there = ("target", "source") if side == "sources" else ("source", "target")
+    mine = (pl.col(f"{here}_layer") == layer) & (pl.col(here) == component)
+    if here == "source":
+        mine &= ~pl.col("source_kind").is_in(BESIDE)
+    ends = ["source_kind", "source_layer", "source", "target_layer", "target"]
+    sums = store.scan("dataset_edges").filter(mine).group_by(ends).agg(pl.col("edges", "sum", "sum_abs_target").sum())
+    divided = _scaled(store, sums, scale)
+    kind = pl.col("source_kind") if there == "source" else pl.lit(None)
+    rows = divided.select(
+        kind=kind, layer=f"{there}_layer", component=there, edges="edges", to_activation="sum", to_size="sum_abs_target"
+    )
+    order: list[pl.Expr | str] = [-pl.col(METRICS[metric]).abs(), pl.col("layer").to_physical(), "component"]
+    return store.collect(rows.filter(pl.col(METRICS[metric]) != 0).sort(order).head(most))
+
+
+def _scaled(store: Store, sums: pl.LazyFrame, scale: Scale) -> pl.LazyFrame:
+    """Both sums of each pair, divided by what the scale asks for."""
+    if scale == "sum":
+        return sums
+    keys = ["kind", "layer", "component"]
+    counts = [pl.col(c).sum() for c in ("firings", "positions", "importance_sum", "activation_square_sum")]
+    nodes = store.scan("dataset_nodes").group_by(keys).agg(counts)
+    source = nodes.select(
+        source_kind="kind", source_layer="layer", source="component", firings="firings", g="importance_sum"
+    )
+    rms = (pl.col("activation_square_sum") / pl.col("positions")).sqrt()
+    targets = nodes.filter(~pl.col("kind").is_in(BESIDE))
+    target = targets.select(target_layer="layer", target="component", rms=rms)
+    joined = sums.join(source, on=["source_kind", "source_layer", "source"], how="left")
+    joined = joined.join(target, on=["target_layer", "target"], how="left")
+    by = pl.col("firings") if scale == "mean" else pl.col("g") * pl.col("rms")
+    return joined.with_columns(pl.col("sum", "sum_abs_target") / by)
+
+
+def check(store: Store, layer: str, component: int) -> None:
+    """Refuses a component that a harvest of sums does not have.
+
+    Raises:
+        BadInput: the harvest has no sums, no such layer, or no such component.
+    """
+    if "dataset_nodes" not in store.tables:
+        raise BadInput(
+            f"harvest '{store.path}': it holds no sums over a corpus; predict with --config dataset_edges.yaml"
+        )
+    own = store.scan("dataset_nodes").filter(pl.col("layer") == layer, ~pl.col("kind").is_in(BESIDE))
+    known = store.collect(own.select(pl.col("component").unique().sort()))["component"] if layer in store.layers else []
+    if not len(known):
+        held = store.collect(store.scan("dataset_nodes").select(pl.col("layer").cast(pl.String).unique()))["layer"]
+        raise BadInput(f"layer '{layer}' is not in harvest '{store.path}'; {nearest(layer, held)}")
+    if component not in known:
+        near = min(known, key=lambda c: (abs(c - component), c))
+        raise BadInput(f"component {component} of '{layer}' is not in harvest '{store.path}'; the nearest is {near}")
+
+
+def named(store: Store, rows: pl.DataFrame) -> list[str]:
+    """What the rows of `strongest` are called: layer:component, a token with what it looks like, a rest by its kind."""
+    looks = _tokens(store) if set(rows["layer"]) & set(store.manifest["token_layers"]) else {}
+    return [_name(store, looks, *row) for row in rows.select("kind", "layer", "component").iter_rows()]
+
+
+def _name(store: Store, looks: dict[int, str], kind: str | None, layer: str, component: int) -> str:
+    if kind in BESIDE:
+        return f"{layer} {kind}"
+    look = looks.get(component) if layer in store.manifest["token_layers"] else None
+    return f"{layer}:{component}" if look is None else f"{layer}:{component} {look!r}"
+
+
+def _tokens(store: Store) -> dict[int, str]:
+    """What the tokens of the corpus look like."""
+    both = store.scan("prompts").select("token_ids", "tokens").explode("token_ids", "tokens").unique("token_ids")
+    return dict(store.collect(both).iter_rows())

@@ -1,0 +1,292 @@
+"""Attributions over a corpus: what the edges from one component to another add up to (section A of docs/method.md).
+
+1. *Edges* are those of the prompt graphs: between nodes (A3), over all positions, from every s' ≤ s through keys and
+   values. Two sums are made of them: of `A`, and of `A·sign(a_T)`, which is the attribution to `|a_T|`.
+2. *Sums.* In decoders, `Sums` takes what closed forms give and adds it up by component before any edge stands by
+   itself: through keys and values first over the positions that read, then over those that are read. A target has two
+   columns, for places where it is positive (or 0) and negative; their sum and their difference are the two sums
+   wanted, so that the second costs nothing. Other models' edges are added up as batched products give them.
+3. *Normalisers*: firings, importances and squares of every component, for readers to divide by.
+
+An embedding that is no site is one source a row: a token, or a position. A rest or a bias of frozen graphs is one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int, Int64
+from torch import Tensor, nn
+
+from spd_lightning.decomposition.attribution import (
+    Edges,
+    Layer,
+    Mode,
+    NodeKind,
+    prompt_edges,
+)
+from spd_lightning.decomposition.closed_form import Graph, readers
+from spd_lightning.decomposition.decoder_run import layers_of, trace, why_not
+from spd_lightning.decomposition.edge_blocks import Across, Nodes
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
+
+Rows = Mapping[str, Int[Tensor, "batch pos"]]
+"""Of every embedding that is no site: which of its rows stands at each position."""
+
+
+class PairSums(NamedTuple):
+    """What the edges from one layer to another add up to: one entry for each two components that share any.
+
+    source, target: which component, or which row of an embedding. edges: how many there are. total: Σ A. size: the
+    same with |a_T| as the target, Σ A·sign(a_T), where the sign of 0 is +.
+    """
+
+    kind: NodeKind
+    source_layer: str
+    target_layer: str
+    source: Int64[Tensor, " entries"]
+    target: Int64[Tensor, " entries"]
+    edges: Int64[Tensor, " entries"]
+    total: Float64[Tensor, " entries"]
+    size: Float64[Tensor, " entries"]
+
+
+class NodeSums(NamedTuple):
+    """What the nodes of one layer add up to: one entry a component, or a row of an embedding that stands anywhere.
+
+    firings: at how many positions it is a node. importance: Σ g over all positions; firings, where there is no g.
+    square: Σ a² over all positions; of rows of an embedding, of the size of what they write.
+    """
+
+    kind: NodeKind
+    layer: str
+    component: Int64[Tensor, " entries"]
+    firings: Int64[Tensor, " entries"]
+    importance: Float64[Tensor, " entries"]
+    square: Float64[Tensor, " entries"]
+
+
+def dataset_edges(
+    model: ComponentModel,
+    inputs: Tensor,
+    importances: Mapping[str, Tensor],
+    mode: Mode,
+    threshold: float = 0.0,
+    output_nodes: OutputNodes = every_output,
+    wanted: Callable[[str], bool] = lambda layer: True,
+) -> tuple[list[NodeSums], list[PairSums]]:
+    """Adds up the prompt graphs of a batch, without making them where the model and the mode have closed forms.
+
+    inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of the clean run. wanted: of
+    which layers, by name; edges need both ends.
+    """
+    if why_not(model, mode) is None:
+        layers, sums = _closed(model, inputs, importances, mode, threshold, output_nodes, wanted)
+    else:
+        layers, found = prompt_edges(model, inputs, importances, mode, threshold, output_nodes)
+        sums = Sums(layers, looked_up(model, inputs))
+        for each in found:
+            sums.listed(each)
+    nodes = [node_sums(layer, at) for layer, at in zip(layers, sums.at, strict=True) if wanted(layer.name)]
+    return nodes, [each for each in sums.pairs() if wanted(each.source_layer) and wanted(each.target_layer)]
+
+
+def _closed(model, inputs, importances, mode: Mode, threshold: float, output_nodes, wanted):
+    """The layers of a batch of a decoder, and the sums of the blocks that its closed forms give."""
+    with torch.no_grad():
+        run = trace(model, inputs, importances, mode, threshold, reading_of(output_nodes))
+        layers = layers_of(run, importances, threshold, output_nodes)
+        layers = [x if x.whole or wanted(x.name) else x._replace(nodes=torch.zeros_like(x.nodes)) for x in layers]
+        places = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+        sums, read = Sums(layers, {"wte": inputs, "wpe": places}), readers(model, run)
+        for prompt in range(len(inputs)):
+            for _ in Graph(model, run, layers, sums.numbers, prompt, read, mode.linearisation == "frozen", sums):
+                pass
+    return layers, sums
+
+
+def looked_up(model: ComponentModel, inputs: Tensor) -> Rows:
+    """The rows that the target's embeddings look up on a batch of prompts, by the embeddings' names."""
+    rows: dict[str, Tensor] = {}
+    tables = {name: module for name, module in model.target.named_modules() if isinstance(module, nn.Embedding)}
+    if not tables:
+        return rows
+
+    def keep(name: str) -> Callable:
+        def hook(module: nn.Module, given: tuple) -> None:
+            rows[name] = given[0].expand(len(inputs), given[0].shape[-1])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(keep(name)) for name, module in tables.items()]
+    try:
+        with torch.no_grad():
+            model.target(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
+
+
+# ---- nodes ----------------------------------------------------------------------------------------------------------
+
+
+class At(NamedTuple):
+    """Which component stands where in a layer: those that stand anywhere, and the rank of each among them.
+
+    Of what is no node the rank means nothing.
+    """
+
+    known: Int64[Tensor, " entries"]
+    rank: Int[Tensor, "..."]
+
+
+def standing(layer: Layer, rows: Rows) -> At:
+    """Which component stands where; in a layer that is whole, which row of its embedding, or the only one there is.
+
+    rank: by component, or, where the layer is whole, by place [batch, pos, 1].
+    """
+    if not layer.whole:
+        used = layer.nodes.flatten(0, 1).any(0)
+        return At(used.nonzero()[:, 0], used.cumsum(0, dtype=torch.int32) - 1)
+    row = rows[layer.name] if layer.kind == "embedding" else layer.nodes[..., 0].long() * 0
+    known, rank = row.unique(return_inverse=True)
+    return At(known, rank[..., None].int())
+
+
+def node_sums(layer: Layer, at: At) -> NodeSums:
+    """The sums of one layer's nodes."""
+    square = layer.value.detach().square()
+    if layer.whole:
+        rank = at.rank.flatten().long()
+        firings = torch.bincount(rank, minlength=len(at.known))
+        total = torch.bincount(rank, square.flatten().double(), minlength=len(at.known))
+        return NodeSums(layer.kind, layer.name, at.known, firings, firings.double(), total)
+    firings, g = layer.nodes.sum((0, 1)), layer.importance
+    importance = firings.double() if g is None else g.sum((0, 1), dtype=torch.float64)
+    every = torch.arange(len(firings), device=firings.device)
+    return NodeSums(layer.kind, layer.name, every, firings, importance, square.sum((0, 1), dtype=torch.float64))
+
+
+# ---- sums of edges --------------------------------------------------------------------------------------------------
+
+
+class Matrices(NamedTuple):
+    """Sums of the edges of one pair of layers, over those who are nodes; two columns a target, for its two signs."""
+
+    total: Float64[Tensor, "S T2"]
+    edges: Int[Tensor, "S T2"]
+
+
+class Sums:
+    """Takes edges and keeps their sums, for each pair of layers that has any.
+
+    Args:
+        layers: the layers of the graphs of a batch of prompts.
+        rows: which rows of embeddings stand where.
+
+    Attributes:
+        at: which component stands where, by layer.
+        numbers: for closed forms, in place of a node's number: twice its component's among those of all layers, and
+            one more where its value is negative.
+    """
+
+    def __init__(self, layers: list[Layer], rows: Rows):
+        self.layers, self.at = layers, [standing(layer, rows) for layer in layers]
+        self._first = [0, *torch.tensor([2 * len(at.known) for at in self.at]).cumsum(0).tolist()]
+        self._ends = torch.tensor(self._first[1:], device=layers[-1].nodes.device)
+        self.numbers = [
+            (at.rank * 2 + first) + (layer.value.detach() < 0).int()
+            for layer, at, first in zip(layers, self.at, self._first, strict=False)
+        ]
+        self._sums: dict[tuple[int, int], Matrices] = {}
+
+    def pairs(self) -> list[PairSums]:
+        """The sums of every pair of layers."""
+        found = []
+        for (s, t), sums in sorted(self._sums.items()):
+            total, edges = (x.unflatten(1, (-1, 2)) for x in sums)
+            i, j = edges.any(-1).nonzero(as_tuple=True)
+            plus, minus = total[i, j].unbind(-1)
+            ends = self.layers[s].kind, self.layers[s].name, self.layers[t].name
+            nodes = self.at[s].known[i], self.at[t].known[j]
+            found.append(PairSums(*ends, *nodes, edges[i, j].sum(-1), plus + minus, plus - minus))
+        return found
+
+    # ---- taking edges -------------------------------------------------------------------------------------------
+
+    def listed(self, found: Edges) -> None:
+        """Edges one by one, from one layer to another."""
+        ends = ((found.source, found.source_at), (found.target, found.target_at))
+        source, target = (self.numbers[layer][found.prompt, at[:, 0], at[:, 1]] for layer, at in ends)
+        self._add(found.source, found.target, source, target, found.attribution, torch.ones_like(source))
+
+    def same(self, source: Nodes, target: Nodes, values: Float[Tensor, "pos K J"]) -> None:
+        """Edges within each position."""
+        held = source.real[:, :, None] & target.real[:, None, :]
+        if not values.numel():
+            return
+        for s, i in self._spans(source.number.amax(0)):  # above one another are nodes of one layer
+            for t, j in self._spans(target.number.amax(0)):
+                numbers = source.number[:, i, None], target.number[:, None, j]
+                self._add(s, t, *numbers, values[:, i, j], held[:, i, j])
+
+    def across(self, edges: Across) -> Iterator[None]:
+        """Edges from every position to itself and to later ones, to one layer."""
+        source, target = edges.source, edges.target
+        sources, i = source.number[source.real].unique(return_inverse=True)
+        targets, j = target.number[target.real].unique(return_inverse=True)
+        slots = torch.full_like(target.component, len(targets)).masked_scatter(target.real, j)
+        by_reader = over_readers(edges, slots, len(targets))
+        total = by_reader.new_zeros(len(sources), len(targets)).index_add_(0, i, by_reader.T.contiguous())
+        before = total.new_zeros(len(source.real), len(sources))
+        before[source.pos, i] = 1
+        count = total.new_zeros(len(targets), len(sources)).index_add_(0, j, before.cumsum(0)[target.pos])
+        for s, span in self._spans(sources):
+            for t, _ in self._spans(targets):
+                self._add(s, t, sources[span, None], targets[None, :], total[span], count.T[span])
+        return iter(())
+
+    def _spans(self, numbers: Int[Tensor, " nodes"]) -> list[tuple[int, slice]]:
+        """The layers of nodes that lie side by side, and where each one's are."""
+        layers = torch.searchsorted(self._ends, numbers, right=True)
+        names, counts = layers.unique_consecutive(return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        return [(s, slice(a, b)) for s, a, b in zip(names.tolist(), [0, *ends], ends, strict=False)]
+
+    def _add(self, s: int, t: int, source: Tensor, target: Tensor, values: Tensor, edges: Tensor) -> None:
+        """Adds the edges of a pair of layers, by the numbers of their nodes, which are spread over the values."""
+        width = self._first[t + 1] - self._first[t]
+        if (s, t) not in self._sums:
+            shape = len(self.at[s].known), width
+            self._sums[s, t] = Matrices(values.new_zeros(shape, dtype=torch.float64), edges.new_zeros(shape).int())
+        sums = self._sums[s, t]
+        i, j = (source - self._first[s]) // 2, target - self._first[t]  # of what is no node: anywhere
+        slots = ((i * width).clamp_(min=0) + j.clamp_(min=0)).flatten()
+        sums.total.view(-1).index_add_(0, slots, (values * (edges > 0)).flatten().double())
+        sums.edges.view(-1).index_add_(0, slots, edges.flatten().int())
+
+
+def over_readers(edges: Across, slots: Int[Tensor, "pos K"], count: int) -> Float[Tensor, "count sources"]:
+    """Edges across positions summed over those that read, by the slots of the targets there; slot `count` is dropped.
+
+    What a target reads of a value is the same wherever it stands, so only the weights of its places are summed; what
+    differs from place to place is summed beside them.
+    """
+    sources, flat = edges.weight.shape[-1], slots.flatten()
+    place = flat.new_zeros(count + 1).scatter(0, flat, torch.arange(len(flat), device=flat.device))[:count]
+
+    def summed(weights: Iterator[Tensor]) -> Tensor:
+        found = edges.weight.new_zeros(count + 1, sources)
+        for k, weight in enumerate(weights):
+            found.index_add_(0, slots[:, k], weight)
+        return found[:count]
+
+    total, width = edges.weight.new_zeros(count, sources), slots.shape[1]
+    for weight, left, right in zip(edges.weight, edges.left, edges.right, strict=True):
+        own = left.flatten(0, 1)[place, : edges.own] @ right[:, : edges.own].T
+        total.addcmul_(summed(weight for _ in range(width)), own)
+        for e in range(edges.own, left.shape[-1]):
+            total.addcmul_(summed(weight * left[:, k, e, None] for k in range(width)), right[:, e])
+    return total

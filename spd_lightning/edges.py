@@ -1,0 +1,76 @@
+"""edges: what drives a component over a corpus, and what it drives, as a table or as JSON."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import NoReturn
+
+import polars as pl
+
+from spd_lightning import runs
+from spd_lightning.analysis.dataset_edges import METRICS, SCALES, Side, corpus_harvests, named, strongest
+from spd_lightning.errors import BadInput, nearest
+from spd_lightning.store import Store
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"edges: {message}; for example: edges stories-2L h.0.mlp.c_fc:5 --sources --most 10")
+
+
+def edges(words: Sequence[str]) -> None:
+    """Prints the strongest sources and targets of one component over the corpus that a run's harvest summed."""
+    asked = _asked(words)
+    layer, component = _component(asked.component)
+    store = _store(asked.run, asked.harvest)
+    sides: list[Side] = [side for side in ("sources", "targets") if getattr(asked, side)] or ["sources", "targets"]
+    found = {side: strongest(store, layer, component, side, asked.scale, asked.metric, asked.most) for side in sides}
+    if asked.json:
+        rows = {
+            side: frame.with_columns(name=pl.Series(named(store, frame), dtype=pl.String))
+            for side, frame in found.items()
+        }
+        print(json.dumps({side: frame.to_dicts() for side, frame in rows.items()}, indent=1))
+        return
+    print(f"{layer}:{component} over {store.manifest['prompts']} prompts, {store.manifest['mode']}, {asked.scale}")
+    for side, frame in found.items():
+        print(f"\n{side:<40} {'edges':>10} {'to activation':>14} {'to |activation|':>16}")
+        for name, row in zip(named(store, frame), frame.iter_rows(named=True), strict=True):
+            print(f"  {name:<38} {row['edges']:>10,} {row['to_activation']:>+14.4g} {row['to_size']:>+16.4g}")
+
+
+def _asked(words: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("run")
+    parser.add_argument("component")
+    parser.add_argument("--harvest")
+    parser.add_argument("--sources", action="store_true")
+    parser.add_argument("--targets", action="store_true")
+    parser.add_argument("--scale", choices=SCALES, default="normalised")
+    parser.add_argument("--metric", choices=list(METRICS), default="activation")
+    parser.add_argument("--most", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args(list(words))
+    if asked.most < 1:
+        raise BadInput(f"--most {asked.most}: it is how many to show; take 1 or more")
+    return asked
+
+
+def _component(name: str) -> tuple[str, int]:
+    """A component's layer and number."""
+    layer, _, number = name.rpartition(":")
+    if not layer or not number.isdecimal():
+        raise BadInput(f"component '{name}': write layer:number; for example h.0.mlp.c_fc:5")
+    return layer, int(number)
+
+
+def _store(run: str, harvest: str | None) -> Store:
+    """The run's harvest of sums: the one of this name, or the latest."""
+    found = runs.find(run)
+    held = {path.name: path for path in corpus_harvests(found.harvests)}
+    if not held:
+        command = f"predict --config {found.record.get('family', found.name)}.yaml --config dataset_edges.yaml"
+        raise BadInput(f"run '{found.name}': no harvest of sums over a corpus; make one: {command}")
+    if harvest is not None and harvest not in held:
+        raise BadInput(f"harvest '{harvest}': run '{found.name}' has no sums of this name; {nearest(harvest, held)}")
+    return Store(held[harvest] if harvest else next(iter(held.values())))

@@ -1,0 +1,74 @@
+"""Two tables below a component: what drives it over the corpus, and what it drives."""
+
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from spd_lightning.analysis.dataset_edges import Side, corpus_harvests, named, strongest
+from spd_lightning.errors import BadInput
+from spd_lightning.runs import Run
+from spd_lightning.store import Store
+
+MOST = 12
+HEADS = ("", "to activation", "to |activation|", "edges")
+
+
+@dataclass(frozen=True)
+class EdgeTables:
+    """The strongest sources and targets of a component, normalised: rows of name, both sums, number of edges.
+
+    `note` says which corpus they are of.
+    """
+
+    component: str
+    sources: list[tuple[str, float, float, int]]
+    targets: list[tuple[str, float, float, int]]
+    note: str
+
+
+def page_data(store: Store, layer: str, component: int, most: int = MOST) -> EdgeTables:
+    """The tables of one component, from a harvest of sums.
+
+    Raises:
+        BadInput: the harvest has no such component, or a file cannot be read.
+    """
+
+    def rows(side: Side) -> list[tuple[str, float, float, int]]:
+        found = strongest(store, layer, component, side, most=most)
+        values = (found[name].to_list() for name in ("to_activation", "to_size", "edges"))
+        return list(zip(named(store, found), *values, strict=True))
+
+    prompts, mode = store.manifest["prompts"], store.manifest["mode"]
+    note = f"Edges of {prompts:,} {mode} graphs, summed, over the source's importance and the target's usual size."
+    return EdgeTables(f"{layer}:{component}", rows("sources"), rows("targets"), note)
+
+
+def of_run(run: Run, layer: str, component: int) -> EdgeTables | None:
+    """The tables of one component from the latest harvest of sums that a run has; None where it has none."""
+    found = corpus_harvests(run.harvests)
+    return page_data(Store(found[0]), layer, component) if found else None
+
+
+def html(page: EdgeTables) -> str:
+    """The tables side by side."""
+    sides = (("sources", page.sources), ("targets", page.targets))
+    grids = "".join(_grid(f"Strongest {side} of {page.component}", rows) for side, rows in sides)
+    return f'<div class="spd-grids">{grids}</div><p class="spd-note">{escape(page.note)}</p>'
+
+
+def _grid(title: str, rows: list[tuple[str, float, float, int]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in HEADS)
+    lines = [(name, f"{signed:+.3g}", f"{size:+.3g}", f"{count:,}") for name, signed, size, count in rows]
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    body = body or f'<tr><td colspan="{len(HEADS)}">none</td></tr>'
+    return f'<section><h3>{escape(title)}</h3><table class="spd-table"><tr>{head}</tr>{body}</table></section>'
+
+
+def update(run: Run, layer: str, wanted: Any, default: int, count: int) -> tuple[int | None, str]:
+    """Which component to show, and its tables as HTML: the one asked for, if the layer has it; None where none are."""
+    asked = int(wanted) if isinstance(wanted, int | float) and 0 <= wanted < count else default
+    try:
+        page = of_run(run, layer, asked)
+    except BadInput as error:
+        return asked, f'<p class="spd-problem" role="alert">{escape(str(error))}</p>'
+    return (asked, html(page)) if page else (None, "")
