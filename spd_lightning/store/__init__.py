@@ -11,7 +11,7 @@ the ledger has. Rows are additive: ranks and sittings append, and readers merge 
 """
 
 from spd_lightning.store.reader import Store
-from spd_lightning.store.tables import KINDS, SCHEMA_VERSION, TABLES, prompt_hash, schema
+from spd_lightning.store.tables import AGREEMENT, KINDS, SCHEMA_VERSION, TABLES, finite, prompt_hash, schema
 from spd_lightning.store.writer import Writer
 
-__all__ = ["KINDS", "SCHEMA_VERSION", "TABLES", "Store", "Writer", "prompt_hash", "schema"]
+__all__ = ["AGREEMENT", "KINDS", "SCHEMA_VERSION", "TABLES", "Store", "Writer", "finite", "prompt_hash", "schema"]
