@@ -11,6 +11,7 @@ usage: python -m spd_lightning VERB [options]
   plan      --config tms.yaml     what that will take: parameters, memory, FLOPs, hours [--device a100|h100|this|…]
   predict   --config tms.yaml     attribution graphs of the newest run of that name, as Parquet tables
   validate  --config tms.yaml     evaluate that run again
+  intervene RUN --text "…"        switch components off, scale or set them: predictions beside the target's
   view      [PATH] [--port N]     look at runs in the browser (the same as: gradio app.py)
   edges     RUN LAYER:NUMBER      what drives a component over a corpus, what it drives [--sources|--targets] [--json]
   export    RUN [--to FILE]       one prompt's graph for circuit-tracer (graph.json) or as GraphML (graph.graphml)
@@ -33,6 +34,13 @@ options of export
   --nodes S        keep the nodes that make up this share of the influence on the outputs (0.8; 1 keeps all)
   --edges S        then the edges that make up this share of theirs (0.98; 1 keeps all)
   --budget N       instead of --nodes: the outputs, and the N nodes that have most influence on what is there
+
+options of intervene; components are named layer:pos:component, or layer:component at all positions
+  --text TEXT      the prompt; --input 0,0.75,0 for models on vectors, or token ids
+  --ablate NAME    switch it off; --scale NAME=2 multiplies it, --set NAME=1.5 sets its inner activation
+  --keep NAMES     switch all others off; names with commas, or a .json file with a list of them
+  --base ci        edit the model under its importances; the target itself (unmasked) where left out
+  --top N, --json  how many predictions to show; for programs
 
 Runs are kept in ./runs, or in $SPD_RUNS. Every config says at its top what it does, how long, and what comes out.
 """

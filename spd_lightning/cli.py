@@ -1,8 +1,7 @@
 """The command line: finds the verb, and turns what went wrong into one line with exit code 2 (`--debug` shows where).
 
-Verbs that need no Trainer are functions here, but for `export` and `edges`; those that do are in `work` and `plan`.
-Whatever is elsewhere is imported when it is called.
-What a verb does not need it does not import.
+Verbs that need no network are functions here, but for `edges` and `export`; those that do are in `work`, `plan` and
+`intervene`. Whatever is elsewhere is imported when it is called. What a verb does not need it does not import.
 """
 
 import importlib
@@ -154,6 +153,7 @@ VERBS = {
     "plan": _with_trainer("spd_lightning.plan", "plan"),
     "validate": _with_trainer("spd_lightning.work", "validate"),
     "predict": _with_trainer("spd_lightning.work", "predict"),
+    "intervene": _with_trainer("spd_lightning.intervene", "intervene"),
     "push": _with_trainer("spd_lightning.work", "push"),
     "view": view,
     "export": export,

@@ -211,9 +211,14 @@ def node_numbers(layers: list[Layer]) -> list[Int[Tensor, "batch pos K"]]:
     return found
 
 
+def joined(tables: Sequence[EdgeTable]) -> EdgeTable:
+    """Several tables as one."""
+    return tables[0] if len(tables) == 1 else EdgeTable(*(torch.cat(column) for column in zip(*tables, strict=True)))
+
+
 def strong(tables: Sequence[EdgeTable], at_least: float) -> EdgeTable:
     """The edges of some graphs as one table; of each node's in-edges those that make up a share of all their sizes."""
-    whole = EdgeTable(*(torch.cat(column) for column in zip(*tables, strict=True)))
+    whole = joined(tables)
     if not at_least or not len(whole.source):
         return whole
     size = whole.attribution.abs()

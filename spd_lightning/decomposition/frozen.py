@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -34,39 +35,60 @@ class Frozen(TorchFunctionMode):
 
     Rule 2: a norm's denominator is a constant. Rule 3: so is an attention pattern, fused or not. Rule 4: a
     non-linearity multiplies by its secant. Rule 5: of a product of two paths each has half.
+
+    Args:
+        rows: for every row of a batch, the row that its constants are taken from: with them held, what is done to one
+            row reaches its output in proportion. Each row has its own where left out.
     """
+
+    def __init__(self, rows: Int[Tensor, " batch"] | None = None):
+        super().__init__()
+        self._rows = rows
+
+    def constant(self, x: Tensor) -> Tensor:
+        """A value held: without gradient, and that of another row where rows say so."""
+        if self._rows is None or not x.requires_grad or not x.ndim or len(x) != len(self._rows):
+            return x.detach()
+        return x.detach()[self._rows]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if secant := _SECANTS.get(func):
-            return args[0] * secant(args[0].detach(), **kwargs)
+            return args[0] * secant(self.constant(args[0]), **kwargs)
         if own := _FROZEN.get(func):
-            return own(*args, **kwargs)
+            return own(self.constant, *args, **kwargs)
         if func in _PRODUCTS and all(isinstance(x, Tensor) and x.requires_grad for x in args[:2]):
             a, b = args[:2]
-            return 0.5 * (func(a, b.detach()) + func(a.detach(), b))
+            return 0.5 * (func(a, self.constant(b)) + func(self.constant(a), b))
         out = func(*args, **kwargs)
-        return out.detach() if func in _PATTERNS or func in _SCALES else out
+        return self.constant(out) if func in _PATTERNS or func in _SCALES else out
 
 
-def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+Constant = Callable[[Tensor], Tensor]
+
+
+def _rms_norm(
+    constant: Constant, x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    scaled = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt().detach()
+    scaled = x * constant((x.square().mean(-1, keepdim=True) + eps).rsqrt())
     return scaled if weight is None else scaled * weight
 
 
-def _layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+def _layer_norm(
+    constant: Constant, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
     x = x - x.mean(-1, keepdim=True)
-    scaled = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt().detach()
+    scaled = x * constant((x.square().mean(-1, keepdim=True) + eps).rsqrt())
     scaled = scaled if weight is None else scaled * weight
     return scaled if bias is None else scaled + bias
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> Tensor:
+def _attention(constant: Constant, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> Tensor:
     """Linear in the values: what a fused kernel does to the identity is the pattern."""
     eye = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device).expand(*v.shape[:-1], v.shape[-2])
     with torch.no_grad():
-        pattern = F.scaled_dot_product_attention(q, k, eye, *rest, **more)
+        pattern = F.scaled_dot_product_attention(constant(q), constant(k), eye, *rest, **more)
     shared = pattern.shape[1] // v.shape[1] if more.get("enable_gqa") else 1
     return pattern @ (v if shared == 1 else v.repeat_interleave(shared, dim=1))
 

@@ -1,7 +1,8 @@
 """Prompt graphs: the attribution graph of every prompt, as tables.
 
 For each batch of prompts: importances of the clean run choose the nodes, closed forms or one cut run give all edges
-between them (section A of docs/method.md), and a run under the importances themselves gives the outputs.
+between them (section A of docs/method.md), and a run under the importances themselves gives the outputs. Some edges are
+tried by intervention.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from spd_lightning.decomposition.attribution import MODES, EdgeTable, ModeName
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.outputs import reading_of
 from spd_lightning.errors import BadInput
+from spd_lightning.harvest.checks import FACTOR, check_rows, drawn, graph_rows, weighed
 from spd_lightning.harvest.module import PAIRS, Harvester
 from spd_lightning.harvest.rows import (
     about,
@@ -33,29 +36,38 @@ from spd_lightning.training.decompose import Decomposition
 
 
 class PromptGraphs(Harvester):
-    """Writes the attribution graph of every prompt: tables prompts, nodes, edges, outputs, components.
+    """Writes the attribution graph of every prompt: tables prompts, nodes, edges, checks, graphs, outputs, components.
 
     Args:
         mode: the graph's kind (A5): unmasked, ci_masked, frozen (in-edges add up), or reference.
         threshold: importance above which a component is a node; 0 keeps all that matter at all, readers may raise it.
         at_least: edges below this share of all that enters their target, sizes added up, are not written.
+        checks: how many written edges of each prompt to try by switching their source off, drawn by their size; 0 for
+            none.
         name: the harvest's folder below `<run>/harvest/`; "graphs-<mode>" where left out.
     """
 
     def __init__(
-        self, mode: ModeName = "unmasked", threshold: float = 0.0, at_least: float = 0.0, name: str | None = None
+        self,
+        mode: ModeName = "unmasked",
+        threshold: float = 0.0,
+        at_least: float = 0.0,
+        checks: int = 8,
+        name: str | None = None,
     ):
         super().__init__(name or f"graphs-{mode}")
         if not 0 <= at_least < 1:
             raise BadInput(f"at_least {at_least} in PromptGraphs: it is a share; take one from 0 up to 1")
-        self.at_least = at_least
+        if checks < 0:
+            raise BadInput(f"checks {checks} in PromptGraphs: it counts edges; take 0 for none, or more")
+        self.at_least, self.checks = at_least, checks
         self.mode: ModeName = mode
         self.threshold = threshold
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
         """Everything that the rows depend on."""
         own = {"harvest": self.name, "mode": self.mode, "choices": asdict(MODES[self.mode])}
-        settings = {"mode": self.mode, "threshold": self.threshold, "at_least": self.at_least}
+        settings = {"mode": self.mode, "threshold": self.threshold, "at_least": self.at_least, "checks": self.checks}
         own |= {"threshold": self.threshold, "at_least": self.at_least, "config": settings}
         frozen = MODES[self.mode].linearisation == "frozen"
         return about(module) | own | {"layers": layer_names(module.model, frozen)}
@@ -67,14 +79,18 @@ class PromptGraphs(Harvester):
 
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the graphs of a batch of prompts."""
-        runs = both_runs(module.model, prompts.inputs)
-        mode = MODES[self.mode]
-        graphs = twin_of(module.model, mode).graphs
-        layers, edges = graphs(prompts.inputs, runs.importances, mode, self.threshold, runs.nodes, self.at_least)
+        runs, mode = both_runs(module.model, prompts.inputs), MODES[self.mode]
+        twin, run = twin_of(module.model, mode), (prompts.inputs, runs.importances, mode)
+        layers, edges = twin.graphs(*run, self.threshold, runs.nodes)
+        graphs = weighed(module.model, layers, edges, self.at_least)
+        tried = drawn(layers, graphs.tables, ids, self.checks)
+        checks = check_rows(tried, twin.changes(*run, tried.checks, FACTOR, reading_of(runs.nodes)), ids)
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
             "nodes": node_rows(layers, ids),
-            "edges": edge_rows(edges, ids),
+            "edges": edge_rows(graphs.tables, ids),
+            "checks": checks,
+            "graphs": graph_rows(layers, graphs, checks, ids),
             "outputs": output_rows(runs, ids, self.names),
             "components": component_rows(module, layers, self.threshold),
         }

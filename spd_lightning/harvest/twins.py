@@ -12,10 +12,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode
+from spd_lightning.decomposition.checks import Checks, Key, changes
 from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import OutputNodes, every_output
+from spd_lightning.decomposition.outputs import OutputNodes, Reading, every_output, logits
 from spd_lightning.targets.conversion import twin
 from spd_lightning.targets.huggingface import HuggingFaceLM
 
@@ -40,6 +41,20 @@ class Twin(NamedTuple):
         layers, edges = attribution_graphs(self.model, inputs, g, mode, threshold, output_nodes, at_least)
         own = {theirs: name for name, theirs in self.names.items()}
         return [layer._replace(name=own.get(layer.name, layer.name)) for layer in layers], edges
+
+    def changes(
+        self,
+        inputs: Tensor,
+        importances: Mapping[str, Tensor],
+        mode: Mode,
+        checks: Checks,
+        factor: float,
+        reading: Reading = logits,
+    ) -> Tensor:
+        """What `checks.changes` gives for edges of such graphs."""
+        g = {self.names.get(name, name): values for name, values in importances.items()}
+        theirs: list[Key] = [(kind, self.names.get(name, name)) for kind, name in checks.layers]
+        return changes(self.model, inputs, g, mode, checks._replace(layers=theirs), factor, reading)
 
 
 @lru_cache(maxsize=2)

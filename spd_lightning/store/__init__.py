@@ -11,7 +11,18 @@ the ledger has. Rows are additive: ranks and sittings append, and readers merge 
 """
 
 from spd_lightning.store.reader import Store
-from spd_lightning.store.tables import KINDS, SCHEMA_VERSION, TABLES, added, prompt_hash, schema
+from spd_lightning.store.tables import AGREEMENT, KINDS, SCHEMA_VERSION, TABLES, added, finite, prompt_hash, schema
 from spd_lightning.store.writer import Writer
 
-__all__ = ["KINDS", "SCHEMA_VERSION", "TABLES", "Store", "Writer", "added", "prompt_hash", "schema"]
+__all__ = [
+    "AGREEMENT",
+    "KINDS",
+    "SCHEMA_VERSION",
+    "TABLES",
+    "Store",
+    "Writer",
+    "added",
+    "finite",
+    "prompt_hash",
+    "schema",
+]

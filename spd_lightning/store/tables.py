@@ -33,6 +33,24 @@ _PROMPTS = {
     "split": pl.String,
 }
 _EDGES = {"prompt_id": pl.UInt64, "source": pl.UInt32, "target": pl.UInt32, "attribution": pl.Float32}
+_CHECKS = {
+    "prompt_id": pl.UInt64,
+    "source": pl.UInt32,
+    "target": pl.UInt32,
+    "attribution": pl.Float32,
+    "factor": pl.Float32,
+    "change": pl.Float32,
+}
+_GRAPHS = {
+    "prompt_id": pl.UInt64,
+    "nodes": pl.UInt32,
+    "edges": pl.UInt32,
+    "edges_total": pl.UInt32,
+    "gap": pl.Float64,
+    "checked": pl.UInt32,
+    "correlation": pl.Float64,
+    "relative_error": pl.Float64,
+}
 _OUTPUTS = {
     "prompt_id": pl.UInt64,
     "pos": pl.UInt16,
@@ -79,6 +97,8 @@ TABLES: dict[str, pl.Schema] = {
     "nodes": pl.Schema(_NODES),
     INDEX: pl.Schema(_NODES),
     "edges": pl.Schema(_EDGES),
+    "checks": pl.Schema(_CHECKS),
+    "graphs": pl.Schema(_GRAPHS),
     "outputs": pl.Schema(_OUTPUTS),
     "components": pl.Schema(_COMPONENTS),
     "dataset_edges": pl.Schema(_DATASET_EDGES),
@@ -87,19 +107,41 @@ TABLES: dict[str, pl.Schema] = {
 """Columns of every table. Layers are categorical here; in a store they are an Enum over the manifest's, in forward
 order. `components` holds additive counts, one row a component and group; `norm` and `alive` are the same in each.
 `dataset_edges` and `dataset_nodes` hold sums over a group's prompts: a component there may be the row of an embedding,
-and `sum_abs_target` is the sum of edges to |activation|."""
+and `sum_abs_target` is the sum of edges to |activation|.
+`checks` holds edges that were tried: what their target gained when their source was multiplied by a factor. `graphs`
+says of each prompt how many edges were written, of how many; how far in-edges are from adding up; how checks agree."""
 
 SORTED: dict[str, tuple[str, ...]] = {
     "prompts": (),
     "nodes": ("prompt_id", "node"),
     INDEX: ("layer", "component", "prompt_id", "pos"),
     "edges": ("prompt_id", "source", "target"),
+    "checks": ("prompt_id", "source", "target"),
+    "graphs": ("prompt_id",),
     "outputs": ("prompt_id", "pos"),
     "components": ("layer", "component"),
     "dataset_edges": ("target_layer", "target", "source_layer", "source_kind", "source"),
     "dataset_nodes": ("layer", "kind", "component"),
 }
 """The order of a shard's rows; prompts stay as they came, and so do rows that the order does not tell apart."""
+
+
+_EDGE = pl.col("attribution").cast(pl.Float64)
+_TRIED = pl.col("change").cast(pl.Float64) / (pl.col("factor").cast(pl.Float64) - 1)  # what the edge foretells
+
+
+def finite(value: pl.Expr) -> pl.Expr:
+    """Null where a number is none, or infinite."""
+    return pl.when(value.is_finite()).then(value)
+
+
+AGREEMENT: dict[str, pl.Expr] = {
+    "checked": pl.len().cast(pl.UInt32),
+    "correlation": finite(pl.corr(_EDGE, _TRIED)),
+    "relative_error": finite(((_TRIED - _EDGE).pow(2).sum() / _EDGE.pow(2).sum()).sqrt()),
+}
+"""How far the rows of `checks` bear their edges out: ‖change/(factor − 1) − edge‖/‖edge‖, and Pearson's correlation of
+the two (null where there are not two different edges)."""
 
 
 def prompt_hash(content: bytes) -> int:

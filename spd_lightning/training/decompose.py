@@ -5,7 +5,7 @@ Trainer(max_steps=2000).fit(d, SparseFeatures(5, 0.05, batch_size=1024))
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spd_lightning.decomposition.adversaries import PersistentAdversary
 from spd_lightning.decomposition.importance import Importance
+from spd_lightning.decomposition.intervention import Base, Intervened, intervene, named_edits, places
 from spd_lightning.decomposition.losses import Faithfulness, Losses
 from spd_lightning.decomposition.metrics import Part
 from spd_lightning.decomposition.model import ComponentModel
@@ -131,6 +132,34 @@ class Decomposition(BlockModule):
         from spd_lightning.training.checkpoint import load_decomposition
 
         return load_decomposition(reference, target)
+
+    def intervene(
+        self,
+        inputs: Tensor,
+        ablate: Iterable[str] = (),
+        scale: Mapping[str, float] | None = None,
+        set: Mapping[str, float] | None = None,
+        keep: Iterable[str] | None = None,
+        base: Base = "unmasked",
+    ) -> Intervened:
+        """What the model gives when components are switched off, multiplied, set, or when some are all that is left.
+
+        Components are named `layer:pos:component`, or `layer:component` at all positions. See
+        `decomposition.intervention.intervene`: outputs of the target, of the base, and under the edits.
+
+        Args:
+            inputs: [batch, features] floating point, or [batch, pos] token ids.
+            ablate: components that write nothing.
+            scale: factors of what components write.
+            set: values in the place of inner activations.
+            keep: of all components these alone, and no delta.
+            base: what is edited: the target itself (`unmasked`), or the model under its importances (`ci`).
+
+        Raises:
+            BadInput: there is no such component or position.
+        """
+        edits = named_edits(self.model, ablate, scale, set)
+        return intervene(self.model, inputs, edits, None if keep is None else places(self.model, keep), base)
 
     # ---- training -----------------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ function clear() {
   $('.rows').replaceChildren();
   $('.axis').replaceChildren();
   $('tbody').replaceChildren();
-  $('.summary').textContent = '';
+  $('.summary').textContent = $('.checks').textContent = '';
   $('canvas').width = $('canvas').height = 0;
   emptyPanel();
 }
@@ -219,6 +219,20 @@ function drawSummary() {
     fact.title = MEANING[name];
     return fact;
   }));
+  $('.checks').replaceChildren(...checked(graph.checks));
+}
+
+// How the whole graph stood up to interventions, whatever part of it is shown.
+function checked(checks) {
+  if (!checks) return [];
+  const percent = (share) => (share < 1e-4 ? 'under 0.01 %' : `${number(Number((100 * share).toPrecision(2)))} %`);
+  const fact = (text, meaning) => { const span = make('span', '', text); span.title = meaning; return span; };
+  const agreement = [['r = ', checks.correlation, (r) => number(r)], ['off by ', checks.relative_error, percent]]
+    .filter(([, value]) => value !== null).map(([before, value, format]) => before + format(value)).join(', ');
+  return [
+    checks.gap !== null && fact(`gap ${percent(checks.gap)}`, 'How far in-edges are from adding up to the values they explain: Σ|value − Σ in-edges| / Σ|value| over components and outputs, of all edges. Frozen graphs have none; in others it is what the linearisation leaves out.'),
+    checks.checked && fact(`${checks.checked} edges checked by intervention${agreement && `: ${agreement}`}`, 'The source of each was switched off while all other sites were held still, and the target read. r: correlation of what the target lost with what the edge says. Off by: the size of the differences as a share of the size of the edges.'),
+  ].filter(Boolean);
 }
 
 function drawTable() {

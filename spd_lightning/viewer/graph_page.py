@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from spd_lightning.analysis.checks import fidelity
 from spd_lightning.analysis.graphs import node_edges, node_name, prompt_graph, tables
 from spd_lightning.analysis.prompts import ALL_PROBES, graph_list, probes, prompt_label, together_label
 from spd_lightning.errors import BadInput
@@ -57,6 +58,7 @@ class GraphPage:
     an edge {source, target, attribution}, strongest first. Of a graph with many nodes, only those on an edge are here.
     `tokens` are the prompt's tokens by position, empty for models on vectors. `replacement` and `completeness` are the
     scores of the whole graph, None unless it is frozen (see `analysis.influence.Scores`).
+    `checks` is the graph's `analysis.checks.Fidelity`, None for a harvest without any and for several prompts together.
     """
 
     label: str
@@ -71,6 +73,7 @@ class GraphPage:
     largest: float
     replacement: float | None
     completeness: float | None
+    checks: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,15 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
         largest=graph.largest,
         replacement=graph.scores.replacement,
         completeness=graph.scores.completeness,
+        checks=_checks(store, selection.prompt),
     )
+
+
+def _checks(store: Store, prompt: int) -> dict[str, Any] | None:
+    """How the prompt's graph stood up to interventions."""
+    if prompt == ALL_PROBES or "graphs" not in store.tables:
+        return None
+    return asdict(fidelity(store, prompt))
 
 
 def _prompt(store: Store, prompt: int) -> tuple[str, list[str]]:

@@ -1,0 +1,420 @@
+"""Interventions (laws D1, D3, D5, G1), and graphs checked by them (A1, A6)."""
+
+import copy
+import json
+from dataclasses import asdict
+
+import numpy as np
+import polars as pl
+import pytest
+import test_twins
+import tiny_checkpoints
+import torch
+from networks import NETWORKS, Branches, Tokens, decomposed, naive, printed_weight
+from test_closed_form import CLOSED, STYLES, THRESHOLD, by_number, made, some_outputs
+from torch import nn
+
+from spd_lightning import cli
+from spd_lightning.analysis.checks import fidelity
+from spd_lightning.decomposition.attribution import MODES, EdgeTable, joined
+from spd_lightning.decomposition.checks import Checks, Graphs, Inflow, changes
+from spd_lightning.decomposition.closed_form import attribution_graphs
+from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.intervention import Edit, Place, intervene, named_edits, place
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.outputs import Against, Outputs, centred
+from spd_lightning.errors import BadInput
+from spd_lightning.harvest.graphs import PromptGraphs
+from spd_lightning.harvest.module import prompt_id
+from spd_lightning.harvest.twins import twin_of
+from spd_lightning.store import Store, Writer
+from spd_lightning.targets.data import Prompts
+from spd_lightning.targets.huggingface import HuggingFaceLM
+from spd_lightning.targets.toy import TMS
+from spd_lightning.targets.transformer import Decoder
+from spd_lightning.training.checkpoint import save_decomposition
+from spd_lightning.training.decompose import Decomposition
+from spd_lightning.viewer.graph_page import GraphSelection, page_data
+
+# ---- edits ----------------------------------------------------------------------------------------------------------
+
+
+def edited_by_hand(model, batch, edits, g=None, keep=None):
+    """Every component its own matrix, its share of the output changed as the edits say."""
+
+    def at(name, x):
+        if name not in model.sites:
+            return x
+        W, b = printed_weight(model.target, name)
+        x = nn.functional.one_hot(x, W.shape[1]).to(W.dtype) if x.dtype == torch.long else x
+        y = (x @ (W - (model[name].V @ model[name].U).T).T if g is None and keep is None else 0) + b
+        for c in range(model.counts[name]):
+            w = x @ model[name].V[:, c] * (1 if g is None else g[name][..., c])
+            for pos in range(w.shape[1]) if w.ndim > 1 else [0]:
+                here = (slice(None), pos) if w.ndim > 1 else slice(None)
+
+                def means(at, name=name, c=c, pos=pos):
+                    return at.site == name and at.component == c and pos in (at.positions or (pos,))
+
+                w[here] = w[here] if keep is None or any(map(means, keep)) else 0 * w[here]
+                for edit in edits:
+                    w[here] = edit.factor * w[here] + edit.value if means(edit.place) else w[here]
+            y = y + w[..., None] * model[name].U[c]
+        return y
+
+    return model.target.explicit(batch, at)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_d5_without_edits_the_target_speaks(network):
+    """Exactly; and to rounding where every component is scaled by one."""
+    model = decomposed(network)
+    batch = model.target.batch()
+    run = intervene(model, batch)
+    assert torch.equal(run.target, model.target(batch))
+    assert torch.equal(run.edited, run.target)
+    ones = [Edit(Place(name, c), factor=1.0) for name in model.sites for c in range(model.counts[name])]
+    torch.testing.assert_close(intervene(model, batch, ones).edited, run.target, rtol=1e-10, atol=1e-10)
+
+
+def places(model):
+    """One component of every site: at a position in the middle where there are several, at some, and at all."""
+    several = isinstance(model.target, Tokens | Branches)
+    return [Place(name, k % 3, ((1,), (0, 2), None)[k % 3] if several else None) for k, name in enumerate(model.sites)]
+
+
+@pytest.mark.parametrize("base", ["unmasked", "ci"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_edits_are_what_they_say(network, base):
+    """Against every component written out as its own matrix (D1): scaled, set, ablated, one after the other; kept."""
+    model = decomposed(network)
+    batch, at = model.target.batch(), places(model)
+    clean = model.clean(batch)
+    with torch.no_grad():
+        g = None if base == "unmasked" else model.importances(clean).lower
+        edits = [Edit(place, (0.0, 2.0, 0.0)[k % 3], (1.5, 0.0, 0.0)[k % 3]) for k, place in enumerate(at)]
+        edits += [Edit(at[0], factor=-3.0)]
+        run = intervene(model, batch, edits, base=base)
+        torch.testing.assert_close(run.edited, edited_by_hand(model, batch, edits, g))
+        torch.testing.assert_close(run.base, edited_by_hand(model, batch, [], g))
+        assert not torch.allclose(run.edited, run.base)
+        kept = intervene(model, batch, edits[:1], at, base)
+        torch.testing.assert_close(kept.edited, edited_by_hand(model, batch, edits[:1], g, at))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_ablated_everywhere_a_component_is_gone_from_the_weight(network):
+    """D1: the target with W − U_c V_cᵀ in the place of W; and with importances as masks and nothing else, M's `ci`."""
+    model = decomposed(network)
+    batch = model.target.batch()
+    for name, site in model.sites.items():
+        if site.kind == "identity":
+            continue
+        other = copy.deepcopy(model.target)
+        weight = other.get_submodule(name).weight
+        with torch.no_grad():
+            part = torch.outer(model[name].U[2], model[name].V[:, 2])
+            weight -= part if site.kind == "linear" else part.T
+        run = intervene(model, batch, [Edit(Place(name, 2))])
+        torch.testing.assert_close(run.edited, other(batch), rtol=1e-10, atol=1e-10)
+    g = model.importances(model.clean(batch)).lower
+    masks = {name: Mask(values, 0.0) for name, values in g.items()}
+    torch.testing.assert_close(intervene(model, batch, base="ci").edited, naive(model, batch, masks))
+
+
+def test_names_are_those_of_nodes():
+    model = decomposed(Tokens)
+    assert place(model, "conv:3") == Place("conv", 3, None)
+    assert place(model, " readout.pre_identity:2:6 ") == Place("readout.pre_identity", 6, (2,))
+    assert place(model, "embed:1-3:0") == Place("embed", 0, (1, 2, 3))
+    edits = named_edits(model, ["conv:1"], {"conv:2:1": 2.0}, {"conv:1": 1.5})
+    assert [(edit.factor, edit.value) for edit in edits] == [(0.0, 0.0), (2.0, 0.0), (0.0, 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("conf:3", "site 'conf': not one of the decomposition; did you mean 'conv'?"),
+        ("conv:4", "component 4 of 'conv': it has 4; take one from 0 to 3"),
+        ("conv", "component 'conv': write layer:pos:component, or layer:component for all positions"),
+        ("conv:a:1", "component 'conv:a:1': position 'a' is no number; write 3, or 3-5 for several"),
+        ("conv:4-2:1", "component 'conv:4-2:1': positions '4-2' end before they begin; write the smaller one first"),
+        ("conv:5:1", "position 5 of 'conv': the prompt has 5; take one from 0 to 4"),
+    ],
+)
+def test_what_is_not_there_is_told_in_one_line(name, told):
+    model = decomposed(Tokens)
+    with pytest.raises(BadInput, match="^" + told.replace("?", r"\?") + "$"):
+        intervene(model, model.target.batch(), named_edits(model, [name]))
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def all_checks(layers, tables):
+    """Every edge whose source is a component, with its attribution."""
+    table = joined(list(tables))
+    nodes = [by_number(layers, p) for p in range(len(layers[0].nodes))]
+    ends = zip(table.prompt.tolist(), table.source.tolist(), strict=True)
+    chosen = torch.tensor([nodes[p][source][0] == "component" for p, source in ends])
+    table = EdgeTable(*(column[chosen] for column in table))
+    checks = Graphs(layers).checks(table)
+    rows = zip(*(x.tolist() for x in (table.prompt, table.target, checks.target)), strict=True)
+    assert all(nodes[p][number] == (*checks.layers[layer], pos, i) for p, number, (layer, pos, i) in rows)
+    return checks, table.attribution
+
+
+@pytest.mark.parametrize("mode", ["frozen", "frozen, ci"])
+@pytest.mark.parametrize("style", STYLES)
+def test_a6_frozen_edges_are_interventions(style, mode):
+    """A component switched off or made larger takes from its target, or adds, what its edge says: to 1e-9."""
+    model, tokens, g = made(style)
+    g = {name: g[name] for name in model.sites}
+    layers, tables = attribution_graphs(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
+    checks, edges = all_checks(layers, tables)
+    for factor in (0.0, 3.0):
+        found = changes(model, tokens, g, CLOSED[mode], checks, factor) / (factor - 1)
+        torch.testing.assert_close(found, edges, rtol=1e-9, atol=1e-9 * float(edges.abs().max()))
+    assert len(edges) > 400
+
+
+@pytest.mark.parametrize("reading", [centred, Against(2)])
+def test_a6_what_outputs_stand_for_is_what_is_read(reading):
+    """Of logits above the mean or above another token's, checks see the same."""
+    model, tokens, g = made("gpt", prompts=1)
+    nodes = Outputs(some_outputs, reading)
+    layers, tables = attribution_graphs(model, tokens, g, MODES["frozen"], THRESHOLD, nodes)
+    checks, edges = all_checks(layers, tables)
+    found = changes(model, tokens, g, MODES["frozen"], checks, reading=reading)
+    torch.testing.assert_close(-found, edges, rtol=1e-9, atol=1e-9 * float(edges.abs().max()))
+
+
+@pytest.mark.parametrize("mode", ["unmasked", "ci_masked", "reference"])
+@pytest.mark.parametrize("style", ["gpt", "llama", "mlps alone"])
+def test_a1_small_interventions_are_derivatives(style, mode):
+    """Central differences: both ways by a thousandth, the change is the edge to about 1e-6."""
+    model, tokens, g = made(style, prompts=1)
+    g = {name: g[name] for name in model.sites}
+    layers, tables = attribution_graphs(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
+    checks, edges = all_checks(layers, tables)
+    up, down = (changes(model, tokens, g, MODES[mode], checks, 1 + eps) for eps in (1e-3, -1e-3))
+    torch.testing.assert_close((up - down) / 2e-3, edges, rtol=1e-5, atol=1e-6 * float(edges.abs().max()))
+    ablated = changes(model, tokens, g, MODES[mode], checks)
+    assert not torch.allclose(-ablated, edges, rtol=1e-3)  # the model is not linear
+
+
+def test_a6_checks_of_a_model_of_transformers_go_by_its_own_names(tmp_path):
+    """A Llama's frozen edges are interventions on the decoder that stands for it."""
+    tiny_checkpoints.write(tmp_path, "llama")
+    model, tokens, g = test_twins.decomposed(HuggingFaceLM.from_pretrained(str(tmp_path)), test_twins.MAPS)
+    quick = twin_of(model, MODES["frozen"])
+    layers, tables = quick.graphs(tokens, g, MODES["frozen"], THRESHOLD, test_twins.odd_tokens)
+    checks, edges = all_checks(layers, tables)
+    found = quick.changes(tokens, g, MODES["frozen"], checks, 0.0)
+    torch.testing.assert_close(-found, edges, rtol=1e-9, atol=1e-9 * float(edges.abs().max()))
+
+
+def test_a1_checks_of_models_on_vectors():
+    """TMS by hand: x_f W's way through two components, and through the ReLU that stays open or shut."""
+    torch.manual_seed(0)
+    model = ComponentModel(TMS(5, 2), {"linear*": 6}).double()
+    x = torch.rand(3, 5).double()
+    g = {name: torch.rand(3, 6).double() for name in model.sites}
+    prompt, i, j = torch.cartesian_prod(torch.tensor([2, 0]), torch.arange(6), torch.arange(6)).T
+    ends = [torch.stack([torch.full_like(i, layer), 0 * i, at], dim=1) for layer, at in ((0, i), (1, j))]
+    checks = Checks([("component", "linear1"), ("component", "linear2")], prompt, *ends)
+    found = changes(model, x, g, MODES["ci_masked"], checks, 2.0)
+    w = g["linear1"] * (x @ model["linear1"].V)
+    edges = w[..., None] * (model["linear1"].U @ model["linear2"].V)
+    torch.testing.assert_close(found, edges[[2, 0]].flatten().detach())
+
+
+@pytest.mark.parametrize("mode", ["unmasked", "ci_masked", "frozen", "reference"])
+@pytest.mark.parametrize("style", ["gpt", "embedding and unembedding too", "mlps alone"])
+def test_a6_the_gap_is_what_in_edges_miss(style, mode):
+    """Σ_T |a_T − Σ in-edges| / Σ_T |a_T| of every prompt, node by node; nothing in frozen graphs (1e-9)."""
+    model, tokens, g = made(style)
+    g = {name: g[name] for name in model.sites}
+    layers, tables = attribution_graphs(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
+    tables, inflow = list(tables), Inflow(model, layers)
+    for table in tables:
+        inflow.add(table)
+    for p, gap in enumerate(inflow.gaps().tolist()):
+        nodes, missed, size = by_number(layers, p), 0.0, 0.0
+        entered = dict.fromkeys(nodes, 0.0)
+        for table in tables:
+            mine = table.prompt == p
+            for target, value in zip(table.target[mine].tolist(), table.attribution[mine].tolist(), strict=True):
+                entered[target] += value
+        values = {(layer.kind, layer.name): layer.value[p].tolist() for layer in layers}
+        for node, (kind, name, pos, i) in nodes.items():
+            if kind in ("component", "output") and name != "wte":
+                a = values[kind, name][pos][i]
+                missed, size = missed + abs(a - entered[node]), size + abs(a)
+        assert gap == pytest.approx(missed / size, abs=1e-12)
+        assert (gap < 1e-9) == (mode == "frozen")
+
+
+# ---- as tables ------------------------------------------------------------------------------------------------------
+
+
+def harvested(folder, model, inputs, mode, **settings):
+    """The graphs of some prompts, written and opened."""
+    module = Decomposition(model.target, {"*": 1})
+    module.model = model
+    harvester = PromptGraphs(mode, **settings)
+    manifest, ids = harvester.manifest(module), [prompt_id(row) for row in inputs]
+    writer = Writer(folder, manifest)
+    rows = len(inputs)
+    writer.write(harvester.rows(module, Prompts(inputs, ["x"] * rows, ["given"] * rows), ids))
+    writer.complete()
+    return Store(folder), ids
+
+
+@pytest.mark.parametrize(("style", "mode"), [("llama", "unmasked"), ("mlps alone", "frozen")])
+def test_a_harvest_says_what_its_graphs_are_worth(tmp_path, style, mode):
+    """Tables checks and graphs: drawn among what was written, the same again, in agreement with each other."""
+    model, tokens, _ = made(style)
+    store, ids = harvested(tmp_path / "one", model, tokens, mode, at_least=0.01, checks=20)
+    checks, graphs, edges = (store.scan(name).collect() for name in ("checks", "graphs", "edges"))
+    assert checks.select("prompt_id", "source", "target", "attribution").join(edges, on=edges.columns).height == len(
+        checks
+    )
+    again, _ = harvested(tmp_path / "two", model, tokens, mode, at_least=0.01, checks=20)
+    assert again.scan("checks").collect().equals(checks)
+    whole = harvested(tmp_path / "all", model, tokens, mode, checks=0)[0]
+    assert whole.scan("checks").collect().is_empty()
+    for row in graphs.to_dicts():
+        mine = pl.col("prompt_id") == row["prompt_id"]
+        assert row["edges"] == edges.filter(mine).height < row["edges_total"]
+        assert row["edges_total"] == whole.scan("edges").filter(mine).collect().height
+        assert row["nodes"] == store.scan("nodes").filter(mine).collect().height
+        assert (row["gap"] < 1e-9) == (mode == "frozen")
+        a, change = checks.filter(mine)["attribution"].to_numpy(), checks.filter(mine)["change"].to_numpy()
+        assert 10 < row["checked"] == len(a) <= 20
+        assert row["correlation"] == pytest.approx(np.corrcoef(a, -change)[0, 1], abs=1e-6)
+        assert row["relative_error"] == pytest.approx(np.linalg.norm(-change - a) / np.linalg.norm(a), abs=1e-6)
+        assert (row["relative_error"] < 1e-6) == (mode == "frozen")
+    assert set(graphs["prompt_id"]) == set(ids)
+    found = fidelity(store)
+    a, change = checks["attribution"].to_numpy(), checks["change"].to_numpy()
+    assert found.checked == len(checks)
+    assert page_data(store, GraphSelection(ids[0])).checks == asdict(fidelity(store, ids[0]))
+    assert found.gap == pytest.approx(graphs["gap"].mean())
+    assert found.correlation == pytest.approx(np.corrcoef(a, -change)[0, 1], abs=1e-6)
+
+
+def test_draws_go_by_size():
+    """Among 1000 edges of one prompt, one that is half of all is always drawn, and nothing of size zero ever."""
+    model, tokens, g = made("llama", prompts=1)
+    layers, tables = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
+    table = next(iter(tables))
+    first = next(k for k, source in enumerate(table.source.tolist()) if by_number(layers, 0)[source][0] == "component")
+    sizes = torch.zeros(len(table.source)).double()
+    sizes[first], sizes[-5:] = -5.0, 1.0
+    for seed in range(20):
+        edges = table._replace(attribution=sizes, target=torch.arange(len(sizes)))
+        drawn = Graphs(layers).drawn(edges, 4, torch.Generator().manual_seed(seed)).target.tolist()
+        assert first in drawn
+        assert set(drawn) <= {first, *range(len(sizes) - 5, len(sizes))}
+        assert len(drawn) == 3
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs_there(tmp_path_factory):
+    """Two runs that were never trained: `text`, a decoder of 16 positions, and `toy`, TMS 5-2."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "corpus.txt").write_text("\n\n".join(f"Mia went to the park {k} times ." for k in range(400)))
+    text = f"base: stories-1L-tiny.yaml\ndata: {{init_args: {{corpus: {root}/corpus.txt, vocab: 300}}}}"
+    decoder = {"vocab": 300, "d_model": 8, "n_layers": 1, "n_heads": 2, "context": 16}
+    networks = {
+        "text": (Decoder, decoder, "h.*proj", text),
+        "toy": (TMS, {"n_features": 5, "n_hidden": 2}, "linear*", "base: tms_5-2.yaml"),
+    }
+    torch.manual_seed(0)
+    for name, (network, settings, sites, config) in networks.items():
+        module = Decomposition(network(**settings), {sites: 4})
+        module.target_spec = {"class_path": f"spd_lightning.{network.__name__}", "init_args": settings}
+        (root / name).mkdir()
+        (root / name / "config.yaml").write_text(config)
+        save_decomposition(module, root / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPD_RUNS", str(root))
+        yield root
+
+
+def told(capsys, *words):
+    assert cli.run(["intervene", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_command_shows_predictions_beside_the_targets(capsys, runs_there):
+    """A line a position; the same figures in JSON; what a set of names keeps, from the command line or a file."""
+    text = ["text", "--text", "Mia went to the park"]
+    answer = json.loads(told(capsys, *text, "--json", "--ablate", "h.0.mlp.down_proj:1", "--top", "2"))
+    ids = [row["token_id"] for row in answer["positions"]]
+    module = Decomposition.from_pretrained("text")
+    run = module.intervene(torch.tensor([ids]), ["h.0.mlp.down_proj:1"])
+    p, q = (side[0].double().softmax(-1) for side in (run.target, run.edited))
+    for pos, row in enumerate(answer["positions"]):
+        assert [held["token_id"] for held in row["edited"]] == q[pos].topk(2).indices.tolist()
+        assert row["target"][0]["probability"] == pytest.approx(float(p[pos].max()), rel=1e-5)
+        assert row["kl_edited"] == pytest.approx(float((p[pos] * (p[pos] / q[pos]).log()).sum()), rel=1e-4, abs=1e-9)
+        assert row["kl_base"] == 0
+    table = told(capsys, *text).splitlines()
+    assert len(table) == 1 + len(ids)
+    assert all(line.endswith("0.0000") for line in table[1:])
+    names = ["h.0.mlp.down_proj:0-2:1", "h.0.attn.v_proj:3"]
+    (runs_there / "nodes.json").write_text(json.dumps({"nodes": [*names, "wte:0:0", "output:1:7"]}))
+    kept = [told(capsys, *text, "--base", "ci", "--keep", by) for by in (",".join(names), f"{runs_there}/nodes.json")]
+    assert kept[0] == kept[1]
+    assert "KL base" in kept[0]
+
+
+def test_the_command_takes_vectors_too(capsys, runs_there):
+    words = ["toy", "--input", "0,0.75,0,0,0.5", "--scale", "linear1:2=3", "--set", "linear2:0:1=-1.5"]
+    answer = json.loads(told(capsys, *words, "--json"))["outputs"]
+    run = Decomposition.from_pretrained("toy").intervene(
+        torch.tensor([[0, 0.75, 0, 0, 0.5]]), scale={"linear1:2": 3.0}, set={"linear2:0:1": -1.5}
+    )
+    assert [row["edited"] for row in answer] == pytest.approx(run.edited[0].tolist())
+    assert len(told(capsys, *words).splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--text", "Mia"], "the following arguments are required: RUN"),
+        (["text"], "one of the arguments --text --input is required"),
+        (["txt", "--text", "Mia"], "did you mean 'text'?"),
+        (["text", "--text", "Mia", "--abblate", "x:1"], "did you mean '--ablate'?"),
+        (["text", "--text", ""], "prompt: it is empty"),
+        (["text", "--text", "Mia went " * 20], "the target's context holds 16; shorten it"),
+        (["text", "--input", "3,999"], "token 999 is outside the target's vocabulary, which ends at 299"),
+        (["text", "--input", "3,x"], "this run takes token ids"),
+        (["text", "--text", "Mia", "--ablate", "h.0.attn.p_proj:1"], "did you mean 'h.0.attn.v_proj'?"),
+        (["text", "--text", "Mia", "--ablate", "h.0.attn.q_proj:4"], "it has 4; take one from 0 to 3"),
+        (
+            ["text", "--text", "Mia", "--set", "h.0.attn.q_proj:15:1=1"],
+            "position 15 of 'h.0.attn.q_proj': the prompt has",
+        ),
+        (["text", "--text", "Mia", "--scale", "h.0.attn.q_proj:1"], "write a component and a number"),
+        (["text", "--text", "Mia", "--scale", "h.0.attn.q_proj:1=inf"], "write a component and a number"),
+        (["text", "--text", "Mia", "--keep", "no.json"], "cannot be read (No such file"),
+        (["text", "--text", "Mia", "--base", "cl"], "no such run of the model; there are: ci, unmasked"),
+        (["text", "--text", "Mia", "--top", "0"], "take 1 or more"),
+        (["toy", "--text", "Mia"], "run 'toy' takes no texts"),
+        (["toy", "--input", "1,2"], "does not go through the target"),
+        (["toy", "--input", "1,2,nan,4,5"], "its numbers must be finite"),
+    ],
+)
+def test_the_command_refuses_in_one_line(capsys, runs_there, words, said):
+    assert cli.run(["intervene", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
