@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import polars as pl
 
@@ -25,18 +25,21 @@ def edges(words: Sequence[str]) -> None:
     store = _store(asked.run, asked.harvest)
     sides: list[Side] = [side for side in ("sources", "targets") if getattr(asked, side)] or ["sources", "targets"]
     found = {side: strongest(store, layer, component, side, asked.scale, asked.metric, asked.most) for side in sides}
+    names = {side: named(store, frame) for side, frame in found.items()}
     if asked.json:
-        rows = {
-            side: frame.with_columns(name=pl.Series(named(store, frame), dtype=pl.String))
-            for side, frame in found.items()
-        }
-        print(json.dumps({side: frame.to_dicts() for side, frame in rows.items()}, indent=1))
+        print(json.dumps({side: _rows(names[side], frame) for side, frame in found.items()}, indent=1))
         return
     print(f"{layer}:{component} over {store.manifest['prompts']} prompts, {store.manifest['mode']}, {asked.scale}")
+    width = max(map(len, [*names.get("sources", []), *names.get("targets", []), "sources"])) + 2
     for side, frame in found.items():
-        print(f"\n{side:<40} {'edges':>10} {'to activation':>14} {'to |activation|':>16}")
-        for name, row in zip(named(store, frame), frame.iter_rows(named=True), strict=True):
-            print(f"  {name:<38} {row['edges']:>10,} {row['to_activation']:>+14.4g} {row['to_size']:>+16.4g}")
+        print(f"\n{side:<{width + 2}} {'edges':>10} {'to activation':>14} {'to |activation|':>16}")
+        for row in _rows(names[side], frame):
+            values = f"{row['edges']:>10,} {row['to_activation']:>+14.4g} {row['to_size']:>+16.4g}"
+            print(f"  {row['name']:<{width}} {values}")
+
+
+def _rows(names: list[str], frame: pl.DataFrame) -> list[dict[str, Any]]:
+    return [{"name": name, **row} for name, row in zip(names, frame.iter_rows(named=True), strict=True)]
 
 
 def _asked(words: Sequence[str]) -> argparse.Namespace:

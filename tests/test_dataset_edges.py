@@ -2,10 +2,12 @@
 
 import json
 from collections import defaultdict
+from functools import partial
 from math import sqrt
 
 import polars as pl
 import pytest
+import tiny_checkpoints
 import torch
 from polars.testing import assert_frame_equal
 from test_closed_form import CLOSED, STYLES, THRESHOLD, made, some_outputs
@@ -21,9 +23,11 @@ from spd_lightning.decomposition.outputs import every_output
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.dataset_edges import DatasetEdges
 from spd_lightning.harvest.graphs import PromptGraphs
+from spd_lightning.harvest.twins import twin_of
 from spd_lightning.runs import Run
 from spd_lightning.store import Store
 from spd_lightning.targets.data import Batches
+from spd_lightning.targets.huggingface import HuggingFaceLM
 from spd_lightning.targets.toy import TMS
 from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training.decompose import Decomposition
@@ -64,14 +68,14 @@ def as_dictionary(pairs):
     return found
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, rtol=1e-9, atol=1e-12):
     """Alike as dictionaries; only edges across positions may be zero in one and left out in the other."""
     largest = [max(abs(sums[number]) for sums in expected.values()) for number in range(3)]
     for key in found.keys() | expected.keys():
         n, *sums = found.get(key, (0, 0.0, 0.0))
         m, *wanted = expected.get(key, (0, 0.0, 0.0))
         assert n == m or (n > m and key[1][-6:] in ("k_proj", "v_proj")), key
-        assert sums == [pytest.approx(w, rel=1e-9, abs=1e-12 * big) for w, big in zip(wanted, largest[1:], strict=True)]
+        assert sums == [pytest.approx(w, rel=rtol, abs=atol * big) for w, big in zip(wanted, largest[1:], strict=True)]
 
 
 @pytest.mark.parametrize("mode", CLOSED)
@@ -95,6 +99,24 @@ def test_toys_too():
         assert_same(as_dictionary(pairs), by_definition(model, inputs, g, MODES["unmasked"], every_output))
     assert {node.layer for node in nodes} == {"embed", "pos_embed", *head.sites, "output"}
     assert nodes[1].component.tolist() == [0, 1, 2, 3, 4]  # positions
+
+
+def test_models_of_transformers_by_their_twins(tmp_path):
+    """Closed forms of a decoder with the same weights, under the model's own names, to single precision."""
+    tiny_checkpoints.write(tmp_path, "llama")
+    target = HuggingFaceLM.from_pretrained(str(tmp_path))
+    target.model.set_attn_implementation("eager")
+    model = ComponentModel(target, {"model.layers.*.self_attn.*": 5, "model.layers.*.mlp.*_proj": 6}).double()
+    tokens = tiny_checkpoints.tokens(2, 4)
+    g = {name: (1.8 * torch.rand(a.shape).double() - 0.6).clamp(0, 1) for name, a in model.clean(tokens).inner.items()}
+    quick = twin_of(model, MODES["unmasked"])
+    assert quick.model is not model
+    (nodes, found), (slow, expected) = (
+        way(tokens, g, MODES["unmasked"], THRESHOLD, wanted=lambda name: name.startswith("model."))
+        for way in (quick.sums, partial(dataset_edges, model))
+    )
+    assert [node.layer for node in nodes] == [node.layer for node in slow]
+    assert_same(as_dictionary(found), as_dictionary(expected), rtol=1e-4, atol=1e-6)
 
 
 def test_both_metrics_are_gradients_of_sums_and_of_sizes():

@@ -14,12 +14,13 @@ import polars as pl
 from torch import Tensor
 
 from spd_lightning.decomposition.attribution import MODES, ModeName
-from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums, dataset_edges
+from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums
 from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.harvest.module import PAIRS, Harvester
 from spd_lightning.harvest.rows import about, array, both_runs, embeddings, layer_names, prompt_rows
+from spd_lightning.harvest.twins import twin_of
 from spd_lightning.store import KINDS, schema
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
@@ -65,17 +66,17 @@ class DatasetEdges(Harvester):
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
         """Where edges have no closed form, those across positions are all held at once."""
-        if inputs.is_floating_point() or why_not(model, MODES[self.mode]) is None:
+        mode = MODES[self.mode]
+        if inputs.is_floating_point() or why_not(twin_of(model, mode).model, mode) is None:
             return super().at_once(model, inputs)
         return min(super().at_once(model, inputs), max(1, PAIRS // inputs.shape[1] ** 2))
 
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
         """The sums over a batch of prompts."""
-        runs = both_runs(module.model, prompts.inputs)
-        nodes, pairs = dataset_edges(
-            module.model, prompts.inputs, runs.importances, MODES[self.mode], self.threshold, runs.nodes, self._wanted
-        )
-        names = layer_names(module.model, MODES[self.mode].linearisation == "frozen")
+        runs, mode = both_runs(module.model, prompts.inputs), MODES[self.mode]
+        sums = twin_of(module.model, mode).sums
+        nodes, pairs = sums(prompts.inputs, runs.importances, mode, self.threshold, runs.nodes, self._wanted)
+        names = layer_names(module.model, mode.linearisation == "frozen")
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
             "dataset_edges": pair_rows(pairs, names),

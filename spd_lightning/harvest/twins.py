@@ -5,7 +5,7 @@ Where the sites have their places in it, graphs are the twin's, and names stay t
 queries, keys and values has none: take such a checkpoint as `decoder:` to have closed forms.)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode
 from spd_lightning.decomposition.checks import Checks, Key, changes
 from spd_lightning.decomposition.closed_form import attribution_graphs
+from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums, dataset_edges
 from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, Reading, every_output, logits
@@ -37,10 +38,33 @@ class Twin(NamedTuple):
         at_least: float = 0.0,
     ) -> tuple[list[Layer], Iterator[EdgeTable]]:
         """What `attribution_graphs` gives, under the model's own names."""
-        g = {self.names.get(name, name): values for name, values in importances.items()}
+        g = self._theirs(importances)
         layers, edges = attribution_graphs(self.model, inputs, g, mode, threshold, output_nodes, at_least)
-        own = {theirs: name for name, theirs in self.names.items()}
-        return [layer._replace(name=own.get(layer.name, layer.name)) for layer in layers], edges
+        return [layer._replace(name=self._own(layer.name)) for layer in layers], edges
+
+    def sums(
+        self,
+        inputs: Tensor,
+        importances: Mapping[str, Tensor],
+        mode: Mode,
+        threshold: float = 0.0,
+        output_nodes: OutputNodes = every_output,
+        wanted: Callable[[str], bool] = lambda layer: True,
+    ) -> tuple[list[NodeSums], list[PairSums]]:
+        """What `dataset_edges` gives, under the model's own names."""
+        g, own = self._theirs(importances), self._own
+        nodes, pairs = dataset_edges(
+            self.model, inputs, g, mode, threshold, output_nodes, lambda layer: wanted(own(layer))
+        )
+        ends = ({"source_layer": own(pair.source_layer), "target_layer": own(pair.target_layer)} for pair in pairs)
+        renamed = [pair._replace(**names) for pair, names in zip(pairs, ends, strict=True)]
+        return [node._replace(layer=own(node.layer)) for node in nodes], renamed
+
+    def _theirs(self, importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self.names.get(name, name): values for name, values in importances.items()}
+
+    def _own(self, name: str) -> str:
+        return {theirs: own for own, theirs in self.names.items()}.get(name, name)
 
     def changes(
         self,
