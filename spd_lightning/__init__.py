@@ -20,6 +20,9 @@ _HOME = {
     "ComponentModel": "spd_lightning.decomposition.model",
     "PromptNodes": "spd_lightning.harvest.nodes",
     "PromptGraphs": "spd_lightning.harvest.graphs",
+    "SparseCircuits": "spd_lightning.harvest.circuits",
+    "CircuitSearch": "spd_lightning.decomposition.question",
+    "optimise": "spd_lightning.decomposition.optimised",
     "Store": "spd_lightning.store",
     "BadInput": "spd_lightning.errors",
 }

@@ -36,6 +36,21 @@ u16, u32, count = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), st.integ
 layers, sums = st.sampled_from(LAYERS), st.floats(allow_nan=False)
 NODE = st.tuples(u32, st.sampled_from(KINDS), layers, u16, u32, st.none() | floats, floats)
 OUTPUT = st.tuples(u16, u32, words, st.none() | floats, floats, st.none() | floats, floats)
+SHARE = st.none() | floats
+CIRCUIT = st.tuples(
+    st.none() | sums,
+    st.booleans(),
+    u32,
+    u32,
+    u16,
+    st.none() | u32,
+    st.none() | words,
+    *[floats] * 3,
+    *[SHARE] * 4,
+    floats,
+    u32,
+    u32,
+)
 COMPONENT = st.tuples(layers, u32, count, count, sums, sums, floats, st.booleans())
 
 
@@ -45,6 +60,7 @@ def rows_of(draw: st.DrawFn, prompt_id: int) -> dict[str, list[tuple]]:
 
     prompt = (prompt_id, draw(st.lists(u32, max_size=3)), draw(st.lists(words, max_size=3)), draw(words), draw(words))
     tables = {"nodes": some(NODE), "edges": some(st.tuples(u32, u32, floats)), "outputs": some(OUTPUT)}
+    tables["frontier"] = some(CIRCUIT)
     return {"prompts": [prompt], **tables, "components": draw(st.lists(COMPONENT, max_size=3))}
 
 

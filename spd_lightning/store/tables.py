@@ -53,6 +53,21 @@ _COMPONENTS = {
     "norm": pl.Float32,
     "alive": pl.Boolean,
 }
+_FRONTIER = {
+    "prompt_id": pl.UInt64,
+    "lambda": pl.Float64,
+    "chosen": pl.Boolean,
+    "nodes": pl.UInt32,
+    "important": pl.UInt32,
+    "pos": pl.UInt16,
+    "label": pl.UInt32,
+    "token": pl.String,
+    **{f"loss_{masks}": pl.Float32 for masks in ("ci", "stochastic", "adversarial")},
+    **{f"p_{masks}": pl.Float32 for masks in ("target", "ci", "stochastic", "adversarial")},
+    "kept": pl.Float32,
+    "adversary_steps": pl.UInt32,
+    "steps": pl.UInt32,
+}
 
 TABLES: dict[str, pl.Schema] = {
     "prompts": pl.Schema(_PROMPTS),
@@ -61,9 +76,15 @@ TABLES: dict[str, pl.Schema] = {
     "edges": pl.Schema(_EDGES),
     "outputs": pl.Schema(_OUTPUTS),
     "components": pl.Schema(_COMPONENTS),
+    "frontier": pl.Schema(_FRONTIER),
 }
 """Columns of every table. `layer` is categorical here; in a store it is an Enum over the manifest's layers, in forward
-order. `components` holds additive counts, one row a component and group; `norm` and `alive` are the same in each."""
+order. `components` holds additive counts, one row a component and group; `norm` and `alive` are the same in each.
+`frontier` holds circuits of several sizes for each prompt, of which the chosen one is its graph, and in a row without
+λ what the importance function says itself: the components left
+(`important`: above a stated importance), how far the answer at `pos` is from the target's, and the probability of a
+label under the target, ci, stochastic and adversarial masks (null on vectors); `kept` is the share of the target's
+answer that the adversary leaves."""
 
 SORTED: dict[str, tuple[str, ...]] = {
     "prompts": (),
@@ -72,6 +93,7 @@ SORTED: dict[str, tuple[str, ...]] = {
     "edges": ("prompt_id", "source", "target"),
     "outputs": ("prompt_id", "pos"),
     "components": ("layer", "component"),
+    "frontier": ("prompt_id", "lambda"),
 }
 """The order of a shard's rows; prompts stay as they came, and so do rows that the order does not tell apart."""
 
