@@ -21,6 +21,9 @@ _HOME = {
     "PromptNodes": "spd_lightning.harvest.nodes",
     "PromptGraphs": "spd_lightning.harvest.graphs",
     "DatasetEdges": "spd_lightning.harvest.dataset_edges",
+    "SparseCircuits": "spd_lightning.harvest.circuits",
+    "CircuitSearch": "spd_lightning.decomposition.question",
+    "optimise": "spd_lightning.decomposition.optimised",
     "Store": "spd_lightning.store",
     "BadInput": "spd_lightning.errors",
 }

@@ -37,6 +37,21 @@ layers, sums = st.sampled_from(LAYERS), st.floats(allow_nan=False)
 NODE = st.tuples(u32, st.sampled_from(KINDS), layers, u16, u32, st.none() | floats, floats)
 CHECK, GRAPH = st.tuples(u32, u32, *[floats] * 3), st.tuples(u32, u32, u32, floats, u32, st.none() | floats, floats)
 OUTPUT = st.tuples(u16, u32, words, st.none() | floats, floats, st.none() | floats, floats)
+SHARE = st.none() | floats
+CIRCUIT = st.tuples(
+    st.none() | sums,
+    st.booleans(),
+    u32,
+    u32,
+    u16,
+    st.none() | u32,
+    st.none() | words,
+    *[floats] * 3,
+    *[SHARE] * 4,
+    floats,
+    u32,
+    u32,
+)
 COMPONENT = st.tuples(layers, u32, count, count, sums, sums, floats, st.booleans())
 PAIR = st.tuples(st.sampled_from(KINDS), layers, u32, layers, u32, count, sums, sums)
 NODES = st.tuples(st.sampled_from(KINDS), layers, u32, count, count, sums, sums)
@@ -48,7 +63,7 @@ def rows_of(draw: st.DrawFn, prompt_id: int) -> dict[str, list[tuple]]:
 
     prompt = (prompt_id, draw(st.lists(u32, max_size=3)), draw(st.lists(words, max_size=3)), draw(words), draw(words))
     tables = {"nodes": some(NODE), "edges": some(st.tuples(u32, u32, floats)), "outputs": some(OUTPUT)}
-    tables |= {"checks": some(CHECK), "graphs": some(GRAPH)}
+    tables |= {"checks": some(CHECK), "graphs": some(GRAPH), "frontier": some(CIRCUIT)}
     plain = zip(("components", "dataset_edges", "dataset_nodes"), (COMPONENT, PAIR, NODES), strict=True)
     return {"prompts": [prompt], **tables, **{name: draw(st.lists(row, max_size=3)) for name, row in plain}}
 

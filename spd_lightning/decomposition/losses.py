@@ -101,12 +101,17 @@ class _Power(torch.autograd.Function):
         return (grad * ctx.p).mul_(powered).div_(x), None
 
 
+def powered(g: Float[Tensor, "..."], p: float) -> Float[Tensor, "..."]:
+    """`(ĝ + ε)^p`, what one importance costs."""
+    return g + EPSILON if p == 1 else (g + EPSILON).square() if p == 2 else _Power.apply(g + EPSILON, p)
+
+
 def component_means(
     g: Float[Tensor, "... C"], p: float, weights: Float[Tensor, " batch"] | None
 ) -> Float[Tensor, " C"]:
     """Per component, the mean of `(ĝ + ε)^p` over batch and positions."""
-    powered = g + EPSILON if p == 1 else (g + EPSILON).square() if p == 2 else _Power.apply(g + EPSILON, p)
-    return position_mean(powered.flatten(1, -2).mean(1) if g.ndim > 2 else powered, weights)
+    costs = powered(g, p)
+    return position_mean(costs.flatten(1, -2).mean(1) if g.ndim > 2 else costs, weights)
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,14 @@ between them (section A of docs/method.md), and a run under the importances them
 tried by intervention.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import polars as pl
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import MODES, EdgeTable, ModeName
+from spd_lightning.decomposition.attribution import MODES, ModeName
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import reading_of
 from spd_lightning.errors import BadInput
@@ -21,16 +20,15 @@ from spd_lightning.harvest.checks import FACTOR, check_rows, drawn, graph_rows, 
 from spd_lightning.harvest.module import PAIRS, Harvester
 from spd_lightning.harvest.rows import (
     about,
-    array,
     both_runs,
     component_rows,
+    edge_rows,
     layer_names,
     node_rows,
     output_rows,
     prompt_rows,
 )
 from spd_lightning.harvest.twins import twin_of
-from spd_lightning.store import TABLES
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
 
@@ -94,20 +92,3 @@ class PromptGraphs(Harvester):
             "outputs": output_rows(runs, ids, self.names),
             "components": component_rows(module, layers, self.threshold),
         }
-
-
-def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
-    """One row an edge."""
-    prompt_ids = np.array(ids, dtype=np.uint64)
-    frames = [
-        pl.DataFrame(
-            {
-                "prompt_id": prompt_ids[table.prompt.cpu().numpy()],
-                "source": table.source.int().cpu().numpy().view(np.uint32),
-                "target": table.target.int().cpu().numpy().view(np.uint32),
-                "attribution": array(table.attribution),
-            }
-        )
-        for table in tables
-    ]
-    return pl.concat([pl.DataFrame(schema=TABLES["edges"]), *frames])

@@ -2,10 +2,10 @@
 
 1. *Run* the prompts twice: clean, which gives the importances, and under those importances as masks.
 2. *Layers* say which entries are nodes (A3) and what their values are; a harvester makes them.
-3. *Rows*: the tables prompts, nodes, outputs and components are read off the two runs and the layers.
+3. *Rows*: the tables prompts, nodes, edges, outputs and components are read off the two runs and the layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from spd_lightning.decomposition.attribution import (
+    EdgeTable,
     Layer,
     biased,
     node_numbers,
@@ -23,7 +24,7 @@ from spd_lightning.decomposition.components import IDENTITY, Mask
 from spd_lightning.decomposition.metrics import component_norms, sizeable
 from spd_lightning.decomposition.model import Clean, ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, every_output, likely_tokens
-from spd_lightning.store import KINDS
+from spd_lightning.store import KINDS, TABLES
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
 
@@ -44,14 +45,16 @@ class Runs(NamedTuple):
     nodes: OutputNodes
 
 
-def both_runs(model: ComponentModel, inputs: Shaped[Tensor, "batch _"]) -> Runs:
-    """Run a batch of prompts clean and under its lower-leaky importances, without gradients.
+def both_runs(
+    model: ComponentModel, inputs: Shaped[Tensor, "batch _"], importances: Mapping[str, Tensor] | None = None
+) -> Runs:
+    """Run a batch of prompts clean and under importances, the clean run's lower-leaky ones unless told otherwise.
 
-    inputs: [batch, features] floating point, or [batch, pos] token ids.
+    inputs: [batch, features] floating point, or [batch, pos] token ids. No gradients.
     """
     with torch.no_grad():
         clean = model.clean(inputs)
-        g = model.importances(clean).lower
+        g = model.importances(clean).lower if importances is None else dict(importances)
         masked = model.masked(inputs, {site: Mask(v, 0.0) for site, v in g.items()}, clean)
         target, ci = (full(shape3(out)) for out in (clean.output, masked))
         nodes = every_output if inputs.is_floating_point() else likely_tokens(ci.softmax(-1))
@@ -145,6 +148,23 @@ def node_rows(layers: list[Layer], ids: list[int]) -> pl.DataFrame:
     return pl.concat(frames)
 
 
+def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
+    """One row an edge."""
+    prompt_ids = np.array(ids, dtype=np.uint64)
+    frames = [
+        pl.DataFrame(
+            {
+                "prompt_id": prompt_ids[table.prompt.cpu().numpy()],
+                "source": table.source.int().cpu().numpy().view(np.uint32),
+                "target": table.target.int().cpu().numpy().view(np.uint32),
+                "attribution": array(table.attribution),
+            }
+        )
+        for table in tables
+    ]
+    return pl.concat([pl.DataFrame(schema=TABLES["edges"]), *frames])
+
+
 def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
     """What the model gives under its importances beside what the target gives, at the output nodes."""
     chosen = runs.nodes(runs.ci)
@@ -153,7 +173,7 @@ def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
         "prompt_id": np.array(ids, dtype=np.uint64)[prompt],
         "pos": pos.astype(np.uint16),
         "token_id": token.astype(np.uint32),
-        "token": _looks(token, names),
+        "token": looks(token, names),
     }
     tokens = runs.clean.output.ndim == 3
     for name, logits in (("ci", runs.ci), ("target", runs.target)):
@@ -164,10 +184,11 @@ def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
     return pl.DataFrame(columns, schema_overrides=types)
 
 
-def _looks(tokens: np.ndarray, names: Names) -> list[str]:
+def looks(tokens: np.ndarray, names: Names) -> list[str]:
+    """What each of some tokens looks like."""
     known, which = np.unique(tokens, return_inverse=True)
-    looks = names(known.tolist())
-    return [looks[k] for k in which]
+    shown = names(known.tolist())
+    return [shown[k] for k in which]
 
 
 def component_rows(module: Decomposition, layers: list[Layer], threshold: float) -> pl.DataFrame:

@@ -71,6 +71,21 @@ _COMPONENTS = {
     "norm": pl.Float32,
     "alive": pl.Boolean,
 }
+_FRONTIER = {
+    "prompt_id": pl.UInt64,
+    "lambda": pl.Float64,
+    "chosen": pl.Boolean,
+    "nodes": pl.UInt32,
+    "important": pl.UInt32,
+    "pos": pl.UInt16,
+    "label": pl.UInt32,
+    "token": pl.String,
+    **{f"loss_{masks}": pl.Float32 for masks in ("ci", "stochastic", "adversarial")},
+    **{f"p_{masks}": pl.Float32 for masks in ("target", "ci", "stochastic", "adversarial")},
+    "kept": pl.Float32,
+    "adversary_steps": pl.UInt32,
+    "steps": pl.UInt32,
+}
 
 _DATASET_EDGES = {
     "source_kind": pl.Enum(KINDS),
@@ -103,13 +118,18 @@ TABLES: dict[str, pl.Schema] = {
     "components": pl.Schema(_COMPONENTS),
     "dataset_edges": pl.Schema(_DATASET_EDGES),
     "dataset_nodes": pl.Schema(_DATASET_NODES),
+    "frontier": pl.Schema(_FRONTIER),
 }
 """Columns of every table. Layers are categorical here; in a store they are an Enum over the manifest's, in forward
 order. `components` holds additive counts, one row a component and group; `norm` and `alive` are the same in each.
 `dataset_edges` and `dataset_nodes` hold sums over a group's prompts: a component there may be the row of an embedding,
 and `sum_abs_target` is the sum of edges to |activation|.
 `checks` holds edges that were tried: what their target gained when their source was multiplied by a factor. `graphs`
-says of each prompt how many edges were written, of how many; how far in-edges are from adding up; how checks agree."""
+says of each prompt how many edges were written, of how many; how far in-edges are from adding up; how checks agree.
+`frontier` holds circuits of several sizes for each prompt, of which the chosen one is its graph, and in a row without
+λ what the importance function says itself: the components left (`important`: above a stated importance), how far the
+answer at `pos` is from the target's, and the probability of a label under the target, ci, stochastic and adversarial
+masks (null on vectors); `kept` is the share of the target's answer that the adversary leaves."""
 
 SORTED: dict[str, tuple[str, ...]] = {
     "prompts": (),
@@ -122,6 +142,7 @@ SORTED: dict[str, tuple[str, ...]] = {
     "components": ("layer", "component"),
     "dataset_edges": ("target_layer", "target", "source_layer", "source_kind", "source"),
     "dataset_nodes": ("layer", "kind", "component"),
+    "frontier": ("prompt_id", "lambda"),
 }
 """The order of a shard's rows; prompts stay as they came, and so do rows that the order does not tell apart."""
 

@@ -52,7 +52,8 @@ function clear() {
   $('svg').replaceChildren();
   $('.rows').replaceChildren();
   $('.axis').replaceChildren();
-  $('tbody').replaceChildren();
+  $('.strongest tbody').replaceChildren();
+  $('.frontier').hidden = true;
   $('.summary').textContent = $('.checks').textContent = '';
   $('canvas').width = $('canvas').height = 0;
   emptyPanel();
@@ -75,6 +76,7 @@ function render() {
   drawAxis(plan);
   drawEdges(plan);
   drawSummary();
+  drawFrontier(graph.frontier);
   drawTable();
   element.querySelectorAll('.extra').forEach((item, index) => { item.hidden = !graph.nodes.some((node) => node.kind === ['rest', 'bias'][index]); });
 }
@@ -252,7 +254,7 @@ function drawTable() {
     return row;
   });
   if (!rows.length) { const row = make('tr'); const cell = make('td', '', 'No edge passes these filters.'); cell.colSpan = 4; row.append(cell); rows.push(row); }
-  $('tbody').replaceChildren(...rows);
+  $('.strongest tbody').replaceChildren(...rows);
 }
 
 // ---- hover and pin --------------------------------------------------------------------------------------------

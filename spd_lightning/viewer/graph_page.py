@@ -57,8 +57,9 @@ class GraphPage:
     A node is {node, name, kind, layer (index into `layers`), pos, component, importance, activation, label, outputs};
     an edge {source, target, attribution}, strongest first. Of a graph with many nodes, only those on an edge are here.
     `tokens` are the prompt's tokens by position, empty for models on vectors. `replacement` and `completeness` are the
-    scores of the whole graph, None unless it is frozen (see `analysis.influence.Scores`).
-    `checks` is the graph's `analysis.checks.Fidelity`, None for a harvest without any and for several prompts together.
+    scores of the whole graph, None unless it is frozen (see `analysis.influence.Scores`). `checks` is the graph's
+    `analysis.checks.Fidelity`, None for a harvest without any and for several prompts together. `frontier` holds the
+    rows of that table by λ, where the harvest has one.
     """
 
     label: str
@@ -74,6 +75,7 @@ class GraphPage:
     replacement: float | None
     completeness: float | None
     checks: dict[str, Any] | None
+    frontier: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
         replacement=graph.scores.replacement,
         completeness=graph.scores.completeness,
         checks=_checks(store, selection.prompt),
+        frontier=finite(store.collect(store.scan("frontier", selection.prompt)).drop("prompt_id")).to_dicts(),
     )
 
 
@@ -229,14 +232,14 @@ def widgets(library: Library) -> Panel:
         except BadInput as error:
             return [{"problem": str(error)}]
 
-    template, shared, layout, script = (
+    template, shared, layout, frontier, script = (
         Path(__file__).with_name(name).read_text(encoding="utf-8")
-        for name in ("graph.html", "widget.js", "graph_layout.js", "graph.js")
+        for name in ("graph.html", "widget.js", "graph_layout.js", "frontier.js", "graph.js")
     )
     shown = gr.HTML(
         value={},
         html_template=template,
-        js_on_load=shared + layout + script,
+        js_on_load=shared + layout + frontier + script,
         server_functions=[graph, node],
         apply_default_css=False,
         elem_id="graph",

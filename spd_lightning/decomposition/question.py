@@ -1,0 +1,198 @@
+"""A question about some prompts: what the target says at one position, and how far other answers are from it.
+
+What circuits are looked for by (`optimised`): the distance D of an answer, and the masks under which it is asked for,
+stochastic ones and an adversary's. Rows of a batch may ask about the same prompt; what is drawn for a prompt depends on
+its content alone, whatever stands beside it.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
+from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.masks import Sources, masks_from_sources, stochastic_sources, uniform
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.reconstruction import kl_rows, mse_rows
+from spd_lightning.errors import BadInput
+
+Loss = Literal["ce", "kl", "mse"]
+Masks = Literal["stochastic", "ci"]
+
+
+@dataclass(frozen=True)
+class CircuitSearch:
+    """How the smallest circuits are looked for.
+
+    Args:
+        lambdas: weights of the minimality loss, each tried on every prompt.
+        p: exponent of the minimality loss (L2).
+        masks: what the answer is asked for under; several are averaged. Graphs of mode `ci_masked` show the model under
+            ci masks, of which stochastic ones alone do not ask that it answers well.
+        loss: how answers are compared: ce (a label's cross-entropy) or kl (from the target) at one position, mse over
+            all outputs of models on vectors. Left out: ce, or mse on vectors.
+        position: the token position that is asked about; negative ones count from the end.
+        label: the token whose probability should stay; the target's most probable one where left out.
+        steps: of the descent, at most.
+        lr: AdamW's.
+        adversary: takes part in the descent, afresh in every step; none where left out.
+        adversarial: weight of the loss under its masks.
+        patience: a row is finished when the mean loss of so many steps has settled: it is that of as many before.
+        tolerance: how far apart the two may be, as a share of the loss.
+        judge: the fresh adversary that results are judged by.
+        draws: stochastic masks that results are averaged over.
+        threshold: importance above which a component counts as important.
+        seed: of all draws.
+    """
+
+    lambdas: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    p: float = 0.3
+    masks: tuple[Masks, ...] = ("stochastic", "ci")
+    loss: Loss | None = None
+    position: int = -1
+    label: int | None = None
+    steps: int = 400
+    lr: float = 0.02
+    adversary: Adversary | None = None
+    adversarial: float = 1.0
+    patience: int = 50
+    tolerance: float = 0.01
+    judge: Adversary = field(default_factory=Adversary)
+    draws: int = 16
+    threshold: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.lambdas or min(self.lambdas) < 0:
+            raise BadInput(f"lambdas {list(self.lambdas)}: they weigh a loss; give at least one, none below 0")
+        if not self.masks:
+            raise BadInput("masks [] of a search: answers are asked for under some; take stochastic, ci or both")
+        for name, least in (("steps", 0), ("patience", 1), ("draws", 1)):
+            if getattr(self, name) < least:
+                raise BadInput(f"{name} {getattr(self, name)} of a search: it must be at least {least}")
+
+
+class Question:
+    """What the target says of each prompt, and how far another answer is from it.
+
+    Attributes:
+        z: pre-activations {site: [prompts, (pos,) C]} of the importance function on the clean run.
+        answer: the target's output at the position [prompts, K].
+        label: the token in question [prompts]; None on vectors.
+    """
+
+    def __init__(self, model: ComponentModel, inputs: Tensor, search: CircuitSearch):
+        self.model, self.inputs, self.search = model, inputs, search
+        self.vectors = inputs.is_floating_point()
+        self.loss: Loss = search.loss or ("mse" if self.vectors else "ce")
+        if self.vectors != (self.loss == "mse"):
+            suits = "vectors; take mse" if self.vectors else "tokens; take ce or kl"
+            raise BadInput(f"loss '{self.loss}' of a search: the model is on {suits}")
+        if not self.vectors and not -inputs.shape[1] <= search.position < inputs.shape[1]:
+            raise BadInput(f"position {search.position} of a search: the prompt has {inputs.shape[1]} tokens; take one")
+        with torch.no_grad():
+            clean = model.clean(inputs)
+            self.z = {n: z.detach() for n, z in model.importance_function(clean.inputs, clean.inner).items()}
+        self.answer = self._here(clean.output)
+        self.label = None if self.vectors else self._label()
+
+    def _label(self) -> Int[Tensor, " prompts"]:
+        asked = self.search.label
+        if asked is not None and not 0 <= asked < self.answer.shape[-1]:
+            raise BadInput(f"label {asked} of a search: the model knows tokens 0 to {self.answer.shape[-1] - 1}")
+        return self.answer.argmax(-1) if asked is None else torch.full_like(self.answer[:, 0], asked, dtype=torch.long)
+
+    def _here(self, output: Tensor) -> Float[Tensor, "rows K"]:
+        return output.flatten(1) if self.vectors else output[:, self.search.position]
+
+    def ask(self, masks: Mapping[str, Mask], prompt: Int[Tensor, " rows"]) -> Float[Tensor, "rows K"]:
+        """The answer of rows of these prompts under masks, with gradient to the masks alone."""
+        return self._here(self.model.masked(self.inputs[prompt], masks, detach=True))
+
+    def apart(self, masks: Mapping[str, Mask], prompt: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """D of the answers under masks."""
+        return self.distance(self.ask(masks, prompt), prompt)
+
+    def distance(self, answer: Float[Tensor, "rows K"], prompt: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """D of every row."""
+        match self.loss:
+            case "kl":
+                return kl_rows(answer, self.answer[prompt])
+            case "mse":
+                return mse_rows(answer, self.answer[prompt])
+            case "ce":
+                return -self.log_probability(answer, prompt)
+
+    def log_probability(self, answer: Float[Tensor, "rows K"], prompt: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """Of every row's label."""
+        assert self.label is not None
+        answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
+        return answer.log_softmax(-1).gather(-1, self.label[prompt, None])[:, 0]
+
+    # ---- sources ----
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """One a prompt, by its content: what is drawn for it does not depend on what stands beside it."""
+        rows = [row.cpu().contiguous().numpy().tobytes() for row in self.inputs]
+        keys = [hashlib.blake2b(f"{self.search.seed} {purpose} ".encode() + row, digest_size=8) for row in rows]
+        return [torch.Generator(self.inputs.device).manual_seed(int.from_bytes(key.digest())) for key in keys]
+
+    def under(
+        self, kind: Masks, g: Mapping[str, Tensor], prompt: Int[Tensor, " rows"], generators: list[torch.Generator]
+    ) -> dict[str, Mask]:
+        """ci masks, or stochastic ones from fresh sources that are the same for all rows of a prompt."""
+        if kind == "ci":
+            return {name: Mask(v, 0.0) for name, v in g.items()}
+        like, binomial = {n: v[:1] for n, v in g.items()}, self.model.importance.sampling == "binomial"
+        return self.masks(g, _by_prompt(prompt, lambda p: stochastic_sources(like, generators[p], binomial)))
+
+    def worst(
+        self,
+        adversary: Adversary,
+        g: Mapping[str, Tensor],
+        prompt: Int[Tensor, " rows"],
+        generators: list[torch.Generator],
+    ) -> dict[str, Mask]:
+        """Masks by which a fresh adversary raises D of every row; rows do not see one another."""
+        fixed = {name: v.detach() for name, v in g.items()}
+
+        def damage(sources: Sources) -> Tensor:
+            return self.apart(self.masks(fixed, sources), prompt).sum()
+
+        start = _by_prompt(prompt, lambda p: self._opening(adversary, fixed, generators[p]))
+        return self.masks(g, pgd_sources(adversary, fixed, damage, None, start))
+
+    def masks(self, g: Mapping[str, Tensor], sources: Sources) -> dict[str, Mask]:
+        """m = g + (1 − g)·s at every site."""
+        return masks_from_sources(g, sources, self.model.delta)
+
+    def _opening(self, adversary: Adversary, g: Mapping[str, Tensor], generator: torch.Generator) -> Sources:
+        """Where an adversary of one row starts; under `per_batch` with one vector for all positions."""
+        found = {}
+        for name, v in g.items():
+            lead = v.shape[1:-1] if adversary.scope == "per_position" else [1] * (v.ndim - 2)
+            shape = (1, *lead, v.shape[-1] + 1)
+            match adversary.init:
+                case "random":
+                    start = uniform(v, shape, generator)
+                case "ones":
+                    start = v.new_ones(shape)
+                case "zeros":
+                    start = v.new_zeros(shape)
+            found[name] = (start[..., :-1], start[..., -1])
+        return found
+
+
+def _by_prompt(prompt: Int[Tensor, " rows"], of: Callable[[int], Sources]) -> Sources:
+    """Sources of one prompt each, laid out by rows."""
+    rows = prompt.tolist()
+    each = {p: of(p) for p in dict.fromkeys(rows)}
+    return {
+        name: (torch.cat([each[p][name][0] for p in rows]), torch.cat([each[p][name][1] for p in rows]))
+        for name in each[rows[0]]
+    }
