@@ -46,6 +46,15 @@ MODES: dict[ModeName, Mode] = {
     "reference": Mode("ones", "flow", "jacobian"),
 }
 
+Threshold = float | Mapping[str, Tensor]
+"""Importance above which a component is a node: one for all, or of every site a tensor that broadcasts with its g."""
+
+
+def exceeds(g: Tensor, threshold: Threshold, site: str) -> Tensor:
+    """Which components of a site are nodes, by their importance (A3)."""
+    return g > (threshold[site] if isinstance(threshold, Mapping) else threshold)
+
+
 CHUNK = 1 << 24
 """Numbers held at once by one batched product."""
 
@@ -104,7 +113,7 @@ def cut_run(
     inputs: Tensor,
     importances: Mapping[str, Tensor],
     mode: Mode,
-    threshold: float = 0.0,
+    threshold: Threshold = 0.0,
     output_nodes: OutputNodes = every_output,
 ) -> list[Layer]:
     """The layers of the graphs of a batch of prompts, in forward order, joined by one autograd graph.
@@ -155,11 +164,11 @@ def cut_run(
     return [*layers, Layer("output", "output", None, shaped, output_nodes(shaped.detach()))]
 
 
-def _cut_site(model, site: Site, x: Tensor, own: Map, g: Tensor, mode: Mode, threshold: float):
+def _cut_site(model, site: Site, x: Tensor, own: Map, g: Tensor, mode: Mode, threshold: Threshold):
     """A site under the cut: its layers (components; in frozen mode also rest and bias) and its output."""
     V, U = model[site.name].V.detach(), model[site.name].U.detach()
     a = site.inner(x, V)
-    leaf, nodes = _leaf(a), g > threshold
+    leaf, nodes = _leaf(a), exceeds(g, threshold, site.name)
     mask = g.detach() if mode.mask == "ci" else torch.ones_like(g)
     shape = _shape3(a)
     layers = [Layer(site.name, "component", leaf, a.reshape(shape), nodes.reshape(shape), g.detach().reshape(shape))]
@@ -296,7 +305,7 @@ def prompt_edges(
     inputs: Tensor,
     importances: Mapping[str, Tensor],
     mode: Mode,
-    threshold: float = 0.0,
+    threshold: Threshold = 0.0,
     output_nodes: OutputNodes = every_output,
 ) -> tuple[list[Layer], list[Edges]]:
     """The graphs of a batch of prompts: their layers and all edges between their nodes.

@@ -27,6 +27,7 @@ from spd_lightning.decomposition.attribution import (
     EdgeTable,
     Layer,
     Mode,
+    Threshold,
     node_numbers,
     prompt_edges,
     strong,
@@ -250,7 +251,7 @@ def closed_form(
     inputs: Int[Tensor, "batch pos"],
     importances: Mapping[str, Tensor],
     mode: Mode,
-    threshold: float = 0.0,
+    threshold: Threshold = 0.0,
     output_nodes: OutputNodes = every_output,
     at_least: float = 0.0,
 ) -> tuple[list[Layer], Iterator[EdgeTable]]:
@@ -279,7 +280,7 @@ def attribution_graphs(
     inputs: Tensor,
     importances: Mapping[str, Tensor],
     mode: Mode,
-    threshold: float = 0.0,
+    threshold: Threshold = 0.0,
     output_nodes: OutputNodes = every_output,
     at_least: float = 0.0,
 ) -> tuple[list[Layer], Iterator[EdgeTable]]:

@@ -23,6 +23,7 @@ from spd_lightning.decomposition.attribution import (
     Layer,
     Mode,
     NodeKind,
+    Threshold,
     prompt_edges,
 )
 from spd_lightning.decomposition.closed_form import Graph, readers
@@ -72,7 +73,7 @@ def dataset_edges(
     inputs: Tensor,
     importances: Mapping[str, Tensor],
     mode: Mode,
-    threshold: float = 0.0,
+    threshold: Threshold = 0.0,
     output_nodes: OutputNodes = every_output,
     wanted: Callable[[str], bool] = lambda layer: True,
 ) -> tuple[list[NodeSums], list[PairSums]]:
@@ -92,7 +93,7 @@ def dataset_edges(
     return nodes, [each for each in sums.pairs() if wanted(each.source_layer) and wanted(each.target_layer)]
 
 
-def _closed(model, inputs, importances, mode: Mode, threshold: float, output_nodes, wanted):
+def _closed(model, inputs, importances, mode: Mode, threshold: Threshold, output_nodes, wanted):
     """The layers of a batch of a decoder, and the sums of the blocks that its closed forms give."""
     with torch.no_grad():
         run = trace(model, inputs, importances, mode, threshold, reading_of(output_nodes))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import Layer, Mode, NodeKind
+from spd_lightning.decomposition.attribution import Layer, Mode, NodeKind, Threshold, exceeds
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map
 from spd_lightning.decomposition.outputs import OutputNodes, Reading, logits
@@ -61,7 +61,7 @@ def trace(
     inputs: Tensor,
     importances: Mapping[str, Tensor],
     mode: Mode,
-    threshold: float,
+    threshold: Threshold,
     reading: Reading = logits,
 ) -> Trace:
     """Runs a batch of prompts under a mode's masks; in frozen ones rests and biases are layers too (A6)."""
@@ -86,7 +86,7 @@ def trace(
         found.out[site.module] = y
         found.order.append(("component", site.name))
         if frozen:
-            write("rest", site.name, y - bias - (w * (g > threshold)) @ parts.U, y)
+            write("rest", site.name, y - bias - (w * exceeds(g, threshold, site.name)) @ parts.U, y)
             write("bias", site.name, y.new_zeros(()) + bias, y)
         return y
 
@@ -106,13 +106,13 @@ def trace(
         return found._replace(output=reading(model.target(inputs)), reading=reading)
 
 
-def layers_of(run: Trace, importances: Mapping[str, Tensor], threshold: float, nodes: OutputNodes) -> list[Layer]:
+def layers_of(run: Trace, importances: Mapping[str, Tensor], threshold: Threshold, nodes: OutputNodes) -> list[Layer]:
     """The layers of the graphs, in forward order, as `attribution.cut_run` gives them, but no leaves."""
     layers = []
     for kind, name in run.order:
         if kind == "component":
             g = importances[name].detach()
-            layers.append(Layer(name, kind, None, run.inner[name], g > threshold, g))
+            layers.append(Layer(name, kind, None, run.inner[name], exceeds(g, threshold, name), g))
         else:
             size = run.whole[kind, name].norm(dim=-1, keepdim=True)
             layers.append(Layer(name, kind, None, size, torch.ones_like(size, dtype=torch.bool), whole=True))

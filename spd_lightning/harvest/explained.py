@@ -1,10 +1,14 @@
-"""What prompt graphs are asked to explain, in a user's words: tokens by name, positions from either end."""
+"""What prompt graphs are asked to explain, and by which components, in a user's words: tokens, nodes, positions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor
 
+from spd_lightning.decomposition.intervention import Place, place
+from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import (
     Against,
     OutputNodes,
@@ -73,3 +77,34 @@ def token_id(token: int | str, vocab: int, names: Names) -> int:
     if token not in known:
         raise BadInput(f"token {token!r} in outputs: not one of the vocabulary's; {nearest(token, known)}")
     return known.index(token)
+
+
+def thresholds(model: ComponentModel, names: Sequence[str], threshold: float, length: int) -> dict[str, Tensor]:
+    """Importances [pos, C] above which the components that are named are nodes; out of reach for all others.
+
+    Args:
+        names: `layer:component`, `layer:pos:component`, or an fnmatch pattern of layers for all of theirs.
+        threshold: that of the named.
+        length: how many positions there are; models without any have one.
+
+    Raises:
+        BadInput: a name names nothing.
+    """
+    device = next(model.parameters()).device
+    found = {site: torch.full((length, C), torch.inf, device=device) for site, C in model.counts.items()}
+    for name in names:
+        for at in _places(model, name):
+            if beyond := [p for p in at.positions or () if p >= length]:
+                raise BadInput(f"nodes '{name}': there is no position {beyond[0]}; a prompt has {length}")
+            rows = slice(None) if at.positions is None else list(at.positions)
+            found[at.site][rows, at.component] = threshold
+    return found
+
+
+def _places(model: ComponentModel, name: str) -> list[Place]:
+    if ":" in name:
+        return [place(model, name)]
+    sites = [site for site in model.sites if fnmatchcase(site, name)]
+    if not sites:
+        raise BadInput(f"nodes '{name}': no such layer; {nearest(name, model.sites)}")
+    return [Place(site, c) for site in sites for c in range(model.counts[site])]

@@ -5,20 +5,22 @@ between them (section A of docs/method.md), and a run under the importances them
 tried by intervention.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import polars as pl
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import MODES, ModeName
+from spd_lightning.decomposition.attribution import MODES, ModeName, Threshold
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import reading_of
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.checks import FACTOR, check_rows, drawn, graph_rows, weighed
+from spd_lightning.harvest.explained import Explained, thresholds
 from spd_lightning.harvest.module import PAIRS, Harvester
 from spd_lightning.harvest.rows import (
+    Runs,
     about,
     both_runs,
     component_rows,
@@ -40,6 +42,8 @@ class PromptGraphs(Harvester):
         mode: the graph's kind (A5): unmasked, ci_masked, frozen (in-edges add up), or reference.
         threshold: importance above which a component is a node; 0 keeps all that matter at all, readers may raise it.
         at_least: edges below this share of all that enters their target, sizes added up, are not written.
+        outputs: which outputs of a language model are nodes, standing for what; likely tokens' logits if left out.
+        nodes: only these components, `layer:component`, `layer:pos:component` or a pattern of layers; all if left out.
         checks: how many written edges of each prompt to try by switching their source off, drawn by their size; 0 for
             none.
         name: the harvest's folder below `<run>/harvest/`; "graphs-<mode>" where left out.
@@ -50,6 +54,8 @@ class PromptGraphs(Harvester):
         mode: ModeName = "unmasked",
         threshold: float = 0.0,
         at_least: float = 0.0,
+        outputs: Explained | None = None,
+        nodes: Sequence[str] | None = None,
         checks: int = 8,
         name: str | None = None,
     ):
@@ -60,12 +66,13 @@ class PromptGraphs(Harvester):
             raise BadInput(f"checks {checks} in PromptGraphs: it counts edges; take 0 for none, or more")
         self.at_least, self.checks = at_least, checks
         self.mode: ModeName = mode
-        self.threshold = threshold
+        self.threshold, self.outputs, self.nodes = threshold, outputs, nodes
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
         """Everything that the rows depend on."""
         own = {"harvest": self.name, "mode": self.mode, "choices": asdict(MODES[self.mode])}
         settings = {"mode": self.mode, "threshold": self.threshold, "at_least": self.at_least, "checks": self.checks}
+        settings |= {"outputs": self.outputs and asdict(self.outputs), "nodes": self.nodes and list(self.nodes)}
         own |= {"threshold": self.threshold, "at_least": self.at_least, "config": settings}
         frozen = MODES[self.mode].linearisation == "frozen"
         return about(module) | own | {"layers": layer_names(module.model, frozen)}
@@ -77,9 +84,10 @@ class PromptGraphs(Harvester):
 
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the graphs of a batch of prompts."""
-        runs, mode = both_runs(module.model, prompts.inputs), MODES[self.mode]
+        runs, mode = self._runs(module.model, prompts.inputs), MODES[self.mode]
+        threshold = self._threshold(module.model, runs)
         twin, run = twin_of(module.model, mode), (prompts.inputs, runs.importances, mode)
-        layers, edges = twin.graphs(*run, self.threshold, runs.nodes)
+        layers, edges = twin.graphs(*run, threshold, runs.nodes)
         graphs = weighed(module.model, layers, edges, self.at_least)
         tried = drawn(layers, graphs.tables, ids, self.checks)
         checks = check_rows(tried, twin.changes(*run, tried.checks, FACTOR, reading_of(runs.nodes)), ids)
@@ -92,3 +100,18 @@ class PromptGraphs(Harvester):
             "outputs": output_rows(runs, ids, self.names),
             "components": component_rows(module, layers, self.threshold),
         }
+
+    def _runs(self, model: ComponentModel, inputs: Tensor) -> Runs:
+        """Both runs of a batch of prompts, with the output nodes that are asked for."""
+        runs = both_runs(model, inputs)
+        if self.outputs is None:
+            return runs
+        if inputs.is_floating_point():
+            raise BadInput("outputs in PromptGraphs: a model on vectors has no tokens, all its outputs are nodes")
+        return runs._replace(nodes=self.outputs.outputs(runs.nodes, runs.ci, self.names))
+
+    def _threshold(self, model: ComponentModel, runs: Runs) -> Threshold:
+        """Importances above which components are nodes."""
+        if self.nodes is None:
+            return self.threshold
+        return thresholds(model, self.nodes, self.threshold, runs.ci.shape[1])

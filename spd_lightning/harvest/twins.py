@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode
+from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode, Threshold
 from spd_lightning.decomposition.checks import Checks, Key, changes
 from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums, dataset_edges
@@ -33,13 +33,15 @@ class Twin(NamedTuple):
         inputs: Tensor,
         importances: Mapping[str, Tensor],
         mode: Mode,
-        threshold: float = 0.0,
+        threshold: Threshold = 0.0,
         output_nodes: OutputNodes = every_output,
         at_least: float = 0.0,
     ) -> tuple[list[Layer], Iterator[EdgeTable]]:
         """What `attribution_graphs` gives, under the model's own names."""
         g = self._theirs(importances)
-        layers, edges = attribution_graphs(self.model, inputs, g, mode, threshold, output_nodes, at_least)
+        layers, edges = attribution_graphs(
+            self.model, inputs, g, mode, self._renamed(threshold), output_nodes, at_least
+        )
         return [layer._replace(name=self._own(layer.name)) for layer in layers], edges
 
     def sums(
@@ -47,24 +49,18 @@ class Twin(NamedTuple):
         inputs: Tensor,
         importances: Mapping[str, Tensor],
         mode: Mode,
-        threshold: float = 0.0,
+        threshold: Threshold = 0.0,
         output_nodes: OutputNodes = every_output,
         wanted: Callable[[str], bool] = lambda layer: True,
     ) -> tuple[list[NodeSums], list[PairSums]]:
         """What `dataset_edges` gives, under the model's own names."""
         g, own = self._theirs(importances), self._own
         nodes, pairs = dataset_edges(
-            self.model, inputs, g, mode, threshold, output_nodes, lambda layer: wanted(own(layer))
+            self.model, inputs, g, mode, self._renamed(threshold), output_nodes, lambda layer: wanted(own(layer))
         )
         ends = ({"source_layer": own(pair.source_layer), "target_layer": own(pair.target_layer)} for pair in pairs)
         renamed = [pair._replace(**names) for pair, names in zip(pairs, ends, strict=True)]
         return [node._replace(layer=own(node.layer)) for node in nodes], renamed
-
-    def _theirs(self, importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {self.names.get(name, name): values for name, values in importances.items()}
-
-    def _own(self, name: str) -> str:
-        return {theirs: own for own, theirs in self.names.items()}.get(name, name)
 
     def changes(
         self,
@@ -76,9 +72,18 @@ class Twin(NamedTuple):
         reading: Reading = logits,
     ) -> Tensor:
         """What `checks.changes` gives for edges of such graphs."""
-        g = {self.names.get(name, name): values for name, values in importances.items()}
+        g = self._theirs(importances)
         theirs: list[Key] = [(kind, self.names.get(name, name)) for kind, name in checks.layers]
         return changes(self.model, inputs, g, mode, checks._replace(layers=theirs), factor, reading)
+
+    def _theirs(self, importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self.names.get(name, name): values for name, values in importances.items()}
+
+    def _renamed(self, threshold: Threshold) -> Threshold:
+        return self._theirs(threshold) if isinstance(threshold, Mapping) else threshold
+
+    def _own(self, name: str) -> str:
+        return {theirs: own for own, theirs in self.names.items()}.get(name, name)
 
 
 @lru_cache(maxsize=2)
