@@ -153,7 +153,7 @@ def rows(store: Store, table: str) -> pl.DataFrame:
 
 
 def same_tables(store: Store, other: Store, exact: bool) -> None:
-    for table in TABLES:
+    for table in [name for name in TABLES if not name.startswith("dataset_")]:
         one, two = rows(store, table), rows(other, table)
         assert one.height > 0
         assert_frame_equal(one, two, check_exact=exact, abs_tol=1e-6, rel_tol=1e-5)
