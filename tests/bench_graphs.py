@@ -28,7 +28,7 @@ from spd_lightning.decomposition.dataset_edges import dataset_edges
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, likely_tokens
-from spd_lightning.harvest.graphs import edge_rows
+from spd_lightning.harvest.rows import edge_rows
 from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training.blocks import settle_allocator
 

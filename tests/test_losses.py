@@ -385,3 +385,30 @@ def test_l7_learning_rates_rise_fall_and_end_exactly_at_their_final_value(kind, 
         if begin == int(begin) and middle == int(middle):
             half = 1.0 if kind == "constant" else (1 + final) / 2
             assert factors[int(middle)] == pytest.approx(half, abs=1e-9)
+
+
+class Forgetful(dict):
+    """Knows nothing of what it holds."""
+
+    def __contains__(self, key):
+        return False
+
+
+def test_matrices_that_are_cast_once_a_batch_still_get_every_gradient():
+    """An ascent asks for them first, without a gradient; both reconstructions train them all the same."""
+    torch.manual_seed(0)
+    model = ComponentModel(ResidualMLP(6, 8, 5, 2), {"layers.*": 7})
+    ascent = Reconstruction("pgd", "all", adversary=Adversary(1, 0.5, "random"))
+    losses = Losses(Faithfulness(0.0), Minimality(0.0), reconstruction={"first": ascent, "then": Reconstruction("ci")})
+    gradients = []
+    for held in (dict(), Forgetful()):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            run = Pass.of(model, torch.linspace(-1, 1, 24).view(4, 6), generator())
+            run.clean.matrices = held
+            total, _ = losses(run)
+        assert set(held.keys()) == set(model.sites)
+        model.zero_grad()
+        total.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.components.parameters()]))
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0.05, atol=0.01 * gradients[1].abs().max().item())

@@ -11,7 +11,7 @@ from scipy import stats
 
 from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
 from spd_lightning.decomposition.components import Mask
-from spd_lightning.decomposition.masks import draw_routes, fixed_masks, masks_from_sources, stochastic_sources
+from spd_lightning.decomposition.masks import draw_routes, fixed_masks, masks_from_sources, stochastic_sources, uniform
 from spd_lightning.decomposition.reconstruction import Pass, Reconstruction, mse, routed
 
 unit = st.floats(0, 1, width=32)
@@ -266,3 +266,21 @@ def test_pgd_sources_are_constants_of_the_training_gradient():
     fresh = Pass.of(model, run.batch)
     for a, b in zip(found, torch.autograd.grad(loss(sources, fresh.importances.lower), parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (400, 333)])
+def test_draws_in_half_precision(shape):
+    """All multiples of 2⁻⁸ below 1, each as often as the others, the same again for the same seed."""
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    drawn = [uniform(like, shape, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert drawn[0].shape == shape
+    assert drawn[0].dtype == torch.bfloat16
+    assert torch.equal(drawn[0], drawn[1])
+    if drawn[0].numel() > 10_000:
+        assert not torch.equal(drawn[0], drawn[2])
+        counts = torch.bincount((drawn[0].float() * 256).long().flatten(), minlength=256)
+        expected = drawn[0].numel() / 256
+        assert len(counts) == 256
+        assert ((counts - expected).abs() < 6 * expected**0.5).all()
+        neighbours = torch.corrcoef(torch.stack([drawn[0][0], drawn[0][1]]).float())[0, 1]
+        assert abs(neighbours) < 6 / 333**0.5

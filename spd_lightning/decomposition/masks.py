@@ -26,6 +26,11 @@ Rows = dict[str, Tensor]
 
 def uniform(like: Tensor, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None) -> Tensor:
     """Numbers in [0, 1) of that shape, of the kind and place of `like`."""
+    if like.dtype == torch.bfloat16 and like.device.type == "cpu":  # torch draws 64 bits for each of these
+        count = torch.Size(shape).numel()
+        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        halves = bits.view(torch.int16)[:count].bitwise_and_(255)  # its 8 bits are all that they hold below 1
+        return halves.to(torch.bfloat16).mul_(2.0**-8).view(shape)
     return torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
 
 

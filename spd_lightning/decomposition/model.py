@@ -72,6 +72,8 @@ class Clean:
     """Outputs of the parts of the target that hold no site."""
     masked: dict[str, tuple[Mask, Tensor]] = field(default_factory=dict)
     """Masked outputs on clean inputs already computed for this batch, to be shared by passes with the same mask."""
+    matrices: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """V and U in autocast's precision, of sites that have been masked: cast once a batch, not at every use."""
 
 
 class ComponentModel(nn.Module):
@@ -267,7 +269,7 @@ class ComponentModel(nn.Module):
                 return clean.outputs[site.name] if mask is None else self._on_clean(site, mask, clean, detach)
             if mask is None:
                 return own(x)
-            V, U = self._matrices(site.name, detach)
+            V, U = self._matrices(site.name, clean, detach)
             a = site.inner(x if mask.rows is None else _rows(site, x, mask.rows), V)
             return masked_output(None if mask.bare else own(x), site.bias, a, U, mask)
 
@@ -281,8 +283,14 @@ class ComponentModel(nn.Module):
         with self.replaced(at_site, at_module if clean else None):
             return self.target(batch)
 
-    def _matrices(self, name: str, detach: bool) -> tuple[Tensor, Tensor]:
+    def _matrices(self, name: str, clean: Clean | None, detach: bool) -> tuple[Tensor, Tensor]:
         V, U = self[name].V, self[name].U
+        kind = V.device.type
+        if clean is not None and torch.is_grad_enabled() and torch.is_autocast_enabled(kind):
+            if name not in clean.matrices:
+                dtype = torch.get_autocast_dtype(kind)
+                clean.matrices[name] = (V.to(dtype), U.to(dtype))
+            V, U = clean.matrices[name]
         return (V.detach(), U.detach()) if detach else (V, U)
 
     def _on_clean(self, site: Site, mask: Mask, clean: Clean, detach: bool) -> Tensor:
@@ -290,7 +298,7 @@ class ComponentModel(nn.Module):
         before = clean.masked.get(site.name)
         if before is not None and before[0] is mask and not detach:
             return before[1]
-        V, U = self._matrices(site.name, detach)
+        V, U = self._matrices(site.name, clean, detach)
         a = self._inner_on_clean(site, mask.rows, clean, V, detach)
         out = masked_output(clean.outputs[site.name], site.bias, a, U, mask)
         if not detach:
