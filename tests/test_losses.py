@@ -401,7 +401,7 @@ def test_matrices_that_are_cast_once_a_batch_still_get_every_gradient():
     ascent = Reconstruction("pgd", "all", adversary=Adversary(1, 0.5, "random"))
     losses = Losses(Faithfulness(0.0), Minimality(0.0), reconstruction={"first": ascent, "then": Reconstruction("ci")})
     gradients = []
-    for held in (dict(), Forgetful()):
+    for held in ({}, Forgetful()):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             run = Pass.of(model, torch.linspace(-1, 1, 24).view(4, 6), generator())
             run.clean.matrices = held
