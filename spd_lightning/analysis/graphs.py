@@ -12,7 +12,7 @@ import polars as pl
 from spd_lightning.analysis.influence import Graph, Scores, pruned, scores
 from spd_lightning.analysis.prompts import ALL_PROBES, probes
 from spd_lightning.errors import BadInput
-from spd_lightning.store import Store
+from spd_lightning.store import Store, finite
 
 STRENGTH = pl.col("attribution").cast(pl.Float64).abs()
 STRONGEST_FIRST: dict[str, Any] = {"by": [STRENGTH, "source", "target"], "descending": [True, False, False]}
@@ -144,3 +144,15 @@ def node_edges(store: Store, prompt: int, node: int, top_k: int = 20) -> NodeEdg
     ins, outs = strongest.filter(pl.col("target") == node), strongest.filter(pl.col("source") == node)
     in_sum, out_sum = (float(side["attribution"].cast(pl.Float64).sum()) for side in (ins, outs))
     return NodeEdges(ins.head(top_k), outs.head(top_k), len(ins), len(outs), in_sum, out_sum)
+
+
+def node_heads(store: Store, prompt: int, node: int) -> dict[tuple[int, int], dict[int, float | None]]:
+    """What each head adds to a node's edges (source, target) through attention; nothing where no head was harvested."""
+    if prompt == ALL_PROBES or "head_edges" not in store.tables:
+        return {}
+    touching = (pl.col("source") == node) | (pl.col("target") == node)
+    columns = "source", "target", "head", finite(pl.col("attribution"))
+    found: dict[tuple[int, int], dict[int, float | None]] = {}
+    for *ends, head, term in store.collect(store.scan("head_edges", prompt).filter(touching).select(columns)).rows():
+        found.setdefault(tuple(ends), {})[head] = term
+    return found

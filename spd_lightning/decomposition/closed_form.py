@@ -159,12 +159,16 @@ class Graph(Generic[T]):
 
     # ---- edges through attention --------------------------------------------------------------------------------
 
-    def _attention(self, attn: Any, name: str) -> Iterator[T]:
-        """q, k and v → o."""
+    def of_head(self, block: int, head: int) -> Iterator[T]:
+        """What one head adds to the edges q, k and v → o of a block."""
+        return self._attention(self.target.h[block].attn, f"h.{block}.attn", slice(head, head + 1))
+
+    def _attention(self, attn: Any, name: str, heads: slice = slice(None)) -> Iterator[T]:
+        """q, k and v → o, by way of some heads, or all."""
         q_site, k_site, v_site, o_site = (f"{name}.{x}_proj" for x in "qkvo")
         rotary, shared = self.target.rotary(len(self.run.output[self.prompt])), attn.n_heads // attn.n_kv_heads
         projected = (self._at(self.run.out, m)[None] for m in (attn.q_proj, attn.k_proj, attn.v_proj))
-        q, k, v = (x[0] for x in attn.heads_of(*projected, rotary))  # [head, pos, d_head]
+        q, k, v = (x[0][heads] for x in attn.heads_of(*projected, rotary))  # [head, pos, d_head]
         pattern, scale = attn.pattern(q[None], k[None])[0], q.shape[-1] ** -0.5
         readers, mean = self._reader(o_site), pattern @ v
 
@@ -172,10 +176,10 @@ class Graph(Generic[T]):
             """R U_i of every node."""
             return attn.turned(writer.vectors.transpose(0, 1), count, rotary).permute(1, 2, 0, 3)
 
-        left = readers.vectors.unflatten(-1, (attn.n_heads, -1)).permute(2, 0, 1, 3).contiguous()
+        left = readers.vectors.unflatten(-1, (attn.n_heads, -1)).permute(2, 0, 1, 3)[heads].contiguous()
         values = self._writer(v_site)
         written = values.vectors[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1)).transpose(0, 1)
-        written = written.repeat_interleave(shared, dim=0)
+        written = written.repeat_interleave(shared, dim=0)[heads]
         weight = pattern.index_select(2, values.nodes.pos)
         own = left.shape[-1]
         yield from self.taken.across(Across(values.nodes, readers.nodes, weight, left, written, own))
@@ -185,12 +189,12 @@ class Graph(Generic[T]):
         beyond = torch.cat([left, -(left * mean[:, :, None]).sum(-1, keepdim=True)], dim=-1)
         values_and_one = nn.functional.pad(v, (0, 1), value=1.0)  # beyond · this = (v − v̄) · V_j
         queries, keys = self._writer(q_site), self._writer(k_site)
-        asking = with_all(turned(queries, attn.n_heads), k) * (pattern * scale)[:, :, None]
+        asking = with_all(turned(queries, attn.n_heads)[heads], k) * (pattern * scale)[:, :, None]
         asking, gained = (x.permute(1, 2, 0, 3).flatten(2) for x in (asking, with_all(beyond, values_and_one)))
         yield self._same(Rows(queries.nodes, asking), Rows(readers.nodes, gained))
 
         at = keys.nodes.pos
-        rows = turned(keys, attn.n_kv_heads)[:, keys.nodes.real].repeat_interleave(shared, dim=0)
+        rows = turned(keys, attn.n_kv_heads)[:, keys.nodes.real].repeat_interleave(shared, dim=0)[heads]
         asked = pattern.index_select(2, at) * (q @ rows.transpose(1, 2)) * scale
         read = values_and_one.index_select(1, at)
         yield from self.taken.across(Across(keys.nodes, readers.nodes, asked, beyond, read, own))

@@ -10,9 +10,11 @@ from dataclasses import asdict
 from typing import Any
 
 import polars as pl
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from spd_lightning.decomposition.attribution import MODES, ModeName, Threshold
+from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import reading_of
 from spd_lightning.errors import BadInput
@@ -25,6 +27,7 @@ from spd_lightning.harvest.rows import (
     both_runs,
     component_rows,
     edge_rows,
+    head_rows,
     layer_names,
     node_rows,
     output_rows,
@@ -33,6 +36,9 @@ from spd_lightning.harvest.rows import (
 from spd_lightning.harvest.twins import twin_of
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
+
+HEADS = 8
+"""So many times fewer prompts at once where each edge through attention has a row a head too."""
 
 
 class PromptGraphs(Harvester):
@@ -46,6 +52,8 @@ class PromptGraphs(Harvester):
         nodes: only these components, `layer:component`, `layer:pos:component` or a pattern of layers; all if left out.
         checks: how many written edges of each prompt to try by switching their source off, drawn by their size; 0 for
             none.
+        heads: whether to write the table `head_edges` too: what each head adds to each written edge through attention;
+            weak heads of an edge stay, so that they add up. Only where graphs have a closed form.
         name: the harvest's folder below `<run>/harvest/`; "graphs-<mode>" where left out.
     """
 
@@ -57,6 +65,7 @@ class PromptGraphs(Harvester):
         outputs: Explained | None = None,
         nodes: Sequence[str] | None = None,
         checks: int = 8,
+        heads: bool = False,
         name: str | None = None,
     ):
         super().__init__(name or f"graphs-{mode}")
@@ -64,7 +73,7 @@ class PromptGraphs(Harvester):
             raise BadInput(f"at_least {at_least} in PromptGraphs: it is a share; take one from 0 up to 1")
         if checks < 0:
             raise BadInput(f"checks {checks} in PromptGraphs: it counts edges; take 0 for none, or more")
-        self.at_least, self.checks = at_least, checks
+        self.at_least, self.checks, self.heads = at_least, checks, heads
         self.mode: ModeName = mode
         self.threshold, self.outputs, self.nodes = threshold, outputs, nodes
 
@@ -73,6 +82,7 @@ class PromptGraphs(Harvester):
         own = {"harvest": self.name, "mode": self.mode, "choices": asdict(MODES[self.mode])}
         settings = {"mode": self.mode, "threshold": self.threshold, "at_least": self.at_least, "checks": self.checks}
         settings |= {"outputs": self.outputs and asdict(self.outputs), "nodes": self.nodes and list(self.nodes)}
+        settings |= {"heads": self.heads}
         own |= {"threshold": self.threshold, "at_least": self.at_least, "config": settings}
         frozen = MODES[self.mode].linearisation == "frozen"
         return about(module) | own | {"layers": layer_names(module.model, frozen)}
@@ -80,7 +90,15 @@ class PromptGraphs(Harvester):
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
         """Edges across positions grow with the square of the length, and are all held until they are written."""
         length = 1 if inputs.is_floating_point() else inputs.shape[1]
-        return min(super().at_once(model, inputs), max(1, PAIRS // length**2))
+        each = HEADS if self.heads else 1
+        return min(super().at_once(model, inputs), max(1, PAIRS // (each * length**2)))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.heads and isinstance(pl_module, Decomposition):
+            mode = MODES[self.mode]
+            if why := why_not(twin_of(pl_module.model, mode).model, mode):
+                raise BadInput(f"heads in PromptGraphs: they need the closed form, and {why}; leave them out")
+        super().on_predict_start(trainer, pl_module)
 
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the graphs of a batch of prompts."""
@@ -91,7 +109,7 @@ class PromptGraphs(Harvester):
         graphs = weighed(module.model, layers, edges, self.at_least)
         tried = drawn(layers, graphs.tables, ids, self.checks)
         checks = check_rows(tried, twin.changes(*run, tried.checks, FACTOR, reading_of(runs.nodes)), ids)
-        return {
+        rows = {
             "prompts": prompt_rows(prompts, ids, self.names),
             "nodes": node_rows(layers, ids),
             "edges": edge_rows(graphs.tables, ids),
@@ -100,6 +118,9 @@ class PromptGraphs(Harvester):
             "outputs": output_rows(runs, ids, self.names),
             "components": component_rows(module, layers, self.threshold),
         }
+        if self.heads:
+            rows["head_edges"] = head_rows(twin.heads(*run, threshold, runs.nodes, graphs.tables), ids)
+        return rows
 
     def _runs(self, model: ComponentModel, inputs: Tensor) -> Runs:
         """Both runs of a batch of prompts, with the output nodes that are asked for."""

@@ -21,6 +21,7 @@ from spd_lightning.decomposition.attribution import (
     node_numbers,
 )
 from spd_lightning.decomposition.components import IDENTITY, Mask
+from spd_lightning.decomposition.head_edges import HeadTable
 from spd_lightning.decomposition.metrics import component_norms, sizeable
 from spd_lightning.decomposition.model import Clean, ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, every_output, likely_tokens
@@ -163,6 +164,14 @@ def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
         for table in tables
     ]
     return pl.concat([pl.DataFrame(schema=TABLES["edges"]), *frames])
+
+
+def head_rows(tables: Iterable[HeadTable], ids: list[int]) -> pl.DataFrame:
+    """One row an edge and head."""
+    tables = list(tables)
+    frame = edge_rows((EdgeTable(t.prompt, t.source, t.target, t.attribution) for t in tables), ids)
+    heads = np.concatenate([np.zeros(0, np.uint16), *(array(t.head, np.uint16) for t in tables)])
+    return frame.with_columns(head=pl.Series(heads))
 
 
 def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:

@@ -5,7 +5,7 @@ Where the sites have their places in it, graphs are the twin's, and names stay t
 queries, keys and values has none: take such a checkpoint as `decoder:` to have closed forms.)
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from spd_lightning.decomposition.checks import Checks, Key, changes
 from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums, dataset_edges
 from spd_lightning.decomposition.decoder_run import why_not
+from spd_lightning.decomposition.head_edges import HeadTable, head_edges
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, Reading, every_output, logits
 from spd_lightning.targets.conversion import twin
@@ -43,6 +44,19 @@ class Twin(NamedTuple):
             self.model, inputs, g, mode, self._renamed(threshold), output_nodes, at_least
         )
         return [layer._replace(name=self._own(layer.name)) for layer in layers], edges
+
+    def heads(
+        self,
+        inputs: Tensor,
+        importances: Mapping[str, Tensor],
+        mode: Mode,
+        threshold: Threshold,
+        output_nodes: OutputNodes,
+        edges: Iterable[EdgeTable],
+    ) -> Iterator[HeadTable]:
+        """What `head_edges` gives for edges of such graphs."""
+        g = self._theirs(importances)
+        return head_edges(self.model, inputs, g, mode, self._renamed(threshold), output_nodes, edges)
 
     def sums(
         self,

@@ -33,6 +33,13 @@ _PROMPTS = {
     "split": pl.String,
 }
 _EDGES = {"prompt_id": pl.UInt64, "source": pl.UInt32, "target": pl.UInt32, "attribution": pl.Float32}
+_HEAD_EDGES = {
+    "prompt_id": pl.UInt64,
+    "source": pl.UInt32,
+    "target": pl.UInt32,
+    "head": pl.UInt16,
+    "attribution": pl.Float32,
+}
 _CHECKS = {
     "prompt_id": pl.UInt64,
     "source": pl.UInt32,
@@ -112,6 +119,7 @@ TABLES: dict[str, pl.Schema] = {
     "nodes": pl.Schema(_NODES),
     INDEX: pl.Schema(_NODES),
     "edges": pl.Schema(_EDGES),
+    "head_edges": pl.Schema(_HEAD_EDGES),
     "checks": pl.Schema(_CHECKS),
     "graphs": pl.Schema(_GRAPHS),
     "outputs": pl.Schema(_OUTPUTS),
@@ -124,6 +132,7 @@ TABLES: dict[str, pl.Schema] = {
 order. `components` holds additive counts, one row a component and group; `norm` and `alive` are the same in each.
 `dataset_edges` and `dataset_nodes` hold sums over a group's prompts: a component there may be the row of an embedding,
 and `sum_abs_target` is the sum of edges to |activation|.
+`head_edges` holds what each attention head adds to an edge through attention: its rows of an edge add up to it.
 `checks` holds edges that were tried: what their target gained when their source was multiplied by a factor. `graphs`
 says of each prompt how many edges were written, of how many; how far in-edges are from adding up; how checks agree.
 `frontier` holds circuits of several sizes for each prompt, of which the chosen one is its graph, and in a row without
@@ -136,6 +145,7 @@ SORTED: dict[str, tuple[str, ...]] = {
     "nodes": ("prompt_id", "node"),
     INDEX: ("layer", "component", "prompt_id", "pos"),
     "edges": ("prompt_id", "source", "target"),
+    "head_edges": ("prompt_id", "source", "target", "head"),
     "checks": ("prompt_id", "source", "target"),
     "graphs": ("prompt_id",),
     "outputs": ("prompt_id", "pos"),

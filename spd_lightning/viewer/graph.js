@@ -324,6 +324,8 @@ function side(title, ends, count, sum) {
   return [head, ...ends.map((end) => {
     const button = make('button', 'end');
     button.append(make('span', '', titled(end)), make('span', 'value', number(end.attribution)), meter(end.attribution, largest));
+    const heads = Object.entries(end.heads).map(([head, term]) => `head ${head} ${number(term)}`);
+    if (heads.length) button.append(make('small', 'heads', heads.join(' · ')));
     button.title = byNode.has(end.node) ? 'Pin this node' : 'Hidden by a filter';
     button.addEventListener('click', () => pin(byNode.get(end.node)));
     return button;

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from spd_lightning.analysis.checks import fidelity
-from spd_lightning.analysis.graphs import node_edges, node_name, prompt_graph, tables
+from spd_lightning.analysis.graphs import node_edges, node_heads, node_name, prompt_graph, tables
 from spd_lightning.analysis.prompts import ALL_PROBES, graph_list, probes, prompt_label, together_label
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
@@ -80,8 +80,8 @@ class GraphPage:
 
 @dataclass(frozen=True)
 class NodePage:
-    """All that meets in one node: ends {node, name, label, attribution}, strongest first, with counts and sums over all
-    (None where a sum is not finite)."""
+    """All that meets in one node: ends {node, name, label, attribution, heads}, strongest first, with counts and sums
+    over all (None where a sum is not finite). `heads` says what each head adds, where the harvest knows."""
 
     ins: list[dict[str, Any]]
     outs: list[dict[str, Any]]
@@ -149,8 +149,13 @@ def node_data(store: Store, prompt: int, node: int) -> NodePage:
     edges = node_edges(store, prompt, node)
     met = nodes.filter(pl.col("node").is_in([*edges.ins["source"], *edges.outs["target"]]))
     named = {held["node"]: {k: held[k] for k in ("node", "name", "label")} for held in _nodes(store, prompt, met)}
+    heads = node_heads(store, prompt, node)
     ins, outs = (
-        [named[row[end]] | {"attribution": row["attribution"]} for row in side.to_dicts()]
+        [
+            named[row[end]]
+            | {"attribution": row["attribution"], "heads": heads.get((row["source"], row["target"]), {})}
+            for row in side.to_dicts()
+        ]
         for end, side in (("source", finite(edges.ins)), ("target", finite(edges.outs)))
     )
     in_sum, out_sum = (total if isfinite(total) else None for total in (edges.in_sum, edges.out_sum))

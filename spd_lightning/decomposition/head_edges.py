@@ -1,0 +1,80 @@
+"""What each attention head adds to the edges of a graph (section A of docs/method.md).
+
+An edge from queries, keys or values to an output map is a sum over heads. Its terms are the same closed forms with one
+head at a time, computed anew for the edges of graphs that are there already: graphs without them cost what they did.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from spd_lightning.decomposition.attribution import EdgeTable, Mode, Threshold, joined, node_numbers
+from spd_lightning.decomposition.closed_form import Graph, readers
+from spd_lightning.decomposition.decoder_run import layers_of, trace
+from spd_lightning.decomposition.edge_blocks import Tables
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.outputs import OutputNodes, reading_of
+
+
+class HeadTable(NamedTuple):
+    """What heads add to edges: prompt in the batch, numbers of both nodes there, head, and its term [rows] each."""
+
+    prompt: Tensor
+    source: Tensor
+    target: Tensor
+    head: Tensor
+    attribution: Tensor
+
+
+def head_edges(
+    model: ComponentModel,
+    inputs: Int[Tensor, "batch pos"],
+    importances: Mapping[str, Tensor],
+    mode: Mode,
+    threshold: Threshold,
+    output_nodes: OutputNodes,
+    edges: Iterable[EdgeTable],
+) -> Iterator[HeadTable]:
+    """The terms of those edges that run through attention: over its heads, they add up to the edge.
+
+    edges: of each prompt one table, as `closed_form` gives them for the same arguments; terms of other edges are left
+    out, and so are those across positions that are exactly zero. `why_not` must have nothing to say against the model.
+    """
+    frozen = mode.linearisation == "frozen"
+    with torch.no_grad():
+        run = trace(model, inputs, importances, mode, threshold, reading_of(output_nodes))
+        layers = layers_of(run, importances, threshold, output_nodes)
+        numbers = [number.int() for number in node_numbers(layers)]
+        read = readers(model, run)
+    for prompt, kept in enumerate(edges):
+        with torch.no_grad():
+            graph = Graph(model, run, layers, numbers, prompt, read, frozen, Tables(prompt))
+            found = list(_terms(graph, kept))
+        yield from found
+
+
+def _terms(graph: Graph[EdgeTable], kept: EdgeTable) -> Iterator[HeadTable]:
+    """The terms of one prompt's edges, head by head."""
+    wanted = _pairs(kept).sort().values
+    for k, block in enumerate(graph.target.h):
+        for head in range(block.attn.n_heads):
+            every = joined(list(graph.of_head(k, head)))
+            rows = _among(_pairs(every), wanted)
+            prompt, source, target, term = (column.index_select(0, rows) for column in every)
+            yield HeadTable(prompt, source, target, torch.full_like(source, head), term)
+
+
+def _pairs(edges: EdgeTable) -> Int[Tensor, " edges"]:
+    """One number for both ends of each edge."""
+    return edges.source.long() << 32 | edges.target.long()
+
+
+def _among(pairs: Int[Tensor, " edges"], wanted: Int[Tensor, " kept"]) -> Int[Tensor, " rows"]:
+    """The places of those pairs that are wanted; wanted: in ascending order."""
+    if not len(wanted):
+        return wanted
+    at = torch.searchsorted(wanted, pairs).clamp(max=len(wanted) - 1)
+    return (wanted[at] == pairs).nonzero()[:, 0]

@@ -1,0 +1,115 @@
+"""What heads add to edges (laws A1, A6, A7): against runs in which no other head carries gradient."""
+
+import polars as pl
+import pytest
+import torch
+from test_closed_form import CLOSED, STYLES, THRESHOLD, by_number, dictionary, made, some_outputs
+from test_dataset_edges import decoder
+from test_nodes import Ragged, harvested
+
+from spd_lightning.decomposition.attribution import MODES, cut_run, oracle
+from spd_lightning.decomposition.closed_form import closed_form
+from spd_lightning.decomposition.head_edges import head_edges
+from spd_lightning.errors import BadInput
+from spd_lightning.harvest.graphs import PromptGraphs
+from spd_lightning.targets import transformer
+from spd_lightning.viewer.graph_page import node_data
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
+WHOLE = [style for style in STYLES if style != "mlps alone"]
+
+
+def both(style, mode, at_least=0.0):
+    """A graph's layers, edges and heads' terms."""
+    model, tokens, g = made(style)
+    run = (model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
+    layers, found = closed_form(*run, at_least)
+    found = list(found)
+    return run, layers, found, list(head_edges(*run, found))
+
+
+def terms(layers, tables, prompt):
+    """{head: {edge: term}} of one prompt, keyed as the oracle keys edges."""
+    nodes, found = by_number(layers, prompt), {}
+    for table in tables:
+        mine = table.prompt == prompt
+        for source, target, head, value in zip(*(column[mine].tolist() for column in table[1:]), strict=True):
+            (kind, *start), (_, *end) = nodes[source], nodes[target]
+            assert (kind, (*start, *end)) not in found.setdefault(head, {})
+            found[head][kind, (*start, *end)] = value
+    return found
+
+
+@pytest.mark.parametrize("mode", CLOSED)
+@pytest.mark.parametrize("style", WHOLE)
+def test_a7_a_heads_terms_are_the_graph_of_that_head_alone(style, mode, monkeypatch):
+    """The oracle of a model in which all other heads are constants, edge by edge; together they are the edges."""
+    (model, tokens, g, *rest), layers, _, heads = both(style, mode)
+    own = {name: values[:1] for name, values in g.items()}
+    mine, attend = terms(layers, heads, 0), transformer.attend
+    assert sorted(mine) == [0, 1, 2, 3]
+    for head, held in mine.items():
+        through = (torch.arange(4) == head)[:, None, None]
+
+        def one(*given, through=through):
+            out = attend(*given)
+            return torch.where(through, out, out.detach())
+
+        with monkeypatch.context() as patched:
+            patched.setattr(transformer, "attend", one)
+            truth = oracle(cut_run(model, tokens[:1], own, *rest))
+        truth = {key: value for key, value in truth.items() if key[1][3].endswith("o_proj") and "attn" in key[1][0]}
+        truth = {key: value for key, value in truth.items() if key[1][0].split(".")[1] == key[1][3].split(".")[1]}
+        assert truth
+        largest = max(map(abs, truth.values()))
+        for key in truth.keys() | held.keys():
+            assert held.get(key, 0.0) == pytest.approx(truth.get(key, 0.0), rel=1e-9, abs=1e-13 * largest), key
+
+
+@pytest.mark.parametrize("at_least", [0.0, 0.05])
+@pytest.mark.parametrize("mode", CLOSED)
+@pytest.mark.parametrize("style", WHOLE)
+def test_terms_of_heads_add_up_to_the_edges_that_stay(style, mode, at_least):
+    _, layers, found, heads = both(style, mode, at_least)
+    for prompt in range(2):
+        edges = dictionary(layers, found, prompt)
+        through = {key: value for key, value in edges.items() if key[1][3].endswith("o_proj")}
+        total = dict.fromkeys(through, 0.0)
+        for held in terms(layers, heads, prompt).values():
+            assert held.keys() <= through.keys()
+            for key, value in held.items():
+                total[key] += value
+        largest = max(map(abs, through.values()))
+        for key, value in through.items():
+            assert total[key] == pytest.approx(value, rel=1e-9, abs=1e-13 * largest), key
+
+
+def test_no_edges_no_terms():
+    """Where nothing stayed there is nothing to take apart."""
+    run, _, found, _ = both("llama", "unmasked")
+    none = [type(table)(*(column[:0] for column in table)) for table in found]
+    assert not sum(len(table.source) for table in head_edges(*run, none))
+
+
+def test_a_harvest_writes_them_where_asked(tmp_path):
+    """Rows of an edge add up to it; without being asked there are none."""
+    for name, asked in (("without", {}), ("with", {"heads": True, "at_least": 0.01})):
+        (store,) = harvested(tmp_path / name, decoder(), Ragged((6, 4)), PromptGraphs(**asked))
+        rows = store.collect(store.scan("head_edges"))
+        assert rows.is_empty() != bool(asked)
+    ends = ["prompt_id", "source", "target"]
+    added = rows.group_by(ends).agg(pl.col("attribution").sum().alias("total"))
+    nodes = store.collect(store.scan("nodes")).select("prompt_id", target="node", layer=pl.col("layer").cast(pl.String))
+    edges = store.collect(store.scan("edges")).join(nodes, on=["prompt_id", "target"])
+    edges = edges.filter(pl.col("layer").str.ends_with("o_proj")).join(added, on=ends, how="left")
+    assert len(edges) == len(added)
+    prompt, node = edges.select("prompt_id", "target").row(0)
+    for end in node_data(store, prompt, node).ins:
+        assert sum(end["heads"].values()) == pytest.approx(end["attribution"], rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(edges["total"].to_torch(), edges["attribution"].to_torch(), rtol=1e-4, atol=1e-6)
+
+
+def test_heads_need_the_closed_form(tmp_path):
+    with pytest.raises(BadInput, match=r"^heads in PromptGraphs: they need the closed form, and this mode lets delta"):
+        harvested(tmp_path, decoder(), Ragged((6,)), PromptGraphs("reference", heads=True))
+    assert MODES["reference"].delta == "flow"
