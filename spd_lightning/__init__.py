@@ -25,6 +25,8 @@ _HOME = {
     "SparseCircuits": "spd_lightning.harvest.circuits",
     "CircuitSearch": "spd_lightning.decomposition.question",
     "optimise": "spd_lightning.decomposition.optimised",
+    "weight_graph": "spd_lightning.decomposition.weight_graph",
+    "weight_table": "spd_lightning.harvest.weights",
     "Store": "spd_lightning.store",
     "BadInput": "spd_lightning.errors",
 }

@@ -14,6 +14,7 @@ usage: python -m spd_lightning VERB [options]
   intervene RUN --text "…"        switch components off, scale or set them: predictions beside the target's
   view      [PATH] [--port N]     look at runs in the browser (the same as: gradio app.py)
   edges     RUN LAYER:NUMBER      what drives a component over a corpus, what it drives [--sources|--targets] [--json]
+  weights   RUN [--at_least S]    which component can drive which by the weights alone [--to weights.parquet]
   export    RUN [--to FILE]       one prompt's graph for circuit-tracer (graph.json) or as GraphML (graph.graphml)
   runs      [--json | --table]    the runs there are: path, state, what they reached
   list                            the configs there are: what they do, and what they reach

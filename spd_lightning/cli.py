@@ -1,7 +1,8 @@
 """The command line: finds the verb, and turns what went wrong into one line with exit code 2 (`--debug` shows where).
 
-Verbs that need no network are functions here, but for `edges` and `export`; those that do are in `work`, `plan` and
-`intervene`. Whatever is elsewhere is imported when it is called. What a verb does not need it does not import.
+Verbs that need no network are functions here, but for `edges` and `export`; those that do are in `work`, `plan`,
+`intervene` and `weights`. Whatever is elsewhere is imported when it is called. What a verb does not need it does not
+import.
 """
 
 import importlib
@@ -158,6 +159,7 @@ VERBS = {
     "view": view,
     "export": export,
     "edges": edges,
+    "weights": _with_trainer("spd_lightning.weights", "weights"),
     "runs": list_runs,
     "list": list_configs,
     "pull": pull,

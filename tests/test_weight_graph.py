@@ -1,0 +1,148 @@
+"""Graphs of weights alone: against edges of prompts, naive loops, and changes of scale (laws A5, A6, A8)."""
+
+import polars as pl
+import pytest
+import torch
+from test_closed_form import STYLES, THRESHOLD, dictionary, made, some_outputs
+from torch import nn
+
+from spd_lightning.decomposition.attribution import MODES
+from spd_lightning.decomposition.closed_form import closed_form
+from spd_lightning.decomposition.decoder_run import trace
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.weight_graph import links, weight_graph
+from spd_lightning.errors import BadInput
+from spd_lightning.harvest.weights import weight_table
+from spd_lightning.targets.toy import TMS
+
+WHOLE = [style for style in STYLES if style != "mlps alone"]
+
+
+def denominator(norm, r):
+    """What a norm divides by at each position."""
+    match norm:
+        case nn.RMSNorm():
+            return (r.square().mean(-1) + norm.eps).sqrt()
+        case nn.LayerNorm():
+            return (r.var(-1, unbiased=False) + norm.eps).sqrt()
+    return torch.ones_like(r[..., 0])
+
+
+def norm_before(reader):
+    parts = reader.split(".")
+    return "norm_f" if reader == "lm_head" else f"h.{parts[1]}.norm_{1 if 'attn' in parts else 2}"
+
+
+@pytest.mark.parametrize(
+    ("style", "mode"),
+    [*((style, "frozen") for style in WHOLE), ("without norm", "unmasked"), ("without norm", "ci_masked")],
+)
+def test_edges_through_the_residual_stream_are_weights_times_activations(style, mode):
+    """A6, rule 2: frozen norms are constants, so an edge is w_i M_ij over the denominator; without norms, always."""
+    model, tokens, g = made(style, prompts=1)
+    layers, found = closed_form(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
+    edges = dictionary(layers, list(found), 0)
+    run = trace(model, tokens, g, MODES[mode], THRESHOLD)
+    M = {(link.source, link.target): w for link, w in weight_graph(model, normalised=False) if link.kind == "residual"}
+    checked = set()
+    for (kind, (source, _, i, target, pos, j)), value in edges.items():
+        if kind == "component" and (source, target) in M:
+            norm = model.target.get_submodule(norm_before(target))
+            expected = (
+                run.weight[source][0, pos, i] * M[source, target][i, j] / denominator(norm, run.into[norm])[0, pos]
+            )
+            assert value == pytest.approx(expected.item(), rel=1e-9, abs=1e-14)
+            checked.add((source, target))
+    assert checked == set(M)
+
+
+@pytest.mark.parametrize("style", ["llama", "one key head", "gpt"])
+def test_weights_of_heads_and_neurons_are_those_of_a_naive_loop(style):
+    """Every head reads and writes its own slice; where heads share keys and values, neighbours share them."""
+    model, _, _ = made(style)
+    seen = set()
+    for link, found in weight_graph(model, normalised=False):
+        if link.kind == "residual":
+            continue
+        attn, source, target = model.target.h[0].attn, *(model[site].requires_grad_(False) for site in link[:2])
+        d_head, shared = 8 // attn.n_heads, attn.n_heads // attn.n_kv_heads
+        for i in range(source.U.shape[0]):
+            for j in range(target.V.shape[1]):
+                if link.kind == "mlp":
+                    expected = sum(source.U[i, f] * target.V[f, j] for f in range(source.U.shape[1]))
+                else:
+                    ours, theirs = link.head * d_head, link.head // shared * d_head
+                    read = target.V[:, j] if link.kind == "ov" else target.U[j] / d_head**0.5
+                    expected = sum(source.U[i, theirs + e] * read[ours + e] for e in range(d_head))
+                assert found[i, j].item() == pytest.approx(float(expected), rel=1e-9, abs=1e-14)
+        seen.add((link.kind, link.head))
+    assert seen == {("mlp", None), *((kind, head) for kind in ("ov", "qk") for head in range(4))}
+
+
+def test_scores_at_the_querys_own_position_need_no_angle():
+    """Rotary angles cancel there: what queries and keys write gives the same scores turned to any one position."""
+    model, _, _ = made("llama")
+    attn, rotary = model.target.h[1].attn, model.target.rotary(6)
+    q, k = (model[f"h.1.attn.{x}_proj"].U[:, None].expand(-1, 6, -1) for x in "qk")
+    q, k = attn.turned(q, 4, rotary), attn.turned(k, 2, rotary).repeat_interleave(2, dim=1)
+    for link, found in weight_graph(model, normalised=False):
+        if link.kind == "qk" and link.target == "h.1.attn.q_proj":
+            scores = k[:, link.head, 4] @ q[:, link.head, 4].T / 2**0.5
+            torch.testing.assert_close(found, scores)
+
+
+@pytest.mark.parametrize("style", WHOLE)
+def test_a8_scales_of_components_do_not_matter(style):
+    """U times k and V over k: the same weights, signs of k aside."""
+    model, _, _ = made(style)
+    before = list(weight_graph(model))
+    with torch.no_grad():
+        for name in model.sites:
+            k = torch.rand(model.counts[name], dtype=torch.float64) * 5 + 0.1
+            model[name].U.mul_(k[:, None])
+            model[name].V.div_(k)
+    after = list(weight_graph(model))
+    assert before
+    for (link, ours), (other, theirs) in zip(before, after, strict=True):
+        assert link == other
+        torch.testing.assert_close(theirs, ours)
+
+
+def test_only_some_maps_need_be_sites():
+    model, _, _ = made("mlps alone")
+    found = {(link.source, link.target, link.kind) for link in links(model)}
+    assert found == {
+        ("h.0.mlp.c_fc", "h.0.mlp.down_proj", "mlp"),
+        ("h.0.mlp.down_proj", "h.1.mlp.c_fc", "residual"),
+        ("h.1.mlp.c_fc", "h.1.mlp.down_proj", "mlp"),
+    }
+
+
+def test_other_models_are_refused():
+    with pytest.raises(BadInput, match=r"^weights: TMS is no decoder whose parts are known; take a run of one$"):
+        weight_table(ComponentModel(TMS(5, 2), {"*": 3}))
+
+
+@pytest.mark.parametrize("at_least", [0.0, 0.4])
+def test_the_table_holds_the_strongest_into_each_target(at_least):
+    """Row by row; what is a remnant has none, and the strongest come first."""
+    model, _, _ = made("llama")
+    with torch.no_grad():
+        model["h.0.attn.o_proj"].U[2] *= 1e-3
+        model["h.1.attn.v_proj"].V[:, 3] *= 1e-3
+    remnants = {("h.0.attn.o_proj", 2), ("h.1.attn.v_proj", 3)}
+    expected, largest = {}, {}
+    for link, values in weight_graph(model):
+        for i, row in enumerate(values.tolist()):
+            for j, value in enumerate(row):
+                if not remnants & {(link.source, i), (link.target, j)}:
+                    expected[(link.source, i, link.target, j, link.kind, link.head)] = value
+                    into = link.target, j, link.kind
+                    largest[into] = max(largest.get(into, 0.0), abs(value))
+    expected = {key: v for key, v in expected.items() if abs(v) >= at_least * largest[key[2:5]]}
+    table = weight_table(model, at_least)
+    found = {tuple(key): value for *key, value in table.rows()}
+    assert len(found) == len(table)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert table["weight"].abs().is_sorted(descending=True)
+    assert table.schema["head"] == pl.UInt16
