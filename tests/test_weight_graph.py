@@ -2,20 +2,37 @@
 
 import polars as pl
 import pytest
+import tiny_checkpoints
 import torch
+from polars.testing import assert_frame_equal
 from test_closed_form import STYLES, THRESHOLD, dictionary, made, some_outputs
 from torch import nn
 
+from spd_lightning import cli
 from spd_lightning.decomposition.attribution import MODES
 from spd_lightning.decomposition.closed_form import closed_form
 from spd_lightning.decomposition.decoder_run import trace
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.weight_graph import links, weight_graph
 from spd_lightning.errors import BadInput
+from spd_lightning.harvest.twins import twin_of
 from spd_lightning.harvest.weights import weight_table
+from spd_lightning.targets.huggingface import HuggingFaceLM
 from spd_lightning.targets.toy import TMS
+from spd_lightning.targets.transformer import Decoder
+from spd_lightning.training.checkpoint import save_decomposition
+from spd_lightning.training.decompose import Decomposition
 
 WHOLE = [style for style in STYLES if style != "mlps alone"]
+
+REFUSED = {
+    "": "weights: the following arguments are required: run",
+    "txet": "run 'txet': not in",
+    "toy": "weights: TMS is no decoder whose parts are known",
+    "text --at_least 2": "--at_least 2: it is a share",
+    "text --to table.csv": "--to 'table.csv': not a kind of file that is written; end it in .parquet",
+    "text --to no/where.parquet": "there is no folder 'no'",
+}
 
 
 def denominator(norm, r):
@@ -146,3 +163,37 @@ def test_the_table_holds_the_strongest_into_each_target(at_least):
     assert found == pytest.approx(expected, rel=1e-6)
     assert table["weight"].abs().is_sorted(descending=True)
     assert table.schema["head"] == pl.UInt16
+
+
+def test_a_model_of_transformers_has_its_twins_weights_under_its_own_names(tmp_path):
+    tiny_checkpoints.write(tmp_path, "llama", num_key_value_heads=2)
+    torch.manual_seed(0)
+    model = ComponentModel(HuggingFaceLM.from_pretrained(str(tmp_path)), {"model.layers.*proj": 5})
+    found, twin = weight_table(model), twin_of(model, MODES["unmasked"])
+    assert len(found)
+    assert twin.model is not model
+    ends = pl.col("source_layer", "target_layer").cast(pl.String)
+    assert set(found.select(ends).unpivot()["value"]) <= set(model.sites)
+    ours = weight_table(twin.model).with_columns(ends.replace({our: own for own, our in twin.names.items()}))
+    assert_frame_equal(found.with_columns(ends), ours)
+
+
+def test_the_verb_writes_the_table(tmp_path, monkeypatch, capsys):
+    """One file, whole, of a run that was never trained; whatever else is asked for is refused in one line."""
+    settings = {"vocab": 7, "d_model": 8, "n_layers": 1, "n_heads": 2, "context": 6}
+    networks = {"text": (Decoder, settings), "toy": (TMS, {"n_features": 5, "n_hidden": 2})}
+    torch.manual_seed(0)
+    for name, (network, given) in networks.items():
+        module = Decomposition(network(**given), {"h.*.mlp.*" if name == "text" else "linear1": 4})
+        module.target_spec = {"class_path": f"spd_lightning.{network.__name__}", "init_args": given}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("base: stories-1L-tiny.yaml")
+        save_decomposition(module, tmp_path / name)
+    monkeypatch.setenv("SPD_RUNS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["weights", "text", "--at_least", "0"]) == 0
+    assert capsys.readouterr().out.startswith("weights: weights.parquet    16 rows, at least 0 of the largest")
+    assert len(pl.read_parquet("weights.parquet")) == 16
+    for words, said in REFUSED.items():
+        assert cli.run(["weights", *words.split()]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]

@@ -51,9 +51,8 @@ def links(model: ComponentModel) -> list[Link]:
     for k, block in enumerate(target.h):
         q, key, v, o = (f"h.{k}.attn.{x}_proj" for x in "qkvo")
         found += [Link(s, t, "residual") for t in (q, key, v) for s in writers]
-        found += [
-            Link(s, t, kind, h) for s, t, kind in ((key, q, "qk"), (v, o, "ov")) for h in range(block.attn.n_heads)
-        ]
+        found += [Link(key, q, "qk", head) for head in range(block.attn.n_heads)]
+        found += [Link(v, o, "ov", head) for head in range(block.attn.n_heads)]
         first, down = [f"h.{k}.mlp.{name}" for name in ("c_fc", "gate_proj", "up_proj")], f"h.{k}.mlp.down_proj"
         found += [Link(s, t, "residual") for t in first for s in (*writers, o)]
         found += [Link(s, down, "mlp") for s in first]
