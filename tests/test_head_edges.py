@@ -21,7 +21,7 @@ WHOLE = [style for style in STYLES if style != "mlps alone"]
 
 def both(style, mode, at_least=0.0):
     """A graph's layers, edges and heads' terms."""
-    model, tokens, g = made(style)
+    model, tokens, g = made(style, length=3)
     run = (model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
     layers, found = closed_form(*run, at_least)
     found = list(found)
@@ -58,16 +58,14 @@ def test_a7_a_heads_terms_are_the_graph_of_that_head_alone(style, mode, monkeypa
         with monkeypatch.context() as patched:
             patched.setattr(transformer, "attend", one)
             truth = oracle(cut_run(model, tokens[:1], own, *rest))
-        truth = {key: value for key, value in truth.items() if key[1][3].endswith("o_proj") and "attn" in key[1][0]}
-        truth = {key: value for key, value in truth.items() if key[1][0].split(".")[1] == key[1][3].split(".")[1]}
+        truth = {key: value for key, value in truth.items() if key[1][3].endswith("o_proj")}
         assert truth
         largest = max(map(abs, truth.values()))
         for key in truth.keys() | held.keys():
             assert held.get(key, 0.0) == pytest.approx(truth.get(key, 0.0), rel=1e-9, abs=1e-13 * largest), key
 
 
-@pytest.mark.parametrize("at_least", [0.0, 0.05])
-@pytest.mark.parametrize("mode", CLOSED)
+@pytest.mark.parametrize(("mode", "at_least"), [("unmasked", 0.0), ("ci_masked", 0.05), ("frozen", 0.05)])
 @pytest.mark.parametrize("style", WHOLE)
 def test_terms_of_heads_add_up_to_the_edges_that_stay(style, mode, at_least):
     _, layers, found, heads = both(style, mode, at_least)
