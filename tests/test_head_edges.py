@@ -6,8 +6,9 @@ import torch
 from test_closed_form import CLOSED, STYLES, THRESHOLD, by_number, dictionary, made, some_outputs
 from test_dataset_edges import decoder
 from test_nodes import Ragged, harvested
+from test_nodes import decoder as without_attention
 
-from spd_lightning.decomposition.attribution import MODES, cut_run, oracle
+from spd_lightning.decomposition.attribution import cut_run, oracle
 from spd_lightning.decomposition.closed_form import closed_form
 from spd_lightning.decomposition.head_edges import head_edges
 from spd_lightning.errors import BadInput
@@ -103,11 +104,20 @@ def test_a_harvest_writes_them_where_asked(tmp_path):
     assert len(edges) == len(added)
     prompt, node = edges.select("prompt_id", "target").row(0)
     for end in node_data(store, prompt, node).ins:
-        assert sum(end["heads"].values()) == pytest.approx(end["attribution"], rel=1e-4, abs=1e-6)
+        assert sum(term["attribution"] for term in end["heads"]) == pytest.approx(
+            end["attribution"], rel=1e-4, abs=1e-6
+        )
     torch.testing.assert_close(edges["total"].to_torch(), edges["attribution"].to_torch(), rtol=1e-4, atol=1e-6)
 
 
-def test_heads_need_the_closed_form(tmp_path):
-    with pytest.raises(BadInput, match=r"^heads in PromptGraphs: they need the closed form, and this mode lets delta"):
-        harvested(tmp_path, decoder(), Ragged((6,)), PromptGraphs("reference", heads=True))
-    assert MODES["reference"].delta == "flow"
+@pytest.mark.parametrize(
+    ("made", "mode", "why"),
+    [
+        (decoder, "reference", "this mode lets delta carry gradient"),
+        (without_attention, "unmasked", "'h.0.attn.[kq]_proj' is not decomposed"),
+    ],
+)
+def test_heads_need_the_closed_form(tmp_path, made, mode, why):
+    said = rf"^heads in PromptGraphs: attention needs its closed form, and {why}; leave them out$"
+    with pytest.raises(BadInput, match=said):
+        harvested(tmp_path, made(), Ragged((6,)), PromptGraphs(mode, heads=True))

@@ -146,13 +146,15 @@ def node_edges(store: Store, prompt: int, node: int, top_k: int = 20) -> NodeEdg
     return NodeEdges(ins.head(top_k), outs.head(top_k), len(ins), len(outs), in_sum, out_sum)
 
 
-def node_heads(store: Store, prompt: int, node: int) -> dict[tuple[int, int], dict[int, float | None]]:
-    """What each head adds to a node's edges (source, target) through attention; nothing where no head was harvested."""
+def node_heads(store: Store, prompt: int, node: int) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """What each head adds to a node's edges (source, target) through attention, as {head, attribution} in order of
+    heads; nothing where no head was harvested."""
     if prompt == ALL_PROBES or "head_edges" not in store.tables:
         return {}
     touching = (pl.col("source") == node) | (pl.col("target") == node)
-    columns = "source", "target", "head", finite(pl.col("attribution"))
-    found: dict[tuple[int, int], dict[int, float | None]] = {}
-    for *ends, head, term in store.collect(store.scan("head_edges", prompt).filter(touching).select(columns)).rows():
-        found.setdefault(tuple(ends), {})[head] = term
+    terms = store.collect(store.scan("head_edges", prompt).filter(touching).sort("head"))
+    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in terms.with_columns(finite(pl.col("attribution"))).to_dicts():
+        own = {"head": row["head"], "attribution": row["attribution"]}
+        found.setdefault((row["source"], row["target"]), []).append(own)
     return found

@@ -5,7 +5,7 @@ head at a time, computed anew for the edges of graphs that are there already: gr
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spd_lightning.decomposition.attribution import EdgeTable, Mode, Threshold, joined, node_numbers
 from spd_lightning.decomposition.closed_form import Graph, readers
-from spd_lightning.decomposition.decoder_run import layers_of, trace
+from spd_lightning.decomposition.decoder_run import layers_of, trace, why_not
 from spd_lightning.decomposition.edge_blocks import Tables
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, reading_of
@@ -29,6 +29,15 @@ class HeadTable(NamedTuple):
     attribution: Tensor
 
 
+def no_heads(model: ComponentModel, mode: Mode) -> str | None:
+    """What keeps a model's edges from being taken apart by heads; None where nothing does."""
+    if why := why_not(model, mode):
+        return why
+    target: Any = model.target
+    maps = [f"h.{k}.attn.{x}_proj" for k in range(len(target.h)) for x in "qkvo"]
+    return next((f"'{name}' is not decomposed" for name in maps if name not in model.sites), None)
+
+
 def head_edges(
     model: ComponentModel,
     inputs: Int[Tensor, "batch pos"],
@@ -41,7 +50,7 @@ def head_edges(
     """The terms of those edges that run through attention: over its heads, they add up to the edge.
 
     edges: of each prompt one table, as `closed_form` gives them for the same arguments; terms of other edges are left
-    out, and so are those across positions that are exactly zero. `why_not` must have nothing to say against the model.
+    out, and so are those across positions that are exactly zero. `no_heads` must have nothing to say against the model.
     """
     frozen = mode.linearisation == "frozen"
     with torch.no_grad():

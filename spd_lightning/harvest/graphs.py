@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from spd_lightning.decomposition.attribution import MODES, ModeName, Threshold
-from spd_lightning.decomposition.decoder_run import why_not
+from spd_lightning.decomposition.head_edges import no_heads
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import reading_of
 from spd_lightning.errors import BadInput
@@ -53,7 +53,8 @@ class PromptGraphs(Harvester):
         checks: how many written edges of each prompt to try by switching their source off, drawn by their size; 0 for
             none.
         heads: whether to write the table `head_edges` too: what each head adds to each written edge through attention;
-            weak heads of an edge stay, so that they add up. Only where graphs have a closed form.
+            weak heads of an edge stay, so that they add up. Only where graphs have a closed form and all attention is
+            decomposed.
         name: the harvest's folder below `<run>/harvest/`; "graphs-<mode>" where left out.
     """
 
@@ -96,8 +97,8 @@ class PromptGraphs(Harvester):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.heads and isinstance(pl_module, Decomposition):
             mode = MODES[self.mode]
-            if why := why_not(twin_of(pl_module.model, mode).model, mode):
-                raise BadInput(f"heads in PromptGraphs: they need the closed form, and {why}; leave them out")
+            if why := no_heads(twin_of(pl_module.model, mode).model, mode):
+                raise BadInput(f"heads in PromptGraphs: attention needs its closed form, and {why}; leave them out")
         super().on_predict_start(trainer, pl_module)
 
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:

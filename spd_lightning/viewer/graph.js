@@ -324,7 +324,7 @@ function side(title, ends, count, sum) {
   return [head, ...ends.map((end) => {
     const button = make('button', 'end');
     button.append(make('span', '', titled(end)), make('span', 'value', number(end.attribution)), meter(end.attribution, largest));
-    const heads = Object.entries(end.heads).map(([head, term]) => `head ${head} ${number(term)}`);
+    const heads = [...end.heads].sort((a, b) => Math.abs(b.attribution) - Math.abs(a.attribution)).slice(0, 4).map(({ head, attribution }) => `head ${head}: ${number(attribution)}`);
     if (heads.length) button.append(make('small', 'heads', heads.join(' · ')));
     button.title = byNode.has(end.node) ? 'Pin this node' : 'Hidden by a filter';
     button.addEventListener('click', () => pin(byNode.get(end.node)));

@@ -81,7 +81,7 @@ class GraphPage:
 @dataclass(frozen=True)
 class NodePage:
     """All that meets in one node: ends {node, name, label, attribution, heads}, strongest first, with counts and sums
-    over all (None where a sum is not finite). `heads` says what each head adds, where the harvest knows."""
+    over all (None where a sum is not finite). `heads` lists what each head adds, {head, attribution}, where known."""
 
     ins: list[dict[str, Any]]
     outs: list[dict[str, Any]]
@@ -153,7 +153,7 @@ def node_data(store: Store, prompt: int, node: int) -> NodePage:
     ins, outs = (
         [
             named[row[end]]
-            | {"attribution": row["attribution"], "heads": heads.get((row["source"], row["target"]), {})}
+            | {"attribution": row["attribution"], "heads": heads.get((row["source"], row["target"]), [])}
             for row in side.to_dicts()
         ]
         for end, side in (("source", finite(edges.ins)), ("target", finite(edges.outs)))
