@@ -56,14 +56,14 @@ class Graph(PartialWalk[T]):
                 yield from self._attention(k, block.attn, attn)
                 stream = beside([stream, self.writer(f"{attn}.o_proj")])
             else:
-                stream = yield from self.attended(k, stream)
+                stream = yield from self.through_attention(k, stream)
             slopes = self.slopes(block.mlp, mlp)
             if self.all_sites(*slopes, down):
                 yield from self._read(stream, f"h.{k}.norm_2", *slopes)
                 yield from self._neurons_to(self.reader(down), slopes)
                 stream = beside([stream, self.writer(down)])
             else:
-                stream = yield from self.thought(k, stream)
+                stream = yield from self.through_mlp(k, stream)
         if "lm_head" not in self.model.sites:
             yield from self._read(stream, "norm_f", "output")
             return

@@ -46,7 +46,7 @@ class PartialWalk(PromptRows[T]):
 
     # ---- attention ----------------------------------------------------------------------------------------------
 
-    def attended(self, block: int, stream: Rows) -> Generator[T, None, Rows]:
+    def through_attention(self, block: int, stream: Rows) -> Generator[T, None, Rows]:
         """The residual stream → q, k, v → o; what stands at its own position behind them."""
         name, norm, o = f"h.{block}.attn", f"h.{block}.norm_1", f"h.{block}.attn.o_proj"
         asking = yield from self._projected(stream, self._behind(norm, stream), name)
@@ -103,7 +103,7 @@ class PartialWalk(PromptRows[T]):
 
     # ---- neurons ------------------------------------------------------------------------------------------------
 
-    def thought(self, block: int, stream: Rows) -> Generator[T, None, Rows]:
+    def through_mlp(self, block: int, stream: Rows) -> Generator[T, None, Rows]:
         """The residual stream → the first maps of an MLP → down; what stands at each position behind them."""
         name, norm = f"h.{block}.mlp", f"h.{block}.norm_2"
         slopes, down = self.slopes(self.target.h[block].mlp, name), f"{name}.down_proj"
@@ -136,13 +136,13 @@ class PartialWalk(PromptRows[T]):
         """What has spread in a block's attention → all readers behind it."""
         for later in range(block, len(self.target.h)):
             if later > block:
-                far = yield from self._attended_far(later, far)
+                far = yield from self._attention_far(later, far)
             name, vectors = f"h.{later}.mlp", self._behind(f"h.{later}.norm_2", far)
             slopes = self.slopes(self.target.h[later].mlp, name)
             far = plus(far, (yield from self._neurons(far, vectors, slopes, f"{name}.down_proj")))
         yield self.met(far, self._behind("norm_f", far), "lm_head" if self.all_sites("lm_head") else "output")
 
-    def _attended_far(self, block: int, far: Far) -> Generator[T, None, Far]:
+    def _attention_far(self, block: int, far: Far) -> Generator[T, None, Far]:
         """What has spread → q, k, v → o, and behind them."""
         name = f"h.{block}.attn"
         moved = yield from self._projected(far, self._behind(f"h.{block}.norm_1", far), name)
