@@ -11,17 +11,17 @@ so an edge is a few inner products of what the source writes with what the targe
 
 with w = m ∘ a, p_h the attention pattern of head h, R the rotation to a position. One forward pass of the batch gives
 all that these ask for; edges then come prompt by prompt, from the rows of U and V that are nodes there.
-Not here: decoders of which only a part is decomposed, and modes whose delta carries gradient (see `why_not`); those
-take the batched products of `attribution`, which give the same numbers.
+Maps that are no sites pass on what reaches them: `partial_coverage` has the edges through their blocks.
+Not here: modes whose delta carries gradient (see `why_not`); those take the batched products of `attribution`, which
+give the same numbers.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Generic, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 
 from spd_lightning.decomposition.attribution import (
     EdgeTable,
@@ -34,152 +34,81 @@ from spd_lightning.decomposition.attribution import (
     tabled,
 )
 from spd_lightning.decomposition.decoder_run import Trace, layers_of, trace, why_not
-from spd_lightning.decomposition.edge_blocks import Across, Nodes, T, Tables, Taker, nodes_of
-from spd_lightning.decomposition.frozen import gelu_secant
+from spd_lightning.decomposition.edge_blocks import Across, T, Tables
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
+from spd_lightning.decomposition.partial_coverage import PartialWalk
+from spd_lightning.decomposition.prompt_rows import Rows, beside
 
 # ---- edges of one prompt --------------------------------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
-    """Nodes and a vector of each: what it writes, or what it reads."""
-
-    nodes: Nodes
-    vectors: Float[Tensor, "pos K d"]
-
-
-def beside(parts: list[Rows]) -> Rows:
-    """The nodes of several layers side by side."""
-    columns = (torch.cat(column, dim=1) for column in zip(*(part.nodes for part in parts), strict=True))
-    return Rows(Nodes(*columns), torch.cat([part.vectors for part in parts], dim=1))
-
-
-class Graph(Generic[T]):
-    """The edges of one prompt of a traced batch.
-
-    Args:
-        model: a decoder, decomposed.
-        run: the batch's trace.
-        layers: its layers.
-        numbers: the numbers of their nodes.
-        prompt: which prompt of the batch.
-        read: Vᵀ of every site, and what the output reads [K, d].
-        frozen: whether maps are made to add up (A6).
-        taken: what becomes of the edges.
-    """
-
-    def __init__(
-        self,
-        model: ComponentModel,
-        run: Trace,
-        layers: list[Layer],
-        numbers: list[Tensor],
-        prompt: int,
-        read: Mapping[str, Tensor],
-        frozen: bool,
-        taken: Taker[T],
-    ):
-        self.model, self.run, self.prompt, self.read, self.frozen = model, run, prompt, read, frozen
-        self.taken = taken
-        self.target: Any = model.target
-        laid = {
-            (layer.kind, layer.name): nodes_of(layer.nodes[prompt], held[prompt])
-            for layer, held in zip(layers, numbers, strict=True)
-        }
-        self.nodes = {name: nodes for (kind, name), nodes in laid.items() if kind in ("component", "output")}
-        self.whole: dict[str, list[Rows]] = {}
-        for (kind, name), vectors in run.whole.items():
-            self.whole.setdefault(name, []).append(Rows(laid[kind, name], vectors[prompt][:, None]))
+class Graph(PartialWalk[T]):
+    """The edges of one prompt of a traced batch; quicker than `PartialWalk` where all maps are sites."""
 
     def __iter__(self) -> Iterator[T]:
-        stream = beside([self._writer(name) for name in ("wte", "wpe") if name in self.nodes or name in self.whole])
+        stream = beside([self.writer(name) for name in ("wte", "wpe") if name in self.nodes or name in self.whole])
         for k, block in enumerate(self.target.h):
             attn, mlp = f"h.{k}.attn", f"h.{k}.mlp"
-            yield from self._read(stream, f"h.{k}.norm_1", *(f"{attn}.{x}_proj" for x in "qkv"))
-            yield from self._attention(block.attn, attn)
-            stream = beside([stream, self._writer(f"{attn}.o_proj")])
-            slopes, down = self._slopes(block.mlp, mlp), self._reader(f"{mlp}.down_proj")
-            yield from self._read(stream, f"h.{k}.norm_2", *slopes)
-            for name, moved in slopes.items():
-                writer = self._writer(name)
-                yield self._same(writer._replace(vectors=writer.vectors * moved[:, None]), down)
-            stream = beside([stream, self._writer(f"{mlp}.down_proj")])
+            maps, down = [f"{attn}.{x}_proj" for x in "qkv"], f"{mlp}.down_proj"
+            if self.all_sites(*maps, f"{attn}.o_proj"):
+                yield from self._read(stream, f"h.{k}.norm_1", *maps)
+                yield from self._attention(k, block.attn, attn)
+                stream = beside([stream, self.writer(f"{attn}.o_proj")])
+            else:
+                stream = yield from self.through_attention(k, stream)
+            slopes = self.slopes(block.mlp, mlp)
+            if self.all_sites(*slopes, down):
+                yield from self._read(stream, f"h.{k}.norm_2", *slopes)
+                yield from self._neurons_to(self.reader(down), slopes)
+                stream = beside([stream, self.writer(down)])
+            else:
+                stream = yield from self.through_mlp(k, stream)
         if "lm_head" not in self.model.sites:
             yield from self._read(stream, "norm_f", "output")
             return
         yield from self._read(stream, "norm_f", "lm_head")
-        head, out = self._writer("lm_head"), self.nodes["output"]
+        head, out = self.writer("lm_head"), self.nodes["output"]
         tokens = out.component[:, None].expand(-1, head.vectors.shape[1], -1)
         yield self.taken.same(head.nodes, out, self.run.reading(head.vectors).gather(2, tokens))
 
-    # ---- what nodes write and read ------------------------------------------------------------------------------
-
-    def _at(self, values: Mapping[Any, Tensor], key: Any) -> Tensor:
-        """What a trace holds of this prompt."""
-        return values[key][self.prompt]
-
-    def _writer(self, name: str) -> Rows:
-        """w_i U_i of every node of a site, and what the nodes write that stand for a position's whole."""
-        if name not in self.model.sites:
-            return beside(self.whole[name])
-        nodes = self.nodes[name]
-        w = nodes.pick(self._at(self.run.weight, name))
-        return beside(
-            [Rows(nodes, embedding(nodes.component, self.model[name].U) * w[..., None]), *self.whole.get(name, [])]
-        )
-
-    def _reader(self, name: str) -> Rows:
-        """V_j of every node of a site."""
-        return Rows(self.nodes[name], embedding(self.nodes[name].component, self.read[name]))
-
     def _read(self, stream: Rows, norm: str, *names: str) -> Iterator[T]:
         """The residual stream, and the norm's bias where it is a node, → readers behind a norm."""
-        readers, module = beside([self._reader(name) for name in names]), self.target.get_submodule(norm)
+        readers, module = beside([self.reader(name) for name in names]), self.target.get_submodule(norm)
         inner = self.run.inner | {"output": self.run.output}
-        a = torch.cat([self.nodes[name].pick(self._at(inner, name)) for name in names], dim=1)
-        vectors = pulled_back(module, self._at(self.run.into, module), readers.vectors, a, self.frozen)
-        yield self._same(stream, readers._replace(vectors=vectors))
+        a = torch.cat([self.nodes[name].pick(self.at(inner, name)) for name in names], dim=1)
+        vectors = pulled_back(module, self.at(self.run.into, module), readers.vectors, a, self.frozen)
+        yield self.same(stream, readers._replace(vectors=vectors))
         for bias in self.whole.get(norm, []):
-            yield self._same(bias, readers)
+            yield self.same(bias, readers)
 
-    def _slopes(self, mlp: Any, name: str) -> dict[str, Tensor]:
-        """The maps that feed an MLP's neurons, and how a neuron's output moves with each [pos, neurons]."""
-        if hasattr(mlp, "c_fc"):
-            return {f"{name}.c_fc": slope(mlp.act, self._at(self.run.out, mlp.c_fc), self.frozen)}
-        g, u = (self._at(self.run.out, m) for m in (mlp.gate_proj, mlp.up_proj))
-        share = 0.5 if self.frozen else 1.0  # two paths meet
-        return {f"{name}.gate_proj": share * slope(mlp.act, g, self.frozen) * u, f"{name}.up_proj": share * mlp.act(g)}
-
-    # ---- edges within a position --------------------------------------------------------------------------------
-
-    def _same(self, writers: Rows, readers: Rows) -> T:
-        """Edges at each position: inner products of what is written with what is read."""
-        return self.taken.same(writers.nodes, readers.nodes, writers.vectors @ readers.vectors.transpose(1, 2))
+    def _neurons_to(self, down: Rows, slopes: Mapping[str, Tensor]) -> Iterator[T]:
+        """The first maps of an MLP → what its last one reads."""
+        for name, moved in slopes.items():
+            writer = self.writer(name)
+            yield self.same(writer._replace(vectors=writer.vectors * moved[:, None]), down)
 
     # ---- edges through attention --------------------------------------------------------------------------------
 
     def of_head(self, block: int, head: int) -> Iterator[T]:
         """What one head adds to the edges q, k and v → o of a block."""
-        return self._attention(self.target.h[block].attn, f"h.{block}.attn", slice(head, head + 1))
+        return self._attention(block, self.target.h[block].attn, f"h.{block}.attn", slice(head, head + 1))
 
-    def _attention(self, attn: Any, name: str, heads: slice = slice(None)) -> Iterator[T]:
+    def _attention(self, block: int, attn: Any, name: str, some: slice = slice(None)) -> Iterator[T]:
         """q, k and v → o, by way of some heads, or all."""
         q_site, k_site, v_site, o_site = (f"{name}.{x}_proj" for x in "qkvo")
-        rotary, shared = self.target.rotary(len(self.run.output[self.prompt])), attn.n_heads // attn.n_kv_heads
-        projected = (self._at(self.run.out, m)[None] for m in (attn.q_proj, attn.k_proj, attn.v_proj))
-        q, k, v = (x[0][heads] for x in attn.heads_of(*projected, rotary))  # [head, pos, d_head]
-        pattern, scale = attn.pattern(q[None], k[None])[0], q.shape[-1] ** -0.5
-        readers, mean = self._reader(o_site), pattern @ v
+        shared, (q, k, v, pattern) = attn.n_heads // attn.n_kv_heads, (x[some] for x in self.heads(block))
+        scale = q.shape[-1] ** -0.5
+        readers, mean = self.reader(o_site), pattern @ v
 
         def turned(writer: Rows, count: int) -> Float[Tensor, "head pos K d_head"]:
             """R U_i of every node."""
-            return attn.turned(writer.vectors.transpose(0, 1), count, rotary).permute(1, 2, 0, 3)
+            return attn.turned(writer.vectors.transpose(0, 1), count, self.rotary).permute(1, 2, 0, 3)
 
-        left = readers.vectors.unflatten(-1, (attn.n_heads, -1)).permute(2, 0, 1, 3)[heads].contiguous()
-        values = self._writer(v_site)
+        left = readers.vectors.unflatten(-1, (attn.n_heads, -1)).permute(2, 0, 1, 3)[some].contiguous()
+        values = self.writer(v_site)
         written = values.vectors[values.nodes.real].unflatten(-1, (attn.n_kv_heads, -1)).transpose(0, 1)
-        written = written.repeat_interleave(shared, dim=0)[heads]
+        written = written.repeat_interleave(shared, dim=0)[some]
         weight = pattern.index_select(2, values.nodes.pos)
         own = left.shape[-1]
         yield from self.taken.across(Across(values.nodes, readers.nodes, weight, left, written, own))
@@ -188,13 +117,13 @@ class Graph(Generic[T]):
 
         beyond = torch.cat([left, -(left * mean[:, :, None]).sum(-1, keepdim=True)], dim=-1)
         values_and_one = nn.functional.pad(v, (0, 1), value=1.0)  # beyond · this = (v − v̄) · V_j
-        queries, keys = self._writer(q_site), self._writer(k_site)
-        asking = with_all(turned(queries, attn.n_heads)[heads], k) * (pattern * scale)[:, :, None]
+        queries, keys = self.writer(q_site), self.writer(k_site)
+        asking = with_all(turned(queries, attn.n_heads)[some], k) * (pattern * scale)[:, :, None]
         asking, gained = (x.permute(1, 2, 0, 3).flatten(2) for x in (asking, with_all(beyond, values_and_one)))
-        yield self._same(Rows(queries.nodes, asking), Rows(readers.nodes, gained))
+        yield self.same(Rows(queries.nodes, asking), Rows(readers.nodes, gained))
 
         at = keys.nodes.pos
-        rows = turned(keys, attn.n_kv_heads)[:, keys.nodes.real].repeat_interleave(shared, dim=0)[heads]
+        rows = turned(keys, attn.n_kv_heads)[:, keys.nodes.real].repeat_interleave(shared, dim=0)[some]
         asked = pattern.index_select(2, at) * (q @ rows.transpose(1, 2)) * scale
         read = values_and_one.index_select(1, at)
         yield from self.taken.across(Across(keys.nodes, readers.nodes, asked, beyond, read, own))
@@ -228,20 +157,6 @@ def pulled_back(
             moved = 0.0 if frozen else r[:, None] * (without[..., None] * inverse / r.shape[-1])
             return (scaled - moved) * inverse
     return columns
-
-
-def slope(act: nn.Module, h: Tensor, frozen: bool) -> Tensor:
-    """How an activation function moves with its input: φ'(h), or in frozen graphs the secant (A6, rule 4)."""
-    match act:
-        case nn.GELU() if frozen:
-            return gelu_secant(h, act.approximate)
-        case nn.GELU():
-            return torch.ops.aten.gelu_backward(torch.ones_like(h), h, approximate=act.approximate)
-        case nn.SiLU():
-            return torch.sigmoid(h) if frozen else torch.ops.aten.silu_backward(torch.ones_like(h), h)
-        case nn.ReLU():
-            return (h > 0).to(h.dtype)
-    raise TypeError(f"the slope of {type(act).__name__} is not known")
 
 
 def readers(model: ComponentModel, run: Trace) -> dict[str, Float[Tensor, "K d"]]:

@@ -28,7 +28,7 @@ from spd_lightning.decomposition.attribution import (
 )
 from spd_lightning.decomposition.closed_form import Graph, readers
 from spd_lightning.decomposition.decoder_run import layers_of, trace, why_not
-from spd_lightning.decomposition.edge_blocks import Across, Nodes
+from spd_lightning.decomposition.edge_blocks import Across, Nodes, Places, onward
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
 
@@ -249,10 +249,23 @@ class Sums:
                 self._add(s, t, sources[span, None], targets[None, :], total[span], count.T[span])
         return iter(())
 
+    def far(self, source: Places, target: Nodes, values: Float[Tensor, "pos K nodes"]) -> None:
+        """Edges from single nodes to all positions, one by one."""
+        every = torch.arange(len(values), device=values.device)
+        held, layers = onward(source.pos, every, target.real, values), self._layers(source.number)
+        for s in layers.unique().tolist():
+            i = (layers == s).nonzero()[:, 0]
+            for t, j in self._spans(target.number.amax(0)):
+                numbers = source.number[i], target.number[:, j, None]
+                self._add(s, t, *numbers, values[:, j, i], held[:, j, i])
+
+    def _layers(self, numbers: Int[Tensor, " nodes"]) -> Int[Tensor, " nodes"]:
+        """The layers of some nodes."""
+        return torch.searchsorted(self._ends, numbers, right=True)
+
     def _spans(self, numbers: Int[Tensor, " nodes"]) -> list[tuple[int, slice]]:
         """The layers of nodes that lie side by side, and where each one's are."""
-        layers = torch.searchsorted(self._ends, numbers, right=True)
-        names, counts = layers.unique_consecutive(return_counts=True)
+        names, counts = self._layers(numbers).unique_consecutive(return_counts=True)
         ends = counts.cumsum(0).tolist()
         return [(s, slice(a, b)) for s, a, b in zip(names.tolist(), [0, *ends], ends, strict=False)]
 

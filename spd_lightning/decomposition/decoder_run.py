@@ -18,18 +18,14 @@ def why_not(model: ComponentModel, mode: Mode) -> str | None:
         return f"{type(model.target).__name__} is no decoder whose parts are known"
     if mode.delta == "flow":
         return "this mode lets delta carry gradient"
-    known = {name for block in range(len(model.target.h)) for name in _maps(model.target, block)}  # pyright: ignore
-    if missing := sorted(known - set(model.sites)):
-        return f"'{missing[0]}' is not decomposed"
-    if strange := sorted(set(model.sites) - known - {"wte", "lm_head"}):
+    if strange := sorted(set(model.sites) - set(_maps(model.target)) - {"wte", "lm_head"}):
         return f"'{strange[0]}' is decomposed"
     return None
 
 
-def _maps(target: Any, block: int) -> list[str]:
-    """The names of a block's maps."""
-    mlp = [name for name in ("c_fc", "gate_proj", "up_proj", "down_proj") if hasattr(target.h[block].mlp, name)]
-    return [f"h.{block}.attn.{x}_proj" for x in "qkvo"] + [f"h.{block}.mlp.{name}" for name in mlp]
+def _maps(target: Any) -> dict[str, nn.Module]:
+    """The maps of all blocks by name."""
+    return {name: m for name, m in target.named_modules() if name.startswith("h.") and name.endswith(("_proj", "c_fc"))}
 
 
 # ---- one forward pass -----------------------------------------------------------------------------------------------
@@ -40,7 +36,7 @@ Key = tuple[NodeKind, str]
 
 
 class Trace(NamedTuple):
-    """What a batch of prompts did inside the model: inputs of norms; outputs, a = x V and w = m ∘ a of sites.
+    """What a batch of prompts did inside the model: inputs of norms; outputs of maps; a = x V and w = m ∘ a of sites.
 
     whole: what layers with one node a position write [batch, pos, d]. order: all layers but the output, as they came.
     reading: what outputs stand for; `output` is that already.
@@ -69,6 +65,7 @@ def trace(
     found, frozen = Trace(inputs, {}, {}, {}, {}, {}, []), mode.linearisation == "frozen"
     sites = {site.module for site in model.sites.values()}
     norms = {m: n for n, m in target.named_modules() if n == "norm_f" or n.endswith(("norm_1", "norm_2"))}
+    plain = norms | {m: name for name, m in _maps(target).items() if m not in sites}
     tables = {m: name for name, m in (("wte", target.wte), ("wpe", target.wpe)) if m is not None and m not in sites}
 
     def write(kind: NodeKind, name: str, vectors: Tensor, like: Tensor) -> None:
@@ -96,13 +93,13 @@ def trace(
             if module in tables:
                 write("embedding", tables[module], y, y.expand(len(inputs), *y.shape[-2:]))
             elif frozen and getattr(module, "bias", None) is not None:
-                write("bias", norms[module], module.bias, y)  # pyright: ignore
-            found.into[module] = x
+                write("bias", plain[module], module.bias, y)  # pyright: ignore
+            found.into[module], found.out[module] = x, y
             return y
 
         return forward
 
-    with torch.no_grad(), model.replaced(at_site, at_module, [*norms, *tables]):
+    with torch.no_grad(), model.replaced(at_site, at_module, [*plain, *tables]):
         return found._replace(output=reading(model.target(inputs)), reading=reading)
 
 

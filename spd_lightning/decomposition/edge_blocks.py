@@ -49,6 +49,13 @@ def nodes_of(held: Bool[Tensor, "pos C"], number: Int[Tensor, "pos C"]) -> Nodes
     return Nodes(index, numbers, real)
 
 
+class Places(NamedTuple):
+    """Some nodes of one prompt one after another: their numbers and positions."""
+
+    number: Int[Tensor, " nodes"]
+    pos: Int[Tensor, " nodes"]
+
+
 # ---- what becomes of edges ------------------------------------------------------------------------------------------
 
 
@@ -85,6 +92,17 @@ class Across(NamedTuple):
             yield Block(pos, values)
 
 
+def onward(
+    source: Int[Tensor, " sources"],
+    pos: Int[Tensor, " block"],
+    real: Bool[Tensor, "block K"],
+    values: Float[Tensor, "block K sources"],
+) -> Bool[Tensor, "block K sources"]:
+    """Which edges from nodes at some positions to those at others there are: at the same, or later and not zero."""
+    gap = pos[:, None, None] - source
+    return real[:, :, None] & (gap >= 0) & ((gap == 0) | (values != 0))
+
+
 @runtime_checkable
 class Taker(Protocol[T]):
     """What takes the edges of a graph as they come, a pair of layers or several at a time."""
@@ -95,6 +113,10 @@ class Taker(Protocol[T]):
 
     def across(self, edges: Across) -> Iterator[T]:
         """Edges from every position to itself and to later ones."""
+        ...
+
+    def far(self, source: Places, target: Nodes, values: Float[Tensor, "pos K nodes"]) -> T:
+        """Edges from single nodes to all positions; none to earlier ones, nor to later ones where they are zero."""
         ...
 
 
@@ -113,9 +135,13 @@ class Tables:
         at, numbers = source.pos, source.number[source.real]
         for pos, values in edges.blocks():
             n = values.shape[-1]
-            gap = pos[:, None, None] - at[:n]
-            held = target.real[pos, :, None] & (gap >= 0) & ((gap == 0) | (values != 0))
+            held = onward(at[:n], pos, target.real[pos], values)
             yield self._kept(held, numbers[:n], target.number[pos, :, None], values)
+
+    def far(self, source: Places, target: Nodes, values: Float[Tensor, "pos K nodes"]) -> EdgeTable:
+        every = torch.arange(len(values), device=values.device)
+        held = onward(source.pos, every, target.real, values)
+        return self._kept(held, source.number, target.number[:, :, None], values)
 
     def _kept(self, held: Tensor, source: Tensor, target: Tensor, values: Tensor) -> EdgeTable:
         """The edges of an array that are held; the numbers of their nodes are spread over it."""

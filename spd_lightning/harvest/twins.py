@@ -2,7 +2,8 @@
 
 A HuggingFace GPT-2, Llama, Mistral or Qwen2 taken as it is (`hf:`) has a twin, our own decoder with the same weights.
 Where the sites have their places in it, graphs are the twin's, and names stay those of the model. (GPT-2's one map for
-queries, keys and values has none: take such a checkpoint as `decoder:` to have closed forms.)
+queries, keys and values has none: take such a checkpoint as `decoder:` to have closed forms. In frozen graphs biases of
+maps that are no sites are nodes, so they must have their places too.)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode, Threshold
+from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode, Threshold, biased
 from spd_lightning.decomposition.checks import Checks, Key, changes
 from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums, dataset_edges
@@ -114,4 +115,5 @@ def twin_of(model: ComponentModel, mode: Mode) -> Twin:
     other = ComponentModel(decoder, counts, delta=model.delta)
     for name in model.sites:
         other.components[names[name].replace(".", "/")] = model[name]
-    return Twin(other, names) if why_not(other, mode) is None else itself
+    same = mode.linearisation != "frozen" or {names.get(name) for name in biased(model)} == set(biased(other))
+    return Twin(other, names) if same and why_not(other, mode) is None else itself
