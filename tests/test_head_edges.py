@@ -3,7 +3,7 @@
 import polars as pl
 import pytest
 import torch
-from test_closed_form import CLOSED, STYLES, THRESHOLD, by_number, dictionary, made, some_outputs
+from test_closed_form import CLOSED, MAPS, STYLES, THRESHOLD, by_number, dictionary, made, some_outputs
 from test_dataset_edges import decoder
 from test_nodes import Ragged, harvested
 from test_nodes import decoder as without_attention
@@ -17,7 +17,7 @@ from spd_lightning.targets import transformer
 from spd_lightning.viewer.graph_page import node_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
-WHOLE = [style for style in STYLES if style != "mlps alone"]
+WHOLE = [style for style, (_, sites) in STYLES.items() if sites.items() >= MAPS.items()]
 
 
 def both(style, mode, at_least=0.0):

@@ -64,6 +64,7 @@ def rows_of(draw: st.DrawFn, prompt_id: int) -> dict[str, list[tuple]]:
     prompt = (prompt_id, draw(st.lists(u32, max_size=3)), draw(st.lists(words, max_size=3)), draw(words), draw(words))
     tables = {"nodes": some(NODE), "edges": some(st.tuples(u32, u32, floats)), "outputs": some(OUTPUT)}
     tables |= {"checks": some(CHECK), "graphs": some(GRAPH), "frontier": some(CIRCUIT)}
+    tables["head_edges"] = some(st.tuples(u32, u32, u16, floats))
     plain = zip(("components", "dataset_edges", "dataset_nodes"), (COMPONENT, PAIR, NODES), strict=True)
     return {"prompts": [prompt], **tables, **{name: draw(st.lists(row, max_size=3)) for name, row in plain}}
 
