@@ -25,6 +25,7 @@ from spd_lightning.decomposition.components import Site, available
 from spd_lightning.decomposition.frozen import Frozen
 from spd_lightning.decomposition.model import ComponentModel, Map
 from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
+from spd_lightning.errors import BadInput, nearest
 
 ModeName = Literal["unmasked", "ci_masked", "frozen", "reference"]
 NodeKind = Literal["component", "input", "embedding", "output", "rest", "bias"]
@@ -45,6 +46,18 @@ MODES: dict[ModeName, Mode] = {
     "frozen": Mode("ones", "cut", "frozen"),
     "reference": Mode("ones", "flow", "jacobian"),
 }
+
+
+def known_mode(name: str, place: str) -> ModeName:
+    """A kind of graph by its name, given to something.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if name not in MODES:
+        raise BadInput(f"mode '{name}' in {place}: no such kind of graph; {nearest(name, MODES)}")
+    return name
+
 
 Threshold = float | Mapping[str, Tensor]
 """Importance above which a component is a node: one for all, or of every site a tensor that broadcasts with its g."""

@@ -5,6 +5,7 @@ Where the sites have their places in it, graphs are the twin's, and names stay t
 queries, keys and values has none: take such a checkpoint as `decoder:` to have closed forms.)
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,6 +22,9 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, Reading, every_output, logits
 from spd_lightning.targets.conversion import twin
 from spd_lightning.targets.huggingface import HuggingFaceLM
+
+
+log = logging.getLogger(__name__)
 
 
 class Twin(NamedTuple):
@@ -98,6 +102,12 @@ class Twin(NamedTuple):
 
     def _own(self, name: str) -> str:
         return {theirs: own for own, theirs in self.names.items()}.get(name, name)
+
+
+def tell_of_long_way(model: ComponentModel, mode: Mode, harvest: str) -> None:
+    """Says why graphs of a language model have no closed form, if that is so."""
+    if hasattr(model.target, "vocab") and (why := why_not(twin_of(model, mode).model, mode)):
+        log.info("harvest %s: no closed forms (%s); edges by batched products: slower, the same numbers", harvest, why)
 
 
 @lru_cache(maxsize=2)

@@ -192,6 +192,7 @@ class SparseFeatures(SampledData):
         validation_batches: int = 4,
         n_random_prompts: int = 64,
         predict_batch_size: int = 64,
+        n_prompts: int | None = None,
     ) -> None:
         """
         Args:
@@ -204,8 +205,10 @@ class SparseFeatures(SampledData):
             validation_batches: how many batches each device validates on.
             n_random_prompts: how many random vectors `predict` runs on, beside every feature alone at 0.75.
             predict_batch_size: vectors in a batch of `predict`.
+            n_prompts: in place of n_random_prompts, by the name that Text has for it.
         """
-        super().__init__(batch_size, seed, validation_batches, n_random_prompts, predict_batch_size)
+        count = n_random_prompts if n_prompts is None else n_prompts
+        super().__init__(batch_size, seed, validation_batches, count, predict_batch_size)
         if not 0 < probability <= 1:
             raise BadInput(f"probability {probability} in SparseFeatures: it must be above 0 and at most 1")
         if not low < high:
@@ -235,6 +238,7 @@ class InductionTokens(SampledData):
         validation_batches: int = 4,
         n_random_prompts: int = 64,
         predict_batch_size: int = 64,
+        n_prompts: int | None = None,
     ) -> None:
         """
         Args:
@@ -245,8 +249,10 @@ class InductionTokens(SampledData):
             validation_batches: how many batches each device validates on.
             n_random_prompts: how many random sequences `predict` runs on, beside one that repeats each token.
             predict_batch_size: sequences in a batch of `predict`.
+            n_prompts: in place of n_random_prompts, by the name that Text has for it.
         """
-        super().__init__(batch_size, seed, validation_batches, n_random_prompts, predict_batch_size)
+        count = n_random_prompts if n_prompts is None else n_prompts
+        super().__init__(batch_size, seed, validation_batches, count, predict_batch_size)
         if vocab < 3 or seq_len < 4:
             raise BadInput(
                 f"vocab {vocab} and seq_len {seq_len} in InductionTokens: `BOS S M S` needs 3 tokens and 4 positions"
