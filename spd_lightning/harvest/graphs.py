@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from spd_lightning.decomposition.attribution import MODES, ModeName, Threshold, known_mode
+from spd_lightning.decomposition.bounded import MOST
 from spd_lightning.decomposition.head_edges import no_heads
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
@@ -40,6 +41,9 @@ from spd_lightning.training.decompose import Decomposition
 
 HEADS = 8
 """So many times fewer prompts at once where each edge through attention has a row a head too."""
+
+TOGETHER = 1 << 27
+"""Edges of all prompts that are harvested together."""
 
 
 class PromptGraphs(Harvester):
@@ -118,8 +122,9 @@ class PromptGraphs(Harvester):
         runs, mode = self._runs(module.model, prompts.inputs), MODES[self.mode]
         threshold = self._threshold(module.model, runs)
         twin, run = twin_of(module.model, mode), (prompts.inputs, runs.importances, mode)
-        layers, edges = twin.graphs(*run, threshold, runs.nodes)
-        graphs = weighed(module.model, layers, edges, self.at_least)
+        layers, parts = twin.parts(*run, threshold, runs.nodes)
+        most = min(MOST, TOGETHER // self.at_once(module.model, prompts.inputs))
+        graphs = weighed(module.model, layers, parts, self.at_least, most)
         tried = drawn(layers, graphs.tables, ids, self.checks)
         checks = check_rows(tried, twin.changes(*run, tried.checks, FACTOR, reading_of(runs.nodes)), ids)
         rows = {

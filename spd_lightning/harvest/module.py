@@ -15,7 +15,7 @@ import polars as pl
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from spd_lightning.decomposition.attribution import MODES, ModeName
+from spd_lightning.decomposition.attribution import MODES
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.twins import tell_of_long_way
@@ -41,10 +41,7 @@ class Harvester(Callback, ABC):
         folder: that folder, once predicting has begun.
         names: what tokens look like, as the data module says.
         group: how many prompts a group of shards has at least.
-        mode: the kind of graphs (A5); None where there are none.
     """
-
-    mode: ModeName | None = None
 
     def __init__(self, name: str, group: int = 1):
         self.name, self.group = name, group
@@ -96,8 +93,8 @@ class Harvester(Callback, ABC):
         assert isinstance(pl_module, Decomposition)
         self.folder = Path(trainer.default_root_dir) / "harvest" / self.name
         self._writer = Writer(self.folder, self._settings, trainer.global_rank, trainer.world_size)
-        if self.mode is not None and trainer.is_global_zero:
-            tell_of_long_way(pl_module.model, MODES[self.mode], self.name)
+        if trainer.is_global_zero and (mode := getattr(self, "mode", None)):
+            tell_of_long_way(pl_module.model, MODES[mode], self.name)
         self._held, self._pending = [], set()
 
     def on_predict_batch_end(

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode, Threshold
+from spd_lightning.decomposition.bounded import bounded
 from spd_lightning.decomposition.checks import Checks, Key, changes
-from spd_lightning.decomposition.closed_form import attribution_graphs
+from spd_lightning.decomposition.closed_form import graphs_in_parts
 from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums, dataset_edges
 from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.head_edges import HeadTable, head_edges
@@ -22,7 +23,6 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, Reading, every_output, logits
 from spd_lightning.targets.conversion import twin
 from spd_lightning.targets.huggingface import HuggingFaceLM
-
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +43,21 @@ class Twin(NamedTuple):
         at_least: float = 0.0,
     ) -> tuple[list[Layer], Iterator[EdgeTable]]:
         """What `attribution_graphs` gives, under the model's own names."""
+        layers, graphs = self.parts(inputs, importances, mode, threshold, output_nodes)
+        return layers, (bounded(parts, at_least).table for parts in graphs)
+
+    def parts(
+        self,
+        inputs: Tensor,
+        importances: Mapping[str, Tensor],
+        mode: Mode,
+        threshold: Threshold = 0.0,
+        output_nodes: OutputNodes = every_output,
+    ) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
+        """What `graphs_in_parts` gives, under the model's own names."""
         g = self._theirs(importances)
-        layers, edges = attribution_graphs(
-            self.model, inputs, g, mode, self._renamed(threshold), output_nodes, at_least
-        )
-        return [layer._replace(name=self._own(layer.name)) for layer in layers], edges
+        layers, graphs = graphs_in_parts(self.model, inputs, g, mode, self._renamed(threshold), output_nodes)
+        return [layer._replace(name=self._own(layer.name)) for layer in layers], graphs
 
     def heads(
         self,
