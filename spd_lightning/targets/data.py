@@ -37,6 +37,13 @@ class Prompts(NamedTuple):
         return Prompts(self.inputs[rows], sources, splits, self.tokens and [self.tokens[i] for i in at])
 
 
+def _once(prompts: Prompts) -> Prompts:
+    """Of equal prompts the first alone: two devices would not know of one another's."""
+    rows = [row.cpu().contiguous().numpy().tobytes() for row in prompts.inputs]
+    first = {row: k for k, row in reversed(list(enumerate(rows)))}
+    return prompts if len(first) == len(rows) else prompts.take(sorted(first.values()))
+
+
 class Batches(Generic[T]):
     """An iterable that makes its items anew each time.
 
@@ -113,9 +120,9 @@ class StepData(LightningDataModule, ABC):
         return Batches(lambda: (self.batch(step, rank, "val", world) for step in range(count)), count)
 
     def predict_dataloader(self) -> Batches[Prompts]:
-        """All prompts in batches of one length, dealt to the devices in turn: none repeated, none left out."""
+        """All prompts in batches of one length, dealt to the devices in turn: none left out, and equal ones once."""
         (rank, world), before, batches = self._rank_and_world(), 0, list[Prompts]()
-        for group in self.groups():
+        for group in map(_once, self.groups()):
             mine, size = group.take(slice((rank - before) % world, None, world)), self.predict_batch_size
             batches += [mine.take(slice(start, start + size)) for start in range(0, len(mine.sources), size)]
             before += len(group.sources)
