@@ -71,6 +71,8 @@ def rows(store: Store, table: str) -> pl.DataFrame:
     frame = store.scan(table).collect().with_columns(pl.col(pl.Enum).cast(pl.String))
     more = (c for c in ("token_id", "node") if c in frame.columns)
     keys = list(dict.fromkeys([*SORTED[table], *more])) or ["prompt_id"]
+    if table == "dataset_nodes":  # rows of embeddings are there in some groups only, and count those groups' positions
+        frame = frame.with_columns(positions=pl.when(pl.col("kind") == "component").then("positions").otherwise(0))
     if table == "components":
         counts = ["firings", "positions", "importance_sum", "activation_sum"]
         frame = frame.group_by(keys).agg(pl.col(counts).sum(), pl.col("norm", "alive").first())
