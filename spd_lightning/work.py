@@ -188,7 +188,8 @@ def predict(words: Sequence[str]) -> None:
     session.trainer.predict(session.model, datamodule=session.datamodule, return_predictions=False)
     for harvester in harvesters:
         if session.trainer.is_global_zero:
-            print(f"harvest: {harvester.folder}    see it: python -m spd_lightning view")
+            folder = session.plan.folder / "harvest" / harvester.name  # devices of their own processes know it alone
+            print(f"harvest: {folder}    see it: python -m spd_lightning view")
     with answering("once it answers, the same command sends what is harvested already"):
         publish(session.trainer, session.plan.folder, [f"harvest/{harvester.name}" for harvester in harvesters])
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from spd_lightning.decomposition.attribution import MODES, Layer, cut_run, prompt_edges
-from spd_lightning.decomposition.closed_form import closed_form
+from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.dataset_edges import dataset_edges
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.model import ComponentModel
@@ -63,7 +63,7 @@ class Prompt:
     def closed(self) -> int:
         """The flat edge table; how many edges it holds."""
         with torch.inference_mode():
-            _, found = closed_form(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
+            _, found = attribution_graphs(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
             return len(edge_rows(found, [0]))
 
     def products(self) -> int:

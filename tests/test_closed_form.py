@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spd_lightning.decomposition.attribution import MODES, Mode, cut_run, node_numbers, oracle, prompt_edges, tabled
-from spd_lightning.decomposition.closed_form import attribution_graphs, closed_form, why_not
+from spd_lightning.decomposition.closed_form import attribution_graphs, why_not
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import (
     Against,
@@ -109,7 +109,7 @@ def test_a7_closed_form_is_the_oracle_and_the_batched_products(style, mode, laye
     model, tokens, g = made(style, layers)
     assert why_not(model, CLOSED[mode]) is None
     with torch.inference_mode():
-        held, found = closed_form(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
+        held, found = attribution_graphs(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
         found = list(found)
     products = prompt_edges(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
     products = list(tabled(*products))
@@ -142,8 +142,10 @@ def test_a7_whatever_maps_are_sites(mode, style, data):
 def test_single_precision(style):
     """A7: relative error 1e-4 in single precision, fused attention included."""
     model, tokens, g = made(style, written=False)
-    exact = list(closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)[1])
-    held, rough = closed_form(model.float(), tokens, {n: v.float() for n, v in g.items()}, MODES["unmasked"], THRESHOLD)
+    exact = list(attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD)[1])
+    held, rough = attribution_graphs(
+        model.float(), tokens, {n: v.float() for n, v in g.items()}, MODES["unmasked"], THRESHOLD
+    )
     rough = list(rough)
     for p in range(len(tokens)):
         expected = dictionary(held, exact, p)
@@ -152,10 +154,10 @@ def test_single_precision(style):
 
 def test_blocks_of_attention_edges_change_nothing(monkeypatch):
     model, tokens, g = made("llama", length=6)
-    held, whole = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    held, whole = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD)
     whole = list(whole)
     monkeypatch.setattr("spd_lightning.decomposition.edge_blocks.BLOCK", 1)
-    _, found = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    _, found = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD)
     found = list(found)
     for p in range(len(tokens)):
         assert_equal(dictionary(held, found, p), dictionary(held, whole, p), rtol=1e-12)
@@ -198,7 +200,7 @@ def test_positions_and_layers_without_nodes(style):
     g = {name: values * (torch.arange(values.shape[1]) == 2)[:, None] for name, values in g.items()}
     for name in g.keys() & {"h.1.attn.v_proj", "h.0.mlp.gate_proj", "h.0.mlp.c_fc", "h.1.attn.q_proj"}:
         g[name] = torch.zeros_like(g[name])
-    held, found = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
+    held, found = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
     found = list(found)
     for p in range(len(tokens)):
         expected = oracle(cut_prompt(model, tokens, g, MODES["unmasked"], p))

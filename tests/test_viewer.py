@@ -303,6 +303,7 @@ def test_a_walk_through_the_viewer(root, tmp_path):
         pytest.skip("no chromium here")
     from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=60_000)  # a machine may be busy
     flags = ["--no-sandbox", "--disable-quic", "--disable-background-networking"]
     runs = tmp_path / "runs"
     with served(runs, tmp_path / "log") as address, sync_playwright() as play:

@@ -25,6 +25,7 @@ from spd_lightning.decomposition.components import Site, available
 from spd_lightning.decomposition.frozen import Frozen
 from spd_lightning.decomposition.model import ComponentModel, Map
 from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
+from spd_lightning.errors import BadInput, nearest
 
 ModeName = Literal["unmasked", "ci_masked", "frozen", "reference"]
 NodeKind = Literal["component", "input", "embedding", "output", "rest", "bias"]
@@ -46,6 +47,18 @@ MODES: dict[ModeName, Mode] = {
     "reference": Mode("ones", "flow", "jacobian"),
 }
 
+
+def known_mode(name: str, place: str) -> ModeName:
+    """A kind of graph by its name, given to something.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if name not in MODES:
+        raise BadInput(f"mode '{name}' in {place}: no such kind of graph; {nearest(name, MODES)}")
+    return name
+
+
 Threshold = float | Mapping[str, Tensor]
 """Importance above which a component is a node: one for all, or of every site a tensor that broadcasts with its g."""
 
@@ -55,8 +68,8 @@ def exceeds(g: Tensor, threshold: Threshold, site: str) -> Tensor:
     return g > (threshold[site] if isinstance(threshold, Mapping) else threshold)
 
 
-CHUNK = 1 << 24
-"""Numbers held at once by one batched product."""
+CHUNK = 1 << 20
+"""Numbers held at once by one batched product: few enough to stay near the processor."""
 
 
 # ---- the cut run ----------------------------------------------------------------------------------------------------
@@ -225,18 +238,6 @@ def joined(tables: Sequence[EdgeTable]) -> EdgeTable:
     return tables[0] if len(tables) == 1 else EdgeTable(*(torch.cat(column) for column in zip(*tables, strict=True)))
 
 
-def strong(tables: Sequence[EdgeTable], at_least: float) -> EdgeTable:
-    """The edges of some graphs as one table; of each node's in-edges those that make up a share of all their sizes."""
-    whole = joined(tables)
-    if not at_least or not len(whole.source):
-        return whole
-    size = whole.attribution.abs()
-    node = whole.prompt.long() * (int(whole.target.max()) + 1) + whole.target
-    total = size.new_zeros(int(node.max()) + 1).index_add(0, node, size)
-    keep = (size >= at_least * total[node]).nonzero()[:, 0]
-    return EdgeTable(*(column.index_select(0, keep) for column in whole))
-
-
 def tabled(layers: list[Layer], found: Iterable[Edges]) -> Iterator[EdgeTable]:
     """Edges between layers as flat tables."""
     numbers = node_numbers(layers)
@@ -246,8 +247,8 @@ def tabled(layers: list[Layer], found: Iterable[Edges]) -> Iterator[EdgeTable]:
         yield EdgeTable(e.prompt, source, target, e.attribution)
 
 
-def edges(layers: list[Layer]) -> Iterator[Edges]:
-    """All edges between nodes of a cut run by batched vector-Jacobian products.
+def edges(layers: list[Layer], pairs: set[tuple[int, int]] | None = None) -> Iterator[Edges]:
+    """All edges between nodes of a cut run by batched vector-Jacobian products, or those of some pairs of layers.
 
     Edges across positions are given where they are not exactly zero (no direct path moves there otherwise).
     """
@@ -255,7 +256,7 @@ def edges(layers: list[Layer]) -> Iterator[Edges]:
     for t, target in enumerate(layers):
         if target.kind not in ("component", "output") or not target.value.requires_grad:
             continue
-        before = [s for s in sources if s < t]
+        before = [s for s in sources if s < t and (pairs is None or (s, t) in pairs)]
         for where, gradients in _products(target, [layers[s].leaf for s in before]):
             for s, gradient in zip(before, gradients, strict=True):
                 if gradient is not None:
@@ -264,7 +265,7 @@ def edges(layers: list[Layer]) -> Iterator[Edges]:
 
 def _products(target: Layer, leaves: list) -> Iterator[tuple[Tensor, tuple[Tensor | None, ...]]]:
     """Chunks of target entries (pos, component) that are nodes in some prompt, with their gradients to all leaves."""
-    where = target.nodes.any(0).nonzero()
+    where = target.nodes.any(0).nonzero() if leaves else target.nodes.nonzero()[:0]
     widest = max((leaf.numel() for leaf in leaves), default=1)
     size = max(1, CHUNK // max(widest, target.value.numel()))
     for chunk in where.split(size) if len(where) else ():
@@ -312,13 +313,38 @@ def prompt_edges(
 
     Where delta carries gradient, edges are kept to direct pairs and to their own position (mode `reference`, A5).
     """
-    layers = cut_run(model, inputs, importances, mode, threshold, output_nodes)
-    found = list(edges(layers))
-    if mode.delta == "flow":
-        cut = Mode(mode.mask, "cut", mode.linearisation)
-        direct = connected(cut_run(model, inputs, importances, cut, threshold, output_nodes))
-        found = [_own_position(e) for e in found if (e.source, e.target) in direct]
-    return layers, found
+    products = Products(model, inputs, importances, mode, threshold, output_nodes)
+    return products.layers, list(products.edges())
+
+
+class Products:
+    """The graphs of a batch of prompts by batched products; edges are computed as they are asked for, and anew.
+
+    Arguments are those of `prompt_edges`; `layers` are those of the graphs.
+    """
+
+    def __init__(
+        self,
+        model: ComponentModel,
+        inputs: Tensor,
+        importances: Mapping[str, Tensor],
+        mode: Mode,
+        threshold: Threshold = 0.0,
+        output_nodes: OutputNodes = every_output,
+    ):
+        self.layers = cut_run(model, inputs, importances, mode, threshold, output_nodes)
+        self._direct: set[tuple[int, int]] | None = None
+        if mode.delta == "flow":
+            cut = Mode(mode.mask, "cut", mode.linearisation)
+            self._direct = connected(cut_run(model, inputs, importances, cut, threshold, output_nodes))
+
+    def edges(self) -> Iterator[Edges]:
+        """Between layers."""
+        found = edges(self.layers, self._direct)
+        return found if self._direct is None else map(_own_position, found)
+
+    def __iter__(self) -> Iterator[EdgeTable]:
+        return tabled(self.layers, self.edges())
 
 
 def _own_position(e: Edges) -> Edges:

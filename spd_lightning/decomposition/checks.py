@@ -15,11 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import CHUNK, EdgeTable, Layer, Mode, NodeKind, node_numbers
+from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode, NodeKind, node_numbers
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.frozen import Frozen
 from spd_lightning.decomposition.model import ComponentModel, Map
 from spd_lightning.decomposition.outputs import Reading, logits
+
+CHUNK = 1 << 24
+"""Numbers held at once by one run of trials."""
 
 # ---- which edges ----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ Not here: modes whose delta carries gradient (see `why_not`); those take the bat
 give the same numbers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,16 +27,15 @@ from spd_lightning.decomposition.attribution import (
     EdgeTable,
     Layer,
     Mode,
+    Products,
     Threshold,
     node_numbers,
-    prompt_edges,
-    strong,
-    tabled,
 )
+from spd_lightning.decomposition.bounded import MOST, bounded
 from spd_lightning.decomposition.decoder_run import Trace, layers_of, trace, why_not
 from spd_lightning.decomposition.edge_blocks import Across, T, Tables
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
+from spd_lightning.decomposition.outputs import OutputNodes, Outputs, every_output, reading_of
 from spd_lightning.decomposition.partial_coverage import PartialWalk
 from spd_lightning.decomposition.prompt_rows import Rows, beside
 
@@ -46,6 +45,7 @@ from spd_lightning.decomposition.prompt_rows import Rows, beside
 class Graph(PartialWalk[T]):
     """The edges of one prompt of a traced batch; quicker than `PartialWalk` where all maps are sites."""
 
+    @torch.no_grad()
     def __iter__(self) -> Iterator[T]:
         stream = beside([self.writer(name) for name in ("wte", "wpe") if name in self.nodes or name in self.whole])
         for k, block in enumerate(self.target.h):
@@ -172,9 +172,8 @@ def closed_form(
     mode: Mode,
     threshold: Threshold = 0.0,
     output_nodes: OutputNodes = every_output,
-    at_least: float = 0.0,
-) -> tuple[list[Layer], Iterator[EdgeTable]]:
-    """The graphs of a batch of prompts: their layers, and the edges of each prompt as they are computed.
+) -> tuple[list[Layer], Iterator[Graph[EdgeTable]]]:
+    """The graphs of a batch of prompts: their layers, and of each prompt its edges, to be computed.
 
     `why_not` must have nothing to say against it.
     """
@@ -185,13 +184,11 @@ def closed_form(
         numbers = [number.int() for number in node_numbers(layers)]
         read = readers(model, run)
 
-    def found() -> Iterator[EdgeTable]:
+    def graphs() -> Iterator[Graph[EdgeTable]]:
         for prompt in range(len(inputs)):
-            with torch.no_grad():
-                graph = Graph(model, run, layers, numbers, prompt, read, frozen, Tables(prompt))
-                yield strong(list(graph), at_least)
+            yield Graph(model, run, layers, numbers, prompt, read, frozen, Tables(prompt))
 
-    return layers, found()
+    return layers, graphs()
 
 
 def attribution_graphs(
@@ -208,8 +205,50 @@ def attribution_graphs(
     inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of the clean run. at_least:
     edges below this share of all that enters their target, sizes added up, are left out.
     """
+    layers, graphs = graphs_in_parts(model, inputs, importances, mode, threshold, output_nodes)
+    return layers, (bounded(parts, at_least).table for parts in graphs)
+
+
+class Alone:
+    """The edges of one prompt of a batch whose graphs are too large to be computed together.
+
+    Args:
+        run: what `Products` takes, for the batch.
+        nodes: the output nodes of the batch [batch, pos, K].
+        prompt: which prompt of the batch.
+    """
+
+    def __init__(self, run: tuple, nodes: Tensor, prompt: int):
+        model, inputs, importances, mode, threshold, output_nodes = run
+        one, own = slice(prompt, prompt + 1), {name: g[prompt : prompt + 1] for name, g in importances.items()}
+        if isinstance(threshold, Mapping):
+            batched = {name: t.ndim == importances[name].ndim and len(t) > 1 for name, t in threshold.items()}
+            threshold = {name: t[one] if batched[name] else t for name, t in threshold.items()}
+        outputs = Outputs(lambda output: nodes[one], reading_of(output_nodes))
+        self._run, self._prompt = (model, inputs[one], own, mode, threshold, outputs), prompt
+
+    def __iter__(self) -> Iterator[EdgeTable]:
+        for table in Products(*self._run):
+            yield table._replace(prompt=table.prompt + self._prompt)
+
+
+def graphs_in_parts(
+    model: ComponentModel,
+    inputs: Tensor,
+    importances: Mapping[str, Tensor],
+    mode: Mode,
+    threshold: Threshold = 0.0,
+    output_nodes: OutputNodes = every_output,
+) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
+    """The same graphs, of which no edge is computed yet: of each what gives all its edges whenever it is gone through.
+
+    Several prompts come together only where that cannot be more than `bounded.MOST` edges.
+    """
+    run = (model, inputs, importances, mode, threshold, output_nodes)
     if why_not(model, mode) is None:
-        return closed_form(model, inputs, importances, mode, threshold, output_nodes, at_least)
-    layers, found = prompt_edges(model, inputs, importances, mode, threshold, output_nodes)
-    tables = list(tabled(layers, found))
-    return layers, iter([strong(tables, at_least)] if tables else [])
+        return closed_form(*run)
+    together = Products(*run)
+    count = torch.stack([layer.nodes.flatten(1).sum(1) for layer in together.layers]).sum(0)
+    if len(inputs) == 1 or int(count.square().sum()) <= 2 * MOST:
+        return together.layers, iter([together])
+    return together.layers, (Alone(run, together.layers[-1].nodes, prompt) for prompt in range(len(inputs)))

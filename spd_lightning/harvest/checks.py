@@ -1,5 +1,6 @@
 """Checks of harvested graphs as rows: some edges tried by intervention, and what each prompt's graph is worth."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -8,11 +9,14 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import EdgeTable, Layer, joined, strong
+from spd_lightning.decomposition.attribution import EdgeTable, Layer, joined
+from spd_lightning.decomposition.bounded import MOST, bounded
 from spd_lightning.decomposition.checks import Checks, Graphs, Inflow
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.harvest.rows import array
 from spd_lightning.store import AGREEMENT, TABLES, finite
+
+log = logging.getLogger(__name__)
 
 FACTOR = 0.0
 """Sources are switched off."""
@@ -26,13 +30,25 @@ class Weighed(NamedTuple):
     gaps: Tensor
 
 
-def weighed(model: ComponentModel, layers: list[Layer], tables: Iterable[EdgeTable], at_least: float) -> Weighed:
-    """Leaves weak edges out, and counts and adds up all of them before that."""
-    inflow, kept, total = Inflow(model, layers), [], torch.zeros(len(layers[0].nodes), dtype=torch.long)
-    for table in tables:
+def weighed(
+    model: ComponentModel, layers: list[Layer], graphs: Iterable[Iterable[EdgeTable]], at_least: float, most: int = MOST
+) -> Weighed:
+    """Leaves weak edges out, and counts and adds up all of them before that; `most` edges of a prompt stay at most."""
+    inflow, total = Inflow(model, layers), torch.zeros(len(layers[0].nodes), dtype=torch.long)
+
+    def seen(table: EdgeTable) -> None:
         inflow.add(table)
-        total += counted(table, len(total))
-        kept.append(strong([table], at_least))
+        total.add_(counted(table, len(total)))
+
+    kept = list[EdgeTable]()
+    for parts in graphs:
+        table, share = bounded(parts, at_least, most, seen)
+        kept.append(table)
+        if share > at_least:
+            log.warning(
+                "a graph has too many edges for the memory: those below %.2g of all that enters their target are left "
+                "out; choose at_least or threshold higher yourself", share,
+            )  # fmt: skip
     return Weighed(kept, total, inflow.gaps())
 
 

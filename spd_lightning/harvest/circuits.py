@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import MODES, ModeName
+from spd_lightning.decomposition.attribution import MODES, ModeName, known_mode
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.optimised import Frontier, chosen, optimise
 from spd_lightning.decomposition.outputs import OutputNodes, every_output
@@ -73,7 +73,7 @@ class SparseCircuits(Harvester):
             if not 0 <= value < 1:
                 raise BadInput(f"{setting} {value} in SparseCircuits: it is a share; take one from 0 up to 1")
         self.search, self.share = search or CircuitSearch(), share
-        self.mode: ModeName = mode
+        self.mode: ModeName = known_mode(mode, "SparseCircuits")
         self.threshold, self.at_least = threshold, at_least
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import MODES, ModeName
+from spd_lightning.decomposition.attribution import MODES, ModeName, known_mode
 from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums
 from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.model import ComponentModel
@@ -46,7 +46,7 @@ class DatasetEdges(Harvester):
         name: str | None = None,
     ):
         super().__init__(name or f"dataset-{mode}", group)
-        self.mode: ModeName = mode
+        self.mode: ModeName = known_mode(mode, "DatasetEdges")
         self.threshold, self.layers = threshold, list(layers)
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from dataclasses import asdict
 from typing import Any
 
 import polars as pl
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import MODES, ModeName, Threshold
+from spd_lightning.decomposition.attribution import MODES, ModeName, Threshold, known_mode
+from spd_lightning.decomposition.bounded import MOST
 from spd_lightning.decomposition.head_edges import no_heads
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import reading_of
+from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.checks import FACTOR, check_rows, drawn, graph_rows, weighed
 from spd_lightning.harvest.explained import Explained, thresholds
@@ -39,6 +41,9 @@ from spd_lightning.training.decompose import Decomposition
 
 HEADS = 8
 """So many times fewer prompts at once where each edge through attention has a row a head too."""
+
+TOGETHER = 1 << 27
+"""Edges of all prompts that are harvested together."""
 
 
 class PromptGraphs(Harvester):
@@ -75,7 +80,7 @@ class PromptGraphs(Harvester):
         if checks < 0:
             raise BadInput(f"checks {checks} in PromptGraphs: it counts edges; take 0 for none, or more")
         self.at_least, self.checks, self.heads = at_least, checks, heads
-        self.mode: ModeName = mode
+        self.mode: ModeName = known_mode(mode, "PromptGraphs")
         self.threshold, self.outputs, self.nodes = threshold, outputs, nodes
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
@@ -87,6 +92,17 @@ class PromptGraphs(Harvester):
         own |= {"threshold": self.threshold, "at_least": self.at_least, "config": settings}
         frozen = MODES[self.mode].linearisation == "frozen"
         return about(module) | own | {"layers": layer_names(module.model, frozen)}
+
+    def refuse(self, module: Decomposition, prompts: Prompts) -> None:
+        """Also what is asked for has to be there: components, tokens, positions."""
+        super().refuse(module, prompts)
+        inputs = prompts.inputs
+        length = 1 if inputs.is_floating_point() else inputs.shape[1]
+        if self.nodes is not None:
+            thresholds(module.model, self.nodes, self.threshold, length)
+        if self.outputs is not None:
+            output = torch.zeros(1, length, int(getattr(module.network, "vocab", 0)))
+            self._outputs(inputs, every_output, output)
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
         """Edges across positions grow with the square of the length, and are all held until they are written."""
@@ -106,8 +122,9 @@ class PromptGraphs(Harvester):
         runs, mode = self._runs(module.model, prompts.inputs), MODES[self.mode]
         threshold = self._threshold(module.model, runs)
         twin, run = twin_of(module.model, mode), (prompts.inputs, runs.importances, mode)
-        layers, edges = twin.graphs(*run, threshold, runs.nodes)
-        graphs = weighed(module.model, layers, edges, self.at_least)
+        layers, parts = twin.parts(*run, threshold, runs.nodes)
+        most = min(MOST, TOGETHER // self.at_once(module.model, prompts.inputs))
+        graphs = weighed(module.model, layers, parts, self.at_least, most)
         tried = drawn(layers, graphs.tables, ids, self.checks)
         checks = check_rows(tried, twin.changes(*run, tried.checks, FACTOR, reading_of(runs.nodes)), ids)
         rows = {
@@ -126,11 +143,14 @@ class PromptGraphs(Harvester):
     def _runs(self, model: ComponentModel, inputs: Tensor) -> Runs:
         """Both runs of a batch of prompts, with the output nodes that are asked for."""
         runs = both_runs(model, inputs)
+        return runs._replace(nodes=self._outputs(inputs, runs.nodes, runs.ci))
+
+    def _outputs(self, inputs: Tensor, likely: OutputNodes, output: Tensor) -> OutputNodes:
         if self.outputs is None:
-            return runs
+            return likely
         if inputs.is_floating_point():
             raise BadInput("outputs in PromptGraphs: a model on vectors has no tokens, all its outputs are nodes")
-        return runs._replace(nodes=self.outputs.outputs(runs.nodes, runs.ci, self.names))
+        return self.outputs.outputs(likely, output, self.names)
 
     def _threshold(self, model: ComponentModel, runs: Runs) -> Threshold:
         """Importances above which components are nodes."""

@@ -2,7 +2,8 @@
 
 A harvester is a callback. On every predicted batch it turns prompts into rows and commits them as one group of shards;
 sums over prompts are held back until a group has enough of them. Prompts that the store already holds are not computed
-again; those of a group that was not committed are. A harvest lives in `<run>/harvest/<name>/`.
+again; those of a group that was not committed are. A harvest lives in `<run>/harvest/<name>/`; nothing is there before
+all prompts and settings have been found fit.
 """
 
 from abc import ABC, abstractmethod
@@ -14,9 +15,12 @@ import polars as pl
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from spd_lightning.decomposition.attribution import MODES
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.errors import BadInput
+from spd_lightning.harvest.twins import tell_of_long_way
 from spd_lightning.store import Writer, added, prompt_hash
-from spd_lightning.targets.data import Prompts
+from spd_lightning.targets.data import Prompts, StepData
 from spd_lightning.training.decompose import Decomposition
 
 DENSE, LOGITS = 1 << 25, 4
@@ -44,6 +48,7 @@ class Harvester(Callback, ABC):
         self.folder: Path | None = None
         self.names: Callable[[list[int]], list[str]] = digits
         self._writer: Writer | None = None
+        self._settings: dict[str, Any] = {}
         self._held: list[dict[str, pl.DataFrame]] = []
         self._pending: set[int] = set()
 
@@ -65,12 +70,31 @@ class Harvester(Callback, ABC):
         numbers = sum(model.counts.values()) + LOGITS * int(getattr(model.target, "vocab", 0))
         return max(1, DENSE // max(1, positions * numbers))
 
+    def refuse(self, module: Decomposition, prompts: Prompts) -> None:
+        """Looks at prompts of one length before anything is computed or written.
+
+        Raises:
+            BadInput: the model, or this harvest, cannot take one of them.
+        """
+        if not prompts.inputs.is_floating_point():
+            refuse_tokens(prompts, *(getattr(module.network, name, None) for name in ("vocab", "context")))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "predict":
+            return
+        assert isinstance(pl_module, Decomposition)
+        data = getattr(trainer, "datamodule", None)
+        self.names = getattr(data, "names", digits)
+        self._settings = self.manifest(pl_module)
+        for prompts in data.groups() if isinstance(data, StepData) else ():
+            self.refuse(pl_module, prompts)
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Decomposition)
         self.folder = Path(trainer.default_root_dir) / "harvest" / self.name
-        self.names = getattr(getattr(trainer, "datamodule", None), "names", digits)
-        settings = self.manifest(pl_module)
-        self._writer = Writer(self.folder, settings, trainer.global_rank, trainer.world_size)
+        self._writer = Writer(self.folder, self._settings, trainer.global_rank, trainer.world_size)
+        if trainer.is_global_zero and (mode := getattr(self, "mode", None)):
+            tell_of_long_way(pl_module.model, MODES[mode], self.name)
         self._held, self._pending = [], set()
 
     def on_predict_batch_end(
@@ -116,6 +140,23 @@ class Harvester(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def refuse_tokens(prompts: Prompts, vocab: int | None, context: int | None) -> None:
+    """Raises BadInput where a prompt is empty, longer than a model's context, or has tokens that it does not know."""
+    inputs, length = prompts.inputs, prompts.inputs.shape[1]
+    if not length:
+        raise BadInput(f"prompt '{prompts.sources[0]}': it is empty; give it a token at least")
+    if context is not None and length > context:
+        remedy = "shorten it" if prompts.splits[0] == "given" else "lower data.n_ctx"
+        holds = f"the target's context holds {context}"
+        raise BadInput(f"prompt '{prompts.sources[0]}': it has {length} tokens, and {holds}; {remedy}")
+    if vocab is not None and (strange := ((inputs < 0) | (inputs >= vocab)).nonzero().tolist()):
+        row, pos = strange[0]
+        raise BadInput(
+            f"prompt '{prompts.sources[row]}': token {int(inputs[row, pos])} is outside the target's vocabulary of "
+            f"{vocab}; take the tokenizer it was trained with"
+        )
 
 
 def digits(ids: list[int]) -> list[str]:

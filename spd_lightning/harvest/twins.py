@@ -6,6 +6,7 @@ queries, keys and values has none: take such a checkpoint as `decoder:` to have 
 maps that are no sites are nodes, so they must have their places too.)
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -13,8 +14,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode, Threshold, biased
+from spd_lightning.decomposition.bounded import bounded
 from spd_lightning.decomposition.checks import Checks, Key, changes
-from spd_lightning.decomposition.closed_form import attribution_graphs
+from spd_lightning.decomposition.closed_form import graphs_in_parts
 from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums, dataset_edges
 from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.head_edges import HeadTable, head_edges
@@ -22,6 +24,8 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, Reading, every_output, logits
 from spd_lightning.targets.conversion import twin
 from spd_lightning.targets.huggingface import HuggingFaceLM
+
+log = logging.getLogger(__name__)
 
 
 class Twin(NamedTuple):
@@ -40,11 +44,21 @@ class Twin(NamedTuple):
         at_least: float = 0.0,
     ) -> tuple[list[Layer], Iterator[EdgeTable]]:
         """What `attribution_graphs` gives, under the model's own names."""
+        layers, graphs = self.parts(inputs, importances, mode, threshold, output_nodes)
+        return layers, (bounded(parts, at_least).table for parts in graphs)
+
+    def parts(
+        self,
+        inputs: Tensor,
+        importances: Mapping[str, Tensor],
+        mode: Mode,
+        threshold: Threshold = 0.0,
+        output_nodes: OutputNodes = every_output,
+    ) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
+        """What `graphs_in_parts` gives, under the model's own names."""
         g = self._theirs(importances)
-        layers, edges = attribution_graphs(
-            self.model, inputs, g, mode, self._renamed(threshold), output_nodes, at_least
-        )
-        return [layer._replace(name=self._own(layer.name)) for layer in layers], edges
+        layers, graphs = graphs_in_parts(self.model, inputs, g, mode, self._renamed(threshold), output_nodes)
+        return [layer._replace(name=self._own(layer.name)) for layer in layers], graphs
 
     def heads(
         self,
@@ -99,6 +113,12 @@ class Twin(NamedTuple):
 
     def _own(self, name: str) -> str:
         return {theirs: own for own, theirs in self.names.items()}.get(name, name)
+
+
+def tell_of_long_way(model: ComponentModel, mode: Mode, harvest: str) -> None:
+    """Says why graphs of a language model have no closed form, if that is so."""
+    if hasattr(model.target, "vocab") and (why := why_not(twin_of(model, mode).model, mode)):
+        log.info("harvest %s: no closed forms (%s); edges by batched products: slower, the same numbers", harvest, why)
 
 
 @lru_cache(maxsize=2)

@@ -87,8 +87,11 @@ def check_same(folder: Path, held: Mapping[str, Any], asked: Mapping[str, Any]) 
         BadInput: a setting differs; the first that does is named.
     """
     for key in sorted({*held, *asked}):
-        if held.get(key) != asked.get(key):
-            was, now = (json.dumps(side.get(key))[:60] for side in (held, asked))
+        was, now = (side.get(key) for side in (held, asked))
+        if isinstance(was, dict) and isinstance(now, dict):
+            check_same(folder, was, now)
+        elif was != now:
+            was, now = (json.dumps(value)[:60] for value in (was, now))
             raise BadInput(
                 f"harvest '{folder}': made with {key} {was}, not {now}; give this one another name or delete the folder"
             )

@@ -37,6 +37,13 @@ class Prompts(NamedTuple):
         return Prompts(self.inputs[rows], sources, splits, self.tokens and [self.tokens[i] for i in at])
 
 
+def _once(prompts: Prompts) -> Prompts:
+    """Of equal prompts the first alone: two devices would not know of one another's."""
+    rows = [row.cpu().contiguous().numpy().tobytes() for row in prompts.inputs]
+    first = {row: k for k, row in reversed(list(enumerate(rows)))}
+    return prompts if len(first) == len(rows) else prompts.take(sorted(first.values()))
+
+
 class Batches(Generic[T]):
     """An iterable that makes its items anew each time.
 
@@ -113,9 +120,9 @@ class StepData(LightningDataModule, ABC):
         return Batches(lambda: (self.batch(step, rank, "val", world) for step in range(count)), count)
 
     def predict_dataloader(self) -> Batches[Prompts]:
-        """All prompts in batches of one length, dealt to the devices in turn: none repeated, none left out."""
+        """All prompts in batches of one length, dealt to the devices in turn: none left out, and equal ones once."""
         (rank, world), before, batches = self._rank_and_world(), 0, list[Prompts]()
-        for group in self.groups():
+        for group in map(_once, self.groups()):
             mine, size = group.take(slice((rank - before) % world, None, world)), self.predict_batch_size
             batches += [mine.take(slice(start, start + size)) for start in range(0, len(mine.sources), size)]
             before += len(group.sources)
@@ -192,6 +199,7 @@ class SparseFeatures(SampledData):
         validation_batches: int = 4,
         n_random_prompts: int = 64,
         predict_batch_size: int = 64,
+        n_prompts: int | None = None,
     ) -> None:
         """
         Args:
@@ -204,8 +212,10 @@ class SparseFeatures(SampledData):
             validation_batches: how many batches each device validates on.
             n_random_prompts: how many random vectors `predict` runs on, beside every feature alone at 0.75.
             predict_batch_size: vectors in a batch of `predict`.
+            n_prompts: in place of n_random_prompts, by the name that Text has for it.
         """
-        super().__init__(batch_size, seed, validation_batches, n_random_prompts, predict_batch_size)
+        count = n_random_prompts if n_prompts is None else n_prompts
+        super().__init__(batch_size, seed, validation_batches, count, predict_batch_size)
         if not 0 < probability <= 1:
             raise BadInput(f"probability {probability} in SparseFeatures: it must be above 0 and at most 1")
         if not low < high:
@@ -235,6 +245,7 @@ class InductionTokens(SampledData):
         validation_batches: int = 4,
         n_random_prompts: int = 64,
         predict_batch_size: int = 64,
+        n_prompts: int | None = None,
     ) -> None:
         """
         Args:
@@ -245,8 +256,10 @@ class InductionTokens(SampledData):
             validation_batches: how many batches each device validates on.
             n_random_prompts: how many random sequences `predict` runs on, beside one that repeats each token.
             predict_batch_size: sequences in a batch of `predict`.
+            n_prompts: in place of n_random_prompts, by the name that Text has for it.
         """
-        super().__init__(batch_size, seed, validation_batches, n_random_prompts, predict_batch_size)
+        count = n_random_prompts if n_prompts is None else n_prompts
+        super().__init__(batch_size, seed, validation_batches, count, predict_batch_size)
         if vocab < 3 or seq_len < 4:
             raise BadInput(
                 f"vocab {vocab} and seq_len {seq_len} in InductionTokens: `BOS S M S` needs 3 tokens and 4 positions"

@@ -61,7 +61,9 @@ class Parser(LightningArgumentParser):
             return m[1], f"no value; for example: --{m[1]}=1"
         if m := re.match(r"Expected an? (.+)\. Got value: (.*)", leaf, re.DOTALL):
             types = re.findall(r"- Expected an? (.+)", union) or [m[1]]
-            return "", f"'{' '.join(m[2].split())[:80]}' is not {' or '.join(map(_readable, types))}"
+            value, wanted = " ".join(m[2].split())[:80], " or ".join(map(_readable, types))
+            near = nearest(value, re.findall(r"'(\w+)'", wanted))
+            return "", f"'{value}' is not {wanted}" + (f"; {near}" if near.startswith("did") else "")
         return "", " ".join(leaf.split())[:300]
 
     def _unknown(self, name: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ class Session(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         refuse_unknown(self._given, self.config.as_dict())
-        self.settings = yaml.safe_load(self.parser.dump(self.config, skip_validation=True, skip_link_targets=False))
+        said = self.parser.dump(_plain(self.config), skip_validation=True, skip_link_targets=False)
+        self.settings = yaml.safe_load(said)
         self.plan = self._plan(self.settings)
         if self.plan.model is not None:
             self.config["model"] = self.plan.model
@@ -138,6 +139,15 @@ class Settings(Session):
             return self.parser.instantiate_classes(Namespace({owner: chosen}))[owner]
         except (ValueError, TypeError) as error:
             raise complaint(error) from error
+
+
+def _plain(value: Any) -> Any:
+    """Settings with dataclasses, as defaults have them, as maps: jsonargparse cannot write those inside a map."""
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _plain(held) for key, held in vars(value).items()})
+    if isinstance(value, dict):
+        return {key: _plain(held) for key, held in value.items()}
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 @contextmanager

@@ -80,6 +80,10 @@ class Library:
         held = {path.name: path for path in opened.harvests}
         if not held or harvest is None:
             command = f"python -m spd_lightning predict --config {opened.record.get('family', opened.name)}.yaml"
+            if corpus_harvests(opened.harvests):
+                sums = f"python -m spd_lightning edges {opened.name} LAYER:COMPONENT"
+                command += f" --config graphs.yaml; the sums themselves: {sums}"
+                raise BadInput(f"run '{run}': its harvests are sums, which show no prompts; harvest graphs: {command}")
             raise BadInput(f"run '{run}': no harvest yet; make one: {command}")
         if not isinstance(harvest, str) or harvest not in held:
             asked = str(harvest)[:100]
