@@ -133,7 +133,7 @@ def test_a7_whatever_maps_are_sites(mode, style, data):
     maps = [name for name in made(style, layers)[0].sites if name.startswith("h.")]
     chosen = data.draw(st.sets(st.sampled_from([*maps, "wte", "lm_head"]), min_size=1))
     model, tokens, g = made(style, layers, prompts=1, length=3, sites=dict.fromkeys(chosen, 3))
-    held, found = closed_form(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
+    held, found = attribution_graphs(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
     expected = oracle(cut_prompt(model, tokens, g, CLOSED[mode], 0))
     assert_equal(dictionary(held, list(found), 0), expected, atol=1e-13)
 
@@ -166,10 +166,10 @@ def test_blocks_of_attention_edges_change_nothing(monkeypatch):
 @pytest.mark.parametrize("style", PARTIAL)
 def test_nodes_that_spread_can_be_taken_a_few_at_a_time(style, monkeypatch):
     model, tokens, g = made(style)
-    held, whole = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    held, whole = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD)
     whole = list(whole)
     monkeypatch.setattr("spd_lightning.decomposition.partial_coverage.CHUNK", 1)
-    _, found = closed_form(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    _, found = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD)
     found = list(found)
     for p in range(len(tokens)):
         assert_equal(dictionary(held, found, p), dictionary(held, whole, p), rtol=1e-12)

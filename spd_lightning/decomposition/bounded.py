@@ -79,6 +79,7 @@ def _sizes(tables: Sequence[EdgeTable], before: Tensor | None) -> Float[Tensor, 
     """What enters every node of one prompt, sizes added up."""
     for table in tables:
         found = torch.bincount(table.target, table.attribution.abs(), 0 if before is None else len(before))
+        found = found.to(table.attribution.dtype)  # of no edges it counts in whole numbers
         if before is not None:
             found[: len(before)] += before
         before = found
