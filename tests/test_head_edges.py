@@ -9,7 +9,7 @@ from test_nodes import Ragged, harvested
 from test_nodes import decoder as without_attention
 
 from spd_lightning.decomposition.attribution import cut_run, oracle
-from spd_lightning.decomposition.closed_form import closed_form
+from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.head_edges import head_edges
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.graphs import PromptGraphs
@@ -24,7 +24,7 @@ def both(style, mode, at_least=0.0):
     """A graph's layers, edges and heads' terms."""
     model, tokens, g = made(style, length=3)
     run = (model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
-    layers, found = closed_form(*run, at_least)
+    layers, found = attribution_graphs(*run, at_least)
     found = list(found)
     return run, layers, found, list(head_edges(*run, found))
 
