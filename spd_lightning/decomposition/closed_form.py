@@ -45,8 +45,17 @@ from spd_lightning.decomposition.prompt_rows import Rows, beside
 class Graph(PartialWalk[T]):
     """The edges of one prompt of a traced batch; quicker than `PartialWalk` where all maps are sites."""
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[T]:
+        edges = self._edges()
+        while True:
+            try:
+                with torch.no_grad():  # whoever takes edges keeps a mode of their own
+                    found = next(edges)
+            except StopIteration:
+                return
+            yield found
+
+    def _edges(self) -> Iterator[T]:
         stream = beside([self.writer(name) for name in ("wte", "wpe") if name in self.nodes or name in self.whole])
         for k, block in enumerate(self.target.h):
             attn, mlp = f"h.{k}.attn", f"h.{k}.mlp"
