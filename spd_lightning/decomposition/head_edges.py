@@ -69,7 +69,8 @@ def _terms(graph: Graph[EdgeTable], kept: EdgeTable) -> Iterator[HeadTable]:
     """The terms of one prompt's edges, head by head."""
     wanted = _pairs(kept).sort().values
     for k, block in enumerate(graph.target.h):
-        for head in range(block.attn.n_heads):
+        whole = graph.all_sites(*(f"h.{k}.attn.{x}_proj" for x in "qkvo"))
+        for head in range(block.attn.n_heads) if whole else ():
             every = joined(list(graph.of_head(k, head)))
             rows = _among(_pairs(every), wanted)
             prompt, source, target, term = (column.index_select(0, rows) for column in every)
