@@ -51,7 +51,13 @@ def graphs(trained):
         return chosen
 
     layers, found = prompt_edges(model, tokens, g, MODES["unmasked"], 0.5, answer)
-    edges: dict[tuple[str, str], Edges] = {(layers[e.source].name, layers[e.target].name): e for e in found}
+    parts: dict[tuple[str, str], list[Edges]] = {}
+    for e in found:
+        parts.setdefault((layers[e.source].name, layers[e.target].name), []).append(e)
+    edges = {
+        pair: Edges(several[0].source, several[0].target, *map(torch.cat, zip(*(e[2:] for e in several), strict=True)))
+        for pair, several in parts.items()
+    }
     return (tokens == tokens[:, -1:]).int().argmax(1) + 1, edges
 
 

@@ -153,7 +153,8 @@ def rows(store: Store, table: str) -> pl.DataFrame:
 
 
 def same_tables(store: Store, other: Store, exact: bool) -> None:
-    for table in [name for name in TABLES if not name.startswith("dataset_")]:
+    unasked = ("dataset_edges", "dataset_nodes", "head_edges", "frontier")
+    for table in TABLES.keys() - unasked:
         one, two = rows(store, table), rows(other, table)
         assert one.height > 0
         assert_frame_equal(one, two, check_exact=exact, abs_tol=1e-6, rel_tol=1e-5)
