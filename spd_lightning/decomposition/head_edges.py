@@ -34,8 +34,13 @@ def no_heads(model: ComponentModel, mode: Mode) -> str | None:
     if why := why_not(model, mode):
         return why
     target: Any = model.target
-    maps = [f"h.{k}.attn.{x}_proj" for k in range(len(target.h)) for x in "qkvo"]
+    maps = [name for k in range(len(target.h)) for name in _maps(k)]
     return next((f"'{name}' is not decomposed" for name in maps if name not in model.sites), None)
+
+
+def _maps(block: int) -> list[str]:
+    """The maps of a block's attention."""
+    return [f"h.{block}.attn.{x}_proj" for x in "qkvo"]
 
 
 def head_edges(
@@ -69,8 +74,7 @@ def _terms(graph: Graph[EdgeTable], kept: EdgeTable) -> Iterator[HeadTable]:
     """The terms of one prompt's edges, head by head."""
     wanted = _pairs(kept).sort().values
     for k, block in enumerate(graph.target.h):
-        whole = graph.all_sites(*(f"h.{k}.attn.{x}_proj" for x in "qkvo"))
-        for head in range(block.attn.n_heads) if whole else ():
+        for head in range(block.attn.n_heads) if graph.all_sites(*_maps(k)) else ():
             every = joined(list(graph.of_head(k, head)))
             rows = _among(_pairs(every), wanted)
             prompt, source, target, term = (column.index_select(0, rows) for column in every)
