@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import MODES, Layer, cut_run, prompt_edges
+from spd_lightning.decomposition.attribution import cut_run, prompt_edges
 from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.dataset_edges import dataset_edges
+from spd_lightning.decomposition.graph import MODES, Layer, Subject
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import OutputNodes, likely_tokens
+from spd_lightning.decomposition.outputs import likely_tokens
 from spd_lightning.harvest.rows import edge_rows
 from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training.blocks import settle_allocator
@@ -58,26 +59,26 @@ class Prompt:
         self.g = alive(self.model, prompts, length, count)
         with torch.no_grad():
             probability = self.model.target(self.tokens).softmax(-1)
-        self.outputs: OutputNodes = likely_tokens(probability, 0.0, count)
+        self.of = Subject(self.model, self.tokens, self.g, MODE, 0.0, likely_tokens(probability, 0.0, count))
 
     def closed(self) -> int:
         """The flat edge table; how many edges it holds."""
         with torch.inference_mode():
-            _, found = attribution_graphs(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
+            _, found = attribution_graphs(self.of)
             return len(edge_rows(found, [0]))
 
     def products(self) -> int:
-        _, found = prompt_edges(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
+        _, found = prompt_edges(self.of)
         return sum(len(e.attribution) for e in found)
 
     def sums(self) -> int:
         """The sums of all edges by pairs of components; how many edges there are."""
         with torch.inference_mode():
-            _, pairs = dataset_edges(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
+            _, pairs = dataset_edges(self.of)
             return sum(int(pair.edges.sum()) for pair in pairs)
 
     def cut(self) -> list[Layer]:
-        return cut_run(self.model, self.tokens, self.g, MODE, 0.0, self.outputs)
+        return cut_run(self.of)
 
 
 def seconds(work: Callable[[], object], times: int) -> float:

@@ -12,16 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from spd_lightning.decomposition import attribution
-from spd_lightning.decomposition.attribution import (
-    MODES,
-    Mode,
-    connected,
-    cut_run,
-    edges,
-    oracle,
-    prompt_edges,
-)
+from spd_lightning.decomposition.attribution import connected, cut_run, edges, oracle, prompt_edges
 from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.graph import MODES, Mode, Subject
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import every_output, likely_tokens
 from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP
@@ -225,7 +218,7 @@ def one(g, p):
 
 def alone(model, inputs, g, mode, p, threshold=THRESHOLD):
     """The oracle's edges of one prompt by itself; in mode `reference` those that it keeps (A5)."""
-    found = oracle(cut_run(model, inputs[p : p + 1], one(g, p), MODES[mode], threshold))
+    found = oracle(cut_run(Subject(model, inputs[p : p + 1], one(g, p), MODES[mode], threshold)))
     if mode != "reference":
         return found
     direct = hand_pairs(model)
@@ -246,7 +239,7 @@ def dictionaries(layers, found, prompts):
 
 
 def batched(model, inputs, g, mode, threshold=THRESHOLD):
-    return dictionaries(*prompt_edges(model, inputs, g, MODES[mode], threshold), len(inputs))
+    return dictionaries(*prompt_edges(Subject(model, inputs, g, MODES[mode], threshold)), len(inputs))
 
 
 def assert_equal(found, expected, rtol=1e-9, atol=1e-14):
@@ -301,7 +294,7 @@ def stream_pairs(writers, layers, sites):
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a1_and_a2_the_oracle_is_the_slope_along_every_node(name, mode):
     model, inputs, g = made(name, prompts=1, length=3)
-    found = oracle(cut_run(model, inputs, g, MODES[mode], THRESHOLD))
+    found = oracle(cut_run(Subject(model, inputs, g, MODES[mode], THRESHOLD)))
     with torch.no_grad():
         moved = Cut(
             model, inputs[0], {site: v[0] if v.ndim == 3 else v for site, v in g.items()}, MODES[mode], THRESHOLD
@@ -322,7 +315,7 @@ def test_a7_and_a8_batches_of_ragged_prompts_agree_with_the_oracle_of_each_alone
 @pytest.mark.parametrize("name", ALL)
 def test_a4_the_pairs_are_found_by_asking(name):
     model, inputs, g = made(name)
-    layers = cut_run(model, inputs, g, MODES["unmasked"], THRESHOLD)
+    layers = cut_run(Subject(model, inputs, g, MODES["unmasked"], THRESHOLD))
     assert {(layers[s].name, layers[t].name) for s, t in connected(layers)} == hand_pairs(model)
 
 
@@ -331,7 +324,7 @@ def test_a4_a_decoder_of_b_blocks_has_the_stated_number_of_pairs(blocks):
     torch.manual_seed(0)
     model, tokens = ComponentModel(Decoder(blocks=blocks), {"blocks.*": 2}).double(), torch.randint(0, 6, (1, 4))
     g = {name: torch.ones(1, 4, 2).double() for name in model.sites}
-    layers = cut_run(model, tokens, g, MODES["unmasked"])
+    layers = cut_run(Subject(model, tokens, g, MODES["unmasked"]))
     assert len(connected(layers)) == 4 * blocks**2 + 7 * blocks + 1
     moving = {(k[0], k[3]) for _, k in oracle(layers) if k[1] != k[4]}
     kinds = {(s.split(".")[-1], t.split(".")[-1], s.split(".")[1] == t.split(".")[1]) for s, t in moving}
@@ -388,7 +381,7 @@ def test_a5_and_a1_tms_by_hand():
 @pytest.mark.parametrize("mode", MODES)
 def test_a5_the_forward_pass_of_each_mode(name, mode):
     model, inputs, g = made(name)
-    output = cut_run(model, inputs, g, MODES[mode], THRESHOLD)[-1].value
+    output = cut_run(Subject(model, inputs, g, MODES[mode], THRESHOLD))[-1].value
     masks = {site: Mask(value, 0.0) for site, value in g.items()}
     expected = model.masked(inputs, masks) if mode == "ci_masked" else model.target(inputs)
     torch.testing.assert_close(output, expected.reshape(output.shape), rtol=1e-10, atol=1e-10)
@@ -407,7 +400,7 @@ def test_a7_chunks_of_any_size_give_the_same(monkeypatch):
 def test_a7_in_float32(name):
     model, inputs, g = made(name)
     exact = alone(model, inputs, g, "unmasked", 0)
-    layers = cut_run(model, inputs[:1], one(g, 0), MODES["unmasked"], THRESHOLD)
+    layers = cut_run(Subject(model, inputs[:1], one(g, 0), MODES["unmasked"], THRESHOLD))
     value = {layer.name: layer.value[0] for layer in layers if layer.kind in ("component", "output")}
     single = inputs.float() if inputs.is_floating_point() else inputs
     found = batched(model.float(), single, {site: v.float() for site, v in g.items()}, "unmasked")[0]
@@ -432,7 +425,7 @@ def sums(found, kinds=("component", "input", "embedding", "rest", "bias")):
 @pytest.mark.parametrize("name", TOYS)
 def test_a6_frozen_in_edges_add_up_to_what_they_feed(name, threshold):
     model, inputs, g = made(name)
-    layers, found = prompt_edges(model, inputs, g, MODES["frozen"], threshold)
+    layers, found = prompt_edges(Subject(model, inputs, g, MODES["frozen"], threshold))
     prompts = dictionaries(layers, found, len(inputs))
     arriving, checked = [sums(prompt) for prompt in prompts], 0
     for layer in layers:
@@ -448,7 +441,7 @@ def test_a6_frozen_in_edges_add_up_to_what_they_feed(name, threshold):
 @pytest.mark.parametrize("name", TOYS)
 def test_a6_under_ci_masks_without_delta_the_alive_edges_reach_the_sum_without_a_rest(name):
     model, inputs, g = made(name, prompts=1)
-    layers = cut_run(model, inputs, g, SPARSE_CI)
+    layers = cut_run(Subject(model, inputs, g, SPARSE_CI))
     found = oracle(layers)
     arriving = sums(found, ("component", "input", "embedding", "bias"))
     for layer in layers:
@@ -465,7 +458,7 @@ def test_a6_every_non_linearity_has_its_secant(activation):
     target = nn.Sequential(nn.Linear(4, 5), activation, nn.Linear(5, 3), activation)
     model, x = ComponentModel(target, {"*": 4}).double(), 2 * torch.randn(3, 4).double()
     g = {site: torch.rand(3, 4).double() for site in model.sites}
-    layers, found = prompt_edges(model, x, g, MODES["frozen"], THRESHOLD)
+    layers, found = prompt_edges(Subject(model, x, g, MODES["frozen"], THRESHOLD))
     torch.testing.assert_close(layers[-1].value[:, 0], target(x.clone()), rtol=1e-12, atol=1e-12)
     for p, arriving in enumerate(map(sums, dictionaries(layers, found, 3))):
         for (name, pos, j), value in arriving.items():
@@ -491,7 +484,7 @@ def test_a3_nodes_are_the_components_above_the_threshold_and_all_inputs_and_outp
     for name in ("tms", "induction"):
         model, inputs, g = made(name)
         g["unembed" if name == "induction" else "linear2"][0, ..., 0] = threshold  # exclusive
-        for layer in cut_run(model, inputs, g, MODES["unmasked"], threshold):
+        for layer in cut_run(Subject(model, inputs, g, MODES["unmasked"], threshold)):
             match layer.kind:
                 case "component":
                     assert torch.equal(layer.nodes, (g[layer.name] > threshold).reshape(layer.nodes.shape))
@@ -520,7 +513,7 @@ def test_a3_only_chosen_outputs_are_targets():
     model, inputs, g = made("induction", prompts=1)
     chosen = torch.zeros(1, 4, 6, dtype=torch.bool)
     chosen[0, 2, 5] = chosen[0, 3, 1] = True
-    layers = cut_run(model, inputs, g, MODES["unmasked"], THRESHOLD, lambda output: chosen)
+    layers = cut_run(Subject(model, inputs, g, MODES["unmasked"], THRESHOLD, lambda output: chosen))
     (found,) = dictionaries(layers, edges(layers), 1)
     assert {key[4:] for _, key in found if key[3] == "output"} == {(2, 5), (3, 1)}
     everything = alone(model, inputs, g, "unmasked", 0)

@@ -7,28 +7,28 @@ import torch
 from test_closed_form import THRESHOLD, assert_equal, dictionary, made, some_outputs
 
 from spd_lightning.decomposition import attribution, closed_form
-from spd_lightning.decomposition.attribution import MODES
 from spd_lightning.decomposition.bounded import bounded
 from spd_lightning.decomposition.closed_form import attribution_graphs, graphs_in_parts
+from spd_lightning.decomposition.graph import MODES, Subject
 from spd_lightning.harvest.checks import weighed
 
 KINDS = [("llama", "unmasked"), ("llama", "reference"), ("mlps alone", "frozen")]
 
 
-def run_of(style, mode, length=6):
+def subject(style, mode, length=6):
     model, tokens, g = made(style, length=length)
-    return model, tokens, {name: g[name] for name in model.sites}, MODES[mode], THRESHOLD, some_outputs
+    return Subject(model, tokens, {name: g[name] for name in model.sites}, MODES[mode], THRESHOLD, some_outputs)
 
 
 @pytest.mark.parametrize(("style", "mode"), KINDS)
 def test_two_passes_keep_what_one_keeps(style, mode, monkeypatch):
     """However few edges are held together, the same ones are at least a share; each is shown once (A1)."""
-    run = run_of(style, mode)
-    layers, whole = attribution_graphs(*run, 0.05)
+    of = subject(style, mode)
+    layers, whole = attribution_graphs(of, 0.05)
     whole = list(whole)
     monkeypatch.setattr(closed_form, "MOST", 1)  # prompt by prompt
     monkeypatch.setattr(attribution, "CHUNK", 500)
-    _, graphs = graphs_in_parts(*run)
+    _, graphs = graphs_in_parts(of)
     few, seen = [], []
     for p, parts in enumerate(graphs):
         count = sum(len(table.source) for table in parts)
@@ -37,9 +37,9 @@ def test_two_passes_keep_what_one_keeps(style, mode, monkeypatch):
         assert share == 0.05
         assert 0 < len(table.source) <= most < count
         few.append(table)
-    _, every = attribution_graphs(*run)
+    _, every = attribution_graphs(of)
     every = list(every)
-    for p in range(len(run[1])):
+    for p in range(len(of.inputs)):
         assert_equal(dictionary(layers, few, p), dictionary(layers, whole, p))
         assert_equal(dictionary(layers, seen, p), dictionary(layers, every, p))
 
@@ -48,21 +48,21 @@ def test_two_passes_keep_what_one_keeps(style, mode, monkeypatch):
 @pytest.mark.parametrize(("style", "mode"), KINDS)
 def test_no_more_than_what_fits_is_ever_kept(style, mode, most, monkeypatch, caplog):
     """The strongest in-edges of every node stay; how many there were, and gaps, are those of the whole; it is said."""
-    run = run_of(style, mode)
-    layers, every = attribution_graphs(*run)
+    of = subject(style, mode)
+    layers, every = attribution_graphs(of)
     monkeypatch.setattr(closed_form, "MOST", 1)
-    whole = weighed(run[0], layers, [list(every)], 0.0)
-    layers, parts = graphs_in_parts(*run)
+    whole = weighed(of.model, layers, [list(every)], 0.0)
+    layers, parts = graphs_in_parts(of)
     with caplog.at_level(logging.WARNING, "spd_lightning.harvest.checks"):
-        cut = weighed(run[0], layers, parts, 0.0, most)
+        cut = weighed(of.model, layers, parts, 0.0, most)
     assert torch.equal(cut.total, whole.total)
     torch.testing.assert_close(cut.gaps, whole.gaps)
-    for p in range(len(run[1])):
+    for p in range(len(of.inputs)):
         found = sum(int((table.prompt == p).sum()) for table in cut.tables)
         assert found <= most < int(whole.total[p])
         kept, held = dictionary(layers, cut.tables, p), dictionary(layers, whole.tables, p)
         assert_equal(kept, {key: held[key] for key in kept}) if kept else None
-    assert caplog.text.count("choose at_least or threshold higher yourself") == len(run[1])
+    assert caplog.text.count("choose at_least or threshold higher yourself") == len(of.inputs)
 
 
 def test_no_edges_are_a_table_too():

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from spd_lightning.decomposition.adversaries import Adversary
-from spd_lightning.decomposition.attribution import MODES
 from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.graph import MODES, Subject
 from spd_lightning.decomposition.masks import stochastic_sources
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.optimised import Descent, Frontier, chosen, optimise
@@ -266,7 +266,7 @@ def test_a_harvest_holds_the_chosen_graphs_and_all_that_were_tried(tmp_path):
     assert set(frontier["adversary_steps"]) == {5}
     ids = store.scan("prompts").collect()["prompt_id"].to_list()
     g = {name: v[best] for name, v in found.importances.items()}
-    layers, edges = attribution_graphs(module.model, PROMPTS, g, MODES["ci_masked"])
+    layers, edges = attribution_graphs(Subject(module.model, PROMPTS, g, MODES["ci_masked"]))
     inner = sum(len(table.source) for table in edges)
     for k, i in enumerate(ids):
         row = frontier.filter(pl.col("chosen"), pl.col("prompt_id") == i).row(0, named=True)

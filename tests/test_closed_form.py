@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from spd_lightning.decomposition.attribution import MODES, Mode, cut_run, node_numbers, oracle, prompt_edges, tabled
+from spd_lightning.decomposition.attribution import cut_run, oracle, prompt_edges, tabled
 from spd_lightning.decomposition.closed_form import attribution_graphs, why_not
+from spd_lightning.decomposition.graph import MODES, Mode, Subject, node_numbers
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import (
     Against,
@@ -68,7 +69,7 @@ def some_outputs(output):
 def cut_prompt(model, tokens, g, mode, p):
     """The cut run of one prompt of a batch."""
     own = {name: values[p : p + 1] for name, values in g.items()}
-    return cut_run(model, tokens[p : p + 1], own, mode, THRESHOLD, some_outputs)
+    return cut_run(Subject(model, tokens[p : p + 1], own, mode, THRESHOLD, some_outputs))
 
 
 def by_number(layers, prompt):
@@ -109,9 +110,9 @@ def test_a7_closed_form_is_the_oracle_and_the_batched_products(style, mode, laye
     model, tokens, g = made(style, layers)
     assert why_not(model, CLOSED[mode]) is None
     with torch.inference_mode():
-        held, found = attribution_graphs(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
+        held, found = attribution_graphs(Subject(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs))
         found = list(found)
-    products = prompt_edges(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
+    products = prompt_edges(Subject(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs))
     products = list(tabled(*products))
     for p in range(len(tokens)):
         cut = cut_prompt(model, tokens, g, CLOSED[mode], p)
@@ -133,7 +134,7 @@ def test_a7_whatever_maps_are_sites(mode, style, data):
     maps = [name for name in made(style, layers)[0].sites if name.startswith("h.")]
     chosen = data.draw(st.sets(st.sampled_from([*maps, "wte", "lm_head"]), min_size=1))
     model, tokens, g = made(style, layers, prompts=1, length=3, sites=dict.fromkeys(chosen, 3))
-    held, found = attribution_graphs(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
+    held, found = attribution_graphs(Subject(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs))
     expected = oracle(cut_prompt(model, tokens, g, CLOSED[mode], 0))
     assert_equal(dictionary(held, list(found), 0), expected, atol=1e-13)
 
@@ -142,9 +143,9 @@ def test_a7_whatever_maps_are_sites(mode, style, data):
 def test_single_precision(style):
     """A7: relative error 1e-4 in single precision, fused attention included."""
     model, tokens, g = made(style, written=False)
-    exact = list(attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD)[1])
+    exact = list(attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD))[1])
     held, rough = attribution_graphs(
-        model.float(), tokens, {n: v.float() for n, v in g.items()}, MODES["unmasked"], THRESHOLD
+        Subject(model.float(), tokens, {n: v.float() for n, v in g.items()}, MODES["unmasked"], THRESHOLD)
     )
     rough = list(rough)
     for p in range(len(tokens)):
@@ -154,10 +155,10 @@ def test_single_precision(style):
 
 def test_blocks_of_attention_edges_change_nothing(monkeypatch):
     model, tokens, g = made("llama", length=6)
-    held, whole = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    held, whole = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD))
     whole = list(whole)
     monkeypatch.setattr("spd_lightning.decomposition.edge_blocks.BLOCK", 1)
-    _, found = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    _, found = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD))
     found = list(found)
     for p in range(len(tokens)):
         assert_equal(dictionary(held, found, p), dictionary(held, whole, p), rtol=1e-12)
@@ -166,10 +167,10 @@ def test_blocks_of_attention_edges_change_nothing(monkeypatch):
 @pytest.mark.parametrize("style", PARTIAL)
 def test_nodes_that_spread_can_be_taken_a_few_at_a_time(style, monkeypatch):
     model, tokens, g = made(style)
-    held, whole = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    held, whole = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD))
     whole = list(whole)
     monkeypatch.setattr("spd_lightning.decomposition.partial_coverage.CHUNK", 1)
-    _, found = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    _, found = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD))
     found = list(found)
     for p in range(len(tokens)):
         assert_equal(dictionary(held, found, p), dictionary(held, whole, p), rtol=1e-12)
@@ -180,9 +181,9 @@ def test_weak_edges_can_be_left_out(style):
     """Of every target's in-edges those stay that are at least a share of their sizes, however graphs are computed."""
     model, tokens, g = made(style)
     g = {name: g[name] for name in model.sites}
-    held, every = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
+    held, every = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))
     every = list(every)
-    _, few = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs, 0.05)
+    _, few = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs), 0.05)
     few = list(few)
     for p in range(len(tokens)):
         whole, total = dictionary(held, every, p), {}
@@ -200,7 +201,7 @@ def test_positions_and_layers_without_nodes(style):
     g = {name: values * (torch.arange(values.shape[1]) == 2)[:, None] for name, values in g.items()}
     for name in g.keys() & {"h.1.attn.v_proj", "h.0.mlp.gate_proj", "h.0.mlp.c_fc", "h.1.attn.q_proj"}:
         g[name] = torch.zeros_like(g[name])
-    held, found = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
+    held, found = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))
     found = list(found)
     for p in range(len(tokens)):
         expected = oracle(cut_prompt(model, tokens, g, MODES["unmasked"], p))
@@ -224,7 +225,7 @@ def test_what_has_no_closed_form_says_why():
 def test_a6_frozen_in_edges_of_decoders_add_up(style, written):
     """Norms, biases, attention and products of two paths: what arrives at a node is what it holds, to 1e-9."""
     model, tokens, g = made(style, written=written)
-    layers, found = attribution_graphs(model, tokens, g, MODES["frozen"], THRESHOLD, some_outputs)
+    layers, found = attribution_graphs(Subject(model, tokens, g, MODES["frozen"], THRESHOLD, some_outputs))
     found, checked = list(found), 0
     torch.testing.assert_close(layers[-1].value.detach(), model.target(tokens))
     for p in range(len(tokens)):
@@ -250,12 +251,12 @@ READINGS = {"centred": centred, "against": Against(2)}
 def test_a2_outputs_may_stand_for_differences_of_logits(style, reading, mode):
     """Their edges are the oracle's, and the same differences of the edges to logits; frozen, they add up too."""
     model, tokens, g = made(style, prompts=1)
-    run = (model, tokens, g, CLOSED[mode], THRESHOLD)
     last = at_positions(given_tokens([1, 4]), [-1])
-    layers, found = attribution_graphs(*run, Outputs(last, READINGS[reading]))
+    of = Subject(model, tokens, g, CLOSED[mode], THRESHOLD, Outputs(last, READINGS[reading]))
+    layers, found = attribution_graphs(of)
     found = dictionary(layers, found, 0)
-    assert_equal(found, oracle(cut_run(*run, Outputs(last, READINGS[reading]))), atol=1e-12)
-    whole = oracle(cut_run(*run, at_positions(every_output, [-1])))
+    assert_equal(found, oracle(cut_run(of)), atol=1e-12)
+    whole = oracle(cut_run(of._replace(outputs=at_positions(every_output, [-1]))))
     to = {}
     for (kind, (*source, target, pos, token)), value in whole.items():
         if target == "output":

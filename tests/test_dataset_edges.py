@@ -2,7 +2,6 @@
 
 import json
 from collections import defaultdict
-from functools import partial
 from math import sqrt
 
 import polars as pl
@@ -15,9 +14,10 @@ from test_nodes import WORDS, Ragged, harvested, induction_head, shaken, table
 
 from spd_lightning import cli
 from spd_lightning.analysis.dataset_edges import named, strongest
-from spd_lightning.decomposition.attribution import MODES, cut_run, prompt_edges
+from spd_lightning.decomposition.attribution import cut_run, prompt_edges
 from spd_lightning.decomposition.closed_form import why_not
 from spd_lightning.decomposition.dataset_edges import dataset_edges, looked_up
+from spd_lightning.decomposition.graph import MODES, Subject
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import every_output
 from spd_lightning.errors import BadInput
@@ -39,7 +39,7 @@ from spd_lightning.work import Request
 def by_definition(model, inputs, g, mode, outputs):
     """The sums over all edges of prompt graphs, read one by one: {(kind, S, i, T, j): (edges, Σ A, Σ A·sign(a_T))}."""
     rows = looked_up(model, inputs)
-    layers, found = prompt_edges(model, inputs, g, mode, THRESHOLD, outputs)
+    layers, found = prompt_edges(Subject(model, inputs, g, mode, THRESHOLD, outputs))
     sums: dict = defaultdict(lambda: (0, 0.0, 0.0))
 
     def component(layer, prompt, at):
@@ -84,7 +84,7 @@ def test_sums_are_those_of_the_prompt_graphs(style, mode):
     """Section A: both metrics, beside the edges of batched products one by one; in closed form no backward pass."""
     model, tokens, g = made(style, prompts=3, length=5)
     with torch.inference_mode(why_not(model, CLOSED[mode]) is None):
-        _, pairs = dataset_edges(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
+        _, pairs = dataset_edges(Subject(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs))
     expected = by_definition(model, tokens, g, CLOSED[mode], some_outputs)
     assert_same(as_dictionary(pairs), expected, slack=5 if style in PARTIAL else 0)
 
@@ -96,7 +96,7 @@ def test_toys_too():
     x = torch.rand(6, 5).double() * (torch.rand(6, 5) < 0.6)
     for model, inputs in ((tms, x), (head, torch.randint(0, len(WORDS), (3, 5)))):
         g = {name: torch.rand(a.shape).double() for name, a in model.clean(inputs).inner.items()}
-        nodes, pairs = dataset_edges(model, inputs, g, MODES["unmasked"], THRESHOLD)
+        nodes, pairs = dataset_edges(Subject(model, inputs, g, MODES["unmasked"], THRESHOLD))
         assert_same(as_dictionary(pairs), by_definition(model, inputs, g, MODES["unmasked"], every_output))
     assert {node.layer for node in nodes} == {"embed", "pos_embed", *head.sites, "output"}
     assert nodes[1].component.tolist() == [0, 1, 2, 3, 4]  # positions
@@ -110,11 +110,11 @@ def test_models_of_transformers_by_their_twins(tmp_path):
     model = ComponentModel(target, {"model.layers.*.self_attn.*": 5, "model.layers.*.mlp.*_proj": 6}).double()
     tokens = tiny_checkpoints.tokens(2, 4)
     g = {name: (1.8 * torch.rand(a.shape).double() - 0.6).clamp(0, 1) for name, a in model.clean(tokens).inner.items()}
-    quick = twin_of(model, MODES["unmasked"])
+    of = Subject(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    quick = twin_of(model, of.mode)
     assert quick.model is not model
     (nodes, found), (slow, expected) = (
-        way(tokens, g, MODES["unmasked"], THRESHOLD, wanted=lambda name: name.startswith("model."))
-        for way in (quick.sums, partial(dataset_edges, model))
+        way(of, lambda name: name.startswith("model.")) for way in (quick.sums, dataset_edges)
     )
     assert [node.layer for node in nodes] == [node.layer for node in slow]
     assert_same(as_dictionary(found), as_dictionary(expected), rtol=1e-4, atol=1e-6)
@@ -123,8 +123,8 @@ def test_models_of_transformers_by_their_twins(tmp_path):
 def test_both_metrics_are_gradients_of_sums_and_of_sizes():
     """One backward pass a target over the whole batch, of Σ a_T and of Σ |a_T| over the places where T is a node."""
     model, tokens, g = made("llama", prompts=3, length=5)
-    found = as_dictionary(dataset_edges(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)[1])
-    layers = cut_run(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
+    found = as_dictionary(dataset_edges(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))[1])
+    layers = cut_run(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))
     sources = [layer for layer in layers if layer.kind == "component"]
     for target in layers[2::3]:
         values = target.value[..., 1] * target.nodes[..., 1]
@@ -143,7 +143,7 @@ def test_both_metrics_are_gradients_of_sums_and_of_sizes():
 
 def test_edges_through_attention_are_counted_by_pairs_of_places():
     model, tokens, g = made("llama", layers=1)
-    found = as_dictionary(dataset_edges(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)[1])
+    found = as_dictionary(dataset_edges(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))[1])
     for name in ("k", "v"):
         source, target = (g[f"h.0.attn.{x}_proj"] > THRESHOLD for x in (name, "o"))
         for i in range(5):
@@ -157,7 +157,7 @@ def test_edges_through_attention_are_counted_by_pairs_of_places():
 def test_a6_frozen_sums_add_up():
     """All that reaches a component over the corpus is what it holds where it is a node, and so with sizes."""
     model, tokens, g = made("gpt", prompts=3)
-    _, pairs = dataset_edges(model, tokens, g, MODES["frozen"], THRESHOLD, some_outputs)
+    _, pairs = dataset_edges(Subject(model, tokens, g, MODES["frozen"], THRESHOLD, some_outputs))
     arriving: dict = defaultdict(lambda: [0.0, 0.0])
     for key, (_, *sums) in as_dictionary(pairs).items():
         arriving[key[3:]] = [a + b for a, b in zip(arriving[key[3:]], sums, strict=True)]
@@ -171,7 +171,7 @@ def test_a6_frozen_sums_add_up():
 
 def test_normalisers_are_those_of_a_naive_pass():
     model, tokens, g = made("gpt")
-    nodes, _ = dataset_edges(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
+    nodes, _ = dataset_edges(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))
     found = {node.layer: node for node in nodes}
     for name, a in model.clean(tokens).inner.items():
         assert found[name].firings.tolist() == (g[name] > THRESHOLD).sum((0, 1)).tolist()
@@ -188,9 +188,10 @@ def test_layers_can_be_chosen():
     """What is not wanted is as if it had no nodes; in closed form and otherwise alike."""
     for style in ("llama", "mlps alone"):
         model, tokens, g = made(style)
-        every = dataset_edges(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
+        every = dataset_edges(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))
         some = dataset_edges(
-            model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs, lambda layer: layer.startswith("h.0.mlp")
+            Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs),
+            lambda layer: layer.startswith("h.0.mlp"),
         )
         assert {node.layer for node in some[0]} == {name for name in model.sites if name.startswith("h.0.mlp")}
         whole = as_dictionary(every[1])

@@ -7,6 +7,7 @@ from test_nodes import WORDS, Ragged, decoder, harvested, shaken, table
 
 from spd_lightning.decomposition.attribution import cut_run, oracle
 from spd_lightning.decomposition.closed_form import attribution_graphs
+from spd_lightning.decomposition.graph import Subject
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.explained import Explained, thresholds, token_id
 from spd_lightning.harvest.graphs import PromptGraphs
@@ -22,10 +23,10 @@ def test_a3_a_graph_of_chosen_nodes(style, mode):
     """It is the oracle's; all else is in the rests, so that frozen graphs still add up (A6)."""
     model, tokens, g = made(style, prompts=1)
     above = thresholds(model, CHOSEN, THRESHOLD, tokens.shape[1])
-    run = (model, tokens, g, CLOSED[mode], above, some_outputs)
-    layers, found = attribution_graphs(*run)
+    of = Subject(model, tokens, g, CLOSED[mode], above, some_outputs)
+    layers, found = attribution_graphs(of)
     found = dictionary(layers, found, 0)
-    assert_equal(found, oracle(cut_run(*run)), atol=1e-12)
+    assert_equal(found, oracle(cut_run(of)), atol=1e-12)
     written_out = {("h.0.attn.v_proj", p, 3) for p in range(4)} | {("h.1.attn.o_proj", 2, 0)}
     written_out |= {("h.1.attn.o_proj", p, 4) for p in (1, 2, 3)}
     for layer in layers:

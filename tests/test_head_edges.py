@@ -10,6 +10,7 @@ from test_nodes import decoder as without_attention
 
 from spd_lightning.decomposition.attribution import cut_run, oracle
 from spd_lightning.decomposition.closed_form import attribution_graphs
+from spd_lightning.decomposition.graph import Subject
 from spd_lightning.decomposition.head_edges import head_edges
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.graphs import PromptGraphs
@@ -21,12 +22,12 @@ WHOLE = [style for style, (_, sites) in STYLES.items() if sites.items() >= MAPS.
 
 
 def both(style, mode, at_least=0.0):
-    """A graph's layers, edges and heads' terms."""
+    """Of what graphs are; their layers, edges and heads' terms."""
     model, tokens, g = made(style, length=3)
-    run = (model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
-    layers, found = attribution_graphs(*run, at_least)
+    of = Subject(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
+    layers, found = attribution_graphs(of, at_least)
     found = list(found)
-    return run, layers, found, list(head_edges(*run, found))
+    return of, layers, found, list(head_edges(of, found))
 
 
 def terms(layers, tables, prompt):
@@ -45,8 +46,8 @@ def terms(layers, tables, prompt):
 @pytest.mark.parametrize("style", WHOLE)
 def test_a7_a_heads_terms_are_the_graph_of_that_head_alone(style, mode, monkeypatch):
     """The oracle of a model in which all other heads are constants, edge by edge; together they are the edges."""
-    (model, tokens, g, *rest), layers, _, heads = both(style, mode)
-    own = {name: values[:1] for name, values in g.items()}
+    of, layers, _, heads = both(style, mode)
+    alone = of.alone(0, layers[-1].nodes)
     mine, attend = terms(layers, heads, 0), transformer.attend
     assert sorted(mine) == [0, 1, 2, 3]
     for head, held in mine.items():
@@ -58,7 +59,7 @@ def test_a7_a_heads_terms_are_the_graph_of_that_head_alone(style, mode, monkeypa
 
         with monkeypatch.context() as patched:
             patched.setattr(transformer, "attend", one)
-            truth = oracle(cut_run(model, tokens[:1], own, *rest))
+            truth = oracle(cut_run(alone))
         truth = {key: value for key, value in truth.items() if key[1][3].endswith("o_proj")}
         assert truth
         largest = max(map(abs, truth.values()))
@@ -85,9 +86,9 @@ def test_terms_of_heads_add_up_to_the_edges_that_stay(style, mode, at_least):
 
 def test_no_edges_no_terms():
     """Where nothing stayed there is nothing to take apart."""
-    run, _, found, _ = both("llama", "unmasked")
+    of, _, found, _ = both("llama", "unmasked")
     none = [type(table)(*(column[:0] for column in table)) for table in found]
-    assert not sum(len(table.source) for table in head_edges(*run, none))
+    assert not sum(len(table.source) for table in head_edges(of, none))
 
 
 def test_a_harvest_writes_them_where_asked(tmp_path):

@@ -7,7 +7,8 @@ by its key and copy M from it. Components here are exact (V = Wᵀ, U the identi
 import pytest
 import torch
 
-from spd_lightning.decomposition.attribution import MODES, Edges, prompt_edges
+from spd_lightning.decomposition.attribution import Edges, prompt_edges
+from spd_lightning.decomposition.graph import MODES, Subject
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.targets.toy import InductionHead, induced_token, induction_tokens
 
@@ -50,7 +51,7 @@ def graphs(trained):
         chosen[torch.arange(PROMPTS), -1, wanted] = True
         return chosen
 
-    layers, found = prompt_edges(model, tokens, g, MODES["unmasked"], 0.5, answer)
+    layers, found = prompt_edges(Subject(model, tokens, g, MODES["unmasked"], 0.5, answer))
     parts: dict[tuple[str, str], list[Edges]] = {}
     for e in found:
         parts.setdefault((layers[e.source].name, layers[e.target].name), []).append(e)

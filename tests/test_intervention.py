@@ -16,10 +16,10 @@ from torch import nn
 
 from spd_lightning import cli
 from spd_lightning.analysis.checks import fidelity
-from spd_lightning.decomposition.attribution import MODES, EdgeTable, joined
 from spd_lightning.decomposition.checks import Checks, Graphs, Inflow, changes
 from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.graph import MODES, EdgeTable, Subject, joined
 from spd_lightning.decomposition.intervention import Edit, Place, intervene, named_edits, place
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import Against, Outputs, centred
@@ -170,10 +170,10 @@ def test_a6_frozen_edges_are_interventions(style, mode):
     """A component switched off or made larger takes from its target, or adds, what its edge says: to 1e-9."""
     model, tokens, g = made(style)
     g = {name: g[name] for name in model.sites}
-    layers, tables = attribution_graphs(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
-    checks, edges = all_checks(layers, tables)
+    of = Subject(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
+    checks, edges = all_checks(*attribution_graphs(of))
     for factor in (0.0, 3.0):
-        found = changes(model, tokens, g, CLOSED[mode], checks, factor) / (factor - 1)
+        found = changes(of, checks, factor) / (factor - 1)
         torch.testing.assert_close(found, edges, rtol=1e-9, atol=1e-9 * float(edges.abs().max()))
     assert len(edges) > 100
 
@@ -182,11 +182,9 @@ def test_a6_frozen_edges_are_interventions(style, mode):
 def test_a6_what_outputs_stand_for_is_what_is_read(reading):
     """Of logits above the mean or above another token's, checks see the same."""
     model, tokens, g = made("gpt", prompts=1)
-    nodes = Outputs(some_outputs, reading)
-    layers, tables = attribution_graphs(model, tokens, g, MODES["frozen"], THRESHOLD, nodes)
-    checks, edges = all_checks(layers, tables)
-    found = changes(model, tokens, g, MODES["frozen"], checks, reading=reading)
-    torch.testing.assert_close(-found, edges, rtol=1e-9, atol=1e-9 * float(edges.abs().max()))
+    of = Subject(model, tokens, g, MODES["frozen"], THRESHOLD, Outputs(some_outputs, reading))
+    checks, edges = all_checks(*attribution_graphs(of))
+    torch.testing.assert_close(-changes(of, checks), edges, rtol=1e-9, atol=1e-9 * float(edges.abs().max()))
 
 
 @pytest.mark.parametrize("mode", ["unmasked", "ci_masked", "reference"])
@@ -195,23 +193,21 @@ def test_a1_small_interventions_are_derivatives(style, mode):
     """Central differences: both ways by a thousandth, the change is the edge to about 1e-6."""
     model, tokens, g = made(style, prompts=1)
     g = {name: g[name] for name in model.sites}
-    layers, tables = attribution_graphs(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
-    checks, edges = all_checks(layers, tables)
-    up, down = (changes(model, tokens, g, MODES[mode], checks, 1 + eps) for eps in (1e-3, -1e-3))
+    of = Subject(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
+    checks, edges = all_checks(*attribution_graphs(of))
+    up, down = (changes(of, checks, 1 + eps) for eps in (1e-3, -1e-3))
     torch.testing.assert_close((up - down) / 2e-3, edges, rtol=1e-5, atol=1e-6 * float(edges.abs().max()))
-    ablated = changes(model, tokens, g, MODES[mode], checks)
-    assert not torch.allclose(-ablated, edges, rtol=1e-3)  # the model is not linear
+    assert not torch.allclose(-changes(of, checks), edges, rtol=1e-3)  # the model is not linear
 
 
 def test_a6_checks_of_a_model_of_transformers_go_by_its_own_names(tmp_path):
     """A Llama's frozen edges are interventions on the decoder that stands for it."""
     tiny_checkpoints.write(tmp_path, "llama")
     model, tokens, g = test_twins.decomposed(HuggingFaceLM.from_pretrained(str(tmp_path)), test_twins.MAPS)
-    quick = twin_of(model, MODES["frozen"])
-    layers, tables = quick.graphs(tokens, g, MODES["frozen"], THRESHOLD, test_twins.odd_tokens)
-    checks, edges = all_checks(layers, tables)
-    found = quick.changes(tokens, g, MODES["frozen"], checks, 0.0)
-    torch.testing.assert_close(-found, edges, rtol=1e-9, atol=1e-9 * float(edges.abs().max()))
+    of = Subject(model, tokens, g, MODES["frozen"], THRESHOLD, test_twins.odd_tokens)
+    quick = twin_of(model, of.mode)
+    checks, edges = all_checks(*quick.graphs(of))
+    torch.testing.assert_close(-quick.changes(of, checks, 0.0), edges, rtol=1e-9, atol=1e-9 * float(edges.abs().max()))
 
 
 def test_a1_checks_of_models_on_vectors():
@@ -223,7 +219,7 @@ def test_a1_checks_of_models_on_vectors():
     prompt, i, j = torch.cartesian_prod(torch.tensor([2, 0]), torch.arange(6), torch.arange(6)).T
     ends = [torch.stack([torch.full_like(i, layer), 0 * i, at], dim=1) for layer, at in ((0, i), (1, j))]
     checks = Checks([("component", "linear1"), ("component", "linear2")], prompt, *ends)
-    found = changes(model, x, g, MODES["ci_masked"], checks, 2.0)
+    found = changes(Subject(model, x, g, MODES["ci_masked"]), checks, 2.0)
     w = g["linear1"] * (x @ model["linear1"].V)
     edges = w[..., None] * (model["linear1"].U @ model["linear2"].V)
     torch.testing.assert_close(found, edges[[2, 0]].flatten().detach())
@@ -235,7 +231,7 @@ def test_a6_the_gap_is_what_in_edges_miss(style, mode):
     """Σ_T |a_T − Σ in-edges| / Σ_T |a_T| of every prompt, node by node; nothing in frozen graphs (1e-9)."""
     model, tokens, g = made(style)
     g = {name: g[name] for name in model.sites}
-    layers, tables = attribution_graphs(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
+    layers, tables = attribution_graphs(Subject(model, tokens, g, MODES[mode], THRESHOLD, some_outputs))
     tables, inflow = list(tables), Inflow(model, layers)
     for table in tables:
         inflow.add(table)
@@ -307,7 +303,7 @@ def test_a_harvest_says_what_its_graphs_are_worth(tmp_path, style, mode):
 def test_draws_go_by_size():
     """Among 1000 edges of one prompt, one that is half of all is always drawn, and nothing of size zero ever."""
     model, tokens, g = made("llama", prompts=1)
-    layers, tables = attribution_graphs(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
+    layers, tables = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))
     table = next(iter(tables))
     first = next(k for k, source in enumerate(table.source.tolist()) if by_number(layers, 0)[source][0] == "component")
     sizes = torch.zeros(len(table.source)).double()

@@ -11,7 +11,7 @@ from test_resume import committed
 from tiny_run import done, killed
 
 from spd_lightning import cli
-from spd_lightning.decomposition.attribution import MODES
+from spd_lightning.decomposition.graph import MODES
 from spd_lightning.harvest.dataset_edges import DatasetEdges
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.store import Store, added
@@ -176,7 +176,7 @@ def test_questions_that_cannot_be(root, capsys, more, told):
 
 @pytest.mark.parametrize("kind", [PromptGraphs, DatasetEdges])
 def test_a_mode_that_there_is_not(kind):
-    from spd_lightning.decomposition.attribution import known_mode
+    from spd_lightning.decomposition.graph import known_mode
 
     assert all(known_mode(mode, "x") == mode for mode in MODES)
     with pytest.raises(ValueError, match=f"mode 'ci_mask' in {kind.__name__}: .*; did you mean 'ci_masked'?"):

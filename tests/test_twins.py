@@ -5,7 +5,8 @@ import tiny_checkpoints
 import torch
 from test_closed_form import CLOSED, assert_equal, dictionary
 
-from spd_lightning.decomposition.attribution import MODES, cut_run, oracle
+from spd_lightning.decomposition.attribution import cut_run, oracle
+from spd_lightning.decomposition.graph import MODES, Subject
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.harvest.twins import twin_of
 from spd_lightning.targets.conversion import decoder_from
@@ -46,14 +47,14 @@ def test_a7_a_model_of_transformers_has_the_oracles_graph_without_a_backward_pas
     model, tokens, g = decomposed(target, sites)
     quick = twin_of(model, CLOSED[mode])
     assert quick.model is not model
-    layers, found = quick.graphs(tokens, g, CLOSED[mode], 0.3, odd_tokens)
+    of = Subject(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
+    layers, found = quick.graphs(of)
     found = list(found)
     for p in range(len(tokens)):
-        own = {name: values[p : p + 1] for name, values in g.items()}
-        cut = cut_run(model, tokens[p : p + 1], own, CLOSED[mode], 0.3, odd_tokens)
+        cut = cut_run(of.alone(p, layers[-1].nodes))
         assert [(layer.kind, layer.name) for layer in layers] == [(layer.kind, layer.name) for layer in cut]
         assert_equal(dictionary(layers, found, p), oracle(cut), rtol=1e-4, atol=1e-5)
-    heads = list(quick.heads(tokens, g, CLOSED[mode], 0.3, odd_tokens, found))
+    heads = list(quick.heads(of, found))
     for p, table in enumerate(found):
         through = torch.cat([t.attribution[t.prompt == p] for t in heads] or [torch.zeros(0).double()]).sum()
         ends = [key[1][3] for key in dictionary(layers, found, p)]
@@ -68,11 +69,11 @@ def test_a7_gpt2_as_a_decoder(tmp_path, mode):
     model, tokens, g = decomposed(decoder_from(str(tmp_path)), {"h.*.attn.*_proj": 5, "h.*.mlp.*": 6})
     torch.testing.assert_close(model.target(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
     quick = twin_of(model, CLOSED[mode])
-    layers, found = quick.graphs(tokens, g, CLOSED[mode], 0.3, odd_tokens)
+    of = Subject(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
+    layers, found = quick.graphs(of)
     found = list(found)
     for p in range(len(tokens)):
-        own = {name: values[p : p + 1] for name, values in g.items()}
-        cut = cut_run(model, tokens[p : p + 1], own, CLOSED[mode], 0.3, odd_tokens)
+        cut = cut_run(of.alone(p, layers[-1].nodes))
         assert_equal(dictionary(layers, found, p), oracle(cut), atol=1e-11)
 
 
@@ -83,7 +84,7 @@ def test_what_has_no_twin_stays_itself(tmp_path):
     model, tokens, g = decomposed(target, {"transformer.h.*.attn.*": 5, "transformer.h.*.mlp.*": 6})
     quick = twin_of(model, MODES["unmasked"])
     assert quick.model is model
-    layers, found = quick.graphs(tokens, g, MODES["unmasked"], 0.3, odd_tokens)
+    layers, found = quick.graphs(Subject(model, tokens, g, MODES["unmasked"], 0.3, odd_tokens))
     assert sum(len(table.source) for table in found)
     assert {layer.name for layer in layers if layer.kind == "component"} == set(model.sites)
 
@@ -98,9 +99,9 @@ def test_maps_that_are_no_sites_need_no_place_but_their_biases_do(tmp_path, kind
     model, tokens, g = decomposed(target, {"*.mlp.*": 6} if kind == "gpt2" else MLPS)
     quick = twin_of(model, CLOSED[mode])
     assert (quick.model is model) == (CLOSED[mode].linearisation == "frozen")
-    layers, found = quick.graphs(tokens, g, CLOSED[mode], 0.3, odd_tokens)
+    of = Subject(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
+    layers, found = quick.graphs(of)
     found = list(found)
-    own = {name: values[:1] for name, values in g.items()}
-    cut = cut_run(model, tokens[:1], own, CLOSED[mode], 0.3, odd_tokens)
+    cut = cut_run(of.alone(0, layers[-1].nodes))
     assert [(layer.kind, layer.name) for layer in layers] == [(layer.kind, layer.name) for layer in cut]
     assert_equal(dictionary(layers, found, 0), oracle(cut), rtol=1e-4, atol=1e-5)

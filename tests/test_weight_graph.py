@@ -9,9 +9,9 @@ from test_closed_form import MAPS, STYLES, THRESHOLD, dictionary, made, some_out
 from torch import nn
 
 from spd_lightning import cli
-from spd_lightning.decomposition.attribution import MODES
 from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.decoder_run import trace
+from spd_lightning.decomposition.graph import MODES, Subject
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.weight_graph import links, weight_graph
 from spd_lightning.errors import BadInput
@@ -57,9 +57,9 @@ def norm_before(reader):
 def test_edges_through_the_residual_stream_are_weights_times_activations(style, mode):
     """A6, rule 2: frozen norms are constants, so an edge is w_i M_ij over the denominator; without norms, always."""
     model, tokens, g = made(style, prompts=1)
-    layers, found = attribution_graphs(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
+    layers, found = attribution_graphs(Subject(model, tokens, g, MODES[mode], THRESHOLD, some_outputs))
     edges = dictionary(layers, list(found), 0)
-    run = trace(model, tokens, g, MODES[mode], THRESHOLD)
+    run = trace(Subject(model, tokens, g, MODES[mode], THRESHOLD))
     M = {(link.source, link.target): w for link, w in weight_graph(model, normalised=False) if link.kind == "residual"}
     checked = set()
     for (kind, (source, _, i, target, pos, j)), value in edges.items():

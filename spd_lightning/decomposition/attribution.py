@@ -12,61 +12,18 @@ and prompts at once. Which sites are connected is found out by asking (a gradien
 Not here: closed forms without a backward pass (`closed_form`), pruning.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spd_lightning.decomposition.components import Site, available
 from spd_lightning.decomposition.frozen import Frozen
+from spd_lightning.decomposition.graph import EdgeTable, Layer, NodeKind, Subject, node_numbers, shape3
 from spd_lightning.decomposition.model import ComponentModel, Map
-from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
-from spd_lightning.errors import BadInput, nearest
-
-ModeName = Literal["unmasked", "ci_masked", "frozen", "reference"]
-NodeKind = Literal["component", "input", "embedding", "output", "rest", "bias"]
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A graph's kind: three choices (A5)."""
-
-    mask: Literal["ci", "ones"]
-    delta: Literal["off", "cut", "flow"]
-    linearisation: Literal["jacobian", "frozen"]
-
-
-MODES: dict[ModeName, Mode] = {
-    "unmasked": Mode("ones", "cut", "jacobian"),
-    "ci_masked": Mode("ci", "off", "jacobian"),
-    "frozen": Mode("ones", "cut", "frozen"),
-    "reference": Mode("ones", "flow", "jacobian"),
-}
-
-
-def known_mode(name: str, place: str) -> ModeName:
-    """A kind of graph by its name, given to something.
-
-    Raises:
-        BadInput: there is none.
-    """
-    if name not in MODES:
-        raise BadInput(f"mode '{name}' in {place}: no such kind of graph; {nearest(name, MODES)}")
-    return name
-
-
-Threshold = float | Mapping[str, Tensor]
-"""Importance above which a component is a node: one for all, or of every site a tensor that broadcasts with its g."""
-
-
-def exceeds(g: Tensor, threshold: Threshold, site: str) -> Tensor:
-    """Which components of a site are nodes, by their importance (A3)."""
-    return g > (threshold[site] if isinstance(threshold, Mapping) else threshold)
-
 
 CHUNK = 1 << 20
 """Numbers held at once by one batched product: few enough to stay near the processor."""
@@ -75,36 +32,8 @@ CHUNK = 1 << 20
 # ---- the cut run ----------------------------------------------------------------------------------------------------
 
 
-class Layer(NamedTuple):
-    """One row of the graph on a batch of prompts, as a source, a target, or both.
-
-    leaf: what gradients are taken to, or None for a pure target. value [batch, pos, K]: what gradients are taken of.
-    nodes [batch, pos, K]: which entries are nodes. importance: of components. whole: the leaf is one node a position,
-    whatever its width.
-    """
-
-    name: str
-    kind: NodeKind
-    leaf: Tensor | None
-    value: Float[Tensor, "batch pos K"]
-    nodes: Bool[Tensor, "batch pos K"]
-    importance: Float[Tensor, "batch pos K"] | None = None
-    whole: bool = False
-
-    def contributions(self, gradient: Tensor) -> Float[Tensor, "targets batch pos K"]:
-        """gradient × value of every node: the edges from this layer to some targets (A1, A2)."""
-        assert self.leaf is not None
-        product = (gradient * self.leaf.detach()).reshape(len(gradient), *_shape3(self.leaf))
-        return product.sum(-1, keepdim=True) if self.whole else product
-
-
-def _shape3(x: Tensor) -> tuple[int, int, int]:
-    """[batch, K] and [batch, pos, K] alike as (batch, pos, K)."""
-    return x.shape[0], x.shape[1] if x.ndim == 3 else 1, x.shape[-1]
-
-
 def _whole(name: str, kind: NodeKind, leaf: Tensor) -> Layer:
-    b, p, _ = _shape3(leaf)
+    b, p, _ = shape3(leaf)
     ones = torch.ones(b, p, 1, dtype=torch.bool, device=leaf.device)
     return Layer(name, kind, leaf, leaf.detach().reshape(b, p, -1).norm(dim=-1, keepdim=True), ones, whole=True)
 
@@ -121,26 +50,17 @@ def biased(model: ComponentModel) -> dict[str, nn.Module]:
     return {n: m for n, m in model.target.named_modules() if m in adds and getattr(m, "bias", None) is not None}
 
 
-def cut_run(
-    model: ComponentModel,
-    inputs: Tensor,
-    importances: Mapping[str, Tensor],
-    mode: Mode,
-    threshold: Threshold = 0.0,
-    output_nodes: OutputNodes = every_output,
-) -> list[Layer]:
-    """The layers of the graphs of a batch of prompts, in forward order, joined by one autograd graph.
-
-    inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of the clean run.
-    """
+def cut_run(of: Subject) -> list[Layer]:
+    """The layers of the graphs of a batch of prompts, in forward order, joined by one autograd graph."""
+    model, inputs = of.model, of.inputs
     layers: list[Layer] = []
     sites = {site.module for site in model.sites.values()}
     embeddings = [(m, name) for name, m in model.target.named_modules() if isinstance(m, nn.Embedding)]
     named: dict[nn.Module, str] = {m: name for m, name in embeddings if m not in sites}
-    biases = {m: name for name, m in biased(model).items()} if mode.linearisation == "frozen" else {}
+    biases = {m: name for name, m in biased(model).items()} if of.frozen else {}
 
     def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
-        site_layers, y = _cut_site(model, site, x, own, importances[site.name], mode, threshold)
+        site_layers, y = _cut_site(of, site, x, own)
         layers.extend(site_layers)
         return y
 
@@ -168,32 +88,31 @@ def cut_run(
 
     x = _leaf(inputs) if inputs.is_floating_point() else inputs
     if inputs.is_floating_point():
-        shaped = inputs.reshape(_shape3(inputs))
+        shaped = inputs.reshape(shape3(inputs))
         layers.append(Layer("input", "input", x, shaped, shaped != 0))
-    frozen = Frozen() if mode.linearisation == "frozen" else nullcontext()
-    with torch.enable_grad(), frozen, model.replaced(at_site, at_module, [*named, *biases]):
-        out = reading_of(output_nodes)(model.target(x))
-    shaped = out.reshape(_shape3(out))
-    return [*layers, Layer("output", "output", None, shaped, output_nodes(shaped.detach()))]
+    linear = Frozen() if of.frozen else nullcontext()
+    with torch.enable_grad(), linear, model.replaced(at_site, at_module, [*named, *biases]):
+        out = of.reading(model.target(x))
+    shaped = out.reshape(shape3(out))
+    return [*layers, Layer("output", "output", None, shaped, of.outputs(shaped.detach()))]
 
 
-def _cut_site(model, site: Site, x: Tensor, own: Map, g: Tensor, mode: Mode, threshold: Threshold):
+def _cut_site(of: Subject, site: Site, x: Tensor, own: Map) -> tuple[list[Layer], Tensor]:
     """A site under the cut: its layers (components; in frozen mode also rest and bias) and its output."""
-    V, U = model[site.name].V.detach(), model[site.name].U.detach()
-    a = site.inner(x, V)
-    leaf, nodes = _leaf(a), exceeds(g, threshold, site.name)
+    V, U = of.model[site.name].V.detach(), of.model[site.name].U.detach()
+    a, g, mode = site.inner(x, V), of.importances[site.name], of.mode
+    leaf, nodes = _leaf(a), of.held(site.name, g)
     mask = g.detach() if mode.mask == "ci" else torch.ones_like(g)
-    shape = _shape3(a)
+    shape = shape3(a)
     layers = [Layer(site.name, "component", leaf, a.reshape(shape), nodes.reshape(shape), g.detach().reshape(shape))]
     bias = torch.zeros_like(U[0]) if site.bias is None else site.bias
     y = (mask * leaf * nodes) @ U
     rest = (mask * a * ~nodes) @ U
     if mode.delta != "off":
         rest = rest + (own(x) - bias - a @ U)
-    if mode.linearisation == "frozen":
-        layers.append(_whole(site.name, "rest", _leaf(rest)))
-        layers.append(_whole(site.name, "bias", _leaf(bias.expand_as(rest))))
-        return layers, y + layers[1].leaf + layers[2].leaf
+    if of.frozen:
+        kept, added = _leaf(rest), _leaf(bias.expand_as(rest))
+        return [*layers, _whole(site.name, "rest", kept), _whole(site.name, "bias", added)], y + kept + added
     if mode.delta == "flow":  # what is no node is cut like every component; only Δ carries gradient
         others = ((mask * a * ~nodes) @ U).detach()
         return layers, y + others + (own(x) - bias - a @ U) + bias
@@ -212,30 +131,6 @@ class Edges(NamedTuple):
     source_at: Tensor
     target_at: Tensor
     attribution: Tensor
-
-
-class EdgeTable(NamedTuple):
-    """Edges as a flat table: per edge its prompt in the batch, the numbers of both nodes there, and its attribution."""
-
-    prompt: Tensor
-    source: Tensor
-    target: Tensor
-    attribution: Tensor
-
-
-def node_numbers(layers: list[Layer]) -> list[Int[Tensor, "batch pos K"]]:
-    """The number of every node within its prompt, in order of layer, position and component; elsewhere nonsense."""
-    start, found = 0, []
-    for layer in layers:
-        counted = layer.nodes.flatten(1).cumsum(1)
-        found.append((counted - 1 + start).view(layer.nodes.shape))
-        start = counted[:, -1:] + start
-    return found
-
-
-def joined(tables: Sequence[EdgeTable]) -> EdgeTable:
-    """Several tables as one."""
-    return tables[0] if len(tables) == 1 else EdgeTable(*(torch.cat(column) for column in zip(*tables, strict=True)))
 
 
 def tabled(layers: list[Layer], found: Iterable[Edges]) -> Iterator[EdgeTable]:
@@ -301,42 +196,27 @@ def connected(layers: list[Layer]) -> set[tuple[int, int]]:
     return pairs
 
 
-def prompt_edges(
-    model: ComponentModel,
-    inputs: Tensor,
-    importances: Mapping[str, Tensor],
-    mode: Mode,
-    threshold: Threshold = 0.0,
-    output_nodes: OutputNodes = every_output,
-) -> tuple[list[Layer], list[Edges]]:
+def prompt_edges(of: Subject) -> tuple[list[Layer], list[Edges]]:
     """The graphs of a batch of prompts: their layers and all edges between their nodes.
 
     Where delta carries gradient, edges are kept to direct pairs and to their own position (mode `reference`, A5).
     """
-    products = Products(model, inputs, importances, mode, threshold, output_nodes)
+    products = Products(of)
     return products.layers, list(products.edges())
 
 
 class Products:
     """The graphs of a batch of prompts by batched products; edges are computed as they are asked for, and anew.
 
-    Arguments are those of `prompt_edges`; `layers` are those of the graphs.
+    Attributes:
+        layers: those of the graphs.
     """
 
-    def __init__(
-        self,
-        model: ComponentModel,
-        inputs: Tensor,
-        importances: Mapping[str, Tensor],
-        mode: Mode,
-        threshold: Threshold = 0.0,
-        output_nodes: OutputNodes = every_output,
-    ):
-        self.layers = cut_run(model, inputs, importances, mode, threshold, output_nodes)
+    def __init__(self, of: Subject):
+        self.layers = cut_run(of)
         self._direct: set[tuple[int, int]] | None = None
-        if mode.delta == "flow":
-            cut = Mode(mode.mask, "cut", mode.linearisation)
-            self._direct = connected(cut_run(model, inputs, importances, cut, threshold, output_nodes))
+        if of.mode.delta == "flow":
+            self._direct = connected(cut_run(of._replace(mode=replace(of.mode, delta="cut"))))
 
     def edges(self) -> Iterator[Edges]:
         """Between layers."""

@@ -7,7 +7,6 @@ linear (`frozen`, A6) the change is the edge; in `jacobian` modes it is for smal
 far the model is from linear.
 """
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -15,11 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode, NodeKind, node_numbers
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.frozen import Frozen
+from spd_lightning.decomposition.graph import EdgeTable, Layer, NodeKind, Subject, node_numbers
 from spd_lightning.decomposition.model import ComponentModel, Map
-from spd_lightning.decomposition.outputs import Reading, logits
 
 CHUNK = 1 << 24
 """Numbers held at once by one run of trials."""
@@ -97,56 +95,45 @@ def _most(layers: list[Layer]) -> int:
 # ---- edges ----------------------------------------------------------------------------------------------------------
 
 
-def changes(
-    model: ComponentModel,
-    inputs: Tensor,
-    importances: Mapping[str, Tensor],
-    mode: Mode,
-    checks: Checks,
-    factor: float = 0.0,
-    reading: Reading = logits,
-) -> Float[Tensor, " checks"]:
+def changes(of: Subject, checks: Checks, factor: float = 0.0) -> Float[Tensor, " checks"]:
     """What the target of every edge gains when its source is multiplied by a factor and all other sites are held.
 
-    inputs: [batch, features] floating point, or [batch, pos] token ids; importances: g of their clean run. reading:
-    what output nodes stand for. An edge that is exact (A6), or a factor near 1, gives (factor − 1) · attribution.
+    An edge that is exact (A6), or a factor near 1, gives (factor − 1) · attribution.
     """
-    length = inputs.shape[1]
-    widest = 1 if inputs.is_floating_point() else max(length, int(getattr(model.target, "vocab", 0)))
+    inputs, length = of.inputs, of.inputs.shape[1]
+    widest = 1 if inputs.is_floating_point() else max(length, int(getattr(of.model.target, "vocab", 0)))
     parts = torch.arange(len(checks.prompt), device=inputs.device).split(max(1, CHUNK // max(1, length * widest)))
-    tried = (_Trial(model, inputs, importances, mode, checks.rows(part), factor) for part in parts if len(part))
-    found = [trial(reading) for trial in tried]
-    return torch.cat(found) if found else next(iter(importances.values())).new_zeros(0)
+    found = [_Trial(of, checks.rows(part), factor)() for part in parts if len(part)]
+    return torch.cat(found) if found else next(iter(of.importances.values())).new_zeros(0)
 
 
 class _Trial:
     """One forward pass: a row for each prompt as it is, then a row for each check."""
 
-    def __init__(self, model, inputs: Tensor, importances, mode: Mode, checks: Checks, factor: float):
-        self.model, self.mode, self.checks, self.factor = model, mode, checks, factor
+    def __init__(self, of: Subject, checks: Checks, factor: float):
+        self.of, self.model, self.mode, self.checks, self.factor = of, of.model, of.mode, checks, factor
         prompts, slots = checks.prompt.unique(return_inverse=True)
         self.plain = len(prompts)
         self.rows = torch.cat([torch.arange(self.plain, device=slots.device), slots])
         """For each row, that of its prompt as it is."""
-        self.inputs = inputs[prompts][self.rows]
-        self.g = {name: g[prompts].detach() for name, g in importances.items()}
+        self.inputs = of.inputs[prompts][self.rows]
+        self.g = {name: g[prompts].detach() for name, g in of.importances.items()}
         self.change = next(iter(self.g.values())).new_zeros(len(slots))
 
-    def __call__(self, reading: Reading) -> Tensor:
+    def __call__(self) -> Tensor:
         vectors = self.inputs.is_floating_point()
         x = self.inputs.detach().clone().requires_grad_() if vectors else self.inputs
         sites = {site.module for site in self.model.sites.values()}
         tables = [m for m in self.model.target.modules() if isinstance(m, nn.Embedding) and m not in sites]
-        frozen = self.mode.linearisation == "frozen"
         # No gradient is asked for, but which values would carry one tells rule 5 of A6 where two paths meet.
         with (
-            torch.set_grad_enabled(frozen),
-            Frozen(self.rows) if frozen else nullcontext(),
+            torch.set_grad_enabled(self.of.frozen),
+            Frozen(self.rows) if self.of.frozen else nullcontext(),
             self.model.replaced(self._at_site, self._at_table, tables),
         ):
             out = self.model.target(x)
         with torch.no_grad():
-            self._read(("output", "output"), reading(out), None)
+            self._read(("output", "output"), self.of.reading(out), None)
         return self.change
 
     def _at_site(self, site: Site, x: Tensor, own: Map) -> Tensor:

@@ -20,24 +20,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import (
-    EdgeTable,
-    Layer,
-    Mode,
-    Products,
-    Threshold,
-    node_numbers,
-)
+from spd_lightning.decomposition.attribution import Products
 from spd_lightning.decomposition.bounded import MOST, bounded
-from spd_lightning.decomposition.decoder_run import Trace, layers_of, trace, why_not
+from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.edge_blocks import Across, T, Tables
-from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import OutputNodes, Outputs, every_output, reading_of
+from spd_lightning.decomposition.graph import EdgeTable, Layer, Subject
 from spd_lightning.decomposition.partial_coverage import PartialWalk
-from spd_lightning.decomposition.prompt_rows import Rows, beside
+from spd_lightning.decomposition.prompt_rows import Rows, batch_of, beside
 
 # ---- edges of one prompt --------------------------------------------------------------------------------------------
 
@@ -79,7 +71,7 @@ class Graph(PartialWalk[T]):
         yield from self._read(stream, "norm_f", "lm_head")
         head, out = self.writer("lm_head"), self.nodes["output"]
         tokens = out.component[:, None].expand(-1, head.vectors.shape[1], -1)
-        yield self.taken.same(head.nodes, out, self.run.reading(head.vectors).gather(2, tokens))
+        yield self.taken.same(head.nodes, out, self.run.of.reading(head.vectors).gather(2, tokens))
 
     def _read(self, stream: Rows, norm: str, *names: str) -> Iterator[T]:
         """The residual stream, and the norm's bias where it is a node, → readers behind a norm."""
@@ -168,53 +160,21 @@ def pulled_back(
     return columns
 
 
-def readers(model: ComponentModel, run: Trace) -> dict[str, Float[Tensor, "K d"]]:
-    """Vᵀ of every site, and what the outputs read where the unembedding is no site."""
-    head: Any = model.target.lm_head
-    return {name: model[name].V.T.contiguous() for name in model.sites} | {"output": run.reading(head.weight.T).T}
-
-
-def closed_form(
-    model: ComponentModel,
-    inputs: Int[Tensor, "batch pos"],
-    importances: Mapping[str, Tensor],
-    mode: Mode,
-    threshold: Threshold = 0.0,
-    output_nodes: OutputNodes = every_output,
-) -> tuple[list[Layer], Iterator[Graph[EdgeTable]]]:
+def closed_form(of: Subject) -> tuple[list[Layer], Iterator[Graph[EdgeTable]]]:
     """The graphs of a batch of prompts: their layers, and of each prompt its edges, to be computed.
 
     `why_not` must have nothing to say against it.
     """
-    frozen = mode.linearisation == "frozen"
-    with torch.no_grad():
-        run = trace(model, inputs, importances, mode, threshold, reading_of(output_nodes))
-        layers = layers_of(run, importances, threshold, output_nodes)
-        numbers = [number.int() for number in node_numbers(layers)]
-        read = readers(model, run)
-
-    def graphs() -> Iterator[Graph[EdgeTable]]:
-        for prompt in range(len(inputs)):
-            yield Graph(model, run, layers, numbers, prompt, read, frozen, Tables(prompt))
-
-    return layers, graphs()
+    batch = batch_of(of)
+    return batch.layers, (Graph(batch, prompt, Tables(prompt)) for prompt in range(len(of.inputs)))
 
 
-def attribution_graphs(
-    model: ComponentModel,
-    inputs: Tensor,
-    importances: Mapping[str, Tensor],
-    mode: Mode,
-    threshold: Threshold = 0.0,
-    output_nodes: OutputNodes = every_output,
-    at_least: float = 0.0,
-) -> tuple[list[Layer], Iterator[EdgeTable]]:
+def attribution_graphs(of: Subject, at_least: float = 0.0) -> tuple[list[Layer], Iterator[EdgeTable]]:
     """The graphs of a batch of prompts in the quickest way that the model and the mode allow; the numbers are the same.
 
-    inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of the clean run. at_least:
-    edges below this share of all that enters their target, sizes added up, are left out.
+    at_least: edges below this share of all that enters their target, sizes added up, are left out.
     """
-    layers, graphs = graphs_in_parts(model, inputs, importances, mode, threshold, output_nodes)
+    layers, graphs = graphs_in_parts(of)
     return layers, (bounded(parts, at_least).table for parts in graphs)
 
 
@@ -222,42 +182,28 @@ class Alone:
     """The edges of one prompt of a batch whose graphs are too large to be computed together.
 
     Args:
-        run: what `Products` takes, for the batch.
-        nodes: the output nodes of the batch [batch, pos, K].
+        of: the batch.
+        nodes: its output nodes [batch, pos, K].
         prompt: which prompt of the batch.
     """
 
-    def __init__(self, run: tuple, nodes: Tensor, prompt: int):
-        model, inputs, importances, mode, threshold, output_nodes = run
-        one, own = slice(prompt, prompt + 1), {name: g[prompt : prompt + 1] for name, g in importances.items()}
-        if isinstance(threshold, Mapping):
-            batched = {name: t.ndim == importances[name].ndim and len(t) > 1 for name, t in threshold.items()}
-            threshold = {name: t[one] if batched[name] else t for name, t in threshold.items()}
-        outputs = Outputs(lambda output: nodes[one], reading_of(output_nodes))
-        self._run, self._prompt = (model, inputs[one], own, mode, threshold, outputs), prompt
+    def __init__(self, of: Subject, nodes: Tensor, prompt: int):
+        self._of, self._prompt = of.alone(prompt, nodes), prompt
 
     def __iter__(self) -> Iterator[EdgeTable]:
-        for table in Products(*self._run):
+        for table in Products(self._of):
             yield table._replace(prompt=table.prompt + self._prompt)
 
 
-def graphs_in_parts(
-    model: ComponentModel,
-    inputs: Tensor,
-    importances: Mapping[str, Tensor],
-    mode: Mode,
-    threshold: Threshold = 0.0,
-    output_nodes: OutputNodes = every_output,
-) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
+def graphs_in_parts(of: Subject) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
     """The same graphs, of which no edge is computed yet: of each what gives all its edges whenever it is gone through.
 
     Several prompts come together only where that cannot be more than `bounded.MOST` edges.
     """
-    run = (model, inputs, importances, mode, threshold, output_nodes)
-    if why_not(model, mode) is None:
-        return closed_form(*run)
-    together = Products(*run)
+    if why_not(of.model, of.mode) is None:
+        return closed_form(of)
+    together, prompts = Products(of), range(len(of.inputs))
     count = torch.stack([layer.nodes.flatten(1).sum(1) for layer in together.layers]).sum(0)
-    if len(inputs) == 1 or int(count.square().sum()) <= 2 * MOST:
+    if len(prompts) == 1 or int(count.square().sum()) <= 2 * MOST:
         return together.layers, iter([together])
-    return together.layers, (Alone(run, together.layers[-1].nodes, prompt) for prompt in range(len(inputs)))
+    return together.layers, (Alone(of, together.layers[-1].nodes, prompt) for prompt in prompts)

@@ -18,19 +18,13 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import (
-    Edges,
-    Layer,
-    Mode,
-    NodeKind,
-    Threshold,
-    prompt_edges,
-)
-from spd_lightning.decomposition.closed_form import Graph, readers
-from spd_lightning.decomposition.decoder_run import layers_of, trace, why_not
+from spd_lightning.decomposition.attribution import Edges, prompt_edges
+from spd_lightning.decomposition.closed_form import Graph
+from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.edge_blocks import Across, Nodes, Places, onward
+from spd_lightning.decomposition.graph import Layer, NodeKind, Subject
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
+from spd_lightning.decomposition.prompt_rows import batch_of
 
 Rows = Mapping[str, Int[Tensor, "batch pos"]]
 """Of every embedding that is no site: which of its rows stands at each position."""
@@ -69,42 +63,37 @@ class NodeSums(NamedTuple):
 
 
 def dataset_edges(
-    model: ComponentModel,
-    inputs: Tensor,
-    importances: Mapping[str, Tensor],
-    mode: Mode,
-    threshold: Threshold = 0.0,
-    output_nodes: OutputNodes = every_output,
-    wanted: Callable[[str], bool] = lambda layer: True,
+    of: Subject, wanted: Callable[[str], bool] = lambda layer: True
 ) -> tuple[list[NodeSums], list[PairSums]]:
     """Adds up the prompt graphs of a batch, without making them where the model and the mode have closed forms.
 
-    inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of the clean run. wanted: of
-    which layers, by name; edges need both ends.
+    wanted: of which layers, by name; edges need both ends.
     """
-    if why_not(model, mode) is None:
-        layers, sums = _closed(model, inputs, importances, mode, threshold, output_nodes, wanted)
-    else:
-        layers, found = prompt_edges(model, inputs, importances, mode, threshold, output_nodes)
-        sums = Sums(layers, looked_up(model, inputs))
-        for each in found:
-            sums.listed(each)
-    nodes = [node_sums(layer, at) for layer, at in zip(layers, sums.at, strict=True) if wanted(layer.name)]
+    sums = _closed(of, wanted) if why_not(of.model, of.mode) is None else _listed(of)
+    nodes = [node_sums(layer, at) for layer, at in zip(sums.layers, sums.at, strict=True) if wanted(layer.name)]
     return nodes, [each for each in sums.pairs() if wanted(each.source_layer) and wanted(each.target_layer)]
 
 
-def _closed(model, inputs, importances, mode: Mode, threshold: Threshold, output_nodes, wanted):
-    """The layers of a batch of a decoder, and the sums of the blocks that its closed forms give."""
-    with torch.no_grad():
-        run = trace(model, inputs, importances, mode, threshold, reading_of(output_nodes))
-        layers = layers_of(run, importances, threshold, output_nodes)
-        layers = [x if x.whole or wanted(x.name) else x._replace(nodes=torch.zeros_like(x.nodes)) for x in layers]
-        places = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-        sums, read = Sums(layers, {"wte": inputs, "wpe": places}), readers(model, run)
-        for prompt in range(len(inputs)):
-            for _ in Graph(model, run, layers, sums.numbers, prompt, read, mode.linearisation == "frozen", sums):
-                pass
-    return layers, sums
+def _closed(of: Subject, wanted: Callable[[str], bool]) -> "Sums":
+    """The sums of the blocks that a decoder's closed forms give."""
+    batch, inputs = batch_of(of), of.inputs
+    layers = [x if x.whole or wanted(x.name) else x._replace(nodes=torch.zeros_like(x.nodes)) for x in batch.layers]
+    places = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    sums = Sums(layers, {"wte": inputs, "wpe": places})
+    batch = batch._replace(layers=layers, numbers=sums.numbers)
+    for prompt in range(len(inputs)):
+        for _ in Graph(batch, prompt, sums):
+            pass
+    return sums
+
+
+def _listed(of: Subject) -> "Sums":
+    """The sums of edges one by one."""
+    layers, found = prompt_edges(of)
+    sums = Sums(layers, looked_up(of.model, of.inputs))
+    for each in found:
+        sums.listed(each)
+    return sums
 
 
 def looked_up(model: ComponentModel, inputs: Tensor) -> Rows:

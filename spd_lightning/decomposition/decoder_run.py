@@ -1,15 +1,13 @@
 """One run of a decoder, with all that the closed forms of its graphs ask for (section A of docs/method.md)."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import Layer, Mode, NodeKind, Threshold, exceeds
 from spd_lightning.decomposition.components import Site
+from spd_lightning.decomposition.graph import Layer, Mode, NodeKind, Subject
 from spd_lightning.decomposition.model import ComponentModel, Map
-from spd_lightning.decomposition.outputs import OutputNodes, Reading, logits
 
 
 def why_not(model: ComponentModel, mode: Mode) -> str | None:
@@ -38,10 +36,11 @@ Key = tuple[NodeKind, str]
 class Trace(NamedTuple):
     """What a batch of prompts did inside the model: inputs of norms; outputs of maps; a = x V and w = m ∘ a of sites.
 
-    whole: what layers with one node a position write [batch, pos, d]. order: all layers but the output, as they came.
-    reading: what outputs stand for; `output` is that already.
+    output: what its output nodes stand for [batch, pos, K]. whole: what layers with one node a position write
+    [batch, pos, d]. order: all layers but the output, as they came.
     """
 
+    of: Subject
     output: Tensor
     into: dict[nn.Module, Tensor]
     out: dict[nn.Module, Tensor]
@@ -49,20 +48,13 @@ class Trace(NamedTuple):
     weight: dict[str, Tensor]
     whole: dict[Key, Tensor]
     order: list[Key]
-    reading: Reading = logits
 
 
-def trace(
-    model: ComponentModel,
-    inputs: Tensor,
-    importances: Mapping[str, Tensor],
-    mode: Mode,
-    threshold: Threshold,
-    reading: Reading = logits,
-) -> Trace:
+def trace(of: Subject) -> Trace:
     """Runs a batch of prompts under a mode's masks; in frozen ones rests and biases are layers too (A6)."""
+    model, inputs, mode = of.model, of.inputs, of.mode
     target: Any = model.target
-    found, frozen = Trace(inputs, {}, {}, {}, {}, {}, []), mode.linearisation == "frozen"
+    found = Trace(of, inputs, {}, {}, {}, {}, {}, [])
     sites = {site.module for site in model.sites.values()}
     norms = {m: n for n, m in target.named_modules() if n == "norm_f" or n.endswith(("norm_1", "norm_2"))}
     plain = norms | {m: name for name, m in _maps(target).items() if m not in sites}
@@ -73,7 +65,7 @@ def trace(
         found.order.append((kind, name))
 
     def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
-        parts, g, bias = model[site.name], importances[site.name], 0.0 if site.bias is None else site.bias
+        parts, g, bias = model[site.name], of.importances[site.name], 0.0 if site.bias is None else site.bias
         a = site.inner(x, parts.V)
         w = a if mode.mask == "ones" else g * a
         y = own(x) if mode.delta != "off" else w @ parts.U + bias
@@ -82,8 +74,8 @@ def trace(
         found.inner[site.name], found.weight[site.name] = a, w
         found.out[site.module] = y
         found.order.append(("component", site.name))
-        if frozen:
-            write("rest", site.name, y - bias - (w * exceeds(g, threshold, site.name)) @ parts.U, y)
+        if of.frozen:
+            write("rest", site.name, y - bias - (w * of.held(site.name, g)) @ parts.U, y)
             write("bias", site.name, y.new_zeros(()) + bias, y)
         return y
 
@@ -92,7 +84,7 @@ def trace(
             y = own(x)
             if module in tables:
                 write("embedding", tables[module], y, y.expand(len(inputs), *y.shape[-2:]))
-            elif frozen and getattr(module, "bias", None) is not None:
+            elif of.frozen and getattr(module, "bias", None) is not None:
                 write("bias", plain[module], module.bias, y)  # pyright: ignore
             found.into[module], found.out[module] = x, y
             return y
@@ -100,17 +92,17 @@ def trace(
         return forward
 
     with torch.no_grad(), model.replaced(at_site, at_module, [*plain, *tables]):
-        return found._replace(output=reading(model.target(inputs)), reading=reading)
+        return found._replace(output=of.reading(target(inputs)))
 
 
-def layers_of(run: Trace, importances: Mapping[str, Tensor], threshold: Threshold, nodes: OutputNodes) -> list[Layer]:
+def layers_of(run: Trace) -> list[Layer]:
     """The layers of the graphs, in forward order, as `attribution.cut_run` gives them, but no leaves."""
     layers = []
     for kind, name in run.order:
         if kind == "component":
-            g = importances[name].detach()
-            layers.append(Layer(name, kind, None, run.inner[name], exceeds(g, threshold, name), g))
+            g = run.of.importances[name].detach()
+            layers.append(Layer(name, kind, None, run.inner[name], run.of.held(name, g), g))
         else:
             size = run.whole[kind, name].norm(dim=-1, keepdim=True)
             layers.append(Layer(name, kind, None, size, torch.ones_like(size, dtype=torch.bool), whole=True))
-    return [*layers, Layer("output", "output", None, run.output, nodes(run.output))]
+    return [*layers, Layer("output", "output", None, run.output, run.of.outputs(run.output))]

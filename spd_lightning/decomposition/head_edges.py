@@ -4,19 +4,19 @@ An edge from queries, keys or values to an output map is a sum over heads. Its t
 head at a time, computed anew for the edges of graphs that are there already: graphs without them cost what they did.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import EdgeTable, Mode, Threshold, joined, node_numbers
-from spd_lightning.decomposition.closed_form import Graph, readers
-from spd_lightning.decomposition.decoder_run import layers_of, trace, why_not
+from spd_lightning.decomposition.closed_form import Graph
+from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.edge_blocks import Tables
+from spd_lightning.decomposition.graph import EdgeTable, Mode, Subject, joined
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import OutputNodes, reading_of
+from spd_lightning.decomposition.prompt_rows import batch_of
 
 
 class HeadTable(NamedTuple):
@@ -43,30 +43,16 @@ def _maps(block: int) -> list[str]:
     return [f"h.{block}.attn.{x}_proj" for x in "qkvo"]
 
 
-def head_edges(
-    model: ComponentModel,
-    inputs: Int[Tensor, "batch pos"],
-    importances: Mapping[str, Tensor],
-    mode: Mode,
-    threshold: Threshold,
-    output_nodes: OutputNodes,
-    edges: Iterable[EdgeTable],
-) -> Iterator[HeadTable]:
+def head_edges(of: Subject, edges: Iterable[EdgeTable]) -> Iterator[HeadTable]:
     """The terms of those edges that run through attention: over its heads, they add up to the edge.
 
-    edges: of each prompt one table, as `closed_form` gives them for the same arguments; terms of other edges are left
-    out, and so are those across positions that are exactly zero. `no_heads` must have nothing to say against the model.
+    edges: of each prompt one table, as `closed_form` gives them of the same subject; terms of other edges are left out,
+    and so are those across positions that are exactly zero. `no_heads` must have nothing to say against the model.
     """
-    frozen = mode.linearisation == "frozen"
-    with torch.no_grad():
-        run = trace(model, inputs, importances, mode, threshold, reading_of(output_nodes))
-        layers = layers_of(run, importances, threshold, output_nodes)
-        numbers = [number.int() for number in node_numbers(layers)]
-        read = readers(model, run)
+    batch = batch_of(of)
     for prompt, kept in enumerate(edges):
         with torch.no_grad():
-            graph = Graph(model, run, layers, numbers, prompt, read, frozen, Tables(prompt))
-            found = list(_terms(graph, kept))
+            found = list(_terms(Graph(batch, prompt, Tables(prompt)), kept))
         yield from found
 
 

@@ -8,11 +8,33 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from spd_lightning.decomposition.attribution import Layer
-from spd_lightning.decomposition.decoder_run import Trace
+from spd_lightning.decomposition.decoder_run import Trace, layers_of, trace
 from spd_lightning.decomposition.edge_blocks import Nodes, T, Taker, nodes_of
 from spd_lightning.decomposition.frozen import gelu_secant
-from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.graph import Layer, Subject, node_numbers
+
+
+class Batch(NamedTuple):
+    """A traced batch of prompts, with its layers, the numbers of their nodes, and what readers read.
+
+    read: Vᵀ of every site, and what the outputs read where the unembedding is no site [K, d].
+    """
+
+    run: Trace
+    layers: list[Layer]
+    numbers: list[Tensor]
+    read: Mapping[str, Tensor]
+
+
+def batch_of(of: Subject) -> Batch:
+    """Runs a batch of prompts and lays its graphs out."""
+    target: Any = of.model.target
+    with torch.no_grad():
+        run = trace(of)
+        layers = layers_of(run)
+        read = {name: of.model[name].V.T.contiguous() for name in of.model.sites}
+        read["output"] = of.reading(target.lm_head.weight.T).T
+        return Batch(run, layers, [number.int() for number in node_numbers(layers)], read)
 
 
 class Rows(NamedTuple):
@@ -32,38 +54,23 @@ class PromptRows(Generic[T]):
     """One prompt of a traced batch: its nodes, what they write, what they read.
 
     Args:
-        model: a decoder, decomposed.
-        run: the batch's trace.
-        layers: its layers.
-        numbers: the numbers of their nodes.
+        batch: of a decoder.
         prompt: which prompt of the batch.
-        read: Vᵀ of every site, and what the output reads [K, d].
-        frozen: whether maps are made to add up (A6).
         taken: what becomes of the edges.
     """
 
-    def __init__(
-        self,
-        model: ComponentModel,
-        run: Trace,
-        layers: list[Layer],
-        numbers: list[Tensor],
-        prompt: int,
-        read: Mapping[str, Tensor],
-        frozen: bool,
-        taken: Taker[T],
-    ):
-        self.model, self.run, self.prompt, self.read, self.frozen = model, run, prompt, read, frozen
-        self.taken = taken
-        self.target: Any = model.target
-        self.rotary = self.target.rotary(len(run.output[prompt]))
+    def __init__(self, batch: Batch, prompt: int, taken: Taker[T]):
+        self.run, self.prompt, self.read, self.taken = batch.run, prompt, batch.read, taken
+        self.model, self.frozen = self.run.of.model, self.run.of.frozen
+        self.target: Any = self.model.target
+        self.rotary = self.target.rotary(len(self.run.output[prompt]))
         laid = {
             (layer.kind, layer.name): nodes_of(layer.nodes[prompt], held[prompt])
-            for layer, held in zip(layers, numbers, strict=True)
+            for layer, held in zip(batch.layers, batch.numbers, strict=True)
         }
         self.nodes = {name: nodes for (kind, name), nodes in laid.items() if kind in ("component", "output")}
         self.whole: dict[str, list[Rows]] = {}
-        for (kind, name), vectors in run.whole.items():
+        for (kind, name), vectors in self.run.whole.items():
             self.whole.setdefault(name, []).append(Rows(laid[kind, name], vectors[prompt][:, None]))
 
     # ---- what nodes write and read ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import MODES, ModeName, known_mode
+from spd_lightning.decomposition.graph import MODES, ModeName, Subject, known_mode
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.optimised import Frontier, chosen, optimise
 from spd_lightning.decomposition.outputs import OutputNodes, every_output
@@ -96,8 +96,8 @@ class SparseCircuits(Harvester):
         runs = both_runs(module.model, inputs, g)
         label = None if frontier.label is None else frontier.label[best]
         runs = runs._replace(nodes=asked(runs, self.search.position, label))
-        graphs = twin_of(module.model, MODES[self.mode]).graphs
-        layers, edges = graphs(inputs, g, MODES[self.mode], self.threshold, runs.nodes, self.at_least)
+        of = Subject(module.model, inputs, g, MODES[self.mode], self.threshold, runs.nodes)
+        layers, edges = twin_of(module.model, of.mode).graphs(of, self.at_least)
         pos = 0 if inputs.is_floating_point() else self.search.position % inputs.shape[1]
         return {
             "prompts": prompt_rows(prompts, ids, self.names),

@@ -13,9 +13,9 @@ import numpy as np
 import polars as pl
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import MODES, ModeName, known_mode
 from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums
 from spd_lightning.decomposition.decoder_run import why_not
+from spd_lightning.decomposition.graph import MODES, ModeName, Subject, known_mode
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.harvest.module import PAIRS, Harvester
@@ -74,8 +74,8 @@ class DatasetEdges(Harvester):
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
         """The sums over a batch of prompts."""
         runs, mode = both_runs(module.model, prompts.inputs), MODES[self.mode]
-        sums = twin_of(module.model, mode).sums
-        nodes, pairs = sums(prompts.inputs, runs.importances, mode, self.threshold, runs.nodes, self._wanted)
+        of = Subject(module.model, prompts.inputs, runs.importances, mode, self.threshold, runs.nodes)
+        nodes, pairs = twin_of(module.model, mode).sums(of, self._wanted)
         names = layer_names(module.model, mode.linearisation == "frozen")
         return {
             "prompts": prompt_rows(prompts, ids, self.names),

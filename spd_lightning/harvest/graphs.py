@@ -14,11 +14,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import MODES, ModeName, Threshold, known_mode
 from spd_lightning.decomposition.bounded import MOST
+from spd_lightning.decomposition.graph import MODES, ModeName, Subject, Threshold, known_mode
 from spd_lightning.decomposition.head_edges import no_heads
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import OutputNodes, every_output, reading_of
+from spd_lightning.decomposition.outputs import OutputNodes, every_output
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.checks import FACTOR, check_rows, drawn, graph_rows, weighed
 from spd_lightning.harvest.explained import Explained, thresholds
@@ -121,12 +121,13 @@ class PromptGraphs(Harvester):
         """One group of shards: the graphs of a batch of prompts."""
         runs, mode = self._runs(module.model, prompts.inputs), MODES[self.mode]
         threshold = self._threshold(module.model, runs)
-        twin, run = twin_of(module.model, mode), (prompts.inputs, runs.importances, mode)
-        layers, parts = twin.parts(*run, threshold, runs.nodes)
+        of = Subject(module.model, prompts.inputs, runs.importances, mode, threshold, runs.nodes)
+        twin = twin_of(module.model, mode)
+        layers, parts = twin.parts(of)
         most = min(MOST, TOGETHER // self.at_once(module.model, prompts.inputs))
         graphs = weighed(module.model, layers, parts, self.at_least, most)
         tried = drawn(layers, graphs.tables, ids, self.checks)
-        checks = check_rows(tried, twin.changes(*run, tried.checks, FACTOR, reading_of(runs.nodes)), ids)
+        checks = check_rows(tried, twin.changes(of, tried.checks, FACTOR), ids)
         rows = {
             "prompts": prompt_rows(prompts, ids, self.names),
             "nodes": node_rows(layers, ids),
@@ -137,7 +138,7 @@ class PromptGraphs(Harvester):
             "components": component_rows(module, layers, self.threshold),
         }
         if self.heads:
-            rows["head_edges"] = head_rows(twin.heads(*run, threshold, runs.nodes, graphs.tables), ids)
+            rows["head_edges"] = head_rows(twin.heads(of, graphs.tables), ids)
         return rows
 
     def _runs(self, model: ComponentModel, inputs: Tensor) -> Runs:

@@ -14,13 +14,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import (
-    EdgeTable,
-    Layer,
-    biased,
-    node_numbers,
-)
+from spd_lightning.decomposition.attribution import biased
 from spd_lightning.decomposition.components import IDENTITY, Mask
+from spd_lightning.decomposition.graph import EdgeTable, Layer, node_numbers
 from spd_lightning.decomposition.head_edges import HeadTable
 from spd_lightning.decomposition.metrics import component_norms, sizeable
 from spd_lightning.decomposition.model import Clean, ComponentModel

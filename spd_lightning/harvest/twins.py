@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import EdgeTable, Layer, Mode, Threshold, biased
+from spd_lightning.decomposition.attribution import biased
 from spd_lightning.decomposition.bounded import bounded
 from spd_lightning.decomposition.checks import Checks, Key, changes
 from spd_lightning.decomposition.closed_form import graphs_in_parts
 from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums, dataset_edges
 from spd_lightning.decomposition.decoder_run import why_not
+from spd_lightning.decomposition.graph import EdgeTable, Layer, Mode, Subject
 from spd_lightning.decomposition.head_edges import HeadTable, head_edges
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import OutputNodes, Reading, every_output, logits
 from spd_lightning.targets.conversion import twin
 from spd_lightning.targets.huggingface import HuggingFaceLM
 
@@ -34,82 +34,43 @@ class Twin(NamedTuple):
     model: ComponentModel
     names: dict[str, str]
 
-    def graphs(
-        self,
-        inputs: Tensor,
-        importances: Mapping[str, Tensor],
-        mode: Mode,
-        threshold: Threshold = 0.0,
-        output_nodes: OutputNodes = every_output,
-        at_least: float = 0.0,
-    ) -> tuple[list[Layer], Iterator[EdgeTable]]:
+    def graphs(self, of: Subject, at_least: float = 0.0) -> tuple[list[Layer], Iterator[EdgeTable]]:
         """What `attribution_graphs` gives, under the model's own names."""
-        layers, graphs = self.parts(inputs, importances, mode, threshold, output_nodes)
+        layers, graphs = self.parts(of)
         return layers, (bounded(parts, at_least).table for parts in graphs)
 
-    def parts(
-        self,
-        inputs: Tensor,
-        importances: Mapping[str, Tensor],
-        mode: Mode,
-        threshold: Threshold = 0.0,
-        output_nodes: OutputNodes = every_output,
-    ) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
+    def parts(self, of: Subject) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
         """What `graphs_in_parts` gives, under the model's own names."""
-        g = self._theirs(importances)
-        layers, graphs = graphs_in_parts(self.model, inputs, g, mode, self._renamed(threshold), output_nodes)
+        layers, graphs = graphs_in_parts(self._theirs(of))
         return [layer._replace(name=self._own(layer.name)) for layer in layers], graphs
 
-    def heads(
-        self,
-        inputs: Tensor,
-        importances: Mapping[str, Tensor],
-        mode: Mode,
-        threshold: Threshold,
-        output_nodes: OutputNodes,
-        edges: Iterable[EdgeTable],
-    ) -> Iterator[HeadTable]:
+    def heads(self, of: Subject, edges: Iterable[EdgeTable]) -> Iterator[HeadTable]:
         """What `head_edges` gives for edges of such graphs."""
-        g = self._theirs(importances)
-        return head_edges(self.model, inputs, g, mode, self._renamed(threshold), output_nodes, edges)
+        return head_edges(self._theirs(of), edges)
 
     def sums(
-        self,
-        inputs: Tensor,
-        importances: Mapping[str, Tensor],
-        mode: Mode,
-        threshold: Threshold = 0.0,
-        output_nodes: OutputNodes = every_output,
-        wanted: Callable[[str], bool] = lambda layer: True,
+        self, of: Subject, wanted: Callable[[str], bool] = lambda layer: True
     ) -> tuple[list[NodeSums], list[PairSums]]:
         """What `dataset_edges` gives, under the model's own names."""
-        g, own = self._theirs(importances), self._own
-        nodes, pairs = dataset_edges(
-            self.model, inputs, g, mode, self._renamed(threshold), output_nodes, lambda layer: wanted(own(layer))
-        )
+        own = self._own
+        nodes, pairs = dataset_edges(self._theirs(of), lambda layer: wanted(own(layer)))
         ends = ({"source_layer": own(pair.source_layer), "target_layer": own(pair.target_layer)} for pair in pairs)
         renamed = [pair._replace(**names) for pair, names in zip(pairs, ends, strict=True)]
         return [node._replace(layer=own(node.layer)) for node in nodes], renamed
 
-    def changes(
-        self,
-        inputs: Tensor,
-        importances: Mapping[str, Tensor],
-        mode: Mode,
-        checks: Checks,
-        factor: float,
-        reading: Reading = logits,
-    ) -> Tensor:
+    def changes(self, of: Subject, checks: Checks, factor: float) -> Tensor:
         """What `checks.changes` gives for edges of such graphs."""
-        g = self._theirs(importances)
         theirs: list[Key] = [(kind, self.names.get(name, name)) for kind, name in checks.layers]
-        return changes(self.model, inputs, g, mode, checks._replace(layers=theirs), factor, reading)
+        return changes(self._theirs(of), checks._replace(layers=theirs), factor)
 
-    def _theirs(self, importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {self.names.get(name, name): values for name, values in importances.items()}
+    def _theirs(self, of: Subject) -> Subject:
+        """The same subject as the twin's."""
 
-    def _renamed(self, threshold: Threshold) -> Threshold:
-        return self._theirs(threshold) if isinstance(threshold, Mapping) else threshold
+        def renamed(sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {self.names.get(name, name): values for name, values in sites.items()}
+
+        threshold = renamed(of.threshold) if isinstance(of.threshold, Mapping) else of.threshold
+        return of._replace(model=self.model, importances=renamed(of.importances), threshold=threshold)
 
     def _own(self, name: str) -> str:
         return {theirs: own for own, theirs in self.names.items()}.get(name, name)

@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import MODES
+from spd_lightning.decomposition.graph import MODES
 from spd_lightning.decomposition.metrics import sizeable
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.weight_graph import Link, links, weights
