@@ -87,9 +87,9 @@ class Mask(NamedTuple):
     """What one forward pass does at one site.
 
     components: m [..., C], or None for all ones. delta: m_Δ [...], or a number. route: r [...] boolean, where False
-    leaves the position to the target's own map (D4); None decomposes every position. rows: the flat numbers of the
-    positions that the route decomposes; where given, components and delta hold these alone ([rows, C] and [rows]), and
-    all other positions cost nothing.
+    leaves the position to the target's own map (D4); None decomposes every position. rows: the flat numbers of
+    positions, all that the route decomposes at least; where given, components and delta hold these alone ([rows, C] and
+    [rows]), and all other positions cost nothing.
     """
 
     components: Tensor | None
@@ -112,10 +112,11 @@ def masked_output(
     it names them.
     """
     if mask.rows is not None:
-        assert clean is not None
-        flat = clean.flatten(0, -2)
-        y = _decomposed(flat.index_select(0, mask.rows), bias, a, U, mask)
-        return flat.index_copy(0, mask.rows, y.to(flat.dtype)).view_as(clean)
+        assert clean is not None and mask.route is not None
+        flat, here = clean.flatten(0, -2), mask.route.flatten().index_select(0, mask.rows)
+        own = flat.index_select(0, mask.rows)
+        y = _decomposed(own, bias, a, U, mask).to(flat.dtype)
+        return flat.index_copy(0, mask.rows, torch.where(here.unsqueeze(-1), y, own)).view_as(clean)
     y = _decomposed(clean, bias, a, U, mask)
     if mask.route is None:
         return y

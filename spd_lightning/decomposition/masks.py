@@ -21,7 +21,9 @@ Sources = dict[str, tuple[Tensor, Tensor]]
 Routes = dict[str, Tensor | None]
 """The sites decomposed in one forward pass, each with its positions (None: all of them)."""
 Rows = dict[str, Tensor]
-"""The flat numbers of the positions decomposed at each site; empty where whole batches are decomposed."""
+"""The flat numbers of positions at each site, among them all that are decomposed; empty for whole batches."""
+SIZES = 16
+"""So many different numbers of them there are at most."""
 
 
 def uniform(like: Tensor, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None) -> Tensor:
@@ -110,17 +112,27 @@ def draw_routes(
 
 
 def decomposed_rows(route: Routes) -> Rows:
-    """The positions that a route decomposes, by number, so that the others cost nothing.
+    """The positions that a route decomposes, by number, so that the others cost nothing; and a few of these.
 
     Empty where it decomposes all, and on other devices than a processor: they would have to wait for the numbers.
     """
     if any(where is None or where.device.type != "cpu" for where in route.values()):
         return {}
-    return {name: where.flatten().nonzero()[:, 0] for name, where in route.items() if where is not None}
+    return {name: _rounded(where.flatten()) for name, where in route.items() if where is not None}
+
+
+def _rounded(where: Tensor) -> Tensor:
+    """The positions where that is true, and others up to a round number, one of 16.
+
+    Kernels of matrix products are made anew for every size that they meet, which takes longer than such a product.
+    """
+    found = where.nonzero()[:, 0]
+    missing = -len(found) % max(1, len(where) // SIZES)
+    return torch.cat([found, (~where).nonzero()[:missing, 0]]) if missing else found
 
 
 def gathered(values: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
-    """Values [..., C] of every site at the positions that are decomposed there ([rows, C]).
+    """Values [..., C] of every site at some positions there ([rows, C]).
 
     `index_select` and not an index: on a processor its backward pass takes a fifth of the time.
     """
