@@ -112,7 +112,8 @@ def masked_output(
     it names them.
     """
     if mask.rows is not None:
-        assert clean is not None and mask.route is not None
+        assert clean is not None
+        assert mask.route is not None
         flat, here = clean.flatten(0, -2), mask.route.flatten().index_select(0, mask.rows)
         own = flat.index_select(0, mask.rows)
         y = _decomposed(own, bias, a, U, mask).to(flat.dtype)
