@@ -3,7 +3,7 @@
 A two-layer Llama-MLP of width 128 with 650 components a site, ten of them alive at each site and position of a prompt
 of 64 tokens (weights and importances are drawn: they cost what trained ones cost). All ways give the same edges:
 
-- one `autograd.grad` a target node, edges read one by one: how the field writes it; timed on some nodes, scaled up;
+- one `autograd.grad` a target node, edges looked for one by one: how the field writes it; timed on some, scaled up;
 - one batched vector-Jacobian product for many targets: any model;
 - closed form: our decoders, with the flat edge table in hand.
 
@@ -18,11 +18,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import cut_run, prompt_edges
+from spd_lightning.decomposition.attribution import connected, cut_run, prompt_edges
 from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.dataset_edges import dataset_edges
 from spd_lightning.decomposition.graph import MODES, Layer, Subject
@@ -92,26 +93,58 @@ def seconds(work: Callable[[], object], times: int) -> float:
     return min(found)
 
 
+class Node(NamedTuple):
+    """One end of an edge, in the field's way."""
+
+    layer: str
+    pos: int
+    component: int
+
+
+class Edge(NamedTuple):
+    """One edge, in the field's way."""
+
+    source: Node
+    target: Node
+    strength: float
+    across: bool
+
+
 def one_by_one(layers: list[Layer]) -> float:
-    """Seconds of a whole graph by one backward pass a target node, from a sample of its targets."""
-    spent = 0.0
+    """Seconds of a whole graph as the field writes it, from a sample of its targets.
+
+    A target node takes one backward pass to the layers that reach it, known beforehand. Then, at every position that it
+    may read from there, each component that is alive anywhere is asked for, and an edge is made of it if it is here.
+    """
+    spent, reach = 0.0, connected(layers)
+    anywhere = [layer.nodes[0].any(0).nonzero()[:, 0].tolist() for layer in layers]
     for t, target in enumerate(layers):
-        if target.kind not in ("component", "output") or not target.value.requires_grad:
+        before = [s for s in range(t) if (s, t) in reach]
+        if target.kind not in ("component", "output") or not before:
             continue
-        sources = [layer for layer in layers[:t] if layer.leaf is not None]
-        leaves = [layer.leaf for layer in sources if layer.leaf is not None]
         every = target.nodes[0].nonzero().tolist()
         chosen = every[:: max(1, len(every) // TARGETS)]
         started = time.perf_counter()
         for pos, j in chosen:
-            gradients = torch.autograd.grad(target.value[0, pos, j], leaves, retain_graph=True, allow_unused=True)
-            for layer, gradient in zip(sources, gradients, strict=True):
-                if gradient is not None:
-                    for q, i in layer.nodes[0, : pos + 1].nonzero().tolist():
-                        k = slice(None) if layer.whole else i
-                        (gradient[0, q, k] * layer.leaf[0, q, k]).sum().item()
+            _into(layers, t, pos, j, before, anywhere)
         spent += (time.perf_counter() - started) / len(chosen) * len(every)
     return spent
+
+
+def _into(layers: list[Layer], t: int, pos: int, j: int, before: list[int], anywhere: list[list[int]]) -> list[Edge]:
+    """All edges into one node."""
+    found, name = [], layers[t].name
+    gradients = torch.autograd.grad(layers[t].value[0, pos, j], [layers[s].leaf for s in before], retain_graph=True)
+    for s, gradient in zip(before, gradients, strict=True):
+        source = layers[s]
+        values, alive = source.contributions(gradient[None])[0, 0], source.nodes[0]
+        across = source.name.endswith(("k_proj", "v_proj"))
+        for q in range(pos + 1) if across else [pos]:
+            for i in anywhere[s]:
+                if alive[q, i]:
+                    ends = Node(source.name, q, i), Node(name, pos, j)
+                    found.append(Edge(*ends, values[q, i].item(), across))
+    return found
 
 
 def by_targets(layers: list[Layer]) -> float:
