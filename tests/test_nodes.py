@@ -155,7 +155,7 @@ def test_rows_are_those_of_a_naive_pass(tmp_path, make):
 
 def test_nodes_are_those_of_unmasked_graphs(tmp_path):
     """A5: in mode `unmasked` the forward pass is the target's own, so all tables but the edges are the same."""
-    vectors = SparseFeatures(n_features=5, probability=0.3, batch_size=4, n_random_prompts=12)
+    vectors = SparseFeatures(n_features=5, probability=0.3, batch_size=4, n_prompts=12)
     torch.manual_seed(2)
     tms = shaken(TMS(n_features=5, n_hidden=2), {"linear1": 7, "linear2": 7})
     for name, module, data in [("tokens", induction_head(), Ragged()), ("vectors", tms, vectors)]:
@@ -169,7 +169,7 @@ def test_nodes_are_those_of_unmasked_graphs(tmp_path):
 
 
 def test_tokens_that_nobody_names_go_by_their_numbers(tmp_path):
-    data = InductionTokens(vocab=len(WORDS), seq_len=8, batch_size=4, n_random_prompts=3, predict_batch_size=4)
+    data = InductionTokens(vocab=len(WORDS), seq_len=8, batch_size=4, n_prompts=3, predict_batch_size=4)
     (store,) = harvested(tmp_path, induction_head(), data, PromptNodes())
     prompts, outputs = table(store, "prompts"), table(store, "outputs")
     assert prompts["tokens"].to_list() == [[str(i) for i in row] for row in prompts["token_ids"]]
@@ -227,7 +227,7 @@ trainer:
   val_check_interval: 1
   logger: false
   callbacks: [{class_path: spd_lightning.PromptNodes, init_args: {name: NAME}}]
-data: {init_args: {batch_size: 16, n_random_prompts: 160, predict_batch_size: 4}}
+data: {init_args: {batch_size: 16, n_prompts: 160, predict_batch_size: 4}}
 """
 HEAD = """\
 base: targets/ih.yaml

@@ -274,7 +274,7 @@ def test_neighbouring_steps_and_ranks_are_independent():
 
 
 def test_the_probe_set_is_every_feature_alone_then_random_rows():
-    prompts = SparseFeatures(6, 0.05, 4, n_random_prompts=40).prompts()
+    prompts = SparseFeatures(6, 0.05, 4, n_prompts=40).prompts()
     assert isinstance(prompts, Prompts)
     assert torch.equal(prompts.inputs[:6], 0.75 * torch.eye(6))
     assert prompts.sources == [f"feature {i}" for i in range(6)] + [f"random {i}" for i in range(40)]
@@ -284,7 +284,7 @@ def test_the_probe_set_is_every_feature_alone_then_random_rows():
 
 
 def test_token_probes_repeat_every_token():
-    prompts = InductionTokens(12, 8, 4, n_random_prompts=5).prompts()
+    prompts = InductionTokens(12, 8, 4, n_prompts=5).prompts()
     assert prompts.inputs[:11, -1].tolist() == list(range(1, 12))
     assert prompts.sources[:11] == [f"token {i}" for i in range(1, 12)]
     assert prompts.inputs.shape == (16, 8)
@@ -298,12 +298,12 @@ def on_trainer(data, **fields):
 @given(world=st.integers(1, 5), size=st.integers(1, 9), count=st.integers(0, 20))
 def test_ranks_share_the_prompts_without_padding_or_repetition(world, size, count):
     def deal(rank):
-        data = SparseFeatures(5, 0.3, 4, n_random_prompts=count, predict_batch_size=size)
+        data = SparseFeatures(5, 0.3, 4, n_prompts=count, predict_batch_size=size)
         loader = on_trainer(data, global_rank=rank, world_size=world).predict_dataloader()
         assert len(list(loader)) == len(loader)
         return list(loader)
 
-    whole = SparseFeatures(5, 0.3, 4, n_random_prompts=count).prompts()
+    whole = SparseFeatures(5, 0.3, 4, n_prompts=count).prompts()
     dealt = [part for rank in range(world) for part in deal(rank)]
     got = [
         (source, split, row.tolist())
@@ -418,7 +418,7 @@ def test_a_resumed_fit_sees_the_batches_that_an_unbroken_one_sees(tmp_path):
 
 @their_treespec
 def test_validation_and_prediction_run_through_the_trainer(tmp_path):
-    model, data = Recorder(inner_steps=1), SparseFeatures(3, 0.5, 2, n_random_prompts=6, predict_batch_size=4)
+    model, data = Recorder(inner_steps=1), SparseFeatures(3, 0.5, 2, n_prompts=6, predict_batch_size=4)
     trainer(tmp_path, max_steps=4, num_sanity_val_steps=0, val_check_interval=2).fit(model, data)
     assert len(model.validated) == 2 * 4
     parts = trainer(tmp_path).predict(model, data)

@@ -1,6 +1,7 @@
 """Harvests of a language model: killed and run again, on two devices, of prompts that cannot be."""
 
 import json
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -11,7 +12,8 @@ from test_resume import committed
 from tiny_run import done, killed
 
 from spd_lightning import cli
-from spd_lightning.decomposition.graph import MODES
+from spd_lightning.decomposition.graph import MODES, known_mode
+from spd_lightning.errors import BadInput
 from spd_lightning.harvest.dataset_edges import DatasetEdges
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.store import Store, added
@@ -19,6 +21,7 @@ from spd_lightning.store.tables import SORTED
 from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training.checkpoint import save_decomposition
 from spd_lightning.training.decompose import Decomposition
+from spd_lightning.viewer.library import Library
 
 CONFIG = """\
 base: stories-1L-tiny.yaml
@@ -176,8 +179,6 @@ def test_questions_that_cannot_be(root, capsys, more, told):
 
 @pytest.mark.parametrize("kind", [PromptGraphs, DatasetEdges])
 def test_a_mode_that_there_is_not(kind):
-    from spd_lightning.decomposition.graph import known_mode
-
     assert all(known_mode(mode, "x") == mode for mode in MODES)
     with pytest.raises(ValueError, match=f"mode 'ci_mask' in {kind.__name__}: .*; did you mean 'ci_masked'?"):
         known_mode("ci_mask", kind.__name__)
@@ -188,3 +189,14 @@ def test_the_long_way_is_told_once(root, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if "no closed forms" in line]
     assert [line.partition(":")[0] for line in said] == ["harvest long-graphs", "harvest long-sums"]
     assert "(this mode lets delta carry gradient)" in said[0]
+
+
+def test_a_run_with_sums_alone_says_where_they_show(root, undisturbed, tmp_path):
+    """They have no prompts to open; graphs have."""
+    shutil.copytree(root / "text", tmp_path / "text", ignore=shutil.ignore_patterns("*-graphs"))
+    library = Library(str(tmp_path))
+    _, harvest = library.choose("text", "whole-sums")
+    assert harvest is None
+    with pytest.raises(BadInput, match=r"its harvests are sums, .*--config graphs\.yaml; .* edges text LAYER:"):
+        library.store("text", harvest)
+    assert Library(str(root)).choose("text", None)[1].endswith("-graphs")

@@ -27,7 +27,7 @@ model:
         lasting: {source: persistent_pgd, divergence: mse, coeff: 0.5, persistent: {ascents: 1}}
 trainer: {max_steps: STEPS, val_check_interval: 4, logger: false}
 data:
-  init_args: {batch_size: 64, n_random_prompts: 160, predict_batch_size: BATCH}
+  init_args: {batch_size: 64, n_prompts: 160, predict_batch_size: BATCH}
 """
 TARGET = """\
 base: targets/tms_5-2.yaml

@@ -146,10 +146,10 @@ class SampledData(StepData):
     """Batches drawn on demand; a subclass says how to draw rows, and which inputs show one thing each."""
 
     def __init__(
-        self, batch_size: int, seed: int, validation_batches: int, n_random_prompts: int, predict_batch_size: int
+        self, batch_size: int, seed: int, validation_batches: int, n_prompts: int, predict_batch_size: int
     ) -> None:
         super().__init__(batch_size, seed, validation_batches, predict_batch_size)
-        self.n_random_prompts = n_random_prompts
+        self.n_prompts = n_prompts
 
     @abstractmethod
     def sample(self, rows: int, generator: torch.Generator) -> Shaped[Tensor, "rows _"]:
@@ -179,10 +179,10 @@ class SampledData(StepData):
 
     def _random_prompts(self) -> Tensor:
         found, step = self.probes()[0][:0], 0
-        while len(found) < self.n_random_prompts:
-            drawn = self.sample(self.n_random_prompts, generator_for(self.seed, "predict", step, 0))
+        while len(found) < self.n_prompts:
+            drawn = self.sample(self.n_prompts, generator_for(self.seed, "predict", step, 0))
             found, step = torch.cat([found, drawn[drawn.any(dim=1)]]), step + 1
-        return found[: self.n_random_prompts]
+        return found[: self.n_prompts]
 
 
 class SparseFeatures(SampledData):
@@ -197,9 +197,8 @@ class SparseFeatures(SampledData):
         high: float = 1.0,
         seed: int = 0,
         validation_batches: int = 4,
-        n_random_prompts: int = 64,
+        n_prompts: int = 64,
         predict_batch_size: int = 64,
-        n_prompts: int | None = None,
     ) -> None:
         """
         Args:
@@ -210,12 +209,10 @@ class SparseFeatures(SampledData):
             high: ... to here.
             seed: chooses all batches.
             validation_batches: how many batches each device validates on.
-            n_random_prompts: how many random vectors `predict` runs on, beside every feature alone at 0.75.
+            n_prompts: how many random vectors `predict` runs on, beside every feature alone at 0.75.
             predict_batch_size: vectors in a batch of `predict`.
-            n_prompts: in place of n_random_prompts, by the name that Text has for it.
         """
-        count = n_random_prompts if n_prompts is None else n_prompts
-        super().__init__(batch_size, seed, validation_batches, count, predict_batch_size)
+        super().__init__(batch_size, seed, validation_batches, n_prompts, predict_batch_size)
         if not 0 < probability <= 1:
             raise BadInput(f"probability {probability} in SparseFeatures: it must be above 0 and at most 1")
         if not low < high:
@@ -243,9 +240,8 @@ class InductionTokens(SampledData):
         batch_size: int,
         seed: int = 0,
         validation_batches: int = 4,
-        n_random_prompts: int = 64,
+        n_prompts: int = 64,
         predict_batch_size: int = 64,
-        n_prompts: int | None = None,
     ) -> None:
         """
         Args:
@@ -254,12 +250,10 @@ class InductionTokens(SampledData):
             batch_size: sequences in a batch, on each device.
             seed: chooses all batches.
             validation_batches: how many batches each device validates on.
-            n_random_prompts: how many random sequences `predict` runs on, beside one that repeats each token.
+            n_prompts: how many random sequences `predict` runs on, beside one that repeats each token.
             predict_batch_size: sequences in a batch of `predict`.
-            n_prompts: in place of n_random_prompts, by the name that Text has for it.
         """
-        count = n_random_prompts if n_prompts is None else n_prompts
-        super().__init__(batch_size, seed, validation_batches, count, predict_batch_size)
+        super().__init__(batch_size, seed, validation_batches, n_prompts, predict_batch_size)
         if vocab < 3 or seq_len < 4:
             raise BadInput(
                 f"vocab {vocab} and seq_len {seq_len} in InductionTokens: `BOS S M S` needs 3 tokens and 4 positions"
