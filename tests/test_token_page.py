@@ -213,6 +213,7 @@ def test_component_page_of_texts_is_a_mean_and_its_labels_are_no_markup(root, st
     drawn = component_page.figures(page)[0]
     assert "mean over each text" in drawn.layout.title.text
     assert not any("<" in label for label in drawn.layout.yaxis.ticktext)
+    assert any(VOCAB[13] in label for label in drawn.layout.yaxis.ticktext)  # quotes are themselves
     vectors = Store(root / "tms_5-2/harvest/probe")
     assert component_page.page_data(vectors, root / "tms_5-2", ComponentSelection()).over is None
 

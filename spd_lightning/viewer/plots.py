@@ -39,7 +39,7 @@ def heat_map(
         left: Width of the margin for the rows' names, in pixels.
         signed: Whether negative values are expected.
     """
-    rows = [escape(name) for name in rows]  # plotly reads markup
+    rows = [escape(name, quote=False) for name in rows]  # plotly reads markup
     largest = float(np.abs(values).max(initial=0)) or 1.0
     scale = {"zmin": -largest, "zmax": largest} if signed else {"zmin": 0, "zmax": max(1.0, largest)}
     gap = 1 if max(values.shape) <= 120 else 0
