@@ -92,7 +92,7 @@ def _parts(word: str, option: str) -> list[str]:
 
 
 def _number(word: str) -> int:
-    if not word.isdigit():
+    if not (word.isascii() and word.isdecimal()):
         raise BadInput(f"--port '{word}': not a number; for example: --port 7860")
     return int(word)
 

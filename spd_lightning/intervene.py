@@ -29,6 +29,8 @@ def intervene(words: Sequence[str]) -> None:
     module.try_on(inputs)
     scale, values = _pairs("--scale", asked.scale), _pairs("--set", asked.set)
     outcome = module.intervene(inputs, asked.ablate, scale, values, _kept(asked.keep), asked.base)
+    if not outcome.edited.isfinite().all():
+        raise BadInput("edits: with them the outputs are no numbers any more; scale or set by less")
     facts = {"run": folder.resolve().name, "base": asked.base, **told(outcome, inputs, data, asked.top)}
     print(json.dumps(facts, indent=1, ensure_ascii=False) if asked.json else "\n".join(lines(facts)))
 
@@ -73,7 +75,7 @@ def _pairs(option: str, words: Sequence[str] | None) -> dict[str, float]:
             found[name] = float(number)
         except ValueError:
             equals = ""
-        if not equals or not math.isfinite(found[name]):
+        if not equals or not abs(found[name]) <= torch.finfo(torch.float32).max:
             raise BadInput(f"{option} '{word}': write a component and a number; for example: {option} h.0.mlp.c_fc:5=2")
     return found
 

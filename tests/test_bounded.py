@@ -5,12 +5,16 @@ import logging
 import pytest
 import torch
 from test_closed_form import THRESHOLD, assert_equal, dictionary, made, some_outputs
+from test_nodes import harvested, shaken
 
 from spd_lightning.decomposition import attribution, closed_form
 from spd_lightning.decomposition.bounded import bounded
 from spd_lightning.decomposition.closed_form import attribution_graphs, graphs_in_parts
 from spd_lightning.decomposition.graph import MODES, Subject
 from spd_lightning.harvest.checks import weighed
+from spd_lightning.harvest.graphs import PromptGraphs
+from spd_lightning.targets.data import SparseFeatures
+from spd_lightning.targets.toy import TMS
 
 KINDS = [("llama", "unmasked"), ("llama", "reference"), ("mlps alone", "frozen")]
 
@@ -67,3 +71,15 @@ def test_no_more_than_what_fits_is_ever_kept(style, mode, most, monkeypatch, cap
 
 def test_no_edges_are_a_table_too():
     assert len(bounded([]).table.source) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
+def test_a_harvest_of_many_small_graphs_keeps_all_of_each(tmp_path):
+    """Vectors go by the thousand through one cut run; a graph's own edges are counted against the memory, once."""
+    module = shaken(TMS(40, 10), {"linear1": 40, "linear2": 40})
+    data = SparseFeatures(40, 0.1, 8, n_prompts=60, predict_batch_size=100)
+    (store,) = harvested(tmp_path, module, data, PromptGraphs())
+    graphs = store.scan("graphs").collect()
+    assert graphs["edges"].to_list() == graphs["edges_total"].to_list()
+    assert graphs.height == 100
+    assert graphs["edges"].sum() == store.manifest["rows"]["edges"] > 20000

@@ -14,12 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
+from test_nodes import Ragged, decoder, harvested
 from torch import nn
 
 import spd_lightning
 from spd_lightning import runs
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.errors import BadInput
+from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.targets.toy import TMS
 from spd_lightning.training import checkpoint
@@ -335,3 +337,17 @@ def test_opening_imports_no_tracker(saved, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: asked.append(name) or real(name, *a, **k))
     Decomposition.from_pretrained(saved)
     assert not {"mlflow", "wandb"} & {name.partition(".")[0] for name in asked}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
+def test_a_target_in_half_precision_comes_back_in_single(tmp_path):
+    """Graphs and interventions multiply its weights with those of components."""
+    module = decoder()
+    module.model.target.to(torch.bfloat16)
+    checkpoint.save_decomposition(module, tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
+    found = Decomposition.from_pretrained(tmp_path, target=decoder().model.target.to(torch.bfloat16))
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+    (store,) = harvested(tmp_path, found, Ragged(lengths=(5,)), PromptGraphs())
+    assert store.manifest["rows"]["checks"] > 0
+    assert found.intervene(torch.tensor([[1, 2]]), ablate=["lm_head:0"]).edited.isfinite().all()

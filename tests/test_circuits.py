@@ -216,6 +216,10 @@ def test_chosen_is_the_smallest_that_stands_the_adversary_else_the_best():
 def test_a_search_that_cannot_be_is_refused(settings, words):
     with pytest.raises(BadInput, match=words):
         optimise(decoder(), PROMPTS, CircuitSearch(**settings))
+    if settings.keys() & {"position", "label", "loss"}:  # a harvest says so before it begins
+        asked, prompts = SparseCircuits(CircuitSearch(**settings)), Few(PROMPTS).prompts
+        with pytest.raises(BadInput, match=words):
+            asked.refuse(Decomposition(network(), sites=SITES), prompts)
     with pytest.raises(BadInput, match="share 1"):
         SparseCircuits(share=1.0)
 

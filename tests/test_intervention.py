@@ -399,6 +399,12 @@ def test_the_command_takes_vectors_too(capsys, runs_there):
         ),
         (["text", "--text", "Mia", "--scale", "h.0.attn.q_proj:1"], "write a component and a number"),
         (["text", "--text", "Mia", "--scale", "h.0.attn.q_proj:1=inf"], "write a component and a number"),
+        (["text", "--text", "Mia", "--scale", "h.0.attn.q_proj:1=1e39"], "write a component and a number"),
+        (
+            ["text", "--text", "Mia", "--scale", "h.0.attn.o_proj:1=3e38", "h.0.attn.o_proj:0:1=3e38"],
+            "the outputs are no numbers any more",
+        ),
+        (["text", "--text", "Mia", "--ablate", "h.0.attn.q_proj:0-9999999999:1"], "beyond every prompt's end"),
         (["text", "--text", "Mia", "--keep", "no.json"], "cannot be read (No such file"),
         (["text", "--text", "Mia", "--base", "cl"], "no such run of the model; there are: ci, unmasked"),
         (["text", "--text", "Mia", "--top", "0"], "take 1 or more"),

@@ -105,3 +105,16 @@ def test_maps_that_are_no_sites_need_no_place_but_their_biases_do(tmp_path, kind
     cut = cut_run(of.alone(0, layers[-1].nodes))
     assert [(layer.kind, layer.name) for layer in layers] == [(layer.kind, layer.name) for layer in cut]
     assert_equal(dictionary(layers, found, 0), oracle(cut), rtol=1e-4, atol=1e-5)
+
+
+def test_a_twin_is_made_anew_where_weights_have_changed(tmp_path):
+    """In place or moved: its logits are those of the model as it is now."""
+    tiny_checkpoints.write(tmp_path, "llama")
+    model, tokens, _ = decomposed(HuggingFaceLM.from_pretrained(str(tmp_path)), MAPS)
+    first = twin_of(model, MODES["unmasked"])
+    assert twin_of(model, MODES["unmasked"]) is first
+    with torch.no_grad():
+        model.target.model.lm_head.weight.mul_(2)
+    for changed in (model, model.float()):
+        found = twin_of(changed, MODES["unmasked"]).model.target(tokens)
+        torch.testing.assert_close(found, changed.target(tokens), rtol=1e-4, atol=1e-4)

@@ -195,15 +195,15 @@ class Alone:
             yield table._replace(prompt=table.prompt + self._prompt)
 
 
-def graphs_in_parts(of: Subject) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
+def graphs_in_parts(of: Subject, most: int | None = None) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
     """The same graphs, of which no edge is computed yet: of each what gives all its edges whenever it is gone through.
 
-    Several prompts come together only where that cannot be more than `bounded.MOST` edges.
+    most: several prompts come together only where that cannot be more edges; `bounded.MOST` where left out.
     """
     if why_not(of.model, of.mode) is None:
         return closed_form(of)
     together, prompts = Products(of), range(len(of.inputs))
     count = torch.stack([layer.nodes.flatten(1).sum(1) for layer in together.layers]).sum(0)
-    if len(prompts) == 1 or int(count.square().sum()) <= 2 * MOST:
+    if len(prompts) == 1 or int(count.square().sum()) <= 2 * (MOST if most is None else most):
         return together.layers, iter([together])
     return together.layers, (Alone(of, together.layers[-1].nodes, prompt) for prompt in prompts)

@@ -33,7 +33,8 @@ Rows = Mapping[str, Int[Tensor, "batch pos"]]
 class PairSums(NamedTuple):
     """What the edges from one layer to another add up to: one entry for each two components that share any.
 
-    source, target: which component, or which row of an embedding. edges: how many there are. total: Σ A. size: the
+    source, target: which component, or which row of an embedding. edges: how many there are; closed forms count those
+    through keys and values to a later position though they be zero, which other ways leave out. total: Σ A. size: the
     same with |a_T| as the target, Σ A·sign(a_T), where the sign of 0 is +.
     """
 

@@ -82,10 +82,16 @@ def places(model: ComponentModel, names: Iterable[str]) -> list[Place]:
 _NO_COMPONENT = (["rest"], ["bias"])
 
 
+DIGITS = 5
+"""A position has no more: tables hold 65536 of them."""
+
+
 def _positions(name: str, word: str) -> tuple[int, ...]:
     first, dash, last = word.partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()):
         raise BadInput(f"component '{name}': position '{word}' is no number; write 3, or 3-5 for several")
+    if max(len(first), len(last)) > DIGITS:
+        raise BadInput(f"component '{name}': position '{word}' lies beyond every prompt's end; write a smaller one")
     found = tuple(range(int(first), int(last or first) + 1))
     if not found:
         raise BadInput(f"component '{name}': positions '{word}' end before they begin; write the smaller one first")

@@ -77,6 +77,24 @@ class CircuitSearch:
                 raise BadInput(f"{name} {getattr(self, name)} of a search: it must be at least {least}")
 
 
+def suited(search: CircuitSearch, inputs: Tensor, vocab: int | None = None) -> Loss:
+    """How a search compares answers to these prompts [batch, features or pos]; vocab: how many tokens there are.
+
+    Raises:
+        BadInput: they have no such loss, position or label.
+    """
+    vectors = inputs.is_floating_point()
+    loss: Loss = search.loss or ("mse" if vectors else "ce")
+    if vectors != (loss == "mse"):
+        suits = "vectors; take mse" if vectors else "tokens; take ce or kl"
+        raise BadInput(f"loss '{loss}' of a search: the model is on {suits}")
+    if not vectors and not -inputs.shape[1] <= search.position < inputs.shape[1]:
+        raise BadInput(f"position {search.position} of a search: the prompt has {inputs.shape[1]} tokens; take one")
+    if not vectors and vocab is not None and search.label is not None and not 0 <= search.label < vocab:
+        raise BadInput(f"label {search.label} of a search: the model knows tokens 0 to {vocab - 1}")
+    return loss
+
+
 class Question:
     """What the target says of each prompt, and how far another answer is from it.
 
@@ -89,22 +107,16 @@ class Question:
     def __init__(self, model: ComponentModel, inputs: Tensor, search: CircuitSearch):
         self.model, self.inputs, self.search = model, inputs, search
         self.vectors = inputs.is_floating_point()
-        self.loss: Loss = search.loss or ("mse" if self.vectors else "ce")
-        if self.vectors != (self.loss == "mse"):
-            suits = "vectors; take mse" if self.vectors else "tokens; take ce or kl"
-            raise BadInput(f"loss '{self.loss}' of a search: the model is on {suits}")
-        if not self.vectors and not -inputs.shape[1] <= search.position < inputs.shape[1]:
-            raise BadInput(f"position {search.position} of a search: the prompt has {inputs.shape[1]} tokens; take one")
+        self.loss: Loss = suited(search, inputs)
         with torch.no_grad():
             clean = model.clean(inputs)
             self.z = {n: z.detach() for n, z in model.importance_function(clean.inputs, clean.inner).items()}
         self.answer = self._here(clean.output)
+        suited(search, inputs, self.answer.shape[-1])
         self.label = None if self.vectors else self._label()
 
     def _label(self) -> Int[Tensor, " prompts"]:
         asked = self.search.label
-        if asked is not None and not 0 <= asked < self.answer.shape[-1]:
-            raise BadInput(f"label {asked} of a search: the model knows tokens 0 to {self.answer.shape[-1] - 1}")
         return self.answer.argmax(-1) if asked is None else torch.full_like(self.answer[:, 0], asked, dtype=torch.long)
 
     def _here(self, output: Tensor) -> Float[Tensor, "rows K"]:

@@ -18,7 +18,7 @@ from spd_lightning.decomposition.graph import MODES, ModeName, Subject, known_mo
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.optimised import Frontier, chosen, optimise
 from spd_lightning.decomposition.outputs import OutputNodes, every_output
-from spd_lightning.decomposition.question import CircuitSearch
+from spd_lightning.decomposition.question import CircuitSearch, suited
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.rows import (
@@ -83,6 +83,11 @@ class SparseCircuits(Harvester):
         own |= {"threshold": self.threshold, "at_least": self.at_least}
         own |= {"config": settings | {"search": asdict(self.search)}}
         return about(module) | own | {"layers": layer_names(module.model, MODES[self.mode].linearisation == "frozen")}
+
+    def refuse(self, module: Decomposition, prompts: Prompts) -> None:
+        """Also the search has to suit the prompts."""
+        super().refuse(module, prompts)
+        suited(self.search, prompts.inputs, getattr(module.network, "vocab", None))
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
         """Every λ of every prompt is a row of one batch."""

@@ -21,6 +21,7 @@ from spd_lightning.decomposition.head_edges import HeadTable
 from spd_lightning.decomposition.metrics import component_norms, sizeable
 from spd_lightning.decomposition.model import Clean, ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, every_output, likely_tokens
+from spd_lightning.errors import BadInput
 from spd_lightning.store import KINDS, TABLES
 from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
@@ -48,10 +49,16 @@ def both_runs(
     """Run a batch of prompts clean and under importances, the clean run's lower-leaky ones unless told otherwise.
 
     inputs: [batch, features] floating point, or [batch, pos] token ids. No gradients.
+
+    Raises:
+        BadInput: a site does not see prompts one by one.
     """
     with torch.no_grad():
         clean = model.clean(inputs)
         g = model.importances(clean).lower if importances is None else dict(importances)
+        places = inputs.shape[:1] if inputs.is_floating_point() else inputs.shape
+        if alike := [site for site, values in g.items() if values.shape[:-1] != places]:
+            raise BadInput(f"site '{alike[0]}': it reads the same for all prompts, so none has its own; leave it out")
         masked = model.masked(inputs, {site: Mask(v, 0.0) for site, v in g.items()}, clean)
         target, ci = (full(shape3(out)) for out in (clean.output, masked))
         nodes = every_output if inputs.is_floating_point() else likely_tokens(ci.softmax(-1))

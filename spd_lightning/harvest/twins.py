@@ -39,9 +39,9 @@ class Twin(NamedTuple):
         layers, graphs = self.parts(of)
         return layers, (bounded(parts, at_least).table for parts in graphs)
 
-    def parts(self, of: Subject) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
+    def parts(self, of: Subject, most: int | None = None) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
         """What `graphs_in_parts` gives, under the model's own names."""
-        layers, graphs = graphs_in_parts(self._theirs(of))
+        layers, graphs = graphs_in_parts(self._theirs(of), most)
         return [layer._replace(name=self._own(layer.name)) for layer in layers], graphs
 
     def heads(self, of: Subject, edges: Iterable[EdgeTable]) -> Iterator[HeadTable]:
@@ -82,9 +82,15 @@ def tell_of_long_way(model: ComponentModel, mode: Mode, harvest: str) -> None:
         log.info("harvest %s: no closed forms (%s); edges by batched products: slower, the same numbers", harvest, why)
 
 
-@lru_cache(maxsize=2)
 def twin_of(model: ComponentModel, mode: Mode) -> Twin:
     """The quickest form of a decomposed model for graphs of a mode: itself, or a decoder's with the same components."""
+    return _twin_of(model, mode, tuple((p.data_ptr(), p._version) for p in model.target.parameters()))
+
+
+@lru_cache(maxsize=2)
+def _twin_of(model: ComponentModel, mode: Mode, weights: tuple[tuple[int, int], ...]) -> Twin:
+    """The same, made once for each state of the target's weights: where they lie, and how often they were changed."""
+    del weights
     itself = Twin(model, {})
     if why_not(model, mode) is None or not isinstance(model.target, HuggingFaceLM):
         return itself

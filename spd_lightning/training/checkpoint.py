@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError, safe_open
@@ -197,7 +198,7 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
 
 
 def load_decomposition(reference: str | Path, target: nn.Module | None = None) -> Decomposition:
-    """A decomposition from a run (see `Decomposition.from_pretrained`)."""
+    """A decomposition from a run (see `Decomposition.from_pretrained`), its target in single precision at least."""
     folder = runs.find(str(reference)).path
     described, weights = folder / "decomposition.json", folder / "decomposition.safetensors"
     if not described.exists() or not weights.exists():
@@ -232,6 +233,8 @@ def _assembled(
     settings["evaluation"] = Evaluation(**settings["evaluation"] | tuples)
     network = build(spec) if target is None else target
     _load(network, tensors, "target.", path)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in network.parameters()):
+        network.float()  # components are, and graphs multiply both
     module = Decomposition(network, **settings)
     module.target_spec = spec
     for site in module.model.sites:
