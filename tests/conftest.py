@@ -1,13 +1,16 @@
 """Settings of all tests, and what no test may leave behind for the next.
 
-No deadline for one example: the first one pays for what is loaded and compiled.
+No deadline for one example: the first one pays for what is loaded and compiled. One thread a process, those that tests
+start included: there are as many test processes as cores, and small matrices only wait for one another.
 """
 
+import os
 import sys
 
 import pytest
 from hypothesis import settings
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded, which is later
 settings.register_profile("spd_lightning", deadline=None)
 settings.load_profile("spd_lightning")
 
