@@ -107,7 +107,7 @@ def layer_names(model: ComponentModel, frozen: bool = False) -> list[str]:
 
 def array(tensor: Tensor, dtype: Any = np.float32) -> np.ndarray:
     """A tensor's values in the store's type."""
-    return full(tensor.detach()).cpu().numpy().astype(dtype)
+    return full(tensor.detach()).cpu().numpy().astype(dtype, copy=False)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
     frames = [
         pl.DataFrame(
             {
-                "prompt_id": prompt_ids[table.prompt.cpu().numpy()],
+                "prompt_id": _owners(table.prompt, prompt_ids),
                 "source": table.source.int().cpu().numpy().view(np.uint32),
                 "target": table.target.int().cpu().numpy().view(np.uint32),
                 "attribution": array(table.attribution),
@@ -167,6 +167,13 @@ def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
         for table in tables
     ]
     return pl.concat([pl.DataFrame(schema=TABLES["edges"]), *frames])
+
+
+def _owners(prompt: Tensor, ids: np.ndarray) -> np.ndarray:
+    """The ids of the prompts that edges belong to; closed forms give the edges of one prompt as one number, spread."""
+    if len(prompt) and prompt.stride() == (0,):
+        return np.full(len(prompt), ids[int(prompt[0])])
+    return ids[prompt.cpu().numpy()]
 
 
 def head_rows(tables: Iterable[HeadTable], ids: list[int]) -> pl.DataFrame:
