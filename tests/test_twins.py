@@ -63,9 +63,10 @@ def test_a7_a_model_of_transformers_has_the_oracles_graph_without_a_backward_pas
 
 
 @pytest.mark.parametrize("mode", CLOSED)
-def test_a7_gpt2_as_a_decoder(tmp_path, mode):
-    """A GPT-2 checkpoint on our decoder: closed form and oracle agree, and the logits are transformers' own."""
-    theirs = tiny_checkpoints.write(tmp_path, "gpt2").double()
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_a7_checkpoints_as_a_decoder(tmp_path, kind, mode):
+    """GPT-2, Llama, Qwen2 on our decoder: closed form and oracle agree to 1e-9; the logits are transformers' own."""
+    theirs = tiny_checkpoints.write(tmp_path, kind).double()
     model, tokens, g = decomposed(decoder_from(str(tmp_path)), {"h.*.attn.*_proj": 5, "h.*.mlp.*": 6})
     torch.testing.assert_close(model.target(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
     quick = twin_of(model, CLOSED[mode])
