@@ -554,7 +554,7 @@ def test_an_unreachable_tracker(refused, here, nobody, words):
     assert not (here / "runs/tiny-2").exists()
 
 
-def test_a_copy_that_did_not_arrive_is_sent_by_push(here, capfd):
+def test_a_copy_that_did_not_arrive_is_sent_by_push(here):
     """A tracker that fails at the very end costs nothing: the run is whole, and a small verb sends it.
 
     In processes of their own: MLflow remembers the store it first spoke to.
@@ -564,7 +564,7 @@ def test_a_copy_that_did_not_arrive_is_sent_by_push(here, capfd):
     process.start()
     process.join(120)
     assert process.exitcode == 2
-    said = capfd.readouterr().err.splitlines()[-1]
+    said = (here / "said").read_text().splitlines()[-1]
     assert said.endswith("the run itself is whole; once it answers: python -m spd_lightning push tiny-2")
     assert runs.Run(here / "runs/tiny-2").state == "finished"
     assert not list((here / "runs/mlartifacts").rglob("decomposition.safetensors"))
