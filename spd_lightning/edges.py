@@ -3,19 +3,14 @@
 import argparse
 import json
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import polars as pl
 
 from spd_lightning import runs
 from spd_lightning.analysis.dataset_edges import METRICS, SCALES, Side, corpus_harvests, named, strongest
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, Options, nearest
 from spd_lightning.store import Store
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"edges: {message}; for example: edges stories-2L h.0.mlp.c_fc:5 --sources --most 10")
 
 
 def edges(words: Sequence[str]) -> None:
@@ -43,7 +38,7 @@ def _rows(names: list[str], frame: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _asked(words: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Options("edges", "for example: edges stories-2L h.0.mlp.c_fc:5 --sources --most 10")
     parser.add_argument("run")
     parser.add_argument("component")
     parser.add_argument("--harvest")

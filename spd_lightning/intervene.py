@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from spd_lightning import config as configs
 from spd_lightning import runs
 from spd_lightning.decomposition.intervention import BASES, Intervened
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, Options, nearest
 from spd_lightning.targets.data import StepData
 from spd_lightning.training.checkpoint import load_decomposition
 from spd_lightning.training.decompose import Decomposition
@@ -38,13 +38,8 @@ def intervene(words: Sequence[str]) -> None:
 # ---- what is asked --------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"intervene: {message}; see: python -m spd_lightning --help")
-
-
 def _asked(words: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Options("intervene", "see: python -m spd_lightning --help")
     parser.add_argument("run", metavar="RUN")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--text")

@@ -3,21 +3,13 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm.auto import tqdm
 
 from spd_lightning import runs
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, Options
 from spd_lightning.harvest.weights import AT_LEAST, weight_table
 from spd_lightning.training.checkpoint import load_decomposition
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(
-            f"weights: {message}; for example: weights stories-2L --at_least {AT_LEAST} --to weights.parquet"
-        )
 
 
 def weights(words: Sequence[str]) -> None:
@@ -32,7 +24,7 @@ def weights(words: Sequence[str]) -> None:
 
 
 def _asked(words: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Options("weights", f"for example: weights stories-2L --at_least {AT_LEAST} --to weights.parquet")
     parser.add_argument("run")
     parser.add_argument("--at_least", type=float, default=AT_LEAST)
     parser.add_argument("--to", type=Path, default=Path("weights.parquet"))
