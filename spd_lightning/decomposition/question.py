@@ -107,12 +107,11 @@ class Question:
     def __init__(self, model: ComponentModel, inputs: Tensor, search: CircuitSearch):
         self.model, self.inputs, self.search = model, inputs, search
         self.vectors = inputs.is_floating_point()
-        self.loss: Loss = suited(search, inputs)
         with torch.no_grad():
             clean = model.clean(inputs)
+            self.loss: Loss = suited(search, inputs, clean.output.shape[-1])
             self.z = {n: z.detach() for n, z in model.importance_function(clean.inputs, clean.inner).items()}
         self.answer = self._here(clean.output)
-        suited(search, inputs, self.answer.shape[-1])
         self.label = None if self.vectors else self._label()
 
     def _label(self) -> Int[Tensor, " prompts"]:

@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.bounded import MOST, bounded
+from spd_lightning.decomposition.bounded import MOST, bounded, no_edges
 from spd_lightning.decomposition.checks import Checks, Graphs, Inflow
 from spd_lightning.decomposition.graph import EdgeTable, Layer, joined
 from spd_lightning.decomposition.model import ComponentModel
@@ -66,18 +66,12 @@ class Drawn(NamedTuple):
 
 def drawn(layers: list[Layer], tables: list[EdgeTable], ids: list[int], count: int) -> Drawn:
     """Up to `count` edges of each prompt; which ones is a function of the prompt alone."""
-    graphs, found = Graphs(layers), [_none(layers[-1].value)]
+    graphs, found = Graphs(layers), list[EdgeTable]()
     for table in tables:
         for prompt, part in apart(table):
             found.append(graphs.drawn(part, count, torch.Generator().manual_seed(ids[prompt] % 2**63)))
-    table = joined(found)
+    table = joined(found) if found else no_edges()
     return Drawn(table, graphs.checks(table))
-
-
-def _none(values: Tensor) -> EdgeTable:
-    """No edges."""
-    empty = values.new_zeros(0, dtype=torch.int32)
-    return EdgeTable(empty, empty, empty, values.new_zeros(0))
 
 
 def check_rows(tried: Drawn, changes: Tensor, ids: list[int]) -> pl.DataFrame:

@@ -11,7 +11,6 @@ from typing import Any
 
 import polars as pl
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from spd_lightning.decomposition.bounded import MOST
@@ -84,14 +83,20 @@ class PromptGraphs(Harvester):
         self.threshold, self.outputs, self.nodes = threshold, outputs, nodes
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
-        """Everything that the rows depend on."""
-        own = {"harvest": self.name, "mode": self.mode, "choices": asdict(MODES[self.mode])}
+        """Everything that the rows depend on.
+
+        Raises:
+            BadInput: heads are asked for, and edges cannot be taken apart by them.
+        """
+        mode = MODES[self.mode]
+        if self.heads and (why := no_heads(twin_of(module.model, mode).model, mode)):
+            raise BadInput(f"heads in PromptGraphs: attention needs its closed form, and {why}; leave them out")
+        own = {"harvest": self.name, "mode": self.mode, "choices": asdict(mode)}
         settings = {"mode": self.mode, "threshold": self.threshold, "at_least": self.at_least, "checks": self.checks}
         settings |= {"outputs": self.outputs and asdict(self.outputs), "nodes": self.nodes and list(self.nodes)}
         settings |= {"heads": self.heads}
         own |= {"threshold": self.threshold, "at_least": self.at_least, "config": settings}
-        frozen = MODES[self.mode].linearisation == "frozen"
-        return about(module) | own | {"layers": layer_names(module.model, frozen)}
+        return about(module) | own | {"layers": layer_names(module.model, mode.linearisation == "frozen")}
 
     def refuse(self, module: Decomposition, prompts: Prompts) -> None:
         """Also what is asked for has to be there: components, tokens, positions."""
@@ -109,13 +114,6 @@ class PromptGraphs(Harvester):
         length = 1 if inputs.is_floating_point() else inputs.shape[1]
         each = HEADS if self.heads else 1
         return min(super().at_once(model, inputs), max(1, PAIRS // (each * length**2)))
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.heads and isinstance(pl_module, Decomposition):
-            mode = MODES[self.mode]
-            if why := no_heads(twin_of(pl_module.model, mode).model, mode):
-                raise BadInput(f"heads in PromptGraphs: attention needs its closed form, and {why}; leave them out")
-        super().on_predict_start(trainer, pl_module)
 
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the graphs of a batch of prompts."""
