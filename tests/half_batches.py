@@ -11,7 +11,7 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass, Reconstruction
 
 LOSSES = Losses(
-    minimality=Minimality(1.0, p=1.5),
+    minimality=Minimality(1.0, p=1.5, p_final=0.9),
     frequency=Frequency(1.0, positions=30.0),
     smooth_l0=SmoothL0(1.0),
     reconstruction={

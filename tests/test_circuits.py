@@ -30,7 +30,7 @@ from spd_lightning.viewer.graph_page import GraphSelection, page_data
 VOCAB, SITES = 9, {"h.*.attn.*_proj": 5, "h.*.mlp.*": 6}
 PROMPTS = torch.tensor([[1, 2, 3, 4], [5, 5, 0, 8], [7, 1, 2, 6]])
 QUICK = CircuitSearch(lambdas=(0.0, 0.01, 1.0), steps=12, lr=0.05, judge=Adversary(steps=5), draws=3, patience=4)
-ADVERSARIES = [None, Adversary(steps=2), Adversary(steps=2, scope="per_position", init="ones")]
+ADVERSARIES = [None, Adversary(steps=2), Adversary(steps=2, scope="per_position", init="zeros")]
 
 
 def network() -> Decoder:

@@ -227,7 +227,7 @@ HAND = {
     "upper": lambda z: 0.0 if z <= 0 else z if z <= 1 else 1 + 0.01 * (z - 1),
     "normal": lambda z: 1 / (1 + math.exp(-z)),
     "hard": lambda z: min(max(z, 0.0), 1.0),
-    "leaky_hard": lambda z: 0.01 * z if z <= 0 else z if z <= 1 else 1 + 0.01 * (z - 1),
+    "leaky_both_sides": lambda z: 0.01 * z if z <= 0 else z if z <= 1 else 1 + 0.01 * (z - 1),
     "swish_hard": lambda z: z / (1 + math.exp(-10 * z)) - (z - 1) / (1 + math.exp(-10 * (z - 1))),
 }
 
@@ -245,7 +245,7 @@ def test_g3_and_g4_other_sigmoids_in_value_and_slope(name, z):
 
 
 def test_g2_and_g3_are_the_default_pair_and_the_kinks_lie_where_they_should():
-    assert Importance().sigmoid == "split_leaky_hard"
+    assert Importance().sigmoid == "leaky_hard"
     lower, upper = Importance()({"site": torch.tensor([-1.0, 0.0, 1.0, 3.0])})
     torch.testing.assert_close(lower["site"], torch.tensor([0.0, 0.0, 1.0, 1.0]))
     torch.testing.assert_close(upper["site"], torch.tensor([0.0, 0.0, 1.0, 1.02]))

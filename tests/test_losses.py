@@ -20,6 +20,7 @@ from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import EPSILON, Faithfulness, Frequency, Losses, Minimality, SmoothL0, anneal
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass, Reconstruction, kl, mse
+from spd_lightning.errors import BadInput
 from spd_lightning.targets.toy import TMS, ResidualMLP
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.schedule import Schedule
@@ -117,8 +118,28 @@ def test_l2_and_l3_are_their_loops(rows, p, pos, merged):
         for c in range(g.shape[-1]):
             f = sum((row[c] + 1e-12) ** p for row in positions) / len(positions)
             minimality, frequency = minimality + f, frequency + f * math.log2(1 + 37.0 * f)
-    assert Minimality(p=p)(upper, 0.0, weights).item() == pytest.approx(minimality, rel=1e-10)
-    assert Frequency(positions=37.0, p=p)(upper, weights).item() == pytest.approx(frequency, rel=1e-10)
+    means = Minimality(p=p).means(upper, 0.0, weights)
+    assert Minimality()(means).item() == pytest.approx(minimality, rel=1e-10)
+    assert Frequency(positions=37.0)(means).item() == pytest.approx(frequency, rel=1e-10)
+
+
+@pytest.mark.parametrize(("progress", "p"), [(0.0, 2.0), (0.25, 1.6), (0.5, 1.2), (1.0, 0.4)])
+def test_l3_the_frequency_term_has_the_annealed_exponent_of_minimality(progress, p):
+    """By hand for p(t) ≠ 1: f = mean (ĝ + ε)^{p(t)}, term = Σ f log2(1 + a f)."""
+    run = Pass.of(decomposed(Perceptron), Perceptron().batch())
+    losses = Losses(
+        Faithfulness(0.0),
+        Minimality(1.0, p=2.0, p_final=0.4),
+        Frequency(1.0, positions=29.0),
+        reconstruction={},
+    )
+    expected = 0.0
+    for g in run.importances.upper.values():
+        for column in g.T.tolist():
+            f = sum((value + 1e-12) ** p for value in column) / len(column)
+            expected += f * math.log2(1 + 29.0 * f)
+    _, terms = losses(run, progress)
+    assert terms["frequency"].item() == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.45, 0.9, 1.0])
@@ -147,8 +168,8 @@ def test_annealing_is_linear_between_two_fractions_and_constant_outside(progress
 def test_l2_the_exponent_moves_linearly_between_two_fractions(progress, p):
     term = Minimality(p=2.0, p_final=0.9, start=0.2, end=0.6)
     upper = {"a": double([[0.3]] * 3), "b": double([[0.8]] * 3)}
-    assert term(upper, progress, None).item() == pytest.approx(0.3**p + 0.8**p, rel=1e-9)
-    fixed = Minimality(p=2.0)(upper, progress, None)
+    assert term(term.means(upper, progress, None)).item() == pytest.approx(0.3**p + 0.8**p, rel=1e-9)
+    fixed = term(Minimality(p=2.0).means(upper, progress, None))
     assert fixed.item() == pytest.approx(0.3**2 + 0.8**2, rel=1e-9)
 
 
@@ -160,7 +181,8 @@ def test_l2_the_coefficient_can_rise_from_nothing():
 
 def test_l2_gradients_are_finite_where_nothing_is_important():
     upper = torch.zeros(4, 3, requires_grad=True)
-    Minimality(p=0.3)({"a": upper}, 0.0, None).backward()
+    term = Minimality(p=0.3)
+    term(term.means({"a": upper}, 0.0, None)).backward()
     assert torch.isfinite(upper.grad).all()
     assert EPSILON == 1e-12
 
@@ -168,10 +190,11 @@ def test_l2_gradients_are_finite_where_nothing_is_important():
 def test_l3_does_not_depend_on_the_batch_size_nor_l2_on_the_number_of_rows():
     g = {"a": torch.rand(6, 4).double()}
     twice = {"a": g["a"].repeat(2, 1)}
-    for term in (Frequency(positions=50.0), lambda upper, weights: Minimality(p=1.5)(upper, 0.0, weights)):
-        torch.testing.assert_close(term(g, None), term(twice, None), **EXACT)
-    both = Minimality()({"a": g["a"], "b": g["a"]}, 0.0, None)
-    torch.testing.assert_close(both, 2 * Minimality()(g, 0.0, None), **EXACT)
+    term, means = Minimality(p=1.5), Minimality(p=1.5).means
+    for loss in (Frequency(positions=50.0), term):
+        torch.testing.assert_close(loss(means(g, 0.0, None)), loss(means(twice, 0.0, None)), **EXACT)
+    both = term(means({"a": g["a"], "b": g["a"]}, 0.0, None))
+    torch.testing.assert_close(both, 2 * term(means(g, 0.0, None)), **EXACT)
 
 
 # ---- reconstruction -------------------------------------------------------------------------------------------------
@@ -195,7 +218,7 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("source", ["ones", "ci", "stochastic", "rounded", "pgd"])
 def test_l5_reconstruction_is_the_mean_divergence_of_its_masked_runs(network, source, route, passes):
-    model = decomposed(network, delta=source != "ones")
+    model = decomposed(network)
     run = Pass.of(model, model.target.batch(), generator())
     loss = Reconstruction(source, route, "kl", samples=3, adversary=Adversary(2))(run)
     by_route = 3 * len(model.sites) if route == "layerwise" else 3
@@ -211,6 +234,35 @@ def test_l5_reconstruction_is_the_mean_divergence_of_its_masked_runs(network, so
     found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
     for a, b in zip(found, torch.autograd.grad(expected, parameters, allow_unused=True), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
+
+
+def test_l5_all_ones_is_the_reconstruction_by_the_components_alone():
+    """The source `ones` as a loss: outputs of a network whose weights are V U, by hand."""
+    model = decomposed(Perceptron)
+    run = Pass.of(model, model.target.batch())
+    own = {site.module: site.weight.clone() for site in model.sites.values()}
+    with torch.no_grad():
+        for name, site in model.sites.items():
+            site.module.weight.copy_((model[name].V @ model[name].U).T)
+        alone = model.target(run.batch)
+        for module, weight in own.items():
+            module.weight.copy_(weight)
+    expected = (alone - model.target(run.batch)).square().mean()
+    assert expected > 1e-3
+    torch.testing.assert_close(Reconstruction("ones")(run), expected, **EXACT)
+
+
+def test_pgd_may_not_start_where_it_would_stay():
+    """With the delta on, sources of 1 are the target (D5): no gradient leads away, and 0 would read as robust."""
+    stuck = Reconstruction("pgd", adversary=Adversary(2, init="ones"))
+    message = "adversary init 'ones' in reconstruction 'worst': with the delta component on"
+    with pytest.raises(BadInput, match=message):
+        Decomposition(Perceptron(), {"*": 3}, losses=Losses(reconstruction={"worst": stuck}))
+    with pytest.raises(BadInput, match=message):
+        model = decomposed(Perceptron)
+        stuck(Pass.of(model, model.target.batch()), "worst")
+    model = decomposed(Perceptron, delta=False)
+    assert stuck(Pass.of(model, model.target.batch()), "worst") > 0
 
 
 def test_l5_samples_are_different_draws_shared_by_all_losses_of_a_step(passes):
@@ -235,8 +287,7 @@ def test_l5_thresholds_of_two_rounded_losses_are_kept_apart(passes):
 @pytest.mark.parametrize(("source", "route"), list(product(SOURCES, ROUTES)))
 @pytest.mark.parametrize("sampling", ["continuous", "binomial"])
 def test_l5_every_source_route_and_divergence_trains(source, route, divergence, sampling):
-    delta = source != "ones"  # with it, all ones is the target itself (D5): no slope
-    model = decomposed(Tokens, importance=Importance(sampling=sampling), delta=delta).float()
+    model = decomposed(Tokens, importance=Importance(sampling=sampling)).float()
     run = Pass.of(model, model.target.batch(), generator(), sample=True)
     loss = Reconstruction(source, route, divergence, adversary=Adversary(2))(run)
     loss.backward()
@@ -261,10 +312,11 @@ def test_l7_the_total_is_coefficient_times_loss_and_what_is_logged_is_raw():
     run = Pass.of(model, model.target.batch())
     total, terms = losses(run, 0.25)
     alone = Pass.of(model, run.batch)
+    means = Minimality(p=1.5).means(alone.importances.upper, 0.25, None)
     raw = {
         "faithfulness": Faithfulness()(model),
-        "minimality": Minimality(p=1.5)(alone.importances.upper, 0.25, None),
-        "frequency": Frequency(positions=10.0)(alone.importances.upper, None),
+        "minimality": Minimality()(means),
+        "frequency": Frequency(positions=10.0)(means),
         "smooth_l0": SmoothL0()(alone.importances.lower, 0.25, None),
         "reconstruction/exact": Reconstruction("ci")(alone),
         "reconstruction/each": Reconstruction("ci", "layerwise", "kl")(alone),

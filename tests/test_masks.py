@@ -52,24 +52,21 @@ def test_g6_the_deltas_mask_is_its_source_whatever_the_importances():
 
 def test_every_fixed_source_is_its_row_of_the_table():
     g = importances(5, 2)
-    drawn = {
-        kind: fixed_masks(kind, g, generator(), 0.4, True) for kind in ("ones", "ci", "zeros", "random", "rounded")
-    }
+    drawn = {kind: fixed_masks(kind, g, generator(), 0.4) for kind in ("ones", "ci", "zeros", "random", "rounded")}
     for name, value in g.items():
-        assert drawn["ones"][name] == Mask(None, 1.0)
-        assert fixed_masks("ones", g, None, 0.4, False)[name] == Mask(None, 0.0)
+        assert drawn["ones"][name] == Mask(None, 0.0)
         assert torch.equal(drawn["ci"][name].components, value)
         assert not drawn["zeros"][name].components.any()
         assert drawn["rounded"][name].components.flatten().tolist() == [float(v > 0.4) for v in value.flatten()]
         assert all(drawn[kind][name].delta == 0.0 for kind in ("ci", "zeros", "random", "rounded"))
     with pytest.raises(ValueError, match="'pgd' is not a fixed one"):
-        fixed_masks("pgd", g, None, 0.0, True)
+        fixed_masks("pgd", g, None, 0.0)
 
 
 def test_random_masks_and_stochastic_sources_are_uniform_and_fresh_everywhere():
     g = {"a": torch.full((1000, 3, 2), 0.7), "b": torch.zeros(1000, 3, 4)}
     sources = stochastic_sources(g, generator())
-    masks = fixed_masks("random", g, generator(1), 0.0, True)
+    masks = fixed_masks("random", g, generator(1), 0.0)
     samples = [s for pair in sources.values() for s in pair] + [mask.components for mask in masks.values()]
     assert [s.shape for s in samples[:4]] == [(1000, 3, 2), (1000, 3), (1000, 3, 4), (1000, 3)]
     for sample in samples:

@@ -100,7 +100,7 @@ def accumulated(d, batch):
     """The mean loss over the parts of a batch, as training takes it, and the gradient that it leaves."""
     parts, losses = batch.chunk(d.micro_batches), []
     d.zero_grad()
-    d.before_parts(parts)
+    d.before_parts(parts, 1)
     for k, part in enumerate(parts):
         loss, _ = d.objective(part, 1, k)
         (loss / len(parts)).backward()

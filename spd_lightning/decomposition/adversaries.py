@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lightning.decomposition.masks import Sources, uniform
+from spd_lightning.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,23 @@ class Adversary:
     step_size: float = 0.1
     init: Literal["random", "ones", "zeros"] = "random"
     scope: Literal["per_position", "per_batch"] = "per_batch"
+
+    def check_start(self, delta: bool, place: str) -> None:
+        """Reject a start from which no gradient leads away.
+
+        Args:
+            delta: whether the model has the delta component. With it on, sources of 1 make the target itself (D5):
+                the loss is 0, its gradient too, and an adversary that stays there would read as robustness.
+            place: where the adversary was asked for, for the message.
+
+        Raises:
+            BadInput: the adversary would start at the target itself.
+        """
+        if self.init == "ones" and delta:
+            raise BadInput(
+                f"adversary init 'ones' in {place}: with the delta component on, the search starts at the target "
+                "itself and never leaves it; use init 'random' or 'zeros'"
+            )
 
 
 def pgd_sources(

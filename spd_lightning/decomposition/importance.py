@@ -64,8 +64,8 @@ def upper_leaky(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return _UpperLeaky.apply(z)  # pyright: ignore[reportReturnType]
 
 
-def leaky_hard(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Hard sigmoid with slope 0.01 on both sides (G4)."""
+def leaky_both_sides(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Hard sigmoid with slope 0.01 below 0 and above 1 (G4)."""
     return torch.where(z > 1, 1 + LEAK * (z - 1), torch.where(z > 0, z, LEAK * z))
 
 
@@ -80,12 +80,12 @@ def hard(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 Kind = Literal["mlp", "vector_mlp", "shared_mlp", "global_mlp", "transformer"]
-Sigmoid = Literal["split_leaky_hard", "normal", "hard", "leaky_hard", "swish_hard"]
+Sigmoid = Literal["leaky_hard", "normal", "hard", "leaky_both_sides", "swish_hard"]
 SIGMOIDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "split_leaky_hard": (lower_leaky, upper_leaky),
+    "leaky_hard": (lower_leaky, upper_leaky),
     "normal": (torch.sigmoid, torch.sigmoid),
     "hard": (hard, hard),
-    "leaky_hard": (leaky_hard, leaky_hard),
+    "leaky_both_sides": (leaky_both_sides, leaky_both_sides),
     "swish_hard": (swish_hard, swish_hard),
 }
 
@@ -106,7 +106,7 @@ class Importance:
             input), shared_mlp (one per site, all components at once), global_mlp (one for all sites), transformer (one
             for all sites, which sees all positions). Embedding sites get `mlp` under every kind.
         hidden: width of the hidden layer of an MLP.
-        sigmoid: split_leaky_hard is the paper's pair of leaky hard sigmoids.
+        sigmoid: leaky_hard is the paper's pair, lower-leaky for masks (G2) and upper-leaky for minimality (G3).
         sampling: continuous sources in [0, 1], or binomial ones in {0, 1} (G5).
         embedding_hidden: width of the hidden layer at embedding sites, where the kind is not `mlp`.
         d_model: width of the transformer.
@@ -121,7 +121,7 @@ class Importance:
 
     kind: Kind = "mlp"
     hidden: int = 16
-    sigmoid: Sigmoid = "split_leaky_hard"
+    sigmoid: Sigmoid = "leaky_hard"
     sampling: Literal["continuous", "binomial"] = "continuous"
     embedding_hidden: int = 16
     d_model: int = 256

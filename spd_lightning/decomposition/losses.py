@@ -60,8 +60,8 @@ class Minimality:
 
     Args:
         coeff: weight in the total loss.
-        p: exponent of `(ĝ + ε)^p`.
-        p_final: exponent at the end of the annealing; p where left out.
+        p: exponent of `(ĝ + ε)^p`, here and in the frequency loss.
+        p_final: exponent at the end of the annealing; p if omitted.
         start: fraction of training at which p begins to move.
         end: fraction of training at which p has arrived.
         ramp: fraction of training over which the coefficient rises linearly from 0.
@@ -78,12 +78,27 @@ class Minimality:
         """The coefficient at a fraction of training."""
         return self.coeff * anneal(0.0, 1.0, progress, end=self.ramp) if self.ramp > 0 else self.coeff
 
-    def __call__(
+    def means(
         self, upper: Mapping[str, Tensor], progress: float, weights: Float[Tensor, " batch"] | None
-    ) -> Float[Tensor, ""]:
-        """`Σ_l Σ_c mean (ĝ + ε)^p`; not divided by the number of sites."""
-        p = anneal(self.p, self.p if self.p_final is None else self.p_final, progress, self.start, self.end)
-        return torch.stack([component_means(g, p, weights).sum() for g in upper.values()]).sum()
+    ) -> "SiteMeans":
+        """Mean of `(ĝ + ε)^{p(t)}` for each component, by site: the sums that L2 and L3 share.
+
+        Args:
+            upper: upper-leaky importances ĝ [..., C] of every site.
+            progress: t, the fraction of training.
+            weights: how many equal rows each row of the batch stands for.
+        """
+        p_final = self.p if self.p_final is None else self.p_final
+        p = anneal(self.p, p_final, progress, self.start, self.end)
+        return {name: component_means(g, p, weights) for name, g in upper.items()}
+
+    def __call__(self, means: "SiteMeans") -> Float[Tensor, ""]:
+        """`Σ_l Σ_c mean (ĝ + ε)^p`, from `means`; not divided by the number of sites."""
+        return torch.stack([site.sum() for site in means.values()]).sum()
+
+
+SiteMeans = dict[str, Float[Tensor, " C"]]
+"""For each site, the mean over batch and positions of what each component's importance costs."""
 
 
 class _Power(torch.autograd.Function):
@@ -118,34 +133,35 @@ def component_means(
 class Frequency:
     """A component should be important rarely, by how often it is over the whole batch (L3).
 
+    The exponent of the means is minimality's, annealed alike: L3 has none of its own.
+
     Args:
         coeff: weight in the total loss; 0 switches it off.
         positions: the reference number of positions a in `f log2(1 + a f)`.
-        p: exponent, as in the minimality loss.
     """
 
     coeff: float = 0.0
     positions: float = 1.0
-    p: float = 1.0
 
-    def frequencies(self, upper: Mapping[str, Tensor], weights: Float[Tensor, " batch"] | None) -> Tensor:
-        """f_c of the components of all sites, on this batch."""
-        return torch.cat([component_means(g, self.p, weights) for g in upper.values()])
+    def __call__(self, means: SiteMeans, whole: Float[Tensor, " components"] | None = None) -> Float[Tensor, ""]:
+        """`Σ_l Σ_c f_c log2(1 + a f_c)`, where f_c is the mean over the batches of all devices.
 
-    def __call__(
-        self, upper: Mapping[str, Tensor], weights: Float[Tensor, " batch"] | None, whole: Tensor | None = None
-    ) -> Float[Tensor, ""]:
-        """`Σ_l Σ_c f_c log2(1 + a f_c)`, f_c the mean over the batches of all devices.
-
-        whole: f of the whole batch, where this is one of its equal parts: the gradients of all parts then have the
-        mean that the whole batch's has.
+        Args:
+            means: f_c on this device's batch, or on one of its equal parts (`Minimality.means`).
+            whole: f_c of the whole batch, if `means` are of one part. The gradients of all parts then have the same
+                mean as the gradient of the whole batch.
         """
-        f = self.frequencies(upper, weights)
+        f = joined_means(means)
         if whole is not None:
             f = whole + (f - f.detach())
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             f = differentiable.all_reduce(f) / torch.distributed.get_world_size()
         return (f * torch.log2(1 + self.positions * f)).sum()
+
+
+def joined_means(means: SiteMeans) -> Float[Tensor, " components"]:
+    """The means of the components of all sites, in the order of the sites."""
+    return torch.cat(list(means.values()))
 
 
 @dataclass(frozen=True)
@@ -202,19 +218,27 @@ class Losses:
         kinds = ("persistent_pgd", "mixed")
         return {name: r.persistent for name, r in self.reconstruction.items() if r.source in kinds}
 
+    def check_adversaries(self, delta: bool) -> None:
+        """Reject fresh adversaries that would start where they stay (see `Adversary.check_start`).
+
+        Raises:
+            BadInput: one of them would.
+        """
+        for name, reconstruction in self.reconstruction.items():
+            if reconstruction.source == "pgd":
+                reconstruction.adversary.check_start(delta, f"reconstruction '{name}'")
+
     def __call__(self, run: Pass, progress: float = 0.0) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The total (L7) and every term raw. progress: fraction of training, for what anneals."""
         terms: dict[str, tuple[float, Tensor]] = {}
         if self.faithfulness.coeff:
             terms["faithfulness"] = (self.faithfulness.coeff, self.faithfulness(run.model))
-        if self.minimality.coeff:
-            value = self.minimality(run.importances.upper, progress, run.weights)
-            terms["minimality"] = (self.minimality.coefficient(progress), value)
-        if self.frequency.coeff:
-            terms["frequency"] = (
-                self.frequency.coeff,
-                self.frequency(run.importances.upper, run.weights, run.frequencies),
-            )
+        if self.minimality.coeff or self.frequency.coeff:
+            means = self.minimality.means(run.importances.upper, progress, run.weights)
+            if self.minimality.coeff:
+                terms["minimality"] = (self.minimality.coefficient(progress), self.minimality(means))
+            if self.frequency.coeff:
+                terms["frequency"] = (self.frequency.coeff, self.frequency(means, run.frequencies))
         if self.smooth_l0.coeff:
             terms["smooth_l0"] = (self.smooth_l0.coeff, self.smooth_l0(run.importances.lower, progress, run.weights))
         run.progress = progress

@@ -61,16 +61,16 @@ def fixed_masks(
     importances: Mapping[str, Tensor],
     generator: torch.Generator | None,
     threshold: float,
-    delta: bool,
 ) -> dict[str, Mask]:
     """Masks of the sources that need neither a fresh stochastic draw nor an adversary.
 
-    ones: everything on, delta included. ci: m = g. zeros: nothing on. random: uniform masks, whatever the importance.
-    rounded: m = 1 where g exceeds the threshold, else 0. All but `ones` switch the delta component off.
+    ones: every component on. ci: m = g. zeros: nothing on. random: uniform masks, whatever the importance.
+    rounded: m = 1 where g exceeds the threshold, else 0. All of them switch the delta component off: with it on,
+    `ones` would be the target itself (D5).
     """
     match kind:
         case "ones":
-            return {name: Mask(None, 1.0 if delta else 0.0) for name in importances}
+            return {name: Mask(None, 0.0) for name in importances}
         case "ci":
             return {name: Mask(g, 0.0) for name, g in importances.items()}
         case "zeros":

@@ -147,14 +147,14 @@ def _masks(
     part: Part,
 ) -> dict[str, Mask]:
     if masking == "unmasked":
-        return fixed_masks("ones", importances, None, threshold, delta=False)
+        return fixed_masks("ones", importances, None, threshold)
     if masking not in ("stochastic", "random"):
-        return fixed_masks(masking, importances, None, threshold, delta)
+        return fixed_masks(masking, importances, None, threshold)
     masks: dict[str, Mask] = {}
     for name, g in importances.items():  # a draw for the whole batch is kept for one site at a time
         whole = {name: g[:1].expand(part.world * len(g), *g.shape[1:])}
         if masking == "random":
-            drawn = fixed_masks("random", whole, generator, threshold, delta)[name].components
+            drawn = fixed_masks("random", whole, generator, threshold)[name].components
             assert drawn is not None
             masks[name] = Mask(part.of(drawn), 0.0)
         else:

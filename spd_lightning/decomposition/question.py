@@ -106,6 +106,9 @@ class Question:
 
     def __init__(self, model: ComponentModel, inputs: Tensor, search: CircuitSearch):
         self.model, self.inputs, self.search = model, inputs, search
+        for adversary in (search.adversary, search.judge):
+            if adversary is not None:
+                adversary.check_start(model.delta, "CircuitSearch")
         self.vectors = inputs.is_floating_point()
         with torch.no_grad():
             clean = model.clean(inputs)

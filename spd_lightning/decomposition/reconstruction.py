@@ -149,6 +149,7 @@ class Reconstruction:
         g = gathered(run.importances.lower, rows)
         match self.source:
             case "pgd":
+                self.adversary.check_start(run.model.delta, f"reconstruction '{name}'")
                 sources = pgd_sources(self.adversary, g, self._damage(run, g, routes, rows), run.generator)
                 masks = masks_from_sources(g, sources, run.model.delta)
             case "persistent_pgd":
@@ -277,7 +278,7 @@ class Pass:
     def fresh(self, source: SourceKind, importances: Mapping[str, Tensor], threshold: float) -> dict[str, Mask]:
         """A draw of a source for importances at some positions."""
         if source != "stochastic":
-            return fixed_masks(source, importances, self.generator, threshold, self.model.delta)
+            return fixed_masks(source, importances, self.generator, threshold)
         sources = stochastic_sources(importances, self.generator, self.binomial)
         return masks_from_sources(importances, sources, self.model.delta)
 

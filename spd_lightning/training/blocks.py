@@ -54,7 +54,7 @@ class BlockModule(L.LightningModule, ABC):
     def objective(self, batch: Tensor, step: int, part: int = 0) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of a batch, or of a part of it by number, and what to log of it."""
 
-    def before_parts(self, parts: Sequence[Tensor]) -> None:
+    def before_parts(self, parts: Sequence[Tensor], step: int) -> None:
         """What has to be known of a whole batch before its parts are taken one by one."""
 
     def after_backward(self) -> None:
@@ -134,7 +134,7 @@ class BlockModule(L.LightningModule, ABC):
                 "divisor of data.batch_size"
             )
         parts = batch.chunk(count)
-        self.before_parts(parts)
+        self.before_parts(parts, step)
         for k, part in enumerate(parts):
             loss, terms = self.objective(part, step, k)
             self.manual_backward(loss / count)

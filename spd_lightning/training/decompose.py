@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spd_lightning.decomposition.adversaries import PersistentAdversary
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.intervention import Base, Intervened, intervene, named_edits, places
-from spd_lightning.decomposition.losses import Faithfulness, Losses
+from spd_lightning.decomposition.losses import Faithfulness, Losses, joined_means
 from spd_lightning.decomposition.metrics import Part
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass
@@ -93,6 +93,7 @@ class Decomposition(BlockModule):
         seed: int = 0,
     ):
         super().__init__(optimiser.schedule, inner_steps, log_every, checkpoint_every, threads, micro_batches)
+        losses.check_adversaries(delta)
         for name, adversary in losses.lasting.items():
             if adversary.particles and micro_batches > 1:
                 raise BadInput(
@@ -193,23 +194,30 @@ class Decomposition(BlockModule):
         """The target."""
         return self.model.target
 
-    def before_parts(self, parts: Sequence[Tensor]) -> None:
-        """How often components are important over the whole batch, which the frequency loss of each part asks (L3)."""
+    def before_parts(self, parts: Sequence[Tensor], step: int) -> None:
+        """Measure how often components are important over the whole batch, for the frequency loss of each part (L3)."""
         self._frequencies = None
         if len(parts) > 1 and self.losses.frequency.coeff:
             with torch.no_grad():
                 merged = [self._merged(part) for part in parts]
                 runs = [Pass.of(self.model, rows, weights=weights) for rows, weights in merged]
-                found = [self.losses.frequency.frequencies(run.importances.upper, run.weights) for run in runs]
-            self._frequencies = torch.stack(found).mean(0)
+                means = [
+                    self.losses.minimality.means(run.importances.upper, self._progress_at(step), run.weights)
+                    for run in runs
+                ]
+            self._frequencies = torch.stack([joined_means(part) for part in means]).mean(0)
 
     def objective(self, batch: Tensor, step: int, part: int = 0) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The training loss of a batch or a part of it (L7); masks are a function of (seed, step, part, rank) alone."""
         rows, weights = self._merged(batch)
         run = Pass.of(self.model, rows, self._generator(_stream("masks", part), step), weights, sample=True)
-        run.adversaries, self._progress = self.adversaries(run, part), step / max(1, self.steps - 1)
+        run.adversaries, self._progress = self.adversaries(run, part), self._progress_at(step)
         run.frequencies = self._frequencies
         return self.losses(run, self._progress)
+
+    def _progress_at(self, step: int) -> float:
+        """The fraction of training at an optimizer step: 0 at the first, 1 at the last."""
+        return step / max(1, self.steps - 1)
 
     def adversaries(self, run: Pass, part: int = 0) -> Mapping[str, PersistentAdversary]:
         """The persistent adversary of every reconstruction that has one, made when the first batch shows the shapes.
