@@ -258,11 +258,10 @@ def test_pgd_may_not_start_where_it_would_stay():
     message = "adversary init 'ones' in reconstruction 'worst': with the delta component on"
     with pytest.raises(BadInput, match=message):
         Decomposition(Perceptron(), {"*": 3}, losses=Losses(reconstruction={"worst": stuck}))
+    whole, bare = (decomposed(Perceptron, delta=delta) for delta in (True, False))
     with pytest.raises(BadInput, match=message):
-        model = decomposed(Perceptron)
-        stuck(Pass.of(model, model.target.batch()), "worst")
-    model = decomposed(Perceptron, delta=False)
-    assert stuck(Pass.of(model, model.target.batch()), "worst") > 0
+        stuck(Pass.of(whole, whole.target.batch()), "worst")
+    assert stuck(Pass.of(bare, bare.target.batch()), "worst") > 0
 
 
 def test_l5_samples_are_different_draws_shared_by_all_losses_of_a_step(passes):
