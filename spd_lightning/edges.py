@@ -19,18 +19,24 @@ def edges(words: Sequence[str]) -> None:
     layer, component = _component(asked.component)
     store = _store(asked.run, asked.harvest)
     sides: list[Side] = [side for side in ("sources", "targets") if getattr(asked, side)] or ["sources", "targets"]
-    found = {side: strongest(store, layer, component, side, asked.scale, asked.metric, asked.most) for side in sides}
+    found = {
+        side: strongest(store, layer, component, side, asked.scale, asked.metric, asked.most, asked.at_least)
+        for side in sides
+    }
     names = {side: named(store, frame) for side, frame in found.items()}
     if asked.json:
         print(json.dumps({side: _rows(names[side], frame) for side, frame in found.items()}, indent=1))
         return
-    print(f"{layer}:{component} over {store.manifest['prompts']} prompts, {store.manifest['mode']}, {asked.scale}")
+    corpus = f"{store.manifest['prompts']} prompts, {store.manifest['mode']}, {asked.scale}"
+    print(f"{layer}:{component} over {corpus}; pairs with at least {asked.at_least} edges")
     width = max(map(len, [*names.get("sources", []), *names.get("targets", []), "sources"])) + 2
+    interval = f"95 % of {'activation' if asked.metric == 'activation' else '|activation|'}"
     for side, frame in found.items():
-        print(f"\n{side:<{width + 2}} {'edges':>10} {'to activation':>14} {'to |activation|':>16}")
+        print(f"\n{side:<{width + 2}} {'edges':>10} {'to activation':>14} {'to |activation|':>16} {interval:>24}")
         for row in _rows(names[side], frame):
             values = f"{row['edges']:>10,} {row['to_activation']:>+14.4g} {row['to_size']:>+16.4g}"
-            print(f"  {row['name']:<{width}} {values}")
+            ends = "–" if row["low"] is None else f"{row['low']:+.4g} to {row['high']:+.4g}"
+            print(f"  {row['name']:<{width}} {values} {ends:>24}")
 
 
 def _rows(names: list[str], frame: pl.DataFrame) -> list[dict[str, Any]]:
@@ -47,6 +53,7 @@ def _asked(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scale", choices=SCALES, default="normalised")
     parser.add_argument("--metric", choices=list(METRICS), default="activation")
     parser.add_argument("--most", type=int, default=20)
+    parser.add_argument("--at-least", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(list(words))
     if asked.most < 1:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from spd_lightning.decomposition import attribution
-from spd_lightning.decomposition.attribution import connected, cut_run, edges, oracle, prompt_edges
+from spd_lightning.decomposition.attribution import connected, crossing, cut_run, edges, oracle, prompt_edges
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.graph import MODES, Mode, Subject
 from spd_lightning.decomposition.model import ComponentModel
@@ -221,8 +221,13 @@ def alone(model, inputs, g, mode, p, threshold=THRESHOLD):
     found = oracle(cut_run(Subject(model, inputs[p : p + 1], one(g, p), MODES[mode], threshold)))
     if mode != "reference":
         return found
-    direct = hand_pairs(model)
-    return {k: v for k, v in found.items() if k[1][1] == k[1][4] and (k[1][0], k[1][3]) in direct}
+    direct, across = hand_pairs(model), hand_crossing(model)
+    kept = {}
+    for key, value in found.items():
+        source, s, _, reader, t, _ = key[1]
+        if (source, reader) in direct and (s == t or (source, reader) in across):
+            kept[key] = value
+    return kept
 
 
 def dictionaries(layers, found, prompts):
@@ -271,6 +276,23 @@ def hand_pairs(model):
                 {n: f"blocks.{k}.{n}" for n in ("q", "k", "v", "o", "fc", "down")} for k in range(len(target.blocks))
             ]
             return stream_pairs(["start.tokens"], layers, sites)
+
+
+def hand_crossing(model):
+    """The pairs whose path moves between positions, worked out on paper for each architecture (A4)."""
+    if isinstance(model.target, TMS | ResidualMLP):
+        return set()
+
+    def kind(site):
+        return site.rpartition(".")[2].removesuffix("_proj")
+
+    pairs = hand_pairs(model)
+    if not {"q", "k", "v", "o"} & {kind(site) for site in model.sites}:
+        # MLPs alone: an attention block lies on every path but these
+        last = [site for site in model.sites if kind(site) == "down"][-1]
+        return {(s, t) for s, t in pairs if (kind(s), kind(t)) != ("fc", "down") and (s, t) != (last, "output")}
+    # keys and values are read elsewhere, queries where they stand
+    return {(s, t) for s, t in pairs if kind(t) == "o" and kind(s) != "q"}
 
 
 def stream_pairs(writers, layers, sites):
@@ -528,7 +550,7 @@ def test_a3_only_chosen_outputs_are_targets():
 def test_a8_no_edge_runs_back_in_time_and_some_run_forward(name, mode):
     model, inputs, g = made(name)
     moves = {key[4] - key[1] for found in batched(model, inputs, g, mode, -1.0) for _, key in found}
-    assert moves == ({0} if mode == "reference" else {0, 1, 2, 3})
+    assert moves == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -610,3 +632,23 @@ def test_a1_switching_a_component_off_takes_its_edges_away(name, source, readers
                     for t, j in torch.ones(positions, model.counts[reader]).nonzero().tolist():
                         edge = found.get(("component", (source, s, i, reader, t, j)), 0.0)
                         assert -change.reshape(positions, -1)[t, j].item() == pytest.approx(edge, rel=1e-9, abs=1e-11)
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_a4_pairs_that_cross_positions_are_those_worked_out_by_hand(name):
+    model, inputs, g = made(name)
+    layers = cut_run(Subject(model, inputs, g, MODES["unmasked"], THRESHOLD))
+    found = {(layers[s].name, layers[t].name) for s, t in crossing(layers)}
+    assert found == hand_crossing(model)
+
+
+def test_a5_reference_keeps_keys_and_values_read_at_later_positions():
+    """The published graphs have k → o and v → o from every earlier position, and these are no small part."""
+    model, inputs, g = made("decoder")
+    (found, _) = batched(model, inputs, g, "reference")
+    across = [key for _, key in found if key[1] != key[4]]
+    assert {(source[-1], reader[-1]) for source, _, _, reader, _, _ in across} == {("k", "o"), ("v", "o")}
+    assert all(s < t for _, s, _, _, t, _ in across)
+    kept = {key: value for (_, key), value in found.items() if key[1] != key[4]}
+    exact = oracle(cut_run(Subject(model, inputs[:1], one(g, 0), MODES["reference"], THRESHOLD)))
+    assert all(value == pytest.approx(exact["component", key], rel=1e-9, abs=1e-14) for key, value in kept.items())

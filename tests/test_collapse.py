@@ -129,11 +129,18 @@ def test_only_adversaries_that_are_compared_alike_count():
 # ---- in a training --------------------------------------------------------------------------------------------------
 
 
-def fitted(losses, spoil=None, steps=60):
+def fitted(losses, spoil=None, steps=60, delta=True):
     torch.manual_seed(0)
     evaluation = Evaluation(ladder=(3,))
     module = Decomposition(
-        TMS(5, 2), {"*": 6}, inner_steps=2, log_every=2, losses=losses, warm_up=WarmUp(steps=50), evaluation=evaluation
+        TMS(5, 2),
+        {"*": 6},
+        delta=delta,
+        inner_steps=2,
+        log_every=2,
+        losses=losses,
+        warm_up=WarmUp(steps=50),
+        evaluation=evaluation,
     )
     trainer = L.Trainer(
         max_steps=steps,
@@ -189,7 +196,7 @@ def test_a_training_tells_what_befalls_it(harm, expected, caplog):
 def test_a_training_compares_its_adversary_with_a_fresh_one(caplog):
     weak = Reconstruction("pgd", adversary=Adversary(1, step_size=1e-6, init="ones"))
     with caplog.at_level(logging.WARNING, "spd_lightning.training.collapse"):
-        fitted(Losses(minimality=Minimality(1e-4), reconstruction={"weak": weak}), steps=20)
+        fitted(Losses(minimality=Minimality(1e-4), reconstruction={"weak": weak}), steps=20, delta=False)
     (line,) = [r.getMessage() for r in caplog.records if "gone soft" in r.getMessage()]
     assert "reconstruction 'weak'" in line
 

@@ -37,10 +37,13 @@ from spd_lightning.work import Request
 
 
 def by_definition(model, inputs, g, mode, outputs):
-    """The sums over all edges of prompt graphs, read one by one: {(kind, S, i, T, j): (edges, Σ A, Σ A·sign(a_T))}."""
+    """The sums over all edges of prompt graphs, read one by one.
+
+    {(kind, S, i, T, j): (edges, Σ A, Σ A·sign(a_T), and of both Σ over prompts of the prompt's sum squared)}
+    """
     rows = looked_up(model, inputs)
     layers, found = prompt_edges(Subject(model, inputs, g, mode, THRESHOLD, outputs))
-    sums: dict = defaultdict(lambda: (0, 0.0, 0.0))
+    sums: dict = defaultdict(lambda: [(0, 0.0, 0.0)] * len(inputs))
 
     def component(layer, prompt, at):
         if layer.kind == "embedding":
@@ -53,9 +56,14 @@ def by_definition(model, inputs, g, mode, outputs):
             i, j = component(source, p, start), component(target, p, end)
             sign = 1 if target.value[(p, *end)] >= 0 else -1
             key = source.kind, source.name, i, target.name, j
-            n, total, size = sums[key]
-            sums[key] = n + 1, total + value, size + sign * value
-    return dict(sums)
+            n, total, size = sums[key][p]
+            sums[key][p] = n + 1, total + value, size + sign * value
+    found_sums = {}
+    for key, prompts in sums.items():
+        counts, totals, sizes = zip(*prompts, strict=True)
+        squares = (sum(value**2 for value in values) for values in (totals, sizes))
+        found_sums[key] = sum(counts), sum(totals), sum(sizes), *squares
+    return found_sums
 
 
 def as_dictionary(pairs):
@@ -70,10 +78,10 @@ def as_dictionary(pairs):
 
 def assert_same(found, expected, rtol=1e-9, atol=1e-12, slack=0):
     """Alike as dictionaries; only edges across positions may be zero in one and left out in the other: a few, slack."""
-    largest = [max(abs(sums[number]) for sums in expected.values()) for number in range(3)]
+    largest = [max(abs(sums[number]) for sums in expected.values()) for number in range(5)]
     for key in found.keys() | expected.keys():
-        n, *sums = found.get(key, (0, 0.0, 0.0))
-        m, *wanted = expected.get(key, (0, 0.0, 0.0))
+        n, *sums = found.get(key, (0, 0.0, 0.0, 0.0, 0.0))
+        m, *wanted = expected.get(key, (0, 0.0, 0.0, 0.0, 0.0))
         assert abs(n - m) <= slack or (n > m and key[1].endswith(("k_proj", "v_proj"))), key
         assert sums == [pytest.approx(w, rel=rtol, abs=atol * big) for w, big in zip(wanted, largest[1:], strict=True)]
 
@@ -137,7 +145,7 @@ def test_both_metrics_are_gradients_of_sums_and_of_sizes():
                 continue
             sums = [(source.contributions(x[None])[0] * source.nodes).sum((0, 1)).tolist() for x in gradients]
             for i, expected in enumerate(zip(*sums, strict=True)):
-                _, *mine = found.get(("component", source.name, i, target.name, 1), (0, 0.0, 0.0))
+                _, *mine = found.get(("component", source.name, i, target.name, 1), (0, 0.0, 0.0))[:3]
                 assert mine == pytest.approx(list(expected), rel=1e-9, abs=1e-12)
 
 
@@ -159,7 +167,7 @@ def test_a6_frozen_sums_add_up():
     model, tokens, g = made("gpt", prompts=3)
     _, pairs = dataset_edges(Subject(model, tokens, g, MODES["frozen"], THRESHOLD, some_outputs))
     arriving: dict = defaultdict(lambda: [0.0, 0.0])
-    for key, (_, *sums) in as_dictionary(pairs).items():
+    for key, (_, *sums) in ((key, row[:3]) for key, row in as_dictionary(pairs).items()):
         arriving[key[3:]] = [a + b for a, b in zip(arriving[key[3:]], sums, strict=True)]
     inner = model.clean(tokens).inner
     for name, a in inner.items():
@@ -246,11 +254,19 @@ def test_one_pass_gives_graphs_and_their_sums(both):
         edges = edges.join(own, left_on=["prompt_id", end], right_on=["prompt_id", f"{end}_node"])
     sign = pl.when(pl.col("target_activation") < 0).then(-1.0).otherwise(1.0)
     edges = edges.select(
-        "source_kind", "source_layer", "target_layer", source="source_component", target="target_component",
+        "prompt_id", "source_kind", "source_layer", "target_layer",
+        source="source_component", target="target_component",
         sum=pl.col("attribution").cast(pl.Float64),
         sum_abs_target=sign * pl.col("attribution").cast(pl.Float64),
     )  # fmt: skip
-    expected = edges.group_by(ENDS).agg(pl.len().cast(pl.UInt64).alias("edges"), pl.col("sum", "sum_abs_target").sum())
+    by_prompt = edges.group_by("prompt_id", *ENDS).agg(
+        pl.len().cast(pl.UInt64).alias("edges"), pl.col("sum", "sum_abs_target").sum()
+    )
+    expected = by_prompt.group_by(ENDS).agg(
+        pl.col("edges", "sum", "sum_abs_target").sum(),
+        prompt_square_sum=pl.col("sum").pow(2).sum(),
+        prompt_square_sum_abs_target=pl.col("sum_abs_target").pow(2).sum(),
+    )
     found = summed(sums)
     assert_frame_equal(found, expected.select(found.columns).sort(ENDS), rel_tol=1e-4, abs_tol=1e-6)
     firings = table(graphs, "components").group_by("layer", "component").agg(pl.col("firings", "positions").sum())
@@ -326,21 +342,26 @@ def test_configs_laid_over_another_add_their_harvesters():
 @pytest.mark.parametrize("scale", ["sum", "mean", "normalised"])
 @pytest.mark.parametrize("side", ["sources", "targets"])
 def test_strongest_beside_loops_over_all_rows(both, side, scale, metric):
+    """Values, intervals over prompts and order, by hand from the rows of the tables."""
     store = both[2]
     nodes = {(r["layer"], r["component"]): r for r in summed(store, "dataset_nodes").iter_rows(named=True)}
     layer, (here, there) = "h.0.attn.o_proj", (("target", "source") if side == "sources" else ("source", "target"))
     expected, busy = [], busiest(store, layer)
     for row in summed(store).iter_rows(named=True):
-        if (row[f"{here}_layer"], row[here]) != (layer, busy):
+        if (row[f"{here}_layer"], row[here]) != (layer, busy) or row["edges"] < 3:
             continue
         source, target = nodes[row["source_layer"], row["source"]], nodes[row["target_layer"], row["target"]]
         rms = sqrt(target["activation_square_sum"] / target["positions"])
         by = {"sum": 1, "mean": source["firings"], "normalised": source["importance_sum"] * rms}[scale]
         values = row["sum"] / by, row["sum_abs_target"] / by
-        expected.append((row[f"{there}_layer"], row[there], row["edges"], *values))
+        name = {"activation": "sum", "size": "sum_abs_target"}[metric]
+        squares = row["prompt_square_sum" + name.removeprefix("sum")]
+        half = 1.96 * sqrt(15 / 14 * (squares - row[name] ** 2 / 15)) / by
+        ends = row[name] / by - half, row[name] / by + half
+        expected.append((row[f"{there}_layer"], row[there], row["edges"], *values, *ends))
     which = {"activation": 3, "size": 4}[metric]
-    expected.sort(key=lambda row: -abs(row[which]))
-    found = strongest(store, layer, busy, side, scale, metric, most=5)
+    expected.sort(key=lambda row: (-max(0.0, abs(row[which]) - (row[6] - row[5]) / 2), -abs(row[which])))
+    found = strongest(store, layer, busy, side, scale, metric, most=5, at_least=3)
     assert len(expected) > 5
     for row, wanted in zip(found.drop("kind").rows(), expected, strict=False):
         assert row[:3] == wanted[:3]
@@ -349,10 +370,10 @@ def test_strongest_beside_loops_over_all_rows(both, side, scale, metric):
 
 
 def test_names_of_what_drives(both):
-    found = strongest(both[2], "h.0.attn.q_proj", 0, most=3)
+    found = strongest(both[2], "h.0.attn.q_proj", 0, most=3, at_least=1)
     for name, component in zip(named(both[2], found), found["component"], strict=True):
         assert name == f"wte:{component} {WORDS[component]!r}"
-    heard = strongest(both[2], "wte", found["component"][0], "targets", "sum", most=99)
+    heard = strongest(both[2], "wte", found["component"][0], "targets", "sum", most=99, at_least=1)
     assert {name.partition(":")[0] for name in named(both[2], heard)} == set(heard["layer"])
     assert {
         repr(WORDS[c]) in name
@@ -379,7 +400,7 @@ def test_edges_on_the_command_line(both, capsys):
     run = str(both[0])
     assert cli.run(["edges", run, "h.0.mlp.down_proj:1", "--most", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "h.0.mlp.down_proj:1 over 15 prompts, unmasked, normalised"
+    assert lines[0] == "h.0.mlp.down_proj:1 over 15 prompts, unmasked, normalised; pairs with at least 10 edges"
     assert [line.split()[0] for line in lines if line[:1].isalpha()][1:] == ["sources", "targets"]
     assert len(lines) == 9
     assert cli.run(["edges", run, "h.0.mlp.down_proj:1", "--sources", "--json", "--scale", "sum", "--most", "3"]) == 0

@@ -7,6 +7,13 @@ the source makes it larger. What they are divided by is chosen here (section A o
     sum           nothing: totals over the corpus
     mean          the positions at which the source is a node
     normalised    Σ g of the source and RMS of the target: per full firing, in units of the target's usual size
+
+A sum over few edges is mostly chance, so each comes with a 95 % interval, and rows are ranked by the end of it that is
+nearer to 0. With P prompts, a sum S and the sum Q of the squares of each prompt's own sum, the interval is
+
+    S ± 1.96 √( P/(P−1) · (Q − S²/P) )
+
+that is, how far the sum would vary over as many other prompts of the kind. What it is divided by counts as known.
 """
 
 from collections.abc import Iterable
@@ -23,6 +30,7 @@ Scale = Literal["sum", "mean", "normalised"]
 Metric = Literal["activation", "size"]
 SCALES: tuple[Scale, ...] = ("sum", "mean", "normalised")
 METRICS: dict[Metric, str] = {"activation": "to_activation", "size": "to_size"}
+_SUMS = ("sum", "sum_abs_target", "prompt_square_sum", "prompt_square_sum_abs_target")
 BESIDE = ("rest", "bias")
 """Nodes of frozen graphs that share a layer's name with its components."""
 
@@ -49,11 +57,23 @@ def strongest(
     scale: Scale = "normalised",
     metric: Metric = "activation",
     most: int = 20,
+    at_least: int = 10,
 ) -> pl.DataFrame:
-    """The strongest sources or targets of a component over the corpus.
+    """Return the strongest sources or targets of a component over the corpus.
 
-    Columns kind, layer, component, edges (how many), to_activation, to_size (both metrics, on the scale), largest
-    |metric| first; equals in order of layer and component.
+    Columns kind, layer, component, edges (how many), to_activation, to_size (both metrics, on the scale), low, high (a
+    95 % interval of the metric; null if the corpus is a single prompt). Rows are in order of how far the interval of
+    |metric| stays above 0, then of |metric|, then of layer and component.
+
+    Args:
+        store: a harvest of sums.
+        layer: the component's layer.
+        component: its number there.
+        side: whether to return what drives it or what it drives.
+        scale: what sums are divided by.
+        metric: what rows are ranked by.
+        most: how many rows to return.
+        at_least: pairs with fewer edges than this are left out.
 
     Raises:
         BadInput: the harvest has no sums, no such layer, or no such component; or a file is damaged.
@@ -64,18 +84,44 @@ def strongest(
     if here == "source":
         mine &= ~pl.col("source_kind").is_in(BESIDE)
     ends = ["source_kind", "source_layer", "source", "target_layer", "target"]
-    sums = store.scan("dataset_edges").filter(mine).group_by(ends).agg(pl.col("edges", "sum", "sum_abs_target").sum())
-    divided = _scaled(store, sums, scale)
-    kind = pl.col("source_kind") if there == "source" else pl.lit(None)
+    sums = store.scan("dataset_edges").filter(mine).group_by(ends).agg(pl.col("edges", *_SUMS).sum())
+    with_intervals = _with_half_widths(sums.filter(pl.col("edges") >= at_least), store.manifest["prompts"])
+    divided = _scaled(store, with_intervals, scale)
+    half = pl.col("half" if metric == "activation" else "half_abs_target")
     rows = divided.select(
-        kind=kind, layer=f"{there}_layer", component=there, edges="edges", to_activation="sum", to_size="sum_abs_target"
+        kind=pl.col("source_kind") if there == "source" else pl.lit(None),
+        layer=f"{there}_layer",
+        component=there,
+        edges="edges",
+        to_activation="sum",
+        to_size="sum_abs_target",
+        half=half,
     )
-    order: list[pl.Expr | str] = [-pl.col(METRICS[metric]).abs(), pl.col("layer").to_physical(), "component"]
-    return store.collect(rows.filter(pl.col(METRICS[metric]) != 0).sort(order).head(most))
+    value = pl.col(METRICS[metric])
+    certain = (value.abs() - pl.col("half")).clip(0).fill_null(0)
+    order: list[pl.Expr | str] = [-certain, -value.abs(), pl.col("layer").to_physical(), "component"]
+    ranked = rows.filter(value != 0).sort(order).head(most)
+    interval = ranked.with_columns(low=value - pl.col("half"), high=value + pl.col("half"))
+    return store.collect(interval.drop("half"))
+
+
+def _with_half_widths(sums: pl.LazyFrame, prompts: int) -> pl.LazyFrame:
+    """Sums with half the width of their 95 % intervals over prompts; null if there is one prompt."""
+
+    def half(total: str, squares: str) -> pl.Expr:
+        if prompts < 2:
+            return pl.lit(None, dtype=pl.Float64)
+        spread = pl.col(squares) - pl.col(total).pow(2) / prompts
+        return 1.96 * (spread.clip(0) * prompts / (prompts - 1)).sqrt()
+
+    return sums.with_columns(
+        half=half("sum", "prompt_square_sum"),
+        half_abs_target=half("sum_abs_target", "prompt_square_sum_abs_target"),
+    )
 
 
 def _scaled(store: Store, sums: pl.LazyFrame, scale: Scale) -> pl.LazyFrame:
-    """Both sums of each pair, divided by what the scale asks for."""
+    """Both sums of each pair, and their intervals, divided by what the scale asks for."""
     if scale == "sum":
         return sums
     keys = ["kind", "layer", "component"]
@@ -90,7 +136,7 @@ def _scaled(store: Store, sums: pl.LazyFrame, scale: Scale) -> pl.LazyFrame:
     joined = sums.join(source, on=["source_kind", "source_layer", "source"], how="left")
     joined = joined.join(target, on=["target_layer", "target"], how="left")
     by = pl.col("firings") if scale == "mean" else pl.col("g") * pl.col("rms")
-    return joined.with_columns(pl.col("sum", "sum_abs_target") / by)
+    return joined.with_columns(pl.col("sum", "sum_abs_target", "half", "half_abs_target") / by)
 
 
 def check(store: Store, layer: str, component: int) -> None:

@@ -196,10 +196,32 @@ def connected(layers: list[Layer]) -> set[tuple[int, int]]:
     return pairs
 
 
+def crossing(layers: list[Layer]) -> set[tuple[int, int]]:
+    """The pairs of layers joined by a direct path that moves between positions (A4), found by asking for gradients.
+
+    Targets at even positions are asked about sources at odd ones, and the other way around: whatever can be read from
+    another position is read by some target of its opposite parity, since causal attention reaches the next position.
+    """
+    pairs = set()
+    for t, target in enumerate(layers):
+        before = {s: layer.leaf for s, layer in enumerate(layers[:t]) if layer.leaf is not None}
+        asked = target.kind in ("component", "output") and target.value.requires_grad and before
+        if not asked or target.value.shape[1] == 1:
+            continue
+        for parity in (0, 1):
+            total = target.value[:, parity::2].sum()
+            found = torch.autograd.grad(total, list(before.values()), retain_graph=True, allow_unused=True)
+            for s, gradient in zip(before, found, strict=True):
+                if gradient is not None and gradient.reshape(shape3(gradient))[:, 1 - parity :: 2].any():
+                    pairs.add((s, t))
+    return pairs
+
+
 def prompt_edges(of: Subject) -> tuple[list[Layer], list[Edges]]:
     """The graphs of a batch of prompts: their layers and all edges between their nodes.
 
-    Where delta carries gradient, edges are kept to direct pairs and to their own position (mode `reference`, A5).
+    Where delta carries gradient (mode `reference`, A5), edges are kept to the direct pairs of the cut run; and to one
+    position, except between pairs that cross positions there.
     """
     products = Products(of)
     return products.layers, list(products.edges())
@@ -215,13 +237,16 @@ class Products:
     def __init__(self, of: Subject):
         self.layers = cut_run(of)
         self._direct: set[tuple[int, int]] | None = None
+        self._crossing: set[tuple[int, int]] = set()
         if of.mode.delta == "flow":
-            self._direct = connected(cut_run(of._replace(mode=replace(of.mode, delta="cut"))))
+            cut = cut_run(of._replace(mode=replace(of.mode, delta="cut")))
+            self._direct, self._crossing = connected(cut), crossing(cut)
 
     def edges(self) -> Iterator[Edges]:
-        """Between layers."""
-        found = edges(self.layers, self._direct)
-        return found if self._direct is None else map(_own_position, found)
+        """Compute the edges between layers, those of one pair of layers and one chunk of targets at a time."""
+        for found in edges(self.layers, self._direct):
+            one_position = self._direct is not None and (found.source, found.target) not in self._crossing
+            yield _own_position(found) if one_position else found
 
     def __iter__(self) -> Iterator[EdgeTable]:
         return tabled(self.layers, self.edges())

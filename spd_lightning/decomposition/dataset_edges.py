@@ -35,7 +35,9 @@ class PairSums(NamedTuple):
 
     source, target: which component, or which row of an embedding. edges: how many there are; closed forms count those
     through keys and values to a later position though they be zero, which other ways leave out. total: Σ A. size: the
-    same with |a_T| as the target, Σ A·sign(a_T), where the sign of 0 is +.
+    same with |a_T| as the target, Σ A·sign(a_T), where the sign of 0 is +. total_square, size_square: the sum over
+    prompts of the square of each prompt's own total, or size. From these follows how much the sums vary from prompt to
+    prompt, and so how far to trust them.
     """
 
     kind: NodeKind
@@ -46,6 +48,8 @@ class PairSums(NamedTuple):
     edges: Int64[Tensor, " entries"]
     total: Float64[Tensor, " entries"]
     size: Float64[Tensor, " entries"]
+    total_square: Float64[Tensor, " entries"]
+    size_square: Float64[Tensor, " entries"]
 
 
 class NodeSums(NamedTuple):
@@ -85,6 +89,7 @@ def _closed(of: Subject, wanted: Callable[[str], bool]) -> "Sums":
     for prompt in range(len(inputs)):
         for _ in Graph(batch, prompt, sums):
             pass
+        sums.end_prompt()
     return sums
 
 
@@ -92,9 +97,20 @@ def _listed(of: Subject) -> "Sums":
     """The sums of edges one by one."""
     layers, found = prompt_edges(of)
     sums = Sums(layers, looked_up(of.model, of.inputs))
-    for each in found:
-        sums.listed(each)
+    pieces = [by_prompt(each, len(of.inputs)) for each in found]
+    for prompt in range(len(of.inputs)):
+        for piece in pieces:
+            sums.listed(piece[prompt])
+        sums.end_prompt()
     return sums
+
+
+def by_prompt(found: Edges, prompts: int) -> list[Edges]:
+    """Split the edges of a batch of prompts into those of each prompt."""
+    order = found.prompt.argsort(stable=True)
+    sizes = torch.bincount(found.prompt, minlength=prompts).tolist()
+    columns = [column[order].split(sizes) for column in found[2:]]
+    return [Edges(found.source, found.target, *parts) for parts in zip(*columns, strict=True)]
 
 
 def looked_up(model: ComponentModel, inputs: Tensor) -> Rows:
@@ -164,10 +180,16 @@ def node_sums(layer: Layer, at: At) -> NodeSums:
 
 
 class Matrices(NamedTuple):
-    """Sums of the edges of one pair of layers, over those who are nodes; two columns a target, for its two signs."""
+    """Sums of the edges of one pair of layers, over those who are nodes; two columns a target, for its two signs.
+
+    prompt: the sums of the prompt at hand, not yet part of `total`. squares: over the prompts before it, the sum of the
+    squares of their sums, to activations and to sizes.
+    """
 
     total: Float64[Tensor, "S T2"]
     edges: Int[Tensor, "S T2"]
+    prompt: Float64[Tensor, "S T2"]
+    squares: Float64[Tensor, "2 S T"]
 
 
 class Sums:
@@ -192,17 +214,33 @@ class Sums:
             for layer, at, first in zip(layers, self.at, self._first, strict=False)
         ]
         self._sums: dict[tuple[int, int], Matrices] = {}
+        self._touched: dict[tuple[int, int], list[Tensor]] = {}  # entries [S, T] that the prompt at hand adds to
+
+    def end_prompt(self) -> None:
+        """Fold the sums of the prompt at hand into those of all prompts, and their squares into the squares."""
+        for pair, touched in self._touched.items():
+            sums, entries = self._sums[pair], torch.cat(touched)
+            signs, total = sums.prompt.view(-1, 2), sums.total.view(-1, 2)
+            own = signs[entries]  # [entries, 2]: from where the target is positive or 0, and from where it is negative
+            # An entry may be there many times over, each time with the same numbers: they are assigned, not added.
+            total[entries] = total[entries] + own
+            to_activation, to_size = own[:, 0] + own[:, 1], own[:, 0] - own[:, 1]
+            for squares, value in zip(sums.squares.flatten(1), (to_activation, to_size), strict=True):
+                squares[entries] = squares[entries] + value.square()
+            signs[entries] = 0.0
+        self._touched = {}
 
     def pairs(self) -> list[PairSums]:
         """The sums of every pair of layers."""
         found = []
         for (s, t), sums in sorted(self._sums.items()):
-            total, edges = (x.unflatten(1, (-1, 2)) for x in sums)
+            total, edges = (x.unflatten(1, (-1, 2)) for x in (sums.total, sums.edges))
             i, j = edges.any(-1).nonzero(as_tuple=True)
             plus, minus = total[i, j].unbind(-1)
             ends = self.layers[s].kind, self.layers[s].name, self.layers[t].name
             nodes = self.at[s].known[i], self.at[t].known[j]
-            found.append(PairSums(*ends, *nodes, edges[i, j].sum(-1), plus + minus, plus - minus))
+            both = plus + minus, plus - minus
+            found.append(PairSums(*ends, *nodes, edges[i, j].sum(-1), *both, *sums.squares[:, i, j]))
         return found
 
     # ---- taking edges -------------------------------------------------------------------------------------------
@@ -263,12 +301,15 @@ class Sums:
         """Adds the edges of a pair of layers, by the numbers of their nodes, which are spread over the values."""
         width = self._first[t + 1] - self._first[t]
         if (s, t) not in self._sums:
-            shape = len(self.at[s].known), width
-            self._sums[s, t] = Matrices(values.new_zeros(shape, dtype=torch.float64), edges.new_zeros(shape).int())
+            rows, float64 = len(self.at[s].known), torch.float64
+            zeros = [values.new_zeros(rows, width, dtype=float64) for _ in range(2)]
+            squares = values.new_zeros(2, rows, width // 2, dtype=float64)
+            self._sums[s, t] = Matrices(zeros[0], edges.new_zeros(rows, width).int(), zeros[1], squares)
         sums = self._sums[s, t]
         i, j = (source - self._first[s]) // 2, target - self._first[t]  # of what is no node: anywhere
         slots = ((i * width).clamp_(min=0) + j.clamp_(min=0)).flatten()
-        sums.total.view(-1).index_add_(0, slots, (values * (edges > 0)).flatten().double())
+        sums.prompt.view(-1).index_add_(0, slots, (values * (edges > 0)).flatten().double())
+        self._touched.setdefault((s, t), []).append(slots // 2)
         sums.edges.view(-1).index_add_(0, slots, edges.flatten().int())
 
 

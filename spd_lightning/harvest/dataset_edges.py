@@ -107,6 +107,8 @@ def pair_rows(pairs: Sequence[PairSums], names: list[str]) -> pl.DataFrame:
                 "edges": array(pair.edges, np.uint64),
                 "sum": array(pair.total, np.float64),
                 "sum_abs_target": array(pair.size, np.float64),
+                "prompt_square_sum": array(pair.total_square, np.float64),
+                "prompt_square_sum_abs_target": array(pair.size_square, np.float64),
             }
         )
         for pair in pairs

@@ -103,6 +103,8 @@ _DATASET_EDGES = {
     "edges": pl.UInt64,
     "sum": pl.Float64,
     "sum_abs_target": pl.Float64,
+    "prompt_square_sum": pl.Float64,
+    "prompt_square_sum_abs_target": pl.Float64,
 }
 _DATASET_NODES = {
     "kind": pl.Enum(KINDS),
@@ -131,7 +133,8 @@ TABLES: dict[str, pl.Schema] = {
 """Columns of every table. Layers are categorical here; in a store they are an Enum over the manifest's, in forward
 order. `components` holds additive counts, one row a component and group; `norm` and `alive` are the same in each.
 `dataset_edges` and `dataset_nodes` hold sums over a group's prompts: a component there may be the row of an embedding,
-and `sum_abs_target` is the sum of edges to |activation|.
+and `sum_abs_target` is the sum of edges to |activation|. `prompt_square_sum` and `prompt_square_sum_abs_target` are
+sums over prompts of the squares of each prompt's own two sums, from which readers make intervals.
 `head_edges` holds what each attention head adds to an edge through attention: its rows of an edge add up to it.
 `checks` holds edges that were tried: what their target gained when their source was multiplied by a factor. `graphs`
 says of each prompt how many edges were written, of how many; how far in-edges are from adding up; how checks agree.

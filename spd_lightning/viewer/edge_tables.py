@@ -10,19 +10,23 @@ from spd_lightning.runs import Run
 from spd_lightning.store import Store
 
 MOST = 12
-HEADS = ("", "to activation", "to |activation|", "edges")
+HEADS = ("", "to activation", "95 % interval", "to |activation|", "edges")
+
+
+EdgeRow = tuple[str, float, float | None, float | None, float, int]
 
 
 @dataclass(frozen=True)
 class EdgeTables:
-    """The strongest sources and targets of a component, normalised: rows of name, both sums, number of edges.
+    """The strongest sources and targets of a component, normalised.
 
-    `note` says which corpus they are of.
+    Rows are name, sum to activation, low and high end of its interval, sum to |activation|, number of edges. `note`
+    says which corpus they are of.
     """
 
     component: str
-    sources: list[tuple[str, float, float, int]]
-    targets: list[tuple[str, float, float, int]]
+    sources: list["EdgeRow"]
+    targets: list["EdgeRow"]
     note: str
 
 
@@ -33,13 +37,16 @@ def page_data(store: Store, layer: str, component: int, most: int = MOST) -> Edg
         BadInput: the harvest has no such component, or a file cannot be read.
     """
 
-    def rows(side: Side) -> list[tuple[str, float, float, int]]:
+    def rows(side: Side) -> list[EdgeRow]:
         found = strongest(store, layer, component, side, most=most)
-        values = (found[name].to_list() for name in ("to_activation", "to_size", "edges"))
+        values = (found[name].to_list() for name in ("to_activation", "low", "high", "to_size", "edges"))
         return list(zip(named(store, found), *values, strict=True))
 
     prompts, mode = store.manifest["prompts"], store.manifest["mode"]
-    note = f"Edges of {prompts:,} {mode} graphs, summed, over the source's importance and the target's usual size."
+    note = (
+        f"Edges of {prompts:,} {mode} graphs, summed, over the source's importance and the target's usual size. Pairs "
+        "with fewer than 10 edges are left out; rows are in order of how far their interval over prompts stays above 0."
+    )
     return EdgeTables(f"{layer}:{component}", rows("sources"), rows("targets"), note)
 
 
@@ -56,9 +63,12 @@ def html(page: EdgeTables) -> str:
     return f'<div class="spd-grids">{grids}</div><p class="spd-note">{escape(page.note)}</p>'
 
 
-def _grid(title: str, rows: list[tuple[str, float, float, int]]) -> str:
+def _grid(title: str, rows: list[EdgeRow]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in HEADS)
-    lines = [(name, f"{signed:+.3g}", f"{size:+.3g}", f"{count:,}") for name, signed, size, count in rows]
+    lines = [
+        (name, f"{signed:+.3g}", "–" if low is None else f"{low:+.3g} to {high:+.3g}", f"{size:+.3g}", f"{count:,}")
+        for name, signed, low, high, size, count in rows
+    ]
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     body = body or f'<tr><td colspan="{len(HEADS)}">none</td></tr>'
     return f'<section><h3>{escape(title)}</h3><table class="spd-table"><tr>{head}</tr>{body}</table></section>'
