@@ -82,7 +82,7 @@ def cut_run(of: Subject) -> list[Layer]:
             batched = leaf.expand(len(inputs), *leaf.shape[-2:]) if leaf.ndim == 2 or len(leaf) == 1 else leaf
             leaf = leaf if batched is leaf else _leaf(batched)
             layers.append(_whole(named[module], "embedding", leaf))
-            return leaf
+            return leaf.clone()  # the model may change it in place
 
         return forward
 
@@ -92,7 +92,7 @@ def cut_run(of: Subject) -> list[Layer]:
         layers.append(Layer("input", "input", x, shaped, shaped != 0))
     linear = Frozen() if of.frozen else nullcontext()
     with torch.enable_grad(), linear, model.replaced(at_site, at_module, [*named, *biases]):
-        out = of.reading(model.target(x))
+        out = of.reading(model.target(x.clone() if inputs.is_floating_point() else x))
     shaped = out.reshape(shape3(out))
     return [*layers, Layer("output", "output", None, shaped, of.outputs(shaped.detach()))]
 
