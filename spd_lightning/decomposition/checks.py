@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.frozen import Frozen
 from spd_lightning.decomposition.graph import EdgeTable, Layer, NodeKind, Subject, node_numbers
-from spd_lightning.decomposition.model import ComponentModel, Map
+from spd_lightning.decomposition.model import ComponentModel, Map, flattened
 
 CHUNK = 1 << 24
 """Numbers held at once by one run of trials."""
@@ -124,7 +124,8 @@ class _Trial:
         if not self.of.frozen:
             self._run(nullcontext())
             return self.change
-        # First every row as it is, which gives the constants of the graph's run; then the changes, with these constants.
+        # First every row as it is, which gives the constants of the graph's run; then the changes,
+        # with these constants.
         constants, factor = list[Tensor](), self.factor
 
         def keep(value: Tensor) -> Tensor:
@@ -207,8 +208,10 @@ class _Trial:
 
     def _at_table(self, module: nn.Module, own: Map) -> Map:
         def forward(*args, **kwargs):
-            vectors = own(*args, **kwargs)
-            return _path(vectors.expand(len(self.rows), *vectors.shape[-2:]).detach())
+            out = own(*args, **kwargs)
+            vectors = self.model.folded(out)
+            spread = vectors.expand(len(self.rows), *vectors.shape[-2:]).detach()
+            return _path(flattened(spread, vectors.ndim - out.ndim))
 
         return forward
 

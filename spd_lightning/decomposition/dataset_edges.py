@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from spd_lightning.decomposition.attribution import Edges, prompt_edges
 from spd_lightning.decomposition.closed_form import Graph
@@ -97,27 +98,32 @@ def _listed(of: Subject) -> "Sums":
     return sums
 
 
+class _LookUps(TorchFunctionMode):
+    """While open, keeps the rows that embeddings look up, whatever their modules are given to find them.
+
+    Args:
+        names: the names of the embeddings, by their weights' place in memory.
+    """
+
+    def __init__(self, names: Mapping[int, str]):
+        super().__init__()
+        self.names, self.rows = names, dict[str, Tensor]()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.embedding and (name := self.names.get(id(args[1]))):
+            self.rows[name] = args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def looked_up(model: ComponentModel, inputs: Tensor) -> Rows:
     """The rows that the target's embeddings look up on a batch of prompts, by the embeddings' names."""
-    rows: dict[str, Tensor] = {}
     tables = {name: module for name, module in model.target.named_modules() if isinstance(module, nn.Embedding)}
     if not tables:
-        return rows
-
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, given: tuple) -> None:
-            rows[name] = given[0].expand(len(inputs), given[0].shape[-1])
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(keep(name)) for name, module in tables.items()]
-    try:
-        with torch.no_grad():
-            model.target(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return rows
+        return {}
+    with torch.no_grad(), _LookUps({id(module.weight): name for name, module in tables.items()}) as seen:
+        model.target(inputs)
+    apart = {name: ids.view(inputs.shape) if len(ids) == inputs.numel() else ids for name, ids in seen.rows.items()}
+    return {name: ids.expand(len(inputs), ids.shape[-1]) for name, ids in apart.items()}
 
 
 # ---- nodes ----------------------------------------------------------------------------------------------------------

@@ -36,11 +36,15 @@ _SECANTS: Mapping[str, Callable[..., Tensor]] = {
 }
 """The secants that are known without a division."""
 
-_ELEMENTWISE = set(
-    "abs acos acosh arctan asinh atan celu clamp clamp_max clamp_min clip cos cosh elu erf erfc exp exp2 expm1 gelu "
-    "hardshrink hardsigmoid hardswish hardtanh log log1p log2 logsigmoid mish pow reciprocal relu relu6 rpow selu "
-    "sigmoid silu sin sinh softplus softshrink softsign square tanh tanhshrink".split()
-)
+# fmt: off
+_ELEMENTWISE = {
+    "abs", "asinh", "atan", "celu", "clamp", "clamp_max", "clamp_min", "clip", "cos", "cosh", "elu",
+    "erf", "erfc", "exp", "exp2", "expm1", "gelu", "hardshrink", "hardsigmoid", "hardswish",
+    "hardtanh", "log", "log1p", "log2", "logsigmoid", "mish", "pow", "reciprocal", "relu", "relu6",
+    "rpow", "selu", "sigmoid", "silu", "sin", "sinh", "softplus", "softshrink", "softsign",
+    "square", "tanh", "tanhshrink",
+}
+# fmt: on
 _PATTERNS = {"softmax"}
 _SCALES = {"rsqrt", "sqrt"}
 _QUOTIENTS = {"div", "divide", "rdiv", "true_divide"}

@@ -81,8 +81,8 @@ def _compare_logits(reference: str, decoder: Decoder, model: Any) -> None:
     apart, largest = (float(x.abs().max()) for x in (decoder(tokens) - theirs, theirs))
     if apart > SAME[theirs.dtype] * largest:
         raise BadInput(
-            f"decoder:{reference}: our decoder gives other logits than the checkpoint, by {apart:.2g} where the largest "
-            f"is {largest:.2g}; take it as it is: hf:{reference}"
+            f"decoder:{reference}: our decoder gives other logits than the checkpoint, by {apart:.2g} "
+            f"where the largest is {largest:.2g}; take it as it is: hf:{reference}"
         )
 
 
