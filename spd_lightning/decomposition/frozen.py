@@ -101,7 +101,7 @@ class Frozen(TorchFunctionMode):
     def _by_rule(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple | None:
         """What a function gives by the rules of A6; None where none of them speaks of it."""
         hold, x, others = self._hold, args[0], args[1:]
-        other = others[0] if others else None
+        other: Any = others[0] if others else None
         if own := _FUSED.get(name):
             return own(hold, *args, **kwargs)
         if name in _PATTERNS or name in _SCALES:
