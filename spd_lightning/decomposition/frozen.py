@@ -87,7 +87,10 @@ class Frozen(TorchFunctionMode):
         target = args[0]
         like = func if "inplace" in kwargs else getattr(Tensor, name, func)
         settings = {key: value for key, value in kwargs.items() if key != "inplace"}
-        out = self._by_rule(like, name, (target.clone(), *args[1:]), settings)
+        before = target.clone()  # what is overwritten may be needed for gradients
+        if target in self._curved:
+            self._marked(before)
+        out = self._by_rule(like, name, (before, *args[1:]), settings)
         if out is None:
             if name not in _KEEP_CURVED:
                 self._curved.pop(target, None)
