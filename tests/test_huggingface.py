@@ -1,6 +1,7 @@
 """Any causal language model of HuggingFace as a target, by path, under its own names."""
 
 import json
+import re
 import shutil
 import socket
 
@@ -11,6 +12,8 @@ import transformers
 
 from spd_lightning import BadInput, ComponentModel, Decomposition, HuggingFaceLM
 from spd_lightning.decomposition.components import Mask
+from spd_lightning.targets import conversion
+from spd_lightning.targets.conversion import decoder_from
 from spd_lightning.training.checkpoint import save_decomposition
 
 
@@ -176,6 +179,73 @@ def test_a_checkpoint_without_all_weights(tmp_path, gpt2):
     weights = {k: v for k, v in model.state_dict().items() if k != "transformer.h.1.mlp.c_fc.bias"}
     model.save_pretrained(tmp_path, state_dict=weights)
     assert "no fitting 'transformer.h.1.mlp.c_fc.bias'" in said(str(tmp_path))
+
+
+def config_says(folder, **settings):
+    """Rewrites a checkpoint's configuration, whatever its weights are."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_weights_decide_whether_the_unembedding_is_tied(tmp_path, kind):
+    """The configuration says tied, the checkpoint holds a head of its own: its logits, rebuilt ones too."""
+    theirs, tokens = tiny_checkpoints.write(tmp_path, kind, tie_word_embeddings=False), tiny_checkpoints.tokens()
+    config_says(tmp_path, tie_word_embeddings=True)
+    wanted = theirs(tokens).logits
+    wrapped, decoder = HuggingFaceLM.from_pretrained(str(tmp_path), "float32"), decoder_from(str(tmp_path))
+    assert torch.equal(wrapped(tokens), wanted)
+    torch.testing.assert_close(decoder(tokens), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    for model in (wrapped, decoder):
+        again = type(model)(**json.loads(json.dumps(model.init_args)))
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(again(tokens), model(tokens))
+
+
+CONTRADICTIONS = {
+    "attention_bias": ({"attention_bias": True}, {"attention_bias": False}, "self_attn.k_proj.bias"),
+    "mlp_bias": ({"mlp_bias": True}, {"mlp_bias": False}, "mlp.down_proj.bias"),
+    "no bias": ({}, {"attention_bias": True}, "no fitting 'model.layers.0.self_attn.k_proj.bias'"),
+    "untied": ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, "no fitting 'lm_head.weight'"),
+    "layers": ({}, {"num_hidden_layers": 1}, "holds 'model.layers.1.input_layernorm.weight'"),
+    "head_dim": ({}, {"head_dim": 8}, "model '"),
+    "model_type": ({}, {"model_type": "qwen3"}, "no fitting 'model.layers.0.self_attn.k_norm.weight'"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_weights_that_are_not_used_or_are_missing_are_an_error(tmp_path, name):
+    """One line, for hf: and decoder: alike, where transformers would leave weights out or draw them."""
+    real, claimed, told = CONTRADICTIONS[name]
+    tiny_checkpoints.write(tmp_path, "llama", **real)
+    config_says(tmp_path, **claimed)
+    assert told in said(str(tmp_path))
+    with pytest.raises(BadInput, match=re.escape(told)):
+        decoder_from(str(tmp_path))
+
+
+def test_norms_of_queries_that_the_config_does_not_know(tmp_path):
+    """A Qwen3 checkpoint as a Llama."""
+    tiny_checkpoints.write(tmp_path, "qwen3", head_dim=4)
+    config_says(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"])
+    assert "holds 'model.layers.0.self_attn.k_norm.weight', which the model that its config.json" in said(str(tmp_path))
+
+
+def test_a_decoder_has_to_give_the_checkpoints_logits(tmp_path, monkeypatch):
+    """Whatever else may differ: here, an activation of the wrong name."""
+    tiny_checkpoints.write(tmp_path, "gpt2", activation_function="relu")
+    monkeypatch.setitem(conversion.ACTIVATIONS, "relu", "silu")
+    with pytest.raises(BadInput, match=r"gives other logits than the checkpoint, by .*; take it as it is: hf:"):
+        decoder_from(str(tmp_path))
+
+
+def test_an_adapter_is_to_be_merged_first(tmp_path):
+    """LoRA's folders name their base."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "gpt2", "peft_type": "LORA"}))
+    line = said(str(tmp_path))
+    assert line.startswith(f"model '{tmp_path}': it is an adapter of gpt2, and not a model; merge the adapter first")
+    with pytest.raises(BadInput, match="it is an adapter of gpt2"):
+        decoder_from(str(tmp_path))
 
 
 def test_a_config_of_no_language_model():

@@ -6,6 +6,7 @@ import torch
 from test_closed_form import CLOSED, assert_equal, dictionary
 
 from spd_lightning.decomposition.attribution import cut_run, oracle
+from spd_lightning.decomposition.checks import Graphs, Inflow
 from spd_lightning.decomposition.graph import MODES, Subject
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.harvest.twins import twin_of
@@ -76,6 +77,28 @@ def test_a7_checkpoints_as_a_decoder(tmp_path, kind, mode):
     for p in range(len(tokens)):
         cut = cut_run(of.alone(p, layers[-1].nodes))
         assert_equal(dictionary(layers, found, p), oracle(cut), atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_a6_a_twin_made_in_inference_mode_has_graphs(tmp_path, kind):
+    """As `Trainer.predict` makes it: frozen sums, edges against interventions, and gradients through it."""
+    tiny_checkpoints.write(tmp_path, kind, **({"sliding_window": None} if kind == "mistral" else {}))
+    model, tokens, g = decomposed(HuggingFaceLM.from_pretrained(str(tmp_path)), MAPS)
+    mode = MODES["frozen"]
+    with torch.inference_mode():
+        quick = twin_of(model, mode)
+    assert (quick.model is model) == (kind == "qwen2")  # its biases are no sites of ours
+    assert not any(parameter.is_inference() for parameter in quick.model.parameters())
+    of = Subject(model, tokens, g, mode, 0.3, odd_tokens)
+    layers, found = quick.graphs(of)
+    found = list(found)
+    inflow, graphs = Inflow(model, layers), Graphs(layers)
+    for table in found:
+        inflow.add(table)
+    assert inflow.gaps().max() < 1e-4
+    some = graphs.drawn(found[0], 10, torch.Generator().manual_seed(0))
+    lost = -quick.changes(of, graphs.checks(some), 0.0)
+    torch.testing.assert_close(lost, some.attribution, rtol=1e-4, atol=1e-5 * some.attribution.abs().max().item())
 
 
 def test_what_has_no_twin_stays_itself(tmp_path):

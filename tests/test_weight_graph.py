@@ -136,7 +136,9 @@ def test_only_some_maps_need_be_sites():
 
 
 def test_other_models_are_refused():
-    with pytest.raises(BadInput, match=r"^weights: TMS is no decoder whose parts are known; take a run of one$"):
+    with pytest.raises(
+        BadInput, match=r"^weights: TMS is no decoder whose parts are known; decompose a GPT-2, Llama, Mistral"
+    ):
         weight_table(ComponentModel(TMS(5, 2), {"*": 3}))
 
 

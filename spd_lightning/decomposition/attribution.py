@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from spd_lightning.decomposition.components import Site, available
 from spd_lightning.decomposition.frozen import Frozen
 from spd_lightning.decomposition.graph import EdgeTable, Layer, NodeKind, Subject, node_numbers, shape3
-from spd_lightning.decomposition.model import ComponentModel, Map
+from spd_lightning.decomposition.model import ComponentModel, Map, flattened
 
 CHUNK = 1 << 20
 """Numbers held at once by one batched product: few enough to stay near the processor."""
@@ -67,9 +67,10 @@ def cut_run(of: Subject) -> list[Layer]:
     def with_bias(module: nn.Module, own: Map) -> Map:
         def forward(x: Tensor) -> Tensor:
             out = own(x)
-            leaf = _leaf(module.bias.expand_as(out))  # pyright: ignore[reportCallIssue]
+            folded = model.folded(out)
+            leaf = _leaf(module.bias.expand_as(folded))  # pyright: ignore[reportCallIssue]
             layers.append(_whole(biases[module], "bias", leaf))
-            return out + (leaf - leaf.detach())
+            return out + flattened(leaf - leaf.detach(), folded.ndim - out.ndim)
 
         return forward
 
@@ -78,11 +79,13 @@ def cut_run(of: Subject) -> list[Layer]:
             return with_bias(module, own)
 
         def forward(*args, **kwargs):
-            leaf = _leaf(own(*args, **kwargs))
+            out = own(*args, **kwargs)
+            leaf = _leaf(model.folded(out))
+            added = leaf.ndim - out.ndim
             batched = leaf.expand(len(inputs), *leaf.shape[-2:]) if leaf.ndim == 2 or len(leaf) == 1 else leaf
             leaf = leaf if batched is leaf else _leaf(batched)
             layers.append(_whole(named[module], "embedding", leaf))
-            return leaf
+            return flattened(leaf.clone(), added)  # a clone, since the model may change it in place
 
         return forward
 
@@ -92,7 +95,7 @@ def cut_run(of: Subject) -> list[Layer]:
         layers.append(Layer("input", "input", x, shaped, shaped != 0))
     linear = Frozen() if of.frozen else nullcontext()
     with torch.enable_grad(), linear, model.replaced(at_site, at_module, [*named, *biases]):
-        out = of.reading(model.target(x))
+        out = of.reading(model.target(x.clone() if inputs.is_floating_point() else x))
     shaped = out.reshape(shape3(out))
     return [*layers, Layer("output", "output", None, shaped, of.outputs(shaped.detach()))]
 

@@ -7,7 +7,7 @@ linear (`frozen`, A6) the change is the edge; in `jacobian` modes it is for smal
 far the model is from linear.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.frozen import Frozen
 from spd_lightning.decomposition.graph import EdgeTable, Layer, NodeKind, Subject, node_numbers
-from spd_lightning.decomposition.model import ComponentModel, Map
+from spd_lightning.decomposition.model import ComponentModel, Map, flattened
 
 CHUNK = 1 << 24
 """Numbers held at once by one run of trials."""
@@ -121,47 +121,68 @@ class _Trial:
         self.change = next(iter(self.g.values())).new_zeros(len(slots))
 
     def __call__(self) -> Tensor:
+        if not self.of.frozen:
+            self._run(nullcontext())
+            return self.change
+        # First every row as it is, which gives the constants of the graph's run; then the changes,
+        # with these constants.
+        constants, factor = list[Tensor](), self.factor
+
+        def keep(value: Tensor) -> Tensor:
+            constants.append(value.detach().clone())  # the model may overwrite the value itself
+            return value.detach()
+
+        self.factor = 1.0
+        self._run(Frozen(keep))
+        self.factor, kept = factor, iter(constants)
+        self._run(Frozen(lambda value: next(kept)))
+        return self.change
+
+    def _run(self, linear: AbstractContextManager) -> None:
+        """Runs the model and reads the targets."""
         vectors = self.inputs.is_floating_point()
         x = self.inputs.detach().clone().requires_grad_() if vectors else self.inputs
         sites = {site.module for site in self.model.sites.values()}
         tables = [m for m in self.model.target.modules() if isinstance(m, nn.Embedding) and m not in sites]
-        # No gradient is asked for, but which values would carry one tells rule 5 of A6 where two paths meet.
+        # No gradient is asked for, but which values would carry one tells the rules of A6 what is a path.
         with (
             torch.set_grad_enabled(self.of.frozen),
-            Frozen(self.rows) if self.of.frozen else nullcontext(),
+            linear,
             self.model.replaced(self._at_site, self._at_table, tables),
         ):
             out = self.model.target(x)
         with torch.no_grad():
             self._read(("output", "output"), self.of.reading(out), None)
-        return self.change
 
     def _at_site(self, site: Site, x: Tensor, own: Map) -> Tensor:
         key: Key = ("component", site.name)
+        x = x.detach()  # no rule of A6 speaks of what is computed here
         with torch.no_grad():
             if site.kind != "embedding":
-                self._read(key, x, self.model[site.name].V)
+                self._read(key, x, self.model[site.name].V.detach())
             y = self._as_it_is(site, x[: self.plain], own)[self.rows]
             if self.mode.delta == "flow":
                 y = y + self._moved(site, x, own)
             row, pos, i = self._mine(key, self.checks.source)
             more = (self.factor - 1) * self._weight(site, x, self.rows[row], pos, i)
-            _by_position(y).index_put_((row, pos), more[:, None] * self.model[site.name].U[i], accumulate=True)
-        return y.requires_grad_()
+            added = more[:, None] * self.model[site.name].U.detach()[i]
+            _by_position(y).index_put_((row, pos), added, accumulate=True)
+        return _path(y)
 
     def _as_it_is(self, site: Site, x: Tensor, own: Map) -> Tensor:
         """What the site gives in the graph's run, one row a prompt."""
         if self.mode.mask == "ones" and self.mode.delta != "off":
             return own(x)  # D5
-        parts, bias = self.model[site.name], 0.0 if site.bias is None else site.bias
-        a = site.inner(x, parts.V)
+        V, U = self.model[site.name].V.detach(), self.model[site.name].U.detach()
+        bias = 0.0 if site.bias is None else site.bias
+        a = site.inner(x, V)
         w = a if self.mode.mask == "ones" else self.g[site.name] * a
-        y = w @ parts.U + bias
-        return y if self.mode.delta == "off" else y + own(x) - bias - a @ parts.U
+        y = w @ U + bias
+        return y if self.mode.delta == "off" else y + own(x) - bias - a @ U
 
     def _weight(self, site: Site, x: Tensor, row: Tensor, pos: Tensor, i: Tensor) -> Float[Tensor, " nodes"]:
         """w = m a of some nodes."""
-        V, ids = self.model[site.name].V, site.kind == "embedding"
+        V, ids = self.model[site.name].V.detach(), site.kind == "embedding"
         x = (x if ids else _by_position(x))[row, pos]
         a = V[x, i] if ids else (x * V.T[i]).sum(-1)
         return a if self.mode.mask == "ones" else a * _by_position(self.g[site.name])[row, pos, i]
@@ -187,10 +208,17 @@ class _Trial:
 
     def _at_table(self, module: nn.Module, own: Map) -> Map:
         def forward(*args, **kwargs):
-            vectors = own(*args, **kwargs)
-            return vectors.expand(len(self.rows), *vectors.shape[-2:]).detach().requires_grad_()
+            out = own(*args, **kwargs)
+            vectors = self.model.folded(out)
+            spread = vectors.expand(len(self.rows), *vectors.shape[-2:]).detach()
+            return _path(flattened(spread, vectors.ndim - out.ndim))
 
         return forward
+
+
+def _path(y: Tensor) -> Tensor:
+    """What would carry a gradient, and may be changed in place: a leaf may not."""
+    return y.requires_grad_().clone() if torch.is_grad_enabled() else y
 
 
 def _by_position(x: Tensor) -> Tensor:

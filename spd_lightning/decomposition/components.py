@@ -10,7 +10,7 @@ component masks m and delta mask m_Δ the site computes
 the second form being the one computed: it builds neither `V U` nor Δ and needs no gradient through W.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
@@ -171,6 +171,46 @@ def available(model: nn.Module) -> dict[str, Site]:
     return found
 
 
+def _refuse_experts(model: nn.Module, pattern: str, modules: Sequence[str]) -> None:
+    """Raise BadInput if a pattern that matches no map means experts that are kept as one tensor."""
+    for name, parameter in model.named_parameters():
+        holder = name.rpartition(".")[0]
+        meant = fnmatchcase(name, pattern) or fnmatchcase(holder, pattern) or fnmatchcase(pattern, f"{holder}.*")
+        if parameter.ndim == 3 and (meant or ("experts" in holder and "experts" in pattern)):
+            block = holder.rpartition(".")[0].rpartition(".")[0]
+            others = [m for m in modules if m.startswith(f"{block}.")] or list(modules)
+            raise BadInput(
+                f"sites: pattern '{pattern}' means experts that are kept as one three-dimensional tensor, '{name}' "
+                f"{list(parameter.shape)}, and no map of their own that a site could be; decompose the maps beside "
+                f"them, for example {', '.join(others[:4])}"
+            )
+
+
+@torch.no_grad()
+def _refuse_other_maps(site: Site) -> None:
+    """Raise BadInput if a module does not compute what its weight and bias say (D3).
+
+    A subclass may do more: scale what it looks up, look up other rows than it is given, or keep its weight packed.
+    """
+    module, W = site.module, site.weight
+    if site.kind == "identity" or W.is_meta or type(module).forward in (nn.Linear.forward, nn.Embedding.forward):
+        return
+    if site.kind == "embedding":
+        x = torch.arange(min(site.d_in, 16), device=W.device)[None]
+        wanted = W.T[x]
+    else:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 4, site.d_in, generator=generator).to(W.device, W.dtype)
+        wanted = nn.functional.linear(x, W, site.bias)
+    try:
+        apart = (module(x) - wanted).abs().max()
+    except Exception:  # it takes something else
+        apart = torch.inf
+    if not apart <= torch.finfo(W.dtype).eps ** 0.5 * wanted.abs().max():
+        does = "looks up the rows of its weight" if site.kind == "embedding" else "gives x Wᵀ + b"
+        raise BadInput(f"sites: '{site.name}' is a {type(module).__name__}, which is no map that {does}; leave it out")
+
+
 def find_sites(model: nn.Module, patterns: Mapping[str, int]) -> dict[str, tuple[Site, int]]:
     """The sites that fnmatch patterns name, in the model's own order, each with its number of components.
 
@@ -187,6 +227,7 @@ def find_sites(model: nn.Module, patterns: Mapping[str, int]) -> dict[str, tuple
         matched = [name for name in sites if fnmatchcase(name, pattern) and name.endswith(IDENTITY) == identity]
         if not matched:
             modules = [name for name in sites if not name.endswith(IDENTITY)]
+            _refuse_experts(model, pattern, modules)
             raise BadInput(f"sites: pattern '{pattern}' matches no module of the target; {nearest(pattern, modules)}")
         for name in matched:
             if name in owner:
@@ -194,4 +235,5 @@ def find_sites(model: nn.Module, patterns: Mapping[str, int]) -> dict[str, tuple
                     f"sites: '{name}' is matched by both '{owner[name]}' and '{pattern}'; narrow one of them"
                 )
             owner[name], counts[name] = pattern, C
+            _refuse_other_maps(sites[name])
     return {name: (site, counts[name]) for name, site in sites.items() if name in counts}

@@ -11,12 +11,13 @@
 An embedding that is no site is one source a row: a token, or a position. A rest or a bias of frozen graphs is one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from spd_lightning.decomposition.attribution import Edges, prompt_edges
 from spd_lightning.decomposition.closed_form import Graph
@@ -56,7 +57,8 @@ class NodeSums(NamedTuple):
     """What the nodes of one layer add up to: one entry a component, or a row of an embedding that stands anywhere.
 
     firings: at how many positions it is a node. importance: Σ g over all positions; firings, where there is no g.
-    square: Σ a² over all positions; of rows of an embedding, of the size of what they write.
+    square: Σ a² over all positions; of rows of an embedding, of the size of what they write. size: Σ |a| over the
+    positions at which it is a node.
     """
 
     kind: NodeKind
@@ -65,6 +67,7 @@ class NodeSums(NamedTuple):
     firings: Int64[Tensor, " entries"]
     importance: Float64[Tensor, " entries"]
     square: Float64[Tensor, " entries"]
+    size: Float64[Tensor, " entries"]
 
 
 def dataset_edges(
@@ -113,27 +116,32 @@ def by_prompt(found: Edges, prompts: int) -> list[Edges]:
     return [Edges(found.source, found.target, *parts) for parts in zip(*columns, strict=True)]
 
 
+class _LookUps(TorchFunctionMode):
+    """While open, keeps the rows that embeddings look up, whatever their modules are given to find them.
+
+    Args:
+        names: the names of the embeddings, by their weights' place in memory.
+    """
+
+    def __init__(self, names: Mapping[int, str]):
+        super().__init__()
+        self.names, self.rows = names, dict[str, Tensor]()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.embedding and (name := self.names.get(id(args[1]))):
+            self.rows[name] = args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def looked_up(model: ComponentModel, inputs: Tensor) -> Rows:
     """The rows that the target's embeddings look up on a batch of prompts, by the embeddings' names."""
-    rows: dict[str, Tensor] = {}
     tables = {name: module for name, module in model.target.named_modules() if isinstance(module, nn.Embedding)}
     if not tables:
-        return rows
-
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, given: tuple) -> None:
-            rows[name] = given[0].expand(len(inputs), given[0].shape[-1])
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(keep(name)) for name, module in tables.items()]
-    try:
-        with torch.no_grad():
-            model.target(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return rows
+        return {}
+    with torch.no_grad(), _LookUps({id(module.weight): name for name, module in tables.items()}) as seen:
+        model.target(inputs)
+    apart = {name: ids.view(inputs.shape) if len(ids) == inputs.numel() else ids for name, ids in seen.rows.items()}
+    return {name: ids.expand(len(inputs), ids.shape[-1]) for name, ids in apart.items()}
 
 
 # ---- nodes ----------------------------------------------------------------------------------------------------------
@@ -169,11 +177,34 @@ def node_sums(layer: Layer, at: At) -> NodeSums:
         rank = at.rank.flatten().long()
         firings = torch.bincount(rank, minlength=len(at.known))
         total = torch.bincount(rank, square.flatten().double(), minlength=len(at.known))
-        return NodeSums(layer.kind, layer.name, at.known, firings, firings.double(), total)
+        size = torch.bincount(rank, square.sqrt().flatten().double(), minlength=len(at.known))
+        return NodeSums(layer.kind, layer.name, at.known, firings, firings.double(), total, size)
     firings, g = layer.nodes.sum((0, 1)), layer.importance
     importance = firings.double() if g is None else g.sum((0, 1), dtype=torch.float64)
     every = torch.arange(len(firings), device=firings.device)
-    return NodeSums(layer.kind, layer.name, every, firings, importance, square.sum((0, 1), dtype=torch.float64))
+    total = square.sum((0, 1), dtype=torch.float64)
+    size = (layer.value.detach().abs() * layer.nodes).sum((0, 1), dtype=torch.float64)
+    return NodeSums(layer.kind, layer.name, every, firings, importance, total, size)
+
+
+def sums_gap(model: ComponentModel, nodes: Sequence[NodeSums], pairs: Sequence[PairSums]) -> float:
+    """By how much the sums of all in-edges miss the sizes of what they enter: 0 of frozen graphs (A6).
+
+    It is Σ_j |Σ |a_j| − Σ in-edges·sign(a_j)| / Σ_j Σ |a_j| over components j (but those of embeddings)
+    and outputs; each inner sum is over all places where j is a node.
+    """
+    fed = {name for name, site in model.sites.items() if site.kind != "embedding"} | {"output"}
+    missed, size = 0.0, 0.0
+    for node in nodes:
+        if node.layer not in fed or node.kind not in ("component", "output"):
+            continue
+        entered = torch.zeros_like(node.size)
+        for pair in pairs:
+            if pair.target_layer == node.layer:
+                entered.index_add_(0, pair.target, pair.size)
+        missed += float((node.size - entered).abs().sum())
+        size += float(node.size.sum())
+    return missed / size if size else 0.0
 
 
 # ---- sums of edges --------------------------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ class ComponentModel(nn.Module):
         self.delta = delta
         self._plain = self._modules_without_sites()
         self._in_place = False  # until a clean run shows that the target changes tensors in place
+        self._places = torch.Size()  # of the run in progress: [batch] or [batch, pos]
 
     def _components(self, name: str) -> nn.Module:
         site, partner = self.sites[name], self.tied.get(name)
@@ -162,6 +163,9 @@ class ComponentModel(nn.Module):
     ) -> Iterator[None]:
         """While open, sites of the target give what `replacement` makes of them (D8 included).
 
+        Some targets flatten batch and positions before a map, as OPT does. Replacements see both
+        dimensions all the same.
+
         plain: what to put in place of the forward of other modules: of the outermost without sites, or of `modules`.
         """
         before: list[tuple[nn.Module, Map | None]] = []
@@ -170,16 +174,24 @@ class ComponentModel(nn.Module):
             before.append((module, module.__dict__.get("forward")))
             module.forward = forward
 
+        def noting(own: Map) -> Map:
+            def forward(inputs: Tensor) -> Tensor:
+                self._places = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
+                return own(inputs)
+
+            return forward
+
         try:
+            patch(self.target, noting(self.target.forward))
             if plain is not None:
                 for module in self._plain if modules is None else modules:
                     patch(module, plain(module, module.forward))
             for site in self.sites.values():
                 if site.kind != "identity":
-                    patch(site.module, _through(replacement, site, site.module.forward))
+                    patch(site.module, self._through(replacement, site, site.module.forward))
             for site in self.sites.values():
                 if site.kind == "identity":
-                    patch(site.module, _before(replacement, site, site.module.forward))
+                    patch(site.module, self._before(replacement, site, site.module.forward))
             yield
         finally:
             for module, forward in reversed(before):
@@ -188,11 +200,31 @@ class ComponentModel(nn.Module):
                 else:
                     module.forward = forward
 
+    def _through(self, replacement: Replacement, site: Site, own: Map) -> Map:
+        def forward(x: Tensor) -> Tensor:
+            folded = self.folded(x)
+            return flattened(replacement(site, folded, own), folded.ndim - x.ndim)
+
+        return forward
+
+    def _before(self, replacement: Replacement, site: Site, own: Map) -> Map:
+        return lambda x: own(self._through(replacement, site, lambda y: y)(x))
+
+    def folded(self, x: Tensor) -> Tensor:
+        """Vectors [batch·pos, d], or token ids [batch·pos], with batch and positions apart; all else as it is.
+
+        Of the run in progress, inside `replaced`.
+        """
+        flat = x.ndim == (2 if x.is_floating_point() else 1)
+        if not flat or len(self._places) != 2 or len(x) != self._places.numel():
+            return x
+        return x.unflatten(0, self._places)
+
     def clean(self, batch: Tensor) -> Clean:
         """Runs the target as it is, recording site inputs, and computes inner activations with gradient to V.
 
         Raises:
-            BadInput: the target uses a site twice, or not at all.
+            BadInput: the target uses a site twice, or not at all, or on some of the positions alone.
         """
         with torch.inference_mode(False), torch.no_grad():  # inference tensors do not tell whether they were changed
             batch = batch.clone() if batch.is_inference() else batch
@@ -202,8 +234,21 @@ class ComponentModel(nn.Module):
                 run, _ = self._recorded(batch)
         if unused := [name for name in self.sites if name not in run.inputs]:
             raise BadInput(f"sites: the target does not use '{unused[0]}' on its inputs; leave it out")
+        self._refuse_selections(run)
         run.inner = Inner(lambda name: self.sites[name].inner(run.inputs[name], self[name].V), self.sites)
         return run
+
+    def _refuse_selections(self, run: Clean) -> None:
+        """Raise BadInput if a site reads some positions of all prompts in one row, as the experts of a mixture do."""
+        if len(self._places) != 2:
+            return
+        for name, x in run.inputs.items():
+            places = x.shape if self.sites[name].kind == "embedding" else x.shape[:-1]
+            if len(places) == 1 and places[0] not in (1, *self._places):
+                raise BadInput(
+                    f"sites: '{name}' reads {places[0]} vectors of a batch with {self._places.numel()} positions: a "
+                    "selection, as an expert of a mixture does, and importances belong to positions; leave it out"
+                )
 
     def _recorded(self, batch: Tensor) -> tuple[Clean, bool]:
         """A clean run without inner activations, and whether what it recorded is still what it was."""
@@ -313,14 +358,11 @@ class ComponentModel(nn.Module):
         return a if rows is None else a.flatten(0, -2).index_select(0, rows)
 
 
+def flattened(x: Tensor, dimensions: int) -> Tensor:
+    """The inverse of `ComponentModel.folded`, which added so many dimensions."""
+    return x.flatten(0, dimensions) if dimensions else x
+
+
 def _rows(site: Site, x: Tensor, rows: Tensor) -> Tensor:
     """Some positions of a site's input, which holds token ids for embeddings and vectors for all else."""
     return (x.flatten() if site.kind == "embedding" else x.flatten(0, -2)).index_select(0, rows)
-
-
-def _through(replacement: Replacement, site: Site, own: Map) -> Map:
-    return lambda x: replacement(site, x, own)
-
-
-def _before(replacement: Replacement, site: Site, own: Map) -> Map:
-    return lambda x: own(replacement(site, x, lambda y: y))

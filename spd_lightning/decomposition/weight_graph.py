@@ -46,7 +46,10 @@ def links(model: ComponentModel) -> list[Link]:
     """
     target: Any = model.target
     if not getattr(target, "closed_forms", False):
-        raise BadInput(f"weights: {type(target).__name__} is no decoder whose parts are known; take a run of one")
+        raise BadInput(
+            f"weights: {type(target).__name__} is no decoder whose parts are known; decompose a GPT-2, "
+            "Llama, Mistral or Qwen2 checkpoint as decoder:NAME in place of hf:NAME"
+        )
     found, writers = [], ["wte"]
     for k, block in enumerate(target.h):
         q, key, v, o = (f"h.{k}.attn.{x}_proj" for x in "qkvo")

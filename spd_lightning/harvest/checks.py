@@ -52,6 +52,11 @@ def weighed(
     return Weighed(kept, total, inflow.gaps())
 
 
+def largest_gap(gaps: Tensor) -> float:
+    """The largest gap of any prompt; a prompt without any activation has none."""
+    return float(gaps.detach().nan_to_num(0.0).max())
+
+
 def counted(table: EdgeTable, prompts: int) -> Tensor:
     """How many edges each prompt has."""
     return torch.bincount(table.prompt, minlength=prompts).cpu()

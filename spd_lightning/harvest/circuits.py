@@ -20,6 +20,7 @@ from spd_lightning.decomposition.optimised import Frontier, chosen, optimise
 from spd_lightning.decomposition.outputs import OutputNodes, every_output
 from spd_lightning.decomposition.question import CircuitSearch, suited
 from spd_lightning.errors import BadInput
+from spd_lightning.harvest.checks import largest_gap, weighed
 from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.rows import (
     Names,
@@ -102,12 +103,15 @@ class SparseCircuits(Harvester):
         label = None if frontier.label is None else frontier.label[best]
         runs = runs._replace(nodes=asked(runs, self.search.position, label))
         of = Subject(module.model, inputs, g, MODES[self.mode], self.threshold, runs.nodes)
-        layers, edges = twin_of(module.model, of.mode).graphs(of, self.at_least)
+        layers, parts = twin_of(module.model, of.mode).parts(of)
+        graphs = weighed(module.model, layers, parts, self.at_least)
+        if of.frozen:
+            self.missed(largest_gap(graphs.gaps))
         pos = 0 if inputs.is_floating_point() else self.search.position % inputs.shape[1]
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
             "nodes": node_rows(layers, ids),
-            "edges": edge_rows(edges, ids),
+            "edges": edge_rows(graphs.tables, ids),
             "outputs": output_rows(runs, ids, self.names),
             "components": component_rows(module, layers, self.threshold),
             "frontier": frontier_rows(frontier, best, ids, pos, self.search.judge.steps, self.names),

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 from torch import Tensor
 
-from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums
+from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums, sums_gap
 from spd_lightning.decomposition.decoder_run import why_not
 from spd_lightning.decomposition.graph import MODES, ModeName, Subject, known_mode
 from spd_lightning.decomposition.model import ComponentModel
@@ -76,7 +76,9 @@ class DatasetEdges(Harvester):
         runs, mode = both_runs(module.model, prompts.inputs), MODES[self.mode]
         of = Subject(module.model, prompts.inputs, runs.importances, mode, self.threshold, runs.nodes)
         nodes, pairs = twin_of(module.model, mode).sums(of, self._wanted)
-        names = layer_names(module.model, mode.linearisation == "frozen")
+        names = layer_names(module.model, of.frozen)
+        if of.frozen and all(self._wanted(layer) for layer in names):
+            self.missed(sums_gap(module.model, nodes, pairs))
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
             "dataset_edges": pair_rows(pairs, names),

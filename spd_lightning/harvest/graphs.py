@@ -19,7 +19,7 @@ from spd_lightning.decomposition.head_edges import no_heads
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.outputs import OutputNodes, every_output
 from spd_lightning.errors import BadInput
-from spd_lightning.harvest.checks import FACTOR, check_rows, drawn, graph_rows, weighed
+from spd_lightning.harvest.checks import FACTOR, check_rows, drawn, graph_rows, largest_gap, weighed
 from spd_lightning.harvest.explained import Explained, thresholds
 from spd_lightning.harvest.module import PAIRS, Harvester
 from spd_lightning.harvest.rows import (
@@ -124,6 +124,8 @@ class PromptGraphs(Harvester):
         most = min(MOST, TOGETHER // len(ids))
         layers, parts = twin.parts(of, most)
         graphs = weighed(module.model, layers, parts, self.at_least, most)
+        if of.frozen:
+            self.missed(largest_gap(graphs.gaps))
         tried = drawn(layers, graphs.tables, ids, self.checks)
         checks = check_rows(tried, twin.changes(of, tried.checks, FACTOR), ids)
         rows = {

@@ -6,6 +6,7 @@ again; those of a group that was not committed are. A harvest lives in `<run>/ha
 all prompts and settings have been found fit.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,9 +20,11 @@ from spd_lightning.decomposition.graph import MODES
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.twins import tell_of_long_way
-from spd_lightning.store import Writer, added, prompt_hash
+from spd_lightning.store import Store, Writer, added, gap_warning, prompt_hash
 from spd_lightning.targets.data import Prompts, StepData
 from spd_lightning.training.decompose import Decomposition
+
+log = logging.getLogger(__name__)
 
 DENSE, LOGITS = 1 << 25, 4
 """Numbers in one array over all components of the prompts that are harvested together; arrays of logits beside it."""
@@ -51,6 +54,7 @@ class Harvester(Callback, ABC):
         self._settings: dict[str, Any] = {}
         self._held: list[dict[str, pl.DataFrame]] = []
         self._pending: set[int] = set()
+        self._gap: float | None = None
 
     @abstractmethod
     def manifest(self, module: Decomposition) -> dict[str, Any]:
@@ -95,7 +99,7 @@ class Harvester(Callback, ABC):
         self._writer = Writer(self.folder, self._settings, trainer.global_rank, trainer.world_size)
         if trainer.is_global_zero and (mode := getattr(self, "mode", None)):
             tell_of_long_way(pl_module.model, MODES[mode], self.name)
-        self._held, self._pending = [], set()
+        self._held, self._pending, self._gap = [], set(), None
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Prompts, *_: Any, **__: Any
@@ -128,14 +132,29 @@ class Harvester(Callback, ABC):
         """Write what is held as one group of shards."""
         assert self._writer is not None
         if self._held:
-            self._writer.write(self._together())
-        self._held, self._pending = [], set()
+            self._writer.write(self._together(), self._gap)
+        self._held, self._pending, self._gap = [], set(), None
+
+    def missed(self, gap: float) -> None:
+        """Note by how much the in-edges of some frozen graphs miss the activations (A6), to be written with them."""
+        self._gap = max(gap, self._gap or 0.0)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._writer is not None
         self._commit()
         self._writer.complete()
         self._writer.close()
+        if trainer.is_global_zero:
+            self._tell_of_gap()
+
+    def _tell_of_gap(self) -> None:
+        """Print how far the in-edges of frozen graphs are from adding up, loudly if they do not (A6)."""
+        assert self.folder is not None
+        manifest = Store(self.folder).manifest
+        if why := gap_warning(manifest):
+            log.warning("harvest %s: %s", self.name, why)
+        elif "gap" in manifest:
+            log.info("harvest %s: in-edges add up to the activations; largest gap %.1e", self.name, manifest["gap"])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._writer is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from spd_lightning.decomposition.attribution import biased
@@ -84,7 +85,8 @@ def tell_of_long_way(model: ComponentModel, mode: Mode, harvest: str) -> None:
 
 def twin_of(model: ComponentModel, mode: Mode) -> Twin:
     """The quickest form of a decomposed model for graphs of a mode: itself, or a decoder's with the same components."""
-    return _twin_of(model, mode, tuple((p.data_ptr(), p._version) for p in model.target.parameters()))
+    with torch.inference_mode(False):  # a twin outlives the mode it is made in, and gradients may be asked of it
+        return _twin_of(model, mode, tuple((p.data_ptr(), p._version) for p in model.target.parameters()))
 
 
 @lru_cache(maxsize=2)

@@ -10,11 +10,13 @@ readers, so a process killed at any moment leaves a readable store, and the next
 the ledger has. Rows are additive: ranks and sittings append, and readers merge with `group_by().sum()`.
 """
 
+from spd_lightning.store.manifest import ADDS_UP, gap_warning
 from spd_lightning.store.reader import Store
 from spd_lightning.store.tables import AGREEMENT, KINDS, SCHEMA_VERSION, TABLES, added, finite, prompt_hash, schema
 from spd_lightning.store.writer import Writer
 
 __all__ = [
+    "ADDS_UP",
     "AGREEMENT",
     "KINDS",
     "SCHEMA_VERSION",
@@ -23,6 +25,7 @@ __all__ = [
     "Writer",
     "added",
     "finite",
+    "gap_warning",
     "prompt_hash",
     "schema",
 ]

@@ -12,6 +12,22 @@ Shard = dict[str, Any]
 """One committed group: {"rank": 0, "n": 3, "tables": {"nodes": {"rows": 120, "bytes": 4711}, …}}."""
 
 
+ADDS_UP = 1e-4
+"""The largest gap at which in-edges of frozen graphs add up to the activations, in single precision (law A6)."""
+
+
+def gap_warning(manifest: Mapping[str, Any]) -> str:
+    """One line about a harvest of frozen graphs whose in-edges do not add up (A6); empty if they do."""
+    gap = manifest.get("gap")
+    if gap is None or gap <= ADDS_UP:
+        return ""
+    return (
+        f"in-edges do NOT add up: they miss up to {100 * gap:.2g} % of a prompt's activations, where frozen graphs "
+        f"promise {100 * ADDS_UP:.2g} % at most; the target computes something that they have no rule for, so "
+        "distrust sums of edges here, or take mode unmasked"
+    )
+
+
 def part(shard: Mapping[str, Any]) -> str:
     """The name of a group's file in each of its tables' folders."""
     return f"part-{shard['rank']}-{shard['n']}.parquet"
@@ -72,12 +88,17 @@ def read_ledgers(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def totals(world: int, ledgers: Mapping[int, Mapping[str, Any]], shards: Sequence[Shard]) -> dict[str, Any]:
-    """Rows, prompts and groups of these shards; complete where every rank has said so and none is left out."""
+    """Rows, prompts and groups of these shards; complete where every rank has said so and none is left out.
+
+    gap: of frozen graphs, the largest of any group.
+    """
     rows = {table: sum(s["tables"][table]["rows"] for s in shards if table in s["tables"]) for table in TABLES}
     committed = sum(len(ledger["shards"]) for ledger in ledgers.values())
     said = all(rank in ledgers and ledgers[rank]["complete"] for rank in range(world))
     complete = said and committed == len(shards)
-    return {"rows": rows, "prompts": rows["prompts"], "shards": len(shards), "complete": complete}
+    gaps = [shard["gap"] for shard in shards if shard.get("gap") is not None]
+    sums = {"gap": max(gaps)} if gaps else {}
+    return {"rows": rows, "prompts": rows["prompts"], "shards": len(shards), "complete": complete, **sums}
 
 
 def check_same(folder: Path, held: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

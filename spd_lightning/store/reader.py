@@ -23,7 +23,8 @@ class Store:
         skip_damaged: leave out every group of shards that has a damaged file, instead of refusing to read it.
 
     Attributes:
-        manifest: the settings, and `rows` by table, `prompts`, `shards` (groups), `complete`.
+        manifest: the settings, and `rows` by table, `prompts`, `shards` (groups), `complete`; of frozen
+            graphs the largest `gap` between an activation and the sum of what enters it.
         layers: the names of all layers in forward order.
 
     Raises:

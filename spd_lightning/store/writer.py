@@ -50,12 +50,13 @@ class Writer:
         store = Store(self.path, skip_damaged=True)
         self.finished: set[int] = set(store.collect(store.scan("prompts").select("prompt_id"))["prompt_id"])
 
-    def write(self, tables: Mapping[str, pl.DataFrame]) -> None:
+    def write(self, tables: Mapping[str, pl.DataFrame], gap: float | None = None) -> None:
         """Commit all tables of one batch of prompts, or none of them.
 
         Args:
             tables: frames by table, `prompts` always among them; columns as in `TABLES`, `layer` and `kind` also as
                 plain strings. `nodes_by_component` is made here.
+            gap: by how much in-edges miss the activations at most, where they should add up (A6).
 
         Raises:
             BadInput: the disk is full or read-only; what was committed before stays readable.
@@ -70,6 +71,8 @@ class Writer:
         shard: Shard = {"rank": self.rank, "n": shards[-1]["n"] + 1 if shards else 0}
         with disk(self.path):
             shard["tables"] = {t: self._put(t, f, part(shard)) for t, f in frames.items() if f.height}
+            if gap is not None:
+                shard["gap"] = gap
             self._save([*shards, shard], complete=False)
         self.finished |= ids
 

@@ -7,10 +7,11 @@ share one layout. What the decoder has no switch for is refused by name: `hf:` t
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from spd_lightning.errors import BadInput
-from spd_lightning.targets.huggingface import HuggingFaceLM, checkpoint
+from spd_lightning.targets.huggingface import HuggingFaceLM, checkpoint, is_tied
 from spd_lightning.targets.transformer import Decoder
 
 ACTIVATIONS = {
@@ -32,12 +33,27 @@ def decoder_from(reference: str) -> Decoder:
     Raises:
         BadInput: there is no such checkpoint, or it needs what the decoder does not have.
     """
-    model = checkpoint(reference, "float32")
-    return _filled(reference, decoder_like(reference, model.config), model)
+    return _converted(reference, checkpoint(reference, "float32"))
 
 
-def _filled(reference: str, decoder: Decoder, model: Any) -> Decoder:
-    """The decoder with a checkpoint's weights."""
+def _converted(reference: str, model: Any) -> Decoder:
+    """A model of transformers as a decoder, on the same device and in the same precision.
+
+    The weights decide and not the configuration: whether the unembedding is the embedding's own is read off the
+    parameters, every weight needs a place, and in the end the logits have to agree.
+
+    Raises:
+        BadInput: it needs what the decoder does not have.
+    """
+    like = next(model.parameters())
+    decoder = decoder_like(reference, model.config, tied=is_tied(model)).to(like.device, like.dtype)
+    _fill(reference, decoder, model)
+    _compare_logits(reference, decoder, model)
+    return decoder
+
+
+def _fill(reference: str, decoder: Decoder, model: Any) -> None:
+    """Give the decoder a model's weights."""
     given = dict(_FAMILIES[model.config.model_type].weights(model.state_dict(), model.config))
     own = decoder.state_dict()
     if surplus := sorted(set(given) - set(own)):
@@ -49,7 +65,25 @@ def _filled(reference: str, decoder: Decoder, model: Any) -> Decoder:
             tensor.zero_()
         else:
             raise BadInput(f"decoder:{reference}: its checkpoint has no '{name}'; take it as it is: hf:{reference}")
-    return decoder
+
+
+SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
+"""How far the logits of model and decoder may be apart, as a share of the largest; norms are always in float32."""
+
+
+@torch.no_grad()
+def _compare_logits(reference: str, decoder: Decoder, model: Any) -> None:
+    """Raise BadInput if the decoder says anything else than the model on a few random tokens."""
+    length = min(16, decoder.context)
+    tokens = torch.randint(decoder.vocab, (1, length), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(next(model.parameters()).device)
+    theirs = model(input_ids=tokens, use_cache=False).logits
+    apart, largest = (float(x.abs().max()) for x in (decoder(tokens) - theirs, theirs))
+    if apart > SAME[theirs.dtype] * largest:
+        raise BadInput(
+            f"decoder:{reference}: our decoder gives other logits than the checkpoint, by {apart:.2g} "
+            f"where the largest is {largest:.2g}; take it as it is: hf:{reference}"
+        )
 
 
 def twin(target: HuggingFaceLM) -> tuple[Decoder, dict[str, str]] | None:
@@ -59,9 +93,8 @@ def twin(target: HuggingFaceLM) -> tuple[Decoder, dict[str, str]] | None:
     keys and values has no name there: the decoder has three.
     """
     model = target.model
-    like = next(model.parameters())
     try:
-        decoder = _filled("", decoder_like("", model.config).to(like.device, like.dtype), model)
+        decoder = _converted("", model)
     except BadInput:
         return None
     parts, theirs = _FAMILIES[model.config.model_type].parts, dict(decoder.named_modules())
@@ -69,15 +102,20 @@ def twin(target: HuggingFaceLM) -> tuple[Decoder, dict[str, str]] | None:
     return decoder, {name: own for name, own in names.items() if own in theirs}
 
 
-def decoder_like(reference: str, config: Any) -> Decoder:
+def decoder_like(reference: str, config: Any, tied: bool | None = None) -> Decoder:
     """An untrained `Decoder` of the shape that a checkpoint's configuration describes.
+
+    tied: whether the unembedding is the embedding's own, if the weights have shown it; if omitted, as configured.
 
     Raises:
         BadInput: it needs what the decoder does not have.
     """
     if config.model_type not in _FAMILIES:
         raise _unsupported(reference, "model_type", config.model_type)
-    return Decoder(**_FAMILIES[config.model_type].settings(reference, config))
+    settings = _FAMILIES[config.model_type].settings(reference, config)
+    if tied is not None:
+        settings["tied_unembedding"] = tied
+    return Decoder(**settings)
 
 
 def _unsupported(reference: str, name: str, value: Any) -> BadInput:

@@ -70,6 +70,7 @@ class HuggingFaceLM(LanguageModel):
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         config = json.loads(model.config.to_json_string(use_diff=False))
         config.pop("_name_or_path", None)
+        config["tie_word_embeddings"] = is_tied(model)  # by the weights: a configuration may say otherwise
         self.init_args = {"config": config, "dtype": str(model.dtype).removeprefix("torch.")}
         text = model.config.get_text_config()
         self.vocab = int(text.vocab_size)
@@ -90,6 +91,12 @@ class HuggingFaceLM(LanguageModel):
         return self.model(input_ids=tokens, use_cache=False).logits
 
 
+def is_tied(model: Any) -> bool:
+    """Whether a model of transformers has one parameter for its embedding and its unembedding."""
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    return first is not None and last is not None and first.weight is last.weight
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
@@ -101,12 +108,40 @@ def checkpoint(reference: str, dtype: Precision) -> Any:
     """
     options = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     auto = library(f"'{reference}'").AutoModelForCausalLM
+    refuse_adapter(reference)
     model, found = _taken(reference, lambda place: auto.from_pretrained(place, **options))
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: transformers loads its base and lays it over
+        raise _adapter(reference, str(model.config.name_or_path))
     if lacking := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
         raise BadInput(
             f"model '{reference}': its checkpoint has no fitting '{lacking[0]}'; take a causal language model"
         )
+    if unused := sorted(found["unexpected_keys"]):
+        raise BadInput(
+            f"model '{reference}': its checkpoint holds '{unused[0]}', which the model that its config.json describes "
+            "does not have; correct config.json, or take the weight out of the checkpoint if it is not needed"
+        )
     return model
+
+
+def refuse_adapter(reference: str) -> None:
+    """Raise BadInput if a folder holds a LoRA adapter and not a model."""
+    path = Path(reference).expanduser() / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    raise _adapter(reference, str(base or "its base model"))
+
+
+def _adapter(reference: str, base: str) -> BadInput:
+    return BadInput(
+        f"model '{reference}': it is an adapter of {base}, and not a model; merge the adapter first, with peft: "
+        f"AutoPeftModelForCausalLM.from_pretrained('{reference}').merge_and_unload().save_pretrained(FOLDER), "
+        "and take FOLDER"
+    )
 
 
 def configuration(reference: str) -> Any:
@@ -115,6 +150,7 @@ def configuration(reference: str) -> Any:
     Raises:
         BadInput: there is none, or the hub is out of reach.
     """
+    refuse_adapter(reference)
     return _taken(reference, library(f"'{reference}'").AutoConfig.from_pretrained)
 
 

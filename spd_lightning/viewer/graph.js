@@ -54,7 +54,7 @@ function clear() {
   $('.axis').replaceChildren();
   $('.strongest tbody').replaceChildren();
   $('.frontier').hidden = true;
-  $('.summary').textContent = $('.checks').textContent = '';
+  $('.summary').textContent = $('.checks').textContent = $('.warning').textContent = '';
   $('canvas').width = $('canvas').height = 0;
   emptyPanel();
 }
@@ -222,6 +222,7 @@ function drawSummary() {
     return fact;
   }));
   $('.checks').replaceChildren(...checked(graph.checks));
+  $('.warning').textContent = graph.warning;
 }
 
 // How the whole graph stood up to interventions, whatever part of it is shown.

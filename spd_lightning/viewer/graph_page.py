@@ -12,7 +12,7 @@ from spd_lightning.analysis.checks import fidelity
 from spd_lightning.analysis.graphs import node_edges, node_heads, node_name, prompt_graph, tables
 from spd_lightning.analysis.prompts import ALL_PROBES, graph_list, probes, prompt_label, together_label
 from spd_lightning.errors import BadInput
-from spd_lightning.store import Store
+from spd_lightning.store import Store, gap_warning
 from spd_lightning.viewer.library import Library
 from spd_lightning.viewer.panel import Panel, finite, integer, number, prompt_id
 
@@ -59,7 +59,7 @@ class GraphPage:
     `tokens` are the prompt's tokens by position, empty for models on vectors. `replacement` and `completeness` are the
     scores of the whole graph, None unless it is frozen (see `analysis.influence.Scores`). `checks` is the graph's
     `analysis.checks.Fidelity`, None for a harvest without any and for several prompts together. `frontier` holds the
-    rows of that table by λ, where the harvest has one.
+    rows of that table by λ, where the harvest has one. `warning` says that frozen graphs of this harvest do not add up.
     """
 
     label: str
@@ -76,6 +76,7 @@ class GraphPage:
     completeness: float | None
     checks: dict[str, Any] | None
     frontier: list[dict[str, Any]]
+    warning: str
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
         completeness=graph.scores.completeness,
         checks=_checks(store, selection.prompt),
         frontier=finite(store.collect(store.scan("frontier", selection.prompt)).drop("prompt_id")).to_dicts(),
+        warning=gap_warning(store.manifest),
     )
 
 

@@ -12,7 +12,7 @@ import polars as pl
 
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
-from spd_lightning.store import Store
+from spd_lightning.store import Store, gap_warning
 from spd_lightning.viewer import plots
 from spd_lightning.viewer.library import Library
 from spd_lightning.viewer.panel import Panel, problem, table
@@ -34,7 +34,7 @@ class RunPage:
 
     `facts`, `results` and `harvest` are (name, value) rows; `grids` are the results that several things share, such as
     sites or kinds of masks. `losses` and each group of `measures` hold a frame (step, value) by name; `figures` are PNG
-    files as data URIs by name.
+    files as data URIs by name. `warning` says that frozen graphs of the harvest do not add up.
     """
 
     facts: list[tuple[str, str]]
@@ -45,6 +45,7 @@ class RunPage:
     measures: dict[str, dict[str, pl.DataFrame]]
     figures: dict[str, str]
     config: str
+    warning: str = ""
 
 
 def page_data(run: Run, store: Store | None) -> RunPage:
@@ -65,6 +66,7 @@ def page_data(run: Run, store: Store | None) -> RunPage:
         measures=_grouped({name: line for name, line in lines.items() if name not in losses}),
         figures={path.stem: _data_uri(path) for path in run.figures},
         config=_config(run),
+        warning=gap_warning(store.manifest) if store else "",
     )
 
 
@@ -116,6 +118,8 @@ def _harvest(store: Store) -> list[tuple[str, str]]:
     named = {name: manifest[name] for name in ("harvest", "mode", "threshold", "checkpoint_digest") if name in manifest}
     counts = {"prompts": manifest["prompts"], "nodes": manifest["rows"]["nodes"], "edges": manifest["rows"]["edges"]}
     counted = [(name, f"{count:,}") for name, count in counts.items()]
+    if "gap" in manifest:
+        counted.append(("largest gap of in-edges", f"{manifest['gap']:.1e}"))
     return rows(named) + counted + [("complete", "yes" if manifest["complete"] else "no, harvesting was cut short")]
 
 
@@ -178,7 +182,9 @@ def figures(page: RunPage) -> list[Any]:
 
 def _tables(page: RunPage) -> str:
     lists = table(page.facts, "Run") + table(page.harvest, "Harvest") + table(page.results, "Results")
-    return f'<div class="spd-grids">{"".join(map(_grid, page.grids))}</div><div class="spd-tables">{lists}</div>'
+    warning = problem(f"Harvest: {page.warning}") if page.warning else ""
+    grids = f'<div class="spd-grids">{"".join(map(_grid, page.grids))}</div>'
+    return f'{warning}{grids}<div class="spd-tables">{lists}</div>'
 
 
 def _grid(grid: Grid) -> str:
