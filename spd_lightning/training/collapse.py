@@ -108,7 +108,7 @@ class Collapse(Callback):
         if not news:
             return None
         return (
-            f"step {step}: importances are nearly all zero: {used:.2g} of {there:.0f} components are in use and recover "
+            f"step {step}: importances are nearly all zero: {used:.2g} of {there:.0f} components are used and recover "
             f"{max(recovered, 0.0):.0%} of the output; try a lower losses.minimality.coeff, or a higher "
             "optimiser.importance_lr"
         )
