@@ -93,8 +93,8 @@ def test_a_first_config_of_a_target_that_a_config_trains(here, capsys, name):
 
 
 def test_deep_models_begin_with_a_middle_layer():
-    block = {"up": nn.Linear(4, 16), "down": nn.Linear(16, 4)}
-    network = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict(block) for _ in range(12)]), "out": nn.Linear(4, 9)})
+    blocks = [nn.ModuleDict({"up": nn.Linear(4, 16), "down": nn.Linear(16, 4)}) for _ in range(12)]
+    network = nn.ModuleDict({"h": nn.ModuleList(blocks), "out": nn.Linear(4, 9)})
     assert sites.chosen(sites.grouped(network)) == {"h.6.up": 20, "h.6.down": 20}
 
 

@@ -120,7 +120,16 @@ def test_settings_of_a_class(capsys):
 
 
 def test_settings_pass_in_their_order():
-    words = ["--config", "a", "--trainer.max_steps", "5", "--config=b", '--model.sites={"x y": 3}', "--seed_everything", "-1"]
+    words = [
+        "--config",
+        "a",
+        "--trainer.max_steps",
+        "5",
+        "--config=b",
+        '--model.sites={"x y": 3}',
+        "--seed_everything",
+        "-1",
+    ]
     found, rest = verbs.read_some("plan", [*words, "--device", "t4"])
     assert (found.config, found.device) == (["a", "b"], "t4")
     assert rest == ["--trainer.max_steps", "5", '--model.sites={"x y": 3}', "--seed_everything", "-1"]
@@ -136,7 +145,7 @@ def test_settings_pass_in_their_order():
         ("export r --nodes x", "export: --nodes 'x': a share; take a number from 0 to 1; for example: --nodes 0.8"),
         ("export r --to", "export: '--to' needs a value; for example: --to graph.json"),
         ("export r --tos=3", "export: unknown option '--tos=3'; did you mean '--to'?"),
-        ("plan --config a --device t5", "plan: --device 't5': unknown value; did you mean 't4'?"),
+        ("plan --config a --device h10", "plan: --device 'h10': unknown value; did you mean 'h100'?"),
     ],
 )
 def test_wrong_words(words, line):
