@@ -189,10 +189,11 @@ def _of_config(reference: str, network: nn.Module, patterns: dict[str, int]) -> 
     text = str(data.get("class_path")).endswith(".Text")
     given: dict[str, Any] = {"target": reference, "sites": patterns}
     if not text:
-        given["losses"] = {"minimality": {"coeff": 3e-3, "p": 1.0}}
+        losses: dict[str, Any] = {"minimality": {"coeff": 3e-3, "p": 1.0}}
+        given["losses"] = losses
         given["optimiser"] = {"lr": 5e-3, "schedule": {"kind": "cosine", "warmup": 200}}
         if hasattr(network, "vocab"):  # outputs are logits
-            given["losses"]["reconstruction"] = {name: {"divergence": "kl"} for name in ("all", "layerwise")}
+            losses["reconstruction"] = {name: {"divergence": "kl"} for name in ("all", "layerwise")}
             given["evaluation"] = {"divergence": "kl"}
     whole = {
         "base": "lm-subset.yaml" if text else "toy.yaml",

@@ -57,13 +57,12 @@ def kind(run: Run) -> Kind:
     except ValueError:
         facts = None
     target, sites = _map(facts, "target"), _map(facts, "sites")
-    counts = {name: _map(sites, name).get("C") for name in sites}
-    known = all(isinstance(count, int) for count in counts.values())
+    counts = {name: count for name in sites if isinstance(count := _map(sites, name).get("C"), int)}
     return Kind(
         run.name,
         _class(target),
         str(_map(_map(target, "init_args"), "config").get("model_type", "")),
-        counts if known else {},
+        counts if len(counts) == len(sites) else {},
         _class(_map(run.config, "data")),
     )
 
