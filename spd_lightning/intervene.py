@@ -48,7 +48,7 @@ class Row:
     """
 
     text: str | None = None
-    input: Sequence[float] | str | None = None
+    input: Sequence[float | int] | str | None = None
     ablate: Sequence[str] = ()
     scale: Mapping[str, float] = field(default_factory=dict)
     set: Mapping[str, float] = field(default_factory=dict)
@@ -274,7 +274,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def _numbers_in(value: Any) -> Sequence[float] | str | None:
+def _numbers_in(value: Any) -> Sequence[float | int] | str | None:
     if value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_number, value))):
         return value
     raise BadInput("'input': not a list of numbers; for example: [0, 0.75, 0]")
