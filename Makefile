@@ -24,7 +24,7 @@ demo: install  ## decompose the smallest model, harvest its graphs, print the re
 	$(PYTHON) -m spd_lightning fit --config tms_5-2.yaml
 	$(PYTHON) -m spd_lightning predict --config tms_5-2.yaml
 	$(PYTHON) -m spd_lightning runs --table
-	@echo "See it: make view    (or: gradio app.py)"
+	@echo "See it: make view. For more: source .venv/bin/activate, then python -m spd_lightning --help"
 
 view: install  ## open the viewer in a browser
 	$(PYTHON) -m spd_lightning view

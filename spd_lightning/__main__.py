@@ -2,60 +2,39 @@
 
 import sys
 
-HELP = """\
-Stochastic Parameter Decomposition on PyTorch Lightning: take a neural network apart, see which parts each input needs.
-
-usage: python -m spd_lightning VERB [options]
-
-  fit       --config tms.yaml     train the target if need be, decompose it, leave a run
-  plan      --config tms.yaml     what that will take: parameters, memory, FLOPs, hours [--device a100|h100|this|…]
-  predict   --config tms.yaml     attribution graphs of the newest run of that name, as Parquet tables
-  validate  --config tms.yaml     evaluate that run again
-  intervene RUN --text "…"        switch components off, scale or set them: predictions beside the target's
-  view      [PATH] [--port N]     look at runs in the browser (the same as: gradio app.py)
-  edges     RUN LAYER:NUMBER      what drives a component over a corpus, what it drives [--sources|--targets] [--json]
-  weights   RUN [--at_least S]    which component can drive which by the weights alone [--to weights.parquet]
-  export    RUN [--to FILE]       one prompt's graph for circuit-tracer (graph.json) or as GraphML (graph.graphml)
-  runs      [--json | --table]    the runs there are: path, state, what they reached
-  list                            the configs there are: what they do, and what they reach
-  push      RUN                   send a finished run to its trackers once more
-  pull      REFERENCE             fetch a run: mlflow:<run> or wandb:<entity>/<project>/<artifact>:<version>
-
-options of fit, plan, predict and validate
-  --config NAME    a config: a path, or a name in configs/; several are merged, later ones win (callbacks add up)
-  --run NAME       the run's name; its config's where left out
-  --KEY VALUE      any setting: --trainer.max_steps 500, --model.losses.minimality.coeff 1e-3, --seed_everything 7
-  --print_config   the merged settings, without running anything
-  --debug          show where an error came from
-
-options of export
-  --prompt P       its id, its number in the viewer's list from 0 up, or how it begins; the first where left out
-  --harvest NAME   for example graphs-frozen; the run's first harvest of graphs where left out
-  --position N     ask about the outputs at one position, from 0 up; about all where left out
-  --nodes S        keep the nodes that make up this share of the influence on the outputs (0.8; 1 keeps all)
-  --edges S        then the edges that make up this share of theirs (0.98; 1 keeps all)
-  --budget N       instead of --nodes: the outputs, and the N nodes that have most influence on what is there
-
-options of intervene; components are named layer:pos:component, or layer:component at all positions
-  --text TEXT      the prompt; --input 0,0.75,0 for models on vectors, or token ids
-  --ablate NAME    switch it off; --scale NAME=2 multiplies it, --set NAME=1.5 sets its inner activation
-  --keep NAMES     switch all others off; names with commas, or a .json file with a list of them
-  --base ci        edit the model under its importances; the target itself (unmasked) where left out
-  --top N, --json  how many predictions to show; for programs
-
-Runs are kept in ./runs, or in $SPD_RUNS. Every config says at its top what it does, how long, and what comes out.
-"""
+NEEDED = (3, 11)
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+"""The packages whose import name is not what pip calls them."""
 
 
 def main() -> None:
-    """Runs one verb; the exit code is 0, or 2 where the input was bad."""
-    words = sys.argv[1:]
-    if not words or any(word in ("-h", "--help", "help") for word in words):
-        print(HELP, end="")
-        return
-    from spd_lightning.cli import run
+    """Run one verb; the exit code is 0, or 2 where the input or the installation is wrong."""
+    if sys.version_info < NEEDED:
+        found = ".".join(map(str, sys.version_info[:2]))
+        sys.exit(_unusable(f"this is Python {found}, and spd_lightning needs 3.11 or newer"))
+    from spd_lightning import verbs
 
-    sys.exit(run(words))
+    words = sys.argv[1:]
+    if (shown := verbs.asked_for(words)) is not None:
+        print(shown, end="")
+        return
+    try:
+        from spd_lightning.cli import run
+
+        sys.exit(run(words))
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if "--debug" in words or package == "spd_lightning":
+            raise
+        package = DISTRIBUTIONS.get(package, package)
+        sys.exit(_unusable(f"package '{package}' is not installed for {sys.executable}"))
+
+
+def _unusable(why: str) -> int:
+    """Print why nothing can run here, and what to do."""
+    remedy = "activate the environment that holds it (make install, then: source .venv/bin/activate)"
+    print(f"error: {why}; {remedy}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The command line: finds the verb, and turns what went wrong into one line with exit code 2 (`--debug` shows where).
 
-Verbs that need no network are functions here, but for `edges` and `export`; those that do are in `work`, `plan`,
-`intervene` and `weights`. Whatever is elsewhere is imported when it is called. What a verb does not need it does not
-import.
+Short verbs are functions here; the others have modules of their own, which are imported when they are called. `verbs`
+says which words a verb takes. What a verb does not need it does not import, and torch is loaded after its words and its
+run have been checked.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from spd_lightning import catalogue, results, runs
+from spd_lightning import catalogue, results, runs, verbs
 from spd_lightning.errors import BadInput, nearest
 
 log = logging.getLogger("spd_lightning")
@@ -28,6 +28,8 @@ def run(words: Sequence[str]) -> int:
         verb = VERBS.get(words[0])
         if verb is None:
             raise BadInput(f"'{words[0]}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
+        if verbs.topic(words):
+            verb = _elsewhere("spd_lightning.work", "describe")
         verb(words[1:])
         sys.stdout.flush()
     except BadInput as error:
@@ -51,14 +53,11 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _with_trainer(place: str, name: str) -> Callable[[Sequence[str]], None]:
-    """A verb in another module, which the others need not wait for; Lightning's advice is kept from the user."""
+def _elsewhere(place: str, name: str) -> Callable[[Sequence[str]], None]:
+    """Return a verb that is a function of another module, which is imported when it is called."""
 
     def verb(words: Sequence[str]) -> None:
-        from spd_lightning.training.session import quiet
-
-        with quiet():
-            getattr(importlib.import_module(place), name)(words)
+        getattr(importlib.import_module(place), name)(words)
 
     return verb
 
@@ -70,59 +69,27 @@ def _speak() -> None:
     log.propagate = False
 
 
-# ---- verbs that need no Trainer -------------------------------------------------------------------------------------
+# ---- verbs of a few lines -------------------------------------------------------------------------------------------
 
 
 def view(words: Sequence[str]) -> None:
-    """Opens the viewer."""
-    words, port = [part for word in words for part in _parts(word, "--port")], None
-    if "--port" in words:
-        k = words.index("--port")
-        port = _number(words[k + 1] if k + 1 < len(words) else "")
-        del words[k : k + 2]
-    paths = _checked("view", words, ("--port",), most=1)
+    """Open the viewer."""
+    asked = verbs.read("view", words)
     from spd_lightning.viewer.app import launch
 
-    launch(paths[0] if paths else None, port)
-
-
-def _parts(word: str, option: str) -> list[str]:
-    """`--port=7860` as two words."""
-    return word.split("=", 1) if word.startswith(f"{option}=") else [word]
-
-
-def _number(word: str) -> int:
-    if not (word.isascii() and word.isdecimal()):
-        raise BadInput(f"--port '{word}': not a number; for example: --port 7860")
-    return int(word)
-
-
-def _checked(verb: str, words: Sequence[str], options: Sequence[str] = (), most: int = 0) -> list[str]:
-    """The words of a verb that are no options; whatever it does not know is refused."""
-    plain = [word for word in words if not word.startswith("-")]
-    for word in words:
-        if word.startswith("-") and word not in options:
-            raise BadInput(f"{verb}: '{word}' is none of its options; {nearest(word, options)}")
-    if len(plain) > most:
-        raise BadInput(f"{verb}: '{plain[most]}' is one word too many; see: python -m spd_lightning --help")
-    return plain
-
-
-def export(words: Sequence[str]) -> None:
-    """Writes one prompt's graph for other tools."""
-    importlib.import_module("spd_lightning.export").export(words)
+    launch(asked.path, asked.port)
 
 
 def list_runs(words: Sequence[str]) -> None:
-    """The runs there are, as lines, as a table of results, or as JSON."""
-    _checked("runs", words, ("--json", "--table"))
+    """Print the runs there are, as lines, as a table of results, or as JSON."""
+    asked = verbs.read("runs", words)
     found = runs.runs()
-    if "--json" in words:
+    if asked.json:
         facts = [{"name": r.name, "path": str(r.path), "state": r.state, "summary": r.summary} for r in found]
         print(json.dumps(facts, indent=1))
     elif not found:
         print(f"no runs in '{runs.root()}' yet; make one: python -m spd_lightning fit --config tms.yaml")
-    elif "--table" in words:
+    elif asked.table:
         print(results.table([(r.name, r.summary) for r in reversed(found) if r.summary]))
     else:
         for r in found:
@@ -130,36 +97,29 @@ def list_runs(words: Sequence[str]) -> None:
 
 
 def list_configs(words: Sequence[str]) -> None:
-    """The configs there are, by what they are for, each with the first line of its header."""
-    _checked("list", words)
+    """Print the configs there are, by what they are for, each with the first line of its header."""
+    verbs.read("list", words)
     print(catalogue.listing())
 
 
-def edges(words: Sequence[str]) -> None:
-    """What drives a component over a corpus, and what it drives."""
-    importlib.import_module("spd_lightning.edges").edges(words)
-
-
 def pull(words: Sequence[str]) -> None:
-    """Fetches a run from a tracker."""
-    references = _checked("pull", words, most=1)
-    if not references:
-        raise BadInput("pull: name a run, mlflow:<run> or wandb:<entity>/<project>/<artifact>:<version>")
-    path = runs.pull(references[0])
+    """Fetch a run from a tracker."""
+    path = runs.pull(verbs.read("pull", words).reference)
     print(f"run: {path}    see it: python -m spd_lightning view {path}")
 
 
 VERBS = {
-    "fit": _with_trainer("spd_lightning.work", "fit"),
-    "plan": _with_trainer("spd_lightning.plan", "plan"),
-    "validate": _with_trainer("spd_lightning.work", "validate"),
-    "predict": _with_trainer("spd_lightning.work", "predict"),
-    "intervene": _with_trainer("spd_lightning.intervene", "intervene"),
-    "push": _with_trainer("spd_lightning.work", "push"),
+    "fit": _elsewhere("spd_lightning.work", "fit"),
+    "plan": _elsewhere("spd_lightning.plan", "plan"),
+    "sites": _elsewhere("spd_lightning.sites", "sites"),
+    "validate": _elsewhere("spd_lightning.work", "validate"),
+    "predict": _elsewhere("spd_lightning.work", "predict"),
+    "intervene": _elsewhere("spd_lightning.intervene", "intervene"),
+    "push": _elsewhere("spd_lightning.work", "push"),
     "view": view,
-    "export": export,
-    "edges": edges,
-    "weights": _with_trainer("spd_lightning.weights", "weights"),
+    "export": _elsewhere("spd_lightning.export", "export"),
+    "edges": _elsewhere("spd_lightning.edges", "edges"),
+    "weights": _elsewhere("spd_lightning.weights", "weights"),
     "runs": list_runs,
     "list": list_configs,
     "pull": pull,

@@ -15,7 +15,9 @@ import yaml
 
 from spd_lightning.errors import BadInput, nearest
 
-SHIPPED = Path(__file__).resolve().parent.parent / "configs"
+_HERE = Path(__file__).resolve().parent
+SHIPPED = next(folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir())
+"""The shipped configs: inside the installed package, or at the top of a checkout."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,6 +80,25 @@ def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         beside = path.parent / base
         merged = merge(merged, _load(beside if beside.is_file() else find(base), (*seen, path.resolve())))
     return merge(merged, own)
+
+
+def items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Yield the entries of a YAML list, each with the line on which it begins.
+
+    Raises:
+        BadInput: it is not YAML, or not a list.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.SequenceNode):
+            raise BadInput(f"'{path}': expected a list, '- key: value' lines")
+        for entry in node.value:
+            yield entry.start_mark.line + 1, loader.construct_document(entry)
+    except yaml.YAMLError as error:
+        raise BadInput(f"'{path}': not valid YAML: {' '.join(str(error).split())}") from error
+    finally:
+        loader.dispose()
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,21 +1,20 @@
 """edges: what drives a component over a corpus, and what it drives, as a table or as JSON."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
 
-from spd_lightning import runs
-from spd_lightning.analysis.dataset_edges import METRICS, SCALES, Side, corpus_harvests, named, strongest
-from spd_lightning.errors import BadInput, Options, nearest
+from spd_lightning import runs, verbs
+from spd_lightning.analysis.dataset_edges import Side, corpus_harvests, named, strongest
+from spd_lightning.errors import BadInput, nearest
 from spd_lightning.store import Store
 
 
 def edges(words: Sequence[str]) -> None:
     """Prints the strongest sources and targets of one component over the corpus that a run's harvest summed."""
-    asked = _asked(words)
+    asked = verbs.read("edges", words)
     layer, component = _component(asked.component)
     store = _store(asked.run, asked.harvest)
     sides: list[Side] = [side for side in ("sources", "targets") if getattr(asked, side)] or ["sources", "targets"]
@@ -41,24 +40,6 @@ def edges(words: Sequence[str]) -> None:
 
 def _rows(names: list[str], frame: pl.DataFrame) -> list[dict[str, Any]]:
     return [{"name": name, **row} for name, row in zip(names, frame.iter_rows(named=True), strict=True)]
-
-
-def _asked(words: Sequence[str]) -> argparse.Namespace:
-    parser = Options("edges", "for example: edges stories-2L h.0.mlp.c_fc:5 --sources --most 10")
-    parser.add_argument("run")
-    parser.add_argument("component")
-    parser.add_argument("--harvest")
-    parser.add_argument("--sources", action="store_true")
-    parser.add_argument("--targets", action="store_true")
-    parser.add_argument("--scale", choices=SCALES, default="normalised")
-    parser.add_argument("--metric", choices=list(METRICS), default="activation")
-    parser.add_argument("--most", type=int, default=20)
-    parser.add_argument("--at-least", type=int, default=10)
-    parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args(list(words))
-    if asked.most < 1:
-        raise BadInput(f"--most {asked.most}: it is how many to show; take 1 or more")
-    return asked
 
 
 def _component(name: str) -> tuple[str, int]:

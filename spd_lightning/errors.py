@@ -1,9 +1,7 @@
 """What a user is told when their input cannot work: one line with the value, the place and the remedy."""
 
-import argparse
 import difflib
 from collections.abc import Iterable
-from typing import NoReturn
 
 
 class BadInput(ValueError):
@@ -20,20 +18,3 @@ def nearest(name: str, options: Iterable[str]) -> str:
         return f"did you mean '{close[0]}'?"
     more = f" and {len(known) - 20} more" if len(known) > 20 else ""
     return f"there are: {', '.join(known[:20]) or 'none'}{more}"
-
-
-class Options(argparse.ArgumentParser):
-    """The options of a verb; what is wrong with them is one line.
-
-    Args:
-        verb: whose they are.
-        remedy: how the line ends: what to write instead.
-    """
-
-    def __init__(self, verb: str, remedy: str):
-        super().__init__(add_help=False, allow_abbrev=False)
-        self._verb, self._remedy = verb, remedy
-
-    def error(self, message: str) -> NoReturn:
-        """Raises BadInput."""
-        raise BadInput(f"{self._verb}: {message}; {self._remedy}")

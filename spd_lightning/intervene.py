@@ -1,64 +1,153 @@
-"""intervene: edits components of a finished run on one prompt, and prints predictions beside the target's."""
+"""intervene: edits components of a finished run on a prompt, or on many, and prints predictions next to the target's.
+
+1. The words and the file of interventions are read, and checked against the run's files: all offenders at once.
+2. The model is loaded, once; prompts become tokens, and are checked again, all of them.
+3. Each intervention runs by itself.
+"""
+
+from __future__ import annotations  # outcomes are of a module that loads torch
 
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from spd_lightning import config as configs
-from spd_lightning import runs
-from spd_lightning.decomposition.intervention import BASES, Intervened
-from spd_lightning.errors import BadInput, Options, nearest
-from spd_lightning.targets.data import StepData
-from spd_lightning.training.checkpoint import load_decomposition
-from spd_lightning.training.decompose import Decomposition
-from spd_lightning.training.session import Settings
+from spd_lightning import loading, runs, verbs
+from spd_lightning.decomposition.names import BASES, Base, place, within
+from spd_lightning.errors import BadInput, nearest
+from spd_lightning.runs.kind import Kind, kind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spd_lightning.decomposition.intervention import Intervened
+    from spd_lightning.targets.data import StepData
+    from spd_lightning.training.decompose import Decomposition
+
+LARGEST = 3.4028234663852886e38
+"""The largest number of single precision."""
+MOST_TOLD = 20
+"""How many rows of a file are named in one message at most."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One intervention: a prompt, and what is done to components.
+
+    Attributes:
+        text: the prompt, or None.
+        input: the prompt as numbers, or None.
+        ablate, scale, set, keep: edits by the names of their components; keep is None if nothing else is ablated.
+        base: the model that is edited.
+        name: a label.
+        line: where it stands in its file; None for the command's own.
+    """
+
+    text: str | None = None
+    input: Sequence[float | int] | str | None = None
+    ablate: Sequence[str] = ()
+    scale: Mapping[str, float] = field(default_factory=dict)
+    set: Mapping[str, float] = field(default_factory=dict)
+    keep: Sequence[str] | None = None
+    base: Base = "unmasked"
+    name: str = ""
+    line: int | None = None
+
+    @property
+    def components(self) -> list[str]:
+        """Return the names of all components that are edited."""
+        return [*self.ablate, *self.scale, *self.set]
 
 
 def intervene(words: Sequence[str]) -> None:
-    """Runs a prompt through a run's model with and without edits; prints a line a position, or JSON."""
-    asked = _asked(words)
-    folder = runs.find(asked.run).path
+    """Run prompts through a run's model with and without edits; print a line a position, a table, or JSON."""
+    asked = verbs.read("intervene", words)
+    rows = _rows(asked)
+    found = runs.find(asked.run)
+    of = kind(found)
+    _each(rows, lambda number: _check(rows[number], of))
+    with loading.trainer():
+        _run(asked, rows, found.path)
+
+
+def _run(asked: argparse.Namespace, rows: Sequence[Row], folder: Path) -> None:
+    from spd_lightning.training.checkpoint import load_decomposition
+
     module, data = load_decomposition(folder), _data(folder)
-    inputs = _inputs(asked, module, data)
-    module.try_on(inputs)
-    scale, values = _pairs("--scale", asked.scale), _pairs("--set", asked.set)
-    outcome = module.intervene(inputs, asked.ablate, scale, values, _kept(asked.keep), asked.base)
-    if not outcome.edited.isfinite().all():
-        raise BadInput("edits: with them the outputs are no numbers any more; scale or set by less")
-    facts = {"run": folder.resolve().name, "base": asked.base, **told(outcome, inputs, data, asked.top)}
-    print(json.dumps(facts, indent=1, ensure_ascii=False) if asked.json else "\n".join(lines(facts)))
+    prompts = _each(rows, lambda number: _inputs(rows[number], asked.run, module, data))
+
+    def answer(number: int) -> dict[str, Any]:
+        row, prompt = rows[number], prompts[number]
+        outcome = module.intervene(prompt, row.ablate, row.scale, row.set, row.keep, row.base)
+        if not outcome.edited.isfinite().all():
+            raise BadInput("edits: with them the outputs are no numbers any more; scale or set by less")
+        facts = {"run": folder.resolve().name, "base": row.base, **told(outcome, prompt, data, asked.top)}
+        return {"line": row.line, "name": row.name, **facts} if row.line else facts
+
+    answers = _each(rows, answer)
+    if asked.file is None:
+        facts = answers[0]
+        print(json.dumps(facts, indent=1, ensure_ascii=False) if asked.json else "\n".join(lines(facts)))
+    elif asked.json:
+        print("\n".join(json.dumps(facts, ensure_ascii=False) for facts in answers))
+    else:
+        print("\n".join(table(answers)))
+
+
+def _each(rows: Sequence[Row], work: Callable[[int], Any]) -> list[Any]:
+    """Return what some work gives for each row, by its number.
+
+    Raises:
+        BadInput: it rejects some; all that are of a file are named by their lines.
+    """
+    results, wrong = [], []
+    for number, row in enumerate(rows):
+        try:
+            results.append(work(number))
+        except BadInput as error:
+            if row.line is None:
+                raise
+            wrong.append(f"line {row.line}: {error}")
+    if wrong:
+        raise _offenders(wrong)
+    return results
+
+
+def _offenders(wrong: Sequence[str]) -> BadInput:
+    """Return one error for several rows."""
+    more = f"; and {len(wrong) - MOST_TOLD} more" if len(wrong) > MOST_TOLD else ""
+    return BadInput(f"--file: {'; '.join(wrong[:MOST_TOLD])}{more}")
 
 
 # ---- what is asked --------------------------------------------------------------------------------------------------
 
 
-def _asked(words: Sequence[str]) -> argparse.Namespace:
-    parser = Options("intervene", "see: python -m spd_lightning --help")
-    parser.add_argument("run", metavar="RUN")
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--text")
-    prompt.add_argument("--input")
-    for option in ("--ablate", "--scale", "--set", "--keep"):
-        parser.add_argument(option, action="extend", nargs="+")
-    parser.add_argument("--base", default="unmasked")
-    parser.add_argument("--top", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    asked, more = parser.parse_known_args(list(words))
-    if more:
-        options = [option for action in parser._actions for option in action.option_strings]
-        raise BadInput(f"intervene: '{more[0]}' is none of its options; {nearest(more[0], options)}")
-    if asked.base not in BASES:
-        raise BadInput(f"--base '{asked.base}': no such run of the model; {nearest(asked.base, BASES)}")
-    if asked.top < 1:
-        raise BadInput(f"--top {asked.top}: it counts predictions; take 1 or more")
-    asked.ablate = [name for word in asked.ablate or () for name in word.split(",")]
-    return asked
+def _rows(asked: argparse.Namespace) -> list[Row]:
+    """Return the command's own intervention, or those of its file."""
+    given = [name for name in ("text", "input") if getattr(asked, name) is not None]
+    if len(given) > 1:
+        raise BadInput("intervene: --text and --input are two ways to give a prompt; leave one of them out")
+    edits = [f"--{name}" for name in ("ablate", "scale", "set", "keep") if getattr(asked, name)]
+    if asked.file is not None:
+        if edits:
+            raise BadInput(f"intervene: {edits[0]} and --file; write the edits into the rows of the file")
+        return _file(Path(asked.file), Row(text=asked.text, input=asked.input, base=asked.base))
+    if not given:
+        raise BadInput('intervene: the prompt is missing; for example: --text "Mia went", --input 0,1,0, or --file')
+    row = Row(
+        asked.text,
+        asked.input,
+        [name for word in asked.ablate or () for name in word.split(",")],
+        _pairs("--scale", asked.scale),
+        _pairs("--set", asked.set),
+        _kept(asked.keep),
+        asked.base,
+    )
+    return [row]
 
 
 def _pairs(option: str, words: Sequence[str] | None) -> dict[str, float]:
@@ -70,7 +159,7 @@ def _pairs(option: str, words: Sequence[str] | None) -> dict[str, float]:
             found[name] = float(number)
         except ValueError:
             equals = ""
-        if not equals or not abs(found[name]) <= torch.finfo(torch.float32).max:
+        if not equals or not abs(found[name]) <= LARGEST:
             raise BadInput(f"{option} '{word}': write a component and a number; for example: {option} h.0.mlp.c_fc:5=2")
     return found
 
@@ -97,23 +186,128 @@ def _listed(path: Path) -> list[str]:
     return names
 
 
-def _data(folder: Path) -> StepData:
-    """The data of a run, of which nothing is made before it is asked for."""
-    if not (folder / "config.yaml").exists():
-        raise BadInput(f"run '{folder}': no config.yaml in it, which says how texts become tokens; name another run")
-    return Settings(configs.load(str((folder / "config.yaml").resolve()))).built("data")
+# ---- files of interventions -----------------------------------------------------------------------------------------
+
+KEYS = ("text", "input", "ablate", "scale", "set", "keep", "base", "name")
 
 
-def _inputs(asked: argparse.Namespace, module: Decomposition, data: StepData) -> Tensor:
-    """The prompt [1, features] or [1, pos]."""
+def _file(path: Path, default: Row) -> list[Row]:
+    """Return the interventions of a .jsonl file, or of the list in a .yaml file.
+
+    Raises:
+        BadInput: the file cannot be read, or rows are wrong; all of them are named.
+    """
+    if path.suffix not in (".jsonl", ".yaml", ".yml"):
+        raise BadInput(f"--file '{path}': not a kind of file that is read; end it in .jsonl or .yaml")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise BadInput(f"--file '{path}': cannot be read ({why}); name a file with one intervention a row") from error
+    found, wrong = [], []
+    is_json = path.suffix == ".jsonl"
+    for line, entry in _filled_lines(text) if is_json else configs.items(path, text):
+        try:
+            found.append(_row(_parsed(entry) if is_json else entry, default, line))
+        except BadInput as error:
+            wrong.append(f"line {line}: {error}")
+    if wrong:
+        raise _offenders(wrong)
+    if not found:
+        raise BadInput(f"--file '{path}': no row in it; write one intervention a row")
+    return found
+
+
+def _filled_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, with their numbers."""
+    for line, words in enumerate(text.split("\n"), 1):
+        if words.strip():
+            yield line, words
+
+
+def _parsed(words: str) -> Any:
+    try:
+        return json.loads(words)
+    except ValueError as error:
+        raise BadInput(f"not JSON ({error})") from error
+
+
+def _row(held: Any, default: Row, line: int) -> Row:
+    """Return one row of a file."""
+    if not isinstance(held, dict):
+        raise BadInput(f'expected keys and values, found {type(held).__name__}; for example: {{"text": "Mia"}}')
+    for key in held:
+        if key not in KEYS:
+            raise BadInput(f"'{key}': no such key; {nearest(str(key), KEYS)}")
+    if "text" in held and "input" in held:
+        raise BadInput("'text' and 'input' are two ways to give a prompt; leave one of them out")
+    text, numbers = held.get("text"), held.get("input")
+    if text is None and numbers is None:
+        text, numbers = default.text, default.input
+    if text is None and numbers is None:
+        raise BadInput("no prompt; add 'text' or 'input', or give --text or --input for all rows")
+    if text is not None and not isinstance(text, str):
+        raise BadInput(f"'text': {text!r} is not text; put it in quotes")
+    base = held.get("base", default.base)
+    if base not in BASES:
+        raise BadInput(f"'base': '{base}' is unknown; {nearest(str(base), BASES)}")
+    keep = _names("keep", held["keep"]) if "keep" in held else None
+    edits = _names("ablate", held.get("ablate", [])), _numbers_of("scale", held), _numbers_of("set", held)
+    return Row(text, _numbers_in(numbers), *edits, keep, base, str(held.get("name", "")), line)
+
+
+def _names(key: str, value: Any) -> list[str]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadInput(f"'{key}': not a list of components; for example: [\"h.0.mlp.c_fc:5\"]")
+    return names
+
+
+def _numbers_of(key: str, held: Mapping[str, Any]) -> dict[str, float]:
+    value = held.get(key, {})
+    if not isinstance(value, dict) or not all(map(_number, value.values())):
+        raise BadInput(f"'{key}': not a map from components to numbers; for example: {{\"h.0.mlp.c_fc:5\": 2}}")
+    return {str(name): float(number) for name, number in value.items()}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _numbers_in(value: Any) -> Sequence[float | int] | str | None:
+    if value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_number, value))):
+        return value
+    raise BadInput("'input': not a list of numbers; for example: [0, 0.75, 0]")
+
+
+# ---- what is checked ------------------------------------------------------------------------------------------------
+
+
+def _check(row: Row, of: Kind) -> None:
+    """Check a row against what is known of its run without loading it.
+
+    Raises:
+        BadInput: the run takes no texts, or has no such site or component.
+    """
+    if row.text is not None and not of.takes_text:
+        raise BadInput(f"--text: run '{of.name}' takes no texts; give --input, numbers with commas between")
+    if of.counts:
+        for name in row.components:
+            place(of.counts, name)
+
+
+def _inputs(row: Row, run: str, module: Decomposition, data: StepData) -> Tensor:
+    """Return the prompt [1, features] or [1, pos]."""
+    import torch
+
     vocab, context = (getattr(module.network, name, None) for name in ("vocab", "context"))
-    if asked.text is not None:
+    if row.text is not None:
         encode = getattr(data, "encode", None)
         if encode is None or vocab is None:
-            raise BadInput(f"--text: run '{asked.run}' takes no texts; give --input, numbers with commas between")
-        numbers = encode(asked.text)
+            raise BadInput(f"--text: run '{run}' takes no texts; give --input, numbers with commas between")
+        numbers = encode(row.text)
     else:
-        numbers = _numbers(asked.input, whole=vocab is not None)
+        numbers = _numbers(row.input, whole=vocab is not None)
     if not numbers:
         raise BadInput("prompt: it is empty; give it a token at least")
     if vocab is not None:
@@ -123,18 +317,34 @@ def _inputs(asked: argparse.Namespace, module: Decomposition, data: StepData) ->
             raise BadInput(
                 f"prompt: it has {len(numbers)} tokens, and the target's context holds {context}; shorten it"
             )
-    return torch.tensor([numbers])
+    for name in row.components:
+        within(place(module.model.counts, name), 1 if vocab is None else len(numbers))
+    prompt = torch.tensor([numbers])
+    module.try_on(prompt)
+    return prompt
 
 
-def _numbers(words: str, whole: bool) -> list[Any]:
+def _numbers(given: Any, whole: bool) -> list[Any]:
+    """Return the numbers of a prompt that is given as a list or as words."""
+    words = given.replace(",", " ").split() if isinstance(given, str) else [str(number) for number in given]
+    shown = given if isinstance(given, str) else ",".join(words)
     try:
-        found = [(int if whole else float)(word) for word in words.replace(",", " ").split()]
+        found = [(int if whole else float)(word) for word in words]
     except ValueError as error:
         kind = "token ids" if whole else "numbers"
-        raise BadInput(f"--input '{words}': this run takes {kind}; for example: --input 0,1,0") from error
+        raise BadInput(f"--input '{shown}': this run takes {kind}; for example: --input 0,1,0") from error
     if not all(map(math.isfinite, found)):
-        raise BadInput(f"--input '{words}': its numbers must be finite")
+        raise BadInput(f"--input '{shown}': its numbers must be finite")
     return found
+
+
+def _data(folder: Path) -> StepData:
+    """Return the data of a run, of which nothing is made before it is needed."""
+    from spd_lightning.training.session import Settings
+
+    if not (folder / "config.yaml").exists():
+        raise BadInput(f"run '{folder}': no config.yaml in it, which says how texts become tokens; name another run")
+    return Settings(configs.load(str((folder / "config.yaml").resolve()))).built("data")
 
 
 # ---- what is answered -----------------------------------------------------------------------------------------------
@@ -201,3 +411,33 @@ def _shown(row: dict[str, Any], side: str) -> str:
 def _plain(token: str) -> str:
     """A token on one line, its blanks visible."""
     return "".join("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in token)
+
+
+def table(answers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the answers to many interventions as a table, a line each: the last position's, or the largest change."""
+    rows = [_summary(facts) for facts in answers]
+    heads = list(rows[0])
+    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
+    yield _line(heads, widths)
+    for row in rows:
+        yield _line(row.values(), widths)
+
+
+def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return the cells of one answer's line."""
+    first = {"line": str(facts["line"]), "name": _plain(facts["name"]), "base": facts["base"]}
+    if "outputs" in facts:
+        moved = max(facts["outputs"], key=lambda row: abs(row["edited"] - row["target"]))
+        changed = {side: f"{moved[side]:.5f}" for side in ("target", "edited")}
+        return {**first, "output": str(moved["output"]), **changed}
+    last = facts["positions"][-1]
+    largest = max(row["kl_edited"] for row in facts["positions"])
+    predicted = {side: _shown(last, side) for side in ("target", "edited")}
+    return {
+        **first, "after": _plain(last["token"]), **predicted,
+        "KL": f"{last['kl_edited']:.4f}", "largest KL": f"{largest:.4f}",
+    }  # fmt: skip
+
+
+def _line(cells: Iterable[str], widths: Sequence[int]) -> str:
+    return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()

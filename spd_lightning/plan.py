@@ -1,31 +1,37 @@
 """plan: what a fit of a config will take on a device, printed before anything is trained."""
 
-import argparse
-from collections.abc import Iterator, Sequence
+from __future__ import annotations  # sizes are names of a module that loads torch
 
-from spd_lightning.training.session import Settings
-from spd_lightning.training.sizing import DEVICES, Device, GiB, Size, device_named, measured, size_of
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from spd_lightning import loading, verbs
 from spd_lightning.work import Request
+
+if TYPE_CHECKING:
+    from spd_lightning.training.sizing import Device, Size
+
+GiB = 2**30
 
 
 def plan(words: Sequence[str]) -> None:
     """Prints what the fit of a config will take: parameters, memory, FLOPs of a step, hours."""
-    words, device = _device(list(words))
-    request = Request.of(words)
-    settings = Settings(request.config, request.overrides)
+    device, request = verbs.read_some("plan", words)[0].device, Request.of("plan", words)
+    config = request.config
+    with loading.trainer():
+        print("\n".join(_lines(config, request.overrides, device)))
+
+
+def _lines(config: Mapping[str, Any], overrides: Sequence[str], device: str | None) -> Iterator[str]:
+    from spd_lightning.training.session import Settings
+    from spd_lightning.training.sizing import DEVICES, device_named, measured, size_of
+
+    settings = Settings(config, overrides)
     sizes = {False: size_of(settings)}
     devices = [measured(), *DEVICES.values()] if device is None else [device_named(device)]
     if sizes[False].step.gathered and any(device.gpu for device in devices):
         sizes[True] = size_of(settings, gpu=True)
-    print("\n".join(table([(device, sizes.get(device.gpu, sizes[False])) for device in devices])))
-
-
-def _device(words: list[str]) -> tuple[list[str], str | None]:
-    """The words without `--device NAME`, and the name."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--device")
-    found, rest = parser.parse_known_args(words)
-    return rest, found.device
+    return table([(device, sizes.get(device.gpu, sizes[False])) for device in devices])
 
 
 def table(sizes: Sequence[tuple[Device, Size]]) -> Iterator[str]:

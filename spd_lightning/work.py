@@ -3,13 +3,14 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_lightning import config as configs
-from spd_lightning import results, runs
+from spd_lightning import loading, results, runs, verbs
 from spd_lightning.errors import BadInput
 
 if TYPE_CHECKING:
@@ -28,30 +29,34 @@ class Request:
     overrides: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, words: Sequence[str]) -> "Request":
-        """Reads --config and --run; all else is for LightningCLI."""
-        request, rest = cls(), list(words)
-        while rest:
-            option = rest.pop(0)
-            word, _, value = option.partition("=")
-            if word not in ("--config", "-c", "--run"):
-                request.overrides.append(option)
-                continue
-            if not value and (not rest or rest[0].startswith("--")):
-                raise BadInput(f"'{word}' needs a value; for example: {word} tms.yaml")
-            value = value or rest.pop(0)
-            if word == "--run":
-                request.run = value
-            else:
-                request.names.append(value)
-        if not request.names:
-            raise BadInput("--config is missing; for example: --config tms.yaml ('list' shows the configs there are)")
-        return request
+    def of(cls, verb: str, words: Sequence[str]) -> "Request":
+        """Read --config and --run; all else is for LightningCLI.
+
+        Raises:
+            BadInput: there is no --config, or an option has no value.
+        """
+        found, rest = verbs.read_some(verb, words)
+        if not found.config:
+            raise BadInput(f"{verb}: --config is missing; for example: --config tms.yaml ('list' shows the configs)")
+        return cls(found.config, found.run, rest)
+
+    @property
+    def prints_only(self) -> bool:
+        """Whether the merged settings are to be printed, and nothing else."""
+        return any(word.startswith("--print_config") for word in self.overrides)
 
     @property
     def name(self) -> str:
         """The run's name: as asked for, or the first config's."""
         return runs.check_name(self.run or Path(self.names[0]).name.removesuffix(".yaml"))
+
+    def finished_run(self) -> runs.Run:
+        """Return the run that is asked for by name, or the newest that finished.
+
+        Raises:
+            BadInput: there is none.
+        """
+        return runs.find(self.run) if self.run else runs.newest(self.name)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -72,15 +77,16 @@ def _callbacks(config: dict[str, Any]) -> list[Any]:
 
 def fit(words: Sequence[str]) -> None:
     """Trains a target, or decomposes one: a run in the end, with its summary, figures and a copy in the tracker."""
-    from spd_lightning.training.pretraining import report, train_target
-
-    request = Request.of(words)
+    request = Request.of("fit", words)
     config = request.config
-    if _trains_target(config):
-        folder = train_target(request.names[0], config, request.overrides)
-        print(report(folder))
-        return
-    _decompose(request, config)
+    with loading.trainer():
+        if _trains_target(config):
+            from spd_lightning.training.pretraining import report, train_target
+
+            folder = train_target(request.names[0], config, request.overrides)
+            print(report(folder))
+        else:
+            _decompose(request, config)
 
 
 def _trains_target(config: dict[str, Any]) -> bool:
@@ -169,18 +175,22 @@ def _verdict(module: "Decomposition") -> str:
 
 def validate(words: Sequence[str]) -> None:
     """Evaluates a finished run again and prints its figures."""
-    session = _finished(Request.of(words), tracked=False)
-    session.trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
-    if session.trainer.is_global_zero:
-        print(json.dumps(session.model.figures, indent=1))
+    with _finished(Request.of("validate", words), tracked=False) as session:
+        session.trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
+        if session.trainer.is_global_zero:
+            print(json.dumps(session.model.figures, indent=1))
 
 
 def predict(words: Sequence[str]) -> None:
     """Runs a config's harvesters over its prompts; the tables land in the run and, as one artifact, in its tracker."""
+    with _finished(Request.of("predict", words), tracked=True) as session:
+        _harvest(session)
+
+
+def _harvest(session: "Session") -> None:
     from spd_lightning.harvest.module import Harvester
     from spd_lightning.training.tracking import answering, begin, publish
 
-    session = _finished(Request.of(words), tracked=True)
     harvesters = [c for c in session.trainer.callbacks if isinstance(c, Harvester)]  # pyright: ignore[reportAttributeAccessIssue]
     if not harvesters:
         raise BadInput("config: no harvester in trainer.callbacks; add class_path spd_lightning.PromptGraphs")
@@ -194,30 +204,39 @@ def predict(words: Sequence[str]) -> None:
         publish(session.trainer, session.plan.folder, [f"harvest/{harvester.name}" for harvester in harvesters])
 
 
-def _finished(request: Request, tracked: bool) -> "Session":
-    """A session on the run a request means: its weights, the config's data and trainer."""
-    from spd_lightning.training.checkpoint import load_decomposition
-    from spd_lightning.training.session import Plan, Session
+@contextmanager
+def _finished(request: Request, tracked: bool) -> Iterator["Session"]:
+    """Open a session on the run that a request means: its weights, the config's data and trainer."""
+    config = request.config
+    found = None if request.prints_only else request.finished_run()
+    with loading.trainer():
+        from spd_lightning.training.checkpoint import load_decomposition
+        from spd_lightning.training.session import Plan, Session
 
-    def plan(settings: dict[str, Any]) -> Plan:
-        found = runs.find(request.run) if request.run else runs.newest(request.name)
-        return Plan(found.path, found.name, load_decomposition(found.path), tracked=tracked)
+        def plan(settings: dict[str, Any]) -> Plan:
+            assert found is not None  # printing settings ends before there is a plan
+            return Plan(found.path, found.name, load_decomposition(found.path), tracked=tracked)
 
-    return Session(request.config, request.overrides, plan)
+        yield Session(config, request.overrides, plan)
 
 
 def push(words: Sequence[str]) -> None:
     """Sends a finished run, its harvests included, to the trackers that its config names: once more, or at last."""
-    from spd_lightning.training.tracking import answering, begin, publish
-
-    names = [word for word in words if not word.startswith("-")]
-    if len(words) != 1 or not names:
-        raise BadInput("push: name one run; for example: push tms ('runs' shows the runs there are)")
-    found = runs.find(names[0])
+    found = runs.find(verbs.read("push", words).run)
     if found.state != "finished":
         raise BadInput(f"run '{found.name}': it is {found.state}; let its fit finish, which sends it too")
-    session = _finished(Request([str(found.path / "config.yaml")], str(found.path)), tracked=True)
-    begin(session.trainer, found.path)
-    with answering("once it answers, the same command sends it"):
-        publish(session.trainer, found.path)
+    with _finished(Request([str(found.path / "config.yaml")], str(found.path)), tracked=True) as session:
+        from spd_lightning.training.tracking import answering, begin, publish
+
+        begin(session.trainer, found.path)
+        with answering("once it answers, the same command sends it"):
+            publish(session.trainer, found.path)
     print(f"sent: {found.path}")
+
+
+def describe(words: Sequence[str]) -> None:
+    """Print all settings of the model, the data, the trainer, or of a public class."""
+    with loading.trainer():
+        from spd_lightning.training.parsing import settings_of
+
+        print(settings_of(words[-1]), end="")

@@ -73,7 +73,7 @@ def held(a, b, recovered):
         (held(40, 40, 0.9), held(30, 9, 0.5), "fell by 0.40; try a lower coefficient of minimality"),
         (held(40, 40, 0.9), held(20, 20, 0.5), None),  # half is left
         (held(40, 40, 0.9), held(5, 5, 0.85), None),  # as it should be: the rest was not needed
-        (held(40, 40, 0.9), held(39, 0, 0.9), "no component of b is alive any more"),
+        (held(40, 40, 0.9), held(39, 0, 0.9), "no component of b is alive; try a lower"),
         (held(40, 0, 0.9), held(39, 0, 0.9), None),
         (held(0, 0, 0.0), held(0, 0, 0.0), None),
         ({}, held(4, 4, 0.9), None),
@@ -81,11 +81,49 @@ def held(a, b, recovered):
 )
 def test_a_cliff_is_told_and_pruning_is_not(then, now, told):
     watch = Collapse()
-    assert watch.alive(100, then) is None
+    watch.alive(100, then)
     found = watch.alive(200, now)
     assert (found is None) == (told is None)
     assert told is None or (found.startswith("step 200: ") and told in found)
     assert watch.alive(300, now) is None, "nothing has changed since"
+
+
+def test_a_layer_without_components_is_told_at_the_first_evaluation_and_once():
+    watch = Collapse()
+    assert watch.alive(100, held(40, 0, 0.9)).startswith("step 100: no component of b is alive; try a lower coeff")
+    assert watch.alive(200, held(40, 0, 0.9)) is None
+    assert watch.alive(300, held(40, 2, 0.9)) is None
+    assert "of b is alive" in watch.alive(400, held(40, 0, 0.9)), "again, after it was over"
+    resumed = Collapse()
+    resumed.load_state_dict(watch.state_dict())
+    assert resumed.alive(500, held(40, 0, 0.9)) is None
+
+
+def used(l0, recovered):
+    return {"alive/a": 3, "nonzero/a": 100, "l0/a": l0, "recovered/ci": recovered}
+
+
+@pytest.mark.parametrize(
+    ("figures", "told"),
+    [
+        (
+            used(0.5, 0.01),
+            "importances are nearly all zero: 0.5 of 100 components are used and recover 1% of the output",
+        ),
+        (used(0.0, -0.2), "recover 0% of the output; try a lower losses.minimality.coeff"),
+        (used(0.25, 0.98), None),  # sparse inputs need few components, and those do the work
+        (used(30.0, -0.2), None),  # importances do harm, but are not zero
+        (used(0.5, 0.06), None),
+        ({"alive/a": 3}, None),
+    ],
+)
+def test_importances_that_are_nearly_all_zero_are_told(figures, told):
+    """Below 2 % of the components in use, which recover less than 5 % of what masking everything costs."""
+    watch = Collapse()
+    found = watch.in_use(300, figures)
+    assert (found is None) == (told is None)
+    assert told is None or (found.startswith("step 300: ") and told in found)
+    assert watch.in_use(400, figures) is None, "told already"
 
 
 # ---- adversaries ----------------------------------------------------------------------------------------------------

@@ -415,9 +415,9 @@ def test_edges_on_the_command_line(both, capsys):
     [
         (["h.0.mlp.down_proj"], "component 'h.0.mlp.down_proj': write layer:number"),
         (["h.0.mlp.down_proj:1", "--harvest", "dataset-unmaskd"], "did you mean 'dataset-unmasked'?"),
-        (["h.0.mlp.down_proj:1", "--most", "0"], "--most 0: it is how many to show"),
-        (["h.0.mlp.down_proj:1", "--scale", "log"], "invalid choice: 'log'"),
-        ([], "the following arguments are required: component"),
+        (["h.0.mlp.down_proj:1", "--most", "0"], "--most '0': not a number from 1 up"),
+        (["h.0.mlp.down_proj:1", "--scale", "log"], "--scale 'log': unknown value; there are: mean, normalised, sum"),
+        ([], "edges: COMPONENT is missing: layer:number"),
     ],
 )
 def test_bad_questions_on_the_command_line(both, capsys, words, why):

@@ -250,12 +250,12 @@ def test_the_verb_writes_what_its_ending_says(here, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("", "export: name a run"),
+        ("", "export: RUN is missing"),
         ("tms_5_2", "did you mean 'tms_5-2'"),
         ("bare", "run 'bare': it has no graphs"),
         ("bare --harvest nodes", "harvest 'nodes' of run 'bare': it has no graphs"),
         ("tms_5-2 --harvest prob", "did you mean 'probe'"),
-        ("tms_5-2 more", "'more' is one word too many"),
+        ("tms_5-2 more", "unexpected argument 'more'"),
         ("tms_5-2 --promt 3", "did you mean '--prompt'"),
         ("tms_5-2 --prompt", "'--prompt' needs a value"),
         ("tms_5-2 --prompt feture_3", "did you mean 'feature 3'"),

@@ -380,11 +380,109 @@ def test_the_command_takes_vectors_too(capsys, runs_there):
     assert len(told(capsys, *words).splitlines()) == 6
 
 
+ROWS = """\
+{"text": "Mia went to the park", "ablate": ["h.0.mlp.down_proj:1"], "name": "down"}
+
+{"text": "Mia", "scale": {"h.0.attn.o_proj:0:1": 2}, "base": "ci"}
+{"input": [3, 4, 5], "set": {"h.0.attn.q_proj:1": 0.5}}
+{"input": "3,4", "keep": ["h.0.mlp.down_proj:0-1:1"]}
+"""
+IN_YAML = """\
+- {text: Mia went to the park, ablate: [h.0.mlp.down_proj:1], name: down}
+
+- text: Mia
+  scale: {h.0.attn.o_proj:0:1: 2}
+  base: ci
+- {input: [3, 4, 5], set: {h.0.attn.q_proj:1: 0.5}}
+- {input: "3,4", keep: [h.0.mlp.down_proj:0-1:1]}
+"""
+
+
+def test_a_file_of_interventions_gives_what_each_gives_alone(capsys, runs_there, tmp_path):
+    """Every row's answer is that of a command of its own, after the model has been loaded once."""
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + ROWS, encoding="utf-8")
+    (tmp_path / "rows.yaml").write_text(IN_YAML)
+    answers = [
+        json.loads(line) for line in told(capsys, "text", "--file", f"{tmp_path}/rows.jsonl", "--json").splitlines()
+    ]
+    assert [answer.pop("line") for answer in answers] == [1, 3, 4, 5]
+    assert [answer.pop("name") for answer in answers] == ["down", "", "", ""]
+    alone = [
+        ["--text", "Mia went to the park", "--ablate", "h.0.mlp.down_proj:1"],
+        ["--text", "Mia", "--scale", "h.0.attn.o_proj:0:1=2", "--base", "ci"],
+        ["--input", "3,4,5", "--set", "h.0.attn.q_proj:1=0.5"],
+        ["--input", "3,4", "--keep", "h.0.mlp.down_proj:0-1:1"],
+    ]
+    assert answers == [json.loads(told(capsys, "text", *words, "--json")) for words in alone]
+    again = told(capsys, "text", "--file", f"{tmp_path}/rows.yaml", "--json").splitlines()
+    assert [json.loads(line)["line"] for line in again] == [1, 3, 6, 7]
+    assert [json.loads(line)["positions"] for line in again] == [answer["positions"] for answer in answers]
+    table = told(capsys, "text", "--file", f"{tmp_path}/rows.jsonl").splitlines()
+    assert len(table) == 5
+    assert table[0].split() == ["line", "name", "base", "after", "target", "edited", "KL", "largest", "KL"]
+    assert table[1].split()[:3] == ["1", "down", "unmasked"]
+    assert float(table[1].split()[-2]) == pytest.approx(answers[0]["positions"][-1]["kl_edited"], abs=1e-4)
+    (tmp_path / "edits.jsonl").write_text('{"ablate": "linear1:1"}\n{"ablate": []}\n')
+    table = told(capsys, "toy", "--file", f"{tmp_path}/edits.jsonl", "--input", "0,0.75,0,0,0").splitlines()
+    assert [line.split()[0] for line in table] == ["line", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [
+                '{"text": "Mia", "ablate": ["h.0.attn.p_proj:1"]}',
+                '{"text": "Mia"}',
+                '{"input": [1], "ablate": "x"}',
+                "{",
+            ],
+            ["line 4: not JSON"],
+        ),
+        (
+            ['{"text": "Mia", "ablate": ["h.0.attn.p_proj:1"]}', '{"text": "Mia"}', '{"input": [1], "ablate": "x"}'],
+            ["line 1: site 'h.0.attn.p_proj': not one", "line 3: component 'x': write layer:pos:component"],
+        ),
+        (
+            ['{"text": "Mia"}', '{"text": ""}', '{"input": [999]}'],
+            ["line 2: prompt: it is empty", "line 3: prompt: token 999"],
+        ),
+        (['{"input": [1, 2], "ablate": ["h.0.mlp.c_fc_proj:1"]}'], ["line 1: site 'h.0.mlp.c_fc_proj'"]),
+        (['{"input": [1, 2], "set": {"h.0.attn.q_proj:2:1": 1}}'], ["line 1: position 2 of 'h.0.attn.q_proj'"]),
+        (['{"txt": "Mia"}'], ["line 1: 'txt': no such key; did you mean 'text'?"]),
+        (
+            ['{"text": 3}', "[]", "3"],
+            ["line 1: 'text': 3 is not text", "line 2: expected keys", "line 3: expected keys"],
+        ),
+        (['{"text": "Mia", "scale": {"h.0.attn.q_proj:1": "2"}}'], ["line 1: 'scale': not a map"]),
+        (['{"text": "Mia", "scale": {"h.0.attn.q_proj:1": 1e39}}'], ["line 1: 'scale': not a map"]),
+        (['{"text": "Mia", "keep": {"a": 1}}'], ["line 1: 'keep': not a list"]),
+        (['{"text": "Mia", "input": [1]}'], ["line 1: 'text' and 'input' are two ways"]),
+        (['{"ablate": []}'], ["line 1: no prompt"]),
+        (['{"text": "Mia", "base": "cl"}'], ["line 1: 'base': 'cl' is unknown"]),
+        (['{"input": ["a"]}'], ["line 1: 'input': not a list of numbers"]),
+        ([], ["no row in it"]),
+    ],
+)
+def test_wrong_rows_are_all_named_in_one_line(capsys, runs_there, tmp_path, rows, said):
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    assert cli.run(["intervene", "text", "--file", f"{tmp_path}/rows.jsonl"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: --file")
+    assert err.count("\n") == 1
+    assert all(part in err for part in said), err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--text", "Mia"], "the following arguments are required: RUN"),
-        (["text"], "one of the arguments --text --input is required"),
+        (["text", "--file", "no.jsonl"], "--file 'no.jsonl': cannot be read (No such file"),
+        (["text", "--file", "rows.csv"], "end it in .jsonl or .yaml"),
+        (["text", "--file", "no.yaml", "--ablate", "x:1"], "--ablate and --file"),
+        (["text", "--text", "Mia", "--input", "1"], "leave one of them out"),
+        (["--text", "Mia"], "intervene: RUN is missing: a run's name"),
+        (["text"], "intervene: the prompt is missing; for example"),
         (["txt", "--text", "Mia"], "did you mean 'text'?"),
         (["text", "--text", "Mia", "--abblate", "x:1"], "did you mean '--ablate'?"),
         (["text", "--text", ""], "prompt: it is empty"),
@@ -406,8 +504,8 @@ def test_the_command_takes_vectors_too(capsys, runs_there):
         ),
         (["text", "--text", "Mia", "--ablate", "h.0.attn.q_proj:0-9999999999:1"], "beyond every prompt's end"),
         (["text", "--text", "Mia", "--keep", "no.json"], "cannot be read (No such file"),
-        (["text", "--text", "Mia", "--base", "cl"], "no such run of the model; there are: ci, unmasked"),
-        (["text", "--text", "Mia", "--top", "0"], "take 1 or more"),
+        (["text", "--text", "Mia", "--base", "cl"], "unknown value; there are: ci, unmasked"),
+        (["text", "--text", "Mia", "--top", "0"], "--top '0': not a number from 1 up"),
         (["toy", "--text", "Mia"], "run 'toy' takes no texts"),
         (["toy", "--input", "1,2"], "does not go through the target"),
         (["toy", "--input", "1,2,nan,4,5"], "its numbers must be finite"),

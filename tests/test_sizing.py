@@ -360,7 +360,7 @@ def test_plan_prints_what_it_will_take(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--device h10", "--device 'h10': not in the table; did you mean 'h100'?"),
+        ("--device h10", "--device 'h10': unknown value; did you mean 'h100'?"),
         ("--modle.x 3", "config: modle"),
         ("--model.sites={'nope':3}", "sites: pattern 'nope' matches no module of the target"),
         ("--model.target pretrain/none", "target 'pretrain/none': config 'pretrain/none': no such file"),

@@ -26,10 +26,10 @@ from spd_lightning.training.decompose import Decomposition
 WHOLE = [style for style, (_, sites) in STYLES.items() if sites.items() >= MAPS.items()]
 
 REFUSED = {
-    "": "weights: the following arguments are required: run",
+    "": "weights: RUN is missing",
     "txet": "run 'txet': not in",
-    "toy": "weights: TMS is no decoder whose parts are known",
-    "text --at_least 2": "--at_least 2: it is a share",
+    "toy": "weights: run 'toy': TMS is no decoder whose parts are known",
+    "text --at_least 2": "--at_least '2': a share",
     "text --to table.csv": "--to 'table.csv': not a kind of file that is written; end it in .parquet",
     "text --to no/where.parquet": "there is no folder 'no'",
 }

@@ -10,26 +10,17 @@ all other sites still (`checks`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spd_lightning.decomposition import names
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map
+from spd_lightning.decomposition.names import BASES, Base, Place
 from spd_lightning.errors import BadInput, nearest
-
-Base = Literal["unmasked", "ci"]
-BASES: tuple[Base, ...] = ("unmasked", "ci")
-
-
-class Place(NamedTuple):
-    """A component of a site, at some positions; at all of them where positions is None."""
-
-    site: str
-    component: int
-    positions: tuple[int, ...] | None = None
 
 
 class Edit(NamedTuple):
@@ -55,19 +46,15 @@ class Intervened(NamedTuple):
 
 
 def place(model: ComponentModel, name: str) -> Place:
-    """The place that `layer:pos:component` or `layer:component` names; pos is a number or a range, `3-5`.
+    """Return the place that `layer:pos:component` or `layer:component` names (`names.place`).
 
     Raises:
         BadInput: the name has another form, or there is no such site or component.
     """
-    site, *numbers = name.strip().split(":")
-    if not 1 <= len(numbers) <= 2 or not numbers[-1].isdecimal():
-        raise BadInput(f"component '{name}': write layer:pos:component, or layer:component for all positions")
-    known(model, found := Place(site, int(numbers[-1]), _positions(name, numbers[0]) if len(numbers) == 2 else None))
-    return found
+    return names.place(model.counts, name)
 
 
-def places(model: ComponentModel, names: Iterable[str]) -> list[Place]:
+def places(model: ComponentModel, nodes: Iterable[str]) -> list[Place]:
     """The places that names of a graph's nodes mean; what is no component (inputs, outputs, rests, biases) has none.
 
     Raises:
@@ -75,35 +62,11 @@ def places(model: ComponentModel, names: Iterable[str]) -> list[Place]:
     """
     fixed = {n for n, m in model.target.named_modules() if isinstance(m, nn.Embedding)} - set(model.sites)
     fixed |= {"input", "output"}
-    split = [(name, name.strip().split(":")) for name in names]
+    split = [(name, name.strip().split(":")) for name in nodes]
     return [place(model, name) for name, (layer, *at) in split if layer not in fixed and at[-1:] not in _NO_COMPONENT]
 
 
 _NO_COMPONENT = (["rest"], ["bias"])
-
-
-DIGITS = 5
-"""A position has no more: tables hold 65536 of them."""
-
-
-def _positions(name: str, word: str) -> tuple[int, ...]:
-    first, dash, last = word.partition("-")
-    if not first.isdecimal() or (dash and not last.isdecimal()):
-        raise BadInput(f"component '{name}': position '{word}' is no number; write 3, or 3-5 for several")
-    if max(len(first), len(last)) > DIGITS:
-        raise BadInput(f"component '{name}': position '{word}' lies beyond every prompt's end; write a smaller one")
-    found = tuple(range(int(first), int(last or first) + 1))
-    if not found:
-        raise BadInput(f"component '{name}': positions '{word}' end before they begin; write the smaller one first")
-    return found
-
-
-def known(model: ComponentModel, at: Place) -> None:
-    """Raises BadInput where a model has no such site or component."""
-    if at.site not in model.sites:
-        raise BadInput(f"site '{at.site}': not one of the decomposition; {nearest(at.site, model.sites)}")
-    if not 0 <= at.component < (count := model.counts[at.site]):
-        raise BadInput(f"component {at.component} of '{at.site}': it has {count}; take one from 0 to {count - 1}")
 
 
 def named_edits(
@@ -144,7 +107,7 @@ def intervene(
     if base not in BASES:
         raise BadInput(f"base '{base}': no such run of the model; {nearest(base, BASES)}")
     for at in [*(edit.place for edit in edits), *(keep or ())]:
-        known(model, at)
+        names.known(model.counts, at)
     with torch.no_grad():
         clean = model.clean(inputs)
         g = model.importances(clean).lower if base == "ci" else None
@@ -190,9 +153,7 @@ def _by_position(site: Site, w: Float[Tensor, "... C"]) -> Float[Tensor, "... po
 
 def _at(view: Tensor, at: Place) -> tuple:
     """Where a place lies in values [..., pos, C]."""
-    length = view.shape[-2]
-    if late := [pos for pos in at.positions or () if not 0 <= pos < length]:
-        raise BadInput(f"position {late[0]} of '{at.site}': the prompt has {length}; take one from 0 to {length - 1}")
+    names.within(at, view.shape[-2])
     return (..., slice(None) if at.positions is None else list(at.positions), at.component)
 
 

@@ -16,12 +16,14 @@ EXPLODED = 100.0
 REMEMBERED, ENOUGH = 100, 10  # gradient norms a running median is taken of: at most, at least
 CLIFF, COST = 0.5, 0.1
 """The share of alive components that must be left, and the share recovered that may be lost, between evaluations."""
+IDLE, POINTLESS = 0.02, 0.05
+"""The share of components in use, and the share recovered by them, below which importances count as nearly all zero."""
 WEAKER = 10.0
 """How many times more harm than the training's own adversary a fresh one may do."""
 
 
 class Collapse(Callback):
-    """Warns of gradients that explode, of components that die all at once, and of an adversary that has gone soft.
+    """Warns of exploding gradients, dying components, importances that are all zero, and an adversary gone soft.
 
     It looks at what is logged anyway, every `log_every` steps and at every evaluation, and says each thing once until
     it is over.
@@ -30,6 +32,7 @@ class Collapse(Callback):
     def __init__(self):
         self._norms: deque[float] = deque(maxlen=REMEMBERED)
         self._exploded, self._soft, self._seen = False, False, -1
+        self._idle, self._dead = False, set[str]()
         self._before: dict[str, float | int] = {}
         self._attacks: dict[str, list[float]] = {}
 
@@ -50,6 +53,7 @@ class Collapse(Callback):
         figures, step = getattr(pl_module, "figures", {}), trainer.global_step
         fresh = {n: v for n, v in figures.items() if n.startswith("pgd/")}
         self._tell(trainer, self.alive(step, figures))
+        self._tell(trainer, self.in_use(step, figures))
         self._tell(trainer, self.adversary(step, fresh))
 
     def _tell(self, trainer: Trainer, told: str | None) -> None:
@@ -80,7 +84,9 @@ class Collapse(Callback):
         sites = [name for name in figures if name.startswith("alive/") and name in before]
         then, now = sum(before[name] for name in sites), sum(figures[name] for name in sites)
         lost = before.get("recovered/ci", 0.0) - figures.get("recovered/ci", 0.0)
-        gone = [name.removeprefix("alive/") for name in sites if before[name] > 0 and figures[name] == 0]
+        dead = {name.removeprefix("alive/") for name in figures if name.startswith("alive/") and figures[name] == 0}
+        gone = sorted(dead - self._dead)
+        self._dead = dead
         remedy = "try a lower coefficient of minimality, or a ramp of it (losses.minimality.ramp 0.1)"
         if now < CLIFF * then and lost > COST:
             return (
@@ -88,8 +94,24 @@ class Collapse(Callback):
                 f"and the share recovered under CI masks fell by {lost:.2f}; {remedy}"
             )
         if gone:
-            return f"step {step}: no component of {', '.join(gone)} is alive any more; {remedy}"
+            return f"step {step}: no component of {', '.join(gone)} is alive; {remedy}"
         return None
+
+    def in_use(self, step: int, figures: Mapping[str, float | int]) -> str | None:
+        """Return a warning if importances are nearly all zero, and masks of them no better than zeros."""
+        names = [name.removeprefix("alive/") for name in figures if name.startswith("alive/")]
+        used = sum(figures.get(f"l0/{name}", 0.0) for name in names)
+        there = sum(figures.get(f"nonzero/{name}", 0) for name in names)
+        recovered = figures.get("recovered/ci", 1.0)
+        idle = used < IDLE * there and recovered < POINTLESS
+        news, self._idle = idle and not self._idle, idle
+        if not news:
+            return None
+        return (
+            f"step {step}: importances are nearly all zero: {used:.2g} of {there:.0f} components are used and recover "
+            f"{max(recovered, 0.0):.0%} of the output; try a lower losses.minimality.coeff, or a higher "
+            "optimiser.importance_lr"
+        )
 
     def adversary(self, step: int, fresh: Mapping[str, float]) -> str | None:
         """Whether the training's adversaries do far less harm than a fresh one does with the most ascents."""
@@ -117,6 +139,8 @@ class Collapse(Callback):
             "seen": self._seen,
             "before": self._before,
             "attacks": self._attacks,
+            "idle": self._idle,
+            "dead": sorted(self._dead),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -124,6 +148,7 @@ class Collapse(Callback):
         self._exploded, self._soft = state_dict["told"]
         self._seen, self._before = state_dict["seen"], state_dict["before"]
         self._attacks = state_dict["attacks"]
+        self._idle, self._dead = state_dict.get("idle", False), set(state_dict.get("dead", ()))
 
 
 def adversarial(module: LightningModule) -> list[str]:

@@ -4,7 +4,10 @@ jsonargparse wraps what is wrong in layers: the key of every level, each type th
 whole value. The layers are chained as causes: going down them gives the place key by key, and at the bottom the cause.
 """
 
+import importlib
+import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -128,3 +131,55 @@ def complaint(error: Exception) -> BadInput:
     """What an error met while building things from a config says to the user."""
     inner = told(error)
     return BadInput(str(inner)) if inner else Complaint("", " ".join(str(list(causes(error))[-1]).split())[:300])
+
+
+# ---- what settings there are ----------------------------------------------------------------------------------------
+
+TOPICS = {
+    "model": ("spd_lightning.Decomposition", "model"),
+    "data": ("spd_lightning.Text", "data"),
+    "trainer": ("lightning.pytorch.Trainer", "trainer"),
+    "reconstruction": ("spd_lightning.decomposition.reconstruction.Reconstruction", "model.losses.reconstruction.NAME"),
+}
+"""The classes that whole parts of a config set up, and what options call them."""
+
+
+def settings_of(topic: str) -> str:
+    """Return the settings of a part of configs or of a public class, each with its type, its default, its docstring.
+
+    Args:
+        topic: `model`, `data`, `trainer`, `reconstruction`, or the name of a class, with or without `spd_lightning.`.
+
+    Raises:
+        BadInput: there is no such part or class.
+    """
+    path, prefix = TOPICS.get(topic, (topic, ""))
+    if "." not in path:
+        path = f"spd_lightning.{path}"
+    module, _, name = path.rpartition(".")
+    public = spd_lightning.__all__
+    if module == "spd_lightning" and name not in public:
+        raise BadInput(f"--help {topic}: no such settings; {nearest(topic, [*TOPICS, *public])}")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+        parser = LightningArgumentParser(prog="", usage="", add_help=False)
+        parser.add_class_arguments(kind, prefix or None, fail_untyped=False)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise BadInput(f"--help {topic}: not a class with settings; {nearest(topic, [*TOPICS, *public])}") from error
+    lines = [f"{path}: its settings, as options and as keys of a config", ""]
+    for action in parser._actions:
+        if action.dest.endswith("help") or not action.option_strings or "CONFIG" in str(action.metavar):
+            continue
+        default = "" if action.required else f" (default: {_plain_default(action.default)})"
+        lines.append(f"  {action.option_strings[0]}{' (required)' if action.required else default}")
+        lines += textwrap.wrap(action.help or "", 110, initial_indent="      ", subsequent_indent="      ")
+    if topic == "data":
+        lines += ["", "Settings of other data: --help SparseFeatures, --help InductionTokens"]
+    return "\n".join([*lines, ""])
+
+
+def _plain_default(value: Any) -> str:
+    """Return a default as one writes it in a config."""
+    if isinstance(value, str | bool | list | dict | None):
+        return json.dumps(value, default=lambda held: type(held).__name__)
+    return str(value)

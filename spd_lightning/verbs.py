@@ -1,0 +1,486 @@
+"""The verbs of the command line: one table, from which their words are read and their help is printed.
+
+What is in the table is read by `read`; what is read from it is shown by `page`: the two cannot differ. Importing this
+costs nothing but argparse, so that help is there at once. What does not belong here: what a verb does.
+"""
+
+import argparse
+import math
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NoReturn
+
+from spd_lightning.errors import BadInput, nearest
+
+PROGRAM = "python -m spd_lightning"
+
+
+# ---- kinds of values ------------------------------------------------------------------------------------------------
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers from `least` up."""
+
+    def read_whole(word: str) -> int:
+        if not (word.isascii() and word.isdecimal()) or int(word) < least:
+            raise argparse.ArgumentTypeError(f"'{word}': not a number from {least} up")
+        return int(word)
+
+    return read_whole
+
+
+def share(word: str) -> float:
+    """Read a number from 0 to 1."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"'{word}': a share; take a number from 0 to 1")
+    return value
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """One argument or option of a verb.
+
+    Attributes:
+        name: `--option`, or the name of an argument in capitals.
+        help: one sentence or less, without a period.
+        value: what its value is called; None for a switch that takes none.
+        default: its value if omitted.
+        kind: reads the value.
+        choices: the values there are, where they can be counted.
+        many: whether it takes several values, and may be given more than once.
+        needed: whether it must be given.
+        example: a value it could take.
+        passed: whether it is only shown here, and read elsewhere.
+    """
+
+    name: str
+    help: str
+    value: str | None = None
+    default: Any = None
+    kind: Callable[[str], Any] = str
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    needed: bool = False
+    example: str = ""
+    passed: bool = False
+
+    @property
+    def dest(self) -> str:
+        """Return the attribute that holds its value after reading."""
+        return self.name.lstrip("-").lower()
+
+    @property
+    def shown(self) -> str:
+        """Return its name with its value, as help shows it."""
+        return self.name if self.value is None else f"{self.name} {self.value}"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb.
+
+    Attributes:
+        name: what is typed.
+        brief: its most common words, for the list of all verbs.
+        purpose: one sentence.
+        example: the words of a command that works.
+        options: its arguments in order, and its options.
+        settings: whether any setting of a config may be given as `--KEY VALUE`.
+        notes: more that its help should say.
+    """
+
+    name: str
+    brief: str
+    purpose: str
+    example: str
+    options: tuple[Option, ...] = ()
+    settings: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[Option]:
+        """Return the options that are given by their place."""
+        return [option for option in self.options if not option.name.startswith("-")]
+
+
+RUN = Option("RUN", "a run's name, its folder, or a tracker's reference; 'runs' lists the names", needed=True)
+CONFIG = Option(
+    "--config",
+    "a config: a path, or a name that 'list' shows; several are merged, later ones win (callbacks add up)",
+    "NAME",
+    many=True,
+    needed=True,
+    example="tms.yaml",
+)
+CHOSEN = (
+    CONFIG,
+    Option("--run", "the run's name (default: the name of the first config)", "NAME", example="mine"),
+    Option("--KEY", "any setting, as --trainer.max_steps 500 or --seed_everything 7", "VALUE", passed=True),
+    Option("--print_config", "print the merged settings without running anything", passed=True),
+)
+DEBUG = Option("--debug", "show where an error came from", passed=True)
+HELP = Option("--help", "print this page", passed=True)
+SETTINGS = (
+    f"All settings with their defaults: {PROGRAM} fit --help model, or --help data, --help trainer,",
+    "--help reconstruction, --help CLASS (for example --help PromptGraphs).",
+)
+
+FORMATS = (
+    "Components are named layer:pos:component (pos a number or a range, 3-5), or layer:component at all positions.",
+    "A file of interventions has one row each, as JSON lines (.jsonl) or a YAML list (.yaml):",
+    '  {"text": "Mia went", "ablate": ["h.0.mlp.c_fc:5"], "scale": {"h.1.attn.o_proj:3:7": 2}}',
+    "Its keys: text or input; ablate and keep (lists), scale and set (maps), base, name (a label of yours).",
+)
+
+_ALL = (
+    Verb(
+        "fit",
+        "--config tms.yaml",
+        "Train the target if need be, decompose it, and leave a run.",
+        "fit --config tms.yaml",
+        CHOSEN,
+        True,
+        SETTINGS,
+    ),
+    Verb(
+        "plan",
+        "--config tms.yaml",
+        "Print what a fit will take: parameters, memory, FLOPs, hours.",
+        "plan --config stories-2L.yaml --device a100",
+        (
+            *CHOSEN,
+            Option(
+                "--device",
+                "the machine to plan for, 'this' for the one at hand (default: all of them)",
+                "NAME",
+                choices=("this", "h200", "h100", "a100", "rtx4090", "t4", "laptop"),
+                example="a100",
+            ),
+        ),
+        True,
+        SETTINGS,
+    ),
+    Verb(
+        "sites",
+        "TARGET",
+        "List the maps of a target that can be decomposed; write a first config for it.",
+        "sites targets/tms_5-2",
+        (
+            Option(
+                "TARGET",
+                "hf:FOLDER or hf:NAME (a HuggingFace model as it is), decoder:FOLDER (on our decoder), or a config "
+                "that trains a target",
+                needed=True,
+            ),
+            Option("--write", "write a first config that decomposes it", "FILE", example="mine.yaml"),
+            Option("--all", "list every map by itself, not groups of alike ones"),
+            Option("--json", "print JSON"),
+        ),
+    ),
+    Verb(
+        "predict",
+        "--config tms.yaml",
+        "Harvest attribution graphs of the newest run of that name, as Parquet tables.",
+        "predict --config tms.yaml --config frozen.yaml",
+        CHOSEN,
+        True,
+        SETTINGS,
+    ),
+    Verb(
+        "validate",
+        "--config tms.yaml",
+        "Evaluate a finished run again and print its figures.",
+        "validate --config tms.yaml",
+        CHOSEN,
+        True,
+        SETTINGS,
+    ),
+    Verb(
+        "intervene",
+        'RUN --text "..."',
+        "Ablate, scale or set components; print predictions next to the target's.",
+        "intervene tms --input 0,0.75,0,0,0 --ablate linear1:3",
+        (
+            RUN,
+            Option("--text", "the prompt", "TEXT", example="Mia"),
+            Option("--input", "the prompt as numbers with commas: features, or token ids", "NUMBERS", example="0,1"),
+            Option("--file", "many interventions, one a row (see below)", "FILE", example="edits.jsonl"),
+            Option("--ablate", "components to switch off", "NAME", many=True, example="h.0.mlp.c_fc:5"),
+            Option("--scale", "components to multiply", "NAME=X", many=True, example="h.0.mlp.c_fc:5=2"),
+            Option("--set", "components and inner activations to set", "NAME=X", many=True, example="h.0.mlp.c_fc:5=1"),
+            Option(
+                "--keep",
+                "components to keep while all others are switched off; names, or a .json file with a list of them",
+                "NAMES",
+                many=True,
+                example="h.0.mlp.c_fc:5",
+            ),
+            Option("--base", "the model to edit: the target itself, or under its importances", "BASE", "unmasked",
+                   choices=("unmasked", "ci"), example="ci"),
+            Option("--top", "how many predictions to show", "N", 3, whole(1), example="5"),
+            Option("--json", "print JSON; of a file, one line a row"),
+        ),
+        notes=FORMATS,
+    ),
+    Verb(
+        "view",
+        "[PATH] [--port N]",
+        "Look at runs in the browser.",
+        "view --port 7860",
+        (
+            Option("PATH", "a folder of runs, a run or a harvest (default: all runs)"),
+            Option("--port", "the port to listen on (default: the first free one from 7860)", "N", None, whole(1),
+                   example="7860"),
+        ),
+    ),
+    Verb(
+        "edges",
+        "RUN LAYER:NUMBER",
+        "Print what drives a component over a corpus, and what it drives.",
+        "edges stories-2L h.0.mlp.c_fc:5 --sources --most 10",
+        (
+            RUN,
+            Option("COMPONENT", "layer:number", needed=True),
+            Option("--harvest", "a harvest of sums (default: the latest)", "NAME", example="dataset_edges-unmasked"),
+            Option("--sources", "print only what drives it"),
+            Option("--targets", "print only what it drives"),
+            Option("--scale", "what sums are divided by", "SCALE", "normalised",
+                   choices=("sum", "mean", "normalised"), example="mean"),
+            Option("--metric", "what edges go to: the activation, or its size", "METRIC", "activation",
+                   choices=("activation", "size"), example="size"),
+            Option("--most", "how many to print of each", "N", 20, whole(1), example="20"),
+            Option("--at_least", "leave out pairs with fewer edges than this", "N", 10, whole(1), example="3"),
+            Option("--json", "print JSON"),
+        ),
+    ),
+    Verb(
+        "weights",
+        "RUN",
+        "Write which component can drive which by the weights alone, as Parquet.",
+        "weights stories-2L --to weights.parquet",
+        (
+            RUN,
+            Option("--at_least", "the share of the largest weight into a component that others must reach", "S", 0.3,
+                   share, example="0.3"),
+            Option("--to", "the file to write", "FILE", "weights.parquet", example="weights.parquet"),
+        ),
+    ),
+    Verb(
+        "export",
+        "RUN",
+        "Write one prompt's graph for circuit-tracer (.json) or as GraphML (.graphml).",
+        "export tms --to graph.graphml",
+        (
+            RUN,
+            Option("--prompt", "its id, its number in the viewer's list from 0 up, or how it begins", "P", "0",
+                   example="0"),
+            Option("--harvest", "a harvest of graphs (default: the run's first)", "NAME", example="graphs-unmasked"),
+            Option("--to", "the file to write", "FILE", "graph.json", example="graph.json"),
+            Option("--position", "ask about the outputs at one position, from 0 up (default: all)", "N", None,
+                   whole(0), example="12"),
+            Option("--nodes", "keep the nodes that make up this share of the influence on the outputs (default: 0.8)",
+                   "S", None, share, example="0.8"),
+            Option("--edges", "keep the edges that make up this share of theirs (default: 0.98; with --budget 1)",
+                   "S", None, share, example="0.98"),
+            Option("--budget", "instead of --nodes: the outputs and the N nodes with most influence", "N", None,
+                   whole(0), example="100"),
+        ),
+    ),
+    Verb(
+        "runs",
+        "[--table]",
+        "List the runs there are: path, state, and what they reached.",
+        "runs --table",
+        (
+            Option("--table", "print a table of results"),
+            Option("--json", "print JSON"),
+        ),
+    ),
+    Verb("list", "", "List the configs there are: what they do, and what they reach.", "list"),
+    Verb("push", "RUN", "Send a finished run to its trackers again.", "push tms", (RUN,)),
+    Verb(
+        "pull",
+        "REFERENCE",
+        "Fetch a run from a tracker.",
+        "pull mlflow:tms",
+        (
+            Option(
+                "REFERENCE",
+                "mlflow:<run> or wandb:<entity>/<project>/<artifact>:<version>",
+                needed=True,
+            ),
+        ),
+    ),
+)  # fmt: skip
+VERBS = {verb.name: verb for verb in _ALL}
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+class Reader(argparse.ArgumentParser):
+    """Reads the words of one verb; whatever is wrong with them is one line."""
+
+    def __init__(self, verb: Verb):
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.verb = verb
+        for option in verb.options:
+            if not option.passed:
+                self._take(option)
+
+    def _take(self, option: Option) -> None:
+        if not option.name.startswith("-"):
+            self.add_argument(option.dest, metavar=option.name, nargs=None if option.needed else "?")
+            return
+        if option.value is None:
+            self.add_argument(option.name, action="store_true")
+            return
+        names = [option.name, "-c"] if option is CONFIG else [option.name]
+        several: dict[str, Any] = {"action": "extend", "nargs": "+"} if option.many else {}
+        if option is CONFIG:
+            several = {"action": "append"}
+        self.add_argument(*names, default=option.default, type=option.kind, **several)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise BadInput with the option, what is wrong with it, and an example."""
+        raise BadInput(_complaint(self.verb, message))
+
+
+def _complaint(verb: Verb, message: str) -> str:
+    """Return argparse's message as a line that names the remedy."""
+    if found := re.match(r"the following arguments are required: (\w+)", message):
+        option = next(option for option in verb.options if option.name == found[1])
+        return f"{verb.name}: {option.name} is missing: {option.help}; for example: {verb.example}"
+    if found := re.match(r"argument (--\w+)(?:/\S+)?: (.*)", message, re.DOTALL):
+        option = next(option for option in verb.options if option.name == found[1])
+        example = f"for example: {option.name} {option.example}"
+        if found[2].startswith("expected"):
+            return f"{verb.name}: '{option.name}' needs a value; {example}"
+        if found[2].startswith("ignored explicit argument"):
+            return f"{verb.name}: '{option.name}' takes no value"
+        return f"{verb.name}: {option.name} {found[2]}; {example}"
+    return f"{verb.name}: {message}; see: {PROGRAM} {verb.name} --help"
+
+
+def read(name: str, words: Sequence[str]) -> argparse.Namespace:
+    """Read the words of a verb that takes no settings of configs.
+
+    Raises:
+        BadInput: an option is unknown or has a value that it cannot take, an argument is missing or one too many.
+    """
+    verb = VERBS[name]
+    found, rest = read_some(name, words)
+    for word in rest:
+        if word.startswith("-"):
+            known = [option.name for option in verb.options if option.name.startswith("-")]
+            raise BadInput(f"{name}: unknown option '{word}'; {nearest(word.partition('=')[0], known)}")
+        raise BadInput(f"{name}: unexpected argument '{word}'; see: {PROGRAM} {name} --help")
+    return found
+
+
+def read_some(name: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Read the words of a verb that the table knows; return the others too, in their order.
+
+    Raises:
+        BadInput: an option has a value that it cannot take, or an argument is missing.
+    """
+    verb = VERBS[name]
+    found, rest = Reader(verb).parse_known_args(list(words))
+    for option in verb.options:
+        value = getattr(found, option.dest, None)
+        if option.choices and value is not None and value not in option.choices:
+            raise BadInput(f"{name}: {option.name} '{value}': unknown value; {nearest(value, option.choices)}")
+    return found, rest
+
+
+# ---- help -----------------------------------------------------------------------------------------------------------
+
+HELP_WORDS = ("-h", "--help")
+
+
+def asked_for(words: Sequence[str]) -> str | None:
+    """Return the page of help that a command line asks for; None if it asks for none that is known without torch."""
+    if not words or words[0] in (*HELP_WORDS, "help"):
+        return page(words[1]) if words[1:] and words[1] in VERBS else overview()
+    if words[0] in VERBS and topic(words) is None and any(word in HELP_WORDS for word in words):
+        return page(words[0])
+    return None
+
+
+def topic(words: Sequence[str]) -> str | None:
+    """Return what settings are asked for: X of `fit --help X`."""
+    for word, after in pairwise(words):
+        if word in HELP_WORDS and VERBS[words[0]].settings and not after.startswith("-"):
+            return after
+    return None
+
+
+def page(name: str) -> str:
+    """Return the help of one verb: usage, purpose, options with their defaults, an example."""
+    verb = VERBS[name]
+    words = [option.name if option.needed else f"[{option.name}]" for option in verb.arguments]
+    words += [option.shown for option in verb.options if option.needed and option not in verb.arguments]
+    usage = " ".join([f"usage: {PROGRAM} {name}", *words, "[options]"])
+    lines = [usage, "", verb.purpose]
+    if verb.arguments:
+        lines += ["", "arguments", *_rows(verb.arguments)]
+    others = [option for option in verb.options if option not in verb.arguments]
+    lines += ["", "options", *_rows([*others, DEBUG, HELP])]
+    if verb.notes:
+        lines += ["", *verb.notes]
+    return "\n".join([*lines, "", "example", f"  {PROGRAM} {verb.example}", ""])
+
+
+def _rows(options: Sequence[Option]) -> list[str]:
+    width = max(len(option.shown) for option in options)
+    rows = []
+    for option in options:
+        first, *more = textwrap.wrap(_explained(option), 110 - width)
+        rows.append(f"  {option.shown:<{width}}  {first}")
+        rows += [f"  {'':<{width}}  {line}" for line in more]
+    return rows
+
+
+def _explained(option: Option) -> str:
+    facts = []
+    if option.choices:
+        facts.append(f"one of {', '.join(option.choices)}")
+    if option.many and option is not CONFIG:
+        facts.append("several are allowed")
+    if option.default is not None:
+        facts.append(f"default: {option.default}")
+    return f"{option.help} ({'; '.join(facts)})" if facts else option.help
+
+
+def overview() -> str:
+    """Return the help of the whole tool: its verbs, a line each."""
+    width = max(len(verb.brief) for verb in _ALL)
+    lines = [f"  {verb.name:<9} {verb.brief:<{width}}  {verb.purpose}" for verb in _ALL]
+    return "\n".join([*_HEAD, *lines, *_FOOT, ""])
+
+
+_HEAD = (
+    "Stochastic Parameter Decomposition on PyTorch Lightning: take a neural network apart, see which parts each input",
+    "needs.",
+    "",
+    f"usage: {PROGRAM} VERB [options]",
+    "",
+)
+_FOOT = (
+    "",
+    f"Options and an example of a verb: {PROGRAM} VERB --help",
+    f"All settings of configs:          {PROGRAM} fit --help model (or data, trainer, or a class)",
+    "",
+    "Runs are kept in ./runs, or in $SPD_RUNS. Every config says at its top what it does, how long it takes, and what",
+    "comes out. After `pip install`, `spd VERB` is the same as `python -m spd_lightning VERB`.",
+)
