@@ -14,7 +14,7 @@ from spd_lightning.errors import BadInput
 
 if TYPE_CHECKING:
     from spd_lightning.training.decompose import Decomposition
-    from spd_lightning.training.session import Session
+    from spd_lightning.training.session import Session, Settings
 
 log = logging.getLogger("spd_lightning")
 
@@ -94,7 +94,12 @@ def _decompose(request: Request, config: dict[str, Any]) -> None:
     from spd_lightning.training.session import Plan, Session, Settings
     from spd_lightning.training.sizing import refuse_what_does_not_fit
 
-    refuse_what_does_not_fit(Settings(config, request.overrides))
+    settings = Settings(config, request.overrides)
+    if claim := runs.uncopied(request.name, settings.settings):
+        with claim:
+            _complete_copy(claim.run, settings)
+        return
+    refuse_what_does_not_fit(settings)
     started, claims = time.perf_counter(), []
 
     def plan(settings: dict[str, Any]) -> Plan:
@@ -116,13 +121,24 @@ def _decompose(request: Request, config: dict[str, Any]) -> None:
             claim.abandon()
 
 
+def _complete_copy(run: runs.Run, settings: "Settings") -> None:
+    """Send a finished run to the trackers that did not get all of it, in place of making it again."""
+    from spd_lightning.training.tracking import send
+
+    log.info("run %s: it is finished; a tracker lacks a part of its copy, which is sent now", run.name)
+    try:
+        send(settings.trackers, run.path, settings.settings)
+    except BadInput as error:
+        raise BadInput(f"{error}. The run itself is whole; for another one choose a name: --run NAME") from error
+    print(f"sent: {run.path}")
+
+
 def _train(session: "Session") -> None:
     from spd_lightning.training.checkpoint import LAST
-    from spd_lightning.training.tracking import answering, begin
 
     trainer, checkpoint = session.trainer, session.plan.folder / LAST
-    begin(trainer, session.plan.folder, session.settings)
-    with answering("once it answers, the same command goes on from the last checkpoint"):
+    session.copies.begin(session.settings)
+    with session.copies:
         trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
         trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
     session.model.adopt(trainer.callback_metrics)  # forked devices evaluate in processes of their own
@@ -131,7 +147,7 @@ def _train(session: "Session") -> None:
 def _finish(session: "Session", started: float) -> None:
     """Writes what the training came to, the summary last, and sends copies to the trackers."""
     from spd_lightning.training.checkpoint import save_decomposition
-    from spd_lightning.training.tracking import answering, publish
+    from spd_lightning.training.tracking import publish
 
     folder, module = session.plan.folder, session.model
     save_decomposition(module, folder)
@@ -140,8 +156,7 @@ def _finish(session: "Session", started: float) -> None:
         log.warning("run %s: ended in a local minimum; try another seed. %s", folder.name, module.warning)
     runs.write_json(folder / "summary.json", summary)
     print(results.table([(folder.name, summary)]))
-    with answering(f"the run itself is whole; once it answers: python -m spd_lightning push {folder.name}"):
-        publish(session.trainer, folder)
+    publish(session.copies)
 
 
 def _summary(session: "Session", seconds: float) -> dict[str, float | str]:
@@ -178,20 +193,20 @@ def validate(words: Sequence[str]) -> None:
 def predict(words: Sequence[str]) -> None:
     """Runs a config's harvesters over its prompts; the tables land in the run and, as one artifact, in its tracker."""
     from spd_lightning.harvest.module import Harvester
-    from spd_lightning.training.tracking import answering, begin, publish
+    from spd_lightning.training.tracking import publish
 
     session = _finished(Request.of(words), tracked=True)
     harvesters = [c for c in session.trainer.callbacks if isinstance(c, Harvester)]  # pyright: ignore[reportAttributeAccessIssue]
     if not harvesters:
         raise BadInput("config: no harvester in trainer.callbacks; add class_path spd_lightning.PromptGraphs")
-    begin(session.trainer, session.plan.folder)
-    session.trainer.predict(session.model, datamodule=session.datamodule, return_predictions=False)
+    session.copies.begin()
+    with session.copies:
+        session.trainer.predict(session.model, datamodule=session.datamodule, return_predictions=False)
     for harvester in harvesters:
         if session.trainer.is_global_zero:
             folder = session.plan.folder / "harvest" / harvester.name  # devices of their own processes know it alone
             print(f"harvest: {folder}    see it: python -m spd_lightning view")
-    with answering("once it answers, the same command sends what is harvested already"):
-        publish(session.trainer, session.plan.folder, [f"harvest/{harvester.name}" for harvester in harvesters])
+    publish(session.copies, [f"harvest/{harvester.name}" for harvester in harvesters])
 
 
 def _finished(request: Request, tracked: bool) -> "Session":
@@ -208,7 +223,7 @@ def _finished(request: Request, tracked: bool) -> "Session":
 
 def push(words: Sequence[str]) -> None:
     """Sends a finished run, its harvests included, to the trackers that its config names: once more, or at last."""
-    from spd_lightning.training.tracking import answering, begin, publish
+    from spd_lightning.training.tracking import send
 
     names = [word for word in words if not word.startswith("-")]
     if len(words) != 1 or not names:
@@ -216,8 +231,7 @@ def push(words: Sequence[str]) -> None:
     found = runs.find(names[0])
     if found.state != "finished":
         raise BadInput(f"run '{found.name}': it is {found.state}; let its fit finish, which sends it too")
-    session = _finished(Request([str(found.path / "config.yaml")], str(found.path)), tracked=True)
-    begin(session.trainer, found.path)
-    with answering("once it answers, the same command sends it"):
-        publish(session.trainer, found.path)
+    settings = found.config
+    pulled = (found.path / "pulled.json").exists()  # it may come from strangers: its config chooses no tracker here
+    send(None if pulled else (settings.get("trainer") or {}).get("logger"), found.path, settings)
     print(f"sent: {found.path}")

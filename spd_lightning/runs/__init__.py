@@ -10,7 +10,7 @@ run or of a harvest, `mlflow:<run id or name>`, or `wandb:<entity>/<project>/<ar
 """
 
 from spd_lightning.files import root
-from spd_lightning.runs.claims import Claim, claim
+from spd_lightning.runs.claims import UNCOPIED, Claim, claim, uncopied
 from spd_lightning.runs.files import (
     append_metrics,
     cut_metrics,
@@ -22,20 +22,34 @@ from spd_lightning.runs.files import (
 )
 from spd_lightning.runs.folders import Run, check_name, newest, runs
 from spd_lightning.runs.references import find, pull
-from spd_lightning.runs.trackers import MIRRORED, artifact_location, log_artifacts, reachable, tracking_uri
+from spd_lightning.runs.trackers import (
+    MIRRORED,
+    NoAnswer,
+    artifact_location,
+    embedded_uri,
+    log_artifacts,
+    mlflow_client,
+    reachable,
+    tracking_uri,
+    trouble,
+)
 
 __all__ = [
     "MIRRORED",
+    "UNCOPIED",
     "Claim",
+    "NoAnswer",
     "Run",
     "append_metrics",
     "artifact_location",
     "check_name",
     "claim",
     "cut_metrics",
+    "embedded_uri",
     "find",
     "log_artifacts",
     "metrics_size",
+    "mlflow_client",
     "newest",
     "pull",
     "reachable",
@@ -43,6 +57,8 @@ __all__ = [
     "root",
     "runs",
     "tracking_uri",
+    "trouble",
+    "uncopied",
     "writable",
     "write_json",
     "write_whole",
