@@ -112,9 +112,11 @@ def _decompose(request: Request, config: dict[str, Any]) -> None:
 
     try:
         session = Session(config, request.overrides, plan)
-        _train(session)
+        with session.copies:
+            _train(session)
+            if session.trainer.is_global_zero:
+                _finish(session, started)
         if session.trainer.is_global_zero:
-            _finish(session, started)
             print(f"run: {session.plan.folder}    next: python -m spd_lightning predict --config {request.names[0]}")
     finally:
         for claim in claims:
@@ -138,9 +140,8 @@ def _train(session: "Session") -> None:
 
     trainer, checkpoint = session.trainer, session.plan.folder / LAST
     session.copies.begin(session.settings)
-    with session.copies:
-        trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
-        trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
+    trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
+    trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
     session.model.adopt(trainer.callback_metrics)  # forked devices evaluate in processes of their own
 
 
@@ -199,8 +200,8 @@ def predict(words: Sequence[str]) -> None:
     harvesters = [c for c in session.trainer.callbacks if isinstance(c, Harvester)]  # pyright: ignore[reportAttributeAccessIssue]
     if not harvesters:
         raise BadInput("config: no harvester in trainer.callbacks; add class_path spd_lightning.PromptGraphs")
-    session.copies.begin()
     with session.copies:
+        session.copies.begin()
         session.trainer.predict(session.model, datamodule=session.datamodule, return_predictions=False)
     for harvester in harvesters:
         if session.trainer.is_global_zero:
@@ -231,7 +232,11 @@ def push(words: Sequence[str]) -> None:
     found = runs.find(names[0])
     if found.state != "finished":
         raise BadInput(f"run '{found.name}': it is {found.state}; let its fit finish, which sends it too")
+    if not (found.path / "config.yaml").exists():
+        raise BadInput(f"run '{found.name}': it has no config.yaml, and so is no run of a fit; name one ('runs')")
     settings = found.config
     pulled = (found.path / "pulled.json").exists()  # it may come from strangers: its config chooses no tracker here
-    send(None if pulled else (settings.get("trainer") or {}).get("logger"), found.path, settings)
+    trainer = settings.get("trainer")
+    chosen = trainer.get("logger") if isinstance(trainer, dict) and not pulled else None
+    send(chosen, found.path, settings)
     print(f"sent: {found.path}")

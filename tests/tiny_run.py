@@ -69,6 +69,17 @@ def work_uncopied(root: Path, words: list[str], surroundings: dict[str, str]) ->
     work(root, words, surroundings)
 
 
+def work_hanging(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
+    """The same, under a tracker that hangs as soon as the run's files are to be copied; then there is a file, `copying`."""
+
+    def hangs(*_, **__):
+        (root.parent / "copying").touch()
+        time.sleep(600)
+
+    runs.log_artifacts = hangs
+    work(root, words, surroundings)
+
+
 def begun(root: Path, words: list[str], **surroundings: str) -> BaseProcess:
     process = SERVER.Process(target=work, args=(root, words, surroundings))
     process.start()

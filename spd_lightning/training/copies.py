@@ -359,7 +359,9 @@ def trackers(chosen: Any, folder: Path) -> list[Tracker]:
     return [_tracker(each, folder) for each in (chosen if isinstance(chosen, list) else [chosen])]
 
 
-def _tracker(chosen: Mapping[str, Any], folder: Path) -> Tracker:
+def _tracker(chosen: Any, folder: Path) -> Tracker:
+    if not isinstance(chosen, Mapping) or "class_path" not in chosen:
+        raise BadInput(f"config: trainer.logger: '{chosen}' is not a logger; give its class_path, and init_args")
     path = str(chosen["class_path"])
     given = {**(chosen.get("init_args") or {}), **(chosen.get("dict_kwargs") or {})}
     match path.rpartition(".")[2]:
@@ -464,10 +466,12 @@ class Copy:
             BadInput: the tracker can never work.
         """
         self._settings = settings
+        known = self.error is not None  # then there is nothing to wait for
         self._tried.clear()
         self._go.set()
         self._wake.set()
-        self._wait_at_once()
+        if self._needed or not known:
+            self._wait_at_once()
 
     def _wait_at_once(self) -> None:
         self._tried.wait(PATIENCE if self._needed else AT_ONCE)
