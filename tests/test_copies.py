@@ -137,7 +137,7 @@ def server(root, tmp_path_factory) -> Iterator[Server]:
 
 
 def test_a_server_that_dies_in_the_middle(root, server):
-    """The fit finishes without it and says so; back again, `push` makes its copy whole, and pushing twice adds nothing."""
+    """The fit finishes without it. Once it is back `push` completes its copy, and pushing twice adds nothing."""
     run = root / "dies"
     process = begun(root, [*FIT, "--run", "dies", "--trainer.max_steps", "600"], MLFLOW_TRACKING_URI=server.uri)
     deadline = time.monotonic() + 60

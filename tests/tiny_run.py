@@ -70,7 +70,7 @@ def work_uncopied(root: Path, words: list[str], surroundings: dict[str, str]) ->
 
 
 def work_hanging(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
-    """The same, under a tracker that hangs as soon as the run's files are to be copied; then there is a file, `copying`."""
+    """The same, under a tracker that hangs when the run's files are to be copied; a file, `copying`, says when."""
 
     def hangs(*_, **__):
         (root.parent / "copying").touch()
