@@ -1,4 +1,4 @@
-"""Trackers hold copies of runs: where MLflow's are, and how files go up to it and come down from it or from W&B."""
+"""Trackers hold copies of runs: where they are, whether they answer, how files go up and down."""
 
 import contextlib
 import fcntl
@@ -32,9 +32,10 @@ MIRRORED = (
 
 
 EMBEDDED = "mlflow.db"
-"""The file, below the root, that the embedded store keeps its records in; artifacts are next to it."""
+"""The file of the embedded store, below the root."""
 
 ARTIFACTS = "mlartifacts"
+"""The folder of its artifacts, next to it."""
 
 _START = "start its server, or unset MLFLOW_TRACKING_URI to use the embedded store"
 _CHECK = "check MLFLOW_TRACKING_URI, or unset it to use the embedded store"
@@ -56,9 +57,9 @@ def tracking_uri() -> str:
 def embedded_uri() -> str:
     """The address of the embedded store.
 
-    SQLAlchemy reads a path as a URL: `%` and `?` in it must be escaped. MLflow makes the parent folder of a path that
-    follows `sqlite:///` without reading the escapes, which would leave an empty folder of the wrong name behind; it
-    does not if the driver is named.
+    SQLAlchemy reads a path as a URL: `%` and `?` in it must be escaped. MLflow makes the parent
+    folder of a path that follows `sqlite:///` without reading the escapes, which would leave an
+    empty folder of the wrong name behind; it does not if the driver is named.
     """
     path = str(root().resolve() / EMBEDDED)
     if "%" in path or "?" in path:
@@ -83,8 +84,8 @@ def _sqlite_file(uri: str) -> Path | None:
 def reachable(uri: str, remedy: str = _START) -> None:
     """Try a tracker's address for a few seconds, before its client retries for minutes.
 
-    A server must answer a request, whatever it answers; a database must accept a connection; a sqlite file must not be
-    locked by another process.
+    A server must answer a request, whatever it answers; a database must accept a connection; a
+    sqlite file must not be locked by another process.
 
     Raises:
         NoAnswer: it does not.
@@ -130,7 +131,7 @@ def _try_http(parts: SplitResult, scheme: str, host: str, port: int) -> None:
         return  # the client goes through the proxy, which this check does not
     connection = HTTPConnection(host, port, timeout=_PATIENCE)
     if scheme == "https":
-        unverified = ssl.create_default_context()  # nothing secret is sent; the client verifies whom it talks to
+        unverified = ssl.create_default_context()  # nothing secret is sent; the client itself verifies
         unverified.check_hostname = False
         unverified.verify_mode = ssl.CERT_NONE
         connection = HTTPSConnection(host, port, timeout=_PATIENCE, context=unverified)
@@ -147,10 +148,11 @@ def _try_http(parts: SplitResult, scheme: str, host: str, port: int) -> None:
 
 
 def mlflow_client(uri: str) -> Any:
-    """Return a client of an MLflow store; a sqlite store that does not exist yet is made, by one process at a time.
+    """Return a client of an MLflow store; a sqlite store that does not exist yet is made, by one
+    process at a time.
 
-    Requests give up after 20 s and one retry, unless MLflow's own variables say otherwise (its defaults are 120 s and
-    seven retries, which wait longer and longer).
+    Requests give up after 20 s and one retry, unless MLflow's own variables say otherwise (its
+    defaults are 120 s and seven retries, which wait longer and longer).
 
     Raises:
         NoAnswer: the store does not answer.
@@ -167,13 +169,14 @@ def _be_brief() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-    for name in ("alembic", "urllib3.connectionpool", "mlflow.store.db.utils"):  # what fails is reported by us, once
+    # What fails is reported by us, once.
+    for name in ("alembic", "urllib3.connectionpool", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
 def _made_by_one(uri: str) -> Iterator[None]:
-    """Hold a lock next to a sqlite store: two processes that create or migrate it at once would break it."""
+    """Hold a lock next to a sqlite store, which breaks if two processes create or migrate it at once."""
     path = _sqlite_file(uri)
     if path is None:
         yield
@@ -192,7 +195,8 @@ _LATER = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
 def trouble(error: BaseException, uri: str, remedy: str = _CHECK) -> BadInput:
     """Return what went wrong with a tracker as one line, which never holds its password.
 
-    It is a NoAnswer if the same may work later: the connection failed, or the store is locked or overloaded.
+    It is a NoAnswer if the same may work later: the connection failed, or the store is locked or
+    overloaded.
     """
     if isinstance(error, BadInput):
         return error
@@ -231,7 +235,8 @@ def log_artifacts(
     uri: str | None = None,
     before: Callable[[Path], None] = lambda path: None,
 ) -> None:
-    """Copy a run folder's files to its MLflow run, at the same places, so that a pulled run opens like this one.
+    """Copy a run folder's files to its MLflow run, at the same places, so that a pulled run opens
+    like this one.
 
     Args:
         folder: the run's folder.
@@ -266,10 +271,11 @@ def _copy(path: Path, to: Path) -> None:
 
 
 def _artifact_folder(client: Any, uri: str, run_id: str) -> Path | None:
-    """The folder of a run's artifacts, if they are on this machine with their store; None if a server has them.
+    """The folder of a run's artifacts, if they are on this machine with their store; None if a
+    server has them.
 
-    A sqlite store records where they were when the run began. If the runs folder was moved, they moved with it: they
-    are looked for next to the store first.
+    A sqlite store records where they were when the run began. If the runs folder was moved, they
+    moved with it: they are looked for next to the store first.
     """
     store = _sqlite_file(uri)
     recorded = urlsplit(client.get_run(run_id).info.artifact_uri)

@@ -1,14 +1,16 @@
 """Copies of a run in its trackers, made by threads that no training waits for.
 
-The run's own metrics.jsonl is the truth. A copy is never logged to by the training: its thread reads what the file has
-gained and sends it, so that a tracker that is slow, locked, or gone costs a training nothing. What could not be sent is
-sent by the next try, which is a few seconds later, or by the end of the command, or by `push`.
+The run's own metrics.jsonl is the truth. A copy is never logged to by the training: its thread
+reads what the file has gained and sends it, so that a tracker that is slow, locked, or gone costs a
+training nothing. What could not be sent is sent by the next try, which is a few seconds later, or
+by the end of the command, or by `push`.
 
-    1. connect: the tracker is reached, before anything is built. One that can never work ends the command.
-    2. begin:   the record is opened and the settings are sent. From here on metrics are sent as they come.
-    3. complete: the rest of the metrics and the files are sent, and the record is closed.
+    1. connect:  reach the tracker, before anything is built. One that can never work ends the command.
+    2. begin:    open the record and send the settings. From here on metrics are sent as they come.
+    3. complete: send the rest of the metrics and the files, and close the record.
 
-A run of which a tracker may not have everything holds `uncopied.json`, with the addresses of such trackers.
+A run of which a tracker may not have everything holds `uncopied.json`, with the addresses of such
+trackers.
 """
 
 import importlib
@@ -33,8 +35,8 @@ EXPERIMENT = "spd_lightning"
 AT_ONCE = 5.0  # seconds that a command waits for a tracker before the training begins without it
 POLL = 2.0  # seconds between two looks at the metrics file
 RETRY, RARELY = 10.0, 300.0  # seconds between two tries after a failure: at first, and at most
-PATIENCE = 30.0  # seconds that one request may take at the end, and a further second for every million bytes
-SPEED = 1e6
+PATIENCE = 30.0  # seconds that one request may take at the end
+SPEED = 1e6  # bytes a second that an upload has at least
 
 Row = tuple[int, Mapping[str, float]]
 """A step and what was logged at it."""
@@ -46,8 +48,9 @@ Row = tuple[int, Mapping[str, float]]
 class Tail:
     """Reads what a metrics file has gained since the last look.
 
-    A training that resumes cuts the file back to its checkpoint and writes the same lines again. Until the file has its
-    length again there is nothing new. If the last line read is then another, reading begins again at the top.
+    A training that resumes cuts the file back to its checkpoint and writes the same lines again.
+    Until the file has its length again there is nothing new. If the last line read is then another,
+    reading begins again at the top.
 
     Args:
         path: the file, which need not exist yet.
@@ -103,7 +106,7 @@ class Tracker(ABC):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.allow: Callable[[int], None] = lambda size: None  # called before what may take long: how many bytes
+        self.allow: Callable[[int], None] = lambda size: None  # called before so many bytes are sent
 
     def start(self) -> int:
         """Return the byte of the metrics file from which on the tracker may not have it."""
@@ -142,8 +145,8 @@ class Tracker(ABC):
 class MLflow(Tracker):
     """A run of an MLflow store.
 
-    No value is logged twice: per metric the store knows the last step that it has, and steps are sent in order. After a
-    failure, when it is unknown what arrived, it is asked again.
+    No value is logged twice: per metric the store knows the last step that it has, and steps are
+    sent in order. After a failure, when it is unknown what arrived, it is asked again.
 
     Args:
         folder: the run's folder, whose `mlflow.json` holds the id of its record.
@@ -151,7 +154,7 @@ class MLflow(Tracker):
     """
 
     library = "mlflow"
-    remedy = "set MLFLOW_TRACKING_URI to a server or unset it, or train without a tracker: --trainer.logger false"
+    remedy = "set MLFLOW_TRACKING_URI to a server, or unset it, or add --trainer.logger false"
 
     def __init__(self, folder: Path, given: Mapping[str, Any]):
         super().__init__(folder)
@@ -199,8 +202,9 @@ class MLflow(Tracker):
         """The id of the experiment, which another process may make at the same time."""
         from mlflow.exceptions import MlflowException
 
-        name = self._given.get("experiment_name", "lightning_logs")
-        name = EXPERIMENT if name == "lightning_logs" else name  # Lightning's default is not a name for ours
+        name = self._given.get("experiment_name")
+        if name in (None, "lightning_logs"):  # Lightning's default
+            name = EXPERIMENT
         place = self._given.get("artifact_location")
         if not place and self._store == "embedded":
             place = runs.artifact_location()
@@ -245,9 +249,10 @@ class MLflow(Tracker):
         return re.sub(r"[^a-zA-Z0-9_/. -]+", "", f"{prefix}-{name}" if prefix else name)
 
     def files(self, names: Sequence[str]) -> None:
-        runs.log_artifacts(
-            self.folder, str(self.run_id), names, self.uri, before=lambda path: self.allow(path.stat().st_size)
-        )
+        def before(path: Path) -> None:
+            self.allow(path.stat().st_size)
+
+        runs.log_artifacts(self.folder, str(self.run_id), names, self.uri, before)
 
     def close(self, status: str) -> None:
         self._client.set_terminated(self.run_id, "FINISHED" if status == "success" else "FAILED")
@@ -257,7 +262,8 @@ class MLflow(Tracker):
 
 
 class Lightning(Tracker):
-    """A logger of Lightning, or of a user: what it has is noted in the run's `sent.json`, as it cannot be asked.
+    """A logger of Lightning, or of a user: what it has is noted in the run's `sent.json`, as it
+    cannot be asked.
 
     Args:
         folder: the run's folder.
@@ -298,7 +304,10 @@ class Lightning(Tracker):
 
 
 class Wandb(Lightning):
-    """A run of Weights & Biases, offline unless WANDB_MODE says otherwise; its id is in the run's `wandb.json`."""
+    """A run of Weights & Biases, offline unless WANDB_MODE says otherwise.
+
+    The run's `wandb.json` holds its id.
+    """
 
     remedy = "log in with `wandb login`, or set WANDB_MODE=offline, and `wandb sync` later"
 
@@ -306,11 +315,14 @@ class Wandb(Lightning):
         path = folder / "wandb.json"
         if not path.exists():
             runs.write_json(path, {"id": secrets.token_hex(4)})
+        save_dir = given.get("save_dir", ".")
+        if save_dir == ".":  # Lightning's default
+            save_dir = str(folder)
         place = {
             "name": given.get("name") or folder.name,
             "project": given.get("project") or os.environ.get("WANDB_PROJECT", EXPERIMENT),
             "version": given.get("version") or given.get("id") or runs.read_json(path)["id"],
-            "save_dir": str(folder) if given.get("save_dir", ".") == "." else given["save_dir"],  # Lightning's default
+            "save_dir": save_dir,
         }
         super().__init__(folder, class_path, {**given, **place})
 
@@ -329,7 +341,9 @@ class Wandb(Lightning):
         """A whole run is one artifact, and so is each harvest."""
         import wandb
 
-        bundles = {"run": names} if names is runs.MIRRORED else {name.replace("/", "-"): [name] for name in names}
+        bundles = {name.replace("/", "-"): [name] for name in names}
+        if names is runs.MIRRORED:
+            bundles = {"run": list(names)}
         for title, held in bundles.items():
             artifact = wandb.Artifact(f"{self.folder.name}-{title}", type="spd")
             for name in held:
@@ -348,7 +362,8 @@ class Wandb(Lightning):
 
 
 def trackers(chosen: Any, folder: Path) -> list[Tracker]:
-    """Return the trackers that a config's `trainer.logger` chooses: MLflow if it says nothing, none if it is false.
+    """Return the trackers that a config's `trainer.logger` chooses: MLflow if it says nothing, none
+    if it is false.
 
     A run that is resumed, or harvested, goes on in its own record.
     """
@@ -361,7 +376,7 @@ def trackers(chosen: Any, folder: Path) -> list[Tracker]:
 
 def _tracker(chosen: Any, folder: Path) -> Tracker:
     if not isinstance(chosen, Mapping) or "class_path" not in chosen:
-        raise BadInput(f"config: trainer.logger: '{chosen}' is not a logger; give its class_path, and init_args")
+        raise BadInput(f"config: trainer.logger: '{chosen}' is not a logger; give its class_path")
     path = str(chosen["class_path"])
     given = {**(chosen.get("init_args") or {}), **(chosen.get("dict_kwargs") or {})}
     match path.rpartition(".")[2]:
@@ -383,7 +398,7 @@ def _object(class_path: str, given: Mapping[str, Any]) -> Any:
 
 
 def _with_password(uri: str) -> str:
-    """The address to use for one that a config names, which was kept without its password: the environment's."""
+    """Return the address to use for one that a config.yaml keeps without its password."""
     if "***" not in uri:
         return uri
     if uri == without_passwords(runs.tracking_uri()):
@@ -441,13 +456,13 @@ class Copy:
         self._tried = threading.Event()  # set after every try, successful or not
         self._tail: Tail | None = None
         tracker.allow = self._allow
-        self._thread = threading.Thread(target=self._work, name=f"copy to {tracker.address}", daemon=True)
+        self._thread = threading.Thread(target=self._work, daemon=True)
 
     def connect(self) -> None:
         """Start the thread; it connects.
 
-        The library is imported first: devices may be forked off, and an import that another thread had begun would
-        never end in a fork.
+        The library is imported first: devices may be forked off, and an import that another thread
+        had begun would never end in a fork.
 
         Raises:
             BadInput: the tracker can never work.

@@ -1,7 +1,9 @@
-"""Variables that a launcher of processes (srun, torchrun, Lightning) left behind in the environment of a command.
+"""Variables that a launcher of processes (srun, torchrun, Lightning) left behind in the environment
+of a command.
 
-Lightning takes them for an order to join a group of processes. In a command that no launcher started, it then waits
-for processes that do not exist, rejects its own settings, or takes itself for one of the others and logs nothing.
+Lightning takes them for an order to join a group of processes. In a command that no launcher
+started, it then waits for processes that do not exist, rejects its own settings, or takes itself
+for one of the others and logs nothing.
 """
 
 import logging
@@ -19,7 +21,7 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 
 
 def forget_ranks() -> None:
-    """Remove the ranks of processes that nobody launched, with a line; what is left is process 0."""
+    """Remove ranks from the environment of a command that no launcher started, with a line."""
     if any(name in os.environ for name in LAUNCHED):
         return
     found = {name: os.environ.pop(name) for name in RANKS if name in os.environ}
@@ -34,8 +36,9 @@ def is_first_process() -> bool:
 
 
 def forgotten_launcher() -> list[ClusterEnvironment]:
-    """The plain environment, in the place of SLURM's, for a command inside a SLURM job that srun did not start."""
-    if "SLURM_NTASKS" not in os.environ or "SLURM_STEP_ID" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+    """Return Lightning's plain environment for a command in a SLURM job that srun did not start."""
+    launched = "SLURM_STEP_ID" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched or "SLURM_NTASKS" not in os.environ:
         return []
     if (tasks := os.environ["SLURM_NTASKS"]) != "1":
         log.warning("SLURM_NTASKS=%s: ignored, because srun did not start this command", tasks)

@@ -44,7 +44,7 @@ class MetricsFile(Logger):
 
 
 def without_secrets(chosen: Any) -> Any:
-    """The settings of trackers as they may be kept and shown: addresses without passwords, no tokens."""
+    """Return the settings of trackers without passwords and tokens, to be kept and shown."""
     if isinstance(chosen, Mapping):
         secret = re.compile("token|passw|secret|api_key", re.IGNORECASE)
         hidden = {key: "***" for key, value in chosen.items() if value and secret.search(str(key))}
@@ -55,7 +55,8 @@ def without_secrets(chosen: Any) -> Any:
 
 
 def publish(copies: Copies, names: Sequence[str] = runs.MIRRORED) -> None:
-    """Complete the copies of a run; a tracker that cannot have its copy now gets a line, and nothing is lost.
+    """Complete the copies of a run; a tracker that cannot have its copy now gets a line, and
+    nothing is lost.
 
     Args:
         copies: those of the run.
@@ -79,7 +80,7 @@ def send(chosen: Any, folder: Path, settings: Mapping[str, Any]) -> None:
     """
     copies = Copies(trackers(chosen, folder), folder, needed=True)
     if not len(copies):
-        raise BadInput(f"run '{folder.name}': its config has trainer.logger: false; change that in its config.yaml")
+        raise BadInput(f"run '{folder.name}': trainer.logger is false in its config.yaml; change it there")
     with copies:
         copies.connect()
         copies.begin(settings)
