@@ -624,7 +624,6 @@ def test_variables_that_a_launcher_left(here, monkeypatch, capsys, left, said):
     ("left", "said"),
     [
         (SBATCH | {"SLURM_STEP_ID": "0"}, "--ntasks-per-node=2"),
-        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, "SLURM_PROCID"),
         (TORCHRUN, "world size"),
     ],
 )

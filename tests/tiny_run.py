@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from spd_lightning import cli, runs
+from spd_lightning.training import copies
 
 CONFIG = """\
 base: tms_5-2.yaml
@@ -53,6 +54,7 @@ def work(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
     os.chdir(root.parent)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     os.environ.update(surroundings, SPD_RUNS=str(root), OMP_NUM_THREADS="1")
+    copies.POLL = 0.1  # the trainings here are over in the seconds between two looks
     sys.exit(cli.run(words))
 
 
