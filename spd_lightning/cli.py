@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from spd_lightning import catalogue, results, runs, verbs
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, nearest, without_passwords
 
 log = logging.getLogger("spd_lightning")
 
@@ -35,7 +35,7 @@ def run(words: Sequence[str]) -> int:
     except BadInput as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_passwords(str(error))}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as done:
         if isinstance(done, SystemExit) and not done.code:  # --print_config has printed

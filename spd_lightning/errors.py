@@ -1,6 +1,7 @@
 """What a user is told when their input cannot work: one line with the value, the place and the remedy."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -18,3 +19,16 @@ def nearest(name: str, options: Iterable[str]) -> str:
         return f"did you mean '{close[0]}'?"
     more = f" and {len(known) - 20} more" if len(known) > 20 else ""
     return f"there are: {', '.join(known[:20]) or 'none'}{more}"
+
+
+_USER = r"(?<=://)(?:[^\s/?#'\"]*|[^\s/'\"]*:[^\s'\"]*)@"
+_SECRET = r"([?&;][\w.-]*(?:token|passw|pwd|secret|key|signature|auth|credential)[\w.-]*=)[^\s&;#'\"]+"
+
+
+def without_passwords(text: str) -> str:
+    """Return the text with `***` for the user and password of every address, and for secrets in its query.
+
+    >>> without_passwords("tracker 'https://me:hush@host/x?token=hush&a=1': no answer")
+    "tracker 'https://***@host/x?token=***&a=1': no answer"
+    """
+    return re.sub(_SECRET, r"\1***", re.sub(_USER, "***@", text), flags=re.IGNORECASE)

@@ -15,7 +15,7 @@ from spd_lightning.errors import BadInput
 
 if TYPE_CHECKING:
     from spd_lightning.training.decompose import Decomposition
-    from spd_lightning.training.session import Session
+    from spd_lightning.training.session import Session, Settings
 
 log = logging.getLogger("spd_lightning")
 
@@ -100,7 +100,12 @@ def _decompose(request: Request, config: dict[str, Any]) -> None:
     from spd_lightning.training.session import Plan, Session, Settings
     from spd_lightning.training.sizing import refuse_what_does_not_fit
 
-    refuse_what_does_not_fit(Settings(config, request.overrides))
+    settings = Settings(config, request.overrides)
+    if claim := runs.uncopied(request.name, settings.settings):
+        with claim:
+            _complete_copy(claim.run, settings)
+        return
+    refuse_what_does_not_fit(settings)
     started, claims = time.perf_counter(), []
 
     def plan(settings: dict[str, Any]) -> Plan:
@@ -113,31 +118,43 @@ def _decompose(request: Request, config: dict[str, Any]) -> None:
 
     try:
         session = Session(config, request.overrides, plan)
-        _train(session)
+        with session.copies:
+            _train(session)
+            if session.trainer.is_global_zero:
+                _finish(session, started)
         if session.trainer.is_global_zero:
-            _finish(session, started)
             print(f"run: {session.plan.folder}    next: python -m spd_lightning predict --config {request.names[0]}")
     finally:
         for claim in claims:
             claim.abandon()
 
 
+def _complete_copy(run: runs.Run, settings: "Settings") -> None:
+    """Send a finished run to the trackers that did not get all of it, in place of making it again."""
+    from spd_lightning.training.tracking import send
+
+    log.info("run %s: it is finished; a tracker lacks a part of its copy, which is sent now", run.name)
+    try:
+        send(settings.trackers, run.path, settings.settings)
+    except BadInput as error:
+        raise BadInput(f"{error}. The run itself is whole; for another one choose a name: --run NAME") from error
+    print(f"sent: {run.path}")
+
+
 def _train(session: "Session") -> None:
     from spd_lightning.training.checkpoint import LAST
-    from spd_lightning.training.tracking import answering, begin
 
     trainer, checkpoint = session.trainer, session.plan.folder / LAST
-    begin(trainer, session.plan.folder, session.settings)
-    with answering("once it answers, the same command goes on from the last checkpoint"):
-        trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
-        trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
+    session.copies.begin(session.settings)
+    trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
+    trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
     session.model.adopt(trainer.callback_metrics)  # forked devices evaluate in processes of their own
 
 
 def _finish(session: "Session", started: float) -> None:
     """Writes what the training came to, the summary last, and sends copies to the trackers."""
     from spd_lightning.training.checkpoint import save_decomposition
-    from spd_lightning.training.tracking import answering, publish
+    from spd_lightning.training.tracking import publish
 
     folder, module = session.plan.folder, session.model
     save_decomposition(module, folder)
@@ -146,8 +163,7 @@ def _finish(session: "Session", started: float) -> None:
         log.warning("run %s: ended in a local minimum; try another seed. %s", folder.name, module.warning)
     runs.write_json(folder / "summary.json", summary)
     print(results.table([(folder.name, summary)]))
-    with answering(f"the run itself is whole; once it answers: python -m spd_lightning push {folder.name}"):
-        publish(session.trainer, folder)
+    publish(session.copies)
 
 
 def _summary(session: "Session", seconds: float) -> dict[str, float | str]:
@@ -189,19 +205,19 @@ def predict(words: Sequence[str]) -> None:
 
 def _harvest(session: "Session") -> None:
     from spd_lightning.harvest.module import Harvester
-    from spd_lightning.training.tracking import answering, begin, publish
+    from spd_lightning.training.tracking import publish
 
     harvesters = [c for c in session.trainer.callbacks if isinstance(c, Harvester)]  # pyright: ignore[reportAttributeAccessIssue]
     if not harvesters:
         raise BadInput("config: no harvester in trainer.callbacks; add class_path spd_lightning.PromptGraphs")
-    begin(session.trainer, session.plan.folder)
-    session.trainer.predict(session.model, datamodule=session.datamodule, return_predictions=False)
+    with session.copies:
+        session.copies.begin()
+        session.trainer.predict(session.model, datamodule=session.datamodule, return_predictions=False)
     for harvester in harvesters:
         if session.trainer.is_global_zero:
             folder = session.plan.folder / "harvest" / harvester.name  # devices of their own processes know it alone
             print(f"harvest: {folder}    see it: python -m spd_lightning view")
-    with answering("once it answers, the same command sends what is harvested already"):
-        publish(session.trainer, session.plan.folder, [f"harvest/{harvester.name}" for harvester in harvesters])
+    publish(session.copies, [f"harvest/{harvester.name}" for harvester in harvesters])
 
 
 @contextmanager
@@ -225,12 +241,16 @@ def push(words: Sequence[str]) -> None:
     found = runs.find(verbs.read("push", words).run)
     if found.state != "finished":
         raise BadInput(f"run '{found.name}': it is {found.state}; let its fit finish, which sends it too")
-    with _finished(Request([str(found.path / "config.yaml")], str(found.path)), tracked=True) as session:
-        from spd_lightning.training.tracking import answering, begin, publish
+    if not (found.path / "config.yaml").exists():
+        raise BadInput(f"run '{found.name}': it has no config.yaml, and so is no run of a fit; name one ('runs')")
+    settings = found.config
+    pulled = (found.path / "pulled.json").exists()  # it may come from strangers: its config chooses no tracker here
+    trainer = settings.get("trainer")
+    chosen = trainer.get("logger") if isinstance(trainer, dict) and not pulled else None
+    with loading.trainer():
+        from spd_lightning.training.tracking import send
 
-        begin(session.trainer, found.path)
-        with answering("once it answers, the same command sends it"):
-            publish(session.trainer, found.path)
+        send(chosen, found.path, settings)
     print(f"sent: {found.path}")
 
 

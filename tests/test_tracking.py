@@ -10,8 +10,8 @@ from tiny_run import done, killed, lay_out
 
 from spd_lightning import cli, config, runs
 from spd_lightning.store import TABLES, Store
+from spd_lightning.training.copies import acceptable
 from spd_lightning.training.decompose import Decomposition
-from spd_lightning.training.tracking import acceptable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
@@ -102,7 +102,8 @@ def test_mlflow_holds_the_files(client, root):
     assert {"config.yaml", "decomposition.safetensors", "decomposition.json", "summary.json", "metrics.jsonl"} <= held
     assert {"figures/importance.png", "harvest/graphs-unmasked/manifest.json"} <= held
     here = {str(p.relative_to(root / "tiny")) for p in (root / "tiny").rglob("*") if p.is_file()}
-    away = {name for name in here if name.startswith(("checkpoints", "wandb", "mlflow", ".")) or "/.lock" in name}
+    ours = ("checkpoints", "wandb", "mlflow", "sent", ".")
+    away = {name for name in here if name.startswith(ours) or "/.lock" in name}
     assert held == here - away
 
 
@@ -134,7 +135,7 @@ def test_a_record_that_the_tracker_has_lost(client, root, capsys, monkeypatch):
     path.write_text(known.replace(json.loads(known)["run_id"], "f" * 32))
     assert cli.run(["predict", "--config", "tiny", "--trainer.logger", "true"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: tracker: ")
+    assert line.startswith("error: tracker 'sqlite:")
     assert f"delete '{path}'" in line
     path.write_text(known)
 

@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from spd_lightning import cli, runs
+from spd_lightning.training import copies
 
 CONFIG = """\
 base: tms_5-2.yaml
@@ -53,6 +54,7 @@ def work(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
     os.chdir(root.parent)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     os.environ.update(surroundings, SPD_RUNS=str(root), OMP_NUM_THREADS="1")
+    copies.POLL = 0.1  # the trainings here are over in the seconds between two looks
     sys.exit(cli.run(words))
 
 
@@ -66,6 +68,17 @@ def work_uncopied(root: Path, words: list[str], surroundings: dict[str, str]) ->
     with open(root.parent / "said", "wb") as said:  # a process of the server has the standard error that the server had
         os.dup2(said.fileno(), 2)
     runs.log_artifacts = dies
+    work(root, words, surroundings)
+
+
+def work_hanging(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
+    """The same, under a tracker that hangs when the run's files are to be copied; a file, `copying`, says when."""
+
+    def hangs(*_, **__):
+        (root.parent / "copying").touch()
+        time.sleep(600)
+
+    runs.log_artifacts = hangs
     work(root, words, surroundings)
 
 

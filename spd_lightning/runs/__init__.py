@@ -4,13 +4,15 @@
                           figures/, harvest/<name>/, and at last summary.json: a run that has it is finished
     <root>/<run>/.lock    flocked while a process works on the run; the lock dies with the process
 
-The local folder is the truth and a tracker holds a copy of it. MLflow is the embedded one (a sqlite file and a folder
-of artifacts below the root) unless MLFLOW_TRACKING_URI names a server. A reference is the name of a run, the path of a
-run or of a harvest, `mlflow:<run id or name>`, or `wandb:<entity>/<project>/<artifact>:<version>`.
+The local folder is the truth and a tracker holds a copy of it. While a tracker may lack a part of a run, the run's
+folder has `uncopied.json`, and the command that made the run sends the rest instead of making another one. MLflow is
+the embedded one (a sqlite file and a folder of artifacts below the root) unless MLFLOW_TRACKING_URI names a server. A
+reference is the name of a run, the path of a run or of a harvest, `mlflow:<run id or name>`, or
+`wandb:<entity>/<project>/<artifact>:<version>`.
 """
 
 from spd_lightning.files import root
-from spd_lightning.runs.claims import Claim, claim
+from spd_lightning.runs.claims import UNCOPIED, Claim, claim, uncopied
 from spd_lightning.runs.files import (
     append_metrics,
     cut_metrics,
@@ -22,20 +24,34 @@ from spd_lightning.runs.files import (
 )
 from spd_lightning.runs.folders import Run, check_name, newest, runs
 from spd_lightning.runs.references import find, pull
-from spd_lightning.runs.trackers import MIRRORED, artifact_location, log_artifacts, reachable, tracking_uri
+from spd_lightning.runs.trackers import (
+    MIRRORED,
+    NoAnswer,
+    artifact_location,
+    embedded_uri,
+    log_artifacts,
+    mlflow_client,
+    reachable,
+    tracking_uri,
+    trouble,
+)
 
 __all__ = [
     "MIRRORED",
+    "UNCOPIED",
     "Claim",
+    "NoAnswer",
     "Run",
     "append_metrics",
     "artifact_location",
     "check_name",
     "claim",
     "cut_metrics",
+    "embedded_uri",
     "find",
     "log_artifacts",
     "metrics_size",
+    "mlflow_client",
     "newest",
     "pull",
     "reachable",
@@ -43,6 +59,8 @@ __all__ = [
     "root",
     "runs",
     "tracking_uri",
+    "trouble",
+    "uncopied",
     "writable",
     "write_json",
     "write_whole",

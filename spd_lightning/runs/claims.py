@@ -16,6 +16,9 @@ from spd_lightning.runs.folders import Run, check_name, family
 
 log = logging.getLogger(__name__)
 
+UNCOPIED = "uncopied.json"
+"""A run has this file while a tracker of its may not have everything."""
+
 _SHARED = "SPD_CLAIM"
 _REACHED = ("metrics.jsonl", "checkpoints", "decomposition.safetensors", "harvest", "summary.json")
 
@@ -82,6 +85,23 @@ def claim(name: str, settings: Mapping[str, Any]) -> Claim:
             log.info("run %s: goes on where it was interrupted", run.name)
             return Claim(run, True, handle)
     return _fresh(name, key)
+
+
+def uncopied(name: str, settings: Mapping[str, Any]) -> Claim | None:
+    """Claim the family's finished run with the same settings of which a tracker lacks a part, if there is one.
+
+    The command that made it was killed while it sent the copy, or its tracker did not answer.
+
+    Args:
+        name: the run's family.
+        settings: as for `claim`.
+    """
+    key = digest(dict(settings))
+    for run in family(check_name(name)):
+        finished = run.record.get("digest") == key and (run.path / "summary.json").exists()
+        if finished and (run.path / UNCOPIED).exists() and (handle := lock(run.path)) is not None:
+            return Claim(run, True, handle)
+    return None
 
 
 def _fresh(name: str, key: str) -> Claim:

@@ -17,9 +17,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from spd_lightning.errors import BadInput
+from spd_lightning.training.copies import Copies, trackers
+from spd_lightning.training.launchers import forget_ranks, forgotten_launcher, is_first_process
 from spd_lightning.training.parsing import Parser, complaint, refuse_unknown
 from spd_lightning.training.progress import Progress
-from spd_lightning.training.tracking import MetricsFile, placed
+from spd_lightning.training.tracking import MetricsFile, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,8 @@ class Session(LightningCLI):
 
     def __init__(self, config: Mapping[str, Any], overrides: Sequence[str], plan: Callable[[dict[str, Any]], Plan]):
         self._plan, self._given = plan, config
+        self.copies = Copies([], Path())
+        forget_ranks()
         try:
             super().__init__(
                 LightningModule,
@@ -75,6 +79,7 @@ class Session(LightningCLI):
                 load_from_checkpoint_support=False,
             )
         except (ValueError, TypeError, MisconfigurationException) as error:
+            self.copies.abandon()
             raise complaint(error) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -85,28 +90,40 @@ class Session(LightningCLI):
         refuse_unknown(self._given, self.config.as_dict())
         said = self.parser.dump(_plain(self.config), skip_validation=True, skip_link_targets=False)
         self.settings = yaml.safe_load(said)
+        self._take_trackers()
         self.plan = self._plan(self.settings)
         if self.plan.model is not None:
             self.config["model"] = self.plan.model
+        if self.plan.tracked and is_first_process():
+            self.copies = Copies(trackers(self.trackers, self.plan.folder), self.plan.folder)
+            self.copies.connect()
+
+    def _take_trackers(self) -> None:
+        """Trackers are not for Lightning: they get copies of what the run itself holds (see `copies`)."""
         trainer = self.config["trainer"]
-        trainer["logger"] = placed(trainer.get("logger"), self.plan.folder) if self.plan.tracked else False
+        self.trackers = _dicts(trainer.get("logger"))
+        trainer["logger"] = False
+        self.settings["trainer"]["logger"] = without_secrets(self.settings["trainer"].get("logger"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from spd_lightning.training.checkpoint import SafetensorsIO
 
         chosen = self.config_init["trainer"]
-        own = [SafetensorsIO(), *(chosen.get("plugins") or [])]
+        own = [SafetensorsIO(), *forgotten_launcher(), *(chosen.get("plugins") or [])]
         callbacks = [*(chosen.get("callbacks") or []), Progress(self.plan.name), *self.plan.callbacks]
         own_file = [MetricsFile(self.plan.folder)] if self.plan.logged or self.plan.tracked else []
         if chosen.get("val_check_interval") == 0:
             raise BadInput("config: trainer.val_check_interval: 0 is no interval; how many batches lie between two?")
-        return super().instantiate_trainer(
-            logger=own_file + (chosen["logger"] or []) or False,
-            plugins=own,
-            callbacks=callbacks,
-            default_root_dir=str(self.plan.folder),
-            **kwargs,
-        )
+        try:
+            return super().instantiate_trainer(
+                logger=own_file or False,
+                plugins=own,
+                callbacks=callbacks,
+                default_root_dir=str(self.plan.folder),
+                **kwargs,
+            )
+        except (RuntimeError, KeyError) as error:  # which is how Lightning rejects the variables of a launcher
+            raise BadInput(f"trainer: {error}; unset the variables of the launcher, or start with it") from error
 
 
 class Settings(Session):
@@ -139,6 +156,13 @@ class Settings(Session):
             return self.parser.instantiate_classes(Namespace({owner: chosen}))[owner]
         except (ValueError, TypeError) as error:
             raise complaint(error) from error
+
+
+def _dicts(value: Any) -> Any:
+    """Settings with dicts in the place of namespaces."""
+    if isinstance(value, Namespace):
+        return {key: _dicts(held) for key, held in vars(value).items()}
+    return [_dicts(held) for held in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:
