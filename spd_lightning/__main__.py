@@ -12,7 +12,7 @@ usage: python -m spd_lightning VERB [options]
   predict   --config tms.yaml     attribution graphs of the newest run of that name, as Parquet tables
   validate  --config tms.yaml     evaluate that run again
   intervene RUN --text "…"        switch components off, scale or set them: predictions beside the target's
-  view      [PATH] [--port N]     look at runs in the browser (the same as: gradio app.py)
+  view      [PATH] [--port N]     look at runs in the browser [--host NAME] [--no-browser] (as gradio app.py does)
   edges     RUN LAYER:NUMBER      what drives a component over a corpus, what it drives [--sources|--targets] [--json]
   weights   RUN [--at_least S]    which component can drive which by the weights alone [--to weights.parquet]
   export    RUN [--to FILE]       one prompt's graph for circuit-tracer (graph.json) or as GraphML (graph.graphml)
@@ -29,8 +29,8 @@ options of fit, plan, predict and validate
   --debug          show where an error came from
 
 options of export
-  --prompt P       its id, its number in the viewer's list from 0 up, or how it begins; the first where left out
-  --harvest NAME   for example graphs-frozen; the run's first harvest of graphs where left out
+  --prompt P       its id, its number in the viewer's list from 0 up, or a part of its text; the first if omitted
+  --harvest NAME   for example graphs-frozen; the run's newest harvest of graphs, as in the viewer, if omitted
   --position N     ask about the outputs at one position, from 0 up; about all where left out
   --nodes S        keep the nodes that make up this share of the influence on the outputs (0.8; 1 keeps all)
   --edges S        then the edges that make up this share of theirs (0.98; 1 keeps all)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from spd_lightning import catalogue, results, runs
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, Options, nearest
 
 log = logging.getLogger("spd_lightning")
 
@@ -74,21 +74,17 @@ def _speak() -> None:
 
 
 def view(words: Sequence[str]) -> None:
-    """Opens the viewer."""
-    words, port = [part for word in words for part in _parts(word, "--port")], None
-    if "--port" in words:
-        k = words.index("--port")
-        port = _number(words[k + 1] if k + 1 < len(words) else "")
-        del words[k : k + 2]
-    paths = _checked("view", words, ("--port",), most=1)
+    """Opens the viewer, and a browser where there is a display."""
+    options = Options("view", "for example: view runs --port 7860 --host 127.0.0.1 --no-browser")
+    options.add_argument("path", nargs="?")
+    options.add_argument("--port")
+    options.add_argument("--host", default="127.0.0.1")
+    options.add_argument("--no-browser", action="store_true")
+    asked = options.parse_args(list(words))
+    port = None if asked.port is None else _number(asked.port)
     from spd_lightning.viewer.app import launch
 
-    launch(paths[0] if paths else None, port)
-
-
-def _parts(word: str, option: str) -> list[str]:
-    """`--port=7860` as two words."""
-    return word.split("=", 1) if word.startswith(f"{option}=") else [word]
+    launch(asked.path, port, asked.host, open_browser=not asked.no_browser)
 
 
 def _number(word: str) -> int:

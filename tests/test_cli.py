@@ -269,9 +269,11 @@ def test_wrong_words(refused, words, said):
         ("pull mlflow:tiny", "mlflow.db': no such file yet"),
         ("pull wandb:nonsense", "reference 'wandb:nonsense': write wandb:<entity>/<project>/<artifact>:<version>"),
         ("pull a b", "pull: 'b' is one word too many"),
-        ("view --prt 3", "view: '--prt' is none of its options; did you mean '--port'?"),
+        ("view --prt 3", "view: unrecognized arguments: --prt"),
         ("view --port x", "--port 'x': not a number"),
-        ("view --port", "--port '': not a number"),
+        ("view --port", "view: argument --port: expected one argument; for example: view runs --port 7860"),
+        ("view --port 65536 --no-browser", "--port 65536: not a port"),
+        ("view --host no-such-host.invalid", "--host 'no-such-host.invalid': not a name or address"),
     ],
 )
 def test_verbs_and_their_words(refused, words, said):
