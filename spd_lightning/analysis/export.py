@@ -192,9 +192,9 @@ def circuit_tracer(export: Export, slug: str) -> dict[str, Any]:
 def local_scan(run: str) -> str:
     """Return the name of a run's components for circuit-tracer's viewer, as a folder beside its own page.
 
-    For a clicked component the viewer asks a hub for examples under this name, unless it begins with "./": then it looks
-    on its own server alone. (It fetches ./features/, ./data/ and ./graph_data/ from elsewhere too.) There are none,
-    so it shows the component without examples.
+    For a clicked component the viewer asks a hub for examples under this name, unless it begins with "./": then it
+    looks on its own server alone. (It fetches ./features/, ./data/ and ./graph_data/ from elsewhere too.) There are
+    none, so it shows the component without examples.
     """
     return f"./components/{quote(run, safe='')}"
 

@@ -8,6 +8,7 @@ from spd_lightning.analysis.dataset_edges import Side, corpus_harvests, named, s
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
 from spd_lightning.store import Store
+from spd_lightning.viewer.panel import name_element, shortened
 
 MOST = 12
 HEADS = ("", "to activation", "to |activation|", "edges")
@@ -52,16 +53,23 @@ def of_run(run: Run, layer: str, component: int) -> EdgeTables | None:
 def html(page: EdgeTables) -> str:
     """The tables side by side."""
     sides = (("sources", page.sources), ("targets", page.targets))
-    grids = "".join(_grid(f"Strongest {side} of {page.component}", rows) for side, rows in sides)
+    grids = "".join(
+        _grid(f"Strongest {side} of {shortened(page.component)}", page.component, rows) for side, rows in sides
+    )
     return f'<div class="spd-grids">{grids}</div><p class="spd-note">{escape(page.note)}</p>'
 
 
-def _grid(title: str, rows: list[tuple[str, float, float, int]]) -> str:
+def _grid(title: str, component: str, rows: list[tuple[str, float, float, int]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in HEADS)
-    lines = [(name, f"{signed:+.3g}", f"{size:+.3g}", f"{count:,}") for name, signed, size, count in rows]
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    lines = [
+        name_element("td", name)
+        + "".join(f"<td>{value}</td>" for value in (f"{signed:+.3g}", f"{size:+.3g}", f"{count:,}"))
+        for name, signed, size, count in rows
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     body = body or f'<tr><td colspan="{len(HEADS)}">none</td></tr>'
-    return f'<section><h3>{escape(title)}</h3><table class="spd-table"><tr>{head}</tr>{body}</table></section>'
+    table = f'<table class="spd-table"><tr>{head}</tr>{body}</table>'
+    return f'<section><h3 title="{escape(component)}">{escape(title)}</h3>{table}</section>'
 
 
 def update(run: Run, layer: str, wanted: Any, default: int, count: int) -> tuple[int | None, str]:

@@ -27,7 +27,7 @@ def protected(demo: gr.Blocks, host: str, looks: Mapping[str, Any]) -> Gate:
         host: Where they will be served, as for `serve`.
         looks: The arguments of `gr.mount_gradio_app` that say how they look.
     """
-    demo.root_path = ""
+    demo.root_path = ""  # the pages are where the browser found them, whatever $GRADIO_ROOT_PATH says
     bare = FastAPI(openapi_url=None)
     app = gr.mount_gradio_app(
         bare, demo, path="/", footer_links=[], run_history=False, show_error=False, ssr_mode=False, pwa=False,
@@ -79,7 +79,8 @@ def _listen(host: str, port: int | None) -> socket.socket:
     try:
         family, _, _, _, place = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:
-        raise BadInput(f"--host '{host}': not a name or address that this machine knows; for example 0.0.0.0") from error
+        remedy = "take a name or address of this machine, for example 0.0.0.0"
+        raise BadInput(f"--host '{host}': not a name or address that this machine knows; {remedy}") from error
     problem = None
     for one in ports:
         try:
