@@ -82,7 +82,8 @@ def _unit(flops: int) -> tuple[str, float]:
 def _hours(sizes: Sequence[tuple[Device, Size]], width: int) -> Iterator[str]:
     size = sizes[0][1]
     precision = "bfloat16" if size.mixed else "float32"
-    yield f"{f'{size.steps:,} steps in {precision}':<{width + 2}} {'ms a step':>10} {'together':>9} {'memory':>9}   assumed"
+    heads = f"{'ms a step':>10} {'together':>9} {'memory':>9}   assumed"
+    yield f"{f'{size.steps:,} steps in {precision}':<{width + 2}} {heads}"
     for device, size in sizes:
         peak = device.half if size.mixed else device.single
         fits = "fits" if sum(size.memory.values()) <= device.memory else "too small"
