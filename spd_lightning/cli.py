@@ -73,11 +73,11 @@ def _speak() -> None:
 
 
 def view(words: Sequence[str]) -> None:
-    """Open the viewer."""
+    """Open the viewer, and a browser where there is a display."""
     asked = verbs.read("view", words)
     from spd_lightning.viewer.app import launch
 
-    launch(asked.path, asked.port)
+    launch(asked.path, asked.port, asked.host, open_browser=not asked.no_browser)
 
 
 def list_runs(words: Sequence[str]) -> None:

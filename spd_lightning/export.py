@@ -11,6 +11,7 @@ from spd_lightning.analysis.influence import Graph, expanded, outputs_at, pruned
 from spd_lightning.analysis.prompts import find_prompt
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.store import Store
+from spd_lightning.viewer.library import harvest_names
 
 WRITERS = {".json": write_circuit_tracer, ".graphml": write_graphml}
 
@@ -36,17 +37,17 @@ def export(words: Sequence[str]) -> None:
 
 
 def harvest(run: str, name: str | None) -> Store:
-    """A run's harvest of graphs: of this name, or its first.
+    """Return a run's harvest of graphs: the one of this name, or the one that the viewer shows first.
 
     Raises:
-        BadInput: the run has none, or it cannot be read.
+        BadInput: the run has no such harvest, or it cannot be read.
     """
     found = runs.find(run)
     held = {path.name: path for path in found.harvests}
     if name is not None and name not in held:
         raise BadInput(f"harvest '{name}': not in run '{found.name}'; {nearest(name, held)}")
-    for path in [held[name]] if name is not None else held.values():
-        store = Store(path)
+    for one in harvest_names(found) if name is None else [name]:
+        store = Store(held[one])
         if store.manifest["rows"]["edges"]:
             return store
     named = f"harvest '{name}' of run '{found.name}'" if name else f"run '{found.name}'"

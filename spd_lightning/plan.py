@@ -37,39 +37,46 @@ def _lines(config: Mapping[str, Any], overrides: Sequence[str], device: str | No
 def table(sizes: Sequence[tuple[Device, Size]]) -> Iterator[str]:
     """The lines of a plan: memory and work on the first device, hours on all."""
     size = sizes[0][1]
-    yield from _parameters(size)
+    names = [site.name for site in size.sites]
+    names += [*size.memory, *size.step.parts, *(device.name for device, _ in sizes)]
+    width = max([LEAST_WIDTH, *map(len, names)])
+    yield from _parameters(size, width)
     yield ""
-    yield from _memory(size)
+    yield from _memory(size, width)
     yield ""
-    yield from _work(size)
+    yield from _work(size, width)
     yield ""
-    yield from _hours(sizes)
+    yield from _hours(sizes, width)
 
 
-def _parameters(size: Size) -> Iterator[str]:
-    yield f"{'parameters':<34} {'C':>8} {'number':>16}"
-    yield f"  {'target':<32} {'':>8} {size.target:>16,}"
+LEAST_WIDTH = 32
+"""Of the column of names; longer names widen it in all parts of a plan, so that numbers stand below each other."""
+
+
+def _parameters(size: Size, width: int) -> Iterator[str]:
+    yield f"{'parameters':<{width + 2}} {'C':>8} {'number':>16}"
+    yield f"  {'target':<{width}} {'':>8} {size.target:>16,}"
     for site in size.sites:
-        yield f"  {site.name:<32} {site.C:>8,} {site.parameters:>16,}"
-    yield f"  {'importance functions':<32} {'':>8} {size.importance:>16,}"
+        yield f"  {site.name:<{width}} {site.C:>8,} {site.parameters:>16,}"
+    yield f"  {'importance functions':<{width}} {'':>8} {size.importance:>16,}"
 
 
-def _memory(size: Size) -> Iterator[str]:
-    yield f"{'memory':<34} {'GiB':>25}"
+def _memory(size: Size, width: int) -> Iterator[str]:
+    yield f"{'memory':<{width + 2}} {'GiB':>25}"
     for name, count in size.memory.items():
-        yield f"  {name:<32} {count / GiB:>25.3f}"
-    yield f"  {'together':<32} {sum(size.memory.values()) / GiB:>25.3f}"
+        yield f"  {name:<{width}} {count / GiB:>25.3f}"
+    yield f"  {'together':<{width}} {sum(size.memory.values()) / GiB:>25.3f}"
 
 
-def _work(size: Size) -> Iterator[str]:
+def _work(size: Size, width: int) -> Iterator[str]:
     rows = {**size.step.parts, "together": size.step.total}
     unit, per = _unit(size.step.total.flops)
     heads = f"{f'forward {unit}':>15} {f'backward {unit}':>16} {'moved GB':>9} {'share':>6}"
-    yield f"{f'a step of {size.tokens:,}':<34} {heads}"
+    yield f"{f'a step of {size.tokens:,}':<{width + 2}} {heads}"
     for name, work in rows.items():
         share = work.flops / max(1, size.step.total.flops)
         yield (
-            f"  {name:<32} {work.forward / per:>15,.3f} {work.backward / per:>16,.3f} {work.moved / 1e9:>9,.2f}"
+            f"  {name:<{width}} {work.forward / per:>15,.3f} {work.backward / per:>16,.3f} {work.moved / 1e9:>9,.2f}"
             f" {share:>6.1%}"
         )
 
@@ -78,15 +85,16 @@ def _unit(flops: int) -> tuple[str, float]:
     return ("TFLOP", 1e12) if flops >= 1e11 else ("GFLOP", 1e9)
 
 
-def _hours(sizes: Sequence[tuple[Device, Size]]) -> Iterator[str]:
+def _hours(sizes: Sequence[tuple[Device, Size]], width: int) -> Iterator[str]:
     size = sizes[0][1]
     precision = "bfloat16" if size.mixed else "float32"
-    yield f"{f'{size.steps:,} steps in {precision}':<34} {'ms a step':>10} {'together':>9} {'memory':>9}   assumed"
+    heads = f"{'ms a step':>10} {'together':>9} {'memory':>9}   assumed"
+    yield f"{f'{size.steps:,} steps in {precision}':<{width + 2}} {heads}"
     for device, size in sizes:
         peak = device.half if size.mixed else device.single
         fits = "fits" if sum(size.memory.values()) <= device.memory else "too small"
         yield (
-            f"  {device.name:<32} {1000 * size.seconds(device):>10,.1f} {_span(size.hours(device)):>9} {fits:>9}"
+            f"  {device.name:<{width}} {1000 * size.seconds(device):>10,.1f} {_span(size.hours(device)):>9} {fits:>9}"
             f"   {device.share:.0%} of {peak / 1e12:,.3g} TFLOP/s, {device.bandwidth / 1e9:,.0f} GB/s,"
             f" {1e6 * device.launch:,.0f} µs an operation, {device.memory / GiB:,.0f} GiB"
         )

@@ -234,13 +234,16 @@ _ALL = (
     ),
     Verb(
         "view",
-        "[PATH] [--port N]",
+        "[PATH] [--port N] [--host NAME] [--no_browser]",
         "Look at runs in the browser.",
         "view --port 7860",
         (
             Option("PATH", "a folder of runs, a run or a harvest (default: all runs)"),
             Option("--port", "the port to listen on (default: the first free one from 7860)", "N", None, whole(1),
                    example="7860"),
+            Option("--host", "the name or address to listen on; others than this machine can then open it", "NAME",
+                   "127.0.0.1", example="127.0.0.1"),
+            Option("--no_browser", "open no browser"),
         ),
     ),
     Verb(
@@ -282,9 +285,10 @@ _ALL = (
         "export tms --to graph.graphml",
         (
             RUN,
-            Option("--prompt", "its id, its number in the viewer's list from 0 up, or how it begins", "P", "0",
+            Option("--prompt", "its id, its number in the viewer's list from 0 up, or a part of its text", "P", "0",
                    example="0"),
-            Option("--harvest", "a harvest of graphs (default: the run's first)", "NAME", example="graphs-unmasked"),
+            Option("--harvest", "a harvest of graphs (default: the newest, as in the viewer)", "NAME",
+                   example="graphs-unmasked"),
             Option("--to", "the file to write", "FILE", "graph.json", example="graph.json"),
             Option("--position", "ask about the outputs at one position, from 0 up (default: all)", "N", None,
                    whole(0), example="12"),

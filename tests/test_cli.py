@@ -266,6 +266,8 @@ def test_wrong_words(refused, words, said):
         ("view --prt 3", "view: unknown option '--prt'; did you mean '--port'?"),
         ("view --port x", "view: --port 'x': not a number from 1 up; for example: --port 7860"),
         ("view --port", "view: '--port' needs a value; for example: --port 7860"),
+        ("view --port 65536 --no_browser", "--port 65536: not a port"),
+        ("view --host no-such-host.invalid", "--host 'no-such-host.invalid': not a name or address"),
     ],
 )
 def test_verbs_and_their_words(refused, words, said):

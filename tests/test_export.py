@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,13 +17,15 @@ from test_token_page import make_text_run
 from toy_run import make_run
 
 from spd_lightning import cli
-from spd_lightning.analysis.export import Export, circuit_tracer, digraph, write_graphml
+from spd_lightning.analysis.export import Export, circuit_tracer, digraph, local_scan, write_graphml
 from spd_lightning.analysis.export import _xml as xml
 from spd_lightning.analysis.graphs import node_name, whole_graph
 from spd_lightning.analysis.influence import expanded, influence, outputs_at, pruned
 from spd_lightning.analysis.prompts import ALL_PROBES, find_prompt, graph_list
 from spd_lightning.errors import BadInput
-from spd_lightning.store import Store
+from spd_lightning.export import harvest
+from spd_lightning.store import Store, prompt_hash
+from spd_lightning.viewer.library import Library
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
 NUMBER, NULL = (int, float), type(None)
@@ -194,7 +197,7 @@ def test_any_token_survives_xml(text):
 # ---- prompts by what a person calls them ----------------------------------------------------------------------------
 
 
-def test_prompts_are_found_by_id_number_source_and_beginning(root):
+def test_prompts_are_found_by_id_number_source_and_a_part_of_their_text(root):
     store = Store(root / "tms_5-2/harvest/probe")
     ids = graph_list(store)["prompt_id"].to_list()
     assert [find_prompt(store, str(number)) for number in range(len(ids))] == ids
@@ -204,15 +207,40 @@ def test_prompts_are_found_by_id_number_source_and_beginning(root):
     texts = Store(root / "texts/harvest/unmasked")
     listed = texts.scan("prompts").collect()
     text = " ".join("".join(listed["tokens"][0]).split())
-    assert find_prompt(texts, text[:9]) == listed["prompt_id"][0]
+    assert find_prompt(texts, text[:9]) == find_prompt(texts, text[2:9]) == listed["prompt_id"][0]
+    assert find_prompt(texts, "Once upon") == prompt_hash(bytes((0, 1, 2, 3, 6)))
+    with pytest.raises(BadInput, match=r"3 contain it, 0 'text 0 .*; 2 'text 2 .*; 3 'text 3 .*; write more of it"):
+        find_prompt(texts, "Once ")
     for asked, why in (
-        ("feature", "5 begin so"),
-        ("feture 3", "did you mean 'feature 3'"),
+        ("feature", "5 contain it, 1 'feature 0 = 0.75'; 2 'feature 1 = 0.75'"),
+        ("feture 3 = 0.75", "the nearest are 4 'feature 3 = 0.75'; 1 'feature 0 = 0.75'"),
         ("70", "go to 69"),
         ("", "not in"),
     ):
         with pytest.raises(BadInput, match=why):
             find_prompt(store, asked)
+
+
+def test_the_harvest_is_the_one_that_the_viewer_shows(tmp_path, monkeypatch):
+    """The newest harvest with graphs, whatever the order of names; one without graphs is passed over."""
+    run = make_run(tmp_path / "tms_5-2", harvests=("b", "a", "c"))
+    monkeypatch.setenv("SPD_RUNS", str(tmp_path))
+    for age, name in enumerate(("b", "c", "a")):
+        os.utime(run / "harvest" / name / "manifest.json", (10**9 - age, 10**9 - age))
+    shown = Library(str(tmp_path)).choose("tms_5-2", None)
+    assert shown is not None
+    assert harvest("tms_5-2", None).path.name == shown[1] == "b"
+    assert harvest("tms_5-2", "c").path.name == "c"
+
+
+def test_the_viewer_of_circuit_tracer_asks_no_hub():
+    """What it asks for begins with "./" and is not among the folders that it fetches from elsewhere."""
+    for name in ("tms_5-2", "features", "google/gemma-2-2b", "a?b#c", "custom-x"):
+        scan = local_scan(name)
+        assert scan.startswith("./")
+        assert not scan.startswith(("./features/", "./data/", "./graph_data/"))
+        assert set(scan[2:]) & set("?#@") == set()
+        assert scan.count("/") == 2
 
 
 # ---- the verb -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spd_lightning import cli, config
+from spd_lightning import cli, config, plan
 from spd_lightning.decomposition.adversaries import Adversary
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import Faithfulness, Losses, Minimality
@@ -355,6 +356,21 @@ def test_plan_prints_what_it_will_take(capsys):
     assert "NVIDIA H100" in rows
     assert "NVIDIA A100 80 GB" not in rows
     assert f"{16 * 32:,}" in out
+
+
+def test_columns_of_a_plan_are_as_wide_as_its_names():
+    """Each part of a plan has its numbers below each other, however long the names of modules are."""
+    size = sizing.size_of(Settings(config.load("stories-1L-tiny")))
+    name = "model.layers.11.block_sparse_moe.experts.3.down_proj"
+    long = replace(size, sites=[replace(size.sites[0], name=name), *size.sites[1:]])
+    device = sizing.device_named("h100")
+    for one, width in ((size, plan.LEAST_WIDTH), (long, len(name))):
+        lines = list(plan.table([(device, one)]))
+        parts = "\n".join(lines).split("\n\n")
+        for part in parts[:3]:
+            assert len({len(line) for line in part.splitlines()}) == 1
+        assert parts[0].splitlines()[1].startswith(f"  {'target':<{width}} ")
+        assert any(line.startswith(f"  {one.sites[0].name:<{width}} ") for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from spd_lightning.analysis.weights import Factors
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
 from spd_lightning.store import Store, Writer, prompt_hash
-from spd_lightning.viewer import component_page, graph_page, run_page
+from spd_lightning.viewer import component_page, graph_page, panel, run_page
 from spd_lightning.viewer.component_page import ComponentSelection
 from spd_lightning.viewer.graph_page import GraphSelection, graph_answer, node_answer
 from spd_lightning.viewer.library import Library
@@ -190,6 +190,20 @@ def test_run_page_of_an_unfinished_run(root):
     assert page.losses
 
 
+# Long names.
+
+
+def test_long_names_lose_their_middle_and_keep_both_ends():
+    name = "model.layers.11.block_sparse_moe.experts.3.down_proj"
+    short = panel.shortened(name)
+    assert len(short) == panel.NAME
+    assert short.startswith("model.layers.11.")
+    assert short.endswith("down_proj")
+    assert panel.shortened("h.0.mlp.c_fc") == "h.0.mlp.c_fc"
+    assert panel.name_element("td", name) == f'<td title="{name}">{short}</td>'
+    assert panel.name_element("td", "<b>") == "<td>&lt;b&gt;</td>"
+
+
 # What may be opened.
 
 
@@ -282,8 +296,19 @@ def test_app_needs_neither_torch_nor_lightning(root):
 # A walk through it.
 
 
+class Served(str):
+    """The address of a viewer, and the process that serves it."""
+
+    def __new__(cls, address: str, process: int) -> "Served":
+        made = super().__new__(cls, address)
+        made.process = process
+        return made
+
+    process: int
+
+
 @contextmanager
-def served(root: Path, log: Path) -> Iterator[str]:
+def served(root: Path, log: Path) -> Iterator["Served"]:
     """`python app.py` on a free port, for as long as the block lasts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -292,7 +317,7 @@ def served(root: Path, log: Path) -> Iterator[str]:
     with open(log, "w") as out:
         process = subprocess.Popen([sys.executable, "app.py"], cwd=REPO, env=environment, stdout=out, stderr=out)
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield Served(f"http://127.0.0.1:{port}", process.pid)
     finally:
         process.terminate()
         process.wait(10)
@@ -318,9 +343,14 @@ def test_a_walk_through_the_viewer(root, tmp_path):
         shutil.copytree(root, runs)
         page.get_by_role("button", name="Refresh").click()
         _walk(page, expect, root)
+        before = _processor_seconds(address.process)
+        page.wait_for_timeout(5000)
+        idle = (_processor_seconds(address.process) - before) / 5
         _refuse(address, runs)
         browser.close()
-    assert complaints == []
+    assert complaints == []  # of the content security policy, too
+    assert idle < 0.01
+    assert (tmp_path / "log").read_text().startswith(f"viewer: {address} ")
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
@@ -392,7 +422,23 @@ def _choose_run(page, name: str) -> None:
 
 
 def _refuse(address: str, root: Path) -> None:
-    """Files are not served, not even those of the runs that are shown."""
+    """Files are not served, not even those of the runs that are shown; nor is anything to other names and sites."""
     for path in (root / "tms_5-2" / "config.yaml", REPO / "app.py", Path("/etc/hostname")):
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(f"{address}/gradio_api/file={path}")
+        assert _status(f"{address}/gradio_api/file={path}") == 404
+    assert _status(f"{address}/gradio_api/upload", b"x") == 404
+    assert _status(f"{address}/gradio_api/component_server/", b" " * 2 * 10**6) == 413
+    assert _status(address, Host="evil.example") == _status(address, Origin="http://evil.example") == 403
+
+
+def _status(url: str, body: bytes | None = None, **headers: str) -> int:
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, body, headers)).status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def _processor_seconds(process: int) -> float:
+    """How long a process has computed."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -14,6 +14,7 @@ from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import polars as pl
 
@@ -172,7 +173,7 @@ def circuit_tracer(export: Export, slug: str) -> dict[str, Any]:
     return {
         "metadata": {
             "slug": slug,
-            "scan": str(export.store.manifest["run"]),
+            "scan": local_scan(str(export.store.manifest["run"])),
             "transcoder_list": [],
             "prompt_tokens": columns.tokens,
             "prompt": export.label,
@@ -186,6 +187,16 @@ def circuit_tracer(export: Export, slug: str) -> dict[str, Any]:
             for e in export.edges()
         ],
     }
+
+
+def local_scan(run: str) -> str:
+    """Return the name of a run's components for circuit-tracer's viewer, as a folder beside its own page.
+
+    For a clicked component the viewer asks a hub for examples under this name, unless it begins with "./": then it
+    looks on its own server alone. (It fetches ./features/, ./data/ and ./graph_data/ from elsewhere too.) There are
+    none, so it shows the component without examples.
+    """
+    return f"./components/{quote(run, safe='')}"
 
 
 def _likeliest(nodes: list[dict[str, Any]]) -> set[int]:

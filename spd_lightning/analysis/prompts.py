@@ -5,7 +5,7 @@ from typing import Any
 
 import polars as pl
 
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
 
 ALL_PROBES = 0
@@ -37,10 +37,10 @@ def graph_list(store: Store) -> pl.DataFrame:
 
 
 def find_prompt(store: Store, asked: str) -> int:
-    """The prompt that a person means: by its id, its number in `graph_list` from 0 up, its source or how it begins.
+    """Return the prompt that a person means: by its id, its number in `graph_list`, its source, or a part of its text.
 
     Raises:
-        BadInput: there is none, or several begin so.
+        BadInput: no prompt matches, or several do.
     """
     listed = graph_list(store)
     ids = listed["prompt_id"].to_list()
@@ -49,19 +49,45 @@ def find_prompt(store: Store, asked: str) -> int:
     if asked.isdecimal() and int(asked) < len(ids):
         return ids[int(asked)]
     rows = store.collect(store.scan("prompts")).to_dicts()
+    sources = {row["prompt_id"]: row["source"] for row in rows}
     names = {row["prompt_id"]: prompt_label(row, most=10**6) for row in rows}
     texts = {one: name.partition(" · ")[2] or name for one, name in names.items()}
     wanted = " ".join(asked.split())
-    exact = [row["prompt_id"] for row in rows if wanted in (row["source"], texts[row["prompt_id"]])]
-    begin = [one for one in names if wanted and (names[one].startswith(wanted) or texts[one].startswith(wanted))]
-    if exact or len(begin) == 1:
-        return (exact or begin)[0]
-    if begin:
-        shown = "; ".join(f"'{names[one][:40]}'" for one in begin[:3])
-        raise BadInput(f"prompt '{asked[:80]}': {len(begin)} begin so, {shown}; write more of it, or a number")
-    known = {row["source"] for row in rows} | {text[: max(len(wanted), 20)] for text in texts.values()}
-    near = nearest(wanted[:80], known)
-    raise BadInput(f"prompt '{asked[:80]}': not in harvest '{store.path}', where numbers go to {len(ids) - 1}; {near}")
+    exact = [one for one in names if wanted in (sources[one], texts[one])]
+    if exact:
+        return exact[0]
+    order = [one for one in ids if one in names]
+    matches = [one for one in order if wanted and wanted in names[one]]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        shown = _numbered(matches[:MOST_LISTED], ids, names)
+        more = f" and {len(matches) - MOST_LISTED} more" if len(matches) > MOST_LISTED else ""
+        raise BadInput(
+            f"prompt '{asked[:80]}': {len(matches)} contain it, {shown}{more}; write more of it, or a number"
+        )
+    nearest = sorted(order, key=lambda one: -_resemblance(wanted[:200], names[one]))[:3]
+    raise BadInput(
+        f"prompt '{asked[:80]}': not in harvest '{store.path}', where numbers go to {len(ids) - 1}; the nearest are "
+        f"{_numbered(nearest, ids, names)}"
+    )
+
+
+MOST_LISTED = 10
+"""Prompts that an error message lists."""
+
+
+def _numbered(chosen: list[int], ids: list[int], names: Mapping[int, str]) -> str:
+    """Prompts by number and beginning, as a list in one line."""
+    shown = [names[one] if len(names[one]) <= 60 else f"{names[one][:59]}…" for one in chosen]
+    return "; ".join(f"{ids.index(one)} '{name}'" for one, name in zip(chosen, shown, strict=True))
+
+
+def _resemblance(wanted: str, text: str) -> float:
+    """The share of the wanted text's runs of three characters that a text has too, whatever their case."""
+    wanted, text = wanted.casefold(), text.casefold()
+    runs = {wanted[start : start + 3] for start in range(max(1, len(wanted) - 2))}
+    return sum(run in text for run in runs) / len(runs)
 
 
 def together_label(count: int) -> str:

@@ -5,6 +5,7 @@ was given: a browser names runs, harvests and prompts, never paths.
 """
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ import gradio as gr
 
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
-from spd_lightning.viewer import component_page, graph_page, run_page, token_page
+from spd_lightning.viewer import component_page, graph_page, run_page, serving, token_page
 from spd_lightning.viewer.library import Library, harvest_names
 from spd_lightning.viewer.panel import Panel
 
@@ -140,13 +141,18 @@ def launch(
         path: A folder of runs, a run, a harvest or a tracker's reference; the usual root of runs if None.
         port: Where to listen; the first free port from 7860 on if None.
         host: Which interface to listen on: this machine alone by default.
-        open_browser: Whether to open a browser window.
+        open_browser: Whether to open a browser window, where there is a display.
         wait: Whether to block; without it the caller keeps the process alive.
 
     Raises:
         BadInput: there is nothing at `path`, or the port is taken.
     """
-    return serve(build(path), port, host, open_browser, wait)
+    listening = serving.listen(host, port)  # before the pages are built, which takes seconds
+    try:
+        return _serve(build(path), listening, host, open_browser, wait)
+    except BaseException:
+        listening.close()
+        raise
 
 
 def serve(
@@ -157,16 +163,12 @@ def serve(
     wait: bool = True,
 ) -> str:
     """Serve pages that `build` made; arguments and errors as for `launch`."""
-    try:
-        _, address, _ = demo.launch(
-            server_name=host, server_port=port, inbrowser=open_browser, prevent_thread_lock=not wait, quiet=not wait,
-            theme=theme(), css_paths=[HERE / name for name in STYLES], footer_links=[], run_history=False,
-            ssr_mode=False, share=False, enable_monitoring=False,
-        )  # fmt: skip
-    except OSError as error:
-        where = f"port {port} of {host}" if port else f"ports from 7860 on of {host}"
-        raise BadInput(f"{where}: cannot listen there; is another viewer running? choose a --port") from error
-    return address
+    return _serve(demo, serving.listen(host, port), host, open_browser, wait)
+
+
+def _serve(demo: gr.Blocks, listening: socket.socket, host: str, open_browser: bool, wait: bool) -> str:
+    looks = {"theme": theme(), "css_paths": [HERE / name for name in STYLES]}
+    return serving.serve(serving.protected(demo, host, looks), listening, host, open_browser, wait)
 
 
 def theme() -> gr.themes.Base:

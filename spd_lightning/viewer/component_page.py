@@ -15,7 +15,7 @@ from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
 from spd_lightning.viewer import edge_tables, plots
 from spd_lightning.viewer.library import Library
-from spd_lightning.viewer.panel import Panel, problem, sentence
+from spd_lightning.viewer.panel import Panel, problem, sentence, shortened
 
 IDENTITY, SIZE = "Permute columns towards the identity", "Most important columns first"
 MOST_PROMPTS, MOST_COMPONENTS, MOST_ROWS = 200, 300, 512
@@ -106,7 +106,7 @@ def widgets(library: Library) -> Panel:
     import gradio as gr
 
     with gr.Row(elem_classes="spd-controls"):
-        site = gr.Dropdown(label="Site", choices=[], container=False, scale=0, min_width=240)
+        site = gr.Dropdown(label="Site", choices=[], container=False, scale=0, min_width=310)
         permuted = gr.Checkbox(label=IDENTITY, value=True, container=False)
         kinds = [("mean over a text", "mean"), ("largest in a text", "largest")]
         over = gr.Radio(kinds, value="mean", show_label=False, container=False, visible=False, scale=0, min_width=330)
@@ -127,7 +127,8 @@ def widgets(library: Library) -> Panel:
         except BadInput as error:
             return [*[gr.update()] * 3, problem(str(error)), *[gr.update(visible=False)] * 6]
         drawn = [gr.update(value=figure, visible=figure is not None) for figure in figures(page)]
-        controls = [gr.update(choices=page.sites, value=page.site), gr.update(label=SIZE if page.over else IDENTITY)]
+        known_sites = [(shortened(name), name) for name in page.sites]
+        controls = [gr.update(choices=known_sites, value=page.site), gr.update(label=SIZE if page.over else IDENTITY)]
         below = [gr.update(value=value, visible=shown is not None) for value in (shown, edges)]
         return [*controls, gr.update(visible=page.over is not None), sentence(page.note), *drawn, *below]
 
@@ -140,7 +141,7 @@ def figures(page: ComponentPage) -> list[Any]:
     columns = [str(c) for c in page.order]
     prompts = [name if len(name) <= 30 else f"{name[:29]}…" for name in page.prompts]
     left = 24 + 7 * max(map(len, [*prompts, "output 00"]))  # one margin for all, so that columns stand in line
-    title = f"Causal importance of the components of {page.site}"
+    title = f"Causal importance of the components of {shortened(page.site, 60)}"
     if page.over:
         title += f", {'mean over' if page.over == 'mean' else 'largest in'} each text"
     heat = plots.heat_map(page.importances, prompts, columns, title=title, entry="importance", left=left)

@@ -8,6 +8,7 @@ from spd_lightning.analysis.dataset_edges import Side, corpus_harvests, named, s
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
 from spd_lightning.store import Store
+from spd_lightning.viewer.panel import name_element, shortened
 
 MOST = 12
 HEADS = ("", "to activation", "95 % interval", "to |activation|", "edges")
@@ -59,19 +60,25 @@ def of_run(run: Run, layer: str, component: int) -> EdgeTables | None:
 def html(page: EdgeTables) -> str:
     """The tables side by side."""
     sides = (("sources", page.sources), ("targets", page.targets))
-    grids = "".join(_grid(f"Strongest {side} of {page.component}", rows) for side, rows in sides)
+    grids = "".join(
+        _grid(f"Strongest {side} of {shortened(page.component)}", page.component, rows) for side, rows in sides
+    )
     return f'<div class="spd-grids">{grids}</div><p class="spd-note">{escape(page.note)}</p>'
 
 
-def _grid(title: str, rows: list[EdgeRow]) -> str:
+def _grid(title: str, component: str, rows: list[EdgeRow]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in HEADS)
-    lines = [
-        (name, f"{signed:+.3g}", "–" if low is None else f"{low:+.3g} to {high:+.3g}", f"{size:+.3g}", f"{count:,}")
-        for name, signed, low, high, size, count in rows
-    ]
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    body = "".join(f"<tr>{_line(row)}</tr>" for row in rows)
     body = body or f'<tr><td colspan="{len(HEADS)}">none</td></tr>'
-    return f'<section><h3>{escape(title)}</h3><table class="spd-table"><tr>{head}</tr>{body}</table></section>'
+    table = f'<table class="spd-table"><tr>{head}</tr>{body}</table>'
+    return f'<section><h3 title="{escape(component)}">{escape(title)}</h3>{table}</section>'
+
+
+def _line(row: EdgeRow) -> str:
+    name, signed, low, high, size, count = row
+    interval = "–" if low is None else f"{low:+.3g} to {high:+.3g}"
+    values = (f"{signed:+.3g}", interval, f"{size:+.3g}", f"{count:,}")
+    return name_element("td", name) + "".join(f"<td>{value}</td>" for value in values)
 
 
 def update(run: Run, layer: str, wanted: Any, default: int, count: int) -> tuple[int | None, str]:

@@ -70,7 +70,7 @@ function render() {
   svg.setAttribute('width', plan.width);
   svg.setAttribute('height', plan.height);
   svg.replaceChildren();
-  plan.centres.forEach((y) => shape('line', { class: 'guide', x1: LEFT - 14, x2: plan.width - 12, y1: y, y2: y }, svg));
+  plan.centres.forEach((y) => shape('line', { class: 'guide', x1: plan.left - 14, x2: plan.width - 12, y1: y, y2: y }, svg));
   graph.nodes.forEach((node) => drawNode(node, svg));
   drawRows(plan);
   drawAxis(plan);
@@ -83,7 +83,7 @@ function render() {
 
 function drawRows(plan) {
   $('.rows').replaceChildren(...graph.layers.map((name, layer) => {
-    const label = make('span', '', name);
+    const label = named('span', '', name);
     label.style.top = `${plan.centres[layer]}px`;
     return label;
   }));
@@ -242,7 +242,7 @@ function drawTable() {
   const rows = graph.edges.slice(0, 25).map((edge) => {
     const row = make('tr');
     for (const end of [edge.source, edge.target]) {
-      const cell = make('td'), button = make('button', '', titled(byNode.get(end)));
+      const cell = make('td'), button = named('button', '', titled(byNode.get(end)), 60);
       button.addEventListener('click', () => pin(byNode.get(end)));
       cell.append(button);
       row.append(cell);
@@ -324,10 +324,10 @@ function side(title, ends, count, sum) {
   const largest = Math.max(...ends.map((end) => Math.abs(end.attribution)), 0);
   return [head, ...ends.map((end) => {
     const button = make('button', 'end');
-    button.append(make('span', '', titled(end)), make('span', 'value', number(end.attribution)), meter(end.attribution, largest));
+    button.append(named('span', '', titled(end), NAME_IN_PANEL), make('span', 'value', number(end.attribution)), meter(end.attribution, largest));
     const heads = [...end.heads].sort((a, b) => Math.abs(b.attribution) - Math.abs(a.attribution)).slice(0, 4).map(({ head, attribution }) => `head ${head}: ${number(attribution)}`);
     if (heads.length) button.append(make('small', 'heads', heads.join(' · ')));
-    button.title = byNode.has(end.node) ? 'Pin this node' : 'Hidden by a filter';
+    button.title = `${titled(end)}: ${byNode.has(end.node) ? 'pin this node' : 'hidden by a filter'}`;
     button.addEventListener('click', () => pin(byNode.get(end.node)));
     return button;
   })];

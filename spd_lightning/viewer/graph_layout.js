@@ -4,9 +4,12 @@
 // into several lines when it is full. With `untangle`, cells are then swept upwards and downwards, each node moving to
 // the mean place of its neighbours (the barycentre heuristic of Sugiyama, Tagawa and Toda, 1981).
 
-const LEFT = 150, RIGHT = 40, TOP = 46, BOTTOM = 46, CELL_GAP = 14, NARROW = 15;
+const LEAST_LEFT = 150, LETTER = 7, RIGHT = 40, TOP = 46, BOTTOM = 46, CELL_GAP = 14, NARROW = 15;
 
-// Returns the sheet's width and height, the y of each layer, the columns {widths, starts}, and `places`: by node its
+// The room for the names of layers, left of the first column.
+const roomForNames = (layers) => Math.max(LEAST_LEFT, 24 + LETTER * Math.max(...layers.map((name) => shortened(name).length)));
+
+// Returns the sheet's width and height, the room `left` of the columns, the y of each layer, the columns {widths, starts}, and `places`: by node its
 // centre {x, y}, radius r, the gap to its neighbours, and how many lines its cell has.
 function layout(graph, room, untangle) {
   const cells = new Map();
@@ -15,9 +18,10 @@ function layout(graph, room, untangle) {
     if (!cells.has(key)) cells.set(key, []);
     cells.get(key).push(node);
   }
-  const columns = columnWidths(cells, Math.max(1, graph.tokens.length), Math.max(320, room - LEFT - RIGHT));
+  const left = roomForNames(graph.layers);
+  const columns = columnWidths(cells, Math.max(1, graph.tokens.length), Math.max(320, room - left - RIGHT), left);
   const { centres, height } = rowCentres(graph.layers.length, cells, columns);
-  const plan = { width: LEFT + columns.total + RIGHT, height, centres, columns, places: new Map() };
+  const plan = { left, width: left + columns.total + RIGHT, height, centres, columns, places: new Map() };
   for (const nodes of cells.values()) placeCell(nodes, plan);
   const upwards = untangle ? [...cells.values()].sort((a, b) => a[0].layer - b[0].layer) : [];
   for (let round = 0; round < 4; round++) {
@@ -27,7 +31,7 @@ function layout(graph, room, untangle) {
   return plan;
 }
 
-function columnWidths(cells, positions, room) {
+function columnWidths(cells, positions, room, left) {
   const widths = new Array(positions).fill(26);
   for (const nodes of cells.values()) {
     const pos = positions === 1 ? 0 : nodes[0].pos;
@@ -38,7 +42,7 @@ function columnWidths(cells, positions, room) {
   const stretch = positions === 1 ? room / wanted : Math.max(1, room / wanted);
   const starts = [];
   let total = 0;
-  widths.forEach((width, index) => { starts[index] = LEFT + total; widths[index] = width * stretch; total += widths[index]; });
+  widths.forEach((width, index) => { starts[index] = left + total; widths[index] = width * stretch; total += widths[index]; });
   return { widths, starts, total };
 }
 

@@ -36,6 +36,29 @@ def sentence(text: str) -> str:
     return f'<p class="spd-note">{escape(text)}</p>' if text else ""
 
 
+NAME = 34
+"""Letters of a name where room is short."""
+
+
+def shortened(name: str, most: int = NAME) -> str:
+    """Return a name that fits: a long one loses its middle, since both ends tell modules apart.
+
+    >>> shortened("model.layers.11.block_sparse_moe.experts.3.down_proj")
+    'model.layers.11.blo…ts.3.down_proj'
+    """
+    if len(name) <= most:
+        return name
+    end = most * 3 // 7
+    return f"{name[: most - 1 - end]}…{name[-end:]}"
+
+
+def name_element(tag: str, name: str, most: int = NAME) -> str:
+    """An HTML element with a name in it, and the whole name as its title where it was shortened."""
+    shown = shortened(name, most)
+    title = f' title="{escape(name)}"' if shown != name else ""
+    return f"<{tag}{title}>{escape(shown)}</{tag}>"
+
+
 def table(rows: Sequence[tuple[str, str]], title: str) -> str:
     """(name, value) rows as an HTML table; nothing where there are none."""
     if not rows:

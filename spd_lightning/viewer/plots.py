@@ -11,6 +11,8 @@ import polars as pl
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from spd_lightning.viewer.panel import shortened
+
 PLUS, MINUS, QUIET = "#3a7ebf", "#d2693c", "#8592a6"
 GRID, EMPTY = "rgba(133,146,166,0.22)", "rgba(133,146,166,0.10)"
 SEQUENTIAL = [[0, EMPTY], [0.02, "rgba(58,126,191,0.16)"], [1, "rgba(35,103,168,1)"]]
@@ -126,7 +128,13 @@ def _line(name: str, line: pl.DataFrame, number: int) -> go.Scatter:
     mode = "lines" if len(line) > 20 else "lines+markers"
     marks = {"size": 4}
     return go.Scatter(
-        x=line["step"], y=line["value"], name=name, line=style, marker=marks, mode=mode, hovertemplate=label
+        x=line["step"],
+        y=line["value"],
+        name=shortened(name, 48),
+        line=style,
+        marker=marks,
+        mode=mode,
+        hovertemplate=label,
     )
 
 
@@ -143,7 +151,9 @@ def _coloured(title: str, names: list[str], room: int = 34) -> str:
         return title
     ends = list(accumulate(len(name) + 1 for name in names))
     shown = [name for name, end in zip(names, ends, strict=True) if len(title) + end <= room] or names[:1]
-    words = [f'<span style="color:{SERIES[n % len(SERIES)]}">{name}</span>' for n, name in enumerate(shown)]
+    words = [
+        f'<span style="color:{SERIES[n % len(SERIES)]}">{shortened(name, room)}</span>' for n, name in enumerate(shown)
+    ]
     return " ".join([title, *words, *(["…"] if len(shown) < len(names) else [])])
 
 

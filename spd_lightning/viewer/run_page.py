@@ -1,7 +1,7 @@
 """The run page: what a run reached, how its losses fell, its figures and its config."""
 
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -15,9 +15,10 @@ from spd_lightning.runs import Run
 from spd_lightning.store import Store, gap_warning
 from spd_lightning.viewer import plots
 from spd_lightning.viewer.library import Library
-from spd_lightning.viewer.panel import Panel, problem, table
+from spd_lightning.viewer.panel import Panel, name_element, problem, table
 
 MOST_POINTS = 2000
+MOST_LETTERS = 110  # of the names of a grid's columns
 
 
 @dataclass(frozen=True)
@@ -188,12 +189,19 @@ def _tables(page: RunPage) -> str:
 
 
 def _grid(grid: Grid) -> str:
-    head = "".join(f"<th>{escape(thing)}</th>" for thing in grid.things)
-    body = "".join(
-        f"<tr><th>{escape(measure)}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
-        for measure, values in grid.measures.items()
-    )
+    """One grid; things whose names would not fit side by side stand below each other."""
+    if sum(map(len, grid.things)) > MOST_LETTERS:
+        head = "".join(f"<th>{escape(measure)}</th>" for measure in grid.measures)
+        lines = zip(grid.things, zip(*grid.measures.values(), strict=True), strict=True)
+        body = "".join(f"<tr>{name_element('th', thing, 60)}{_cells(values)}</tr>" for thing, values in lines)
+        return f'<table class="spd-table"><tr><th></th>{head}</tr>{body}</table>'
+    head = "".join(name_element("th", thing) for thing in grid.things)
+    body = "".join(f"<tr><th>{escape(measure)}</th>{_cells(values)}</tr>" for measure, values in grid.measures.items())
     return f'<table class="spd-table"><tr><th></th>{head}</tr>{body}</table>'
+
+
+def _cells(values: Iterable[str]) -> str:
+    return "".join(f"<td>{escape(value)}</td>" for value in values)
 
 
 def _gallery(page: RunPage) -> str:

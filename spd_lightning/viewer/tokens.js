@@ -30,7 +30,7 @@ async function load(layer, component) {
 function fillComponents() {
   const listed = page.components.map(({ component, share, mean }) => [component, `${component} — at ${percent(share)} of tokens, mean ${number(mean)}`]);
   if (!listed.some(([component]) => component === page.component)) listed.push([page.component, `${page.component} — at no token`]);
-  $('.layer').value = page.layer;
+  $('.layer').value = $('.layer').title = page.layer;
   $('.component').replaceChildren(...listed.map(([component, text]) => { const option = make('option', '', text); option.value = component; return option; }));
   $('.component').value = page.component;
   const index = $('.component').selectedIndex, last = $('.component').length - 1;
@@ -65,7 +65,7 @@ function order() {
 function drawSummary() {
   const own = page.components.find(({ component }) => component === page.component);
   const told = own ? `in use at ${page.total} of ${page.positions} tokens (${percent(own.share)}) · mean importance ${number(own.mean)} · spread ${number(own.spread)}` : 'in use at no token';
-  $('.summary').replaceChildren(make('b', '', `${page.layer}:${page.component}`), make('span', '', ` · ${told}`));
+  $('.summary').replaceChildren(named('b', '', `${page.layer}:${page.component}`, 60), make('span', '', ` · ${told}`));
 }
 
 function drawTop() {
@@ -150,8 +150,8 @@ function inUse({ components, count }) {
   head.append(make('small', '', count ? `${components.length < count ? `${components.length} of ` : ''}${count} components` : 'none'));
   return [head, ...components.map(({ layer, component, importance, activation }) => {
     const button = make('button', 'end');
-    button.append(make('span', '', `${layer}:${component}`), make('span', 'value', number(importance)), meter(importance, 1));
-    button.title = `importance ${number(importance)}, activation ${number(activation)}: colour the text by it`;
+    button.append(named('span', '', `${layer}:${component}`, NAME_IN_PANEL), make('span', 'value', number(importance)), meter(importance, 1));
+    button.title = `${layer}:${component}, importance ${number(importance)}, activation ${number(activation)}: colour the text by it`;
     button.dataset.name = `${layer}:${component}`;
     button.addEventListener('click', () => load(layer, component));
     return button;
@@ -243,7 +243,7 @@ async function open() {
   show(value.problem);
   $('.spd-widget').classList.toggle('blank', !prompts.length);
   if (!prompts.length) { asked++; return; }
-  $('.layer').replaceChildren(...value.layers.map((layer) => { const option = make('option', '', layer); option.value = layer; return option; }));
+  $('.layer').replaceChildren(...value.layers.map((layer) => { const option = named('option', '', layer); option.value = layer; return option; }));
   $('.find').value = '';
   fillTexts();
   find();

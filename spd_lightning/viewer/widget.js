@@ -15,6 +15,22 @@ const number = (value) => {
   return text.replaceAll('-', '−');
 };
 
+// A name that fits: a long one loses its middle, since both ends tell modules apart; `panel.shortened` does the same.
+const NAME = 34, NAME_IN_PANEL = 28;
+const shortened = (text, most = NAME) => {
+  const letters = [...text];
+  if (letters.length <= most) return text;
+  const end = Math.floor((most * 3) / 7);
+  return `${letters.slice(0, most - 1 - end).join('')}…${letters.slice(-end).join('')}`;
+};
+
+// An element with a name in it, and the whole name as its title where it was shortened.
+const named = (tag, className, text, most = NAME) => {
+  const made = make(tag, className, shortened(text, most));
+  if (made.textContent !== text) made.title = text;
+  return made;
+};
+
 function meter(value, largest) {
   const track = make('span', 'meter'), fill = make('i', value >= 0 ? 'plus' : 'minus');
   fill.style.width = `${(100 * Math.abs(value)) / (largest || 1)}%`;
