@@ -224,6 +224,15 @@ def test_weights_that_are_not_used_or_are_missing_are_an_error(tmp_path, name):
         decoder_from(str(tmp_path))
 
 
+def test_constants_of_old_checkpoints_are_no_weights(tmp_path):
+    """GPT-2's used to hold its causal masks."""
+    model = tiny_checkpoints.write(tmp_path, "gpt2")
+    masks = {f"transformer.h.0.attn.{name}": torch.ones(1, 1, 4, 4) for name in ("bias", "masked_bias")}
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() | masks)
+    tokens = tiny_checkpoints.tokens()
+    assert torch.equal(HuggingFaceLM.from_pretrained(str(tmp_path), "float32")(tokens), model(tokens).logits)
+
+
 def test_norms_of_queries_that_the_config_does_not_know(tmp_path):
     """A Qwen3 checkpoint as a Llama."""
     tiny_checkpoints.write(tmp_path, "qwen3", head_dim=4)

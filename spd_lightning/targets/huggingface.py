@@ -26,6 +26,8 @@ from spd_lightning.targets.language import LanguageModel, fits
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length", "n_ctx")
 _UNBOUNDED = 2**31 - 1
+_CONSTANTS = (".attn.bias", ".masked_bias", ".inv_freq", ".position_ids")
+"""Masks and tables that old checkpoints hold beside their weights."""
 
 
 class HuggingFaceLM(LanguageModel):
@@ -116,7 +118,7 @@ def checkpoint(reference: str, dtype: Precision) -> Any:
         raise BadInput(
             f"model '{reference}': its checkpoint has no fitting '{lacking[0]}'; take a causal language model"
         )
-    if unused := sorted(found["unexpected_keys"]):
+    if unused := sorted(name for name in found["unexpected_keys"] if not name.endswith(_CONSTANTS)):
         raise BadInput(
             f"model '{reference}': its checkpoint holds '{unused[0]}', which the model that its config.json describes "
             "does not have; correct config.json, or take the weight out of the checkpoint if it is not needed"
