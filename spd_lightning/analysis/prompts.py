@@ -1,15 +1,21 @@
 """The prompts of a harvest, in the order and with the names by which a person looks for them."""
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
+from spd_lightning import labels
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.store import Store
 
 ALL_PROBES = 0
 """The id that stands for all probes of a harvest together; hashes of prompts are anything else."""
+
+
+TEXT_SOURCES = ("given ", "file ", "validation ")
+"""How the sources of prompts begin that `Text` makes."""
 
 
 def probes(store: Store) -> pl.DataFrame:
@@ -50,17 +56,18 @@ def find_prompt(store: Store, asked: str) -> int:
         return ids[int(asked)]
     rows = store.collect(store.scan("prompts")).to_dicts()
     names = {row["prompt_id"]: prompt_label(row, most=10**6) for row in rows}
-    texts = {one: name.partition(" · ")[2] or name for one, name in names.items()}
-    wanted = " ".join(asked.split())
-    exact = [row["prompt_id"] for row in rows if wanted in (row["source"], texts[row["prompt_id"]])]
-    begin = [one for one in names if wanted and (names[one].startswith(wanted) or texts[one].startswith(wanted))]
+    texts = [" ".join(prompt_text(row).split()) for row in rows]
+    wanted = search_key(asked)
+    keys = {row["prompt_id"]: [search_key(name) for name in _names(row)] for row in rows if wanted}
+    exact = [one for one, held in keys.items() if wanted in held]
+    begin = [one for one, held in keys.items() if any(key.startswith(wanted) for key in held)]
     if exact or len(begin) == 1:
         return (exact or begin)[0]
     if begin:
         shown = "; ".join(f"'{names[one][:40]}'" for one in begin[:3])
         raise BadInput(f"prompt '{asked[:80]}': {len(begin)} begin so, {shown}; write more of it, or a number")
-    known = {row["source"] for row in rows} | {text[: max(len(wanted), 20)] for text in texts.values()}
-    near = nearest(wanted[:80], known)
+    known = {row["source"] for row in rows} | {text[: max(len(asked), 20)] for text in texts}
+    near = nearest(asked[:80], known)
     raise BadInput(f"prompt '{asked[:80]}': not in harvest '{store.path}', where numbers go to {len(ids) - 1}; {near}")
 
 
@@ -69,15 +76,43 @@ def together_label(count: int) -> str:
     return f"all {count} probes together"
 
 
+def _names(prompt: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Everything that a person may call a prompt: its source, its text, its label."""
+    return prompt["source"], prompt_text(prompt), prompt_label(prompt, most=10**6)
+
+
+def prompt_text(prompt: Mapping[str, Any]) -> str:
+    """Return the text of a row of the table `prompts`, with its blanks; of vectors, the features with a blank between.
+
+    The tokens of a text bring their own blanks, and bytes of one character that are several tokens become that
+    character again. Token ids without a text are listed with a blank between.
+    """
+    tokens = prompt["tokens"]
+    of_text = prompt["source"].startswith(TEXT_SOURCES)
+    bring_blanks = of_text or any(" " in token or labels.is_bytes(token) for token in tokens)
+    return labels.joined(tokens) if bring_blanks else " ".join(tokens)
+
+
+def search_key(text: str) -> str:
+    """Return the form in which texts are compared when a person looks for one.
+
+    Tokenizers drop or add blanks, fold case and compose characters before they make tokens. Two texts with the same
+    key differ in nothing else, so that a prompt is found by the text that was given. To find prompts that contain
+    some words, look for `search_key(words) in search_key(prompt_text(row))`.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(unicodedata.normalize("NFKC", folded).split())
+
+
 def prompt_label(prompt: Mapping[str, Any], most: int = 80) -> str:
     """What a row of the table `prompts` is called.
 
     A probe of one feature is "feature 3 = 0.75"; other vectors go by their source and non-zero features; a text by its
     source and its first `most` characters, each run of blanks as one.
     """
-    source, tokens = prompt["source"], prompt["tokens"]
+    source: str = prompt["source"]
+    tokens: list[str] = prompt["tokens"]
     if len(tokens) == 1 and source.startswith("feature ") and "=" in tokens[0]:
         return f"{source} = {tokens[0].partition('=')[2]}"
-    joint = "" if any(" " in token for token in tokens) else " "  # tokens of a text bring their own spaces
-    text = " ".join(joint.join(tokens).split()) or ("(blank)" if tokens else "no active feature")
+    text = " ".join(prompt_text(prompt).split()) or ("(blank)" if tokens else "no active feature")
     return f"{source} · {text if len(text) <= most else text[:most] + '…'}"

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm.auto import tqdm
 
-from spd_lightning import files
+from spd_lightning import files, labels
 from spd_lightning.config import digest
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.corpora import END, Corpus, library
@@ -72,20 +72,30 @@ class Tokeniser:
         return self.inner.decode(ids, skip_special_tokens=False)
 
     def name(self, token: int) -> str:
-        """What one token stands for: its text, or `<0xE2>` for the bytes of a part of a character."""
+        """The label of one token, as `labels` explains it: its text, or `<0xE2>` for a part of a character."""
         if token not in self._names:
             self._names[token] = self._name(token)
         return self._names[token]
 
+    @cached_property
+    def _fallback(self) -> dict[str, int]:
+        """The tokens by which SentencePiece writes single bytes; empty in a vocabulary without one for each byte."""
+        named = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        whole = all(self.inner.token_to_id(piece) is not None for piece in named)
+        return named if whole else {}
+
     def _name(self, token: int) -> str:
-        piece, text = self.inner.id_to_token(token), self.decode([token])
+        piece = self.inner.id_to_token(token)
         if piece is None:
             return f"<{token}>"
+        if piece in self._fallback:
+            return labels.token_label(bytes([self._fallback[piece]]))
         if piece.startswith("▁"):  # a space, which decoding drops at the start
             return piece.replace("▁", " ")
+        text = self.decode([token])
         if "\ufffd" in text and all(letter in _BYTES for letter in piece):
-            return "".join(f"<0x{_BYTES[letter]:02X}>" for letter in piece)
-        return text
+            return labels.token_label(bytes(_BYTES[letter] for letter in piece))
+        return labels.token_label(text.encode())
 
 
 def _byte_letters() -> dict[str, int]:
