@@ -67,6 +67,28 @@ class Tokeniser:
         """The tokens of a text, with those that the tokenizer itself puts around one."""
         return self.inner.encode(text).ids
 
+    def encode_prompt(self, text: str) -> tuple[list[int], list[str]]:
+        """The tokens of a prompt, and the names of those that it brought itself although the tokenizer adds them.
+
+        Of a beginning-of-text token that stands there twice, once by the tokenizer and once by the prompt, one is kept;
+        so it is at the end. A model sees two of them nowhere in its training.
+        """
+        ids = self.encode(text)
+        own = self.inner.encode(text, add_special_tokens=False).ids
+        if not own or len(ids) == len(own):
+            return ids, []
+        repeated = list[str]()
+        front = _added_in_front(ids, own)
+        if front and ids[front - 1] == own[0]:
+            repeated.append(self.name(own[0]))
+            del ids[front]
+            own = own[1:]
+        end = front + len(own)
+        if own and end < len(ids) and ids[end] == own[-1]:
+            repeated.append(self.name(own[-1]))
+            del ids[end]
+        return ids, repeated
+
     def decode(self, ids: list[int]) -> str:
         """The text of some tokens."""
         return self.inner.decode(ids, skip_special_tokens=False)
@@ -96,6 +118,12 @@ class Tokeniser:
         if "\ufffd" in text and all(letter in _BYTES for letter in piece):
             return labels.token_label(bytes(_BYTES[letter] for letter in piece))
         return labels.token_label(text.encode())
+
+
+def _added_in_front(ids: list[int], own: list[int]) -> int:
+    """How many tokens a tokenizer put before a text's own."""
+    starts = range(len(ids) - len(own) + 1)
+    return next((start for start in reversed(starts) if ids[start : start + len(own)] == own), 0)
 
 
 def _byte_letters() -> dict[str, int]:

@@ -1,6 +1,5 @@
 """From a config to a trainer, a module and its data, by LightningCLI."""
 
-import json
 import logging
 import os
 import warnings
@@ -16,6 +15,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from spd_lightning import config as configs
 from spd_lightning.errors import BadInput
 from spd_lightning.training.parsing import Parser, complaint, refuse_unknown
 from spd_lightning.training.progress import Progress
@@ -69,7 +69,7 @@ class Session(LightningCLI):
                 seed_everything_default=0,
                 trainer_defaults=TRAINER,
                 parser_class=Parser,
-                args=["--config", json.dumps(dict(config)), *overrides],
+                args=["--config", configs.one_line(dict(config)), *overrides],
                 run=False,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
