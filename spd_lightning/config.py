@@ -22,6 +22,9 @@ SHIPPED = next(folder for folder in (_HERE / "configs", _HERE.parent / "configs"
 """The shipped configs: inside the installed package, or at the top of a checkout."""
 
 
+_MORE_LINE_ENDS = {"\x85", "\u2028", "\u2029"}
+
+
 class KeyTwice(BadInput):
     """A mapping of a YAML text holds the same key twice; YAML's own readers keep the last without a word."""
 
@@ -95,7 +98,7 @@ def load(name: str) -> dict[str, Any]:
 def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise BadInput(f"config '{path}': it builds on itself; remove it from its own chain of 'base'")
-    own = _read(path)
+    own = read_file(path)
     if not isinstance(own, dict):
         raise BadInput(f"config '{path}': expected 'key: value' lines, found {type(own).__name__}")
     bases = own.pop("base", [])
@@ -120,14 +123,20 @@ def items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             raise BadInput(f"'{path}': expected a list, '- key: value' lines")
         for entry in node.value:
             yield entry.start_mark.line + 1, loader.construct_document(entry)
+    except KeyTwice as error:
+        raise BadInput(f"'{path}': {error}") from error
     except yaml.YAMLError as error:
         raise BadInput(f"'{path}': not valid YAML: {' '.join(str(error).split())}") from error
     finally:
         loader.dispose()
 
 
-def _read(path: Path) -> Any:
-    """What one file holds, whatever it builds on."""
+def read_file(path: Path) -> Any:
+    """Return what one file holds, without what it builds on.
+
+    Raises:
+        BadInput: it is not YAML in UTF-8, or a mapping in it holds a key twice.
+    """
     text = read_text(path)
     try:
         content = yaml.load(text, Loader=_Loader) or {}
@@ -184,4 +193,7 @@ def digest(config: Any) -> str:
 
 def dump(config: Mapping[str, Any]) -> str:
     """A config as YAML that `load` reads back."""
-    return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    written = yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    if _MORE_LINE_ENDS & set(written):  # readers of YAML fold these into blanks
+        return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120)
+    return written

@@ -317,6 +317,18 @@ def test_a_folder_may_be_named_like_a_pattern(tmp_path, name):
     assert list(Corpus(str(tmp_path / "a?*" / "*.txt")).documents()) == [n for n in ("a1", "a[1]") if n in ("a1", name)]
 
 
+def test_a_dataset_in_a_folder_named_like_a_pattern_is_read_as_files(tmp_path):
+    (tmp_path / "a[1]").mkdir()
+    write_table(tmp_path / "a[1]" / "train.parquet")
+    said = complaint(lambda: list(Corpus(f"hf:{tmp_path / 'a[1]'}").documents()))
+    advised = said.rpartition("for example: ")[2]
+    assert list(Corpus(advised).documents()) == DOCUMENTS[:7]
+
+
+def test_text_from_a_terminal_that_is_not_in_utf_8(tales):
+    assert r"\udcff is half of a character" in complaint(lambda: tales().encode("a \udcff"))
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_a_byte_order_mark_is_no_part_of_a_corpus(tmp_path, suffix):
     content = "word" if suffix == ".txt" else '{"text": "word"}'

@@ -103,7 +103,13 @@ class Corpus:
 
     def _dataset(self) -> Iterable[Any]:
         datasets, name = library("datasets", f"corpus '{self.name}'"), self.name[3:]
-        reachable = Path(name).exists() or hub_answers()
+        local = Path(name).exists()
+        if local and set("*?[") & set(str(Path(name).resolve())):
+            raise BadInput(
+                f"corpus '{self.name}': the package datasets takes '*', '?' and '[' in a folder's name for a pattern; "
+                f"name its files instead, for example: {name}/*.parquet"
+            )
+        reachable = local or hub_answers()
         try:
             with _hub_left_alone(not reachable):
                 return datasets.load_dataset(name, self.config_name, split=self.split, streaming=self.streaming)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from spd_lightning.encoding import lone_surrogate
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.corpora import Corpus, Unusable
 from spd_lightning.targets.data import Prompts, StepData, generator_for
@@ -119,7 +120,13 @@ class Text(StepData):
         return self.tokeniser.size
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with those that the tokenizer itself puts around one; none of these stands twice."""
+        """The tokens of a text, with those that the tokenizer itself puts around one; none of these stands twice.
+
+        Raises:
+            BadInput: there is half of a character in it, as a terminal gives it that is not in UTF-8.
+        """
+        if half := lone_surrogate(text):
+            raise BadInput(f"text '{text[:40]}': {half} is half of a character; write it in UTF-8, whole")
         ids, repeated = self.tokeniser.encode_prompt(text)
         for name in repeated:
             self._say("the text brings '%s', which the tokenizer adds itself; one of the two is kept", name)

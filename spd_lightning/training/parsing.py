@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import get_loader, set_dumper, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 import spd_lightning
@@ -37,6 +37,15 @@ def _load_once_only(text: str) -> Any:
     return _yaml_of_jsonargparse(text)
 
 
+ESCAPED = "escaped_yaml"
+"""A format of jsonargparse that writes settings in ASCII: its own loses the line ends that only Unicode knows."""
+
+
+def _dump_escaped(settings: Any) -> str:
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
+set_dumper(ESCAPED, _dump_escaped)
 set_loader("yaml", _load_once_only, exceptions=(yaml.YAMLError,))
 
 

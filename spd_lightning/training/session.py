@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from spd_lightning import config as configs
 from spd_lightning.errors import BadInput
-from spd_lightning.training.parsing import Parser, complaint, refuse_unknown
+from spd_lightning.training.parsing import ESCAPED, Parser, complaint, refuse_unknown
 from spd_lightning.training.progress import Progress
 from spd_lightning.training.tracking import MetricsFile, placed
 
@@ -59,6 +59,7 @@ class Session(LightningCLI):
 
     def __init__(self, config: Mapping[str, Any], overrides: Sequence[str], plan: Callable[[dict[str, Any]], Plan]):
         self._plan, self._given = plan, config
+        _check_files(overrides)
         try:
             super().__init__(
                 LightningModule,
@@ -83,7 +84,7 @@ class Session(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         refuse_unknown(self._given, self.config.as_dict())
-        said = self.parser.dump(_plain(self.config), skip_validation=True, skip_link_targets=False)
+        said = self.parser.dump(_plain(self.config), skip_validation=True, skip_link_targets=False, format=ESCAPED)
         self.settings = yaml.safe_load(said)
         self.plan = self._plan(self.settings)
         if self.plan.model is not None:
@@ -139,6 +140,14 @@ class Settings(Session):
             return self.parser.instantiate_classes(Namespace({owner: chosen}))[owner]
         except (ValueError, TypeError) as error:
             raise complaint(error) from error
+
+
+def _check_files(overrides: Sequence[str]) -> None:
+    """Read every YAML file that an override names, so that what is wrong with it is said with the file's name."""
+    for word in overrides:
+        path = Path(word.partition("=")[2] if word.startswith("--") else word)
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            configs.read_file(path)
 
 
 def _plain(value: Any) -> Any:
