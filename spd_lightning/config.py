@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
 
 from spd_lightning.encoding import lone_surrogate, read_text
 from spd_lightning.errors import BadInput, nearest
@@ -22,7 +23,8 @@ SHIPPED = next(folder for folder in (_HERE / "configs", _HERE.parent / "configs"
 """The shipped configs: inside the installed package, or at the top of a checkout."""
 
 
-_MORE_LINE_ENDS = {"\x85", "\u2028", "\u2029"}
+MORE_LINE_ENDS = {"\x85", "\u2028", "\u2029"}
+"""Line ends that only Unicode knows: readers of YAML fold them into blanks unless they are written as escapes."""
 
 
 class KeyTwice(BadInput):
@@ -34,10 +36,10 @@ class KeyTwice(BadInput):
         super().__init__(f"key '{key}' is given twice, {place}; keep one of them")
 
 
-class _OnceOnly(yaml.composer.Composer):
+class _OnceOnly(Composer):
     """Rejects a key that a mapping holds twice; one that overrides a merged (`<<`) one is not there twice."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
@@ -194,6 +196,6 @@ def digest(config: Any) -> str:
 def dump(config: Mapping[str, Any]) -> str:
     """A config as YAML that `load` reads back."""
     written = yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
-    if _MORE_LINE_ENDS & set(written):  # readers of YAML fold these into blanks
+    if MORE_LINE_ENDS & set(written):
         return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120)
     return written

@@ -16,7 +16,7 @@ from jsonargparse import get_loader, set_dumper, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 import spd_lightning
-from spd_lightning.config import check_keys
+from spd_lightning.config import MORE_LINE_ENDS, check_keys
 from spd_lightning.errors import BadInput, nearest
 
 
@@ -37,15 +37,13 @@ def _load_once_only(text: str) -> Any:
     return _yaml_of_jsonargparse(text)
 
 
-ESCAPED = "escaped_yaml"
-"""A format of jsonargparse that writes settings in ASCII: its own loses the line ends that only Unicode knows."""
+def _dump_all_characters(settings: Any) -> str:
+    """Settings as YAML; jsonargparse's own writer loses the line ends that only Unicode knows."""
+    readable = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(settings, sort_keys=False) if MORE_LINE_ENDS & set(readable) else readable
 
 
-def _dump_escaped(settings: Any) -> str:
-    return yaml.safe_dump(settings, sort_keys=False)
-
-
-set_dumper(ESCAPED, _dump_escaped)
+set_dumper("yaml", _dump_all_characters)
 set_loader("yaml", _load_once_only, exceptions=(yaml.YAMLError,))
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from spd_lightning import config as configs
 from spd_lightning.errors import BadInput
-from spd_lightning.training.parsing import ESCAPED, Parser, complaint, refuse_unknown
+from spd_lightning.training.parsing import Parser, complaint, refuse_unknown
 from spd_lightning.training.progress import Progress
 from spd_lightning.training.tracking import MetricsFile, placed
 
@@ -84,7 +84,7 @@ class Session(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         refuse_unknown(self._given, self.config.as_dict())
-        said = self.parser.dump(_plain(self.config), skip_validation=True, skip_link_targets=False, format=ESCAPED)
+        said = self.parser.dump(_plain(self.config), skip_validation=True, skip_link_targets=False)
         self.settings = yaml.safe_load(said)
         self.plan = self._plan(self.settings)
         if self.plan.model is not None:
