@@ -13,7 +13,9 @@ def main() -> None:
         found = ".".join(map(str, sys.version_info[:2]))
         sys.exit(_unusable(f"this is Python {found}, and spd_lightning needs 3.11 or newer"))
     from spd_lightning import verbs
+    from spd_lightning.terminal import fit_streams
 
+    fit_streams()
     words = sys.argv[1:]
     if (shown := verbs.asked_for(words)) is not None:
         print(shown, end="")

@@ -4,6 +4,7 @@ A config is YAML. Its top-level key `base` names another config (or a list of th
 dicts merge key by key, lists and single values replace.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
 
+from spd_lightning.encoding import lone_surrogate, read_text
 from spd_lightning.errors import BadInput, nearest
 
 _HERE = Path(__file__).resolve().parent
@@ -20,7 +23,37 @@ SHIPPED = next(folder for folder in (_HERE / "configs", _HERE.parent / "configs"
 """The shipped configs: inside the installed package, or at the top of a checkout."""
 
 
-class _Loader(yaml.SafeLoader):
+MORE_LINE_ENDS = {"\x85", "\u2028", "\u2029"}
+"""Line ends that only Unicode knows: readers of YAML fold them into blanks unless they are written as escapes."""
+
+
+class KeyTwice(BadInput):
+    """A mapping of a YAML text holds the same key twice; YAML's own readers keep the last without a word."""
+
+    def __init__(self, key: str, lines: tuple[int, int]):
+        first, second = lines
+        place = f"on line {first}" if first == second else f"on lines {first} and {second}"
+        super().__init__(f"key '{key}' is given twice, {place}; keep one of them")
+
+
+class _OnceOnly(Composer):
+    """Rejects a key that a mapping holds twice; one that overrides a merged (`<<`) one is not there twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name = (key.tag, key.value)
+            if name in seen:
+                first, second = (one.start_mark.line + 1 for one in (seen[name], key))
+                raise KeyTwice(key.value, (first, second))
+            seen[name] = key
+        return node
+
+
+class _Loader(_OnceOnly, yaml.SafeLoader):
     """YAML 1.1 with numbers as people write them: 1e-3 is a number, not a word."""
 
 
@@ -67,10 +100,7 @@ def load(name: str) -> dict[str, Any]:
 def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise BadInput(f"config '{path}': it builds on itself; remove it from its own chain of 'base'")
-    try:
-        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"config '{path}': not valid YAML: {' '.join(str(error).split())}") from error
+    own = read_file(path)
     if not isinstance(own, dict):
         raise BadInput(f"config '{path}': expected 'key: value' lines, found {type(own).__name__}")
     bases = own.pop("base", [])
@@ -95,10 +125,58 @@ def items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             raise BadInput(f"'{path}': expected a list, '- key: value' lines")
         for entry in node.value:
             yield entry.start_mark.line + 1, loader.construct_document(entry)
+    except KeyTwice as error:
+        raise BadInput(f"'{path}': {error}") from error
     except yaml.YAMLError as error:
         raise BadInput(f"'{path}': not valid YAML: {' '.join(str(error).split())}") from error
     finally:
         loader.dispose()
+
+
+def read_file(path: Path) -> Any:
+    """Return what one file holds, without what it builds on.
+
+    Raises:
+        BadInput: it is not YAML in UTF-8, or a mapping in it holds a key twice.
+    """
+    text = read_text(path)
+    try:
+        content = yaml.load(text, Loader=_Loader) or {}
+    except KeyTwice as error:
+        raise BadInput(f"config '{path}': {error}") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"config '{path}': not valid YAML: {' '.join(str(error).split())}") from error
+    if half := next(_halves(content), None):
+        raise BadInput(f"config '{path}': {half} is half of a character; write the character itself")
+    return content
+
+
+def _halves(content: Any) -> Iterator[str]:
+    """The halves of surrogate pairs that an escape such as "\\ud83d" put into a config: no file can hold them."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _halves(key)
+            yield from _halves(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _halves(value)
+    elif isinstance(content, str) and (half := lone_surrogate(content)):
+        yield half
+
+
+def check_keys(text: str) -> None:
+    """Raise KeyTwice where a mapping in a YAML text holds a key twice; text that is not YAML passes."""
+    with contextlib.suppress(yaml.YAMLError):
+        yaml.compose(text, Loader=_Loader)
+
+
+def one_line(config: Any) -> str:
+    """A config as one line of ASCII that every reader of YAML takes, whatever characters are in it.
+
+    JSON writes a character beyond U+FFFF as two halves, which YAML does not join again. Here it is one escape.
+    """
+    written = json.dumps(config, ensure_ascii=False)
+    return re.sub(r"[^\x20-\x7e]", lambda found: f"\\U{ord(found[0]):08x}", written)
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -117,4 +195,7 @@ def digest(config: Any) -> str:
 
 def dump(config: Mapping[str, Any]) -> str:
     """A config as YAML that `load` reads back."""
-    return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120)
+    written = yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    if MORE_LINE_ENDS & set(written):
+        return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120)
+    return written

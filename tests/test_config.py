@@ -172,7 +172,7 @@ def test_broken_configs_are_refused(here, text):
 
 def test_bytes_that_are_no_text_are_refused(here):
     (here / "bad.yaml").write_bytes(b"\xff\xfe\x00a")
-    assert "not valid YAML" in refused("bad.yaml")
+    assert "not UTF-8 at byte 0" in refused("bad.yaml")
 
 
 def test_an_empty_config_is_empty(here):
@@ -241,3 +241,96 @@ def test_the_order_of_keys_does_not_change_a_digest(tree, chance):
 def test_different_configs_have_different_digests(one, other):
     if yaml.safe_dump(one) != yaml.safe_dump(other):
         assert config.digest(one) != config.digest(other)
+
+
+# ---- characters -----------------------------------------------------------------------------------------------------
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # all that UTF-8 can write
+ANY_CONFIG = st.recursive(
+    st.dictionaries(ANY_TEXT, ANY_TEXT | st.integers() | st.none(), max_size=3),
+    lambda inner: st.dictionaries(ANY_TEXT, st.lists(ANY_TEXT, max_size=2) | inner, max_size=2),
+)
+HARD = "😀 👩\u200d🔬 e\u0301 \u200fשלום \ufeff\x85\u2028\x7f\x00 \\ud83d"
+
+
+@given(tree=ANY_CONFIG)
+@example(tree={"a": {HARD: [HARD]}})
+def test_a_config_in_any_script_is_read_back(tmp_path_factory, tree):
+    """The copy that a run keeps, and the line that jsonargparse is given."""
+    path = tmp_path_factory.getbasetemp() / "copy.yaml"
+    path.write_text(config.dump({"x": tree}), encoding="utf-8", newline="")
+    assert config.load(str(path)) == {"x": tree}
+    line = config.one_line(tree)
+    assert line.isascii()
+    assert line.isprintable()
+    assert yaml.safe_load(line) == tree
+
+
+def test_emoji_in_configs_and_overrides_reach_the_settings(here):
+    """jsonargparse reads and writes settings with YAML of its own; what a run keeps must be what was given."""
+    from spd_lightning.training.session import Settings, quiet
+
+    write(here / "mine.yaml", "data:\n  init_args:\n    prompts: ['Hi 😀', 'e\u0301 שלום', \"a\\x85b\"]\n")
+    given = config.merge(config.load("stories-1L-tiny"), config.load("mine"))
+    with quiet():
+        from_file = Settings(given)
+        from_words = Settings(given, ['--data.init_args.prompts=["Ho 👩\u200d🔬"]'])
+    for settings, prompts in ((from_file, ["Hi 😀", "e\u0301 שלום", "a\x85b"]), (from_words, ["Ho 👩\u200d🔬"])):
+        assert settings.config["data"]["init_args"]["prompts"] == prompts
+        write(here / "copy.yaml", config.dump(settings.settings))
+        assert config.load("copy.yaml")["data"]["init_args"]["prompts"] == prompts
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(here):
+    write(here / "x.yaml", "\ufeffa: 1\nb: |\n  two\n")
+    assert config.load("x") == {"a": 1, "b": "two\n"}
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("a: ü".encode("utf-16"), ["not UTF-8 at byte 0", "looks like UTF-16", "iconv"]),
+        ("a: ü".encode("latin-1"), ["not UTF-8 at byte 3", "may be Latin-1", "iconv"]),
+        (b'a: "\\ud83d"', ["\\ud83d is half of a character"]),
+    ],
+)
+def test_other_encodings_are_rejected(here, content, parts):
+    (here / "x.yaml").write_bytes(content)
+    said = refused("x")
+    assert all(part in said for part in ["x.yaml", *parts]), said
+
+
+# ---- a key twice ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "place"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "a", "on lines 1 and 3"),
+        ("a:\n  - b: {c: 1, d: 2, c: 1}\n", "c", "on line 2"),
+        ("a: 1\n'a': 2\n", "a", "on lines 1 and 2"),
+        ("a: &x {b: 1}\nc: {<<: *x, d: 1,\n d: 2}\n", "d", "on lines 2 and 3"),
+    ],
+)
+def test_a_key_twice_is_rejected(here, text, key, place):
+    write(here / "low.yaml", text)
+    write(here / "top.yaml", "base: low\n")
+    said = refused("top")
+    assert "low.yaml" in said
+    assert f"key '{key}' is given twice, {place}; keep one" in said
+
+
+def test_what_overrides_a_merged_key_is_not_there_twice(here):
+    write(here / "x.yaml", "a: &x {b: 1, c: 1}\nd: {<<: *x, b: 2}\ne: {f: {b: 3}, b: 4}\n")
+    assert config.load("x") == {"a": {"b": 1, "c": 1}, "d": {"b": 2, "c": 1}, "e": {"f": {"b": 3}, "b": 4}}
+
+
+def test_a_key_twice_in_an_override_is_rejected(here):
+    from spd_lightning.training.session import Settings, quiet
+
+    path = write(here / "trainer.yaml", "max_steps: 1\nlogger: false\nmax_steps: 2\n")
+    tiny = config.load("tms_5-2")
+    with quiet(), pytest.raises(BadInput, match=r"trainer\.yaml': key 'max_steps' is given twice, on lines 1 and 3"):
+        Settings(tiny, [f"--trainer={path}"])
+    with quiet(), pytest.raises(BadInput, match=r"key 'max_steps' is given twice, on line 1"):
+        Settings(tiny, ["--trainer={max_steps: 1, max_steps: 2}"])

@@ -306,6 +306,36 @@ def test_a_glob_takes_its_files_in_order(tmp_path):
     assert list(Corpus(str(tmp_path / "*.txt")).documents()) == [f"{n} {i}" for n in "abc" for i in (1, 2)]
 
 
+@pytest.mark.parametrize("name", ["a[1]", "x*y", "what?", "[ab]"])
+def test_a_folder_may_be_named_like_a_pattern(tmp_path, name):
+    """A file that is there is meant as it is written; patterns behind such a folder still work."""
+    for folder in (name, "a1", "xzy", "whats", "a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "c[2].txt").write_text(folder)
+    assert list(Corpus(str(tmp_path / name / "c[2].txt")).documents()) == [name]
+    assert list(Corpus(str(tmp_path / name / "*.txt")).documents()) == [name]
+    assert list(Corpus(str(tmp_path / "a?*" / "*.txt")).documents()) == [n for n in ("a1", "a[1]") if n in ("a1", name)]
+
+
+def test_a_dataset_in_a_folder_named_like_a_pattern_is_read_as_files(tmp_path):
+    (tmp_path / "a[1]").mkdir()
+    write_table(tmp_path / "a[1]" / "train.parquet")
+    said = complaint(lambda: list(Corpus(f"hf:{tmp_path / 'a[1]'}").documents()))
+    advised = said.rpartition("for example: ")[2]
+    assert list(Corpus(advised).documents()) == DOCUMENTS[:7]
+
+
+def test_text_from_a_terminal_that_is_not_in_utf_8(tales):
+    assert r"\udcff is half of a character" in complaint(lambda: tales().encode("a \udcff"))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_corpus(tmp_path, suffix):
+    content = "word" if suffix == ".txt" else '{"text": "word"}'
+    (tmp_path / f"x{suffix}").write_text("\ufeff" + content, encoding="utf-8")
+    assert list(Corpus(str(tmp_path / f"x{suffix}")).documents()) == ["word"]
+
+
 def test_the_standard_library_is_sources_without_tests():
     documents = list(Corpus("stdlib").documents())
     assert [Path(module.__file__).read_text() in documents for module in (json.decoder, glob, statistics)] == [True] * 3
@@ -363,6 +393,133 @@ def test_prompts_of_a_jsonl_file(tales, fresh):
     (fresh / "p.jsonl").write_text('{"text": "one\\ntwo"}\n{"text": "x"}\n')
     groups = tales(prompts_file=str(fresh / "p.jsonl")).groups()
     assert ["".join(row) for group in groups for row in group.tokens or []] == ["one\ntwo", "x"]
+
+
+PROMPTS = ["one two", "", "☃ 😀", "  ", "x"]  # as lines of a file, of which two are blank
+
+
+def prompts_file(path, column):
+    """The same prompts in any kind of file."""
+    if path.suffix == ".txt":
+        path.write_text("\ufeff" + "\n".join(PROMPTS), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        rows = [json.dumps({column: text}) if text else "" for text in PROMPTS]
+        path.write_text("\ufeff" + "\r\n".join(rows), encoding="utf-8")
+    else:
+        pl.DataFrame({"n": range(6), column: [*PROMPTS, None]}).write_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(("suffix", "blank"), [(".txt", 2), (".jsonl", 2), (".parquet", 3)])
+def test_prompts_of_any_file_skip_and_count_blank_lines(tales, fresh, caplog, suffix, blank):
+    """Their column is their own; a byte-order mark is no part of the first prompt."""
+    file = prompts_file(fresh / f"p[1]*{suffix}", "question")
+    data = tales(prompts_file=file, prompts_column="question", column="story", tokenizer=tokenizer_of(tales))
+    held = {
+        source: data.decode(row.tolist())
+        for group in data.groups()
+        for source, row in zip(group.sources, group.inputs, strict=True)
+    }
+    assert held == {"file 0": "one two", "file 1": "☃ 😀", "file 2": "x"}
+    assert f"{blank} blank lines were skipped" in caplog.text
+    data.groups()
+    assert caplog.text.count("blank lines") == 1  # said once, however often the file is read
+
+
+def tokenizer_of(tales):
+    return str(tales().streams.folder / "tokenizer.json")
+
+
+def in_context(data, context):
+    """Data on a trainer whose model takes that many tokens."""
+    on_trainer(data, 0, 1)
+    data.trainer.lightning_module = SimpleNamespace(network=SimpleNamespace(context=context))
+    return data
+
+
+def test_prompts_that_are_too_long_are_listed_all_at_once(tales, fresh):
+    (fresh / "p.txt").write_text("ok\n\n" + "abcdefgh\n" * 12)
+    data = in_context(tales(prompts=["a" * 7, "b"], prompts_file=str(fresh / "p.txt"), vocab=257), 5)
+    said = complaint(data.groups)
+    assert said.startswith("prompts in Text: 13 cannot be used: given 0: 7 tokens, and the target's context holds 5; ")
+    assert "line 3 of 'p.txt': 8 tokens, and the target's context holds 5; line 4 of" in said
+    assert said.endswith("and 3 more; shorten it, or set too_long to skip or truncate")
+    assert said.count("tokens, and") == 10
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected", "line"),
+    [
+        ("skip", {"given 0": "abc", "file 1": "de"}, "1 prompt was skipped for having more than the 5 tokens"),
+        ("truncate", {"given 0": "abc", "file 0": "12345", "file 1": "de"}, "1 prompt was truncated to the 5 tokens"),
+    ],
+)
+def test_prompts_that_are_too_long_can_be_skipped_or_truncated(tales, fresh, caplog, choice, expected, line):
+    (fresh / "p.txt").write_text("12345678\nde\n")
+    data = in_context(tales(prompts=["abc"], prompts_file=str(fresh / "p.txt"), vocab=257, too_long=choice), 5)
+    held = {
+        source: data.decode(row.tolist())
+        for group in data.groups()
+        for source, row in zip(group.sources, group.inputs, strict=True)
+    }
+    assert held == expected
+    assert line in caplog.text
+
+
+def test_when_all_prompts_are_skipped_that_is_said(tales):
+    data = in_context(tales(prompts=["abcdef"], vocab=257, too_long="skip"), 5)
+    assert "none is left" in complaint(data.groups)
+
+
+def test_a_file_with_several_kinds_of_faults_lists_them_all(tales, fresh):
+    (fresh / "p.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n[1]\n\n{"text": "\\udc00"}\n{"t": "x"}\nno\n')
+    said = complaint(tales(prompts_file=str(fresh / "p.jsonl")).groups)
+    assert said.startswith(
+        "prompts in Text: 5 cannot be used: line 2 of 'p.jsonl': column 'text' holds int, not text; "
+    )
+    for part in (
+        "line 3 of 'p.jsonl': it holds list",
+        r"line 5 of 'p.jsonl': \udc00 is half",
+        "line 6",
+        "line 7 of 'p.jsonl': not JSON",
+    ):
+        assert part in said
+
+
+# --- tokens that a tokenizer puts around a text
+
+
+@pytest.fixture
+def with_marks(fresh):
+    """A tokenizer of letters that puts <s> before a text and </s> behind it."""
+    vocab = {"<s>": 0, "</s>": 1, "?": 2, "a": 3, "b": 4}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    inner.save(str(fresh / "marks.json"))
+    return str(fresh / "marks.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "twice"),
+    [
+        ("ab", [0, 3, 4, 1], []),
+        ("<s>ab", [0, 3, 4, 1], ["<s>"]),
+        ("ab</s>", [0, 3, 4, 1], ["</s>"]),
+        ("<s>ab</s>", [0, 3, 4, 1], ["<s>", "</s>"]),
+        ("<s><s>a", [0, 0, 3, 1], ["<s>"]),  # the author's own second one stays
+        ("a<s>b", [0, 3, 0, 4, 1], []),
+        ("<s>", [0, 1], ["<s>"]),
+        ("aa", [0, 3, 3, 1], []),
+    ],
+)
+def test_a_mark_that_the_tokenizer_adds_stands_there_once(with_marks, caplog, text, ids, twice):
+    data = Text(tokenizer=with_marks, prompts=[text])
+    assert data.groups()[0].inputs.tolist() == [ids]
+    for name in ("<s>", "</s>"):
+        assert (f"1 prompt brings '{name}', which the tokenizer adds itself" in caplog.text) == (name in twice)
+    assert data.encode(text) == ids  # intervene's
 
 
 def test_without_prompts_windows_of_validation_text_are_taken(tales):
@@ -425,6 +582,11 @@ def files(folder):
     (folder / "short.txt").write_text("a few words")
     (folder / "odd.csv").write_text("a,b")
     (folder / "latin.txt").write_bytes("grüße".encode("latin-1"))
+    (folder / "wide.txt").write_text("words", encoding="utf-16")
+    (folder / "zeros.txt").write_text("words", encoding="utf-16-le")
+    (folder / "late.txt").write_bytes(("a" * (2**20 - 1) + "ü" + "abcd").encode() + b"\xff")
+    (folder / "half.txt").write_bytes(b"words" + "ü".encode()[:1])
+    (folder / "half.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "ab \\ud83d cd"}\n')
     (folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": ')
     (folder / "list.jsonl").write_text("[1]\n")
     (folder / "numbers.jsonl").write_text('{"text": 3}\n')
@@ -441,9 +603,14 @@ def files(folder):
         ("empty.txt", ["there is no text in it"]),
         ("short.txt", ["training tokens, and a window needs 64", "more text", "seq_len"]),
         ("odd.csv", ["odd.csv", "not a .txt, .jsonl or .parquet file"]),
-        ("latin.txt", ["latin.txt", "not UTF-8"]),
-        ("broken.jsonl", ["line 2 is not JSON"]),
-        ("list.jsonl", ["line 1 holds list", "one object a line"]),
+        ("latin.txt", ["latin.txt", "not UTF-8 at byte 2", "may be Latin-1", "iconv -f WINDOWS-1252 -t UTF-8"]),
+        ("wide.txt", ["wide.txt", "not UTF-8 at byte 0", "looks like UTF-16", "iconv -f UTF-16 -t UTF-8"]),
+        ("zeros.txt", ["looks like UTF-16"]),
+        ("late.txt", [f"not UTF-8 at byte {2**20 + 5}"]),
+        ("half.txt", ["not UTF-8 at byte 5"]),
+        ("half.jsonl", [r"line 2: \ud83d is half of a character", "half.jsonl"]),
+        ("broken.jsonl", ["line 2: not JSON"]),
+        ("list.jsonl", ["line 1: it holds list", "one object a line"]),
         ("numbers.jsonl", ["column 'text' holds int, not text"]),
         ("other.jsonl", ["no column 'text'", "there are: body, title"]),
         ("other.parquet", ["no column 'text'", "there are: body, title"]),
@@ -494,15 +661,19 @@ def test_without_the_extra(fresh, monkeypatch, package):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompts": ["Mia", ""]}, "prompt 'given 1' in Text: it is empty"),
-        ({"prompts_file": "gap.txt"}, "prompt 'file 1' in Text: it is empty"),
+        ({"prompts": ["Mia", ""]}, "given 1: it is empty; give it a text or leave it out"),
+        ({"prompts": ["a", "b \ud83d"]}, r"given 1: \ud83d is half of a character"),
+        ({"prompts_file": "blank.txt"}, "there is no prompt in it"),
         ({"prompts_file": "nothing.txt"}, "there is no prompt in it"),
         ({"prompts_file": "none.txt"}, "none.txt': cannot be read"),
-        ({"prompts_file": "other.jsonl"}, "no column 'text'; set column; there are: body"),
+        (
+            {"prompts_file": "other.jsonl"},
+            "line 1 of 'other.jsonl': no column 'text'; set prompts_column; there are: body",
+        ),
     ],
 )
 def test_bad_prompts(tales, fresh, settings, message):
-    (fresh / "gap.txt").write_text("one\n\ntwo")
+    (fresh / "blank.txt").write_text("\n \n")
     (fresh / "nothing.txt").write_text("")
     (fresh / "other.jsonl").write_text('{"body": "x"}')
     placed = {k: str(fresh / v) if k == "prompts_file" else v for k, v in settings.items()}

@@ -1,15 +1,21 @@
 """The prompts of a harvest, in the order and with the names by which a person looks for them."""
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
+from spd_lightning import labels
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
 
 ALL_PROBES = 0
 """The id that stands for all probes of a harvest together; hashes of prompts are anything else."""
+
+
+TEXT_SOURCES = ("given ", "file ", "validation ")
+"""How the sources of prompts begin that `Text` makes."""
 
 
 def probes(store: Store) -> pl.DataFrame:
@@ -49,15 +55,14 @@ def find_prompt(store: Store, asked: str) -> int:
     if asked.isdecimal() and int(asked) < len(ids):
         return ids[int(asked)]
     rows = store.collect(store.scan("prompts")).to_dicts()
-    sources = {row["prompt_id"]: row["source"] for row in rows}
     names = {row["prompt_id"]: prompt_label(row, most=10**6) for row in rows}
-    texts = {one: name.partition(" · ")[2] or name for one, name in names.items()}
-    wanted = " ".join(asked.split())
-    exact = [one for one in names if wanted in (sources[one], texts[one])]
-    if exact:
+    keys = {row["prompt_id"]: [search_key(name) for name in _names(row)] for row in rows}
+    wanted = search_key(asked)
+    order = [one for one in ids if one in keys]  # without the entry that stands for all probes
+    exact = [one for one in order if wanted in keys[one]]
+    if wanted and exact:
         return exact[0]
-    order = [one for one in ids if one in names]
-    matches = [one for one in order if wanted and wanted in names[one]]
+    matches = [one for one in order if wanted and any(wanted in key for key in keys[one])]
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -66,10 +71,10 @@ def find_prompt(store: Store, asked: str) -> int:
         raise BadInput(
             f"prompt '{asked[:80]}': {len(matches)} contain it, {shown}{more}; write more of it, or a number"
         )
-    nearest = sorted(order, key=lambda one: -_resemblance(wanted[:200], names[one]))[:3]
+    closest = sorted(order, key=lambda one: -_resemblance(wanted[:200], search_key(names[one])))[:3]
     raise BadInput(
         f"prompt '{asked[:80]}': not in harvest '{store.path}', where numbers go to {len(ids) - 1}; the nearest are "
-        f"{_numbered(nearest, ids, names)}"
+        f"{_numbered(closest, ids, names)}"
     )
 
 
@@ -84,8 +89,7 @@ def _numbered(chosen: list[int], ids: list[int], names: Mapping[int, str]) -> st
 
 
 def _resemblance(wanted: str, text: str) -> float:
-    """The share of the wanted text's runs of three characters that a text has too, whatever their case."""
-    wanted, text = wanted.casefold(), text.casefold()
+    """The share of the wanted text's runs of three characters that a text has too."""
     runs = {wanted[start : start + 3] for start in range(max(1, len(wanted) - 2))}
     return sum(run in text for run in runs) / len(runs)
 
@@ -95,15 +99,43 @@ def together_label(count: int) -> str:
     return f"all {count} probes together"
 
 
+def _names(prompt: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Everything that a person may call a prompt: its source, its text, its label."""
+    return prompt["source"], prompt_text(prompt), prompt_label(prompt, most=10**6)
+
+
+def prompt_text(prompt: Mapping[str, Any]) -> str:
+    """Return the text of a row of the table `prompts`, with its blanks; of vectors, the features with a blank between.
+
+    The tokens of a text bring their own blanks, and bytes of one character that are several tokens become that
+    character again. Token ids without a text are listed with a blank between.
+    """
+    tokens = prompt["tokens"]
+    of_text = prompt["source"].startswith(TEXT_SOURCES)
+    bring_blanks = of_text or any(" " in token or labels.is_bytes(token) for token in tokens)
+    return labels.joined(tokens) if bring_blanks else " ".join(tokens)
+
+
+def search_key(text: str) -> str:
+    """Return the form in which texts are compared when a person looks for one.
+
+    Tokenizers drop or add blanks, fold case and compose characters before they make tokens. Two texts with the same
+    key differ in nothing else, so that a prompt is found by the text that was given. To find prompts that contain
+    some words, look for `search_key(words) in search_key(prompt_text(row))`.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(unicodedata.normalize("NFKC", folded).split())
+
+
 def prompt_label(prompt: Mapping[str, Any], most: int = 80) -> str:
     """What a row of the table `prompts` is called.
 
     A probe of one feature is "feature 3 = 0.75"; other vectors go by their source and non-zero features; a text by its
     source and its first `most` characters, each run of blanks as one.
     """
-    source, tokens = prompt["source"], prompt["tokens"]
+    source: str = prompt["source"]
+    tokens: list[str] = prompt["tokens"]
     if len(tokens) == 1 and source.startswith("feature ") and "=" in tokens[0]:
         return f"{source} = {tokens[0].partition('=')[2]}"
-    joint = "" if any(" " in token for token in tokens) else " "  # tokens of a text bring their own spaces
-    text = " ".join(joint.join(tokens).split()) or ("(blank)" if tokens else "no active feature")
+    text = " ".join(prompt_text(prompt).split()) or ("(blank)" if tokens else "no active feature")
     return f"{source} · {text if len(text) <= most else text[:most] + '…'}"

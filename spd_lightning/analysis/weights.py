@@ -30,7 +30,7 @@ def factors(run: Path, site: str) -> Factors | None:
     if not (tensors.exists() and description.exists()):
         return None
     try:
-        partner = json.loads(description.read_text()).get("tied", {}).get(site)
+        partner = json.loads(description.read_text(encoding="utf-8")).get("tied", {}).get(site)
         V, U = _stored(tensors, partner or site)
     except (ValueError, OSError) as error:
         if isinstance(error, BadInput):

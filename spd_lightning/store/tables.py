@@ -135,6 +135,8 @@ order. `components` holds additive counts, one row a component and group; `norm`
 `dataset_edges` and `dataset_nodes` hold sums over a group's prompts: a component there may be the row of an embedding,
 and `sum_abs_target` is the sum of edges to |activation|. `prompt_square_sum` and `prompt_square_sum_abs_target` are
 sums over prompts of the squares of each prompt's own two sums, from which readers make intervals.
+`tokens` of `prompts` are labels: the text of a token, or `<0xC3>` for each byte of a token that holds only a part of a
+character. `labels.joined` gives the text back.
 `head_edges` holds what each attention head adds to an edge through attention: its rows of an edge add up to it.
 `checks` holds edges that were tried: what their target gained when their source was multiplied by a factor. `graphs`
 says of each prompt how many edges were written, of how many; how far in-edges are from adding up; how checks agree.

@@ -5,7 +5,7 @@
     PATH or GLOB   .txt (a document ends at <|endoftext|>, or at a blank line where there is none), .jsonl, .parquet
     hf:NAME        a HuggingFace dataset, by its name on the hub or its folder
 
-The first two are on every machine and need no network.
+The first two are on every machine and need no network. Files are in UTF-8; a byte-order mark is no part of the text.
 """
 
 import glob
@@ -19,9 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spd_lightning.config import digest
+from spd_lightning.encoding import lone_surrogate, read_lines
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.targets.huggingface import hub_answers
 from spd_lightning.targets.stories import story
@@ -84,13 +85,13 @@ class Corpus:
         elif self.name == "stdlib":
             yield from _standard_library(Path(sysconfig.get_path("stdlib")))
         elif self.name.startswith("hf:"):
-            yield from _column(self._dataset(), self.column, f"corpus '{self.name}'")
+            yield from texts(enumerate(self._dataset(), 1), self.column, f"corpus '{self.name}'", "row")
         else:
             for path in self._files():
                 yield from _READERS[path.suffix](path, self.column)
 
     def _files(self) -> list[Path]:
-        paths = [Path(found) for found in sorted(glob.glob(str(Path(self.name).expanduser()), recursive=True))]
+        paths = matching(Path(self.name).expanduser())
         if not paths:
             given = "" if {"/", ".", "*"} & set(self.name) else nearest(self.name, ["stories", "stdlib"]) + " or "
             raise BadInput(f"corpus '{self.name}': no such file; {given}give stories, stdlib, a path, or hf:NAME")
@@ -102,7 +103,13 @@ class Corpus:
 
     def _dataset(self) -> Iterable[Any]:
         datasets, name = library("datasets", f"corpus '{self.name}'"), self.name[3:]
-        reachable = Path(name).exists() or hub_answers()
+        local = Path(name).exists()
+        if local and set("*?[") & set(str(Path(name).resolve())):
+            raise BadInput(
+                f"corpus '{self.name}': the package datasets takes '*', '?' and '[' in a folder's name for a pattern; "
+                f"name its files instead, for example: {name}/*.parquet"
+            )
+        reachable = local or hub_answers()
         try:
             with _hub_left_alone(not reachable):
                 return datasets.load_dataset(name, self.config_name, split=self.split, streaming=self.streaming)
@@ -123,52 +130,95 @@ def library(name: str, what: str) -> Any:
         raise BadInput(f"{what}: needs {name}; pip install 'spd_lightning[lm]'") from error
 
 
-def lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, without their ends.
+def matching(path: Path) -> list[Path]:
+    """Return the files that a path or a glob means, in order.
+
+    A file or folder that is there is meant as it is written, brackets, stars and question marks included.
+    """
+    literal = path
+    while not literal.exists() and literal != literal.parent:
+        literal = literal.parent
+    rest = path.relative_to(literal)
+    pattern = Path(glob.escape(str(literal))) / rest
+    return [Path(found) for found in sorted(glob.glob(str(pattern), recursive=True))]
+
+
+class Unusable(NamedTuple):
+    """Why a row of a table of texts has no text, and what to do about it, in the words of an error message."""
+
+    why: str
+    remedy: str
+
+
+Row = tuple[int, Any]
+"""The number of a row, from 1, and its content: an object, or an `Unusable` in place of one."""
+
+
+def texts(rows: Iterable[Row], column: str, where: str, row_is: str = "line") -> Iterator[str]:
+    """Yield one column of rows; nulls are left out.
 
     Raises:
-        BadInput: it is not there, or not UTF-8.
+        BadInput: a row has no text there.
     """
+    for number, row in rows:
+        text = text_of(row, column)
+        if isinstance(text, Unusable):
+            raise BadInput(f"{where}: {row_is} {number}: {text.why}; {text.remedy}")
+        if text is not None:
+            yield text
+
+
+def text_of(row: Any, column: str, option: str = "column") -> str | Unusable | None:
+    """Return what one column of a row holds: a text, None for null, or why it cannot be used.
+
+    Args:
+        row: an object, or an `Unusable`.
+        column: the column's name.
+        option: the setting that names the column.
+    """
+    if isinstance(row, Unusable):
+        return row
+    if column not in row:
+        return Unusable(f"no column '{column}'", f"set {option}; there are: {', '.join(map(str, row))}")
+    value = row[column]
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        return Unusable(f"column '{column}' holds {type(value).__name__}, not text", f"set {option}")
+    if half := lone_surrogate(value):
+        return Unusable(f"{half} is half of a character", "write the whole character")
+    return value
+
+
+def jsonl_rows(path: Path, keep_blank: bool = False) -> Iterator[Row]:
+    """Yield the objects of a file with a JSON object a line, by line; a blank line is left out, or None."""
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            yield number, _object(line)
+        elif keep_blank:
+            yield number, None
+
+
+def _object(line: str) -> dict[str, Any] | Unusable:
     try:
-        with open(path, encoding="utf-8") as file:
-            yield from (line.rstrip("\n") for line in file)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"file '{path}': not UTF-8 text ({error.reason}); convert it") from error
-    except OSError as error:
-        raise BadInput(f"file '{path}': cannot be read ({error.strerror}); give a text file") from error
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Unusable(f"not JSON ({error})", "give one object a line")
+    if not isinstance(row, dict):
+        return Unusable(f"it holds {type(row).__name__}", "give one object a line")
+    return row
 
 
-def jsonl(path: Path, column: str) -> Iterator[str]:
-    """The texts in one column of a file with a JSON object a line."""
-    return _column(_objects(path), column, f"file '{path}'")
+def _jsonl(path: Path, column: str) -> Iterator[str]:
+    return texts(jsonl_rows(path), column, f"file '{path}'")
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise BadInput(f"file '{path}': line {number} is not JSON ({error}); give one object a line") from error
-        if not isinstance(row, dict):
-            raise BadInput(f"file '{path}': line {number} holds {type(row).__name__}; give one object a line")
-        yield row
+def parquet_rows(path: Path, column: str) -> Iterator[Row]:
+    """Yield the rows of a Parquet file with this column alone, or with all columns if there is no such one.
 
-
-def _column(rows: Iterable[Any], column: str, where: str) -> Iterator[str]:
-    """One column of rows; nulls are left out."""
-    for row in rows:
-        if column not in row:
-            raise BadInput(f"{where}: no column '{column}'; set column; there are: {', '.join(map(str, row))}")
-        value = row[column]
-        if isinstance(value, str):
-            yield value
-        elif value is not None:
-            raise BadInput(f"{where}: column '{column}' holds {type(value).__name__}, not text; name another column")
-
-
-def _parquet(path: Path, column: str) -> Iterator[str]:
+    Raises:
+        BadInput: the file cannot be read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -176,22 +226,30 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             chosen = [column] if column in names else names
-            for rows in file.iter_batches(1000, columns=chosen) if file.metadata.num_rows else ():
-                yield from _column(rows.to_pylist(), column, f"file '{path}'")
-    except (pa.ArrowException, OSError) as error:
+            batches = file.iter_batches(1000, columns=chosen) if file.metadata.num_rows else ()
+            number = 0
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         why = " ".join(str(error).split())[:160]
         raise BadInput(f"file '{path}': cannot be read as Parquet ({why}); give a whole Parquet file") from error
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
+    return texts(parquet_rows(path, column), column, f"file '{path}'", "row")
 
 
 def _plain(path: Path, _: str) -> Iterator[str]:
     """Documents between END marks or, in a file that has none in its beginning, between blank lines."""
     document, marked, seen = list[str](), False, 0
-    for line in lines(path):
+    for line in read_lines(path):
         if seen >= _PEEK:
             break
         seen += len(line)
         marked = marked or END in line
-    for line in lines(path):
+    for line in read_lines(path):
         *ended, rest = line.split(END) if marked else [line] if line.strip() else ["", ""]
         for part in ended:
             yield "\n".join([*document, part]).strip("\n")
@@ -230,4 +288,4 @@ def _hub_left_alone(wanted: bool) -> Iterator[None]:
             place.HF_HUB_OFFLINE = value
 
 
-_READERS = {".txt": _plain, ".jsonl": jsonl, ".parquet": _parquet}
+_READERS = {".txt": _plain, ".jsonl": _jsonl, ".parquet": _parquet}

@@ -9,15 +9,18 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from spd_lightning.encoding import lone_surrogate
 from spd_lightning.errors import BadInput
-from spd_lightning.targets.corpora import Corpus, jsonl, lines
+from spd_lightning.targets.corpora import Corpus, Unusable
 from spd_lightning.targets.data import Prompts, StepData, generator_for
+from spd_lightning.targets.prompt_texts import PromptText, given_texts, rejection, texts_in_file
 from spd_lightning.targets.tokens import ALPHABET, Streams, Tokeniser, opened, tokenised
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ class Text(StepData):
         validation_batch_size: int | None = None,
         prompts: Sequence[str] = (),
         prompts_file: str | None = None,
+        prompts_column: str = "text",
+        too_long: Literal["error", "skip", "truncate"] = "error",
         n_prompts: int = 64,
         n_ctx: int | None = None,
         predict_batch_size: int = 64,
@@ -64,7 +69,11 @@ class Text(StepData):
             validation_batches: how many batches each device validates on.
             validation_batch_size: windows in such a batch; batch_size where left out.
             prompts: texts that `predict` runs on.
-            prompts_file: more of them: a .txt file with one a line, or a .jsonl file with them in `column`.
+            prompts_file: more of them: a text file with one a line, or a .jsonl or .parquet file; blank lines are
+                skipped.
+            prompts_column: the column of a .jsonl or .parquet file that holds the prompts.
+            too_long: what to do with given prompts that have more tokens than the target's context holds: stop with an
+                error, skip them, or truncate them to their first tokens.
             n_prompts: where neither is given, how many windows of validation text `predict` runs on.
             n_ctx: tokens of such a window; seq_len where left out.
             predict_batch_size: prompts in a batch of `predict`.
@@ -74,7 +83,9 @@ class Text(StepData):
         self.max_tokens, self.tokenizer_name, self.vocab, self.seq_len = max_tokens, tokenizer, vocab, seq_len
         self.validation_batch_size = batch_size if validation_batch_size is None else validation_batch_size
         self.given = [prompts] if isinstance(prompts, str) else list(prompts)
-        self.prompts_file, self.n_prompts = prompts_file, n_prompts
+        self.prompts_file, self.prompts_column = prompts_file, prompts_column
+        self.too_long, self.n_prompts = too_long, n_prompts
+        self._said = set[str]()
         self.n_ctx = seq_len if n_ctx is None else n_ctx
         least = {"seq_len": 2, "validation_batch_size": 1, "n_prompts": 0, "n_ctx": 1}
         least |= {"max_tokens": 1} if max_tokens is not None else {}
@@ -109,8 +120,17 @@ class Text(StepData):
         return self.tokeniser.size
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with those that the tokenizer itself puts around one."""
-        return self.tokeniser.encode(text)
+        """The tokens of a text, with those that the tokenizer itself puts around one; none of these stands twice.
+
+        Raises:
+            BadInput: there is half of a character in it, as a terminal gives it that is not in UTF-8.
+        """
+        if half := lone_surrogate(text):
+            raise BadInput(f"text '{text[:40]}': {half} is half of a character; write it in UTF-8, whole")
+        ids, repeated = self.tokeniser.encode_prompt(text)
+        for name in repeated:
+            self._say("the text brings '%s', which the tokenizer adds itself; one of the two is kept", name)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens."""
@@ -154,7 +174,7 @@ class Text(StepData):
         """All that `predict` runs on, by length: the texts given, or else windows of validation text.
 
         Raises:
-            BadInput: a prompt is empty, or its file cannot be read.
+            BadInput: a prompt cannot be used, or the file cannot be read.
         """
         found: dict[int, list[tuple[str, str, list[int]]]] = {}
         for source, ids in self._prompts():
@@ -167,13 +187,10 @@ class Text(StepData):
 
     def _prompts(self) -> Iterator[tuple[str, list[int]]]:
         """Every prompt's source and tokens."""
-        texts = [(f"given {index}", text) for index, text in enumerate(self.given)]
-        texts += [(f"file {index}", text) for index, text in enumerate(self._from_file())]
-        for source, text in texts:
-            if not (ids := self.encode(text)):
-                raise BadInput(f"prompt '{source}' in Text: it is empty; give it a text or leave it out")
-            yield source, ids
-        if self.given or self.prompts_file is not None or not self.n_prompts:
+        if self.given or self.prompts_file is not None:
+            yield from self._fitting(self._texts())
+            return
+        if not self.n_prompts:
             return
         windows = self._windows("val", self.n_ctx)
         if len(windows) < self.n_prompts:
@@ -181,14 +198,76 @@ class Text(StepData):
         for index in _order(self.seed, "predict", 0, len(windows))[: self.n_prompts]:
             yield f"validation {index}", windows[index].tolist()
 
-    def _from_file(self) -> list[str]:
-        if self.prompts_file is None:
-            return []
-        path = Path(self.prompts_file).expanduser()
-        found = list(jsonl(path, self.corpus.column) if path.suffix == ".jsonl" else lines(path))
-        if not found:
-            raise BadInput(f"prompts_file '{path}' in Text: there is no prompt in it; write one a line")
+    def _texts(self) -> list[PromptText]:
+        """The prompts of the list and of the file."""
+        found = given_texts(self.given)
+        if self.prompts_file is not None:
+            path = Path(self.prompts_file).expanduser()
+            in_file, blank = texts_in_file(path, self.prompts_column)
+            found += in_file
+            if blank:
+                self._say(
+                    "prompts_file '%s' in Text: %s skipped", path, _count(blank, "blank line was", "blank lines were")
+                )
         return found
+
+    def _fitting(self, texts: Sequence[PromptText]) -> list[tuple[str, list[int]]]:
+        """Source and tokens of prompts, with a line on what had to be changed.
+
+        Raises:
+            BadInput: some cannot be used; the message names all of them.
+        """
+        context = self._context()
+        found = list[tuple[str, list[int]]]()
+        offenses = dict[str, Unusable]()
+        long = 0
+        repeated = list[str]()
+        for source, place, text in texts:
+            if isinstance(text, Unusable):
+                offenses[place] = text
+                continue
+            ids, twice = self.tokeniser.encode_prompt(text)
+            repeated += twice
+            if not ids:
+                offenses[place] = Unusable("it is empty", "give it a text or leave it out")
+                continue
+            if context is None or len(ids) <= context:
+                found.append((source, ids))
+                continue
+            long += 1
+            if self.too_long == "error":
+                why = f"{len(ids)} tokens, and the target's context holds {context}"
+                offenses[place] = Unusable(why, "shorten it, or set too_long to skip or truncate")
+            elif self.too_long == "truncate":
+                found.append((source, ids[:context]))
+        if offenses:
+            raise rejection(offenses)
+        if long:
+            done = "truncated to" if self.too_long == "truncate" else "skipped for having more than"
+            which = _count(long, "prompt was", "prompts were")
+            self._say("too_long in Text: %s %s the %d tokens that the target's context holds", which, done, context)
+        if not found:
+            raise BadInput("prompts in Text: none is left; give shorter ones, or set too_long to truncate")
+        for name in dict.fromkeys(repeated):
+            which = _count(repeated.count(name), "prompt brings", "prompts bring")
+            self._say("%s '%s', which the tokenizer adds itself; one of the two is kept", which, name)
+        return found
+
+    def _context(self) -> int | None:
+        """How many tokens the trainer's model takes; None where there is no trainer, or no such limit."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return getattr(getattr(module, "network", None), "context", None)
+
+    def _say(self, line: str, *values: object) -> None:
+        """Logs a line once, however often the prompts are read."""
+        said = line % values
+        if said not in self._said:
+            self._said.add(said)
+            log.warning("%s", said)
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 @lru_cache(maxsize=4)

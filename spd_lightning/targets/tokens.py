@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm.auto import tqdm
 
-from spd_lightning import files
+from spd_lightning import files, labels
 from spd_lightning.config import digest
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.corpora import END, Corpus, library
@@ -67,25 +67,63 @@ class Tokeniser:
         """The tokens of a text, with those that the tokenizer itself puts around one."""
         return self.inner.encode(text).ids
 
+    def encode_prompt(self, text: str) -> tuple[list[int], list[str]]:
+        """The tokens of a prompt, and the names of those that it brought itself although the tokenizer adds them.
+
+        Of a beginning-of-text token that stands there twice, once by the tokenizer and once by the prompt, one is kept;
+        so it is at the end. A model sees two of them nowhere in its training.
+        """
+        ids = self.encode(text)
+        own = self.inner.encode(text, add_special_tokens=False).ids
+        if not own or len(ids) == len(own):
+            return ids, []
+        repeated = list[str]()
+        front = _added_in_front(ids, own)
+        if front and ids[front - 1] == own[0]:
+            repeated.append(self.name(own[0]))
+            del ids[front]
+            own = own[1:]
+        end = front + len(own)
+        if own and end < len(ids) and ids[end] == own[-1]:
+            repeated.append(self.name(own[-1]))
+            del ids[end]
+        return ids, repeated
+
     def decode(self, ids: list[int]) -> str:
         """The text of some tokens."""
         return self.inner.decode(ids, skip_special_tokens=False)
 
     def name(self, token: int) -> str:
-        """What one token stands for: its text, or `<0xE2>` for the bytes of a part of a character."""
+        """The label of one token, as `labels` explains it: its text, or `<0xE2>` for a part of a character."""
         if token not in self._names:
             self._names[token] = self._name(token)
         return self._names[token]
 
+    @cached_property
+    def _fallback(self) -> dict[str, int]:
+        """The tokens by which SentencePiece writes single bytes; empty in a vocabulary without one for each byte."""
+        named = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        whole = all(self.inner.token_to_id(piece) is not None for piece in named)
+        return named if whole else {}
+
     def _name(self, token: int) -> str:
-        piece, text = self.inner.id_to_token(token), self.decode([token])
+        piece = self.inner.id_to_token(token)
         if piece is None:
             return f"<{token}>"
+        if piece in self._fallback:
+            return labels.token_label(bytes([self._fallback[piece]]))
         if piece.startswith("▁"):  # a space, which decoding drops at the start
             return piece.replace("▁", " ")
+        text = self.decode([token])
         if "\ufffd" in text and all(letter in _BYTES for letter in piece):
-            return "".join(f"<0x{_BYTES[letter]:02X}>" for letter in piece)
-        return text
+            return labels.token_label(bytes(_BYTES[letter] for letter in piece))
+        return labels.token_label(text.encode())
+
+
+def _added_in_front(ids: list[int], own: list[int]) -> int:
+    """How many tokens a tokenizer put before a text's own."""
+    starts = range(len(ids) - len(own) + 1)
+    return next((start for start in reversed(starts) if ids[start : start + len(own)] == own), 0)
 
 
 def _byte_letters() -> dict[str, int]:

@@ -11,9 +11,12 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+import yaml
+from jsonargparse import get_loader, set_dumper, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 import spd_lightning
+from spd_lightning.config import MORE_LINE_ENDS, check_keys
 from spd_lightning.errors import BadInput, nearest
 
 
@@ -23,6 +26,25 @@ class Complaint(BadInput):
     def __init__(self, place: str, why: str):
         super().__init__(f"config: {place}: {why}" if place else f"config: {why}")
         self.place, self.why = place, why
+
+
+_yaml_of_jsonargparse = get_loader("yaml")
+
+
+def _load_once_only(text: str) -> Any:
+    """jsonargparse's own reader of YAML, for files and values on the command line, which rejects a key given twice."""
+    check_keys(text)
+    return _yaml_of_jsonargparse(text)
+
+
+def _dump_all_characters(settings: Any) -> str:
+    """Settings as YAML; jsonargparse's own writer loses the line ends that only Unicode knows."""
+    readable = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(settings, sort_keys=False) if MORE_LINE_ENDS & set(readable) else readable
+
+
+set_dumper("yaml", _dump_all_characters)
+set_loader("yaml", _load_once_only, exceptions=(yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):

@@ -56,7 +56,7 @@ def trained_target(name: str) -> tuple[nn.Module, dict[str, Any]]:
         folder = train_target(name, configs.load(name))
     except BadInput as error:
         raise BadInput(f"target '{name}': {error}") from error
-    facts = json.loads((folder / "target.json").read_text())
+    facts = json.loads((folder / "target.json").read_text(encoding="utf-8"))
     network = build(facts["spec"])
     network.load_state_dict(read(folder / "target.safetensors")[0])
     return network, facts["spec"] | {"seconds": facts["seconds"]}

@@ -1,6 +1,5 @@
 """From a config to a trainer, a module and its data, by LightningCLI."""
 
-import json
 import logging
 import os
 import warnings
@@ -16,6 +15,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from spd_lightning import config as configs
 from spd_lightning.errors import BadInput
 from spd_lightning.training.copies import Copies, trackers
 from spd_lightning.training.launchers import forget_ranks, forgotten_launcher, is_first_process
@@ -63,6 +63,7 @@ class Session(LightningCLI):
         self._plan, self._given = plan, config
         self.copies = Copies([], Path())
         forget_ranks()
+        _check_files(overrides)
         try:
             super().__init__(
                 LightningModule,
@@ -73,7 +74,7 @@ class Session(LightningCLI):
                 seed_everything_default=0,
                 trainer_defaults=TRAINER,
                 parser_class=Parser,
-                args=["--config", json.dumps(dict(config)), *overrides],
+                args=["--config", configs.one_line(dict(config)), *overrides],
                 run=False,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -163,6 +164,14 @@ def _dicts(value: Any) -> Any:
     if isinstance(value, Namespace):
         return {key: _dicts(held) for key, held in vars(value).items()}
     return [_dicts(held) for held in value] if isinstance(value, list | tuple) else value
+
+
+def _check_files(overrides: Sequence[str]) -> None:
+    """Read every YAML file that an override names, so that what is wrong with it is said with the file's name."""
+    for word in overrides:
+        path = Path(word.partition("=")[2] if word.startswith("--") else word)
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            configs.read_file(path)
 
 
 def _plain(value: Any) -> Any:

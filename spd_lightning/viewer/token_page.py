@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from spd_lightning import labels
 from spd_lightning.analysis.components import sites
 from spd_lightning.analysis.prompts import prompt_list
 from spd_lightning.analysis.tokens import component_places, component_spread, token_components, token_outputs
@@ -193,10 +194,17 @@ def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
     if texts.is_empty():
         raise BadInput(f"harvest '{harvest}' of run '{run}': no prompts yet; refresh when `predict` has written some")
     shown = texts.head(MOST_PROMPTS).select("prompt_id", "source", "tokens")
-    prompts = [{"id": str(i), "source": source, "tokens": tokens} for i, source, tokens in shown.iter_rows()]
+    prompts = [_searchable(*row) for row in shown.iter_rows()]
     written = f"{store.manifest.get('checkpoint_digest')} {store.manifest['shards']}"
     own = {"layers": sites(store), "prompts": prompts, "total": len(texts), "written": written}
     return {"run": run, "harvest": harvest, "threshold": store.manifest.get("threshold"), **own}
+
+
+def _searchable(prompt: int, source: str, tokens: list[str]) -> dict[str, Any]:
+    """A prompt as the widget takes it; `text` only where it is not simply the labels of its tokens in a row."""
+    text = labels.joined(tokens)
+    plain = {"id": str(prompt), "source": source, "tokens": tokens}
+    return plain if text == "".join(tokens) else plain | {"text": text}
 
 
 def widgets(library: Library) -> Panel:

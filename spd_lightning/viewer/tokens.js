@@ -201,7 +201,8 @@ function find() {
   const prompts = props.value.prompts;
   let count = 0;
   rows.forEach((row, k) => {
-    row.hidden = Boolean(wanted) && !`${prompts[k].source}\n${prompts[k].tokens.join('')}`.toLowerCase().includes(wanted);
+    const text = prompts[k].text ?? prompts[k].tokens.join('');  // characters that several tokens share are whole in text
+    row.hidden = Boolean(wanted) && !`${prompts[k].source}\n${text}`.toLowerCase().includes(wanted);
     count += !row.hidden;
   });
   const all = props.value.total;

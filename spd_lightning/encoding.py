@@ -1,0 +1,87 @@
+"""Text files as people have them: UTF-8 with or without a byte-order mark; anything else is rejected in one line.
+
+Universal newlines apply. A file in another encoding is not guessed at: read in the wrong one, it would become other
+text without a word.
+"""
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+
+from spd_lightning.errors import BadInput
+
+_PIECE = 1 << 20  # bytes that are read at once
+_START = 1 << 10  # bytes that are searched for the zeros of UTF-16
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's content, without a byte-order mark.
+
+    Raises:
+        BadInput: it cannot be read, or is not UTF-8.
+    """
+    return "".join(_lines_with_ends(path))
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file without their ends, and without a byte-order mark.
+
+    Raises:
+        BadInput: it cannot be read, or is not UTF-8.
+    """
+    for line in _lines_with_ends(path):
+        yield line.removesuffix("\n")
+
+
+def _lines_with_ends(path: Path) -> Iterator[str]:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_START)
+        if looks_like_utf_16(start):
+            raise _rejected(path, 0, "UTF-16")
+        with open(path, encoding="utf-8-sig") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise _rejected(path, _first_bad_byte(path), "WINDOWS-1252") from error
+    except OSError as error:
+        raise BadInput(f"file '{path}': cannot be read ({error.strerror}); give a text file") from error
+
+
+def looks_like_utf_16(start: bytes) -> bool:
+    """Return whether a file that begins with these bytes is in UTF-16, going by its mark or by its zeros."""
+    many_zeros = start.count(0) * 3 > len(start)
+    return start.startswith(_UTF_16) or many_zeros
+
+
+def lone_surrogate(text: str) -> str | None:
+    """Return the first half of a surrogate pair that has no other half, as JSON writes it; None if there is none.
+
+    >>> lone_surrogate("ab \\ud83d cd")
+    '\\\\ud83d'
+    """
+    for character in text:
+        if "\ud800" <= character <= "\udfff":
+            return f"\\u{ord(character):04x}"
+    return None
+
+
+def _first_bad_byte(path: Path) -> int:
+    """The offset of the first byte of a file that is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            held = len(decoder.getstate()[0])  # bytes of a character that began in the piece before
+            try:
+                decoder.decode(piece)
+            except UnicodeDecodeError as error:
+                return offset - held + error.start
+            offset += len(piece)
+    return offset - len(decoder.getstate()[0])  # the file ends within a character
+
+
+def _rejected(path: Path, offset: int, encoding: str) -> BadInput:
+    seems = "it looks like UTF-16" if encoding == "UTF-16" else "it may be Latin-1 or Windows-1252"
+    convert = f"iconv -f {encoding} -t UTF-8 '{path}' > new{path.suffix}"
+    return BadInput(f"file '{path}': not UTF-8 at byte {offset} ({seems}); convert it: {convert}")
