@@ -100,7 +100,7 @@ def uncopied(name: str, settings: Mapping[str, Any]) -> Claim | None:
     """
     key = digest(dict(settings))
     for run in family(check_name(name)):
-        finished = run.record.get("digest") == key and (run.path / "summary.json").exists()
+        finished = run.record.get("digest") == key and run.state == "finished"
         if finished and (run.path / UNCOPIED).exists() and (handle := lock(run.path)) is not None:
             return Claim(run, True, handle)
     return None
