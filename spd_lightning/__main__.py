@@ -12,7 +12,7 @@ def main() -> None:
     if sys.version_info < NEEDED:
         found = ".".join(map(str, sys.version_info[:2]))
         sys.exit(_unusable(f"this is Python {found}, and spd_lightning needs 3.11 or newer"))
-    from spd_lightning import verbs
+    from spd_lightning import stopping, verbs
     from spd_lightning.terminal import fit_streams
 
     fit_streams()
@@ -20,16 +20,25 @@ def main() -> None:
     if (shown := verbs.asked_for(words)) is not None:
         print(shown, end="")
         return
+    with stopping.listening():  # what follows imports much, and a signal may come meanwhile
+        try:
+            code = _run(words)
+        except stopping.Stopped as stopped:
+            code = stopping.report(stopped)
+    sys.exit(code)
+
+
+def _run(words: list[str]) -> int:
     try:
         from spd_lightning.cli import run
 
-        sys.exit(run(words))
+        return run(words)
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if "--debug" in words or package == "spd_lightning":
             raise
         package = DISTRIBUTIONS.get(package, package)
-        sys.exit(_unusable(f"package '{package}' is not installed for {sys.executable}"))
+        return _unusable(f"package '{package}' is not installed for {sys.executable}")
 
 
 def _unusable(why: str) -> int:

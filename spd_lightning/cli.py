@@ -9,18 +9,29 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from spd_lightning import catalogue, results, runs, verbs
+from spd_lightning import catalogue, results, runs, stopping, verbs
 from spd_lightning.errors import BadInput, nearest, without_passwords
 
 log = logging.getLogger("spd_lightning")
 
 
 def run(words: Sequence[str]) -> int:
-    """Runs one verb and returns the exit code: 0, 2 where the input was bad, or 130 after Ctrl-C."""
-    words = list(words)
+    """Runs one verb and returns the exit code: 0, 2 where the input was bad, 130 after Ctrl-C, 143 after SIGTERM."""
+    with stopping.listening():
+        try:
+            return _run(list(words))
+        except stopping.Stopped as stopped:
+            return stopping.report(stopped, _AGAIN if words[0] in _RESUMED else "")
+
+
+_RESUMED, _AGAIN = ("fit", "predict"), "run the same command again to resume"
+
+
+def _run(words: list[str]) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _speak()
@@ -30,18 +41,17 @@ def run(words: Sequence[str]) -> int:
             raise BadInput(f"'{words[0]}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
         if verbs.topic(words):
             verb = _elsewhere("spd_lightning.work", "describe")
-        verb(words[1:])
+        _call(verb, words[1:])
         sys.stdout.flush()
     except BadInput as error:
         if debug:
             raise
         print(f"error: {without_passwords(str(error))}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, SystemExit) as done:
-        if isinstance(done, SystemExit) and not done.code:  # --print_config has printed
-            return 0
-        print("interrupted; the same command goes on from what is saved", file=sys.stderr)  # Lightning exits with 1
-        return 130
+    except SystemExit as done:
+        if done.code:
+            raise
+        return 0  # --print_config has printed
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -51,6 +61,16 @@ def run(words: Sequence[str]) -> int:
         print(f"error: {place}{error.strerror or error}; make room or choose another place (SPD_RUNS)", file=sys.stderr)
         return 2
     return 0
+
+
+def _call(verb: Callable[[Sequence[str]], None], words: list[str]) -> None:
+    try:
+        verb(words)
+    except Exception:
+        stopping.check()  # a library may have turned what a signal raised into an error of its own
+        raise
+    except KeyboardInterrupt as error:  # raised by a library, or where signals are not handled
+        raise stopping.Stopped(signal.SIGINT) from error
 
 
 def _elsewhere(place: str, name: str) -> Callable[[Sequence[str]], None]:

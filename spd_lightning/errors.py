@@ -9,6 +9,19 @@ class BadInput(ValueError):
     """The input is wrong in a way its author can mend; the command line prints the message alone and exits with 2."""
 
 
+class Diverged(BadInput):
+    """Numbers that must be finite are not.
+
+    Args:
+        reason: which number, and when: "the loss term 'faithfulness' is nan at step 12".
+        remedy: what to do about it.
+    """
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(f"diverged: {reason}; {remedy}")
+        self.reason = reason
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """The closest known names to a misspelt one, as the end of an error message.
 

@@ -27,6 +27,9 @@ def export(words: Sequence[str]) -> None:
     store = harvest(asked.run, asked.harvest)
     prompt = find_prompt(store, asked.prompt)
     whole = whole_graph(store, prompt)
+    attributions = whole.edges["attribution"]
+    if len(attributions) and not attributions.is_finite().any():
+        raise BadInput(f"harvest '{store.path}': no attribution of this prompt is finite; fit and harvest again")
     outputs = None if asked.position is None else outputs_at(whole, asked.position)
     kept = _kept(whole, asked, outputs)
     made = Export(store, prompt, whole, kept, outputs)

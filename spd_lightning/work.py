@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spd_lightning import config as configs
 from spd_lightning import loading, results, runs, verbs
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, Diverged
 
 if TYPE_CHECKING:
     from spd_lightning.training.decompose import Decomposition
@@ -119,7 +119,7 @@ def _decompose(request: Request, config: dict[str, Any]) -> None:
     try:
         session = Session(config, request.overrides, plan)
         with session.copies:
-            _train(session)
+            _train_or_note(session, started)
             if session.trainer.is_global_zero:
                 _finish(session, started)
         if session.trainer.is_global_zero:
@@ -141,12 +141,22 @@ def _complete_copy(run: runs.Run, settings: "Settings") -> None:
     print(f"sent: {run.path}")
 
 
-def _train(session: "Session") -> None:
-    from spd_lightning.training.checkpoint import LAST
+def _train_or_note(session: "Session", started: float) -> None:
+    """Trains; where that diverges the summary says so, and the last finite checkpoint stays."""
+    try:
+        _train(session)
+    except Diverged as error:
+        _note(session, error, started)
+        kept = "its last finite checkpoint is kept"
+        raise BadInput(f"run '{session.plan.name}': training {error}; {kept}") from error
 
-    trainer, checkpoint = session.trainer, session.plan.folder / LAST
+
+def _train(session: "Session") -> None:
+    from spd_lightning.training.checkpoint import resumable
+
+    trainer, folder = session.trainer, session.plan.folder
     session.copies.begin(session.settings)
-    trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
+    trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=resumable(folder))
     trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
     session.model.adopt(trainer.callback_metrics)  # forked devices evaluate in processes of their own
 
@@ -168,19 +178,29 @@ def _finish(session: "Session", started: float) -> None:
 
 def _summary(session: "Session", seconds: float) -> dict[str, float | str]:
     """The flat map that a run is judged by: figures, seconds, steps, seed, versions."""
+    module: Decomposition = session.model  # pyright: ignore[reportAssignmentType]
+    return {**module.figures, "verdict": _verdict(module), **_facts(session, seconds, session.trainer.max_steps)}
+
+
+def _facts(session: "Session", seconds: float, steps: int) -> dict[str, float | str]:
     from importlib.metadata import version
 
     module: Decomposition = session.model  # pyright: ignore[reportAssignmentType]
     trained = (module.target_spec or {}).get("seconds", 0.0)
     return {
-        **module.figures,
-        "verdict": _verdict(module),
         "seconds/target": round(trained, 2),
         "seconds/fit": round(seconds, 2),
-        "steps": session.trainer.max_steps,
+        "steps": steps,
         "seed": module.seed,
         **{f"version/{name}": version(name) for name in ("spd_lightning", "torch", "lightning")},
     }
+
+
+def _note(session: "Session", error: Diverged, started: float) -> None:
+    """Writes the summary of a training that diverged: what happened, when, and no figures."""
+    if session.trainer.is_global_zero:
+        facts = _facts(session, time.perf_counter() - started, session.trainer.global_step)
+        runs.write_json(session.plan.folder / "summary.json", {"verdict": f"diverged: {error.reason}", **facts})
 
 
 def _verdict(module: "Decomposition") -> str:

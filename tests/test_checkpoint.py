@@ -3,9 +3,11 @@
 import builtins
 import json
 import math
+import os
 import pickle
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,16 +20,17 @@ from test_nodes import Ragged, decoder, harvested
 from torch import nn
 
 import spd_lightning
-from spd_lightning import runs
+from spd_lightning import runs, stopping
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.targets.toy import TMS
 from spd_lightning.training import checkpoint
-from spd_lightning.training.checkpoint import LAST, SCHEMA, Checkpoints, SafetensorsIO, build, pack, unpack
+from spd_lightning.training.checkpoint import LAST, PREVIOUS, SCHEMA, Checkpoints, SafetensorsIO, build, pack, unpack
 from spd_lightning.training.decompose import Decomposition, WarmUp
 from spd_lightning.training.evaluate import Evaluation
+from spd_lightning.training.interruption import Interruption
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:.*in eval mode at the start.*"
@@ -351,3 +354,120 @@ def test_a_target_in_half_precision_comes_back_in_single(tmp_path):
     (store,) = harvested(tmp_path, found, Ragged(lengths=(5,)), PromptGraphs())
     assert store.manifest["rows"]["checks"] > 0
     assert found.intervene(torch.tensor([[1, 2]]), ablate=["lm_head:0"]).edited.isfinite().all()
+
+
+# ---- when they are written ------------------------------------------------------------------------------------------
+
+
+class Signalled(Decomposition):
+    """Gets SIGTERM while it takes the step 13."""
+
+    def objective(self, batch, step, part=0):
+        if step == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().objective(batch, step, part)
+
+
+def small(kind: type[Decomposition], **settings) -> Decomposition:
+    sites, tied = {"linear1": 7, "linear2": 7}, {"linear2": "linear1"}
+    return kind(build(TARGET), sites, tied, warm_up=WarmUp(0), inner_steps=5, **settings)
+
+
+def step_of(path: Path) -> int:
+    return SafetensorsIO().load_checkpoint(path)["global_step"]
+
+
+def test_a_signal_in_mid_training_saves_after_the_block_of_steps(tmp_path):
+    """Steps 10 to 14 are one block: the training ends at step 15 with a checkpoint of it, though none was due."""
+    with stopping.listening(), pytest.raises(stopping.Stopped) as caught:
+        trainer(tmp_path, 40).fit(small(Signalled), SparseFeatures(5, 0.3, 16))
+    assert caught.value.code == 143
+    assert step_of(tmp_path / LAST) == 15
+
+
+def test_lightning_does_not_take_the_signals(tmp_path):
+    """Its handler would end a training without a checkpoint and with exit code 0."""
+
+    class Looking(Decomposition):
+        def objective(self, batch, step, part=0):
+            seen.append(signal.getsignal(signal.SIGTERM))
+            return super().objective(batch, step, part)
+
+    seen: list = []
+    with stopping.listening():
+        own = signal.getsignal(signal.SIGTERM)
+        fitting = trainer(tmp_path, 5)
+        fitting.callbacks.append(Interruption())
+        fitting.fit(small(Looking), SparseFeatures(5, 0.3, 16))
+        assert set(seen) == {own}
+        assert signal.getsignal(signal.SIGTERM) is own
+
+
+def test_checkpoints_by_time_and_the_two_that_are_kept(tmp_path):
+    """Where no time may pass between two, every block of steps has one, and the one before the last is kept."""
+    fitting = trainer(tmp_path, 20)
+    fitting.callbacks[:] = [Checkpoints(tmp_path, seconds=0.0)]
+    fitting.fit(small(Decomposition), SparseFeatures(5, 0.3, 16))
+    assert step_of(tmp_path / LAST) == 15
+    assert step_of(tmp_path / PREVIOUS) == 10
+
+
+def test_a_checkpoint_before_the_last_steps(tmp_path):
+    """What follows them, evaluation, figures, copies, may take long."""
+    fitting = trainer(tmp_path, 20)
+    fitting.callbacks[:] = [Checkpoints(tmp_path, worth_keeping=0.0)]
+    fitting.fit(small(Decomposition), SparseFeatures(5, 0.3, 16))
+    assert step_of(tmp_path / LAST) == 15
+
+
+def write_two(folder: Path) -> tuple[Path, Path]:
+    for step in (1, 2):
+        SafetensorsIO().save_checkpoint({"step": step, "w": torch.full((3,), float(step))}, folder / LAST)
+    return folder / LAST, folder / PREVIOUS
+
+
+@pytest.mark.parametrize("harm", ["truncated", "empty", "missing", "foreign"])
+def test_a_bad_last_checkpoint_is_passed_over_with_a_line(tmp_path, caplog, harm):
+    last, _ = write_two(tmp_path)
+    match harm:
+        case "truncated":
+            last.write_bytes(last.read_bytes()[:-5])
+        case "empty":
+            last.write_bytes(b"")
+        case "missing":
+            last.unlink()
+        case "foreign":
+            checkpoint.write({"w": torch.ones(1)}, last, {"something": "else"})
+    assert SafetensorsIO().load_checkpoint(last)["step"] == 1
+    assert checkpoint.resumable(tmp_path) == last
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert str(last) in line
+    assert line.endswith("; resuming from 'previous.safetensors' instead")
+    assert "\n" not in line
+
+
+def test_where_both_are_bad_the_line_says_what_to_delete(tmp_path):
+    last, before = write_two(tmp_path)
+    for path in (last, before):
+        path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(BadInput, match="delete the folder 'checkpoints', and the same fit begins anew"):
+        SafetensorsIO().load_checkpoint(last)
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
+    """Then `last` is missing, and the newer of the others is read."""
+    last, before = write_two(tmp_path)
+    replace = os.replace
+
+    def die(source, target):
+        if Path(source).name == "next.safetensors" and Path(target) == last:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        SafetensorsIO().save_checkpoint({"step": 3}, last)
+    monkeypatch.undo()
+    assert not last.exists()
+    assert SafetensorsIO().load_checkpoint(last)["step"] == 3
+    assert SafetensorsIO().load_checkpoint(before)["step"] == 2

@@ -473,12 +473,13 @@ def test_a_checkpoint_of_another_model(refused, here):
 
 
 def test_a_truncated_checkpoint(refused, here):
-    """It is refused with its remedy, and the remedy works."""
+    """Where no other one can be read either it is refused with its remedy, and the remedy works."""
     path = interrupt(here)
-    path.write_bytes(path.read_bytes()[:-9])
-    assert "last.safetensors': cannot be read" in (said := refused(*FIT))
-    assert "delete it, and the same fit begins anew" in said
-    path.unlink()
+    for held in path.parent.iterdir():
+        held.write_bytes(held.read_bytes()[:-9])
+    assert ".safetensors': cannot be read" in (said := refused(*FIT))
+    assert f"delete the folder '{path.parent.name}', and the same fit begins anew" in said
+    shutil.rmtree(path.parent)
     weights = (here / "runs/tiny/decomposition.safetensors").read_bytes()
     assert cli.run(FIT) == 0
     assert (here / "runs/tiny/decomposition.safetensors").read_bytes() == weights

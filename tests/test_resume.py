@@ -1,7 +1,9 @@
 """Killed work goes on: the same command again ends in what an undisturbed one would have ended in, bit for bit."""
 
 import json
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +12,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
-from tiny_run import done, kill_when, killed, lay_out
+from tiny_run import begun, done, kill_when, killed, lay_out
 
-from spd_lightning import runs
+from spd_lightning import files, runs
 from spd_lightning.store import TABLES, Store
+from spd_lightning.training.checkpoint import SafetensorsIO
 
 FIT, PREDICT = ["fit", "--config", "tiny"], ["predict", "--config", "tiny"]
 
@@ -99,7 +102,8 @@ def test_a_command_of_the_shell_killed_and_stopped(root):
         said.append(process.communicate(timeout=60)[1])
         assert process.returncode == code
     assert "run shell: goes on where it was interrupted" in said[1]
-    assert said[1].endswith("interrupted; the same command goes on from what is saved\n")
+    line = r"Stopped by SIGINT at step \d+( \(saved at step \d+\))?; run the same command again to resume\.\n"
+    assert re.search(f"{line}$", said[1])
     assert "Traceback" not in said[1]
     done(root, [*FIT, "--run", "shell"])
     same_run(folder, root / "plain")
@@ -122,6 +126,51 @@ def test_other_settings_continue_nothing(root):
     assert (folder / "metrics.jsonl").read_bytes() == held
     assert runs.Run(folder).state == "interrupted"
     assert runs.Run(root / "other-2").summary["steps"] == 10
+
+
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_fit_saves_where_it_is(root, by, code):
+    """A signal in mid-training: the right exit code; resumed, bit for bit the same."""
+    name = f"stopped-{by.name}"
+    words, folder = [*FIT, "--run", name], root / name
+    process = begun(root, words)
+    kill_when(lambda: logged(folder) >= 63, process.is_alive, process.pid, by)
+    process.join()
+    assert process.exitcode == code
+    assert runs.Run(folder).state == "interrupted"
+    done(root, words)
+    same_run(folder, root / "plain")
+
+
+def test_a_bad_checkpoint_falls_back_to_the_one_before(root):
+    """Two checkpoints are kept: with the last one damaged, or missing, the fit still ends in the same weights."""
+    words, folder = [*FIT, "--run", "fallback"], root / "fallback"
+    killed(root, words, lambda: logged(folder) >= 100)
+    held = folder / "checkpoints"
+    steps = [
+        SafetensorsIO().load_checkpoint(held / name)["global_step"]
+        for name in ("previous.safetensors", "last.safetensors")
+    ]
+    assert steps[0] < steps[1]
+    (held / "last.safetensors").write_bytes((held / "last.safetensors").read_bytes()[:-9])
+    done(root, words)
+    same_run(folder, root / "plain")
+
+
+def test_temporary_files_of_the_dead_are_removed_and_those_of_the_living_stay(root):
+    words, folder = [*FIT, "--run", "swept"], root / "swept"
+    killed(root, words, lambda: logged(folder) >= 50)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    mine = files.mark()
+    dead = mine.replace(f".{os.getpid()}.", f".{gone.pid}.")
+    for place in (folder, folder / "checkpoints"):
+        for end in (dead, mine):
+            (place / f".half{end}").write_bytes(b"half")
+    done(root, words)
+    left = {path.name for path in folder.rglob(".*.new")}
+    assert left == {f".half{mine}"}
+    same_run(folder, root / "plain")
 
 
 # ---- predict --------------------------------------------------------------------------------------------------------
@@ -173,6 +222,18 @@ def test_a_killed_predict_gives_the_same_tables(root, undisturbed, groups):
     whole = Store(folder)
     assert whole.manifest["complete"]
     same_tables(whole, undisturbed, exact=True)
+
+
+def test_a_stopped_predict_says_so_and_resumes(root, undisturbed):
+    """SIGTERM between or inside batches: exit code 143; what was committed stays, and the rest follows."""
+    folder = root / "plain/harvest/stopped"
+    process = begun(root, harvest("stopped"))
+    kill_when(lambda: committed(folder) >= 5, process.is_alive, process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 143
+    assert committed(folder) >= 5
+    done(root, harvest("stopped"))
+    same_tables(Store(folder), undisturbed, exact=True)
 
 
 def test_a_complete_harvest_is_not_computed_again(root, undisturbed):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from spd_lightning.decomposition.losses import powered
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.question import CircuitSearch, Question
+from spd_lightning.errors import Diverged
 
 
 class Frontier(NamedTuple):
@@ -78,7 +79,17 @@ def optimise(model: ComponentModel, inputs: Tensor, search: CircuitSearch | None
         descent.step()
     with torch.no_grad():
         g = descent.importances(torch.arange(len(descent.running), device=inputs.device))
-    return Circuits(g, _frontier(question, descent, g))
+    frontier = _frontier(question, descent, g)
+    for masks, loss in {"optimised": descent.loss, **frontier.loss}.items():
+        if not loss.isfinite().all():
+            row = int(loss.isfinite().int().argmin())
+            where = f"prompt {int(descent.prompt[row])} at lambda {float(descent.lambdas[row])}"
+            raise Diverged(
+                f"the circuit search's loss ({masks}) of {where} is {float(loss[row])} "
+                f"after {int(descent.taken[row])} steps",
+                "lower search.lr",
+            )
+    return Circuits(g, frontier)
 
 
 def chosen(frontier: Frontier, share: float) -> list[int]:
@@ -107,6 +118,7 @@ class Descent:
     Attributes:
         values: pre-sigmoid values [nodes] of the components with g > 0, of all rows and sites.
         lambdas [rows]: NaN where nothing is optimised.
+        loss [rows]: of the newest step; 0 where nothing is optimised.
         running [rows]: whose loss has not settled. taken [rows]: steps so far.
     """
 
@@ -126,6 +138,7 @@ class Descent:
         self.optimiser = torch.optim.AdamW([self.values], lr=search.lr, weight_decay=0.0)
         self.running = ~self.lambdas.isnan()
         self.taken = torch.zeros_like(self.prompt)
+        self.loss = torch.zeros_like(self.lambdas)  # of each row's newest step
         self.sum, self.last = torch.zeros_like(self.lambdas), torch.full_like(self.lambdas, inf)
         self.generators = question.generators("descent")
 
@@ -179,6 +192,7 @@ class Descent:
         """At the end of every window of steps, rows whose mean loss has settled are finished."""
         search = self.question.search
         self.sum[rows] += losses.double()
+        self.loss[rows] = losses.double()
         if int(self.taken.max()) % search.patience:
             return
         mean, self.sum = self.sum / search.patience, torch.zeros_like(self.sum)

@@ -22,6 +22,7 @@ from spd_lightning.errors import BadInput
 from spd_lightning.harvest.twins import tell_of_long_way
 from spd_lightning.store import Store, Writer, added, gap_warning, prompt_hash
 from spd_lightning.targets.data import Prompts, StepData
+from spd_lightning.training.blocks import non_finite
 from spd_lightning.training.decompose import Decomposition
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ class Harvester(Callback, ABC):
         if stage != "predict":
             return
         assert isinstance(pl_module, Decomposition)
+        if name := non_finite({name: p for name, p in pl_module.named_parameters() if p.requires_grad}):
+            raise BadInput(f"harvest '{self.name}': the weights '{name}' are not finite; fit again, more slowly")
         data = getattr(trainer, "datamodule", None)
         self.names = getattr(data, "names", digits)
         self._settings = self.manifest(pl_module)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_lightning.config import digest
-from spd_lightning.files import root
+from spd_lightning.files import make_folder, root, sweep, sync_folder
 from spd_lightning.runs.files import lock, writable, write_json
 from spd_lightning.runs.folders import Run, check_name, family
 
@@ -83,6 +83,8 @@ def claim(name: str, settings: Mapping[str, Any]) -> Claim:
             os.close(handle)
         else:
             log.info("run %s: goes on where it was interrupted", run.name)
+            for folder in (run.path, run.path / "checkpoints", run.path / "figures"):
+                sweep(folder)  # nobody else writes here: the lock is ours
             return Claim(run, True, handle)
     return _fresh(name, key)
 
@@ -98,7 +100,7 @@ def uncopied(name: str, settings: Mapping[str, Any]) -> Claim | None:
     """
     key = digest(dict(settings))
     for run in family(check_name(name)):
-        finished = run.record.get("digest") == key and (run.path / "summary.json").exists()
+        finished = run.record.get("digest") == key and run.state == "finished"
         if finished and (run.path / UNCOPIED).exists() and (handle := lock(run.path)) is not None:
             return Claim(run, True, handle)
     return None
@@ -115,11 +117,12 @@ def _fresh(name: str, key: str) -> Claim:
 def _new_folder(name: str) -> Path:
     """Making the folder is what decides between two processes that want the same number."""
     with writable(root()):
-        root().mkdir(parents=True, exist_ok=True)
+        make_folder(root())
         for number in count(1):
             path = root() / (name if number == 1 else f"{name}-{number}")
             try:
                 path.mkdir()
+                sync_folder(root())
                 return path
             except FileExistsError:
                 continue

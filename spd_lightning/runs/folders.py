@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-State = Literal["running", "finished", "interrupted"]
+State = Literal["running", "finished", "interrupted", "diverged"]
 
 _SIGNS = ("run.json", "config.yaml", "summary.json", "metrics.jsonl", "decomposition.json", "manifest.json", "harvest")
 _RESERVED = ("targets", "data", "mlartifacts")
@@ -50,10 +50,13 @@ class Run:
     def state(self) -> State:
         """Running while a process holds its lock, finished once it has a summary, interrupted otherwise.
 
+        It is diverged where the summary says that its numbers did not stay finite: it has no decomposition then.
         A bare harvest counts as finished: its store says whether it is complete.
         """
         if held(self.path):
             return "running"
+        if str(self.summary.get("verdict", "")).startswith("diverged"):
+            return "diverged"
         done = (self.path / "summary.json").exists() or (self.path / "manifest.json").exists()
         return "finished" if done else "interrupted"
 
@@ -137,7 +140,7 @@ def newest(name: str) -> Run:
         BadInput: none has finished.
     """
     members = family(check_name(name))
-    if done := [run for run in members if (run.path / "summary.json").exists()]:
+    if done := [run for run in members if (run.path / "summary.json").exists() and run.state != "diverged"]:
         return max(enumerate(done), key=lambda item: (_time(item[1].path / "summary.json"), item[0]))[1]
     if members:
         states = ", ".join(f"{run.name} is {run.state}" for run in members)

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 
 from spd_lightning.errors import BadInput
-from spd_lightning.files import root
+from spd_lightning.files import make_folder, mark, root, sweep, sync_folder
 from spd_lightning.runs.files import read_json, writable, write_json
 from spd_lightning.runs.folders import Run, is_run, runs, unknown
 from spd_lightning.runs.trackers import pull_mlflow, pull_wandb
@@ -48,8 +48,9 @@ def pull(reference: str) -> Path:
     if tracker not in _PULLS or not what:
         raise BadInput(f"reference '{reference}': write mlflow:<run> or wandb:<entity>/<project>/<artifact>:<version>")
     with writable(root()):
-        root().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root(), prefix=".pull-") as temporary:
+        make_folder(root())
+        sweep(root())
+        with tempfile.TemporaryDirectory(dir=root(), prefix=".pull.", suffix=mark()) as temporary:
             folder = Path(temporary) / "run"
             folder.mkdir()
             name, origin = _PULLS[tracker](what, folder)
@@ -66,5 +67,6 @@ def _land(folder: Path, name: str, origin: str) -> Path:
         if path.exists():
             path.rename(folder.with_name("old"))
         folder.rename(path)
+        sync_folder(path.parent)
         return path
     raise AssertionError("numbers do not end")

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from spd_lightning.files import whole
+from spd_lightning.files import make_folder, sweep, whole
 from spd_lightning.store.manifest import Shard, check_same, ledger_path, part, read_ledgers, read_settings
 from spd_lightning.store.reader import Store
 from spd_lightning.store.shards import damaged, disk, lock, replace_json, write_parquet
@@ -41,7 +41,7 @@ class Writer:
         self.path, self.rank = Path(path), rank
         self.layers: list[str] = list(manifest["layers"])
         with disk(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             self._unlock = weakref.finalize(self, os.close, lock(self.path, rank))
             self._begin(json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **manifest})), world)
             self._ledger = self._mended(world)
@@ -109,14 +109,15 @@ class Writer:
         return mine
 
     def _sweep(self) -> None:
-        """Remove what a killed process of this rank left uncommitted."""
+        """Remove what a killed process of this rank left uncommitted, and temporary files of other dead ones."""
+        sweep(self.path)
         held = {self.path / table / part(shard) for shard in self._ledger["shards"] for table in shard["tables"]}
         for path in {*self.path.glob(f"*/part-{self.rank}-*"), *self.path.glob(f"*/.part-{self.rank}-*")} - held:
             path.unlink()
 
     def _put(self, table: str, frame: pl.DataFrame, name: str) -> dict[str, int]:
         path = self.path / table / name
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         with whole(path) as temporary:
             write_parquet(frame, table, temporary)
         return {"rows": frame.height, "bytes": path.stat().st_size}

@@ -6,7 +6,7 @@ here receive a list of batches and take one step for each.
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,8 +14,13 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, Diverged
 from spd_lightning.training.schedule import Schedule
+
+MOST_UNCHECKED = 100
+"""Losses that are collected on the device before it is looked whether they are finite: looking waits for the device."""
+LOWER = "lower the learning rate, or bound the gradients"
+"""What to do about a training that diverges."""
 
 
 class BlockModule(L.LightningModule, ABC):
@@ -44,6 +49,8 @@ class BlockModule(L.LightningModule, ABC):
         self.log_every, self.checkpoint_every, self.threads = log_every, checkpoint_every, threads
         self.micro_batches = micro_batches
         self.recorded: tuple[int, dict[str, float]] = (-1, {})  # the newest logged step and its losses and norms
+        self.say: Callable[[str], None] = _nobody_listens  # told how far a long part of an evaluation is
+        self._unchecked: list[tuple[int, Mapping[str, Tensor]]] = []  # steps and losses not yet known to be finite
 
     @property
     @abstractmethod
@@ -121,7 +128,11 @@ class BlockModule(L.LightningModule, ABC):
             found = self._accumulate(batch, step)
             norms = self.clip()
             optimiser.step()  # pyright: ignore[reportAttributeAccessIssue]
+            self._unchecked += [(step, values) for values in found]
+            if len(self._unchecked) >= MOST_UNCHECKED:
+                self.check_losses()
             if step % self.log_every == 0 or step == self.steps - 1:
+                self.check_losses()  # logging waits for the device anyway
                 means = {name: torch.stack([values[name] for values in found]).mean() for name in found[0]}
                 self._record({**means, **norms}, factor, step)
 
@@ -142,12 +153,68 @@ class BlockModule(L.LightningModule, ABC):
             found.append({"loss": loss.detach(), **terms})
         return found
 
+    def check_losses(self) -> None:
+        """Looks whether all losses since the last check are finite, in one exchange with the device.
+
+        Raises:
+            Diverged: one is not; it names the first such step and term.
+        """
+        pending, self._unchecked = self._unchecked, []
+        named = [(step, name, value) for step, values in pending for name, value in _terms_first(values)]
+        if not named:
+            return
+        finite = torch.stack([value.detach().isfinite().all() for _, _, value in named])
+        good = bool(finite.all())
+        if self.trainer.strategy.reduce_boolean_decision(good, all=True):  # devices stop together
+            return
+        if good:
+            raise Diverged("a loss on another device is not finite", LOWER)
+        step, name, value = named[int(finite.int().argmin())]
+        what = "the loss" if name == "loss" else f"the loss term '{name}'"
+        raise Diverged(f"{what} is {float(value)} at step {step}", LOWER)
+
+    def check_weights(self) -> None:
+        """Looks whether all trained weights are finite.
+
+        Raises:
+            Diverged: one is not.
+        """
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if name := non_finite(trained):
+            raise Diverged(f"the weights '{name}' are not finite after {self.global_step} steps", LOWER)
+
+    def on_validation_start(self) -> None:
+        """The loss that diverged is named rather than a figure that follows from it."""
+        self.check_losses()
+
+    def on_train_end(self) -> None:
+        """The last update may have been the fatal one."""
+        self.check_losses()
+        self.check_weights()
+
     def _record(self, values: Mapping[str, Tensor], factor: float, step: int) -> None:
         reduced = {f"train/{k}": float(self.trainer.strategy.reduce(v)) for k, v in values.items()}
         self.recorded = (step, {name.removeprefix("train/"): value for name, value in reduced.items()})
         self.log("loss", reduced["train/loss"], prog_bar=True, logger=False)
         for logger in self.loggers:
             logger.log_metrics({**reduced, "train/lr_factor": factor}, step)
+
+
+def _nobody_listens(what: str) -> None:
+    pass
+
+
+def _terms_first(values: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """The terms of a loss before their sum: a term says more about what went wrong."""
+    return sorted(values.items(), key=lambda item: item[0] == "loss")
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a number that is infinite or none; None if all are finite."""
+    if not tensors:
+        return None
+    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors.values()])
+    return None if bool(finite.all()) else list(tensors)[int(finite.int().argmin())]
 
 
 def _known(inputs: Tensor, vocab: int | None) -> None:

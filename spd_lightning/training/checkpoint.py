@@ -8,6 +8,9 @@ the target's weights inside, so that it opens on a machine that has never seen t
 import hashlib
 import importlib
 import json
+import logging
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,15 +23,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spd_lightning import runs
+from spd_lightning import runs, stopping
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.errors import BadInput
-from spd_lightning.training.blocks import BlockModule
+from spd_lightning.files import make_folder, sync_folder
+from spd_lightning.training.blocks import BlockModule, non_finite
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.evaluate import Evaluation
 
+log = logging.getLogger(__name__)
+
 SCHEMA = 1
 LAST = Path("checkpoints") / "last.safetensors"
+NEXT, PREVIOUS = LAST.with_name("next.safetensors"), LAST.with_name("previous.safetensors")
+"""A checkpoint that is not `last` yet, and the one that was before: where `last` cannot be read, they are."""
+SECONDS = 300.0
+"""Most seconds between two checkpoints of a training."""
+WORTH_KEEPING = 10.0
+"""Seconds of training after which a checkpoint is due before an evaluation, or the end: both may last long."""
 
 
 # ---- trees of tensors -----------------------------------------------------------------------------------------------
@@ -94,50 +106,129 @@ def read(path: Path, remedy: str = "restore it from a copy, or run the fit again
 
 
 class SafetensorsIO(CheckpointIO):
-    """Lightning's checkpoints as one safetensors file each, renamed into place when whole."""
+    """Lightning's checkpoints as one safetensors file each, renamed into place when whole.
+
+    Of a file called `last` the one before is kept as `previous`. Where `last` is missing or cannot be read, the newest
+    other one is, and a line says so.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        tensors: dict[str, Tensor] = {}
+        path, tensors = Path(path), dict[str, Tensor]()
         tree = json.dumps(pack(checkpoint, tensors))
-        with runs.writable(Path(path)):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write(tensors, Path(path), {"tree": tree})
+        with runs.writable(path):
+            make_folder(path.parent)
+        if path.name != LAST.name or not path.exists():
+            write(tensors, path, {"tree": tree})
+            return
+        following = path.with_name(NEXT.name)
+        write(tensors, following, {"tree": tree})
+        with runs.writable(path):  # whoever is killed in between leaves two whole files
+            os.replace(path, path.with_name(PREVIOUS.name))
+            os.replace(following, path)
+            sync_folder(path.parent)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        remedy = "delete it, and the same fit begins anew"
-        tensors, header = read(Path(path), remedy)
-        if "tree" not in header:
-            raise BadInput(f"'{path}': not a checkpoint of this tool; {remedy}")
-        return unpack(json.loads(header["tree"]), tensors)
+        path = Path(path)
+        others = [path.with_name(other.name) for other in (NEXT, PREVIOUS)] if path.name == LAST.name else []
+        first, *rest = [path, *(other for other in others if other.exists())]
+        for other in rest:
+            try:
+                return _opened(first)
+            except BadInput as error:
+                what, _, _ = str(error).rpartition("; ")
+                log.warning("%s; resuming from '%s' instead", what, other.name)
+            first = other
+        return _opened(first)
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-class Checkpoints(Callback):
-    """Saves the newest state of a training every `checkpoint_every` optimiser steps of its module.
+def _opened(path: Path) -> dict[str, Any]:
+    """A checkpoint as Lightning takes it.
 
-    A killed training goes on from there as if nothing had been: what it had logged since is taken back, to be logged
-    again. A checkpoint is written before a `training_step`, when all that belongs to the one before has been logged.
+    Raises:
+        BadInput: it cannot be read, or is something else.
+    """
+    remedy = f"delete the folder '{path.parent.name}', and the same fit begins anew"
+    tensors, header = read(path, remedy)
+    if "tree" not in header:
+        raise BadInput(f"'{path}': not a checkpoint of this tool; {remedy}")
+    try:
+        return unpack(json.loads(header["tree"]), tensors)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"'{path}': damaged ({error}); {remedy}") from error
+
+
+def resumable(folder: Path) -> Path | None:
+    """The checkpoint from which a training in this folder resumes; None if it has to begin."""
+    held = any((folder / name).exists() for name in (LAST, NEXT, PREVIOUS))
+    return folder / LAST if held else None
+
+
+class Checkpoints(Callback):
+    """Saves the newest state of a training, and ends it there when a signal asks for that.
+
+    A checkpoint is due every `checkpoint_every` optimiser steps of its module, every few minutes, and before an
+    evaluation or the last steps where training has gone on for a while: those may last long. It is written before a
+    `training_step`, when all that belongs to the one before has been logged, and only if all weights and losses are
+    finite. A killed training resumes from there as if nothing had been: what it had logged since is taken back, to be
+    logged again.
 
     Args:
         folder: the run's folder.
+        seconds: the most time between two checkpoints.
+        worth_keeping: seconds of training after which an evaluation, or the end, is preceded by a checkpoint.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder, self._saved, self._logged = Path(folder), 0, 0
+    def __init__(self, folder: str | Path, seconds: float = SECONDS, worth_keeping: float = WORTH_KEEPING):
+        self.folder, self.seconds, self.worth_keeping = Path(folder), seconds, worth_keeping
+        self._saved, self._logged, self._since = 0, 0, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved = trainer.global_step
+        self._saved, self._since = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
             runs.cut_metrics(self.folder, self._logged)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         assert isinstance(pl_module, BlockModule)
-        every = pl_module.checkpoint_every
-        if trainer.global_step // every > self._saved // every:
-            self._saved = trainer.global_step
+        agreed = trainer.strategy.reduce_boolean_decision
+        stop = agreed(stopping.requested(), all=False)
+        if stop or agreed(self._due(trainer, pl_module), all=False):
+            self._save(trainer, pl_module)
+        if stop:
+            stopping.stop()
+        stopping.hold()
+
+    def _due(self, trainer: Trainer, module: BlockModule) -> bool:
+        every, seconds = module.checkpoint_every, time.monotonic() - self._since
+        if trainer.global_step // every > self._saved // every or seconds > self.seconds:
+            return True
+        return seconds > self.worth_keeping and _last_before_long_work(trainer, module)
+
+    def _save(self, trainer: Trainer, module: BlockModule) -> None:
+        if trainer.global_step > self._saved:  # else it is there already
+            module.check_losses()
+            module.check_weights()
             trainer.save_checkpoint(self.folder / LAST)
+        self._saved, self._since = trainer.global_step, time.monotonic()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stopping.release()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            stopping.hold()  # what is logged from here on belongs to the next checkpoint
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stopping.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        stopping.let_go()
+        if isinstance(exception, stopping.Stopped) and trainer.state.fn == "fit" and trainer.global_step:
+            exception.place = f"at step {trainer.global_step}"
+            if trainer.global_step > self._saved:
+                exception.place += f" (saved at step {self._saved})" if self._saved else " (nothing saved yet)"
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning counts the coming training_step as begun; a resumed run would validate one too early.
@@ -150,6 +241,14 @@ class Checkpoints(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._logged = state_dict["logged"]
+
+
+def _last_before_long_work(trainer: Trainer, module: BlockModule) -> bool:
+    """Whether the coming `training_step` is followed by an evaluation, or is the last."""
+    if trainer.global_step + module.inner_steps >= trainer.max_steps:
+        return True
+    every = trainer.val_check_batch  # pyright: ignore[reportAttributeAccessIssue]  (Lightning's, not declared)
+    return isinstance(every, int) and (trainer.fit_loop.total_batch_idx + 1) % every == 0
 
 
 # ---- decompositions -------------------------------------------------------------------------------------------------
@@ -202,6 +301,9 @@ def load_decomposition(reference: str | Path, target: nn.Module | None = None) -
     folder = runs.find(str(reference)).path
     described, weights = folder / "decomposition.json", folder / "decomposition.safetensors"
     if not described.exists() or not weights.exists():
+        if runs.Run(folder).state == "diverged":
+            verdict = runs.Run(folder).summary["verdict"]
+            raise BadInput(f"run '{folder}': its training {verdict}; it holds no decomposition, fit again")
         raise BadInput(f"run '{folder}': holds no decomposition (yet); let its fit finish")
     try:
         facts = dict(json.loads(described.read_text(encoding="utf-8")))
@@ -218,6 +320,8 @@ def load_decomposition(reference: str | Path, target: nn.Module | None = None) -
         module = _assembled(facts, tensors, target, weights)
     except (KeyError, TypeError) as error:
         raise BadInput(f"'{described}': cannot be understood ({error}); restore it from a copy") from error
+    if name := non_finite(dict(module.named_parameters())):
+        raise BadInput(f"'{weights}': the weights '{name}' are not finite; fit again, at a lower learning rate")
     module.origin, module.digest = folder.resolve().name, facts["digest"]
     return module
 

@@ -5,6 +5,7 @@ Trainer(max_steps=2000).fit(d, SparseFeatures(5, 0.05, batch_size=1024))
 """
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from spd_lightning.decomposition.losses import Faithfulness, Losses, joined_mean
 from spd_lightning.decomposition.metrics import Part
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, Diverged
 from spd_lightning.targets.data import generator_for
-from spd_lightning.training.blocks import BlockModule
+from spd_lightning.training.blocks import LOWER, BlockModule
 from spd_lightning.training.collapse import Collapse
 from spd_lightning.training.evaluate import Evaluation, Totals, count, counts, figures_of
 from spd_lightning.training.ladder import adversarial_ladder
@@ -178,7 +179,7 @@ class Decomposition(BlockModule):
 
     def _warm_up(self) -> None:
         """Faithfulness alone, with an optimiser of its own."""
-        w, loss, term = self.warm_up, torch.tensor(0.0), Faithfulness()
+        w, loss, term, losses = self.warm_up, torch.tensor(0.0), Faithfulness(), list[Tensor]()
         optimiser = torch.optim.AdamW(self.model.components.parameters(), lr=w.lr, weight_decay=w.weight_decay)
         with torch.enable_grad():
             for _ in range(w.steps):
@@ -186,6 +187,14 @@ class Decomposition(BlockModule):
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
+                losses.append(loss.detach())
+        finite = torch.stack(losses).isfinite()
+        if not finite.all():
+            step = int(finite.int().argmin())
+            raise Diverged(
+                f"the faithfulness is {float(losses[step])} at step {step} of the warm-up", "lower warm_up.lr"
+            )
+        self.check_weights()
         if self.trainer.is_global_zero:
             log.info("faithfulness after %d warm-up steps: %.2e", w.steps, loss.item())
 
@@ -300,7 +309,7 @@ class Decomposition(BlockModule):
             run = Pass.of(self.model, batch, first)
             count(self.model, run, self.evaluation, self._totals, Part(self.global_rank, self.trainer.world_size))
             if batch_index == 0:
-                self._ladder = adversarial_ladder(self.model, batch, self.evaluation)
+                self._ladder = adversarial_ladder(self.model, batch, self.evaluation, self.say)
                 self._width = batch.shape[1] if batch.is_floating_point() else None
 
     def _full_precision(self) -> AbstractContextManager[Any]:
@@ -321,8 +330,17 @@ class Decomposition(BlockModule):
             logger.log_metrics(self.figures, self.global_step)
 
     def adopt(self, figures: Mapping[str, Any]) -> None:
-        """Takes the figures of an evaluation, perhaps one that another process ran, and judges them."""
-        self.figures = {k: round(float(v)) if counts(k) else float(v) for k, v in figures.items() if k != "loss"}
+        """Takes the figures of an evaluation, perhaps one that another process ran, and judges them.
+
+        Raises:
+            Diverged: a figure is not finite.
+        """
+        values = {name: float(value) for name, value in figures.items() if name != "loss"}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                when = f" after {self.global_step} steps" if self.global_step else ""
+                raise Diverged(f"the figure '{name}' is {value} in the evaluation{when}", LOWER)
+        self.figures = {name: round(value) if counts(name) else value for name, value in values.items()}
         known = "features" in self.figures
         self.warning = verdict(self.figures, self.evaluation, round(self.figures["features"])) if known else None
 

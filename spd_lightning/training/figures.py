@@ -4,6 +4,7 @@ A figure has a panel for each site, in a grid of several rows where there are ma
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from torch import Tensor
 from spd_lightning import runs
 from spd_lightning.decomposition.metrics import identity_order
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.files import make_folder
 from spd_lightning.training.decompose import Decomposition
+from spd_lightning.training.progress import Progress
 
 MOST_MATRICES = 24
 """Sites whose V and U are drawn; the picture of more would be all frames."""
@@ -44,11 +47,15 @@ class Figures(Callback):
             for _, figure in draw(pl_module):
                 _rehearse(figure)
         elif trainer.state.fn == "validate":
-            for name, figure in draw(pl_module):
-                self._save(name, figure)
+            bar = trainer.progress_bar_callback
+            with bar.stage("figures", "figure") if isinstance(bar, Progress) else nullcontext() as drawn:
+                for name, figure in draw(pl_module):
+                    self._save(name, figure)
+                    if drawn is not None:
+                        drawn.update(1)
 
     def _save(self, name: str, figure: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with runs.write_whole(self.folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
         figure.clear()

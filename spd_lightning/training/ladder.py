@@ -1,5 +1,8 @@
 """The PGD ladder: how badly a fresh adversary can hurt the output, by how many ascents it is given (section M)."""
 
+from collections.abc import Callable
+from itertools import count
+
 import torch
 from torch import Tensor
 
@@ -13,18 +16,27 @@ POSITIONS = 512
 """What an adversary gets where the settings do not say: 160 ascents on a whole batch would outlast all else."""
 
 
-def adversarial_ladder(model: ComponentModel, batch: Tensor, settings: Evaluation) -> dict[str, float]:
+def adversarial_ladder(
+    model: ComponentModel, batch: Tensor, settings: Evaluation, say: Callable[[str], None] = lambda what: None
+) -> dict[str, float]:
     """`pgd/<steps>` and its standard error for every rung: one vector of sources for all rows and devices.
 
     Several adversaries, where restarts are asked for, start from different sources; each rung states the worst.
+
+    say: told after every ascent how far the work is.
     """
     if not settings.ladder:
         return {}
     rows, total = _first_rows(batch, settings.ladder_rows or _rows_of(batch, POSITIONS))
     run = Pass.of(model, rows)
     worst: dict[str, float] = {}
+    ascents = count(1)
+
+    def climbed() -> None:
+        say(f"adversary {next(ascents)}/{max(settings.ladder) * settings.restarts}")
+
     for seed in range(settings.restarts):
-        found = _climb(model, run, settings, total, torch.Generator(rows.device).manual_seed(seed))
+        found = _climb(model, run, settings, total, torch.Generator(rows.device).manual_seed(seed), climbed)
         for steps in sorted(settings.ladder):
             figure = f"pgd/{steps}"
             if not found[figure] <= worst.get(figure, -torch.inf):  # what is not a number is worst
@@ -33,7 +45,12 @@ def adversarial_ladder(model: ComponentModel, batch: Tensor, settings: Evaluatio
 
 
 def _climb(
-    model: ComponentModel, run: Pass, settings: Evaluation, total: int, generator: torch.Generator
+    model: ComponentModel,
+    run: Pass,
+    settings: Evaluation,
+    total: int,
+    generator: torch.Generator,
+    climbed: Callable[[], None],
 ) -> dict[str, float]:
     compare, found = ROW_DIVERGENCES[settings.divergence], dict[str, float]()
     fixed = {name: g.detach() for name, g in run.importances.lower.items()}
@@ -42,10 +59,14 @@ def _climb(
         masks = masks_from_sources(fixed, sources, model.delta)
         return compare(model.masked(run.batch, masks, run.clean, detach=True), run.clean.output)
 
+    def harm(sources: Sources) -> Tensor:
+        climbed()
+        return rows(sources).sum() / total
+
     sources, done = None, 0
     for steps in sorted(settings.ladder):  # every rung goes on from the one below
         adversary = Adversary(steps=steps - done)
-        sources = pgd_sources(adversary, fixed, lambda s: rows(s).sum() / total, generator, sources)
+        sources = pgd_sources(adversary, fixed, harm, generator, sources)
         totals = Totals()
         totals.add("rows", run.batch.new_tensor(len(run.batch)))
         totals.add_rows("pgd", rows(sources))

@@ -25,8 +25,9 @@ from torch import nn
 from spd_lightning import config as configs
 from spd_lightning import runs
 from spd_lightning.errors import BadInput
+from spd_lightning.files import make_folder, sweep
 from spd_lightning.targets.language import LanguageModel, sample
-from spd_lightning.training.checkpoint import LAST, Checkpoints, build, read, write
+from spd_lightning.training.checkpoint import LAST, Checkpoints, build, read, resumable, write
 from spd_lightning.training.session import Plan, Session
 from spd_lightning.training.target import VALIDATION
 
@@ -84,8 +85,10 @@ def train_target(name: str, config: Mapping[str, Any], overrides: Sequence[str] 
     """
     key = configs.digest([config, list(overrides)])
     folder = runs.root() / "targets" / f"{Path(name).stem}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with _alone(folder):
+        sweep(folder)
+        sweep(folder / LAST.parent)
         if not (folder / "target.json").exists():
             _train(name, config, overrides, folder)
     return folder
@@ -129,10 +132,7 @@ def _attempt(name: str, config: dict[str, Any], overrides: Sequence[str], folder
     session = Session(config, overrides, lambda _: plan)
     if not hasattr(session.model, "target"):
         raise BadInput("does not train a target; its model must be a TargetTraining")
-    checkpoint = folder / LAST
-    session.trainer.fit(
-        session.model, datamodule=session.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None
-    )
+    session.trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=resumable(folder))
     session.trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
     session.model.target.eval()
     return session
@@ -200,6 +200,6 @@ def draw_losses(folder: Path) -> None:
             axis.plot(curve["step"].to_numpy(), curve[name].to_numpy(), label=label, linewidth=1)
     axis.set(xlabel="optimiser steps", ylabel="loss", title=folder.name)
     axis.legend(frameon=False)
-    (folder / "figures").mkdir(exist_ok=True)
+    make_folder(folder / "figures")
     with runs.write_whole(folder / "figures" / "loss.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from spd_lightning import config as configs
 from spd_lightning.errors import BadInput
 from spd_lightning.training.copies import Copies, trackers
+from spd_lightning.training.interruption import Interruption
 from spd_lightning.training.launchers import forget_ranks, forgotten_launcher, is_first_process
 from spd_lightning.training.parsing import Parser, complaint, refuse_unknown
 from spd_lightning.training.progress import Progress
@@ -111,7 +112,8 @@ class Session(LightningCLI):
 
         chosen = self.config_init["trainer"]
         own = [SafetensorsIO(), *forgotten_launcher(), *(chosen.get("plugins") or [])]
-        callbacks = [*(chosen.get("callbacks") or []), Progress(self.plan.name), *self.plan.callbacks]
+        own_callbacks = [Progress(self.plan.name), Interruption(), *self.plan.callbacks]
+        callbacks = [*(chosen.get("callbacks") or []), *own_callbacks]
         own_file = [MetricsFile(self.plan.folder)] if self.plan.logged or self.plan.tracked else []
         if chosen.get("val_check_interval") == 0:
             raise BadInput("config: trainer.val_check_interval: 0 is no interval; how many batches lie between two?")

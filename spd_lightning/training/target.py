@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from spd_lightning.errors import BadInput
-from spd_lightning.training.blocks import BlockModule
+from spd_lightning.errors import BadInput, Diverged
+from spd_lightning.training.blocks import LOWER, BlockModule
 from spd_lightning.training.schedule import Schedule
 
 VALIDATION = "validation/loss"
@@ -100,6 +100,8 @@ class TargetTraining(BlockModule):
 
     def on_validation_epoch_end(self) -> None:
         total, rows = self.trainer.strategy.reduce(self._losses, reduce_op="sum")  # pyright: ignore[reportArgumentType]
+        if not (total / rows).isfinite():
+            raise Diverged(f"the {VALIDATION} is {float(total / rows)} after {self.global_step} steps", LOWER)
         self.log(VALIDATION, total / rows, logger=False, sync_dist=True)
         if not self.trainer.sanity_checking:
             for logger in self.loggers:
