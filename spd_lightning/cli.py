@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from spd_lightning import catalogue, results, runs, verbs
+from spd_lightning import catalogue, classes, results, runs, verbs
 from spd_lightning.errors import BadInput, nearest, without_passwords
 
 log = logging.getLogger("spd_lightning")
@@ -25,6 +25,7 @@ def run(words: Sequence[str]) -> int:
     words = [word for word in words if word != "--debug"]
     _speak()
     try:
+        words = _trusting(words)
         verb = VERBS.get(words[0])
         if verb is None:
             raise BadInput(f"'{words[0]}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
@@ -51,6 +52,20 @@ def run(words: Sequence[str]) -> int:
         print(f"error: {place}{error.strerror or error}; make room or choose another place (SPD_RUNS)", file=sys.stderr)
         return 2
     return 0
+
+
+def _trusting(words: list[str]) -> list[str]:
+    """The words without `--allow_classes PACKAGE`, which is heeded."""
+    rest, packages = list[str](), list[str]()
+    given = iter(words)
+    for word in given:
+        option, equals, value = word.partition("=")
+        if option == "--allow_classes":
+            packages.append(value if equals else next(given, ""))
+        else:
+            rest.append(word)
+    classes.trust(packages)
+    return rest
 
 
 def _elsewhere(place: str, name: str) -> Callable[[Sequence[str]], None]:
@@ -85,7 +100,10 @@ def list_runs(words: Sequence[str]) -> None:
     asked = verbs.read("runs", words)
     found = runs.runs()
     if asked.json:
-        facts = [{"name": r.name, "path": str(r.path), "state": r.state, "summary": r.summary} for r in found]
+        facts = [
+            {"name": r.name, "path": str(r.path), "state": r.state, "summary": r.summary, "problem": r.problem}
+            for r in found
+        ]
         print(json.dumps(facts, indent=1))
     elif not found:
         print(f"no runs in '{runs.root()}' yet; make one: python -m spd_lightning fit --config tms.yaml")
@@ -93,7 +111,13 @@ def list_runs(words: Sequence[str]) -> None:
         print(results.table([(r.name, r.summary) for r in reversed(found) if r.summary]))
     else:
         for r in found:
-            print(f"{r.state:<12} {r.path}  {r.summary.get('verdict', '')}")
+            problem = r.problem
+            print(f"damaged      {r.path}  {problem}" if problem else _listed(r))
+
+
+def _listed(run: runs.Run) -> str:
+    """The line of one run."""
+    return f"{run.state:<12} {run.path}  {run.summary.get('verdict', '')}"
 
 
 def list_configs(words: Sequence[str]) -> None:

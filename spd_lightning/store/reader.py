@@ -58,6 +58,15 @@ class Store:
             self._scans[table] = self._frame(table, self._shards)
         return self._scans[table]
 
+    def check(self) -> None:
+        """Compare all files with their digests: what `scan` does table by table.
+
+        Raises:
+            BadInput: one is damaged.
+        """
+        for table in self.tables:
+            self._files(table, self._shards)
+
     def collect(self, query: pl.LazyFrame) -> pl.DataFrame:
         """Run a query on this store's tables.
 

@@ -10,7 +10,16 @@ from typing import Any
 import polars as pl
 
 from spd_lightning.files import whole
-from spd_lightning.store.manifest import Ledger, Piece, Shard, check_same, ledger_path, part, read_ledgers, read_settings
+from spd_lightning.store.manifest import (
+    Ledger,
+    Piece,
+    Shard,
+    check_same,
+    ledger_path,
+    part,
+    read_ledgers,
+    read_settings,
+)
 from spd_lightning.store.reader import Store
 from spd_lightning.store.shards import damaged, disk, lock, replace_json, write_parquet
 from spd_lightning.store.tables import SCHEMA_VERSION, checked

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from spd_lightning import classes
 from spd_lightning.errors import BadInput
 from spd_lightning.training.copies import Copies, trackers
 from spd_lightning.training.launchers import forget_ranks, forgotten_launcher, is_first_process
@@ -63,6 +64,7 @@ class Session(LightningCLI):
         self._plan, self._given = plan, config
         self.copies = Copies([], Path())
         forget_ranks()
+        set_parsing_settings(**classes.verdicts())
         try:
             super().__init__(
                 LightningModule,
