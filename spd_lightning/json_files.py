@@ -17,11 +17,10 @@ import json
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from spd_lightning.errors import BadInput
 
-T = TypeVar("T")
 First = Callable[[Mapping[str, Any]], None]
 
 SEAL = "seal"
@@ -59,7 +58,7 @@ class Mismatch(ValueError):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, kind: type[T], remedy: str, what: str = "", first: First | None = None) -> T:
+def read(path: Path, kind: Any, remedy: str, what: str = "", first: First | None = None) -> Any:
     """The value of a JSON file, of the type `kind`.
 
     Args:
@@ -84,7 +83,7 @@ def read(path: Path, kind: type[T], remedy: str, what: str = "", first: First | 
         raise BadInput(f"{what}'{path}': {error}; {remedy}") from error
 
 
-def parsed(content: bytes, kind: type[T], first: First | None = None) -> T:
+def parsed(content: bytes, kind: Any, first: First | None = None) -> Any:
     """The value that a JSON text holds, of the type `kind`.
 
     Raises:

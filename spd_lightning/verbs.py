@@ -436,7 +436,7 @@ def page(name: str) -> str:
     if verb.arguments:
         lines += ["", "arguments", *_rows(verb.arguments)]
     others = [option for option in verb.options if option not in verb.arguments]
-    lines += ["", "options", *_rows([*others, DEBUG, HELP])]
+    lines += ["", "options", *_rows([*others, ALLOW, DEBUG, HELP])]
     if verb.notes:
         lines += ["", *verb.notes]
     return "\n".join([*lines, "", "example", f"  {PROGRAM} {verb.example}", ""])

@@ -8,7 +8,7 @@ from pathlib import Path
 from spd_lightning import json_files
 from spd_lightning.digests import digest
 from spd_lightning.errors import BadInput
-from spd_lightning.runs.shapes import Factorization, Record, Summary
+from spd_lightning.runs.shapes import RESTORE, Factorization, Record, read_summary
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,10 @@ def check_whole(folder: Path) -> None:
     Raises:
         BadInput: one is damaged; it is named.
     """
-    for name, kind in (("run.json", Record), ("summary.json", Summary)):
-        if (folder / name).exists():
-            json_files.read(folder / name, kind, "restore it from a copy")
+    if (folder / "run.json").exists():
+        json_files.read(folder / "run.json", Record, RESTORE)
+    if (folder / "summary.json").exists():
+        read_summary(folder / "summary.json")
     if (folder / "decomposition.json").exists() and (folder / "decomposition.safetensors").exists():
         factorization(folder)
     manifests = sorted({*folder.glob("manifest.json"), *folder.glob("harvest/*/manifest.json")})

@@ -117,7 +117,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         try:
             values = dict(json.loads(line)) if line else {}
             steps.setdefault(int(values.get("step", 0)), {}).update(values)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             log.warning("'%s', line %d: torn, left out", path, number + 1)
     return [steps[step] for step in sorted(steps) if steps[step]]
 

@@ -11,7 +11,7 @@ from spd_lightning.config import digest, load
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.files import root
 from spd_lightning.runs.files import held, read_json, read_metrics
-from spd_lightning.runs.shapes import Factorization, Record, Summary
+from spd_lightning.runs.shapes import RESTORE, Factorization, Record, read_summary
 
 if TYPE_CHECKING:
     import polars
@@ -62,7 +62,12 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """What the run reached; empty until it is finished."""
-        return read_json(self.path / "summary.json", Summary)
+        try:
+            path = self.path / "summary.json"
+            return dict(read_summary(path)) if path.exists() else {}
+        except BadInput as error:
+            log.warning("%s", error)
+            return {}
 
     @property
     def record(self) -> dict[str, Any]:
@@ -72,11 +77,12 @@ class Run:
     @property
     def problem(self) -> str | None:
         """What is damaged of the files that a list of runs reads, in one line; None if nothing is."""
-        kinds = {"run.json": Record, "summary.json": Summary, "decomposition.json": Factorization}
         try:
-            for name, kind in kinds.items():
+            for name, kind in (("run.json", Record), ("decomposition.json", Factorization)):
                 if (self.path / name).exists():
-                    json_files.read(self.path / name, kind, "restore it from a copy, or run the fit again")
+                    json_files.read(self.path / name, kind, RESTORE)
+            if (self.path / "summary.json").exists():
+                read_summary(self.path / "summary.json")
             if (self.path / "config.yaml").exists():
                 self.checked_config()
         except BadInput as error:

@@ -1,8 +1,12 @@
 """What the JSON files of runs and targets hold: the types that `json_files.read` checks them against."""
 
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from spd_lightning.json_files import open_ended
+from spd_lightning.errors import BadInput
+from spd_lightning.json_files import open_ended, read
+
+RESTORE = "restore it from a copy, or run the fit again"
 
 Figure = float | str | bool | None
 
@@ -10,6 +14,21 @@ Summary = dict[str, Figure | dict[str, Figure]]
 """What a run reached, by name: figures, seconds, steps, the verdict, versions."""
 
 
+def read_summary(path: Path) -> Summary:
+    """What a run reached.
+
+    Raises:
+        BadInput: the file is damaged, or holds something else for a figure (`mmcs/linear1`, …) than a number.
+    """
+    summary, remedy = read(path, Summary, RESTORE), f"expected a number; {RESTORE}"
+    for name, value in summary.items():
+        figure = "/" in name and not name.startswith("version/")
+        if figure and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise BadInput(f"'{path}': {name[:60]}: found {str(value)[:40]!r}, {remedy}")
+    return summary
+
+
+@open_ended
 class Record(TypedDict):
     """How a run's folder was claimed (run.json)."""
 

@@ -313,15 +313,17 @@ class Wandb(Lightning):
 
     def __init__(self, folder: Path, class_path: str, given: Mapping[str, Any]):
         path = folder / "wandb.json"
-        if not path.exists():
-            runs.write_json(path, {"id": secrets.token_hex(4)})
+        known = runs.read_json(path, dict[str, str])
+        if "id" not in known:
+            known = {"id": secrets.token_hex(4)}
+            runs.write_json(path, known)
         save_dir = given.get("save_dir", ".")
         if save_dir == ".":  # Lightning's default
             save_dir = str(folder)
         place = {
             "name": given.get("name") or folder.name,
             "project": given.get("project") or os.environ.get("WANDB_PROJECT", EXPERIMENT),
-            "version": given.get("version") or given.get("id") or runs.read_json(path)["id"],
+            "version": given.get("version") or given.get("id") or known["id"],
             "save_dir": save_dir,
         }
         super().__init__(folder, class_path, {**given, **place})
