@@ -111,7 +111,7 @@ class Run:
         """The config that the run was made with; empty if there is none."""
         path = self.path / "config.yaml"
         try:
-            return self.checked_config() if path.exists() else {}
+            return load(str(path.resolve()), as_written=True) if path.exists() else {}
         except BadInput as error:
             log.warning("%s", error)
             return {}
