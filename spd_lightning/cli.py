@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from spd_lightning import catalogue, results, runs, stopping, verbs
+from spd_lightning import catalogue, classes, results, runs, stopping, verbs
 from spd_lightning.errors import BadInput, nearest, without_passwords
 
 log = logging.getLogger("spd_lightning")
@@ -36,6 +36,7 @@ def _run(words: list[str]) -> int:
     words = [word for word in words if word != "--debug"]
     _speak()
     try:
+        words = _trusting(words)
         verb = VERBS.get(words[0])
         if verb is None:
             raise BadInput(f"'{words[0]}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
@@ -73,6 +74,20 @@ def _call(verb: Callable[[Sequence[str]], None], words: list[str]) -> None:
         raise stopping.Stopped(signal.SIGINT) from error
 
 
+def _trusting(words: list[str]) -> list[str]:
+    """The words without `--allow_classes PACKAGE`, which is heeded."""
+    rest, packages = list[str](), list[str]()
+    given = iter(words)
+    for word in given:
+        option, equals, value = word.partition("=")
+        if option == "--allow_classes":
+            packages.append(value if equals else next(given, ""))
+        else:
+            rest.append(word)
+    classes.trust(packages)
+    return rest
+
+
 def _elsewhere(place: str, name: str) -> Callable[[Sequence[str]], None]:
     """Return a verb that is a function of another module, which is imported when it is called."""
 
@@ -105,7 +120,10 @@ def list_runs(words: Sequence[str]) -> None:
     asked = verbs.read("runs", words)
     found = runs.runs()
     if asked.json:
-        facts = [{"name": r.name, "path": str(r.path), "state": r.state, "summary": r.summary} for r in found]
+        facts = [
+            {"name": r.name, "path": str(r.path), "state": r.state, "summary": r.summary, "problem": r.problem}
+            for r in found
+        ]
         print(json.dumps(facts, indent=1))
     elif not found:
         print(f"no runs in '{runs.root()}' yet; make one: python -m spd_lightning fit --config tms.yaml")
@@ -113,7 +131,13 @@ def list_runs(words: Sequence[str]) -> None:
         print(results.table([(r.name, r.summary) for r in reversed(found) if r.summary]))
     else:
         for r in found:
-            print(f"{r.state:<12} {r.path}  {r.summary.get('verdict', '')}")
+            problem = r.problem
+            print(f"damaged      {r.path}  {problem}" if problem else _listed(r))
+
+
+def _listed(run: runs.Run) -> str:
+    """The line of one run."""
+    return f"{run.state:<12} {run.path}  {run.summary.get('verdict', '')}"
 
 
 def list_configs(words: Sequence[str]) -> None:

@@ -88,27 +88,40 @@ def find(name: str) -> Path:
     raise BadInput(f"config '{name}': no such file here, in configs/, or among the shipped ones; {hint}")
 
 
-def load(name: str) -> dict[str, Any]:
+def load(name: str, as_written: bool = False) -> dict[str, Any]:
     """A config with everything it builds on merged in.
+
+    Of a config that came from a tracker (its folder holds pulled.json), what builds objects beside the model and its
+    data is left out: loggers, profilers, callbacks and the like are for the user's own settings to name.
+
+    Args:
+        name: what `find` finds.
+        as_written: keep all of it, to be looked at and not built.
 
     Raises:
         BadInput: the file is missing, is not a YAML mapping, or builds on itself.
     """
-    return _load(find(name), seen=())
+    return _load(find(name), (), as_written)
 
 
-def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+FOREIGN = ("logger", "profiler", "callbacks", "plugins", "strategy", "accelerator", "default_root_dir")
+"""Settings of a trainer that build objects, or say where files go."""
+
+
+def _load(path: Path, seen: tuple[Path, ...], as_written: bool) -> dict[str, Any]:
     if path.resolve() in seen:
         raise BadInput(f"config '{path}': it builds on itself; remove it from its own chain of 'base'")
     own = read_file(path)
     if not isinstance(own, dict):
         raise BadInput(f"config '{path}': expected 'key: value' lines, found {type(own).__name__}")
+    if not as_written and (path.parent / "pulled.json").exists() and isinstance(own.get("trainer"), dict):
+        own["trainer"] = {key: value for key, value in own["trainer"].items() if key not in FOREIGN}
     bases = own.pop("base", [])
     bases = bases if isinstance(bases, list) else [bases]
     merged: dict[str, Any] = {}
     for base in map(str, bases):
         beside = path.parent / base
-        merged = merge(merged, _load(beside if beside.is_file() else find(base), (*seen, path.resolve())))
+        merged = merge(merged, _load(beside if beside.is_file() else find(base), (*seen, path.resolve()), as_written))
     return merge(merged, own)
 
 
@@ -144,8 +157,9 @@ def read_file(path: Path) -> Any:
         content = yaml.load(text, Loader=_Loader) or {}
     except KeyTwice as error:
         raise BadInput(f"config '{path}': {error}") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"config '{path}': not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # numbers and dates can be none
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BadInput(f"config '{path}': not valid YAML: {why}") from error
     if half := next(_halves(content), None):
         raise BadInput(f"config '{path}': {half} is half of a character; write the character itself")
     return content

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_lightning import config as configs
-from spd_lightning import loading, runs, verbs
+from spd_lightning import json_files, loading, runs, verbs
 from spd_lightning.decomposition.names import BASES, Base, place, within
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.runs.kind import Kind, kind
@@ -176,7 +176,7 @@ def _kept(words: Sequence[str] | None) -> list[str] | None:
 
 def _listed(path: Path) -> list[str]:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json_files.parsed(path.read_bytes(), dict[str, Any] | list[Any])
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "not JSON"
         raise BadInput(f"--keep '{path}': cannot be read ({why}); name a file with a list of components") from error
@@ -344,6 +344,7 @@ def _data(folder: Path) -> StepData:
 
     if not (folder / "config.yaml").exists():
         raise BadInput(f"run '{folder}': no config.yaml in it, which says how texts become tokens; name another run")
+    runs.Run(folder).checked_config()
     return Settings(configs.load(str((folder / "config.yaml").resolve()))).built("data")
 
 

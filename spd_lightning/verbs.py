@@ -128,6 +128,7 @@ CHOSEN = (
     Option("--KEY", "any setting, as --trainer.max_steps 500 or --seed_everything 7", "VALUE", passed=True),
     Option("--print_config", "print the merged settings without running anything", passed=True),
 )
+ALLOW = Option("--allow_classes", "let configs and files name classes of this package", "PACKAGE", passed=True)
 DEBUG = Option("--debug", "show where an error came from", passed=True)
 HELP = Option("--help", "print this page", passed=True)
 SETTINGS = (
@@ -439,7 +440,7 @@ def page(name: str) -> str:
     if verb.arguments:
         lines += ["", "arguments", *_rows(verb.arguments)]
     others = [option for option in verb.options if option not in verb.arguments]
-    lines += ["", "options", *_rows([*others, DEBUG, HELP])]
+    lines += ["", "options", *_rows([*others, ALLOW, DEBUG, HELP])]
     if verb.notes:
         lines += ["", *verb.notes]
     return "\n".join([*lines, "", "example", f"  {PROGRAM} {verb.example}", ""])

@@ -263,7 +263,8 @@ def push(words: Sequence[str]) -> None:
         raise BadInput(f"run '{found.name}': it is {found.state}; let its fit finish, which sends it too")
     if not (found.path / "config.yaml").exists():
         raise BadInput(f"run '{found.name}': it has no config.yaml, and so is no run of a fit; name one ('runs')")
-    settings = found.config
+    runs.check_whole(found.path)
+    settings = found.checked_config()
     pulled = (found.path / "pulled.json").exists()  # it may come from strangers: its config chooses no tracker here
     trainer = settings.get("trainer")
     chosen = trainer.get("logger") if isinstance(trainer, dict) and not pulled else None

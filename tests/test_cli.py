@@ -18,7 +18,7 @@ import torch
 import yaml
 from tiny_run import SERVER, done, lay_out, work_uncopied
 
-from spd_lightning import catalogue, cli, config, results, runs
+from spd_lightning import catalogue, cli, config, json_files, results, runs
 from spd_lightning.errors import BadInput
 from spd_lightning.store import SCHEMA_VERSION, Store
 from spd_lightning.training import checkpoint
@@ -145,7 +145,7 @@ WRONG_CONFIGS = {
     "target: toy": (M, "target 'toy': "),
     "target: tms_5-2": (M, "target 'tms_5-2': does not train a target"),
     "model: {class_path: spd_lightning.Decompositon}": ("{}", "did you mean 'spd_lightning.Decomposition'?"),
-    "model: {class_path: nopackage.Thing}": ("{}", "class_path 'nopackage.Thing': No module named 'nopackage'"),
+    "model: {class_path: nopackage.Thing}": ("{}", "class_path 'nopackage.Thing': not one that a config may name"),
     "model: {class_path: spd_lightning.SparseFeatures}": ("{}", "'spd_lightning.SparseFeatures' is no LightningModule"),
     "model: 3": ("{}", "config: model: '3' is no LightningModule; give its class_path"),
     "data: {class_path: spd_lightning.SparseFeature}": ("{}", "did you mean 'spd_lightning.SparseFeatures'?"),
@@ -511,23 +511,27 @@ def test_a_truncated_parquet_file_is_told_and_mended(here):
         assert Store(graphs(here)).scan(table).collect().sort(order).equals(frame.sort(order))
 
 
+def change(path: Path, **values) -> None:
+    """Writes other values into a JSON file, as a program would that means them."""
+    runs.write_json(path, json_files.unsealed(json.loads(path.read_text())) | values)
+
+
 def test_a_harvest_of_a_newer_schema(refused, here):
     path = graphs(here) / "manifest.json"
-    newer = json.loads(path.read_text()) | {"schema_version": SCHEMA_VERSION + 1}
-    path.write_text(json.dumps(newer))
+    change(path, schema_version=SCHEMA_VERSION + 1)
     assert f"schema_version {SCHEMA_VERSION + 1} is newer than {SCHEMA_VERSION}" in refused(*PREDICT)
 
 
 def test_a_decomposition_of_a_newer_schema(refused, here):
     path = here / "runs/tiny/decomposition.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+    change(path, schema=99)
     assert "schema 99 is newer" in refused(*PREDICT)
 
 
 def test_a_harvest_of_other_weights(refused, here):
     """Rows of two decompositions never meet in one harvest."""
     path = graphs(here) / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint_digest": "0" * 16}))
+    change(path, checkpoint_digest="0" * 16)
     assert "made with checkpoint_digest" in refused(*PREDICT)
 
 

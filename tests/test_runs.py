@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spd_lightning import runs
+from spd_lightning import json_files, runs
 from spd_lightning.errors import BadInput
 from spd_lightning.runs.trackers import check_inside
 from spd_lightning.store import Store, Writer, prompt_hash
@@ -234,7 +234,7 @@ def test_the_list_of_runs_survives_broken_folders(root, caplog):
     assert [run.summary for run in found] == [{}, {}, {}]
     assert [run.metrics().height for run in found] == [0, 0, 0]
     assert [run.state for run in found] == ["finished"] * 3
-    assert "summary.json' cannot be read" in caplog.text
+    assert "summary.json': not JSON" in caplog.text
     assert runs.claim("broken", SETTINGS).path == root / "broken-2"
 
 
@@ -284,7 +284,7 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         die_while_writing()
-    assert json.loads(path.read_text()) == {"a": 1}
+    assert json_files.unsealed(json.loads(path.read_text())) == {"a": 1}
     assert [file.name for file in tmp_path.glob("*")] == ["summary.json"]
 
 
@@ -406,7 +406,7 @@ def test_a_run_comes_back_from_mlflow_as_it_went(root, monkeypatch):
     del wanted["checkpoints/last.ckpt"]
     got = files(pulled.path)
     assert pulled.path == root / "tms-pulled"
-    assert json.loads(got.pop("pulled.json")) == {"reference": "mlflow:tms", "origin": tracked}
+    assert json_files.unsealed(json.loads(got.pop("pulled.json"))) == {"reference": "mlflow:tms", "origin": tracked}
     assert got == wanted
     assert Store(pulled.harvests[0]).scan("prompts").collect().height == 2
     assert runs.newest("tms").path == path

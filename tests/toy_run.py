@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from spd_lightning.digests import digest
 from spd_lightning.store import Writer, prompt_hash
 
 FEATURES, C = 5, 20
@@ -125,6 +126,7 @@ def _weights(folder: Path) -> None:
     save_file(tensors, folder / "decomposition.safetensors")
     sites = {"linear1": {"C": C, "d_in": 5, "d_out": 2}, "linear2": {"C": C, "d_in": 2, "d_out": 5}}
     description = {"schema": 1, "model": {}, "target": {}, "sites": sites, "tied": {"linear2": "linear1"}}
+    description["digest"] = digest(folder / "decomposition.safetensors")
     (folder / "decomposition.json").write_text(json.dumps(description))
 
 

@@ -6,14 +6,13 @@ node's `influence` is cumulative, the share that it and all nodes of more influe
 cuts at. Models on vectors have no positions, so each input gets a column of its own there, and all else the last.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import quote
 
 import polars as pl
@@ -22,6 +21,7 @@ from spd_lightning.analysis.graphs import node_name
 from spd_lightning.analysis.influence import TOKENS, Graph, cumulative, influence
 from spd_lightning.analysis.prompts import ALL_PROBES, probes, prompt_label, together_label
 from spd_lightning.errors import BadInput
+from spd_lightning.json_files import open_ended, parsed
 from spd_lightning.runs import write_json, write_whole
 from spd_lightning.store import Store
 
@@ -150,17 +150,23 @@ def write_circuit_tracer(export: Export, path: Path) -> None:
     if path == listing:
         raise BadInput(f"'{path}': circuit-tracer's list of graphs has that name; choose another for the graph")
     graphs = [one for one in _listed(listing) if one.get("slug") != path.stem]
-    write_json(path, content)
-    write_json(listing, {"graphs": [*graphs, content["metadata"]]})
+    write_json(path, content, seal=False)
+    write_json(listing, {"graphs": [*graphs, content["metadata"]]}, seal=False)
+
+
+@open_ended
+class Listing(TypedDict):
+    """circuit-tracer's list of the graphs in a folder."""
+
+    graphs: list[dict[str, Any]]
 
 
 def _listed(listing: Path) -> list[dict[str, Any]]:
     if not listing.exists():
         return []
     try:
-        graphs = json.loads(listing.read_text(encoding="utf-8"))["graphs"]
-        return [dict(one) for one in graphs]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return parsed(listing.read_bytes(), Listing)["graphs"]
+    except (OSError, ValueError) as error:
         raise BadInput(f"'{listing}': no list of graphs; move it away, or export elsewhere") from error
 
 

@@ -1,6 +1,5 @@
 """The matrices V and U of a decomposed site, read from a run's folder without torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spd_lightning.errors import BadInput, nearest
+from spd_lightning.runs.artifacts import factorization
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def factors(run: Path, site: str) -> Factors | None:
     if not (tensors.exists() and description.exists()):
         return None
     try:
-        partner = json.loads(description.read_text(encoding="utf-8")).get("tied", {}).get(site)
+        partner = factorization(run)["tied"].get(site)
         V, U = _stored(tensors, partner or site)
     except (ValueError, OSError) as error:
         if isinstance(error, BadInput):

@@ -12,6 +12,7 @@ reference is the name of a run, the path of a run or of a harvest, `mlflow:<run 
 """
 
 from spd_lightning.files import root
+from spd_lightning.runs.artifacts import check_whole
 from spd_lightning.runs.claims import UNCOPIED, Claim, claim, uncopied
 from spd_lightning.runs.files import (
     append_metrics,
@@ -45,6 +46,7 @@ __all__ = [
     "append_metrics",
     "artifact_location",
     "check_name",
+    "check_whole",
     "claim",
     "cut_metrics",
     "embedded_uri",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from spd_lightning import json_files
 from spd_lightning.errors import BadInput
 from spd_lightning.files import whole
 
@@ -41,25 +42,28 @@ def write_whole(path: Path) -> Iterator[Path]:
         yield temporary
 
 
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all.
+def write_json(path: Path, value: Any, seal: bool = True) -> None:
+    """A JSON file, whole or not at all; with a seal, unless it is for other tools.
 
     Raises:
         BadInput: the disk refuses.
     """
-    text = json.dumps(value, indent=1) + "\n"
+    text = json_files.dumped(value, indent=1) if seal else json.dumps(value, indent=1) + "\n"
     with write_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, and with a warning where it is broken: listings go on."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
+    """A JSON object of the type `kind`; empty where there is none, and with a warning where it is broken.
+
+    For what can be done without: listings go on. `json_files.read` is for what cannot.
+    """
+    if not path.exists():
         return {}
-    except (OSError, ValueError, TypeError) as error:
-        log.warning("'%s' cannot be read: %s", path, error)
+    try:
+        return json_files.read(path, kind, "delete it, or restore it from a copy")
+    except BadInput as error:
+        log.warning("%s", error)
         return {}
 
 
@@ -113,7 +117,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         try:
             values = dict(json.loads(line)) if line else {}
             steps.setdefault(int(values.get("step", 0)), {}).update(values)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             log.warning("'%s', line %d: torn, left out", path, number + 1)
     return [steps[step] for step in sorted(steps) if steps[step]]
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from spd_lightning.config import load
+from spd_lightning import json_files
+from spd_lightning.config import digest, load
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.files import root
 from spd_lightning.runs.files import held, read_json, read_metrics
+from spd_lightning.runs.shapes import RESTORE, Factorization, Record, read_summary
 
 if TYPE_CHECKING:
     import polars
@@ -63,19 +65,56 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """What the run reached; empty until it is finished."""
-        return read_json(self.path / "summary.json")
+        try:
+            path = self.path / "summary.json"
+            return dict(read_summary(path)) if path.exists() else {}
+        except BadInput as error:
+            log.warning("%s", error)
+            return {}
 
     @property
     def record(self) -> dict[str, Any]:
         """How the folder was claimed: family, settings digest, start in seconds since 1970; empty if it never was."""
-        return read_json(self.path / "run.json")
+        return read_json(self.path / "run.json", Record)
+
+    @property
+    def problem(self) -> str | None:
+        """What is damaged of the files that a list of runs reads, in one line; None if nothing is."""
+        try:
+            for name, kind in (("run.json", Record), ("decomposition.json", Factorization)):
+                if (self.path / name).exists():
+                    json_files.read(self.path / name, kind, RESTORE)
+            if (self.path / "summary.json").exists():
+                read_summary(self.path / "summary.json")
+            if (self.path / "config.yaml").exists():
+                self.checked_config()
+        except BadInput as error:
+            return str(error)
+        return None
+
+    @property
+    def pulled(self) -> bool:
+        """Whether it came from a tracker: what its config names is then not built."""
+        return (self.path / "pulled.json").exists()
+
+    def checked_config(self) -> dict[str, Any]:
+        """The config that the run was made with.
+
+        Raises:
+            BadInput: it cannot be read, or is not the one of which run.json holds the digest.
+        """
+        path, record = self.path / "config.yaml", self.record
+        found = load(str(path.resolve()), as_written=True)
+        if record and digest(found) != record["digest"]:
+            raise BadInput(f"config '{path}': not what the run was made with; restore it from a copy")
+        return found
 
     @property
     def config(self) -> dict[str, Any]:
         """The config that the run was made with; empty if there is none."""
         path = self.path / "config.yaml"
         try:
-            return load(str(path.resolve())) if path.exists() else {}
+            return load(str(path.resolve()), as_written=True) if path.exists() else {}
         except BadInput as error:
             log.warning("%s", error)
             return {}

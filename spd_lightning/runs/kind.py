@@ -54,7 +54,7 @@ def kind(run: Run) -> Kind:
         raise BadInput(f"run '{run.path}': holds no decomposition (yet); let its fit finish")
     try:
         facts = json.loads(described.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = None
     target, sites = _map(facts, "target"), _map(facts, "sites")
     counts = {name: count for name in sites if isinstance(count := _map(sites, name).get("C"), int)}

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from spd_lightning.errors import BadInput
 from spd_lightning.files import make_folder, mark, root, sweep, sync_folder
+from spd_lightning.runs.artifacts import check_whole, keep_known
 from spd_lightning.runs.files import read_json, writable, write_json
 from spd_lightning.runs.folders import Run, is_run, runs, unknown
+from spd_lightning.runs.shapes import Origin
 from spd_lightning.runs.trackers import pull_mlflow, pull_wandb
 
 _PULLS = {"mlflow": pull_mlflow, "wandb": pull_wandb}
@@ -25,7 +27,7 @@ def find(reference: str) -> Run:
         BadInput: there is no such run (the nearest name is suggested), or its tracker does not answer.
     """
     if reference.partition(":")[0] in _PULLS:
-        had = [run for run in runs() if read_json(run.path / "pulled.json").get("reference") == reference]
+        had = [run for run in runs() if read_json(run.path / "pulled.json", Origin).get("reference") == reference]
         return had[0] if had else Run(pull(reference))
     for path in (root() / reference, Path(reference)):
         if reference and is_run(path):
@@ -42,7 +44,7 @@ def pull(reference: str) -> Path:
         reference: `mlflow:<run id or name>` or `wandb:<entity>/<project>/<artifact>:<version>`.
 
     Raises:
-        BadInput: no such run or artifact, no answer, or file names that point outside the folder.
+        BadInput: no such run or artifact, no answer, file names that point outside the folder, or a damaged file.
     """
     tracker, _, what = reference.partition(":")
     if tracker not in _PULLS or not what:
@@ -54,6 +56,8 @@ def pull(reference: str) -> Path:
             folder = Path(temporary) / "run"
             folder.mkdir()
             name, origin = _PULLS[tracker](what, folder)
+            keep_known(folder, reference)
+            check_whole(folder)
             write_json(folder / "pulled.json", {"reference": reference, "origin": origin})
             return _land(folder, re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-") or "run", origin)
 
@@ -62,7 +66,7 @@ def _land(folder: Path, name: str, origin: str) -> Path:
     """Move a downloaded folder to its place: over an older copy of the same thing, beside one of another."""
     for number in count(1):
         path = root() / (f"{name}-pulled" if number == 1 else f"{name}-pulled-{number}")
-        if path.exists() and read_json(path / "pulled.json").get("origin") != origin:
+        if path.exists() and read_json(path / "pulled.json", Origin).get("origin") != origin:
             continue
         if path.exists():
             path.rename(folder.with_name("old"))

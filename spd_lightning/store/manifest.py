@@ -3,13 +3,58 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
+from spd_lightning import json_files
 from spd_lightning.errors import BadInput
 from spd_lightning.store.tables import SCHEMA_VERSION, TABLES
 
-Shard = dict[str, Any]
-"""One committed group: {"rank": 0, "n": 3, "tables": {"nodes": {"rows": 120, "bytes": 4711}, …}}."""
+LARGEST_C = 1 << 20
+"""Components of one layer at most: pages make arrays as wide as a manifest says."""
+
+_REMEDY = "delete it and run the same predict again"
+
+
+class Piece(TypedDict):
+    """One file of a group: a table's rows, the file's size, and the digest of its bytes."""
+
+    rows: int
+    bytes: int
+    digest: str
+
+
+class Shard(TypedDict):
+    """One committed group: {"rank": 0, "n": 3, "tables": {"nodes": {"rows": 120, "bytes": 4711, …}, …}}."""
+
+    rank: int
+    n: int
+    tables: dict[str, Piece]
+    gap: NotRequired[float]
+
+
+class Ledger(TypedDict):
+    """What one rank committed, and whether that is its whole share."""
+
+    shards: list[Shard]
+    complete: bool
+
+
+@json_files.open_ended
+class Settings(TypedDict):
+    """What was harvested, and how; each harvester adds settings of its own."""
+
+    schema_version: int
+    layers: list[str]
+    world: int
+    harvest: NotRequired[str]
+    run: NotRequired[str]
+    kind: NotRequired[Literal["vectors", "tokens"]]
+    mode: NotRequired[str]
+    threshold: NotRequired[float]
+    checkpoint_digest: NotRequired[str]
+    C: NotRequired[dict[str, int]]
+    token_layers: NotRequired[list[str]]
+    corpus: NotRequired[bool]
 
 
 ADDS_UP = 1e-4
@@ -38,20 +83,6 @@ def ledger_path(folder: Path, rank: int) -> Path:
     return folder / f"manifest-{rank}.json"
 
 
-def _read(path: Path, needs: Sequence[str]) -> dict[str, Any]:
-    remedy = "delete it and run the same predict again"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"harvest manifest '{path}': not JSON ({error}); {remedy}") from error
-    except OSError as error:
-        raise BadInput(f"harvest manifest '{path}': cannot be read ({error.strerror}); check the path") from error
-    for key in needs:
-        if not isinstance(value, dict) or key not in value:
-            raise BadInput(f"harvest manifest '{path}': no '{key}' in it; {remedy}")
-    return value
-
-
 def read_settings(folder: Path) -> dict[str, Any]:
     """What was harvested, and how.
 
@@ -61,8 +92,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():
         raise BadInput(f"harvest '{folder}': no manifest.json there; name a folder that `predict` wrote")
-    settings = _read(path, ("schema_version", "layers", "world"))
-    version = settings["schema_version"]
+
+    def this_version(held: Mapping[str, Any]) -> None:
+        if "schema_version" in held:
+            _check_version(folder, held["schema_version"])
+
+    settings = json_files.read(path, Settings, _REMEDY, "harvest manifest ", first=this_version)
+    _check_settings(path, settings)
+    return dict(settings)
+
+
+def _check_version(folder: Path, version: Any) -> None:
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise BadInput(
             f"harvest '{folder}': schema_version {version!r} is newer than {SCHEMA_VERSION}, the newest that this "
@@ -73,21 +113,51 @@ def read_settings(folder: Path) -> dict[str, Any]:
             f"harvest '{folder}': schema_version {version} is older than {SCHEMA_VERSION}, the one that this program "
             "reads; delete the folder and run the same predict again"
         )
-    return settings
 
 
-def read_ledgers(folder: Path) -> dict[int, dict[str, Any]]:
+def _check_settings(path: Path, settings: Settings) -> None:
+    """What types do not say of a manifest."""
+    layers = settings["layers"]
+    if len(set(layers)) < len(layers):
+        twice = next(name for name in layers if layers.count(name) > 1)
+        raise BadInput(f"harvest manifest '{path}': layers: '{twice[:60]}' stands there twice; {_REMEDY}")
+    for layer, count in settings.get("C", {}).items():
+        if not 0 <= count <= LARGEST_C:
+            raise BadInput(
+                f"harvest manifest '{path}': C.{layer[:60]}: {count} is no number of components, which is from 0 to "
+                f"{LARGEST_C}; {_REMEDY}"
+            )
+
+
+def read_ledgers(folder: Path) -> dict[int, Ledger]:
     """Every rank's ledger, by rank.
 
     Raises:
         BadInput: one cannot be read.
     """
     names = (path.stem.removeprefix("manifest-") for path in folder.glob("manifest-*.json"))
-    ranks = sorted(int(name) for name in names if name.isdecimal())
-    return {rank: _read(ledger_path(folder, rank), ("shards", "complete")) for rank in ranks}
+    ranks = sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+    return {rank: _read_ledger(ledger_path(folder, rank), rank) for rank in ranks}
 
 
-def totals(world: int, ledgers: Mapping[int, Mapping[str, Any]], shards: Sequence[Shard]) -> dict[str, Any]:
+def _read_ledger(path: Path, rank: int) -> Ledger:
+    ledger = json_files.read(path, Ledger, _REMEDY, "harvest manifest ")
+    seen = set[int]()
+    for k, shard in enumerate(ledger["shards"]):
+        if shard["rank"] != rank or shard["n"] < 0:
+            raise BadInput(f"harvest manifest '{path}': shards[{k}]: not a group of rank {rank}; {_REMEDY}")
+        if shard["n"] in seen:
+            raise BadInput(f"harvest manifest '{path}': shards[{k}]: group {shard['n']} stands there twice; {_REMEDY}")
+        seen.add(shard["n"])
+        for table, piece in shard["tables"].items():
+            if table not in TABLES or piece["rows"] < 0 or piece["bytes"] < 0:
+                raise BadInput(
+                    f"harvest manifest '{path}': shards[{k}].tables.{table[:60]}: not the file of a table; {_REMEDY}"
+                )
+    return ledger
+
+
+def totals(world: int, ledgers: Mapping[int, Ledger], shards: Sequence[Shard]) -> dict[str, Any]:
     """Rows, prompts and groups of these shards; complete where every rank has said so and none is left out.
 
     gap: of frozen graphs, the largest of any group.
@@ -96,7 +166,7 @@ def totals(world: int, ledgers: Mapping[int, Mapping[str, Any]], shards: Sequenc
     committed = sum(len(ledger["shards"]) for ledger in ledgers.values())
     said = all(rank in ledgers and ledgers[rank]["complete"] for rank in range(world))
     complete = said and committed == len(shards)
-    gaps = [shard["gap"] for shard in shards if shard.get("gap") is not None]
+    gaps = [shard["gap"] for shard in shards if "gap" in shard]
     sums = {"gap": max(gaps)} if gaps else {}
     return {"rows": rows, "prompts": rows["prompts"], "shards": len(shards), "complete": complete, **sums}
 

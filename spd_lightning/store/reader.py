@@ -1,6 +1,6 @@
 """Reading a harvest: tables as lazy frames, and a damaged file told from a wrong query."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,15 @@ class Store:
             self._scans[table] = self._frame(table, self._shards)
         return self._scans[table]
 
+    def check(self) -> None:
+        """Compare all files with their digests: what `scan` does table by table.
+
+        Raises:
+            BadInput: one is damaged.
+        """
+        for table in self.tables:
+            self._files(table, self._shards)
+
     def collect(self, query: pl.LazyFrame) -> pl.DataFrame:
         """Run a query on this store's tables.
 
@@ -85,12 +94,25 @@ class Store:
     def _frame(self, table: str, shards: Sequence[Shard]) -> pl.LazyFrame:
         columns = schema(table, self.layers)
         files = self._files(table, shards)
-        return pl.scan_parquet(files, glob=False) if files else pl.LazyFrame(schema=columns)
+        if not files:
+            return pl.LazyFrame(schema=columns)
+        self._check_columns(table, files[0], columns)
+        return pl.scan_parquet(files, glob=False)
+
+    def _check_columns(self, table: str, path: Path, columns: Mapping[str, Any]) -> None:
+        """A file that is whole may still come from a stranger, and be another table."""
+        try:
+            found = pl.read_parquet_schema(path)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise self._refusal(path, " ".join(str(error).split())[:120]) from error
+        for name in {**columns, **found}:
+            if found.get(name) != columns.get(name):
+                raise self._refusal(path, f"its column '{name}' is not one that the table '{table}' has")
 
     def _files(self, table: str, shards: Sequence[Shard]) -> list[Path]:
-        held = {self.path / table / part(s): s["tables"][table]["bytes"] for s in shards if table in s["tables"]}
-        for path, size in held.items():
-            if why := damage(path, size):
+        held = {self.path / table / part(s): s["tables"][table] for s in shards if table in s["tables"]}
+        for path, piece in held.items():
+            if why := damage(path, piece):
                 raise self._refusal(path, why)
         return list(held)
 

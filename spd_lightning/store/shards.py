@@ -1,9 +1,8 @@
 """Files of a harvest: written whole or not at all, told from damaged ones, locked while somebody writes."""
 
 import fcntl
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -11,29 +10,32 @@ from typing import Any
 
 import polars as pl
 
+from spd_lightning import json_files
+from spd_lightning.digests import digest, digest_of
 from spd_lightning.errors import BadInput
 from spd_lightning.files import whole
-from spd_lightning.store.manifest import part
+from spd_lightning.store.manifest import Piece, Shard, part
 from spd_lightning.store.tables import SORTED
 
 _PROMPT_GROUP, _OTHER_GROUP = 512, 8192  # rows of a row group: at least, cut between prompts; exactly, elsewhere
 
 
-def damage(path: Path, size: int) -> str | None:
-    """What is wrong with a shard as far as its length and its last bytes tell; None if nothing is."""
+def damage(path: Path, piece: Piece) -> str | None:
+    """What is wrong with the file of a group: its length, or a bit of its content; None if nothing is.
+
+    The content is read when the file is first opened in a process, and again after it has changed.
+    """
     try:
-        with open(path, "rb") as file:
-            if (there := file.seek(0, os.SEEK_END)) != size:
-                return f"{there} of {size} bytes"
-            file.seek(-4, os.SEEK_END)
-            return None if file.read() == b"PAR1" else "its footer is not Parquet's"
+        if (there := path.stat().st_size) != piece["bytes"]:
+            return f"{there} of {piece['bytes']} bytes"
+        return None if digest(path) == piece["digest"] else "its content does not fit its digest in the ledger"
     except OSError as error:
         return error.strerror or str(error)
 
 
-def damaged(folder: Path, shard: Mapping[str, Any]) -> bool:
+def damaged(folder: Path, shard: Shard) -> bool:
     """Whether any file of a group is."""
-    return any(damage(folder / table / part(shard), held["bytes"]) for table, held in shard["tables"].items())
+    return any(damage(folder / table / part(shard), piece) for table, piece in shard["tables"].items())
 
 
 @contextmanager
@@ -67,11 +69,15 @@ def lock(folder: Path, rank: int) -> int:
 def replace_json(path: Path, value: Any) -> None:
     """A JSON file, whole or not at all."""
     with whole(path) as temporary:
-        temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+        temporary.write_text(json_files.dumped(value), encoding="utf-8")
 
 
-def write_parquet(frame: pl.DataFrame, table: str, path: Path) -> None:
-    """A table's rows as one file: zstd, floats split by byte, a long prompt in a row group of its own."""
+def write_parquet(frame: pl.DataFrame, table: str, path: Path) -> Piece:
+    """A table's rows as one file: zstd, floats split by byte, a long prompt in a row group of its own.
+
+    The file is made in memory, where its digest is taken. Pages have checksums too, for other readers.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     floats = [name for name, dtype in frame.schema.items() if dtype.is_float()]
@@ -79,13 +85,15 @@ def write_parquet(frame: pl.DataFrame, table: str, path: Path) -> None:
     extremes = [name for name, dtype in frame.schema.items() if not isinstance(dtype, pl.Enum)]
     options: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "write_statistics": extremes}
     options |= {"use_dictionary": [n for n in frame.columns if n not in floats], "use_byte_stream_split": floats}
-    arrow = frame.to_arrow()
-    with (
-        open(path, "wb") as file,  # pyarrow's own files lose the system's error numbers
-        pq.ParquetWriter(file, arrow.schema, **options) as out,
-    ):
+    options |= {"write_page_checksum": True}
+    arrow, buffer = frame.to_arrow(), pa.BufferOutputStream()
+    with pq.ParquetWriter(buffer, arrow.schema, **options) as out:
         for start, stop in pairwise(_cuts(frame, table)):
             out.write_table(arrow.slice(start, stop - start))
+    content = memoryview(buffer.getvalue())
+    with open(path, "wb") as file:  # pyarrow's own files lose the system's error numbers
+        file.write(content)
+    return {"rows": frame.height, "bytes": len(content), "digest": digest_of(content)}
 
 
 def _cuts(frame: pl.DataFrame, table: str) -> list[int]:

@@ -8,7 +8,7 @@ import polars as pl
 
 from spd_lightning.errors import BadInput, nearest
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 KINDS = ("component", "input", "embedding", "output", "rest", "bias")
 """What a node of a graph can be; `importance` is null for all but components."""
 

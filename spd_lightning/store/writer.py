@@ -10,7 +10,16 @@ from typing import Any
 import polars as pl
 
 from spd_lightning.files import make_folder, sweep, whole
-from spd_lightning.store.manifest import Shard, check_same, ledger_path, part, read_ledgers, read_settings
+from spd_lightning.store.manifest import (
+    Ledger,
+    Piece,
+    Shard,
+    check_same,
+    ledger_path,
+    part,
+    read_ledgers,
+    read_settings,
+)
 from spd_lightning.store.reader import Store
 from spd_lightning.store.shards import damaged, disk, lock, replace_json, write_parquet
 from spd_lightning.store.tables import SCHEMA_VERSION, checked
@@ -68,7 +77,7 @@ class Writer:
         if again := self.finished & ids:
             raise ValueError(f"table 'prompts', column 'prompt_id': {min(again)} was committed before")
         shards: list[Shard] = self._ledger["shards"]
-        shard: Shard = {"rank": self.rank, "n": shards[-1]["n"] + 1 if shards else 0}
+        shard: Shard = {"rank": self.rank, "n": shards[-1]["n"] + 1 if shards else 0, "tables": {}}
         with disk(self.path):
             shard["tables"] = {t: self._put(t, f, part(shard)) for t, f in frames.items() if f.height}
             if gap is not None:
@@ -93,7 +102,7 @@ class Writer:
         if held.get("world") != world:
             replace_json(path, settings | {"world": world})
 
-    def _mended(self, world: int) -> dict[str, Any]:
+    def _mended(self, world: int) -> Ledger:
         """This rank's ledger, after groups with a damaged file are struck from it: they will be harvested again.
 
         Rank 0 does the same for ranks of an earlier, wider sitting.
@@ -115,14 +124,13 @@ class Writer:
         for path in {*self.path.glob(f"*/part-{self.rank}-*"), *self.path.glob(f"*/.part-{self.rank}-*")} - held:
             path.unlink()
 
-    def _put(self, table: str, frame: pl.DataFrame, name: str) -> dict[str, int]:
+    def _put(self, table: str, frame: pl.DataFrame, name: str) -> Piece:
         path = self.path / table / name
         make_folder(path.parent)
         with whole(path) as temporary:
-            write_parquet(frame, table, temporary)
-        return {"rows": frame.height, "bytes": path.stat().st_size}
+            return write_parquet(frame, table, temporary)
 
     def _save(self, shards: list[Shard], complete: bool) -> None:
-        ledger = {"shards": shards, "complete": complete}
+        ledger: Ledger = {"shards": shards, "complete": complete}
         replace_json(ledger_path(self.path, self.rank), ledger)
         self._ledger = ledger

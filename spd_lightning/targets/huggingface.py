@@ -46,8 +46,10 @@ class HuggingFaceLM(LanguageModel):
         try:
             with quietly():
                 settings = auto.AutoConfig.for_model(**config)
-                model = auto.AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
-        except (ValueError, TypeError) as error:
+                model = auto.AutoModelForCausalLM.from_config(
+                    settings, dtype=getattr(torch, dtype), trust_remote_code=False
+                )
+        except Exception as error:  # of transformers, for a configuration that may be a stranger's
             raise BadInput(f"config in HuggingFaceLM: {_line(error)}; take it from a causal language model") from error
         self._adopt(model)
 
@@ -108,7 +110,7 @@ def checkpoint(reference: str, dtype: Precision) -> Any:
     Raises:
         BadInput: there is none, its weights do not belong to its configuration, or the hub is out of reach.
     """
-    options = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    options = {"dtype": getattr(torch, dtype), "output_loading_info": True, "trust_remote_code": False}
     auto = library(f"'{reference}'").AutoModelForCausalLM
     refuse_adapter(reference)
     model, found = _taken(reference, lambda place: auto.from_pretrained(place, **options))
@@ -153,7 +155,8 @@ def configuration(reference: str) -> Any:
         BadInput: there is none, or the hub is out of reach.
     """
     refuse_adapter(reference)
-    return _taken(reference, library(f"'{reference}'").AutoConfig.from_pretrained)
+    auto = library(f"'{reference}'").AutoConfig
+    return _taken(reference, lambda place: auto.from_pretrained(place, trust_remote_code=False))
 
 
 def _taken(reference: str, take: Callable[[str], Any]) -> Any:

@@ -11,7 +11,6 @@ The digest stands for all that the streams depend on; a folder without its facts
 
 import fcntl
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,8 +21,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm.auto import tqdm
 
-from spd_lightning import files, labels
+from spd_lightning import files, json_files, labels
 from spd_lightning.config import digest
+from spd_lightning.digests import digest as file_digest
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.corpora import END, Corpus, library
 from spd_lightning.targets.huggingface import hub_answers, quietly
@@ -35,6 +35,7 @@ TRAINED_ON = 10_000_000  # characters that suffice for a BPE
 AT_ONCE = 200_000  # characters tokenised together
 ENDS = (END, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")  # by which tokenizers mark a document's end
 _HELD_OUT = 50
+_HELD = ("tokenizer.json", "tokens.bin", "validation.bin")
 
 
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
@@ -245,7 +246,9 @@ def _locked(folder: Path) -> Iterator[None]:
 def _read(folder: Path) -> Streams | None:
     """What the folder holds; None where it is not whole."""
     try:
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        facts = json_files.parsed((folder / "facts.json").read_bytes(), dict[str, Any])
+        if any(file_digest(folder / name) != facts["digests"][name] for name in _HELD):
+            return None
         sizes = {"tokens.bin": facts["tokens"], "validation.bin": facts["validation_tokens"]}
         kind = np.dtype(facts["dtype"])
         if any((folder / name).stat().st_size != size * kind.itemsize for name, size in sizes.items()):
@@ -271,8 +274,9 @@ def _make(folder: Path, corpus: Corpus, tokeniser: Tokeniser, limit: int | None)
         if not counts["tokens"]:
             raise BadInput(f"corpus '{corpus.name}': there is no text in it; give one that has some")
     facts = {"dtype": kind.name, "vocab": tokeniser.size, "end": tokeniser.end, "max_tokens": limit}
+    facts |= {"corpus": asdict(corpus), "digests": {name: file_digest(folder / name) for name in _HELD}}
     with files.whole(folder / "facts.json") as path:
-        path.write_text(json.dumps(counts | facts | {"corpus": asdict(corpus)}, indent=1), encoding="utf-8")
+        path.write_text(json_files.dumped(counts | facts, indent=1), encoding="utf-8")
 
 
 def _write(

@@ -6,7 +6,6 @@ the target's weights inside, so that it opens on a machine that has never seen t
 """
 
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -23,13 +22,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spd_lightning import runs, stopping
+from spd_lightning import json_files, runs, stopping
+from spd_lightning.decomposition.components import find_sites
 from spd_lightning.decomposition.importance import Importance
+from spd_lightning.decomposition.importance_functions import importance_function
+from spd_lightning.digests import digest
 from spd_lightning.errors import BadInput
 from spd_lightning.files import make_folder, sync_folder
+from spd_lightning.runs.shapes import Description
 from spd_lightning.training.blocks import BlockModule, non_finite
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.evaluate import Evaluation
+from spd_lightning.training.networks import build, check_shapes
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +83,14 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def write(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
-    """A safetensors file, whole or not at all.
+    """A safetensors file, whole or not at all; a header gets the digest of all that the file holds.
 
     Raises:
         BadInput: the disk refuses.
     """
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    if header:
+        header = {**header, "digest": content_digest(header, own)}
     with runs.write_whole(path) as temporary:
         try:
             save_file(own, temporary, header)
@@ -93,16 +99,31 @@ def write(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str] | No
 
 
 def read(path: Path, remedy: str = "restore it from a copy, or run the fit again") -> tuple[dict[str, Tensor], dict]:
-    """Tensors and header of a safetensors file.
+    """Tensors and header of a safetensors file; the header's digest is checked.
 
     Raises:
-        BadInput: it is missing, truncated, or no safetensors file.
+        BadInput: it is missing, damaged, or no safetensors file.
     """
     try:
         with safe_open(path, "pt") as file:
-            return load_file(path), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"'{path}': cannot be read ({error}); {remedy}") from error
+            tensors, header = load_file(path), file.metadata() or {}
+        rest = {key: value for key, value in header.items() if key != "digest"}
+        if header and header.get("digest") != content_digest(rest, tensors):
+            raise ValueError("its content does not fit the digest in its header")
+        return tensors, rest
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(f"'{path}': cannot be read ({why}); {remedy}") from error
+
+
+def content_digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen hex characters that stand for a header and every tensor's name, type, shape and bytes."""
+    seen = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        seen.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        seen.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return seen.hexdigest()[:16]
 
 
 class SafetensorsIO(CheckpointIO):
@@ -273,29 +294,6 @@ def _description(module: Decomposition) -> dict[str, Any]:
     return {"model": settings, "target": module.target_spec, "sites": shapes, "tied": model.tied}
 
 
-def digest(path: Path) -> str:
-    """Sixteen hex characters that stand for a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def build(spec: Mapping[str, Any]) -> nn.Module:
-    """The network that a class path and its arguments describe; a file may come from strangers: nothing else is called.
-
-    Raises:
-        BadInput: there is no such network.
-    """
-    path = str(spec.get("class_path"))
-    module, _, name = path.rpartition(".")
-    try:
-        network = getattr(importlib.import_module(module), name)
-        if not (isinstance(network, type) and issubclass(network, nn.Module)):
-            raise TypeError("it is no torch.nn.Module")
-        return network(**spec.get("init_args", {}))
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise BadInput(f"target '{path}': cannot be built ({error}); install what defines it") from error
-
-
 def load_decomposition(reference: str | Path, target: nn.Module | None = None) -> Decomposition:
     """A decomposition from a run (see `Decomposition.from_pretrained`), its target in single precision at least."""
     folder = runs.find(str(reference)).path
@@ -305,53 +303,83 @@ def load_decomposition(reference: str | Path, target: nn.Module | None = None) -
             verdict = runs.Run(folder).summary["verdict"]
             raise BadInput(f"run '{folder}': its training {verdict}; it holds no decomposition, fit again")
         raise BadInput(f"run '{folder}': holds no decomposition (yet); let its fit finish")
-    try:
-        facts = dict(json.loads(described.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"'{described}': not JSON ({error}); restore it from a copy, or run the fit again") from error
-    if missing := {"schema", "model", "target", "digest"} - set(facts):
-        raise BadInput(f"'{described}': no '{min(missing)}' in it; restore it from a copy, or run the fit again")
-    if facts["schema"] > SCHEMA:
-        raise BadInput(f"'{described}': schema {facts['schema']} is newer than this tool's {SCHEMA}; upgrade the tool")
+
+    def this_schema(held: Mapping[str, Any]) -> None:
+        if isinstance(schema := held.get("schema"), int) and schema > SCHEMA:
+            raise BadInput(f"'{described}': schema {schema} is newer than this tool's {SCHEMA}; upgrade the tool")
+
+    facts = json_files.read(described, Description, _RESTORE, first=this_schema)
+    if target is None and facts["target"] is None:
+        raise BadInput(f"'{weights}': its target was an object; use Decomposition.from_pretrained(path, target=…)")
     tensors, _ = read(weights)
     if digest(weights) != facts["digest"]:
         raise BadInput(f"'{weights}': not the weights that decomposition.json describes; restore both from one copy")
-    try:
-        module = _assembled(facts, tensors, target, weights)
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"'{described}': cannot be understood ({error}); restore it from a copy") from error
+    module = _assembled(facts, tensors, target, weights)
     if name := non_finite(dict(module.named_parameters())):
         raise BadInput(f"'{weights}': the weights '{name}' are not finite; fit again, at a lower learning rate")
     module.origin, module.digest = folder.resolve().name, facts["digest"]
     return module
 
 
-def _assembled(
-    facts: dict[str, Any], tensors: dict[str, Tensor], target: nn.Module | None, path: Path
-) -> Decomposition:
-    settings, spec = dict(facts["model"]), facts["target"]
-    if target is None and spec is None:
-        raise BadInput(f"'{path}': its target was an object; use Decomposition.from_pretrained(path, target=…)")
-    settings["importance"] = Importance(**settings["importance"])
-    tuples = {k: tuple(v) for k, v in settings["evaluation"].items() if isinstance(v, list)}
-    settings["evaluation"] = Evaluation(**settings["evaluation"] | tuples)
-    network = build(spec) if target is None else target
-    _load(network, tensors, "target.", path)
+_RESTORE = "restore it from a copy, or run the fit again"
+
+
+def _assembled(facts: Description, tensors: dict[str, Tensor], target: nn.Module | None, path: Path) -> Decomposition:
+    spec, settings = facts["target"], dict(facts["model"])
+    place = f"'{path.with_suffix('.json')}'"
+    try:
+        importance = json_files.conform(settings["importance"], Importance, "model.importance")
+        evaluation = json_files.conform(settings["evaluation"], Evaluation, "model.evaluation")
+    except ValueError as error:  # BadInput of their own checks among them
+        raise BadInput(f"{place}: {error}; {_RESTORE}") from error
+    weights = _below("target.", tensors)
+    network = target or build(spec or {}, weights)
+    _load(network, weights, path)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in network.parameters()):
         network.float()  # components are, and graphs multiply both
-    module = Decomposition(network, **settings)
-    module.target_spec = spec
+    _check_sizes(network, facts, importance, tensors, place)
+    module = Decomposition(network, **settings | {"importance": importance, "evaluation": evaluation})
+    module.target_spec = None if spec is None else dict(spec)
     for site in module.model.sites:
         if site not in module.model.tied:
-            _load(module.model[site], tensors, f"components.{site}.", path)
-    _load(module.model.importance_function, tensors, "importance.", path)
+            _load(module.model[site], _below(f"components.{site}.", tensors), path)
+    _load(module.model.importance_function, _below("importance.", tensors), path)
     return module.eval()
 
 
-def _load(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Path) -> None:
-    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+def _check_sizes(
+    network: nn.Module, facts: Description, importance: Importance, tensors: Mapping[str, Tensor], place: str
+) -> None:
+    """Numbers of components, and the importance function, are as large as their weights: before they are allocated.
+
+    Raises:
+        BadInput: they are not.
+    """
+    found = find_sites(network, facts["model"]["sites"])
+    for name, (site, count) in found.items():
+        if name in facts["model"]["tied"]:
+            continue
+        held = [list(tensors[key].shape) for key in _factors(name) if key in tensors]
+        if held != [[site.d_in, count], [count, site.d_out]]:
+            raise BadInput(
+                f"{place}: model.sites: {count} components of '{name}', and V and U of {held or 'no size'} in the "
+                f"weights: weights of another model; {_RESTORE}"
+            )
+    check_shapes(lambda: importance_function(importance, found), _below("importance.", tensors), place)
+
+
+def _factors(site: str) -> tuple[str, str]:
+    return f"components.{site}.V", f"components.{site}.U"
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
-        module.load_state_dict(own)
+        module.load_state_dict(tensors)
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
         raise BadInput(

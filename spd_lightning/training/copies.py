@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spd_lightning import runs
+from spd_lightning import classes, runs
 from spd_lightning.errors import BadInput, without_passwords
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class MLflow(Tracker):
 
     def connect(self) -> None:
         client = runs.mlflow_client(self.uri)
-        known = runs.read_json(self.folder / "mlflow.json")
+        known = runs.read_json(self.folder / "mlflow.json", dict[str, str])
         if not self.run_id and known.get("uri") in (self._store, self.uri):
             self.run_id = str(known.get("run_id"))
         if self.run_id:
@@ -278,7 +278,7 @@ class Lightning(Tracker):
         self.logger: Any = None
 
     def start(self) -> int:
-        sent = runs.read_json(self.folder / "sent.json").get(self.address, 0)
+        sent = runs.read_json(self.folder / "sent.json", dict[str, int]).get(self.address, 0)
         return sent if isinstance(sent, int) else 0
 
     def connect(self) -> None:
@@ -293,7 +293,7 @@ class Lightning(Tracker):
             self.logger.log_metrics(values, step)
         if rows:
             self.logger.save()
-            sent = runs.read_json(self.folder / "sent.json")
+            sent = runs.read_json(self.folder / "sent.json", dict[str, int])
             runs.write_json(self.folder / "sent.json", {**sent, self.address: position})
 
     def files(self, names: Sequence[str]) -> None:
@@ -313,15 +313,17 @@ class Wandb(Lightning):
 
     def __init__(self, folder: Path, class_path: str, given: Mapping[str, Any]):
         path = folder / "wandb.json"
-        if not path.exists():
-            runs.write_json(path, {"id": secrets.token_hex(4)})
+        known = runs.read_json(path, dict[str, str])
+        if "id" not in known:
+            known = {"id": secrets.token_hex(4)}
+            runs.write_json(path, known)
         save_dir = given.get("save_dir", ".")
         if save_dir == ".":  # Lightning's default
             save_dir = str(folder)
         place = {
             "name": given.get("name") or folder.name,
             "project": given.get("project") or os.environ.get("WANDB_PROJECT", EXPERIMENT),
-            "version": given.get("version") or given.get("id") or runs.read_json(path)["id"],
+            "version": given.get("version") or given.get("id") or known["id"],
             "save_dir": save_dir,
         }
         super().__init__(folder, class_path, {**given, **place})
@@ -389,12 +391,11 @@ def _tracker(chosen: Any, folder: Path) -> Tracker:
 
 def _object(class_path: str, given: Mapping[str, Any]) -> Any:
     """An object of a class, as a config that was checked describes it."""
-    module, _, name = class_path.rpartition(".")
     made = {}
     for key, value in given.items():
         nested = isinstance(value, Mapping) and "class_path" in value
         made[key] = _object(value["class_path"], value.get("init_args") or {}) if nested else value
-    return getattr(importlib.import_module(module), name)(**made)
+    return classes.imported(class_path)(**made)
 
 
 def _with_password(uri: str) -> str:

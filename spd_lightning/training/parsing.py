@@ -66,6 +66,8 @@ class Parser(LightningArgumentParser):
     def _cause(self, layers: list[str]) -> tuple[str, str]:
         """The setting within this parser, and what is wrong with it, from the layers of a complaint."""
         union, leaf = layers[-2] if len(layers) > 1 else "", layers[-1]
+        if m := re.search(r"Importing '(.+?)' is not allowed", "\n".join(layers)):
+            return "", _not_allowed(m[1])
         if m := re.search(r"^Problem with given class_path '(.+?)':(.*)", "\n".join(layers), re.DOTALL | re.MULTILINE):
             return "", _no_class(m[1], m[2].strip().partition("\n")[0])
         if m := re.match(r"Expected a dot import path string: (.+)", leaf):
@@ -114,6 +116,13 @@ def _readable(kind: str) -> str:
         return f"one of {m[1]}"
     name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kind)
     return _KINDS.get(name, name)
+
+
+def _not_allowed(path: str) -> str:
+    near = nearest(path, [f"spd_lightning.{name}" for name in spd_lightning.__all__])
+    near = f"{near} " if near.startswith("did") else ""
+    remedy = f"{near}A package of your own is named on the command line: --allow_classes {path.partition('.')[0]}"
+    return f"class_path '{path}': not one that a config may name; {remedy}"
 
 
 def _no_class(path: str, why: str) -> str:

@@ -8,7 +8,6 @@ A killed training goes on from its last checkpoint, and ends with the same weigh
 """
 
 import fcntl
-import json
 import logging
 import math
 import os
@@ -23,11 +22,14 @@ import torch
 from torch import nn
 
 from spd_lightning import config as configs
-from spd_lightning import runs
+from spd_lightning import json_files, runs
+from spd_lightning.digests import digest
 from spd_lightning.errors import BadInput
 from spd_lightning.files import make_folder, sweep
+from spd_lightning.runs.shapes import TargetDescription
 from spd_lightning.targets.language import LanguageModel, sample
-from spd_lightning.training.checkpoint import LAST, Checkpoints, build, read, resumable, write
+from spd_lightning.training.checkpoint import LAST, Checkpoints, read, resumable, write
+from spd_lightning.training.networks import build
 from spd_lightning.training.session import Plan, Session
 from spd_lightning.training.target import VALIDATION
 
@@ -57,10 +59,24 @@ def trained_target(name: str) -> tuple[nn.Module, dict[str, Any]]:
         folder = train_target(name, configs.load(name))
     except BadInput as error:
         raise BadInput(f"target '{name}': {error}") from error
-    facts = json.loads((folder / "target.json").read_text(encoding="utf-8"))
-    network = build(facts["spec"])
-    network.load_state_dict(read(folder / "target.safetensors")[0])
-    return network, facts["spec"] | {"seconds": facts["seconds"]}
+    facts = described(folder)
+    path, remedy = folder / "target.safetensors", f"delete the folder '{folder}', and the same fit trains it again"
+    tensors, _ = read(path, remedy)
+    if digest(path) != facts["digest"]:
+        raise BadInput(f"'{path}': not the weights that target.json describes; {remedy}")
+    network = build(facts["spec"], tensors)
+    network.load_state_dict(tensors)
+    return network, {**facts["spec"], "seconds": facts["seconds"]}
+
+
+def described(folder: Path) -> TargetDescription:
+    """What is known of a trained target.
+
+    Raises:
+        BadInput: its target.json is damaged.
+    """
+    remedy = f"delete the folder '{folder}', and the same fit trains it again"
+    return json_files.read(folder / "target.json", TargetDescription, remedy)
 
 
 def _opened(kind: str, reference: str) -> tuple[LanguageModel, dict[str, Any]]:
@@ -107,7 +123,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> None:
     started, first = time.perf_counter(), int(config.get("seed_everything", 0))
-    seed = int(runs.read_json(folder / ATTEMPT).get("seed", first))
+    seed = runs.read_json(folder / ATTEMPT, dict[str, int]).get("seed", first)
     while True:
         session = _attempt(name, {**config, "seed_everything": seed}, overrides, folder)
         missed = session.model.target.unrepresented()  # pyright: ignore[reportCallIssue]
@@ -153,6 +169,7 @@ def _keep(session: Session, folder: Path, facts: dict[str, Any], started: float)
     draw_losses(folder)
     spec = session.settings["model"]["init_args"]["target"]
     facts |= {"spec": spec, "losses": losses, "seconds": time.perf_counter() - started}
+    facts["digest"] = digest(folder / "target.safetensors")
     runs.write_json(folder / "target.json", facts)
     shutil.rmtree(folder / LAST.parent, ignore_errors=True)
     (folder / ATTEMPT).unlink(missing_ok=True)
@@ -163,8 +180,8 @@ def _keep(session: Session, folder: Path, facts: dict[str, Any], started: float)
 
 def report(folder: Path) -> str:
     """One line on a trained target: its losses and where it is."""
-    facts = runs.read_json(folder / "target.json")
-    losses = facts.get("losses", {})
+    facts = described(folder)
+    losses = facts["losses"]
     said = f"validation loss {losses['validation']:.4g}" if "validation" in losses else ""
     if "perplexity" in losses:
         said += f" nats, perplexity {losses['perplexity']:.4g}"

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from spd_lightning import classes
 from spd_lightning import config as configs
 from spd_lightning.errors import BadInput
 from spd_lightning.training.copies import Copies, trackers
@@ -65,6 +66,7 @@ class Session(LightningCLI):
         self.copies = Copies([], Path())
         forget_ranks()
         _check_files(overrides)
+        set_parsing_settings(**classes.verdicts())
         try:
             super().__init__(
                 LightningModule,

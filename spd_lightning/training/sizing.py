@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from spd_lightning import config as configs
 from spd_lightning.errors import BadInput, nearest
-from spd_lightning.training.checkpoint import build
 from spd_lightning.training.decompose import Decomposition
+from spd_lightning.training.networks import build
 from spd_lightning.training.rehearsal import FAITHFULNESS, Rehearsal, Work, fakes, rehearse
 from spd_lightning.training.session import Settings
 

@@ -1,0 +1,84 @@
+"""Class paths that a config or a file may name: what builds an object runs code, so this is a closed list.
+
+`ALLOWED` names this package and the parts of Lightning that configs choose: trackers, profilers, callbacks and what a
+Trainer runs on. A path below an entry is allowed, and one below an entry of `DENIED` is not. The command line's option
+`--allow_classes PACKAGE` adds what the user trusts, for the length of a command.
+"""
+
+import importlib
+from collections.abc import Sequence
+
+from spd_lightning.errors import BadInput
+
+ALLOWED = (
+    "spd_lightning",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    "lightning.fabric.plugins",
+    "lightning.fabric.strategies",
+    "lightning.fabric.accelerators",
+    "lightning.pytorch.accelerators",
+)
+DENIED = (
+    "*",
+    "lightning.pytorch.callbacks.LambdaCallback",  # it takes functions, by their names
+    "lightning.pytorch.callbacks.lambda_function",
+)
+
+_trusted: set[str] = set()
+_revoked: set[str] = set()
+
+
+def trust(packages: Sequence[str]) -> None:
+    """Allow the classes of these packages, until the process ends or `trust` is called again.
+
+    Raises:
+        BadInput: one is not a package's name.
+    """
+    for package in packages:
+        if not all(part.isidentifier() for part in package.split(".")):
+            raise BadInput(f"--allow_classes '{package}': not a package; for example: --allow_classes mypackage")
+    _revoked.update(_trusted)
+    _revoked.difference_update(packages)
+    _trusted.clear()
+    _trusted.update(packages)
+
+
+def verdicts() -> dict[str, list[str]]:
+    """What is denied and what is allowed, as jsonargparse takes it: the longest entry that fits a path decides."""
+    return {"import_path_denylist": [*DENIED, *_revoked], "import_path_allowlist": [*ALLOWED, *_trusted]}
+
+
+def allowed(path: str) -> bool:
+    """Whether a class path may be named: the longest entry that it lies below decides."""
+    entries = {**dict.fromkeys([*DENIED, *_revoked], False), **dict.fromkeys([*ALLOWED, *_trusted], True)}
+    parts = path.split(".")
+    above = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((entries[entry] for entry in above if entry in entries), False)
+
+
+def imported(path: str) -> type:
+    """The class of a path that a config names, where jsonargparse does not import it.
+
+    Raises:
+        BadInput: it is not allowed, or not a class.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name) if allowed(path) else None
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"class_path '{path}': {error}; write package.Class") from error
+    if not isinstance(found, type) or not allowed(f"{found.__module__}.{found.__qualname__}"):
+        raise BadInput(
+            f"class_path '{path[:100]}': not one that a config may name; a package of your own is named on the "
+            "command line: --allow_classes PACKAGE"
+        )
+    return found
+
+
+def allowed_by_user(path: str) -> bool:
+    """Whether the user allowed a class path, or a package that it lies in."""
+    return any(path == package or path.startswith(f"{package}.") for package in _trusted)
