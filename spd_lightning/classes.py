@@ -47,9 +47,9 @@ def trust(packages: Sequence[str]) -> None:
     _trusted.update(packages)
 
 
-def verdicts() -> dict[str, list[str]]:
-    """What is denied and what is allowed, as jsonargparse takes it: the longest entry that fits a path decides."""
-    return {"import_path_denylist": [*DENIED, *_revoked], "import_path_allowlist": [*ALLOWED, *_trusted]}
+def verdicts() -> tuple[list[str], list[str]]:
+    """Return what is denied and what is allowed, for jsonargparse: the longest entry that fits a path decides."""
+    return [*DENIED, *_revoked], [*ALLOWED, *_trusted]
 
 
 def allowed(path: str) -> bool:

@@ -66,7 +66,8 @@ class Session(LightningCLI):
         self.copies = Copies([], Path())
         forget_ranks()
         _check_files(overrides)
-        set_parsing_settings(**classes.verdicts())
+        denied, allowed = classes.verdicts()
+        set_parsing_settings(import_path_denylist=denied, import_path_allowlist=allowed)
         try:
             super().__init__(
                 LightningModule,
