@@ -1,7 +1,7 @@
 """The command line: finds the verb, and turns what went wrong into one line with exit code 2 (`--debug` shows where).
 
-Short verbs are functions here; the others have modules of their own, which are imported when they are called. `verbs`
-says which words a verb takes. What a verb does not need it does not import, and torch is loaded after its words and its
+Short verbs are functions here; the others have modules of their own, which are imported when they are called. `usage`
+reads the words of a verb. What a verb does not need it does not import, and torch is loaded after its words and its
 run have been checked.
 """
 
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from spd_lightning import catalogue, results, runs, verbs
+from spd_lightning import catalogue, results, runs, usage
 from spd_lightning.errors import BadInput, nearest, without_passwords
 
 log = logging.getLogger("spd_lightning")
@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> int:
         verb = VERBS.get(words[0])
         if verb is None:
             raise BadInput(f"'{words[0]}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
-        if verbs.topic(words):
+        if usage.topic(words):
             verb = _elsewhere("spd_lightning.work", "describe")
         verb(words[1:])
         sys.stdout.flush()
@@ -74,7 +74,7 @@ def _speak() -> None:
 
 def view(words: Sequence[str]) -> None:
     """Open the viewer."""
-    asked = verbs.read("view", words)
+    asked = usage.read("view", words)
     from spd_lightning.viewer.app import launch
 
     launch(asked.path, asked.port)
@@ -82,7 +82,7 @@ def view(words: Sequence[str]) -> None:
 
 def list_runs(words: Sequence[str]) -> None:
     """Print the runs there are, as lines, as a table of results, or as JSON."""
-    asked = verbs.read("runs", words)
+    asked = usage.read("runs", words)
     found = runs.runs()
     if asked.json:
         facts = [{"name": r.name, "path": str(r.path), "state": r.state, "summary": r.summary} for r in found]
@@ -98,13 +98,13 @@ def list_runs(words: Sequence[str]) -> None:
 
 def list_configs(words: Sequence[str]) -> None:
     """Print the configs there are, by what they are for, each with the first line of its header."""
-    verbs.read("list", words)
+    usage.read("list", words)
     print(catalogue.listing())
 
 
 def pull(words: Sequence[str]) -> None:
     """Fetch a run from a tracker."""
-    path = runs.pull(verbs.read("pull", words).reference)
+    path = runs.pull(usage.read("pull", words).reference)
     print(f"run: {path}    see it: python -m spd_lightning view {path}")
 
 
