@@ -1,7 +1,7 @@
 """The command line: finds the verb, and turns what went wrong into one line with exit code 2 (`--debug` shows where).
 
-Short verbs are functions here; the others have modules of their own, which are imported when they are called. `verbs`
-says which words a verb takes. What a verb does not need it does not import, and torch is loaded after its words and its
+Short verbs are functions here; the others have modules of their own, which are imported when they are called. `usage`
+reads the words of a verb. What a verb does not need it does not import, and torch is loaded after its words and its
 run have been checked.
 """
 
@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from spd_lightning import catalogue, classes, results, runs, stopping, verbs
+from spd_lightning import catalogue, classes, results, runs, stopping, usage
 from spd_lightning.errors import BadInput, nearest, without_passwords
 
 log = logging.getLogger("spd_lightning")
@@ -40,7 +40,7 @@ def _run(words: list[str]) -> int:
         verb = VERBS.get(words[0])
         if verb is None:
             raise BadInput(f"'{words[0]}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
-        if verbs.topic(words):
+        if usage.topic(words):
             verb = _elsewhere("spd_lightning.work", "describe")
         _call(verb, words[1:])
         sys.stdout.flush()
@@ -109,7 +109,7 @@ def _speak() -> None:
 
 def view(words: Sequence[str]) -> None:
     """Open the viewer, and a browser where there is a display."""
-    asked = verbs.read("view", words)
+    asked = usage.read("view", words)
     from spd_lightning.viewer.app import launch
 
     launch(asked.path, asked.port, asked.host, open_browser=not asked.no_browser)
@@ -117,7 +117,7 @@ def view(words: Sequence[str]) -> None:
 
 def list_runs(words: Sequence[str]) -> None:
     """Print the runs there are, as lines, as a table of results, or as JSON."""
-    asked = verbs.read("runs", words)
+    asked = usage.read("runs", words)
     found = runs.runs()
     if asked.json:
         facts = [
@@ -142,13 +142,13 @@ def _listed(run: runs.Run) -> str:
 
 def list_configs(words: Sequence[str]) -> None:
     """Print the configs there are, by what they are for, each with the first line of its header."""
-    verbs.read("list", words)
+    usage.read("list", words)
     print(catalogue.listing())
 
 
 def pull(words: Sequence[str]) -> None:
     """Fetch a run from a tracker."""
-    path = runs.pull(verbs.read("pull", words).reference)
+    path = runs.pull(usage.read("pull", words).reference)
     print(f"run: {path}    see it: python -m spd_lightning view {path}")
 
 

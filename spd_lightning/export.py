@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spd_lightning import runs, verbs
+from spd_lightning import runs, usage
 from spd_lightning.analysis.export import Export, write_circuit_tracer, write_graphml
 from spd_lightning.analysis.graphs import whole_graph
 from spd_lightning.analysis.influence import Graph, expanded, outputs_at, pruned, scores
@@ -18,7 +18,7 @@ WRITERS = {".json": write_circuit_tracer, ".graphml": write_graphml}
 
 def export(words: Sequence[str]) -> None:
     """Writes the graph of one prompt of a run: for circuit-tracer (.json), or as GraphML."""
-    asked = verbs.read("export", words)
+    asked = usage.read("export", words)
     path = Path(asked.to)
     if path.suffix not in WRITERS:
         raise BadInput(f"--to '{asked.to}': not a kind of file that is written; end it in {' or '.join(WRITERS)}")

@@ -5,7 +5,7 @@ from __future__ import annotations  # sizes are names of a module that loads tor
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spd_lightning import loading, verbs
+from spd_lightning import loading, usage
 from spd_lightning.work import Request
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ GiB = 2**30
 
 def plan(words: Sequence[str]) -> None:
     """Prints what the fit of a config will take: parameters, memory, FLOPs of a step, hours."""
-    device, request = verbs.read_some("plan", words)[0].device, Request.of("plan", words)
+    device, request = usage.read_some("plan", words)[0].device, Request.of("plan", words)
     config = request.config
     with loading.trainer():
         print("\n".join(_lines(config, request.overrides, device)))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_lightning import config as configs
-from spd_lightning import loading, runs, verbs
+from spd_lightning import loading, runs, usage
 from spd_lightning.errors import BadInput
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Group:
 
 def sites(words: Sequence[str]) -> None:
     """Print the maps of a target, in groups; write a first config for it."""
-    asked = verbs.read("sites", words)
+    asked = usage.read("sites", words)
     path = None if asked.write is None else Path(asked.write)
     if path is not None:
         _check_file(path)

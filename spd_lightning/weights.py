@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from spd_lightning import loading, runs, verbs
+from spd_lightning import loading, runs, usage
 from spd_lightning.errors import BadInput
 from spd_lightning.runs.kind import kind
 
 
 def weights(words: Sequence[str]) -> None:
     """Write the strongest weights between the components of a finished run."""
-    asked = verbs.read("weights", words)
+    asked = usage.read("weights", words)
     path = Path(asked.to)
     if path.suffix != ".parquet":
         raise BadInput(f"--to '{path}': not a kind of file that is written; end it in .parquet")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_lightning import config as configs
-from spd_lightning import loading, results, runs, verbs
+from spd_lightning import loading, results, runs, usage
 from spd_lightning.errors import BadInput, Diverged
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Request:
         Raises:
             BadInput: there is no --config, or an option has no value.
         """
-        found, rest = verbs.read_some(verb, words)
+        found, rest = usage.read_some(verb, words)
         if not found.config:
             raise BadInput(f"{verb}: --config is missing; for example: --config tms.yaml ('list' shows the configs)")
         return cls(found.config, found.run, rest)
@@ -258,7 +258,7 @@ def _finished(request: Request, tracked: bool) -> Iterator["Session"]:
 
 def push(words: Sequence[str]) -> None:
     """Sends a finished run, its harvests included, to the trackers that its config names: once more, or at last."""
-    found = runs.find(verbs.read("push", words).run)
+    found = runs.find(usage.read("push", words).run)
     if found.state != "finished":
         raise BadInput(f"run '{found.name}': it is {found.state}; let its fit finish, which sends it too")
     if not (found.path / "config.yaml").exists():

@@ -96,7 +96,7 @@ def test_help_comes_before_all_imports(words):
     loaded = set(done.stderr.split())
     assert not loaded & {"torch", "lightning", "mlflow", "polars", "numpy", "yaml", "gradio", "jsonargparse"}
     own = {name for name in loaded if name.startswith("spd_lightning.")}
-    assert own == {"spd_lightning.__main__", "spd_lightning.verbs", "spd_lightning.errors"}
+    assert own == {f"spd_lightning.{name}" for name in ("__main__", "usage", "verbs", "errors")}
 
 
 def test_verbs_without_a_trainer_need_no_torch(tmp_path):

@@ -82,7 +82,7 @@ def test_the_first_commands_work_in_an_empty_folder(spd):
     """As after `pip install`: its configs are found, a fit leaves a run, and a harvest its tables."""
     assert "tms.yaml" in spd("list")
     assert "linear1" in spd("plan", "--config", "tms.yaml", "--device", "laptop")
-    lay_out(spd.empty, steps=20, batch=32)
+    lay_out(spd.empty, steps=5, batch=160)
     assert "run: " in spd("fit", "--config", "tiny.yaml")
     assert "harvest: " in spd("predict", "--config", "tiny.yaml")
     assert (spd.empty / "runs/tiny/harvest/graphs-unmasked/manifest.json").exists()
