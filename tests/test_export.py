@@ -212,7 +212,7 @@ def test_prompts_are_found_by_id_number_source_and_a_part_of_their_text(root):
     with pytest.raises(BadInput, match=r"3 contain it, 0 'text 0 .*; 2 'text 2 .*; 3 'text 3 .*; write more of it"):
         find_prompt(texts, "Onc")
     for asked, why in (
-        ("feature", "5 contain it, 1 'feature 0 = 0.75'; 2 'feature 1 = 0.75'"),
+        ("feature", "7 contain it, 1 'feature 0 = 0.75'; 2 'feature 1 = 0.75'"),
         ("feture 3 = 0.75", "the nearest are 4 'feature 3 = 0.75'; 1 'feature 0 = 0.75'"),
         ("70", "go to 69"),
         ("", "not in"),
