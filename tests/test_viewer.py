@@ -359,7 +359,7 @@ def _local(url: str, address: str) -> bool:
 
 
 def _arrive(page, address: str) -> None:
-    for _ in range(100):
+    for _ in range(600):  # a machine may be busy
         try:
             urllib.request.urlopen(address, timeout=1).close()
             break

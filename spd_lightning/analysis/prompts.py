@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Mapping
+from difflib import SequenceMatcher
 from typing import Any
 
 import polars as pl
@@ -62,7 +63,8 @@ def find_prompt(store: Store, asked: str) -> int:
     exact = [one for one in order if wanted in keys[one]]
     if wanted and exact:
         return exact[0]
-    matches = [one for one in order if wanted and any(wanted in key for key in keys[one])]
+    by_text = bool(wanted) and not asked.isdecimal()  # what is not the number of a prompt would be found in any value
+    matches = [one for one in order if by_text and any(wanted in key for key in keys[one])]
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -88,10 +90,15 @@ def _numbered(chosen: list[int], ids: list[int], names: Mapping[int, str]) -> st
     return "; ".join(f"{ids.index(one)} '{name}'" for one, name in zip(chosen, shown, strict=True))
 
 
-def _resemblance(wanted: str, text: str) -> float:
-    """The share of the wanted text's runs of three characters that a text has too."""
+def _resemblance(wanted: str, name: str) -> float:
+    """How near a prompt's name is to what was wanted, anywhere in it and at its beginning.
+
+    The sum of the share of the wanted text's runs of three characters that the name has too, and of the likeness of
+    the beginnings.
+    """
     runs = {wanted[start : start + 3] for start in range(max(1, len(wanted) - 2))}
-    return sum(run in text for run in runs) / len(runs)
+    anywhere = sum(run in name for run in runs) / len(runs)
+    return anywhere + SequenceMatcher(None, wanted, name[: len(wanted) + 1]).ratio()
 
 
 def together_label(count: int) -> str:

@@ -116,7 +116,7 @@ def widgets(library: Library) -> Panel:
         component = gr.Number(label="Component", precision=0, minimum=0, visible=False, scale=0, min_width=180)
     tables = gr.HTML(apply_default_css=False, visible=False)
 
-    def draw(run: str, harvest: str | None, wanted: str | None, permute: bool, wanted_over: str, c: Any) -> list[Any]:
+    def draw(run: str, harvest: str | None, wanted: Any, permute: Any, wanted_over: Any, c: Any) -> list[Any]:
         try:
             store = library.store(run, harvest)
             known = wanted if wanted in sites(store) else None
