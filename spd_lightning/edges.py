@@ -59,4 +59,4 @@ def _store(run: str, harvest: str | None) -> Store:
         raise BadInput(f"run '{found.name}': no harvest of sums over a corpus; make one: {command}")
     if harvest is not None and harvest not in held:
         raise BadInput(f"harvest '{harvest}': run '{found.name}' has no sums of this name; {nearest(harvest, held)}")
-    return Store(held[harvest] if harvest else next(iter(held.values())))
+    return Store(held[harvest] if harvest else next(iter(held.values()))).require("mode", "token_layers")

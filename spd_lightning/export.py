@@ -50,7 +50,7 @@ def harvest(run: str, name: str | None) -> Store:
     if name is not None and name not in held:
         raise BadInput(f"harvest '{name}': not in run '{found.name}'; {nearest(name, held)}")
     for one in harvest_names(found) if name is None else [name]:
-        store = Store(held[one])
+        store = Store(held[one]).require("run", "harvest", "kind", "mode", "C")
         if store.manifest["rows"]["edges"]:
             return store
     named = f"harvest '{name}' of run '{found.name}'" if name else f"run '{found.name}'"

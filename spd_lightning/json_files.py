@@ -180,7 +180,7 @@ def _scalar(value: Any, kind: Any, place: str) -> Any:
     if kind in (int, float) and whole:
         if abs(value) > LARGEST:
             raise Mismatch(place, f"a number of at most {LARGEST}", value)
-        return value
+        return kind(value)
     if kind is None or kind is type(None):
         kind = type(None)
     if kind is not int and type(value) is kind:

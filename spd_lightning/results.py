@@ -83,5 +83,5 @@ def _with_error(summary: Summary, key: str, what: str, unit: str) -> str:
     return f"{what} {value:.4g}" + (f" ± {error:.2g}" if error is not None else "") + unit
 
 
-def _figure(value: float | None, digits: int) -> str:
+def _figure(value: int | float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"

@@ -42,7 +42,7 @@ def here(tmp_path_factory) -> Iterator[Path]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        patch.setenv("SPD_RUNS", str(lay_out(here, steps=20, batch=80)))
+        patch.setenv("SPD_RUNS", str(lay_out(here, steps=25, batch=80)))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         assert cli.run(["fit", "--config", "tiny"]) == 0
         assert cli.run(["predict", "--config", "tiny"]) == 0

@@ -8,7 +8,7 @@ from spd_lightning.json_files import open_ended, read
 
 RESTORE = "restore it from a copy, or run the fit again"
 
-Figure = float | str | bool | None
+Figure = int | float | str | bool | None
 
 Summary = dict[str, Figure | dict[str, Figure]]
 """What a run reached, by name: figures, seconds, steps, the verdict, versions."""

@@ -40,6 +40,16 @@ class Store:
         self.manifest: dict[str, Any] = settings | totals(settings["world"], ledgers, self._shards)
         self.layers: list[str] = settings["layers"]
 
+    def require(self, *facts: str) -> "Store":
+        """Return the store, if its manifest has all of these.
+
+        Raises:
+            BadInput: one is missing: the harvest was not written by `predict`, or somebody changed it.
+        """
+        if lacking := [name for name in facts if name not in self.manifest]:
+            raise BadInput(f"harvest '{self.path}': its manifest has no '{lacking[0]}'; harvest again with `predict`")
+        return self
+
     @property
     def tables(self) -> list[str]:
         """The tables that have rows."""

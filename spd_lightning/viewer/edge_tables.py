@@ -54,7 +54,7 @@ def page_data(store: Store, layer: str, component: int, most: int = MOST) -> Edg
 def of_run(run: Run, layer: str, component: int) -> EdgeTables | None:
     """The tables of one component from the latest harvest of sums that a run has; None where it has none."""
     found = corpus_harvests(run.harvests)
-    return page_data(Store(found[0]), layer, component) if found else None
+    return page_data(Store(found[0]).require("mode", "token_layers"), layer, component) if found else None
 
 
 def html(page: EdgeTables) -> str:

@@ -121,7 +121,4 @@ def harvest_names(run: Run) -> list[str]:
 def _opened(path: Path, written: tuple[int, ...]) -> Store:
     """A store, opened once for each state of its manifests (`written`: when each was last replaced)."""
     del written
-    store = Store(path)
-    if lacking := [key for key in ("kind", "mode", "C") if key not in store.manifest]:
-        raise BadInput(f"harvest '{path}': its manifest has no '{lacking[0]}'; harvest again with `predict`")
-    return store
+    return Store(path).require("kind", "mode", "C")
