@@ -25,7 +25,8 @@ from tiny_run import SERVER, begun, done, killed, lay_out, work_hanging
 from spd_lightning import cli, runs
 from spd_lightning.errors import BadInput, without_passwords
 from spd_lightning.training import copies
-from spd_lightning.training.copies import MLflow, Tail, trackers
+from spd_lightning.training.copies import Tail
+from spd_lightning.training.trackers import MLflow, trackers
 from spd_lightning.training.tracking import send
 
 pytestmark = [

@@ -10,8 +10,8 @@ from tiny_run import done, killed, lay_out
 
 from spd_lightning import cli, config, runs
 from spd_lightning.store import TABLES, Store
-from spd_lightning.training.copies import acceptable
 from spd_lightning.training.decompose import Decomposition
+from spd_lightning.training.trackers import acceptable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
