@@ -99,7 +99,7 @@ def test_a_command_of_the_shell_killed_and_stopped(root):
     for step, by, code in ((60, signal.SIGKILL, -signal.SIGKILL), (150, signal.SIGINT, 130)):
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         kill_when(lambda step=step: logged(folder) >= step, lambda: process.poll() is None, process.pid, by)  # noqa: B023
-        said.append(process.communicate(timeout=60)[1])
+        said.append(process.communicate(timeout=240)[1])
         assert process.returncode == code
     assert "run shell: goes on where it was interrupted" in said[1]
     line = r"Stopped by SIGINT at step \d+( \(saved at step \d+\))?; run the same command again to resume\.\n"

@@ -107,7 +107,7 @@ def kill_when(
     ready: Callable[[], bool], alive: Callable[[], bool], pid: int | None, by: signal.Signals = signal.SIGKILL
 ) -> None:
     assert pid is not None
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240  # a busy machine needs a minute to import torch and Lightning
     while alive() and not ready():
         assert time.monotonic() < deadline
         time.sleep(0.001)
