@@ -328,7 +328,7 @@ def test_damaged_checkpoints(tmp_path):
     assert "weights of another model" in resume(tmp_path, decomposition(C=8))
     for damaged in (content[:-1], content[: len(content) // 2], b"", b"x" * 50):
         path.write_bytes(damaged)
-        assert "delete it, and the same fit begins anew" in resume(tmp_path, decomposition())
+        assert "delete the folder 'checkpoints', and the same fit begins anew" in resume(tmp_path, decomposition())
     checkpoint.write({"w": torch.ones(1)}, path)
     assert "not a checkpoint of this tool" in resume(tmp_path, decomposition())
 
@@ -378,9 +378,12 @@ def step_of(path: Path) -> int:
 
 def test_a_signal_in_mid_training_saves_after_the_block_of_steps(tmp_path):
     """Steps 10 to 14 are one block: the training ends at step 15 with a checkpoint of it, though none was due."""
+    fitting = trainer(tmp_path, 40)
+    fitting.callbacks.append(Interruption())
     with stopping.listening(), pytest.raises(stopping.Stopped) as caught:
-        trainer(tmp_path, 40).fit(small(Signalled), SparseFeatures(5, 0.3, 16))
+        fitting.fit(small(Signalled), SparseFeatures(5, 0.3, 16))
     assert caught.value.code == 143
+    assert caught.value.place == "at step 15"
     assert step_of(tmp_path / LAST) == 15
 
 
