@@ -122,7 +122,7 @@ def content_digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         seen.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        seen.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        seen.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return seen.hexdigest()[:16]
 
 
@@ -325,7 +325,8 @@ _RESTORE = "restore it from a copy, or run the fit again"
 
 
 def _assembled(facts: Description, tensors: dict[str, Tensor], target: nn.Module | None, path: Path) -> Decomposition:
-    spec, settings = facts["target"], dict(facts["model"])
+    spec = facts["target"]
+    settings: dict[str, Any] = {**facts["model"]}
     place = f"'{path.with_suffix('.json')}'"
     try:
         importance = json_files.conform(settings["importance"], Importance, "model.importance")
