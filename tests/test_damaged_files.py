@@ -220,9 +220,9 @@ def test_lists_of_runs_survive_a_damaged_run(here, name, capsys):
     content = path.read_bytes()
     kind = "json" if name.endswith("json") else "bytes"
     try:
-        for how, bad in damaged(content, kind, name):
+        for number, (how, bad) in enumerate(damaged(content, kind, name)):
             path.write_bytes(bad)
-            for words in (["runs"], ["runs", "--table"], ["runs", "--json"]):
+            for words in (["runs"], ["runs", "--table"], ["runs", "--json"])[: 1 if number % 4 else 3]:
                 assert cli.run(words) == 0, how
                 out, _ = capsys.readouterr()
                 assert "good" in out
