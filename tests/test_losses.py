@@ -336,6 +336,10 @@ def test_l7_terms_without_weight_are_not_computed():
     assert list(Losses()(run)[1]) == ["faithfulness", "minimality", "reconstruction/all", "reconstruction/layerwise"]
     _, terms = Losses(Faithfulness(0.0), Minimality(0.0), reconstruction={"one": Reconstruction()})(run)
     assert list(terms) == ["reconstruction/one"]
+    off, hidden = Reconstruction(coeff=0.0), Reconstruction(coeff=0.0, hidden=("*",))
+    total, terms = Losses(Faithfulness(0.0), Minimality(0.0), reconstruction={"off": off, "hidden": hidden})(run)
+    assert list(terms) == ["reconstruction/hidden", "hidden/hidden"]
+    torch.testing.assert_close(total, terms["hidden/hidden"], **EXACT)
 
 
 def test_what_losses_need_alike_is_computed_once(monkeypatch):

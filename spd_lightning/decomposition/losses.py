@@ -243,6 +243,8 @@ class Losses:
             terms["smooth_l0"] = (self.smooth_l0.coeff, self.smooth_l0(run.importances.lower, progress, run.weights))
         run.progress = progress
         for name, reconstruction in self.reconstruction.items():
+            if not reconstruction.counts:
+                continue
             value, hidden = reconstruction.terms(run, name)
             terms[f"reconstruction/{name}"] = (reconstruction.coeff, value)
             if hidden is not None:

@@ -97,7 +97,7 @@ class Reconstruction:
             persistent_pgd, routed everywhere, for the others.
         route: which sites and positions are decomposed in a pass.
         divergence: how outputs are compared.
-        coeff: weight in the total loss.
+        coeff: weight in the total loss; 0 switches it off.
         samples: draws to average over.
         adversary: settings of the `pgd` source.
         persistent: settings of the `persistent_pgd` and `mixed` sources.
@@ -126,6 +126,11 @@ class Reconstruction:
             raise BadInput(f"route '{self.route}' of a persistent_pgd reconstruction: it acts everywhere; take 'all'")
         if self.source == "mixed" and self.route == "layerwise":
             raise BadInput("route 'layerwise' of a mixed reconstruction: it has many passes; take subset or static")
+
+    @property
+    def counts(self) -> bool:
+        """Whether it adds anything to the total loss; its passes are skipped if it does not."""
+        return bool(self.coeff or (self.hidden and self.hidden_coeff))
 
     def __call__(self, run: "Pass", name: str = "") -> Float[Tensor, ""]:
         """Mean divergence over draws and over the passes of the route."""
