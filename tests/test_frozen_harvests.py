@@ -15,6 +15,8 @@ from spd_lightning.store import ADDS_UP, Writer, gap_warning
 from spd_lightning.viewer import graph_page, run_page
 from spd_lightning.viewer.graph_page import GraphSelection
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
+
 
 class Network(nn.Module):
     """On vectors; between its two maps a non-linearity."""

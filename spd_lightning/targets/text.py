@@ -87,9 +87,13 @@ class Text(StepData):
         self.too_long, self.n_prompts = too_long, n_prompts
         self._said = set[str]()
         self.n_ctx = seq_len if n_ctx is None else n_ctx
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Reject sizes that are too small for windows of text."""
         least = {"seq_len": 2, "validation_batch_size": 1, "n_prompts": 0, "n_ctx": 1}
-        least |= {"max_tokens": 1} if max_tokens is not None else {}
-        least |= {"vocab": ALPHABET} if tokenizer is None else {}
+        least |= {"max_tokens": 1} if self.max_tokens is not None else {}
+        least |= {"vocab": ALPHABET} if self.tokenizer_name is None else {}
         for name, bound in least.items():
             if (value := getattr(self, name)) < bound:
                 raise BadInput(f"{name} {value} in Text: it must be at least {bound}")

@@ -118,7 +118,13 @@ def _readable(kind: str) -> str:
     return _KINDS.get(name, name)
 
 
+_BASES = ("lightning.LightningModule", "lightning.LightningDataModule")
+"""What jsonargparse takes for the class of a setting without a class_path."""
+
+
 def _not_allowed(path: str) -> str:
+    if path in _BASES:
+        return "no class_path; name the class, for example class_path: spd_lightning.Decomposition"
     near = nearest(path, [f"spd_lightning.{name}" for name in spd_lightning.__all__])
     near = f"{near} " if near.startswith("did") else ""
     remedy = f"{near}A package of your own is named on the command line: --allow_classes {path.partition('.')[0]}"

@@ -3,6 +3,7 @@
 An evaluation inside a training has a bar of its own below the training's, which says how far a long batch is, too.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ class Progress(ProgressBar):
             total=total,
             unit=unit,
             desc=f"{what} {self.name}".strip(),
-            disable=not self._enabled,
+            disable=not self._enabled or not (keep or sys.stderr.isatty()),  # a bar that goes is for a terminal
             dynamic_ncols=True,
             mininterval=INTERVAL,
             leave=keep,
