@@ -53,7 +53,7 @@ CIRCUIT = st.tuples(
     u32,
 )
 COMPONENT = st.tuples(layers, u32, count, count, sums, sums, floats, st.booleans())
-PAIR = st.tuples(st.sampled_from(KINDS), layers, u32, layers, u32, count, sums, sums)
+PAIR = st.tuples(st.sampled_from(KINDS), layers, u32, layers, u32, count, sums, sums, sums, sums)
 NODES = st.tuples(st.sampled_from(KINDS), layers, u32, count, count, sums, sums)
 
 
