@@ -51,7 +51,7 @@ def harvested(request, tmp_path, caplog):
     ]
     options = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     with caplog.at_level(logging.INFO, logger="spd_lightning"):
-        trainer = L.Trainer(callbacks=harvesters, default_root_dir=tmp_path, **options)
+        trainer = L.Trainer(callbacks=[*harvesters], default_root_dir=tmp_path, **options)
         trainer.predict(module, Few(torch.rand(3, 4)), return_predictions=False)
     return right, {h.name: Store(tmp_path / "harvest" / h.name) for h in harvesters}, caplog.records
 
