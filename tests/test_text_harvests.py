@@ -133,10 +133,10 @@ LONG = json.dumps(["Mia", "Mia went to the park " * 9])
 BAD = {
     "longer than the context": (
         ["--data.prompts", LONG],
-        r"prompt 'given 1': it has \d+ tokens, and .* 16; shorten it",
+        r"given 1: \d+ tokens, and the target's context holds 16; shorten it",
     ),
     "windows too long": (["--data.n_ctx", "20"], r"prompt 'validation \d+': it has 20 tokens.* 16; lower data.n_ctx"),
-    "empty": (["--data.prompts", '["Mia", ""]'], "prompt 'given 1' in Text: it is empty"),
+    "empty": (["--data.prompts", '["Mia", ""]'], "given 1: it is empty; give it a text or leave it out"),
     "another vocabulary": (["--data.vocab", "300"], r"token \d+ is outside the target's vocabulary of 270; take the"),
 }
 

@@ -132,7 +132,7 @@ def test_a_record_that_the_tracker_has_lost(client, root, capsys, monkeypatch):
     monkeypatch.chdir(root.parent)
     path = root / "tiny/mlflow.json"
     known = path.read_text()
-    path.write_text(known.replace(json.loads(known)["run_id"], "f" * 32))
+    runs.write_json(path, json_files.unsealed(json.loads(known)) | {"run_id": "f" * 32})
     assert cli.run(["predict", "--config", "tiny", "--trainer.logger", "true"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: tracker 'sqlite:")

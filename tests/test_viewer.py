@@ -1,6 +1,7 @@
 """The viewer: what each page holds, beside naive loops over the tables; and one walk through it with a browser."""
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -426,7 +427,8 @@ def _refuse(address: str, root: Path) -> None:
     for path in (root / "tms_5-2" / "config.yaml", REPO / "app.py", Path("/etc/hostname")):
         assert _status(f"{address}/gradio_api/file={path}") == 404
     assert _status(f"{address}/gradio_api/upload", b"x") == 404
-    assert _status(f"{address}/gradio_api/component_server/", b" " * 2 * 10**6) == 413
+    with contextlib.suppress(urllib.error.URLError):  # the gate may close before all of the body is written
+        assert _status(f"{address}/gradio_api/component_server/", b" " * 2 * 10**6) == 413
     assert _status(address, Host="evil.example") == _status(address, Origin="http://evil.example") == 403
 
 
