@@ -8,7 +8,7 @@ import torch
 from polars.testing import assert_frame_equal
 from tiny_run import done, killed, lay_out
 
-from spd_lightning import cli, config, runs
+from spd_lightning import cli, config, json_files, runs
 from spd_lightning.store import TABLES, Store
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.trackers import acceptable
