@@ -12,6 +12,7 @@ from spd_lightning import Decomposition, PromptGraphs, SparseCircuits, Store
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.harvest.dataset_edges import DatasetEdges
 from spd_lightning.store import ADDS_UP, Writer, gap_warning
+from spd_lightning.store.manifest import read_settings
 from spd_lightning.viewer import graph_page, run_page
 from spd_lightning.viewer.graph_page import GraphSelection
 
@@ -99,9 +100,8 @@ def test_the_largest_gap_is_that_of_any_group(harvested):
     _, stores, _ = harvested
     store = stores["graphs-frozen"]
     before = store.manifest["gap"]
-    settings = {key: store.manifest[key] for key in ("harvest", "mode", "choices", "threshold", "config", "layers")}
-    more = {key: store.manifest[key] for key in ("run", "kind", "checkpoint_digest", "C")}
-    writer = Writer(store.path, more | settings)
+    own = read_settings(store.path)
+    writer = Writer(store.path, {key: value for key, value in own.items() if key != "schema_version"})
     frames = {"prompts": store.collect(store.scan("prompts")).head(1).with_columns(prompt_id=1)}
     frames["prompts"] = frames["prompts"].cast({"prompt_id": store.collect(store.scan("prompts")).schema["prompt_id"]})
     writer.write(frames, gap=before + 1)
