@@ -54,10 +54,15 @@ def verdicts() -> tuple[list[str], list[str]]:
 
 def allowed(path: str) -> bool:
     """Whether a class path may be named: the longest entry that it lies below decides."""
-    entries = {**dict.fromkeys([*DENIED, *_revoked], False), **dict.fromkeys([*ALLOWED, *_trusted], True)}
+    denied, allowed_here = verdicts()
     parts = path.split(".")
-    above = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next((entries[entry] for entry in above if entry in entries), False)
+    for count in range(len(parts), 0, -1):  # the longest first
+        entry = ".".join(parts[:count])
+        if entry in allowed_here:
+            return True
+        if entry in denied:
+            return False
+    return False
 
 
 def imported(path: str) -> type:

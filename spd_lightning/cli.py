@@ -75,7 +75,7 @@ def _call(verb: Callable[[Sequence[str]], None], words: list[str]) -> None:
 
 
 def _trusting(words: list[str]) -> list[str]:
-    """The words without `--allow_classes PACKAGE`, which is heeded."""
+    """Apply every `--allow_classes PACKAGE`, and return the other words."""
     rest, packages = list[str](), list[str]()
     given = iter(words)
     for word in given:

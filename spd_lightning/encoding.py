@@ -55,7 +55,7 @@ def looks_like_utf_16(start: bytes) -> bool:
 
 
 def lone_surrogate(text: str) -> str | None:
-    """Return the first half of a surrogate pair that has no other half, as JSON writes it; None if there is none.
+    """Return the first unpaired surrogate of a text, as JSON writes it; None if every character is whole.
 
     >>> lone_surrogate("ab \\ud83d cd")
     '\\\\ud83d'

@@ -7,8 +7,8 @@ that its caller names, or raises one line that gives the file, the place in it, 
 2. every value has the type of its place: a `TypedDict`, a dataclass, a list, a literal (`conform`);
 3. the seal, a digest of the rest that `dumped` puts into every object, fits (`unsealed`).
 
-A file without a seal is read all the same: people and other tools write JSON too, and damage does not take a seal away
-unseen. A seal tells of accidents, not of attackers: it is no signature.
+A file without a seal is read as well, since people and other tools write JSON too; damage does not remove a seal
+unnoticed. A seal detects accidents, not attackers: it is not a signature.
 """
 
 import dataclasses

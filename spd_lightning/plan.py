@@ -50,7 +50,7 @@ def table(sizes: Sequence[tuple[Device, Size]]) -> Iterator[str]:
 
 
 LEAST_WIDTH = 32
-"""Of the column of names; longer names widen it in all parts of a plan, so that numbers stand below each other."""
+"""The least width of the column of names. Longer names widen it in all parts of a plan, so that numbers line up."""
 
 
 def _parameters(size: Size, width: int) -> Iterator[str]:

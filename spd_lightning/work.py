@@ -265,9 +265,9 @@ def push(words: Sequence[str]) -> None:
         raise BadInput(f"run '{found.name}': it has no config.yaml, and so is no run of a fit; name one ('runs')")
     runs.check_whole(found.path)
     settings = found.checked_config()
-    pulled = (found.path / "pulled.json").exists()  # it may come from strangers: its config chooses no tracker here
     trainer = settings.get("trainer")
-    chosen = trainer.get("logger") if isinstance(trainer, dict) and not pulled else None
+    # A pulled run may come from a stranger, so its config chooses no tracker here.
+    chosen = trainer.get("logger") if isinstance(trainer, dict) and not found.pulled else None
     with loading.trainer():
         from spd_lightning.training.tracking import send
 

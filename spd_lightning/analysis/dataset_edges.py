@@ -31,6 +31,10 @@ Metric = Literal["activation", "size"]
 SCALES: tuple[Scale, ...] = ("sum", "mean", "normalised")
 METRICS: dict[Metric, str] = {"activation": "to_activation", "size": "to_size"}
 _SUMS = ("sum", "sum_abs_target", "prompt_square_sum", "prompt_square_sum_abs_target")
+AT_LEAST = 10
+"""The number of edges below which a pair is left out unless it is asked for."""
+NORMAL_95 = 1.96
+"""The half-width of a 95 % interval of a normal distribution, in standard deviations."""
 BESIDE = ("rest", "bias")
 """Nodes of frozen graphs that share a layer's name with its components."""
 
@@ -57,7 +61,7 @@ def strongest(
     scale: Scale = "normalised",
     metric: Metric = "activation",
     most: int = 20,
-    at_least: int = 10,
+    at_least: int = AT_LEAST,
 ) -> pl.DataFrame:
     """Return the strongest sources or targets of a component over the corpus.
 
@@ -112,7 +116,7 @@ def _with_half_widths(sums: pl.LazyFrame, prompts: int) -> pl.LazyFrame:
         if prompts < 2:
             return pl.lit(None, dtype=pl.Float64)
         spread = pl.col(squares) - pl.col(total).pow(2) / prompts
-        return 1.96 * (spread.clip(0) * prompts / (prompts - 1)).sqrt()
+        return NORMAL_95 * (spread.clip(0) * prompts / (prompts - 1)).sqrt()
 
     return sums.with_columns(
         half=half("sum", "prompt_square_sum"),
@@ -121,7 +125,7 @@ def _with_half_widths(sums: pl.LazyFrame, prompts: int) -> pl.LazyFrame:
 
 
 def _scaled(store: Store, sums: pl.LazyFrame, scale: Scale) -> pl.LazyFrame:
-    """Both sums of each pair, and their intervals, divided by what the scale asks for."""
+    """Divide both sums of each pair, and their intervals, by what the scale asks for."""
     if scale == "sum":
         return sums
     keys = ["kind", "layer", "component"]

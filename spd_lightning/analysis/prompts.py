@@ -63,7 +63,7 @@ def find_prompt(store: Store, asked: str) -> int:
     exact = [one for one in order if wanted in keys[one]]
     if wanted and exact:
         return exact[0]
-    by_text = bool(wanted) and not asked.isdecimal()  # what is not the number of a prompt would be found in any value
+    by_text = bool(wanted) and not asked.isdecimal()  # a number that is no prompt would be found in many values
     matches = [one for one in order if by_text and any(wanted in key for key in keys[one])]
     if len(matches) == 1:
         return matches[0]
@@ -91,14 +91,16 @@ def _numbered(chosen: list[int], ids: list[int], names: Mapping[int, str]) -> st
 
 
 def _resemblance(wanted: str, name: str) -> float:
-    """How near a prompt's name is to what was wanted, anywhere in it and at its beginning.
+    """Return how similar a prompt's name is to the wanted text, from 0 to 2.
 
-    The sum of the share of the wanted text's runs of three characters that the name has too, and of the likeness of
-    the beginnings.
+    It is the share of the wanted text's runs of three characters that the name contains, plus the similarity of the two
+    beginnings.
     """
-    runs = {wanted[start : start + 3] for start in range(max(1, len(wanted) - 2))}
-    anywhere = sum(run in name for run in runs) / len(runs)
-    return anywhere + SequenceMatcher(None, wanted, name[: len(wanted) + 1]).ratio()
+    starts = range(max(1, len(wanted) - 2))
+    runs = {wanted[start : start + 3] for start in starts}
+    contained = sum(run in name for run in runs)
+    beginning = name[: len(wanted) + 1]
+    return contained / len(runs) + SequenceMatcher(None, wanted, beginning).ratio()
 
 
 def together_label(count: int) -> str:

@@ -190,12 +190,10 @@ def _select(source: Layer, s: int, target: Layer, t: int, where: Tensor, gradien
 def connected(layers: list[Layer]) -> set[tuple[int, int]]:
     """The pairs of layers joined by a direct path (A4), found by asking for gradients."""
     pairs = set()
-    for t, target in enumerate(layers):
-        before = {s: layer.leaf for s, layer in enumerate(layers[:t]) if layer.leaf is not None}
-        if target.kind in ("component", "output") and target.value.requires_grad and before:
-            leaves = list(before.values())
-            found = torch.autograd.grad(target.value.sum(), leaves, retain_graph=True, allow_unused=True)
-            pairs |= {(s, t) for s, g in zip(before, found, strict=True) if g is not None}
+    for t, target, leaves in _readers(layers):
+        for s, gradient in _gradients(target.value.sum(), leaves):
+            if gradient is not None:
+                pairs.add((s, t))
     return pairs
 
 
@@ -206,18 +204,28 @@ def crossing(layers: list[Layer]) -> set[tuple[int, int]]:
     another position is read by some target of its opposite parity, since causal attention reaches the next position.
     """
     pairs = set()
-    for t, target in enumerate(layers):
-        before = {s: layer.leaf for s, layer in enumerate(layers[:t]) if layer.leaf is not None}
-        asked = target.kind in ("component", "output") and target.value.requires_grad and before
-        if not asked or target.value.shape[1] == 1:
+    for t, target, leaves in _readers(layers):
+        if target.value.shape[1] == 1:
             continue
         for parity in (0, 1):
-            total = target.value[:, parity::2].sum()
-            found = torch.autograd.grad(total, list(before.values()), retain_graph=True, allow_unused=True)
-            for s, gradient in zip(before, found, strict=True):
+            for s, gradient in _gradients(target.value[:, parity::2].sum(), leaves):
                 if gradient is not None and gradient.reshape(shape3(gradient))[:, 1 - parity :: 2].any():
                     pairs.add((s, t))
     return pairs
+
+
+def _readers(layers: list[Layer]) -> Iterator[tuple[int, Layer, dict[int, Tensor]]]:
+    """Yield every layer that can be a target, with its number and the leaves of the layers before it, by number."""
+    for t, target in enumerate(layers):
+        leaves = {s: layer.leaf for s, layer in enumerate(layers[:t]) if layer.leaf is not None}
+        if target.kind in ("component", "output") and target.value.requires_grad and leaves:
+            yield t, target, leaves
+
+
+def _gradients(total: Tensor, leaves: dict[int, Tensor]) -> Iterator[tuple[int, Tensor | None]]:
+    """The gradient of a number to each leaf, by the leaf's key; None where no path leads."""
+    found = torch.autograd.grad(total, list(leaves.values()), retain_graph=True, allow_unused=True)
+    return zip(leaves, found, strict=True)
 
 
 def prompt_edges(of: Subject) -> tuple[list[Layer], list[Edges]]:

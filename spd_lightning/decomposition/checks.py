@@ -217,7 +217,7 @@ class _Trial:
 
 
 def _path(y: Tensor) -> Tensor:
-    """What would carry a gradient, and may be changed in place: a leaf may not."""
+    """Make a tensor carry a gradient, as a copy that the model may change in place (a leaf it may not)."""
     return y.requires_grad_().clone() if torch.is_grad_enabled() else y
 
 

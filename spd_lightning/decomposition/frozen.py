@@ -83,7 +83,7 @@ class Frozen(TorchFunctionMode):
         return self._natural(func, name, args, kwargs) if out is None else out
 
     def _in_place(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The same as out of place, written into the first argument."""
+        """Apply a function that overwrites its first argument: by the same rules, then copied into it."""
         target = args[0]
         like = func if "inplace" in kwargs else getattr(Tensor, name, func)
         settings = {key: value for key, value in kwargs.items() if key != "inplace"}
@@ -102,7 +102,7 @@ class Frozen(TorchFunctionMode):
         return self._marked(target)
 
     def _by_rule(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple | None:
-        """What a function gives by the rules of A6; None where none of them speaks of it."""
+        """Return the result of a function by the rules of A6; None if no rule covers it."""
         hold, x, others = self._hold, args[0], args[1:]
         other: Any = others[0] if others else None
         if own := _FUSED.get(name):
@@ -125,7 +125,7 @@ class Frozen(TorchFunctionMode):
         return None
 
     def _natural(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What a function gives by itself. Choices are held; a number times a curved path is curved."""
+        """Return the true result of a function. Choices are held; a number times a curved path is curved."""
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and not out.is_floating_point():
             return self._hold(out)

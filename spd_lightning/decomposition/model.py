@@ -359,7 +359,7 @@ class ComponentModel(nn.Module):
 
 
 def flattened(x: Tensor, dimensions: int) -> Tensor:
-    """The inverse of `ComponentModel.folded`, which added so many dimensions."""
+    """Undo `ComponentModel.folded`, given the number of dimensions that it added."""
     return x.flatten(0, dimensions) if dimensions else x
 
 

@@ -66,7 +66,7 @@ def known(counts: Mapping[str, int], at: Place) -> None:
 
 
 def within(at: Place, length: int) -> None:
-    """Raise BadInput if a place lies beyond the end of a prompt of so many positions."""
+    """Raise BadInput if a place lies beyond the end of a prompt of `length` positions."""
     late = [pos for pos in at.positions or () if not 0 <= pos < length]
     if late:
         raise BadInput(f"position {late[0]} of '{at.site}': the prompt has {length}; take one from 0 to {length - 1}")

@@ -1,4 +1,4 @@
-"""What a run folder may hold when it comes from, or goes to, a tracker: known files, each as its digest says."""
+"""Check run folders that come from a tracker or go to one: only known files, each with the digest on record."""
 
 import logging
 import re

@@ -54,9 +54,9 @@ def write_json(path: Path, value: Any, seal: bool = True) -> None:
 
 
 def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
-    """A JSON object of the type `kind`; empty where there is none, and with a warning where it is broken.
+    """Return a JSON object of the type `kind`; an empty one if the file is missing, or damaged (with a warning).
 
-    For what can be done without: listings go on. `json_files.read` is for what cannot.
+    This is for files that a caller can do without, as a listing can. Use `json_files.read` for all others.
     """
     if not path.exists():
         return {}

@@ -79,7 +79,7 @@ class Run:
 
     @property
     def problem(self) -> str | None:
-        """What is damaged of the files that a list of runs reads, in one line; None if nothing is."""
+        """The first damage in the files that a list of runs reads, in one line; None if all are sound."""
         try:
             for name, kind in (("run.json", Record), ("decomposition.json", Factorization)):
                 if (self.path / name).exists():

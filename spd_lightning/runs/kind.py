@@ -14,7 +14,7 @@ DECODERS = ("gpt2", "llama", "mistral", "qwen2")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a run decomposes; what cannot be read is left out, and is reported by whoever loads the weights.
+    """What a run decomposes. Facts that cannot be read stay empty; loading the weights reports them.
 
     Attributes:
         name: the run's name.

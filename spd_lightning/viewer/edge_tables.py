@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from spd_lightning.analysis.dataset_edges import Side, corpus_harvests, named, strongest
+from spd_lightning.analysis.dataset_edges import AT_LEAST, Side, corpus_harvests, named, strongest
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
 from spd_lightning.store import Store
@@ -46,7 +46,8 @@ def page_data(store: Store, layer: str, component: int, most: int = MOST) -> Edg
     prompts, mode = store.manifest["prompts"], store.manifest["mode"]
     note = (
         f"Edges of {prompts:,} {mode} graphs, summed, over the source's importance and the target's usual size. Pairs "
-        "with fewer than 10 edges are left out; rows are in order of how far their interval over prompts stays above 0."
+        f"with fewer than {AT_LEAST} edges are left out; rows are in order of how far their interval over prompts stays "
+        "above 0."
     )
     return EdgeTables(f"{layer}:{component}", rows("sources"), rows("targets"), note)
 

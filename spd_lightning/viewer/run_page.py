@@ -192,8 +192,12 @@ def _grid(grid: Grid) -> str:
     """One grid; things whose names would not fit side by side stand below each other."""
     if sum(map(len, grid.things)) > MOST_LETTERS:
         head = "".join(f"<th>{escape(measure)}</th>" for measure in grid.measures)
-        lines = zip(grid.things, zip(*grid.measures.values(), strict=True), strict=True)
-        body = "".join(f"<tr>{name_element('th', thing, 60)}{_cells(values)}</tr>" for thing, values in lines)
+        by_thing = zip(*grid.measures.values(), strict=True)
+        rows = [
+            f"<tr>{name_element('th', thing, 60)}{_cells(values)}</tr>"
+            for thing, values in zip(grid.things, by_thing, strict=True)
+        ]
+        body = "".join(rows)
         return f'<table class="spd-table"><tr><th></th>{head}</tr>{body}</table>'
     head = "".join(name_element("th", thing) for thing in grid.things)
     body = "".join(f"<tr><th>{escape(measure)}</th>{_cells(values)}</tr>" for measure, values in grid.measures.items())
