@@ -46,8 +46,8 @@ def page_data(store: Store, layer: str, component: int, most: int = MOST) -> Edg
     prompts, mode = store.manifest["prompts"], store.manifest["mode"]
     note = (
         f"Edges of {prompts:,} {mode} graphs, summed, over the source's importance and the target's usual size. Pairs "
-        f"with fewer than {AT_LEAST} edges are left out; rows are in order of how far their interval over prompts stays "
-        "above 0."
+        f"with fewer than {AT_LEAST} edges are left out; rows are in order of how far their interval over prompts "
+        "stays above 0."
     )
     return EdgeTables(f"{layer}:{component}", rows("sources"), rows("targets"), note)
 
