@@ -37,6 +37,9 @@ def _run(words: list[str]) -> int:
     _speak()
     try:
         words = _trusting(words)
+        if (shown := usage.asked_for(words)) is not None:
+            print(shown, end="")
+            return 0
         verb = VERBS.get(words[0])
         if verb is None:
             raise BadInput(f"'{words[0]}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
@@ -53,15 +56,25 @@ def _run(words: list[str]) -> int:
         if done.code:
             raise
         return 0  # --print_config has printed
-    except BrokenPipeError:  # whoever read our output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 0
         if debug:
             raise
         place = f"'{error.filename}': " if error.filename else ""
         print(f"error: {place}{error.strerror or error}; make room or choose another place (SPD_RUNS)", file=sys.stderr)
         return 2
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Return whether stdout is a pipe whose reader has read enough; what else is printed is then dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _call(verb: Callable[[Sequence[str]], None], words: list[str]) -> None:

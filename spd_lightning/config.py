@@ -131,8 +131,9 @@ def items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     Raises:
         BadInput: it is not YAML, or not a list.
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.SequenceNode):
             raise BadInput(f"'{path}': expected a list, '- key: value' lines")
@@ -140,10 +141,11 @@ def items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             yield entry.start_mark.line + 1, loader.construct_document(entry)
     except KeyTwice as error:
         raise BadInput(f"'{path}': {error}") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"'{path}': not valid YAML: {' '.join(str(error).split())}") from error
+    except _NO_YAML as error:
+        raise BadInput(f"'{path}': not valid YAML: {_reason(error)}") from error
     finally:
-        loader.dispose()
+        if loader:
+            loader.dispose()
 
 
 def read_file(path: Path) -> Any:
@@ -157,25 +159,37 @@ def read_file(path: Path) -> Any:
         content = yaml.load(text, Loader=_Loader) or {}
     except KeyTwice as error:
         raise BadInput(f"config '{path}': {error}") from error
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # numbers and dates can be none
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise BadInput(f"config '{path}': not valid YAML: {why}") from error
-    if half := next(_halves(content), None):
-        raise BadInput(f"config '{path}': {half} is half of a character; write the character itself")
+    except _NO_YAML as error:
+        raise BadInput(f"config '{path}': not valid YAML: {_reason(error)}") from error
+    if fault := next(_faults(content), None):
+        raise BadInput(f"config '{path}': {fault}")
     return content
 
 
-def _halves(content: Any) -> Iterator[str]:
-    """The halves of surrogate pairs that an escape such as "\\ud83d" put into a config: no file can hold them."""
+_NO_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
+"""Reading YAML raises these: numbers and dates can be impossible, and lists can be nested too deeply."""
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _faults(content: Any) -> Iterator[str]:
+    """Yield what YAML allows and a config cannot hold.
+
+    These are keys that are not text, and halves of surrogate pairs, which an escape such as "\\ud83d" makes.
+    """
     if isinstance(content, dict):
         for key, value in content.items():
-            yield from _halves(key)
-            yield from _halves(value)
+            if not isinstance(key, str):
+                yield f"the key {key!r} is not text; put it in quotes"
+            yield from _faults(key)
+            yield from _faults(value)
     elif isinstance(content, list):
         for value in content:
-            yield from _halves(value)
+            yield from _faults(value)
     elif isinstance(content, str) and (half := lone_surrogate(content)):
-        yield half
+        yield f"{half} is half of a character; write the character itself"
 
 
 def check_keys(text: str) -> None:

@@ -8,6 +8,7 @@ import polars as pl
 
 from spd_lightning import runs, usage
 from spd_lightning.analysis.dataset_edges import Side, corpus_harvests, named, strongest
+from spd_lightning.decomposition.names import DIGITS
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.store import Store
 
@@ -45,8 +46,8 @@ def _rows(names: list[str], frame: pl.DataFrame) -> list[dict[str, Any]]:
 def _component(name: str) -> tuple[str, int]:
     """A component's layer and number."""
     layer, _, number = name.rpartition(":")
-    if not layer or not number.isdecimal():
-        raise BadInput(f"component '{name}': write layer:number; for example h.0.mlp.c_fc:5")
+    if not layer or not number.isdecimal() or len(number) > 2 * DIGITS:
+        raise BadInput(f"component '{name[:80]}': write layer:number; for example h.0.mlp.c_fc:5")
     return layer, int(number)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from spd_lightning import config as configs
 from spd_lightning import json_files
 from spd_lightning.decomposition.names import BASES, Base
+from spd_lightning.encoding import read_text
 from spd_lightning.errors import BadInput, nearest
 
 LARGEST = 3.4028234663852886e38
@@ -148,11 +149,7 @@ def _file(path: Path, default: Row) -> list[Row]:
     """
     if path.suffix not in (".jsonl", ".yaml", ".yml"):
         raise BadInput(f"--file '{path}': not a kind of file that is read; end it in .jsonl or .yaml")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise BadInput(f"--file '{path}': cannot be read ({why}); name a file with one intervention a row") from error
+    text = read_text(path)
     found, wrong = [], []
     is_json = path.suffix == ".jsonl"
     for line, entry in _filled_lines(text) if is_json else configs.items(path, text):
@@ -177,7 +174,7 @@ def _filled_lines(text: str) -> Iterator[tuple[int, str]]:
 def _parsed(words: str) -> Any:
     try:
         return json.loads(words)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"not JSON ({error})") from error
 
 

@@ -24,6 +24,9 @@ from spd_lightning.errors import BadInput
 First = Callable[[Mapping[str, Any]], None]
 
 SEAL = "seal"
+MOST_LEVELS = 100
+"""Lists and objects in one another that a file may have: far fewer than Python can follow."""
+_TOO_DEEP = "not JSON (nested too deeply)"
 MOST_BYTES = 1 << 28
 LARGEST = (1 << 63) - 1  # of whole numbers, which arrays and tables hold in 64 bits
 
@@ -94,14 +97,26 @@ def parsed(content: bytes, kind: Any, first: First | None = None) -> Any:
     except _Twice:
         raise
     except RecursionError as error:
-        raise ValueError("not JSON (nested too deeply)") from error
+        raise ValueError(_TOO_DEEP) from error
     except ValueError as error:  # of UTF-8, of JSON, or of a number with thousands of digits
         raise ValueError(f"not JSON ({' '.join(str(error).split())[:120]})") from error
+    check_levels(value, MOST_LEVELS)
     if isinstance(value, dict):
         if first is not None:
             first(value)
         value = unsealed(value)
     return conform(value, kind)
+
+
+def check_levels(value: Any, room: int) -> None:
+    """Raise ValueError where lists and objects are nested in more than `room` levels."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None:
+        return
+    if room == 0:
+        raise ValueError(_TOO_DEEP)
+    for one in inner:
+        check_levels(one, room - 1)
 
 
 def dumped(value: Any, indent: int | None = None) -> str:

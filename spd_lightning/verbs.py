@@ -15,12 +15,17 @@ PROGRAM = "python -m spd_lightning"
 # ---- kinds of values ------------------------------------------------------------------------------------------------
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers from `least` up."""
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return a reader of whole numbers from `least` to `most`."""
 
     def read_whole(word: str) -> int:
-        if not (word.isascii() and word.isdecimal()) or int(word) < least:
-            raise argparse.ArgumentTypeError(f"'{word}': not a number from {least} up")
+        shown = word if len(word) <= 20 else f"{word[:17]}..."
+        if not (word.isascii() and word.isdecimal()):
+            raise argparse.ArgumentTypeError(f"'{shown}': not a number from {least} up")
+        if len(word) > len(str(most)) or int(word) > most:
+            raise argparse.ArgumentTypeError(f"'{shown}': too large")
+        if int(word) < least:
+            raise argparse.ArgumentTypeError(f"'{shown}': not a number from {least} up")
         return int(word)
 
     return read_whole

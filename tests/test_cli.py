@@ -84,6 +84,21 @@ def contents(folder: Path) -> dict[Path, bytes]:
 # ---- what costs nothing ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("words", [["--debug"], ["--allow_classes", "torch"], ["--debug", "--help"]])
+def test_options_without_a_verb_print_the_verbs(capsys, words):
+    assert cli.run(words) == 0
+    assert "usage: python -m spd_lightning VERB" in capsys.readouterr().out
+
+
+def test_a_broken_pipe_that_is_not_our_output_is_an_error(monkeypatch, capsys):
+    def failing(words):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli.VERBS, "runs", failing)
+    assert cli.run(["runs"]) == 2
+    assert capsys.readouterr().err.startswith("error: Broken pipe")
+
+
 @pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["-h"], []])
 def test_help_comes_before_all_imports(words):
     """Help needs nothing but Python: no torch, no Lightning, no table, no YAML is loaded for it."""

@@ -292,6 +292,8 @@ def test_a_byte_order_mark_is_no_part_of_a_config(here):
         ("a: ü".encode("utf-16"), ["not UTF-8 at byte 0", "looks like UTF-16", "iconv"]),
         ("a: ü".encode("latin-1"), ["not UTF-8 at byte 3", "may be Latin-1", "iconv"]),
         (b'a: "\\ud83d"', ["\\ud83d is half of a character"]),
+        (b"a: {1: x, b: y}", ["the key 1 is not text; put it in quotes"]),
+        (b"a: [{2024-01-01: x}]", ["the key datetime.date(2024, 1, 1) is not text; put it in quotes"]),
     ],
 )
 def test_other_encodings_are_rejected(here, content, parts):

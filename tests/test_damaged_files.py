@@ -76,6 +76,7 @@ def other_json(value: dict[str, Any], chance: random.Random) -> Iterator[tuple[s
     for whole in (None, [], 3, "x", [value]):
         yield f"all is {whole!r:.20}", json.dumps(whole).encode()
     yield "nested deeply", b"[" * 100_000
+    yield "nested as deeply as JSON can be read", b"[" * 980 + b"]" * 980
     yield "a number of 5000 digits", b'{"schema": ' + b"9" * 5000 + b"}"
     text = json.dumps(value)
     yield "a key twice", (text[:-1] + f', "{next(iter(value))}": 1}}').encode()

@@ -117,6 +117,36 @@ def test_a6_norms_divide_by_a_constant_however_they_are_written():
     torch.testing.assert_close((gradient * x).sum(), (out.detach() * x.new_tensor(range(10))).sum())
 
 
+@pytest.mark.parametrize(
+    ("by_place", "by_name"),
+    [
+        (lambda h: torch.mul(h, h.exp()), lambda h: torch.mul(h, other=h.exp())),
+        (lambda h: torch.matmul(h, h.T), lambda h: torch.matmul(input=h, other=h.T)),
+        (lambda h: torch.bmm(h[None], h.T[None]), lambda h: torch.bmm(input=h[None], mat2=h.T[None])),
+        (lambda h: torch.div(h, h.exp()), lambda h: torch.div(h, other=h.exp())),
+        (lambda h: torch.pow(h, 2), lambda h: torch.pow(h, exponent=2)),
+        (lambda h: torch.softmax(h, -1) * h, lambda h: torch.softmax(input=h, dim=-1) * h),
+        (lambda h: F.gelu(h), lambda h: F.gelu(input=h)),
+        (lambda h: F.layer_norm(h, (10,)), lambda h: F.layer_norm(input=h, normalized_shape=(10,))),
+        (lambda h: F.rms_norm(h, (10,)), lambda h: F.rms_norm(h, normalized_shape=(10,))),
+        (
+            lambda h: F.scaled_dot_product_attention(h[None], h[None], h[None]),
+            lambda h: F.scaled_dot_product_attention(query=h[None], key=h[None], value=h[None]),
+        ),
+        (lambda h: torch.where(h > 0, h, h * h), lambda h: torch.where(condition=h > 0, input=h, other=h * h)),
+    ],
+)
+def test_a6_operands_by_name_are_operands(by_place, by_name):
+    """The rules hold however a forward pass writes a call."""
+    gradients = []
+    for form in (by_place, by_name):
+        h = inputs().view(4, 10).requires_grad_()
+        with Frozen():
+            out = form(h)
+        gradients.append(torch.autograd.grad(out.sum(), h)[0])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_a6_what_a_router_chooses_is_a_constant():
     """Experts chosen among softmax or plain scores: held in a second run, whatever the scores are there."""
     x = inputs().view(10, 4)

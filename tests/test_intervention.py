@@ -477,7 +477,7 @@ def test_wrong_rows_are_all_named_in_one_line(capsys, runs_there, tmp_path, rows
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["text", "--file", "no.jsonl"], "--file 'no.jsonl': cannot be read (No such file"),
+        (["text", "--file", "no.jsonl"], "file 'no.jsonl': cannot be read (No such file"),
         (["text", "--file", "rows.csv"], "end it in .jsonl or .yaml"),
         (["text", "--file", "no.yaml", "--ablate", "x:1"], "--ablate and --file"),
         (["text", "--text", "Mia", "--input", "1"], "leave one of them out"),

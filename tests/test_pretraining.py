@@ -194,6 +194,19 @@ def test_a_further_seed_begins_anew(here, monkeypatch):
     assert runs.read_json(train_target("again.yaml", config) / "target.json")["seed"] == 2
 
 
+def test_a_further_seed_follows_the_one_of_the_command_line(here, monkeypatch):
+    monkeypatch.setenv("SPD_RUNS", str(here / "said"))
+    config = json.loads(json.dumps(CONFIG))
+    config["model"]["init_args"] |= {"retries": 2}
+    config["trainer"]["max_steps"] = 2
+    missed = [[0], []]
+    monkeypatch.setattr(Decoder, "unrepresented", lambda self: missed.pop(0))
+    folder = train_target("again.yaml", config, ["--seed_everything", "5"])
+    assert runs.read_json(folder / "target.json")["seed"] == 6
+    with pytest.raises(BadInput, match="seed_everything"):
+        train_target("again.yaml", config | {"seed_everything": "abc"})
+
+
 # ---- the optimiser --------------------------------------------------------------------------------------------------
 
 

@@ -139,7 +139,14 @@ def test_settings_pass_in_their_order():
     ("words", "line"),
     [
         ("runs --json=3", "runs: '--json' takes no value"),
-        ("edges r c --most 2.5", "edges: --most '2.5': not a number from 1 up; for example: --most 20"),
+        (
+            "edges r c --most 2.5",
+            "edges: --most '2.5': not a number from 1 up; for example: --most 20",
+        ),
+        (
+            f"edges r c --most {9**40}",
+            "edges: --most '14780882941434592...': too large; for example: --most 20",
+        ),
         ("edges r", "edges: COMPONENT is missing"),
         ("edges", "edges: RUN is missing"),
         ("export r --nodes x", "export: --nodes 'x': a share; take a number from 0 to 1; for example: --nodes 0.8"),

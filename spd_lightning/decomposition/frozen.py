@@ -72,7 +72,7 @@ class Frozen(TorchFunctionMode):
         """Paths that come out of a non-linearity, or are a number times one: 1 + such a path is a gate."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        args, kwargs = _operands_first(func, args, dict(kwargs or {}))
         if not any(map(_is_path, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
         name = func.__name__.strip("_")
@@ -103,7 +103,7 @@ class Frozen(TorchFunctionMode):
 
     def _by_rule(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple | None:
         """Return the result of a function by the rules of A6; None if no rule covers it."""
-        hold, x, others = self._hold, args[0], args[1:]
+        hold, x, others = self._hold, args[0] if args else None, args[1:]
         other: Any = others[0] if others else None
         if own := _FUSED.get(name):
             return own(hold, *args, **kwargs)
@@ -139,6 +139,20 @@ class Frozen(TorchFunctionMode):
         return out
 
 
+_OPERANDS = {
+    "scaled_dot_product_attention": ("query", "key", "value"),
+    "bmm": ("input", "mat2"),
+    "where": ("condition", "input", "other"),
+}
+"""What a function calls its operands, where that is not `input`, `other` and `exponent`."""
+
+
+def _operands_first(func: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Put operands that were given by name, as in `torch.mul(x, other=y)`, into the places where the rules look."""
+    operands = _OPERANDS.get(func.__name__, ("input", "other", "exponent"))
+    return args + tuple(kwargs.pop(name) for name in operands if name in kwargs), kwargs
+
+
 def _is_path(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
@@ -166,14 +180,16 @@ def _topk(hold: Hold, x: Tensor, k: int, dim: int = -1, *rest: Any, **more: Any)
     return torch.return_types.topk((x.gather(dim, chosen), chosen))
 
 
-def _rms_norm(hold: Hold, x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def _rms_norm(
+    hold: Hold, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     scaled = x * hold((x.square().mean(-1, keepdim=True) + eps).rsqrt())
     return scaled if weight is None else scaled * weight
 
 
 def _layer_norm(
-    hold: Hold, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+    hold: Hold, x: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Tensor:
     x = x - x.mean(-1, keepdim=True)
     scaled = x * hold((x.square().mean(-1, keepdim=True) + eps).rsqrt())

@@ -106,7 +106,8 @@ class Store:
         files = self._files(table, shards)
         if not files:
             return pl.LazyFrame(schema=columns)
-        self._check_columns(table, files[0], columns)
+        for path in files:
+            self._check_columns(table, path, columns)
         return pl.scan_parquet(files, glob=False)
 
     def _check_columns(self, table: str, path: Path, columns: Mapping[str, Any]) -> None:

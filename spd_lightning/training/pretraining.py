@@ -30,7 +30,7 @@ from spd_lightning.runs.shapes import TargetDescription
 from spd_lightning.targets.language import LanguageModel, sample
 from spd_lightning.training.checkpoint import LAST, Checkpoints, read, resumable, write
 from spd_lightning.training.networks import build
-from spd_lightning.training.session import Plan, Session
+from spd_lightning.training.session import Plan, Session, Settings
 from spd_lightning.training.target import VALIDATION
 
 log = logging.getLogger(__name__)
@@ -122,10 +122,11 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> None:
-    started, first = time.perf_counter(), int(config.get("seed_everything", 0))
+    started = time.perf_counter()
+    first = int(Settings(config, overrides).settings["seed_everything"])
     seed = runs.read_json(folder / ATTEMPT, dict[str, int]).get("seed", first)
     while True:
-        session = _attempt(name, {**config, "seed_everything": seed}, overrides, folder)
+        session = _attempt(name, config, [*overrides, "--seed_everything", str(seed)], folder)
         missed = session.model.target.unrepresented()  # pyright: ignore[reportCallIssue]
         if not missed:
             break
@@ -142,7 +143,7 @@ def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folde
     session.trainer.strategy.barrier()
 
 
-def _attempt(name: str, config: dict[str, Any], overrides: Sequence[str], folder: Path) -> Session:
+def _attempt(name: str, config: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> Session:
     """One training to its end, from the last checkpoint if there is one; the target is then in eval mode."""
     plan = Plan(folder, Path(name).stem, callbacks=[Checkpoints(folder)], logged=True)
     session = Session(config, overrides, lambda _: plan)

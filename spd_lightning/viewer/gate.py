@@ -23,6 +23,8 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
+from spd_lightning.json_files import check_levels
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -244,7 +246,7 @@ def _json_object(body: bytes) -> dict[str, Any]:
     """The body as a JSON object of modest depth, with finite numbers and whole characters only."""
     try:
         value = json.loads(body, parse_constant=_no_constant)
-        _check_levels(value, MOST_LEVELS)
+        check_levels(value, MOST_LEVELS)
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()  # fails at 1e999 and at half a character
     except (ValueError, RecursionError):
         raise Rejected(400, "body: not JSON that these pages send") from None
@@ -255,16 +257,6 @@ def _json_object(body: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
-
-
-def _check_levels(value: Any, room: int) -> None:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    if inner is None:
-        return
-    if room == 0:
-        raise ValueError("too deep")
-    for one in inner:
-        _check_levels(one, room - 1)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
