@@ -364,6 +364,15 @@ def test_a_logger_that_raises_is_named(tmp_path):
     assert str(other.trouble(raised.value)).startswith("tracker 'CSVLogger': ")
 
 
+def test_the_short_name_of_a_logger(tmp_path):
+    """Lightning's own loggers need no package; a name that none of them has gets one line."""
+    (short,) = trackers({"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}}, tmp_path)
+    short.connect()
+    assert (short.library, short.address) == ("lightning.pytorch.loggers", "CSVLogger")
+    with pytest.raises(BadInput, match=r"class_path '.*NoLogger': .*; write package.Class"):
+        send({"class_path": "NoLogger"}, tmp_path, {})
+
+
 def test_another_logger_is_fed_from_the_metrics_file(tmp_path, monkeypatch):
     """CSVLogger, by the thread: every line, and after a second command none of them again."""
     for step in range(3):

@@ -176,6 +176,20 @@ def test_a_config_that_was_changed_is_not_pushed(here, capsys):
     assert not (here / "ran").exists()
 
 
+def test_push_imports_no_tracker_that_is_not_allowed(here, capsys):
+    """A run that was copied without its pulled.json counts as the user's own; the closed list of classes holds."""
+    run = here / "runs/evil"
+    (run / "pulled.json").unlink()
+    held = yaml.safe_load((run / "config.yaml").read_text())
+    held["trainer"]["logger"] = {"class_path": "stranger.Back"}
+    (run / "config.yaml").write_text(yaml.safe_dump(held))
+    change(run / "run.json", digest=config.digest(held))
+    assert cli.run(["push", "evil"]) == 2
+    assert "class_path 'stranger.Back': not one that a config may name" in capsys.readouterr().err
+    assert not (here / "ran").exists()
+    assert "stranger" not in sys.modules
+
+
 def test_the_user_may_name_a_package(here):
     """`--allow_classes` lets the user's own configs name classes of their own, for one command."""
     (here / "mine.py").write_text(MODULE.format(here=str(here)))

@@ -312,6 +312,8 @@ def _tracker(chosen: Any, folder: Path) -> Tracker:
     if not isinstance(chosen, Mapping) or "class_path" not in chosen:
         raise BadInput(f"config: trainer.logger: '{chosen}' is not a logger; give its class_path")
     path = str(chosen["class_path"])
+    path = path if "." in path else f"lightning.pytorch.loggers.{path}"  # the short form
+    classes.check(path)
     given = {**(chosen.get("init_args") or {}), **(chosen.get("dict_kwargs") or {})}
     match path.rpartition(".")[2]:
         case "MLFlowLogger":
