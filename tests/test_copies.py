@@ -385,6 +385,39 @@ def test_another_logger_is_fed_from_the_metrics_file(tmp_path, monkeypatch):
     assert not (tmp_path / "csv/second/metrics.csv").exists()
 
 
+def test_two_loggers_of_a_class_have_files_of_their_own(tmp_path):
+    """Each notes what it has itself: what the first has sent is not taken for sent by the second."""
+    runs.append_metrics(tmp_path, 0, {"loss": 1.0})
+    name = "lightning.pytorch.loggers.CSVLogger"
+    both = [
+        {"class_path": name, "init_args": {"save_dir": str(tmp_path), "name": "", "version": version}}
+        for version in ("a", "b")
+    ]
+    send(both[:1], tmp_path, {})
+    send(both, tmp_path, {})
+    for version in ("a", "b"):
+        assert (tmp_path / version / "metrics.csv").read_text().split() == ["loss,step", "1.0,0"]
+    kept = {path.name for path in tmp_path.glob("*.json")}
+    assert kept == {"sent-CSVLogger.json", "sent-CSVLogger-2.json"}
+
+    first, second = trackers([{"class_path": "MLFlowLogger"}] * 2, tmp_path)
+    for tracker, record in ((first, "x"), (second, "y")):
+        tracker.run_id = record
+        tracker.begin(None)
+    assert json.loads((tmp_path / "mlflow.json").read_text())["run_id"] == "x"
+    assert json.loads((tmp_path / "mlflow-2.json").read_text())["run_id"] == "y"
+    trackers([{"class_path": "WandbLogger"}] * 2, tmp_path)
+    ids = {json.loads((tmp_path / name).read_text())["id"] for name in ("wandb.json", "wandb-2.json")}
+    assert len(ids) == 2
+
+
+def test_an_older_run_with_one_file_for_all_loggers(tmp_path):
+    """What its sent.json says is not sent again; a second logger of the class begins at the top."""
+    runs.write_json(tmp_path / "sent.json", {"CSVLogger": 70, "WandbLogger": 50})
+    chosen = [{"class_path": name} for name in ("WandbLogger", "CSVLogger", "CSVLogger")]
+    assert [tracker.start() for tracker in trackers(chosen, tmp_path)] == [50, 70, 0]
+
+
 def test_the_tail_of_a_file_that_is_cut_and_grows_again(tmp_path):
     """Torn lines wait for their end; a file that was cut back gives nothing new until it is longer than it was."""
     path = tmp_path / "metrics.jsonl"
