@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow"),
 ]
 FIT = ["fit", "--config", "tiny", "--trainer.logger", "true"]
+PUSH = "python -m spd_lightning push"
 METRICS = "SELECT key, step, value FROM metrics"
 
 
@@ -483,3 +484,56 @@ def test_a_training_never_waits_for_a_tracker(tmp_path, monkeypatch):
     assert "it takes too long" in str(error)
     assert json.loads((tmp_path / "uncopied.json").read_text())["trackers"]
     hung.set()
+
+
+class Rejects(MLflow):
+    """A tracker that can never work, and takes its time to say so."""
+
+    def __init__(self, folder: Path, given: dict[str, Any]):
+        super().__init__(folder, given)
+        self.asked = threading.Event()
+
+    def connect(self) -> None:
+        self.asked.wait(10)
+        raise BadInput("tracker 'slow': no such project; name another")
+
+
+def failed_late(tracker: Rejects, late: copies.Copies) -> None:
+    """Let the tracker answer, and wait until its thread has noted the error."""
+    tracker.asked.set()
+    deadline = time.monotonic() + 10
+    while late._copies[0].error is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def rejects(tmp_path, monkeypatch) -> Rejects:
+    monkeypatch.setattr(copies, "AT_ONCE", 0.1)
+    monkeypatch.setattr(copies, "RETRY", 0.05)
+    return Rejects(tmp_path, {})
+
+
+def test_a_tracker_that_rejects_late_ends_the_command_before_the_training(rejects, tmp_path):
+    """The error comes after `connect` has stopped waiting for it."""
+    late = copies.Copies([rejects], tmp_path)
+    with late:
+        late.connect()
+        failed_late(rejects, late)
+        with pytest.raises(BadInput, match="no such project"):
+            late.begin({"seed": 0})
+        late.abandon()
+
+
+def test_a_tracker_that_rejects_during_the_training_gets_one_line(rejects, tmp_path, caplog):
+    """The training is not ended; further tries, which fail as well, log nothing."""
+    late = copies.Copies([rejects], tmp_path)
+    with late:
+        late.connect()
+        late.begin({"seed": 0})
+        failed_late(rejects, late)
+        time.sleep(0.3)
+        (error,) = late.complete()
+    assert str(error) == "tracker 'slow': no such project; name another"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"{error}. The work continues without it; send the copy later: {PUSH} {tmp_path.name}"
