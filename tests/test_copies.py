@@ -386,6 +386,12 @@ def test_another_logger_is_fed_from_the_metrics_file(tmp_path, monkeypatch):
     assert not (tmp_path / "csv/second/metrics.csv").exists()
 
 
+def test_a_run_without_a_tracker_is_not_pushed(tmp_path):
+    """Its config.yaml must stay as it is: the digest of a changed one does not match."""
+    with pytest.raises(BadInput, match=f"run '{tmp_path.name}': .*; the run has no tracker to push to"):
+        send(False, tmp_path, {})
+
+
 def test_two_loggers_of_a_class_have_files_of_their_own(tmp_path):
     """Each notes what it has itself: what the first has sent is not taken for sent by the second."""
     runs.append_metrics(tmp_path, 0, {"loss": 1.0})
