@@ -65,22 +65,33 @@ def allowed(path: str) -> bool:
     return False
 
 
+def check(path: str) -> None:
+    """Raise BadInput if a class path may not be named; nothing is imported."""
+    if not allowed(path):
+        raise _not_allowed(path)
+
+
+def _not_allowed(path: str) -> BadInput:
+    return BadInput(
+        f"class_path '{path[:100]}': not one that a config may name; a package of your own is named on the "
+        "command line: --allow_classes PACKAGE"
+    )
+
+
 def imported(path: str) -> type:
     """The class of a path that a config names, where jsonargparse does not import it.
 
     Raises:
         BadInput: it is not allowed, or not a class.
     """
+    check(path)
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name) if allowed(path) else None
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: the path names no module
         raise BadInput(f"class_path '{path}': {error}; write package.Class") from error
     if not isinstance(found, type) or not allowed(f"{found.__module__}.{found.__qualname__}"):
-        raise BadInput(
-            f"class_path '{path[:100]}': not one that a config may name; a package of your own is named on the "
-            "command line: --allow_classes PACKAGE"
-        )
+        raise _not_allowed(path)
     return found
 
 

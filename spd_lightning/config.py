@@ -99,7 +99,8 @@ def load(name: str, as_written: bool = False) -> dict[str, Any]:
         as_written: keep all of it, to be looked at and not built.
 
     Raises:
-        BadInput: the file is missing, is not a YAML mapping, or builds on itself.
+        BadInput: the file is missing, is not a YAML mapping, or builds on itself; or it came from a tracker, and its
+            trainer is written in another way than as a run writes it.
     """
     return _load(find(name), (), as_written)
 
@@ -114,8 +115,9 @@ def _load(path: Path, seen: tuple[Path, ...], as_written: bool) -> dict[str, Any
     own = read_file(path)
     if not isinstance(own, dict):
         raise BadInput(f"config '{path}': expected 'key: value' lines, found {type(own).__name__}")
-    if not as_written and (path.parent / "pulled.json").exists() and isinstance(own.get("trainer"), dict):
-        own["trainer"] = {key: value for key, value in own["trainer"].items() if key not in FOREIGN}
+    pulled = any((file.parent / "pulled.json").exists() for file in (*seen, path))
+    if pulled and not as_written:
+        own = _without_foreign(path, own)
     bases = own.pop("base", [])
     bases = bases if isinstance(bases, list) else [bases]
     merged: dict[str, Any] = {}
@@ -123,6 +125,22 @@ def _load(path: Path, seen: tuple[Path, ...], as_written: bool) -> dict[str, Any
         beside = path.parent / base
         merged = merge(merged, _load(beside if beside.is_file() else find(base), (*seen, path.resolve()), as_written))
     return merge(merged, own)
+
+
+def _without_foreign(path: Path, pulled: dict[str, Any]) -> dict[str, Any]:
+    """Return a pulled config without the settings of its trainer that are for the user to choose.
+
+    jsonargparse also takes a trainer as text, `trainer.logger` as one key, and `callbacks+`. A run writes none of these
+    into its config, and they would hide such settings, so they are rejected.
+    """
+    trainer = pulled.get("trainer", {})
+    if not isinstance(trainer, dict):
+        raise BadInput(f"config '{path}': trainer: expected 'key: value' lines in a pulled run; pull the run again")
+    for key in (*pulled, *trainer):
+        if not str(key).isidentifier():
+            raise BadInput(f"config '{path}': key '{key}': not the name of a setting; pull the run again")
+    kept = {key: value for key, value in trainer.items() if key not in FOREIGN}
+    return {**pulled, "trainer": kept} if "trainer" in pulled else pulled
 
 
 def items(path: Path, text: str) -> Iterator[tuple[int, Any]]:

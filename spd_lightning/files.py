@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"\..+\.(?P<place>[0-9a-f]{8})\.(?P<pid>[0-9]+)\.new", re.DOTALL)
+_NUMBERS = count()
 _FOREIGN_AGE = 24 * 3600.0
 """Seconds after which an untouched temporary file of another machine counts as left behind."""
 
@@ -22,8 +24,11 @@ def root() -> Path:
 
 
 def mark() -> str:
-    """How the names of this process's temporary files and folders end; they begin with a dot."""
-    return f".{_place()}.{os.getpid()}.new"
+    """Return an end for the name of a temporary file or folder, another one at every call; such names begin with a dot.
+
+    It holds the process, for `sweep`, and a number, since several threads may write the same file.
+    """
+    return f".{next(_NUMBERS)}.{_place()}.{os.getpid()}.new"
 
 
 def make_folder(path: Path) -> None:
@@ -37,9 +42,9 @@ def make_folder(path: Path) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to: it becomes `path` at the end, or after an error nothing does.
 
-    The name holds the machine and the process: several processes may write the same file, and the last one wins. After
-    a loss of power `path` is the old file or the new one: the content is on the disk before the name, and the name
-    before this returns.
+    The name is used once: several processes and threads may write the same file, and the last one wins. After a loss
+    of power `path` is the old file or the new one: the content is on the disk before the name, and the name before
+    this returns.
     """
     temporary = path.with_name(f".{path.name}{mark()}")
     try:

@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow"),
 ]
 FIT = ["fit", "--config", "tiny", "--trainer.logger", "true"]
+PUSH = "python -m spd_lightning push"
 METRICS = "SELECT key, step, value FROM metrics"
 
 
@@ -364,6 +365,15 @@ def test_a_logger_that_raises_is_named(tmp_path):
     assert str(other.trouble(raised.value)).startswith("tracker 'CSVLogger': ")
 
 
+def test_the_short_name_of_a_logger(tmp_path):
+    """Lightning's own loggers need no package; a name that none of them has gets one line."""
+    (short,) = trackers({"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}}, tmp_path)
+    short.connect()
+    assert (short.library, short.address) == ("lightning.pytorch.loggers", "CSVLogger")
+    with pytest.raises(BadInput, match=r"class_path '.*NoLogger': .*; write package.Class"):
+        send({"class_path": "NoLogger"}, tmp_path, {})
+
+
 def test_another_logger_is_fed_from_the_metrics_file(tmp_path, monkeypatch):
     """CSVLogger, by the thread: every line, and after a second command none of them again."""
     for step in range(3):
@@ -374,6 +384,45 @@ def test_another_logger_is_fed_from_the_metrics_file(tmp_path, monkeypatch):
         send({**chosen, "init_args": init}, tmp_path, {})
     assert (tmp_path / "csv/first/metrics.csv").read_text().split() == ["loss,step", "1.0,0", "0.5,1", f"{1 / 3},2"]
     assert not (tmp_path / "csv/second/metrics.csv").exists()
+
+
+def test_a_run_without_a_tracker_is_not_pushed(tmp_path):
+    """Its config.yaml must stay as it is: the digest of a changed one does not match."""
+    with pytest.raises(BadInput, match=f"run '{tmp_path.name}': .*; the run has no tracker to push to"):
+        send(False, tmp_path, {})
+
+
+def test_two_loggers_of_a_class_have_files_of_their_own(tmp_path):
+    """Each notes what it has itself: what the first has sent is not taken for sent by the second."""
+    runs.append_metrics(tmp_path, 0, {"loss": 1.0})
+    name = "lightning.pytorch.loggers.CSVLogger"
+    both = [
+        {"class_path": name, "init_args": {"save_dir": str(tmp_path), "name": "", "version": version}}
+        for version in ("a", "b")
+    ]
+    send(both[:1], tmp_path, {})
+    send(both, tmp_path, {})
+    for version in ("a", "b"):
+        assert (tmp_path / version / "metrics.csv").read_text().split() == ["loss,step", "1.0,0"]
+    kept = {path.name for path in tmp_path.glob("*.json")}
+    assert kept == {"sent-CSVLogger.json", "sent-CSVLogger-2.json"}
+
+    first, second = trackers([{"class_path": "MLFlowLogger"}] * 2, tmp_path)
+    for tracker, record in ((first, "x"), (second, "y")):
+        tracker.run_id = record
+        tracker.begin(None)
+    assert json.loads((tmp_path / "mlflow.json").read_text())["run_id"] == "x"
+    assert json.loads((tmp_path / "mlflow-2.json").read_text())["run_id"] == "y"
+    trackers([{"class_path": "WandbLogger"}] * 2, tmp_path)
+    ids = {json.loads((tmp_path / name).read_text())["id"] for name in ("wandb.json", "wandb-2.json")}
+    assert len(ids) == 2
+
+
+def test_an_older_run_with_one_file_for_all_loggers(tmp_path):
+    """What its sent.json says is not sent again; a second logger of the class begins at the top."""
+    runs.write_json(tmp_path / "sent.json", {"CSVLogger": 70, "WandbLogger": 50})
+    chosen = [{"class_path": name} for name in ("WandbLogger", "CSVLogger", "CSVLogger")]
+    assert [tracker.start() for tracker in trackers(chosen, tmp_path)] == [50, 70, 0]
 
 
 def test_the_tail_of_a_file_that_is_cut_and_grows_again(tmp_path):
@@ -441,3 +490,56 @@ def test_a_training_never_waits_for_a_tracker(tmp_path, monkeypatch):
     assert "it takes too long" in str(error)
     assert json.loads((tmp_path / "uncopied.json").read_text())["trackers"]
     hung.set()
+
+
+class Rejects(MLflow):
+    """A tracker that can never work, and takes its time to say so."""
+
+    def __init__(self, folder: Path, given: dict[str, Any]):
+        super().__init__(folder, given)
+        self.asked = threading.Event()
+
+    def connect(self) -> None:
+        self.asked.wait(10)
+        raise BadInput("tracker 'slow': no such project; name another")
+
+
+def failed_late(tracker: Rejects, late: copies.Copies) -> None:
+    """Let the tracker answer, and wait until its thread has noted the error."""
+    tracker.asked.set()
+    deadline = time.monotonic() + 10
+    while late._copies[0].error is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def rejects(tmp_path, monkeypatch) -> Rejects:
+    monkeypatch.setattr(copies, "AT_ONCE", 0.1)
+    monkeypatch.setattr(copies, "RETRY", 0.05)
+    return Rejects(tmp_path, {})
+
+
+def test_a_tracker_that_rejects_late_ends_the_command_before_the_training(rejects, tmp_path):
+    """The error comes after `connect` has stopped waiting for it."""
+    late = copies.Copies([rejects], tmp_path)
+    with late:
+        late.connect()
+        failed_late(rejects, late)
+        with pytest.raises(BadInput, match="no such project"):
+            late.begin({"seed": 0})
+        late.abandon()
+
+
+def test_a_tracker_that_rejects_during_the_training_gets_one_line(rejects, tmp_path, caplog):
+    """The training is not ended; further tries, which fail as well, log nothing."""
+    late = copies.Copies([rejects], tmp_path)
+    with late:
+        late.connect()
+        late.begin({"seed": 0})
+        failed_late(rejects, late)
+        time.sleep(0.3)
+        (error,) = late.complete()
+    assert str(error) == "tracker 'slow': no such project; name another"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"{error}. The work continues without it; send the copy later: {PUSH} {tmp_path.name}"

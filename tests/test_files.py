@@ -31,6 +31,18 @@ def test_content_is_synced_before_the_name_and_the_folder_after(tmp_path, monkey
     assert done == ["content", "rename", "folder"]
 
 
+def test_two_threads_write_the_same_file(tmp_path):
+    """Both hold a name to write to at the same time; the file is what the last one wrote."""
+    path = tmp_path / "a.json"
+    with files.whole(path) as outer:
+        with files.whole(path) as inner:
+            outer.write_text("outer")
+            inner.write_text("inner")
+        assert path.read_text() == "inner"
+    assert path.read_text() == "outer"
+    assert [left.name for left in tmp_path.iterdir()] == ["a.json"]
+
+
 @pytest.fixture
 def dead() -> int:
     """The number of a process that has ended."""

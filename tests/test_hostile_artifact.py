@@ -137,6 +137,35 @@ def test_what_a_pulled_config_names_is_not_built(here, what):
         assert "stranger" not in sys.modules
 
 
+_LOGGER = HOSTILE["logger"]["logger"]
+HIDDEN = {
+    "text": {"trainer": json.dumps({"logger": _LOGGER})},
+    "dotted": {"trainer.logger": json.dumps(_LOGGER)},
+    "nested": {"trainer": {"logger.class_path": _LOGGER["class_path"]}},
+    "appended": {"trainer": {"callbacks+": [{"class_path": "lightning.pytorch.callbacks.Timer"}]}},
+}
+
+
+@pytest.mark.parametrize("how", HIDDEN)
+def test_a_logger_cannot_hide_in_a_pulled_config(tmp_path, how):
+    """jsonargparse takes all of these; a run writes none of them."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(HIDDEN[how]))
+    assert config.load(str(path)) == HIDDEN[how]  # a user's own
+    runs.write_json(tmp_path / "pulled.json", {"reference": "mlflow:evil", "origin": "0"})
+    with pytest.raises(BadInput, match=r"config '.*config.yaml': .*; pull the run again"):
+        config.load(str(path))
+
+
+def test_what_a_pulled_config_builds_on_is_filtered_too(tmp_path):
+    """A picture by its name alone can be a config, in a folder that has no pulled.json of its own."""
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/a.png").write_text(yaml.safe_dump({"trainer": {"max_steps": 3, "logger": _LOGGER}}))
+    (tmp_path / "config.yaml").write_text("base: figures/a.png\n")
+    runs.write_json(tmp_path / "pulled.json", {"reference": "mlflow:evil", "origin": "0"})
+    assert config.load(str(tmp_path / "config.yaml")) == {"trainer": {"max_steps": 3}}
+
+
 def test_a_config_that_was_changed_is_not_pushed(here, capsys):
     path = here / "runs/evil/config.yaml"
     path.write_text(path.read_text() + "\n# harmless\n")
@@ -145,6 +174,20 @@ def test_a_config_that_was_changed_is_not_pushed(here, capsys):
     assert cli.run(["push", "evil"]) == 2
     assert "not valid YAML" in capsys.readouterr().err
     assert not (here / "ran").exists()
+
+
+def test_push_imports_no_tracker_that_is_not_allowed(here, capsys):
+    """A run that was copied without its pulled.json counts as the user's own; the closed list of classes holds."""
+    run = here / "runs/evil"
+    (run / "pulled.json").unlink()
+    held = yaml.safe_load((run / "config.yaml").read_text())
+    held["trainer"]["logger"] = {"class_path": "stranger.Back"}
+    (run / "config.yaml").write_text(yaml.safe_dump(held))
+    change(run / "run.json", digest=config.digest(held))
+    assert cli.run(["push", "evil"]) == 2
+    assert "class_path 'stranger.Back': not one that a config may name" in capsys.readouterr().err
+    assert not (here / "ran").exists()
+    assert "stranger" not in sys.modules
 
 
 def test_the_user_may_name_a_package(here):

@@ -1,5 +1,6 @@
 """Run folders: nothing finished is overwritten, nothing interrupted is lost, and a pulled run is the run."""
 
+import fcntl
 import json
 import os
 import signal
@@ -482,3 +483,32 @@ def test_copies_of_different_things_lie_side_by_side(root, wandb, tmp_path):
     names = [runs.pull(f"wandb:{name}").name for name in ("me/spd/tms-graphs:v3", "you/spd/tms-graphs:v0")]
     assert names == ["tms-graphs-pulled", "tms-graphs-pulled-2"]
     assert runs.pull("wandb:me/spd/tms-graphs:v3").name == "tms-graphs-pulled"
+
+
+def test_what_was_made_in_an_older_copy_is_kept(root, wandb, caplog):
+    """A harvest that `predict` left in the copy is not in the tracker, so the next copy lands next to it."""
+    caplog.set_level("INFO")
+    pulled = runs.pull("wandb:me/spd/tms-graphs:v3")
+    harvest(pulled / "harvest" / "mine")
+    made = files(pulled)
+    names = [runs.pull("wandb:me/spd/tms-graphs:v3").name for _ in range(2)]
+    assert names == ["tms-graphs-pulled-2", "tms-graphs-pulled-2"]
+    assert files(pulled) == made
+    lines = {record.getMessage() for record in caplog.records}
+    first = sorted(made.keys() - files(root / "tms-graphs-pulled-2").keys())[0]
+    kept = "this copy is kept, and the new one gets the next free number"
+    assert lines == {f"'{pulled}': the tracker does not have its file {first}; {kept}"}
+
+
+@pytest.mark.parametrize("name", [".lock", ".lock-0"])
+def test_an_older_copy_in_use_is_not_replaced(root, wandb, name):
+    """`.lock` is that of the run, and `.lock-0` the one of a writer of its harvest."""
+    pulled = runs.pull("wandb:me/spd/tms-graphs:v3")
+    before = files(pulled)
+    with open(pulled / name, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BadInput, match=r"tms-graphs-pulled': another process is working on it; pull it again"):
+            runs.pull("wandb:me/spd/tms-graphs:v3")
+    assert files(pulled) == before
+    assert runs.pull("wandb:me/spd/tms-graphs:v3") == pulled
+    assert [path.name for path in root.iterdir()] == ["tms-graphs-pulled"]

@@ -140,10 +140,10 @@ def lock(folder: Path) -> int | None:
     return None
 
 
-def held(folder: Path) -> bool:
+def held(folder: Path, name: str = ".lock") -> bool:
     """Whether some process holds the folder's lock."""
     try:
-        handle = os.open(folder / ".lock", os.O_RDONLY)
+        handle = os.open(folder / name, os.O_RDONLY)
     except OSError:
         return False
     try:

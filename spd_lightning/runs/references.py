@@ -1,19 +1,25 @@
 """From what a user writes to a run folder here: a name, a path, or a tracker's copy, downloaded once."""
 
+import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
 from spd_lightning.errors import BadInput
 from spd_lightning.files import make_folder, mark, root, sweep, sync_folder
 from spd_lightning.runs.artifacts import check_whole, keep_known
-from spd_lightning.runs.files import read_json, writable, write_json
+from spd_lightning.runs.files import held, lock, read_json, writable, write_json
 from spd_lightning.runs.folders import Run, is_run, runs, unknown
 from spd_lightning.runs.shapes import Origin
 from spd_lightning.runs.trackers import pull_mlflow, pull_wandb
 
+log = logging.getLogger(__name__)
+
+_KEPT = "this copy is kept, and the new one gets the next free number"
 _PULLS = {"mlflow": pull_mlflow, "wandb": pull_wandb}
 
 
@@ -40,11 +46,15 @@ def find(reference: str) -> Run:
 def pull(reference: str) -> Path:
     """Download a tracked run or harvest; it lands whole as <root>/<its name>-pulled.
 
+    It takes the place of an older copy, unless that holds files that the tracker does not have, such as a harvest that
+    was made there: then it lands as <its name>-pulled-2, and so on.
+
     Args:
         reference: `mlflow:<run id or name>` or `wandb:<entity>/<project>/<artifact>:<version>`.
 
     Raises:
-        BadInput: no such run or artifact, no answer, file names that point outside the folder, or a damaged file.
+        BadInput: no such run or artifact, no answer, file names that point outside the folder, a damaged file, or an
+            older copy on which a process works.
     """
     tracker, _, what = reference.partition(":")
     if tracker not in _PULLS or not what:
@@ -63,14 +73,44 @@ def pull(reference: str) -> Path:
 
 
 def _land(folder: Path, name: str, origin: str) -> Path:
-    """Move a downloaded folder to its place: over an older copy of the same thing, beside one of another."""
+    """Move a downloaded folder to its place: over an older copy of the same thing, next to one of another."""
     for number in count(1):
         path = root() / (f"{name}-pulled" if number == 1 else f"{name}-pulled-{number}")
-        if path.exists() and read_json(path / "pulled.json", Origin).get("origin") != origin:
+        if not path.exists():
+            folder.rename(path)
+            sync_folder(path.parent)
+            return path
+        if read_json(path / "pulled.json", Origin).get("origin") != origin:
             continue
-        if path.exists():
+        with _locked(path):
+            if more := sorted(_files(path) - _files(folder)):
+                log.info("'%s': the tracker does not have its file %s; %s", path, more[0], _KEPT)
+                continue
             path.rename(folder.with_name("old"))
-        folder.rename(path)
-        sync_folder(path.parent)
-        return path
+            folder.rename(path)
+            sync_folder(path.parent)
+            return path
     raise AssertionError("numbers do not end")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a pulled run's lock.
+
+    Raises:
+        BadInput: another process works on the run, or on one of its harvests, which have locks of their own.
+    """
+    handle = lock(path)
+    try:
+        if handle is None or any(held(file.parent, file.name) for file in path.rglob(".lock-*")):
+            raise BadInput(f"run '{path}': another process is working on it; pull it again when that has ended")
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _files(folder: Path) -> set[str]:
+    """The files below a folder; locks and temporary files, whose names begin with a dot, are left out."""
+    found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(folder).as_posix() for path in found}

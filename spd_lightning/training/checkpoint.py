@@ -29,7 +29,7 @@ from spd_lightning.decomposition.importance_functions import importance_function
 from spd_lightning.digests import digest
 from spd_lightning.errors import BadInput
 from spd_lightning.files import make_folder, sync_folder
-from spd_lightning.runs.shapes import Description
+from spd_lightning.runs.shapes import RESTORE, Description
 from spd_lightning.training.blocks import BlockModule, non_finite
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.evaluate import Evaluation
@@ -98,7 +98,7 @@ def write(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str] | No
             raise OSError(str(error)) from error
 
 
-def read(path: Path, remedy: str = "restore it from a copy, or run the fit again") -> tuple[dict[str, Tensor], dict]:
+def read(path: Path, remedy: str = RESTORE) -> tuple[dict[str, Tensor], dict]:
     """Tensors and header of a safetensors file; the header's digest is checked.
 
     Raises:
@@ -308,7 +308,7 @@ def load_decomposition(reference: str | Path, target: nn.Module | None = None) -
         if isinstance(schema := held.get("schema"), int) and schema > SCHEMA:
             raise BadInput(f"'{described}': schema {schema} is newer than this tool's {SCHEMA}; upgrade the tool")
 
-    facts = json_files.read(described, Description, _RESTORE, first=this_schema)
+    facts = json_files.read(described, Description, RESTORE, first=this_schema)
     if target is None and facts["target"] is None:
         raise BadInput(f"'{weights}': its target was an object; use Decomposition.from_pretrained(path, target=…)")
     tensors, _ = read(weights)
@@ -321,9 +321,6 @@ def load_decomposition(reference: str | Path, target: nn.Module | None = None) -
     return module
 
 
-_RESTORE = "restore it from a copy, or run the fit again"
-
-
 def _assembled(facts: Description, tensors: dict[str, Tensor], target: nn.Module | None, path: Path) -> Decomposition:
     spec = facts["target"]
     settings: dict[str, Any] = dict(facts["model"])
@@ -332,7 +329,7 @@ def _assembled(facts: Description, tensors: dict[str, Tensor], target: nn.Module
         importance = json_files.conform(settings["importance"], Importance, "model.importance")
         evaluation = json_files.conform(settings["evaluation"], Evaluation, "model.evaluation")
     except ValueError as error:  # BadInput of their own checks among them
-        raise BadInput(f"{place}: {error}; {_RESTORE}") from error
+        raise BadInput(f"{place}: {error}; {RESTORE}") from error
     weights = _below("target.", tensors)
     network = target or build(spec or {}, weights)
     _load(network, weights, path)
@@ -364,7 +361,7 @@ def _check_sizes(
         if held != [[site.d_in, count], [count, site.d_out]]:
             raise BadInput(
                 f"{place}: model.sites: {count} components of '{name}', and V and U of {held or 'no size'} in the "
-                f"weights: weights of another model; {_RESTORE}"
+                f"weights: weights of another model; {RESTORE}"
             )
     check_shapes(lambda: importance_function(importance, found), _below("importance.", tensors), place)
 

@@ -6,7 +6,8 @@ training nothing. What could not be sent is sent by the next try, which is a few
 by the end of the command, or by `push`.
 
     1. connect:  reach the tracker, before anything is built. One that can never work ends the command.
-    2. begin:    open the record and send the settings. From here on metrics are sent as they come.
+    2. begin:    open the record and send the settings. From here on metrics are sent as they come, and
+                 no error ends the command: it is logged once.
     3. complete: send the rest of the metrics and the files, and close the record.
 
 A run of which a tracker may not have everything holds `uncopied.json`, with the addresses of such
@@ -101,6 +102,8 @@ class Copy:
         self.error: BadInput | None = None
         self.whole = False
         self._connected = self._begun = False
+        self._may_raise = True  # until `begin` returns; errors that come later are logged
+        self._lock = threading.Lock()  # around `error` and `_may_raise`
         self._settings: Mapping[str, Any] | None = None
         self._names: Sequence[str] = ()
         self._status = "success"
@@ -133,6 +136,7 @@ class Copy:
         Raises:
             BadInput: the tracker can never work.
         """
+        self._raise_if_hopeless()  # it may have failed since `connect` returned
         self._settings = settings
         known = self.error is not None  # then there is nothing to wait for
         self._tried.clear()
@@ -140,9 +144,15 @@ class Copy:
         self._wake.set()
         if self._needed or not known:
             self._wait_at_once()
+        with self._lock:
+            self._raise_if_hopeless()
+            self._may_raise = False
 
     def _wait_at_once(self) -> None:
         self._tried.wait(PATIENCE if self._needed else AT_ONCE)
+        self._raise_if_hopeless()
+
+    def _raise_if_hopeless(self) -> None:
         if self.error and (self._needed or not isinstance(self.error, runs.NoAnswer)):
             raise self.error
 
@@ -202,10 +212,18 @@ class Copy:
             self.whole = True
 
     def _failed(self, error: BadInput) -> None:
-        first, self.error = self.error is None, error
-        stops = self._needed or not (self._begun or isinstance(error, runs.NoAnswer))
-        if first and not stops and not self._end.is_set():
-            log.warning("%s. The work continues without it; what it misses is sent later.", error)
+        """Note an error, and log it if it is news and `begin` does not raise it."""
+        with self._lock:
+            before, self.error = self.error, error
+            raised = self._needed or (self._may_raise and not isinstance(error, runs.NoAnswer))
+        if raised or self._end.is_set():
+            return
+        if isinstance(error, runs.NoAnswer):
+            if before is None:
+                log.warning("%s. The work continues without it; what it misses is sent later.", error)
+        elif before is None or isinstance(before, runs.NoAnswer):
+            again = f"python -m spd_lightning push {self.tracker.folder.name}"
+            log.warning("%s. The work continues without it; send the copy later: %s", error, again)
 
 
 class Copies:

@@ -9,6 +9,7 @@ import re
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ Row = tuple[int, Mapping[str, float]]
 
 class Tracker(ABC):
     """Where a copy of a run goes. Any method may be called again after it failed.
+
+    Each tracker has a thread and a file of its own in the run's folder, and is the only writer of that file.
 
     Attributes:
         library: the module that speaks to it.
@@ -83,13 +86,15 @@ class MLflow(Tracker):
     Args:
         folder: the run's folder, whose `mlflow.json` holds the id of its record.
         given: the arguments of Lightning's MLFlowLogger.
+        number: which of the run's MLflow stores it is; the second one has `mlflow-2.json`.
     """
 
     library = "mlflow"
     remedy = "set MLFLOW_TRACKING_URI to a server, or unset it, or add --trainer.logger false"
 
-    def __init__(self, folder: Path, given: Mapping[str, Any]):
+    def __init__(self, folder: Path, given: Mapping[str, Any], number: int = 1):
         super().__init__(folder)
+        self._record = _numbered(folder / "mlflow.json", number)
         self.uri = _with_password(given.get("tracking_uri") or runs.tracking_uri())
         self.address = without_passwords(self.uri)
         self._given = given
@@ -99,27 +104,26 @@ class MLflow(Tracker):
 
     @property
     def _store(self) -> str:
-        """What stands for the store in mlflow.json; the embedded one moves with the runs."""
+        """What stands for the store in the file of the record; the embedded one moves with the runs."""
         return "embedded" if self.uri == runs.embedded_uri() else self.address
 
     def connect(self) -> None:
         client = runs.mlflow_client(self.uri)
-        known = runs.read_json(self.folder / "mlflow.json", dict[str, str])
+        known = runs.read_json(self._record, dict[str, str])
         if not self.run_id and known.get("uri") in (self._store, self.uri):
             self.run_id = str(known.get("run_id"))
         if self.run_id:
-            path = self.folder / "mlflow.json"
             try:
                 client.get_run(self.run_id)
             except Exception as error:
-                remedy = f"bring the record back, or delete '{path}' to begin a new one there"
+                remedy = f"bring the record back, or delete '{self._record}' to begin a new one there"
                 raise runs.trouble(error, self.uri, remedy) from None
         self._client = client
 
     def begin(self, settings: Mapping[str, Any] | None) -> None:
         if not self.run_id:
             self.run_id = self._new_record()
-        runs.write_json(self.folder / "mlflow.json", {"uri": self._store, "run_id": self.run_id})
+        runs.write_json(self._record, {"uri": self._store, "run_id": self.run_id})
         if settings:
             self._hyperparameters(flat(acceptable(settings)))
 
@@ -194,23 +198,28 @@ class MLflow(Tracker):
 
 
 class Lightning(Tracker):
-    """A logger of Lightning, or of a user: what it has is noted in the run's `sent.json`, as it
-    cannot be asked.
+    """A logger of Lightning, or of a user: what it has is noted in the run's `sent-<class>.json`, as
+    it cannot be asked.
 
     Args:
         folder: the run's folder.
         class_path: where its class is.
         given: its arguments.
+        number: which of the run's loggers of that class it is; the second one has `sent-<class>-2.json`.
     """
 
-    def __init__(self, folder: Path, class_path: str, given: Mapping[str, Any]):
+    def __init__(self, folder: Path, class_path: str, given: Mapping[str, Any], number: int = 1):
         super().__init__(folder)
         self.library, _, self.address = class_path.rpartition(".")
-        self._class_path, self._given = class_path, given
+        self._class_path, self._given, self._number = class_path, given, number
+        self._sent = _numbered(folder / f"sent-{self.address}.json", number)
         self.logger: Any = None
 
     def start(self) -> int:
-        sent = runs.read_json(self.folder / "sent.json", dict[str, int]).get(self.address, 0)
+        path = self._sent
+        if self._number == 1 and not path.exists():
+            path = self.folder / "sent.json"  # older runs have one file for all loggers
+        sent = runs.read_json(path, dict[str, int]).get(self.address, 0)
         return sent if isinstance(sent, int) else 0
 
     def connect(self) -> None:
@@ -225,8 +234,7 @@ class Lightning(Tracker):
             self.logger.log_metrics(values, step)
         if rows:
             self.logger.save()
-            sent = runs.read_json(self.folder / "sent.json", dict[str, int])
-            runs.write_json(self.folder / "sent.json", {**sent, self.address: position})
+            runs.write_json(self._sent, {self.address: position})
 
     def files(self, names: Sequence[str]) -> None:
         """Loggers of other libraries have no place for them."""
@@ -238,13 +246,13 @@ class Lightning(Tracker):
 class Wandb(Lightning):
     """A run of Weights & Biases, offline unless WANDB_MODE says otherwise.
 
-    The run's `wandb.json` holds its id.
+    The run's `wandb.json` holds its id; that of a second one is in `wandb-2.json`.
     """
 
     remedy = "log in with `wandb login`, or set WANDB_MODE=offline, and `wandb sync` later"
 
-    def __init__(self, folder: Path, class_path: str, given: Mapping[str, Any]):
-        path = folder / "wandb.json"
+    def __init__(self, folder: Path, class_path: str, given: Mapping[str, Any], number: int = 1):
+        path = _numbered(folder / "wandb.json", number)
         known = runs.read_json(path, dict[str, str])
         if "id" not in known:
             known = {"id": secrets.token_hex(4)}
@@ -258,7 +266,7 @@ class Wandb(Lightning):
             "version": given.get("version") or given.get("id") or known["id"],
             "save_dir": save_dir,
         }
-        super().__init__(folder, class_path, {**given, **place})
+        super().__init__(folder, class_path, {**given, **place}, number)
 
     def connect(self) -> None:
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
@@ -305,20 +313,31 @@ def trackers(chosen: Any, folder: Path) -> list[Tracker]:
         return []
     if chosen in (None, True):
         chosen = {"class_path": "MLFlowLogger"}
-    return [_tracker(each, folder) for each in (chosen if isinstance(chosen, list) else [chosen])]
+    alike: Counter[str] = Counter()
+    return [_tracker(each, folder, alike) for each in (chosen if isinstance(chosen, list) else [chosen])]
 
 
-def _tracker(chosen: Any, folder: Path) -> Tracker:
+def _tracker(chosen: Any, folder: Path, alike: Counter[str]) -> Tracker:
+    """Return a tracker, and count it among those of its class."""
     if not isinstance(chosen, Mapping) or "class_path" not in chosen:
         raise BadInput(f"config: trainer.logger: '{chosen}' is not a logger; give its class_path")
     path = str(chosen["class_path"])
+    path = path if "." in path else f"lightning.pytorch.loggers.{path}"  # the short form
+    classes.check(path)
     given = {**(chosen.get("init_args") or {}), **(chosen.get("dict_kwargs") or {})}
-    match path.rpartition(".")[2]:
+    name = path.rpartition(".")[2]
+    alike[name] += 1
+    match name:
         case "MLFlowLogger":
-            return MLflow(folder, given)
+            return MLflow(folder, given, alike[name])
         case "WandbLogger":
-            return Wandb(folder, path, given)
-    return Lightning(folder, path, given)
+            return Wandb(folder, path, given, alike[name])
+    return Lightning(folder, path, given, alike[name])
+
+
+def _numbered(path: Path, number: int) -> Path:
+    """Return the path for the first, and `name-2.json`, `name-3.json`, … for further ones."""
+    return path if number == 1 else path.with_stem(f"{path.stem}-{number}")
 
 
 def _object(class_path: str, given: Mapping[str, Any]) -> Any:

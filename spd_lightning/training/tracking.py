@@ -83,7 +83,8 @@ def send(chosen: Any, folder: Path, settings: Mapping[str, Any]) -> None:
     """
     copies = Copies(trackers(chosen, folder), folder, needed=True)
     if not len(copies):
-        raise BadInput(f"run '{folder.name}': trainer.logger is false in its config.yaml; change it there")
+        place = f"run '{folder.name}': trainer.logger is false in its config.yaml"
+        raise BadInput(f"{place}; the run has no tracker to push to")
     with copies:
         copies.connect()
         copies.begin(settings)
