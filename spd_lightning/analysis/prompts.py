@@ -51,11 +51,12 @@ def find_prompt(store: Store, asked: str) -> int:
     """
     listed = graph_list(store)
     ids = listed["prompt_id"].to_list()
-    number = int(asked) if asked.isdecimal() and len(asked) < 20 else None
-    if number in ids:
-        return number
-    if number is not None and number < len(ids):
-        return ids[number]
+    if asked.isdecimal() and len(asked) < 20:
+        number = int(asked)
+        if number in ids:
+            return number
+        if number < len(ids):
+            return ids[number]
     rows = store.collect(store.scan("prompts")).to_dicts()
     names = {row["prompt_id"]: prompt_label(row, most=10**6) for row in rows}
     keys = {row["prompt_id"]: [search_key(name) for name in _names(row)] for row in rows}

@@ -103,7 +103,8 @@ class Frozen(TorchFunctionMode):
 
     def _by_rule(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple | None:
         """Return the result of a function by the rules of A6; None if no rule covers it."""
-        hold, x, others = self._hold, args[0] if args else None, args[1:]
+        hold, others = self._hold, args[1:]
+        x: Any = args[0] if args else None
         other: Any = others[0] if others else None
         if own := _FUSED.get(name):
             return own(hold, *args, **kwargs)
