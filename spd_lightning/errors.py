@@ -25,13 +25,13 @@ class Diverged(BadInput):
 def nearest(name: str, options: Iterable[str]) -> str:
     """The closest known names to a misspelt one, as the end of an error message.
 
-    Returns "did you mean 'x'?" or, where nothing is close, "there are: a, b, c" (at most 20).
+    Returns "did you mean 'x'?" or, where nothing is close, "choose from: a, b, c" (at most 20).
     """
     known = sorted(options)
     if close := difflib.get_close_matches(name, known, n=1):
         return f"did you mean '{close[0]}'?"
     more = f" and {len(known) - 20} more" if len(known) > 20 else ""
-    return f"there are: {', '.join(known[:20]) or 'none'}{more}"
+    return f"choose from: {', '.join(known[:20]) or 'none'}{more}"
 
 
 _USER = r"(?<=://)(?:[^\s/?#'\"]*|[^\s/'\"]*:[^\s'\"]*)@"

@@ -50,7 +50,7 @@ def _run(asked: argparse.Namespace, rows: Sequence[Row], folder: Path) -> None:
         row, prompt = rows[number], prompts[number]
         outcome = module.intervene(prompt, row.ablate, row.scale, row.set, row.keep, row.base)
         if not outcome.edited.isfinite().all():
-            raise BadInput("edits: with them the outputs are no numbers any more; scale or set by less")
+            raise BadInput("edits: they make the outputs infinite or NaN; use smaller values")
         facts = {"run": folder.resolve().name, "base": row.base, **told(outcome, prompt, data, asked.top)}
         return {"line": row.line, "name": row.name, **facts} if row.line else facts
 
@@ -93,7 +93,7 @@ def _inputs(row: Row, run: str, module: Decomposition, data: StepData) -> Tensor
     else:
         numbers = _numbers(row.input, whole=vocab is not None)
     if not numbers:
-        raise BadInput("prompt: it is empty; give it a token at least")
+        raise BadInput("prompt: it is empty; give at least one token")
     if vocab is not None:
         if outside := [token for token in numbers if not 0 <= token < vocab]:
             raise BadInput(f"prompt: token {outside[0]} is outside the target's vocabulary, which ends at {vocab - 1}")

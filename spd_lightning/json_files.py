@@ -137,7 +137,7 @@ def unsealed(value: dict[str, Any]) -> dict[str, Any]:
         return value
     rest = {key: held for key, held in value.items() if key != SEAL}
     if value[SEAL] != _digest(rest):
-        raise ValueError(f"its content does not fit its {SEAL}: it was changed after it was written")
+        raise ValueError(f"its content does not match its {SEAL}: it was changed after it was written")
     return rest
 
 
@@ -156,7 +156,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise _Twice(f"the key '{twice[:60]}' stands twice in one object")
+        raise _Twice(f"the key '{twice[:60]}' appears twice in one object")
     return found
 
 

@@ -19,7 +19,10 @@ def weights(words: Sequence[str]) -> None:
     found = runs.find(asked.run)
     if not (of := kind(found)).decoder:
         described = f"{of.target} ({of.model_type})" if of.model_type else of.target
-        raise BadInput(f"weights: run '{of.name}': {described} is no decoder whose parts are known; take a run of one")
+        raise BadInput(
+            f"weights: run '{of.name}': {described} is not a supported decoder; "
+            "use a run of a GPT-2, Llama, Mistral or Qwen2 model on our decoder"
+        )
     with loading.trainer():
         _write(found, path, asked.at_least)
 

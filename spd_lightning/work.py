@@ -133,11 +133,11 @@ def _complete_copy(run: runs.Run, settings: "Settings") -> None:
     """Send a finished run to the trackers that did not get all of it, in place of making it again."""
     from spd_lightning.training.tracking import send
 
-    log.info("run %s: it is finished; a tracker lacks a part of its copy, which is sent now", run.name)
+    log.info("run %s: it is finished; sending what a tracker is still missing", run.name)
     try:
         send(settings.trackers, run.path, settings.settings)
     except BadInput as error:
-        raise BadInput(f"{error}. The run itself is whole; for another one choose a name: --run NAME") from error
+        raise BadInput(f"{error}. The run itself is complete; to start another one, name it: --run NAME") from error
     print(f"sent: {run.path}")
 
 
@@ -260,9 +260,9 @@ def push(words: Sequence[str]) -> None:
     """Sends a finished run, its harvests included, to the trackers that its config names: once more, or at last."""
     found = runs.find(usage.read("push", words).run)
     if found.state != "finished":
-        raise BadInput(f"run '{found.name}': it is {found.state}; let its fit finish, which sends it too")
+        raise BadInput(f"run '{found.name}': it is {found.state}; let its fit finish, which also sends it")
     if not (found.path / "config.yaml").exists():
-        raise BadInput(f"run '{found.name}': it has no config.yaml, and so is no run of a fit; name one ('runs')")
+        raise BadInput(f"run '{found.name}': it has no config.yaml, so it was not made by fit; 'runs' lists the runs")
     runs.check_whole(found.path)
     settings = found.checked_config()
     trainer = settings.get("trainer")

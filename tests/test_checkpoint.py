@@ -328,7 +328,9 @@ def test_damaged_checkpoints(tmp_path):
     assert "weights of another model" in resume(tmp_path, decomposition(C=8))
     for damaged in (content[:-1], content[: len(content) // 2], b"", b"x" * 50):
         path.write_bytes(damaged)
-        assert "delete the folder 'checkpoints', and the same fit begins anew" in resume(tmp_path, decomposition())
+        assert "delete the folder 'checkpoints', and run the same fit again to start over" in resume(
+            tmp_path, decomposition()
+        )
     checkpoint.write({"w": torch.ones(1)}, path)
     assert "not a checkpoint of this tool" in resume(tmp_path, decomposition())
 
@@ -452,7 +454,7 @@ def test_where_both_are_bad_the_line_says_what_to_delete(tmp_path):
     last, before = write_two(tmp_path)
     for path in (last, before):
         path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(BadInput, match="delete the folder 'checkpoints', and the same fit begins anew"):
+    with pytest.raises(BadInput, match="delete the folder 'checkpoints', and run the same fit again to start over"):
         SafetensorsIO().load_checkpoint(last)
 
 

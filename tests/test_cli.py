@@ -134,7 +134,7 @@ def test_a_reader_that_goes_away_is_no_error():
 
 M = "model: {{init_args: {{{}}}}}"
 WRONG_CONFIGS = {
-    "sites: {nope: 3}": (M, "sites: pattern 'nope' matches no module of the target; there are: linear1, linear2"),
+    "sites: {nope: 3}": (M, "sites: pattern 'nope' matches no module of the target; choose from: linear1, linear2"),
     "sites: {linear1: 0, linear2: 0}": (M, "must have at least one component"),
     "sites: {linear1: four}": (M, "config: model.sites: 'four' is not a whole number"),
     "sites: [linear1]": (M, "config: model.sites: '['linear1']' is not 'key: value' pairs"),
@@ -173,7 +173,7 @@ WRONG_CONFIGS = {
     "trainer: {max_step: 3}": ("{}", "config: trainer.max_step: no such setting; did you mean 'max_steps'?"),
     "trainer: {max_steps: three}": ("{}", "config: trainer.max_steps: 'three' is not a whole number"),
     "trainer: {max_steps: -1}": ("{}", "max_steps -1 in trainer: data that are drawn on demand never end"),
-    "trainer: {val_check_interval: 0}": ("{}", "config: trainer.val_check_interval: 0 is no interval"),
+    "trainer: {val_check_interval: 0}": ("{}", "config: trainer.val_check_interval: it must be at least 1"),
     "trainer: {accelerator: quantum}": ("{}", "quantum"),
     "trainer: {devices: zero}": ("{}", "devices"),
     "trainer: {callbacks: [{class_path: spd_lightning.PromptGraph}]}": (
@@ -240,7 +240,7 @@ def test_a_config_by_itself(refused, here, text, said):
         ("--trainer.max_steps many", "config: trainer.max_steps: 'many' is not a whole number"),
         ("--trainer.max_steps=", "config: trainer.max_steps: '' is not a whole number"),
         ("--trainer.max_steps", "config: trainer.max_steps: no value; for example: --trainer.max_steps=1"),
-        ("stray", "config: 'stray' belongs to no option"),
+        ("stray", "config: unexpected argument 'stray'"),
         ("--config", "'--config' needs a value; for example: --config tms.yaml"),
         ("--config --run x", "'--config' needs a value"),
         ("--run", "'--run' needs a value"),
@@ -493,7 +493,7 @@ def test_a_truncated_checkpoint(refused, here):
     for held in path.parent.iterdir():
         held.write_bytes(held.read_bytes()[:-9])
     assert ".safetensors': cannot be read" in (said := refused(*FIT))
-    assert f"delete the folder '{path.parent.name}', and the same fit begins anew" in said
+    assert f"delete the folder '{path.parent.name}', and run the same fit again to start over" in said
     shutil.rmtree(path.parent)
     weights = (here / "runs/tiny/decomposition.safetensors").read_bytes()
     assert cli.run(FIT) == 0

@@ -211,7 +211,7 @@ def test_positions_and_layers_without_nodes(style):
 def test_what_has_no_closed_form_says_why():
     decoder = Decoder(VOCAB, D, 1, 2, 6)
     mode = MODES["unmasked"]
-    assert why_not(ComponentModel(TMS(5, 2), {"*": 3}), mode) == "TMS is no decoder whose parts are known"
+    assert why_not(ComponentModel(TMS(5, 2), {"*": 3}), mode) == "TMS is not a supported decoder"
     odd = ComponentModel(decoder, MAPS | {"h.0.mlp.c_fc.pre_identity": 3})
     assert why_not(odd, mode) == "'h.0.mlp.c_fc.pre_identity' is decomposed"
     assert why_not(ComponentModel(decoder, MAPS), MODES["reference"]) == "this mode lets delta carry gradient"

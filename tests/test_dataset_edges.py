@@ -316,7 +316,7 @@ def test_a_harvest_of_chosen_layers(tmp_path):
     found = table(store, "dataset_edges")
     assert set(found["target_layer"]) == {"h.0.mlp.down_proj"}
     assert set(found["source_layer"]) == {"h.0.mlp.gate_proj", "h.0.mlp.up_proj"}
-    with pytest.raises(BadInput, match=r"layers 'h.0.mpl.\*' in DatasetEdges: no such layer; there are: h.0"):
+    with pytest.raises(BadInput, match=r"layers 'h.0.mpl.\*' in DatasetEdges: no such layer; choose from: h.0"):
         harvested(tmp_path, decoder(), Ragged(), DatasetEdges(layers=["h.0.mpl.*"], name="none"))
 
 
@@ -416,7 +416,7 @@ def test_edges_on_the_command_line(both, capsys):
         (["h.0.mlp.down_proj"], "component 'h.0.mlp.down_proj': write layer:number"),
         (["h.0.mlp.down_proj:1", "--harvest", "dataset-unmaskd"], "did you mean 'dataset-unmasked'?"),
         (["h.0.mlp.down_proj:1", "--most", "0"], "--most '0': not a number from 1 up"),
-        (["h.0.mlp.down_proj:1", "--scale", "log"], "--scale 'log': unknown value; there are: mean, normalised, sum"),
+        (["h.0.mlp.down_proj:1", "--scale", "log"], "--scale 'log': unknown value; choose from: mean, normalised, sum"),
         ([], "edges: COMPONENT is missing: layer:number"),
     ],
 )

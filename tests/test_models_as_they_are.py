@@ -235,4 +235,4 @@ def test_a_linear_map_of_another_class_is_a_site_where_it_is_one():
     config = transformers.AutoConfig.for_model("falcon", **WIDE).to_dict()
     assert ComponentModel(HuggingFaceLM(config), {"*dense_4h_to_h": 2}).sites
     said = refused(nn.Sequential(nn.Linear(3, 3), Doubled(3, 3)), {"1": 2})
-    assert said == "sites: '1' is a Doubled, which is no map that gives x Wᵀ + b; leave it out"
+    assert said == "sites: '1' is a Doubled, which does not compute x Wᵀ + b; leave it out"

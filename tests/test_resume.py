@@ -101,7 +101,7 @@ def test_a_command_of_the_shell_killed_and_stopped(root):
         kill_when(lambda step=step: logged(folder) >= step, lambda: process.poll() is None, process.pid, by)  # noqa: B023
         said.append(process.communicate(timeout=240)[1])
         assert process.returncode == code
-    assert "run shell: goes on where it was interrupted" in said[1]
+    assert "run shell: resuming from where it was interrupted" in said[1]
     line = r"Stopped by SIGINT at step \d+( \(saved at step \d+\))?; run the same command again to resume\.\n"
     assert re.search(f"{line}$", said[1])
     assert "Traceback" not in said[1]

@@ -241,7 +241,7 @@ def test_the_list_of_runs_survives_broken_folders(root, caplog):
 
 def test_no_root_no_runs(root):
     assert runs.runs() == []
-    with pytest.raises(BadInput, match="there are: none"):
+    with pytest.raises(BadInput, match="choose from: none"):
         runs.find("tms")
 
 

@@ -278,7 +278,7 @@ def test_a_dataset_in_a_folder(tmp_path, monkeypatch, streaming):
     write_table(tmp_path / "set" / "train.parquet")
     corpus = Corpus(f"hf:{tmp_path / 'set'}", streaming=streaming)
     assert list(corpus.documents()) == DOCUMENTS[:7]
-    with pytest.raises(BadInput, match=r"no column 'words'; set column; there are: n, text"):
+    with pytest.raises(BadInput, match=r"no column 'words'; set column; choose from: n, text"):
         list(Corpus(corpus.name, "words", streaming=streaming).documents())
     with pytest.raises(BadInput, match="test"):
         list(Corpus(corpus.name, split="test", streaming=streaming).documents())
@@ -612,8 +612,8 @@ def files(folder):
         ("broken.jsonl", ["line 2: not JSON"]),
         ("list.jsonl", ["line 1: it holds list", "one object a line"]),
         ("numbers.jsonl", ["column 'text' holds int, not text"]),
-        ("other.jsonl", ["no column 'text'", "there are: body, title"]),
-        ("other.parquet", ["no column 'text'", "there are: body, title"]),
+        ("other.jsonl", ["no column 'text'", "choose from: body, title"]),
+        ("other.parquet", ["no column 'text'", "choose from: body, title"]),
         ("lists.parquet", ["column 'text' holds list, not text"]),
         ("broken.parquet", ["broken.parquet", "cannot be read as Parquet"]),
         ("none.txt", ["none.txt", "no such file", "stories, stdlib"]),
@@ -668,7 +668,7 @@ def test_without_the_extra(fresh, monkeypatch, package):
         ({"prompts_file": "none.txt"}, "none.txt': cannot be read"),
         (
             {"prompts_file": "other.jsonl"},
-            "line 1 of 'other.jsonl': no column 'text'; set prompts_column; there are: body",
+            "line 1 of 'other.jsonl': no column 'text'; set prompts_column; choose from: body",
         ),
     ],
 )

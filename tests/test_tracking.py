@@ -142,7 +142,7 @@ def test_a_record_that_the_tracker_has_lost(client, root, capsys, monkeypatch):
 
 def test_pulling_what_is_not_there(client, capsys):
     assert cli.run(["pull", "mlflow:tyni"]) == 2
-    assert "there are: tiny" in capsys.readouterr().err
+    assert "choose from: tiny" in capsys.readouterr().err
 
 
 def test_wandb_keeps_its_files_in_the_run(root):

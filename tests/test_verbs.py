@@ -165,8 +165,8 @@ def test_wrong_words(words, line):
 # ---- before torch is loaded -----------------------------------------------------------------------------------------
 
 REJECTED = {
-    "weights toy": "weights: run 'toy': TMS is no decoder",
-    "weights bert": "weights: run 'bert': HuggingFaceLM (bert) is no decoder",
+    "weights toy": "weights: run 'toy': TMS is not a supported decoder",
+    "weights bert": "weights: run 'bert': HuggingFaceLM (bert) is not a supported decoder",
     "weights empty": "holds no decomposition",
     "weights tyo": "did you mean 'toy'?",
     "intervene toy --text Mia": "run 'toy' takes no texts",

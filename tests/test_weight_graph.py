@@ -28,7 +28,7 @@ WHOLE = [style for style, (_, sites) in STYLES.items() if sites.items() >= MAPS.
 REFUSED = {
     "": "weights: RUN is missing",
     "txet": "run 'txet': not in",
-    "toy": "weights: run 'toy': TMS is no decoder whose parts are known",
+    "toy": "weights: run 'toy': TMS is not a supported decoder",
     "text --at_least 2": "--at_least '2': a share",
     "text --to table.csv": "--to 'table.csv': not a kind of file that is written; end it in .parquet",
     "text --to no/where.parquet": "there is no folder 'no'",
@@ -136,9 +136,7 @@ def test_only_some_maps_need_be_sites():
 
 
 def test_other_models_are_refused():
-    with pytest.raises(
-        BadInput, match=r"^weights: TMS is no decoder whose parts are known; decompose a GPT-2, Llama, Mistral"
-    ):
+    with pytest.raises(BadInput, match=r"^weights: TMS is not a supported decoder; decompose a GPT-2, Llama, Mistral"):
         weight_table(ComponentModel(TMS(5, 2), {"*": 3}))
 
 

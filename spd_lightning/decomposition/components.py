@@ -180,8 +180,8 @@ def _refuse_experts(model: nn.Module, pattern: str, modules: Sequence[str]) -> N
             block = holder.rpartition(".")[0].rpartition(".")[0]
             others = [m for m in modules if m.startswith(f"{block}.")] or list(modules)
             raise BadInput(
-                f"sites: pattern '{pattern}' means experts that are kept as one three-dimensional tensor, '{name}' "
-                f"{list(parameter.shape)}, and no map of their own that a site could be; decompose the maps beside "
+                f"sites: pattern '{pattern}' refers to experts stored as one three-dimensional tensor, '{name}' "
+                f"{list(parameter.shape)}, which cannot be a site; decompose the maps next to "
                 f"them, for example {', '.join(others[:4])}"
             )
 

@@ -13,7 +13,7 @@ from spd_lightning.decomposition.model import ComponentModel, Map
 def why_not(model: ComponentModel, mode: Mode) -> str | None:
     """What keeps a model's graphs from closed form; None where nothing does."""
     if not getattr(model.target, "closed_forms", False):
-        return f"{type(model.target).__name__} is no decoder whose parts are known"
+        return f"{type(model.target).__name__} is not a supported decoder"
     if mode.delta == "flow":
         return "this mode lets delta carry gradient"
     if strange := sorted(set(model.sites) - set(_maps(model.target)) - {"wte", "lm_head"}):

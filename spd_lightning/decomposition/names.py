@@ -38,7 +38,7 @@ def place(counts: Mapping[str, int], name: str) -> Place:
     if not 1 <= len(numbers) <= 2 or not numbers[-1].isdecimal():
         raise BadInput(f"component '{name}': write layer:pos:component, or layer:component for all positions")
     if len(numbers[-1]) > 2 * DIGITS:
-        raise BadInput(f"component '{name}': no site has so many components; take a smaller number")
+        raise BadInput(f"component '{name}': no site has that many components; take a smaller number")
     positions = _positions(name, numbers[0]) if len(numbers) == 2 else None
     found = Place(site, int(numbers[-1]), positions)
     known(counts, found)
@@ -48,9 +48,9 @@ def place(counts: Mapping[str, int], name: str) -> Place:
 def _positions(name: str, word: str) -> tuple[int, ...]:
     first, dash, last = word.partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()):
-        raise BadInput(f"component '{name}': position '{word}' is no number; write 3, or 3-5 for several")
+        raise BadInput(f"component '{name}': position '{word}' is not a number; write 3, or 3-5 for several")
     if max(len(first), len(last)) > DIGITS:
-        raise BadInput(f"component '{name}': position '{word}' lies beyond every prompt's end; write a smaller one")
+        raise BadInput(f"component '{name}': position '{word}' is beyond the end of any prompt; write a smaller one")
     found = tuple(range(int(first), int(last or first) + 1))
     if not found:
         raise BadInput(f"component '{name}': positions '{word}' end before they begin; write the smaller one first")

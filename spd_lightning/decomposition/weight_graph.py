@@ -42,12 +42,12 @@ def links(model: ComponentModel) -> list[Link]:
     """The pairs of sites of a decoder that are joined directly, by target in forward order; it need not be all sites.
 
     Raises:
-        BadInput: the model is no decoder whose parts are known.
+        BadInput: the model is not a supported decoder.
     """
     target: Any = model.target
     if not getattr(target, "closed_forms", False):
         raise BadInput(
-            f"weights: {type(target).__name__} is no decoder whose parts are known; decompose a GPT-2, "
+            f"weights: {type(target).__name__} is not a supported decoder; decompose a GPT-2, "
             "Llama, Mistral or Qwen2 checkpoint as decoder:NAME in place of hf:NAME"
         )
     found, writers = [], ["wte"]
@@ -75,7 +75,7 @@ def weight_graph(model: ComponentModel, normalised: bool = True) -> Iterator[tup
         Each link and its weights [components of the source, components of the target].
 
     Raises:
-        BadInput: the model is no decoder whose parts are known.
+        BadInput: the model is not a supported decoder.
     """
     return ((link, weights(model, link, normalised)) for link in links(model))
 

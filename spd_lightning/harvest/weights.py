@@ -48,7 +48,7 @@ def weight_table(
         One row a weight, with the columns of `COLUMNS`.
 
     Raises:
-        BadInput: the model is no decoder whose parts are known.
+        BadInput: the model is not a supported decoder.
     """
     twin = twin_of(model, MODES["unmasked"])
     groups = [list(group) for _, group in groupby(links(twin.model), lambda link: (link.target, link.kind))]

@@ -35,7 +35,7 @@ def keep_known(folder: Path, what: str) -> None:
             path.unlink()
     if strange:
         log.warning(
-            "%s: %d files are not those of a run and were left out: %s",
+            "%s: skipped %d files that do not belong to a run: %s",
             what,
             len(strange),
             ", ".join(sorted(strange)[:5]),

@@ -82,7 +82,7 @@ def claim(name: str, settings: Mapping[str, Any]) -> Claim:
         elif (run.path / "summary.json").exists():
             os.close(handle)
         else:
-            log.info("run %s: goes on where it was interrupted", run.name)
+            log.info("run %s: resuming from where it was interrupted", run.name)
             for folder in (run.path, run.path / "checkpoints", run.path / "figures"):
                 sweep(folder)  # nobody else writes here: the lock is ours
             return Claim(run, True, handle)

@@ -33,7 +33,9 @@ def check_name(name: str) -> str:
     if name in _RESERVED:
         raise BadInput(f"run name '{name}': the folder of that name holds something else; choose another")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
-        raise BadInput(f"run name '{name}': use at most 100 letters, digits, '.', '_' and '-', the first no '.' or '-'")
+        raise BadInput(
+            f"run name '{name}': use at most 100 letters, digits, '.', '_' and '-', and do not start with '.' or '-'"
+        )
     return name
 
 

@@ -68,8 +68,8 @@ def gap_warning(manifest: Mapping[str, Any]) -> str:
         return ""
     return (
         f"in-edges do NOT add up: they miss up to {100 * gap:.2g} % of a prompt's activations, where frozen graphs "
-        f"promise {100 * ADDS_UP:.2g} % at most; the target computes something that they have no rule for, so "
-        "distrust sums of edges here, or take mode unmasked"
+        f"should miss at most {100 * ADDS_UP:.2g} %. The target computes something that no rule covers: do not rely "
+        "on sums of edges here, or use mode unmasked"
     )
 
 
@@ -120,11 +120,11 @@ def _check_settings(path: Path, settings: Settings) -> None:
     layers = settings["layers"]
     if len(set(layers)) < len(layers):
         twice = next(name for name in layers if layers.count(name) > 1)
-        raise BadInput(f"harvest manifest '{path}': layers: '{twice[:60]}' stands there twice; {_REMEDY}")
+        raise BadInput(f"harvest manifest '{path}': layers: '{twice[:60]}' appears twice; {_REMEDY}")
     for layer, count in settings.get("C", {}).items():
         if not 0 <= count <= LARGEST_C:
             raise BadInput(
-                f"harvest manifest '{path}': C.{layer[:60]}: {count} is no number of components, which is from 0 to "
+                f"harvest manifest '{path}': C.{layer[:60]}: {count} is not a number of components, which is from 0 to "
                 f"{LARGEST_C}; {_REMEDY}"
             )
 
@@ -147,7 +147,7 @@ def _read_ledger(path: Path, rank: int) -> Ledger:
         if shard["rank"] != rank or shard["n"] < 0:
             raise BadInput(f"harvest manifest '{path}': shards[{k}]: not a group of rank {rank}; {_REMEDY}")
         if shard["n"] in seen:
-            raise BadInput(f"harvest manifest '{path}': shards[{k}]: group {shard['n']} stands there twice; {_REMEDY}")
+            raise BadInput(f"harvest manifest '{path}': shards[{k}]: group {shard['n']} appears twice; {_REMEDY}")
         seen.add(shard["n"])
         for table, piece in shard["tables"].items():
             if table not in TABLES or piece["rows"] < 0 or piece["bytes"] < 0:

@@ -28,7 +28,7 @@ def damage(path: Path, piece: Piece) -> str | None:
     try:
         if (there := path.stat().st_size) != piece["bytes"]:
             return f"{there} of {piece['bytes']} bytes"
-        return None if digest(path) == piece["digest"] else "its content does not fit its digest in the ledger"
+        return None if digest(path) == piece["digest"] else "its content does not match its digest in the ledger"
     except OSError as error:
         return error.strerror or str(error)
 

@@ -179,7 +179,7 @@ def text_of(row: Any, column: str, option: str = "column") -> str | Unusable | N
     if isinstance(row, Unusable):
         return row
     if column not in row:
-        return Unusable(f"no column '{column}'", f"set {option}; there are: {', '.join(map(str, row))}")
+        return Unusable(f"no column '{column}'", f"set {option}; choose from: {', '.join(map(str, row))}")
     value = row[column]
     if value is None:
         return None

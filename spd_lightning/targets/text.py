@@ -133,7 +133,7 @@ class Text(StepData):
             raise BadInput(f"text '{text[:40]}': {half} is half of a character; write it in UTF-8, whole")
         ids, repeated = self.tokeniser.encode_prompt(text)
         for name in repeated:
-            self._say("the text brings '%s', which the tokenizer adds itself; one of the two is kept", name)
+            self._say("the text already contains '%s', which the tokenizer also adds; only one is kept", name)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

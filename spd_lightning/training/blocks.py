@@ -101,7 +101,8 @@ class BlockModule(L.LightningModule, ABC):
         if held != own:
             name = min(k for k in {*held, *own} if held.get(k) != own.get(k))
             raise BadInput(
-                f"checkpoint: weights of another model ('{name}' differs); delete it, and the same fit begins anew"
+                f"checkpoint: weights of another model ('{name}' differs); delete it, and run the same fit again to "
+                "start over"
             )
 
     def setup(self, stage: str) -> None:

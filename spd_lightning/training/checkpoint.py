@@ -171,7 +171,7 @@ def _opened(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: it cannot be read, or is something else.
     """
-    remedy = f"delete the folder '{path.parent.name}', and the same fit begins anew"
+    remedy = f"delete the folder '{path.parent.name}', and run the same fit again to start over"
     tensors, header = read(path, remedy)
     if "tree" not in header:
         raise BadInput(f"'{path}': not a checkpoint of this tool; {remedy}")

@@ -73,15 +73,15 @@ class Parser(LightningArgumentParser):
         if m := re.match(r"Expected a dot import path string: (.+)", leaf):
             return "", _no_class(m[1], "names no package")
         if m := re.match(r"Not a valid subclass of (\S+)\. Got value: (.*)", leaf):
-            return "", f"'{m[2]}' is no {m[1]}; give its class_path, and init_args"
+            return "", f"'{m[2]}' is not a {m[1]}; give its class_path, and init_args"
         if m := re.match(r"Import path (\S+) does not correspond to a subclass of (\S+)", leaf):
-            return "", f"class_path '{m[1]}' is no {m[2]}"
+            return "", f"class_path '{m[1]}' is not a {m[2]}"
         if m := re.match(r"(?:Group '(.+)' does not accept option|Option) '(.+?)'", leaf):
             return self._unknown(".".join(filter(None, m.groups())))
         if m := re.match(r"unrecognized arguments: --([^\s=]+)", leaf):
             return self._unknown(m[1])
         if m := re.match(r"unrecognized arguments: (\S+)", leaf):
-            return "", f"'{m[1]}' belongs to no option; options are written --key value"
+            return "", f"unexpected argument '{m[1]}'; write options as --key value"
         if m := re.match(r"the following arguments are required: (.+)", leaf):
             return m[1], "missing; it has no default"
         if m := re.match(r"argument --(\S+): expected one argument", leaf):

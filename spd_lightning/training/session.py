@@ -120,7 +120,9 @@ class Session(LightningCLI):
         callbacks = [*(chosen.get("callbacks") or []), *own_callbacks]
         own_file = [MetricsFile(self.plan.folder)] if self.plan.logged or self.plan.tracked else []
         if chosen.get("val_check_interval") == 0:
-            raise BadInput("config: trainer.val_check_interval: 0 is no interval; how many batches lie between two?")
+            raise BadInput(
+                "config: trainer.val_check_interval: it must be at least 1, the number of batches between evaluations"
+            )
         try:
             return super().instantiate_trainer(
                 logger=own_file or False,
