@@ -5,12 +5,15 @@ start included: there are as many test processes as cores, and small matrices on
 """
 
 import os
+import signal
 import sys
 
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded, which is later
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell script starts its background jobs so, pytest included
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("spd_lightning", deadline=None)
 settings.load_profile("spd_lightning")
 

@@ -16,12 +16,12 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from tiny_run import SERVER, done, lay_out, work_uncopied
+from tiny_run import SERVER, done, lay_out, one_figure, work_uncopied
 
 from spd_lightning import catalogue, cli, config, json_files, results, runs
 from spd_lightning.errors import BadInput
 from spd_lightning.store import SCHEMA_VERSION, Store
-from spd_lightning.training import checkpoint
+from spd_lightning.training import checkpoint, figures
 from spd_lightning.training.decompose import Decomposition
 
 FIT, PREDICT = ["fit", "--config", "tiny"], ["predict", "--config", "tiny"]
@@ -36,6 +36,7 @@ def finished(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         patch.setenv("SPD_RUNS", str(lay_out(here, steps=40, batch=32)))
+        patch.setattr(figures, "draw", one_figure)
         assert cli.run(FIT) == 0
         assert cli.run(PREDICT) == 0
     yield here
@@ -48,6 +49,7 @@ def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     copy = tmp_path / "here"
     shutil.copytree(finished, copy)
     monkeypatch.chdir(copy)
+    monkeypatch.setattr(figures, "draw", one_figure)
     monkeypatch.setenv("SPD_RUNS", str(copy / "runs"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return copy

@@ -16,13 +16,14 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from tiny_run import lay_out
+from tiny_run import lay_out, one_figure
 
 from spd_lightning import cli, export, json_files, runs
 from spd_lightning.analysis.weights import factors
 from spd_lightning.errors import BadInput
 from spd_lightning.runs.trackers import MIRRORED
 from spd_lightning.store import Store
+from spd_lightning.training import figures
 from spd_lightning.training.checkpoint import LAST, SafetensorsIO, load_decomposition
 from spd_lightning.training.pretraining import trained_target
 from spd_lightning.viewer import component_page, run_page
@@ -43,6 +44,7 @@ def here(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         patch.setenv("SPD_RUNS", str(lay_out(here, steps=25, batch=80)))
+        patch.setattr(figures, "draw", one_figure)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         assert cli.run(["fit", "--config", "tiny"]) == 0
         assert cli.run(["predict", "--config", "tiny"]) == 0

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_run import lay_out
+from tiny_run import lay_out, one_figure
 
 from spd_lightning import classes, cli, config, json_files, runs
 from spd_lightning.errors import BadInput
 from spd_lightning.runs.artifacts import keep_known
-from spd_lightning.training import networks
+from spd_lightning.training import figures, networks
 from spd_lightning.training.session import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*max_epochs. was not set", "ignore:LightningCLI's args parameter")
@@ -37,6 +37,7 @@ def finished(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         patch.setenv("SPD_RUNS", str(lay_out(here, steps=20, batch=160)))
+        patch.setattr(figures, "draw", one_figure)
         assert cli.run(["fit", "--config", "tiny"]) == 0
     yield here
     torch.set_num_threads(threads)

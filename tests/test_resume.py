@@ -25,7 +25,7 @@ FIT, PREDICT = ["fit", "--config", "tiny"], ["predict", "--config", "tiny"]
 def root(tmp_path_factory):
     """A working directory with a config of a few seconds, and a finished run `plain` of it."""
     here = tmp_path_factory.mktemp("resume")
-    lay_out(here, steps=240, batch=4)
+    lay_out(here, steps=120, batch=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         patch.setenv("SPD_RUNS", str(here / "runs"))
@@ -56,7 +56,7 @@ def test_a_killed_fit_ends_as_if_never_killed(root, seed):
     """Killed at a random step, twice; the weights, the log and the figures are those of the undisturbed run."""
     words, folder = [*FIT, "--run", f"killed{seed}"], root / f"killed{seed}"
     chance = random.Random(seed)
-    for step in sorted(chance.sample(range(30, 220), 2)):
+    for step in sorted(chance.sample(range(30, 100), 2)):
         killed(
             root, words, lambda step=step: logged(folder) >= step and (folder / "checkpoints/last.safetensors").exists()
         )
@@ -71,7 +71,7 @@ def test_a_killed_fit_in_micro_batches_with_muon(root):
     words = [*FIT, "--model.init_args.micro_batches=2", "--model.init_args.optimiser.kind=muon", "--run"]
     folder = root / "parts"
     done(root, [*words, "parts-plain"])
-    killed(root, [*words, "parts"], lambda: logged(folder) >= 100)
+    killed(root, [*words, "parts"], lambda: logged(folder) >= 60)
     assert runs.Run(folder).state == "interrupted"
     done(root, [*words, "parts"])
     same_run(folder, root / "parts-plain")
@@ -96,7 +96,7 @@ def test_a_command_of_the_shell_killed_and_stopped(root):
     """`python -m spd_lightning fit` as a user runs it: killed; run again, and stopped by Ctrl-C; and run again."""
     words, folder = [sys.executable, "-m", "spd_lightning", *FIT, "--run", "shell"], root / "shell"
     said = []
-    for step, by, code in ((60, signal.SIGKILL, -signal.SIGKILL), (150, signal.SIGINT, 130)):
+    for step, by, code in ((40, signal.SIGKILL, -signal.SIGKILL), (80, signal.SIGINT, 130)):
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         kill_when(lambda step=step: logged(folder) >= step, lambda: process.poll() is None, process.pid, by)  # noqa: B023
         said.append(process.communicate(timeout=240)[1])
@@ -145,7 +145,7 @@ def test_a_stopped_fit_saves_where_it_is(root, by, code):
 def test_a_bad_checkpoint_falls_back_to_the_one_before(root):
     """Two checkpoints are kept: with the last one damaged, or missing, the fit still ends in the same weights."""
     words, folder = [*FIT, "--run", "fallback"], root / "fallback"
-    killed(root, words, lambda: logged(folder) >= 100)
+    killed(root, words, lambda: logged(folder) >= 60)
     held = folder / "checkpoints"
     steps = [
         SafetensorsIO().load_checkpoint(held / name)["global_step"]

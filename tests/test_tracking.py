@@ -100,7 +100,7 @@ def test_mlflow_holds_the_files(client, root):
 
     held = set(files())
     assert {"config.yaml", "decomposition.safetensors", "decomposition.json", "summary.json", "metrics.jsonl"} <= held
-    assert {"figures/importance.png", "harvest/graphs-unmasked/manifest.json"} <= held
+    assert {"figures/mean_importance.png", "harvest/graphs-unmasked/manifest.json"} <= held
     here = {str(p.relative_to(root / "tiny")) for p in (root / "tiny").rglob("*") if p.is_file()}
     ours = ("checkpoints", "wandb", "mlflow", "sent", ".")
     away = {name for name in here if name.startswith(ours) or "/.lock" in name}
