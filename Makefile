@@ -30,7 +30,7 @@ view: install  ## open the viewer in a browser
 	$(PYTHON) -m spd_lightning view
 
 test: $(VENV)/.installed-dev  ## the tests
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed-dev  ## ruff, basedpyright, import-linter
 	$(VENV)/bin/ruff check .
