@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -70,11 +71,15 @@ def _run(words: list[str]) -> int:
 def _nobody_reads() -> bool:
     """Return whether stdout is a pipe whose reader has read enough; what else is printed is then dropped."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        output = sys.stdout.fileno()
+    except OSError:  # it is no file
+        return False
+    pipe = select.poll()
+    pipe.register(output, select.POLLOUT)
+    closed = any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return closed
 
 
 def _call(verb: Callable[[Sequence[str]], None], words: list[str]) -> None:

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded, which is later
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell script starts its background jobs so, pytest included
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A background job of a script starts with Ctrl-C ignored, and one under `nohup` with hang-ups ignored.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 settings.register_profile("spd_lightning", deadline=None)
 settings.load_profile("spd_lightning")
 

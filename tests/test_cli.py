@@ -163,8 +163,11 @@ WRONG_CONFIGS = {
     "target: tms_5-2": (M, "target 'tms_5-2': does not train a target"),
     "model: {class_path: spd_lightning.Decompositon}": ("{}", "did you mean 'spd_lightning.Decomposition'?"),
     "model: {class_path: nopackage.Thing}": ("{}", "class_path 'nopackage.Thing': not one that a config may name"),
-    "model: {class_path: spd_lightning.SparseFeatures}": ("{}", "'spd_lightning.SparseFeatures' is no LightningModule"),
-    "model: 3": ("{}", "config: model: '3' is no LightningModule; give its class_path"),
+    "model: {class_path: spd_lightning.SparseFeatures}": (
+        "{}",
+        "'spd_lightning.SparseFeatures' is not a LightningModule",
+    ),
+    "model: 3": ("{}", "config: model: '3' is not a LightningModule; give its class_path"),
     "data: {class_path: spd_lightning.SparseFeature}": ("{}", "did you mean 'spd_lightning.SparseFeatures'?"),
     "data: {init_args: {n_feature: 5}}": ("{}", "config: data.n_feature: no such setting; did you mean 'n_features'?"),
     "data: {init_args: {probability: 3}}": (

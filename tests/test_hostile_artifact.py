@@ -224,7 +224,7 @@ def test_only_files_of_a_run_are_taken(tmp_path, caplog):
     keep_known(folder, "mlflow:x")
     left = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
     assert sorted(left) == sorted(names)
-    assert "7 files are not those of a run" in caplog.text
+    assert "skipped 7 files that do not belong to a run" in caplog.text
     (tmp_path / "other").mkdir()
     (tmp_path / "other/net.py").write_text("x")
     with pytest.raises(BadInput, match="none of its files is one of a run"):

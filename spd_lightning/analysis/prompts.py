@@ -51,7 +51,7 @@ def find_prompt(store: Store, asked: str) -> int:
     """
     listed = graph_list(store)
     ids = listed["prompt_id"].to_list()
-    if asked.isdecimal() and len(asked) < 20:
+    if asked.isdecimal() and len(asked) <= 20:
         number = int(asked)
         if number in ids:
             return number
