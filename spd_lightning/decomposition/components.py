@@ -207,8 +207,8 @@ def _refuse_other_maps(site: Site) -> None:
     except Exception:  # it takes something else
         apart = torch.inf
     if not apart <= torch.finfo(W.dtype).eps ** 0.5 * wanted.abs().max():
-        does = "looks up the rows of its weight" if site.kind == "embedding" else "gives x Wᵀ + b"
-        raise BadInput(f"sites: '{site.name}' is a {type(module).__name__}, which is no map that {does}; leave it out")
+        lacks = "look up the rows of its weight" if site.kind == "embedding" else "compute x Wᵀ + b"
+        raise BadInput(f"sites: '{site.name}' is a {type(module).__name__}, which does not {lacks}; leave it out")
 
 
 def find_sites(model: nn.Module, patterns: Mapping[str, int]) -> dict[str, tuple[Site, int]]:
