@@ -15,16 +15,19 @@ PROGRAM = "python -m spd_lightning"
 # ---- kinds of values ------------------------------------------------------------------------------------------------
 
 
-def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """Return a reader of whole numbers from `least` to `most`."""
+LARGEST = 2**31 - 1
+"""The largest whole number that an option takes."""
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers from `least` to `LARGEST`."""
 
     def read_whole(word: str) -> int:
         shown = word if len(word) <= 20 else f"{word[:17]}..."
-        if not (word.isascii() and word.isdecimal()):
-            raise argparse.ArgumentTypeError(f"'{shown}': not a number from {least} up")
-        if len(word) > len(str(most)) or int(word) > most:
+        is_whole = word.isascii() and word.isdecimal()
+        if is_whole and (len(word) > len(str(LARGEST)) or int(word) > LARGEST):
             raise argparse.ArgumentTypeError(f"'{shown}': too large")
-        if int(word) < least:
+        if not is_whole or int(word) < least:
             raise argparse.ArgumentTypeError(f"'{shown}': not a number from {least} up")
         return int(word)
 

@@ -419,7 +419,7 @@ def test_two_loggers_of_a_class_have_files_of_their_own(tmp_path):
 
 
 def test_an_older_run_with_one_file_for_all_loggers(tmp_path):
-    """What its sent.json says is not sent again; a second logger of the class begins at the top."""
+    """Rows that the old sent.json records are not sent again; a second logger of the same class gets all rows."""
     runs.write_json(tmp_path / "sent.json", {"CSVLogger": 70, "WandbLogger": 50})
     chosen = [{"class_path": name} for name in ("WandbLogger", "CSVLogger", "CSVLogger")]
     assert [tracker.start() for tracker in trackers(chosen, tmp_path)] == [50, 70, 0]

@@ -101,8 +101,11 @@ def _resemblance(wanted: str, name: str) -> float:
     starts = range(max(1, len(wanted) - 2))
     runs = {wanted[start : start + 3] for start in starts}
     contained = sum(run in name for run in runs)
+    share = contained / len(runs)
+
     beginning = name[: len(wanted) + 1]
-    return contained / len(runs) + SequenceMatcher(None, wanted, beginning).ratio()
+    similarity = SequenceMatcher(None, wanted, beginning).ratio()
+    return share + similarity
 
 
 def together_label(count: int) -> str:

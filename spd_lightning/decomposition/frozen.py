@@ -145,7 +145,7 @@ _OPERANDS = {
     "bmm": ("input", "mat2"),
     "where": ("condition", "input", "other"),
 }
-"""What a function calls its operands, where that is not `input`, `other` and `exponent`."""
+"""Names of the operands of functions that do not call them `input`, `other` and `exponent`."""
 
 
 def _operands_first(func: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -185,7 +185,8 @@ def _rms_norm(
     hold: Hold, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    scaled = x * hold((x.square().mean(-1, keepdim=True) + eps).rsqrt())
+    mean_square = x.square().mean(-1, keepdim=True)
+    scaled = x * hold((mean_square + eps).rsqrt())
     return scaled if weight is None else scaled * weight
 
 

@@ -14,7 +14,7 @@ DECODERS = ("gpt2", "llama", "mistral", "qwen2")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a run decomposes. Facts that cannot be read stay empty; loading the weights reports them.
+    """Facts about the model that a run decomposes. A fact that cannot be read is empty; loading the weights says why.
 
     Attributes:
         name: the run's name.

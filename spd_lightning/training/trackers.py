@@ -104,7 +104,7 @@ class MLflow(Tracker):
 
     @property
     def _store(self) -> str:
-        """What stands for the store in the file of the record; the embedded one moves with the runs."""
+        """The store's name in the record's file: its address, or "embedded", which stays true if the runs are moved."""
         return "embedded" if self.uri == runs.embedded_uri() else self.address
 
     def connect(self) -> None:
@@ -198,8 +198,9 @@ class MLflow(Tracker):
 
 
 class Lightning(Tracker):
-    """A logger of Lightning, or of a user: what it has is noted in the run's `sent-<class>.json`, as
-    it cannot be asked.
+    """A logger of Lightning, or of a user.
+
+    It cannot be asked which rows it has, so the run's `sent-<class>.json` records that.
 
     Args:
         folder: the run's folder.
