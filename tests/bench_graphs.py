@@ -23,13 +23,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import connected, cut_run, prompt_edges
-from spd_lightning.decomposition.closed_form import attribution_graphs
-from spd_lightning.decomposition.dataset_edges import dataset_edges
-from spd_lightning.decomposition.graph import MODES, Layer, Subject
+from spd_lightning.attribution.autograd import connected, cut_run, prompt_edges
+from spd_lightning.attribution.dataset_edges import dataset_edges
+from spd_lightning.attribution.graph import MODES, Layer, Subject
+from spd_lightning.attribution.outputs import likely_tokens
+from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import likely_tokens
 from spd_lightning.harvest.rows import edge_rows
 from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training.blocks import settle_allocator

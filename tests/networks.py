@@ -1,4 +1,4 @@
-"""Small targets for the tests of the mathematics, each with its forward pass written twice.
+"""Small targets for the tests of the method, each with its forward pass written twice.
 
 `forward` is what the decomposition patches; `explicit(batch, at)` is the same computation on plain functions, where
 `at(name, x)` says what the site of that name gives. `naive` fills it with D1, D3 and D4 as the laws are printed.

@@ -25,7 +25,7 @@ def test_import_contracts_hold():
         ("spd_lightning.cli", {"torch", "lightning", "polars", "gradio", "mlflow", "wandb"}),
         ("spd_lightning.runs", {"torch", "lightning", "mlflow", "wandb", "polars"}),
         ("spd_lightning.store", {"torch", "lightning", "gradio"}),
-        ("spd_lightning.decomposition.attribution", {"lightning", "polars", "matplotlib", "gradio", "mlflow"}),
+        ("spd_lightning.attribution.autograd", {"lightning", "polars", "matplotlib", "gradio", "mlflow"}),
         ("app", {"torch", "lightning"}),
     ],
 )

@@ -11,12 +11,12 @@ from networks import printed_weight
 from torch import nn
 from torch.nn import functional as F
 
-from spd_lightning.decomposition import attribution
-from spd_lightning.decomposition.attribution import connected, crossing, cut_run, edges, oracle, prompt_edges
+from spd_lightning.attribution import autograd
+from spd_lightning.attribution.autograd import connected, crossing, cut_run, edges, oracle, prompt_edges
+from spd_lightning.attribution.graph import MODES, Mode, Subject
+from spd_lightning.attribution.outputs import every_output, likely_tokens
 from spd_lightning.decomposition.components import Mask
-from spd_lightning.decomposition.graph import MODES, Mode, Subject
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import every_output, likely_tokens
 from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP
 
 THRESHOLD = 0.3
@@ -413,7 +413,7 @@ def test_a7_chunks_of_any_size_give_the_same(monkeypatch):
     model, inputs, g = made("induction")
     expected = batched(model, inputs, g, "unmasked")
     for size in (1, 500):
-        monkeypatch.setattr(attribution, "CHUNK", size)
+        monkeypatch.setattr(autograd, "CHUNK", size)
         for found, right in zip(batched(model, inputs, g, "unmasked"), expected, strict=True):
             assert_equal(found, right)
 

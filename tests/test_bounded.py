@@ -7,10 +7,10 @@ import torch
 from test_closed_form import THRESHOLD, assert_equal, dictionary, made, some_outputs
 from test_nodes import harvested, shaken
 
-from spd_lightning.decomposition import attribution, closed_form
-from spd_lightning.decomposition.bounded import bounded
-from spd_lightning.decomposition.closed_form import attribution_graphs, graphs_in_parts
-from spd_lightning.decomposition.graph import MODES, Subject
+from spd_lightning.attribution import autograd, prompt_graphs
+from spd_lightning.attribution.graph import MODES, Subject
+from spd_lightning.attribution.prompt_graphs import attribution_graphs, graphs_in_parts
+from spd_lightning.attribution.pruning import bounded
 from spd_lightning.harvest.checks import weighed
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.targets.data import SparseFeatures
@@ -30,8 +30,8 @@ def test_two_passes_keep_what_one_keeps(style, mode, monkeypatch):
     of = subject(style, mode)
     layers, whole = attribution_graphs(of, 0.05)
     whole = list(whole)
-    monkeypatch.setattr(closed_form, "MOST", 1)  # prompt by prompt
-    monkeypatch.setattr(attribution, "CHUNK", 500)
+    monkeypatch.setattr(prompt_graphs, "MOST", 1)  # prompt by prompt
+    monkeypatch.setattr(autograd, "CHUNK", 500)
     _, graphs = graphs_in_parts(of)
     few, seen = [], []
     for p, parts in enumerate(graphs):
@@ -54,7 +54,7 @@ def test_no_more_than_what_fits_is_ever_kept(style, mode, most, monkeypatch, cap
     """The strongest in-edges of every node stay; how many there were, and gaps, are those of the whole; it is said."""
     of = subject(style, mode)
     layers, every = attribution_graphs(of)
-    monkeypatch.setattr(closed_form, "MOST", 1)
+    monkeypatch.setattr(prompt_graphs, "MOST", 1)
     whole = weighed(of.model, layers, [list(every)], 0.0)
     layers, parts = graphs_in_parts(of)
     with caplog.at_level(logging.WARNING, "spd_lightning.harvest.checks"):

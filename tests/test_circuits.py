@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from spd_lightning.attribution.circuit_objective import CircuitSearch, Question
+from spd_lightning.attribution.circuit_search import Descent, Frontier, chosen, optimise
+from spd_lightning.attribution.graph import MODES, Subject
+from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.decomposition.adversaries import Adversary
-from spd_lightning.decomposition.closed_form import attribution_graphs
 from spd_lightning.decomposition.components import Mask
-from spd_lightning.decomposition.graph import MODES, Subject
 from spd_lightning.decomposition.masks import stochastic_sources
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.optimised import Descent, Frontier, chosen, optimise
-from spd_lightning.decomposition.question import CircuitSearch, Question
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.circuits import SparseCircuits
 from spd_lightning.store import Store

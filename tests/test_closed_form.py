@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from spd_lightning.decomposition.attribution import cut_run, oracle, prompt_edges, tabled
-from spd_lightning.decomposition.closed_form import attribution_graphs, why_not
-from spd_lightning.decomposition.graph import MODES, Mode, Subject, node_numbers
-from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import (
+from spd_lightning.attribution.autograd import cut_run, oracle, prompt_edges, tabled
+from spd_lightning.attribution.closed_form.trace import why_not
+from spd_lightning.attribution.graph import MODES, Mode, Subject, node_numbers
+from spd_lightning.attribution.outputs import (
     Against,
     Outputs,
     at_positions,
@@ -18,6 +17,8 @@ from spd_lightning.decomposition.outputs import (
     every_output,
     given_tokens,
 )
+from spd_lightning.attribution.prompt_graphs import attribution_graphs
+from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.targets.toy import TMS
 from spd_lightning.targets.transformer import Decoder
 
@@ -157,7 +158,7 @@ def test_blocks_of_attention_edges_change_nothing(monkeypatch):
     model, tokens, g = made("llama", length=6)
     held, whole = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD))
     whole = list(whole)
-    monkeypatch.setattr("spd_lightning.decomposition.edge_blocks.BLOCK", 1)
+    monkeypatch.setattr("spd_lightning.attribution.closed_form.sinks.BLOCK", 1)
     _, found = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD))
     found = list(found)
     for p in range(len(tokens)):
@@ -169,7 +170,7 @@ def test_nodes_that_spread_can_be_taken_a_few_at_a_time(style, monkeypatch):
     model, tokens, g = made(style)
     held, whole = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD))
     whole = list(whole)
-    monkeypatch.setattr("spd_lightning.decomposition.partial_coverage.CHUNK", 1)
+    monkeypatch.setattr("spd_lightning.attribution.closed_form.partial.CHUNK", 1)
     _, found = attribution_graphs(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD))
     found = list(found)
     for p in range(len(tokens)):

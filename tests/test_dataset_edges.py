@@ -14,12 +14,12 @@ from test_nodes import WORDS, Ragged, harvested, induction_head, shaken, table
 
 from spd_lightning import cli
 from spd_lightning.analysis.dataset_edges import named, strongest
-from spd_lightning.decomposition.attribution import cut_run, prompt_edges
-from spd_lightning.decomposition.closed_form import why_not
-from spd_lightning.decomposition.dataset_edges import dataset_edges, looked_up
-from spd_lightning.decomposition.graph import MODES, Subject
+from spd_lightning.attribution.autograd import cut_run, prompt_edges
+from spd_lightning.attribution.closed_form.trace import why_not
+from spd_lightning.attribution.dataset_edges import dataset_edges, looked_up
+from spd_lightning.attribution.graph import MODES, Subject
+from spd_lightning.attribution.outputs import every_output
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import every_output
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.dataset_edges import DatasetEdges
 from spd_lightning.harvest.graphs import PromptGraphs

@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 from test_checkpoint import TARGET, decomposition, trainer
 
 from spd_lightning import cli, runs
-from spd_lightning.decomposition import optimised
-from spd_lightning.decomposition.question import CircuitSearch
+from spd_lightning.attribution import circuit_search
+from spd_lightning.attribution.circuit_objective import CircuitSearch
 from spd_lightning.errors import BadInput, Diverged
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.targets.data import SparseFeatures
@@ -117,11 +117,13 @@ def test_weights_that_are_not_finite_are_not_harvested(tmp_path):
 
 def test_a_circuit_search_that_diverges(monkeypatch):
     monkeypatch.setattr(
-        optimised.Descent, "_minimality", lambda self: torch.full((len(self.prompt),), math.nan) * self.values.sum()
+        circuit_search.Descent,
+        "_minimality",
+        lambda self: torch.full((len(self.prompt),), math.nan) * self.values.sum(),
     )
     inputs = torch.eye(5)[:2]
     with pytest.raises(Diverged, match=r"the circuit search's loss .* is nan after"):
-        optimised.optimise(decomposition().model, inputs, CircuitSearch(steps=3, lambdas=(0.1,)))
+        circuit_search.optimise(decomposition().model, inputs, CircuitSearch(steps=3, lambdas=(0.1,)))
 
 
 def test_the_first_strange_tensor_is_named():

@@ -5,9 +5,9 @@ import torch
 from test_closed_form import CLOSED, THRESHOLD, assert_equal, dictionary, made, some_outputs
 from test_nodes import WORDS, Ragged, decoder, harvested, shaken, table
 
-from spd_lightning.decomposition.attribution import cut_run, oracle
-from spd_lightning.decomposition.closed_form import attribution_graphs
-from spd_lightning.decomposition.graph import Subject
+from spd_lightning.attribution.autograd import cut_run, oracle
+from spd_lightning.attribution.graph import Subject
+from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.explained import Explained, thresholds, token_id
 from spd_lightning.harvest.graphs import PromptGraphs

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from spd_lightning.decomposition.frozen import Frozen
+from spd_lightning.attribution.linearize import Frozen
 
 HELD = {"laplace", "sigmoid", "sqrtsoftplus"}
 """Activations that are not zero at zero, so that they have no secant."""

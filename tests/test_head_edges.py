@@ -8,10 +8,10 @@ from test_dataset_edges import decoder
 from test_nodes import Ragged, harvested
 from test_nodes import decoder as without_attention
 
-from spd_lightning.decomposition.attribution import cut_run, oracle
-from spd_lightning.decomposition.closed_form import attribution_graphs
-from spd_lightning.decomposition.graph import Subject
-from spd_lightning.decomposition.head_edges import head_edges
+from spd_lightning.attribution.autograd import cut_run, oracle
+from spd_lightning.attribution.closed_form.heads import head_edges
+from spd_lightning.attribution.graph import Subject
+from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.targets import transformer

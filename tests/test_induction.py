@@ -7,8 +7,8 @@ by its key and copy M from it. Components here are exact (V = Wᵀ, U the identi
 import pytest
 import torch
 
-from spd_lightning.decomposition.attribution import Edges, prompt_edges
-from spd_lightning.decomposition.graph import MODES, Subject
+from spd_lightning.attribution.autograd import Edges, prompt_edges
+from spd_lightning.attribution.graph import MODES, Subject
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.targets.toy import InductionHead, induced_token, induction_tokens
 

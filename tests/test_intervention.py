@@ -16,13 +16,13 @@ from torch import nn
 
 from spd_lightning import cli
 from spd_lightning.analysis.checks import fidelity
-from spd_lightning.decomposition.checks import Checks, Graphs, Inflow, changes
-from spd_lightning.decomposition.closed_form import attribution_graphs
+from spd_lightning.attribution.checks import Checks, Graphs, Inflow, changes
+from spd_lightning.attribution.graph import MODES, EdgeTable, Subject, joined
+from spd_lightning.attribution.outputs import Against, Outputs, centred
+from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.decomposition.components import Mask
-from spd_lightning.decomposition.graph import MODES, EdgeTable, Subject, joined
 from spd_lightning.decomposition.intervention import Edit, Place, intervene, named_edits, place
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import Against, Outputs, centred
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.harvest.module import prompt_id

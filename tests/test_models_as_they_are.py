@@ -9,11 +9,11 @@ import transformers
 from torch import nn
 
 from spd_lightning import BadInput, ComponentModel, HuggingFaceLM
-from spd_lightning.decomposition.attribution import cut_run, edges, prompt_edges, tabled
-from spd_lightning.decomposition.checks import Graphs, Inflow, changes
+from spd_lightning.attribution.autograd import cut_run, edges, prompt_edges, tabled
+from spd_lightning.attribution.checks import Graphs, Inflow, changes
+from spd_lightning.attribution.dataset_edges import dataset_edges, looked_up, sums_gap
+from spd_lightning.attribution.graph import MODES, EdgeTable, Subject, joined
 from spd_lightning.decomposition.components import Mask
-from spd_lightning.decomposition.dataset_edges import dataset_edges, looked_up, sums_gap
-from spd_lightning.decomposition.graph import MODES, EdgeTable, Subject, joined
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.intervention import intervene, named_edits
 

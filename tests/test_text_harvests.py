@@ -12,7 +12,7 @@ from test_resume import committed
 from tiny_run import done, killed
 
 from spd_lightning import cli
-from spd_lightning.decomposition.graph import MODES, known_mode
+from spd_lightning.attribution.graph import MODES, known_mode
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.dataset_edges import DatasetEdges
 from spd_lightning.harvest.graphs import PromptGraphs

@@ -5,9 +5,9 @@ import tiny_checkpoints
 import torch
 from test_closed_form import CLOSED, assert_equal, dictionary
 
-from spd_lightning.decomposition.attribution import cut_run, oracle
-from spd_lightning.decomposition.checks import Graphs, Inflow
-from spd_lightning.decomposition.graph import MODES, Subject
+from spd_lightning.attribution.autograd import cut_run, oracle
+from spd_lightning.attribution.checks import Graphs, Inflow
+from spd_lightning.attribution.graph import MODES, Subject
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.harvest.twins import twin_of
 from spd_lightning.targets.conversion import decoder_from

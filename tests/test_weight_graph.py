@@ -9,11 +9,11 @@ from test_closed_form import MAPS, STYLES, THRESHOLD, dictionary, made, some_out
 from torch import nn
 
 from spd_lightning import cli
-from spd_lightning.decomposition.closed_form import attribution_graphs
-from spd_lightning.decomposition.decoder_run import trace
-from spd_lightning.decomposition.graph import MODES, Subject
+from spd_lightning.attribution.closed_form.trace import trace
+from spd_lightning.attribution.closed_form.weights import links, weight_graph
+from spd_lightning.attribution.graph import MODES, Subject
+from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.weight_graph import links, weight_graph
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.twins import twin_of
 from spd_lightning.harvest.weights import weight_table

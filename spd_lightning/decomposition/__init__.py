@@ -1,1 +1,1 @@
-"""The mathematics: tensors in, tensors out. Nothing here reads a file, logs, draws, or knows a particular model."""
+"""The method: tensors in, tensors out. Nothing here reads a file, logs, draws, or knows a particular model."""

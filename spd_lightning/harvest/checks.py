@@ -9,9 +9,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.bounded import MOST, bounded, no_edges
-from spd_lightning.decomposition.checks import Checks, Graphs, Inflow
-from spd_lightning.decomposition.graph import EdgeTable, Layer, joined
+from spd_lightning.attribution.checks import Checks, Graphs, Inflow
+from spd_lightning.attribution.graph import EdgeTable, Layer, joined
+from spd_lightning.attribution.pruning import MOST, bounded, no_edges
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.harvest.rows import array
 from spd_lightning.store import AGREEMENT, TABLES, finite

@@ -14,11 +14,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.graph import MODES, ModeName, Subject, known_mode
+from spd_lightning.attribution.circuit_objective import CircuitSearch, suited
+from spd_lightning.attribution.circuit_search import Frontier, chosen, optimise
+from spd_lightning.attribution.graph import MODES, ModeName, Subject, known_mode
+from spd_lightning.attribution.outputs import OutputNodes, every_output
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.optimised import Frontier, chosen, optimise
-from spd_lightning.decomposition.outputs import OutputNodes, every_output
-from spd_lightning.decomposition.question import CircuitSearch, suited
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.checks import largest_gap, weighed
 from spd_lightning.harvest.module import Harvester

@@ -13,9 +13,9 @@ import numpy as np
 import polars as pl
 from torch import Tensor
 
-from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums, sums_gap
-from spd_lightning.decomposition.decoder_run import why_not
-from spd_lightning.decomposition.graph import MODES, ModeName, Subject, known_mode
+from spd_lightning.attribution.closed_form.trace import why_not
+from spd_lightning.attribution.dataset_edges import NodeSums, PairSums, sums_gap
+from spd_lightning.attribution.graph import MODES, ModeName, Subject, known_mode
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.harvest.module import PAIRS, Harvester

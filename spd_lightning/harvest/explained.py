@@ -7,9 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.intervention import Place, place
-from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import (
+from spd_lightning.attribution.outputs import (
     Against,
     OutputNodes,
     Outputs,
@@ -19,6 +17,8 @@ from spd_lightning.decomposition.outputs import (
     given_tokens,
     logits,
 )
+from spd_lightning.decomposition.intervention import Place, place
+from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.harvest.rows import Names
 

@@ -13,11 +13,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.bounded import MOST
-from spd_lightning.decomposition.graph import MODES, ModeName, Subject, Threshold, known_mode
-from spd_lightning.decomposition.head_edges import no_heads
+from spd_lightning.attribution.closed_form.heads import no_heads
+from spd_lightning.attribution.graph import MODES, ModeName, Subject, Threshold, known_mode
+from spd_lightning.attribution.outputs import OutputNodes, every_output
+from spd_lightning.attribution.pruning import MOST
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import OutputNodes, every_output
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.checks import FACTOR, check_rows, drawn, graph_rows, largest_gap, weighed
 from spd_lightning.harvest.explained import Explained, thresholds

@@ -16,7 +16,7 @@ import polars as pl
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from spd_lightning.decomposition.graph import MODES
+from spd_lightning.attribution.graph import MODES
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.twins import tell_of_long_way

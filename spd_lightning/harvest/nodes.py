@@ -12,7 +12,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.graph import Layer
+from spd_lightning.attribution.graph import Layer
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.rows import (

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.attribution import biased
-from spd_lightning.decomposition.bounded import bounded
-from spd_lightning.decomposition.checks import Checks, Key, changes
-from spd_lightning.decomposition.closed_form import graphs_in_parts
-from spd_lightning.decomposition.dataset_edges import NodeSums, PairSums, dataset_edges
-from spd_lightning.decomposition.decoder_run import why_not
-from spd_lightning.decomposition.graph import EdgeTable, Layer, Mode, Subject
-from spd_lightning.decomposition.head_edges import HeadTable, head_edges
+from spd_lightning.attribution.autograd import biased
+from spd_lightning.attribution.checks import Checks, Key, changes
+from spd_lightning.attribution.closed_form.heads import HeadTable, head_edges
+from spd_lightning.attribution.closed_form.trace import why_not
+from spd_lightning.attribution.dataset_edges import NodeSums, PairSums, dataset_edges
+from spd_lightning.attribution.graph import EdgeTable, Layer, Mode, Subject
+from spd_lightning.attribution.prompt_graphs import graphs_in_parts
+from spd_lightning.attribution.pruning import bounded
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.targets.conversion import twin
 from spd_lightning.targets.huggingface import HuggingFaceLM

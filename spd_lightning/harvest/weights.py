@@ -9,10 +9,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.decomposition.graph import MODES
+from spd_lightning.attribution.closed_form.weights import Link, links, weights
+from spd_lightning.attribution.graph import MODES
 from spd_lightning.decomposition.metrics import sizeable
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.weight_graph import Link, links, weights
 from spd_lightning.harvest.rows import array
 from spd_lightning.harvest.twins import twin_of
 
@@ -36,7 +36,7 @@ Groups = Iterable[list[Link]]
 def weight_table(
     model: ComponentModel, at_least: float = AT_LEAST, bar: Callable[[Sequence[list[Link]]], Groups] = iter
 ) -> pl.DataFrame:
-    """The strongest weights between components, strongest first, whatever the prompt (`decomposition.weight_graph`).
+    """Return the strongest weights between components, strongest first, whatever the prompt.
 
     Args:
         model: a decoder decomposed, or a HuggingFace model that has a twin.

@@ -207,7 +207,7 @@ class Decoder(LanguageModel):
     """
 
     closed_forms = True
-    """Its graphs need no backward pass: `decomposition.closed_form` knows these parts by name."""
+    """Its graphs need no backward pass: `attribution.closed_form` knows these parts by name."""
     cos: Float[Tensor, "pos d_head"] | None
     sin: Float[Tensor, "pos d_head"]
 

@@ -19,13 +19,13 @@ from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spd_lightning.decomposition.attribution import Edges, prompt_edges
-from spd_lightning.decomposition.closed_form import Graph
-from spd_lightning.decomposition.decoder_run import why_not
-from spd_lightning.decomposition.edge_blocks import Across, Nodes, Places, onward
-from spd_lightning.decomposition.graph import Layer, NodeKind, Subject
+from spd_lightning.attribution.autograd import Edges, prompt_edges
+from spd_lightning.attribution.closed_form.rows import batch_of
+from spd_lightning.attribution.closed_form.sinks import Across, Nodes, Places, onward
+from spd_lightning.attribution.closed_form.trace import why_not
+from spd_lightning.attribution.closed_form.walk import Graph
+from spd_lightning.attribution.graph import Layer, NodeKind, Subject
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.prompt_rows import batch_of
 
 Rows = Mapping[str, Int[Tensor, "batch pos"]]
 """Of every embedding that is no site: which of its rows stands at each position."""

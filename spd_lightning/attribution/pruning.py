@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lightning.decomposition.graph import EdgeTable, joined
+from spd_lightning.attribution.graph import EdgeTable, joined
 
 MOST = 1 << 25
 """Edges of one prompt that are held together."""

@@ -1,8 +1,7 @@
-"""A question about some prompts: what the target says at one position, and how far other answers are from it.
+"""The objective of a circuit search: how far the masked model's output is from the target's at one position.
 
-What circuits are looked for by (`optimised`): the distance D of an answer, and the masks under which it is asked for,
-stochastic ones and an adversary's. Rows of a batch may ask about the same prompt; what is drawn for a prompt depends on
-its content alone, whatever stands beside it.
+`circuit_search` minimizes this distance D under stochastic and adversarial masks. Several rows of a batch may hold the
+same prompt. The masks drawn for a prompt depend on its content alone, not on the other rows of the batch.
 """
 
 import hashlib

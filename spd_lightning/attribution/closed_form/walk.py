@@ -11,25 +11,22 @@ so an edge is a few inner products of what the source writes with what the targe
 
 with w = m ∘ a, p_h the attention pattern of head h, R the rotation to a position. One forward pass of the batch gives
 all that these ask for; edges then come prompt by prompt, from the rows of U and V that are nodes there.
-Maps that are no sites pass on what reaches them: `partial_coverage` has the edges through their blocks.
-Not here: modes whose delta carries gradient (see `why_not`); those take the batched products of `attribution`, which
+Maps that are no sites pass on what reaches them: `partial` has the edges through their blocks.
+Not here: modes whose delta carries gradient (see `why_not`); those take the batched products of `autograd`, which
 give the same numbers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.attribution import Products
-from spd_lightning.decomposition.bounded import MOST, bounded
-from spd_lightning.decomposition.decoder_run import why_not
-from spd_lightning.decomposition.edge_blocks import Across, T, Tables
-from spd_lightning.decomposition.graph import EdgeTable, Layer, Subject
-from spd_lightning.decomposition.partial_coverage import PartialWalk
-from spd_lightning.decomposition.prompt_rows import Rows, batch_of, beside
+from spd_lightning.attribution.closed_form.partial import PartialWalk
+from spd_lightning.attribution.closed_form.rows import Rows, batch_of, beside
+from spd_lightning.attribution.closed_form.sinks import Across, T, Tables
+from spd_lightning.attribution.graph import EdgeTable, Layer, Subject
 
 # ---- edges of one prompt --------------------------------------------------------------------------------------------
 
@@ -167,43 +164,3 @@ def closed_form(of: Subject) -> tuple[list[Layer], Iterator[Graph[EdgeTable]]]:
     """
     batch = batch_of(of)
     return batch.layers, (Graph(batch, prompt, Tables(prompt)) for prompt in range(len(of.inputs)))
-
-
-def attribution_graphs(of: Subject, at_least: float = 0.0) -> tuple[list[Layer], Iterator[EdgeTable]]:
-    """The graphs of a batch of prompts in the quickest way that the model and the mode allow; the numbers are the same.
-
-    at_least: edges below this share of all that enters their target, sizes added up, are left out.
-    """
-    layers, graphs = graphs_in_parts(of)
-    return layers, (bounded(parts, at_least).table for parts in graphs)
-
-
-class Alone:
-    """The edges of one prompt of a batch whose graphs are too large to be computed together.
-
-    Args:
-        of: the batch.
-        nodes: its output nodes [batch, pos, K].
-        prompt: which prompt of the batch.
-    """
-
-    def __init__(self, of: Subject, nodes: Tensor, prompt: int):
-        self._of, self._prompt = of.alone(prompt, nodes), prompt
-
-    def __iter__(self) -> Iterator[EdgeTable]:
-        for table in Products(self._of):
-            yield table._replace(prompt=table.prompt + self._prompt)
-
-
-def graphs_in_parts(of: Subject, most: int | None = None) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
-    """The same graphs, of which no edge is computed yet: of each what gives all its edges whenever it is gone through.
-
-    most: several prompts come together only where that cannot be more edges; `bounded.MOST` where left out.
-    """
-    if why_not(of.model, of.mode) is None:
-        return closed_form(of)
-    together, prompts = Products(of), range(len(of.inputs))
-    count = torch.stack([layer.nodes.flatten(1).sum(1) for layer in together.layers]).sum(0)
-    if len(prompts) == 1 or int(count.square().sum()) <= 2 * (MOST if most is None else most):
-        return together.layers, iter([together])
-    return together.layers, (Alone(of, together.layers[-1].nodes, prompt) for prompt in prompts)

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spd_lightning.attribution.outputs import OutputNodes, Outputs, Reading, every_output, reading_of
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.outputs import OutputNodes, Outputs, Reading, every_output, reading_of
 from spd_lightning.errors import BadInput, nearest
 
 # ---- the question ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ be made smaller:
 3. *Judge.* How many components are left, and how probable the label is under ci, stochastic and adversarial masks. A
    small circuit that an adversary can break is no circuit.
 
-Not here: which λ to take is up to the caller (`chosen` has a rule), graphs of the result are `closed_form`'s.
+Not here: which λ to take is up to the caller (`chosen` has a rule), graphs of the result are in `prompt_graphs`.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from spd_lightning.attribution.circuit_objective import CircuitSearch, Question
 from spd_lightning.decomposition.losses import powered
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.question import CircuitSearch, Question
 from spd_lightning.errors import Diverged
 
 

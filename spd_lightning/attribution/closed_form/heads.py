@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from spd_lightning.decomposition.closed_form import Graph
-from spd_lightning.decomposition.decoder_run import why_not
-from spd_lightning.decomposition.edge_blocks import Tables
-from spd_lightning.decomposition.graph import EdgeTable, Mode, Subject, joined
+from spd_lightning.attribution.closed_form.rows import batch_of
+from spd_lightning.attribution.closed_form.sinks import Tables
+from spd_lightning.attribution.closed_form.trace import why_not
+from spd_lightning.attribution.closed_form.walk import Graph
+from spd_lightning.attribution.graph import EdgeTable, Mode, Subject, joined
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.prompt_rows import batch_of
 
 
 class HeadTable(NamedTuple):
@@ -46,7 +46,7 @@ def _maps(block: int) -> list[str]:
 def head_edges(of: Subject, edges: Iterable[EdgeTable]) -> Iterator[HeadTable]:
     """The terms of those edges that run through attention: over its heads, they add up to the edge.
 
-    edges: of each prompt one table, as `closed_form` gives them of the same subject; terms of other edges are left out,
+    edges: of each prompt one table, as `walk` gives them of the same subject; terms of other edges are left out,
     and so are those across positions that are exactly zero. `no_heads` must have nothing to say against the model.
     """
     batch = batch_of(of)

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from spd_lightning.decomposition.decoder_run import Trace, layers_of, trace
-from spd_lightning.decomposition.edge_blocks import Nodes, T, Taker, nodes_of
-from spd_lightning.decomposition.frozen import gelu_secant
-from spd_lightning.decomposition.graph import Layer, Subject, node_numbers
+from spd_lightning.attribution.closed_form.sinks import Nodes, T, Taker, nodes_of
+from spd_lightning.attribution.closed_form.trace import Trace, layers_of, trace
+from spd_lightning.attribution.graph import Layer, Subject, node_numbers
+from spd_lightning.attribution.linearize import gelu_secant
 
 
 class Batch(NamedTuple):

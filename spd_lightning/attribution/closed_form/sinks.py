@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spd_lightning.decomposition.graph import EdgeTable
+from spd_lightning.attribution.graph import EdgeTable
 
 T = TypeVar("T", covariant=True)
 BLOCK = 1 << 17

@@ -1,6 +1,6 @@
 """Edges through blocks of a decoder of which only some maps are sites (section A of docs/method.md).
 
-Maps that are no sites pass on what reaches them. So what each node wrote walks on as a *tangent* (`tangents`), and the
+Maps that are no sites pass on what reaches them. So what each node wrote walks on as a *tangent* (`jvp`), and the
 edge to a reader is `V_j · tangent`. Up to attention a tangent stands at its node's position, many nodes side by side
 (`Rows`); through attention whose maps pass it on it spreads to later positions (`Far`), and walks from there to the
 logits, some nodes at a time. A node that reaches a reader on several ways, through queries and values or through a map
@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lightning.decomposition.edge_blocks import Places, T
-from spd_lightning.decomposition.prompt_rows import PromptRows, Rows, beside
-from spd_lightning.decomposition.tangents import Heads, pushed
+from spd_lightning.attribution.closed_form.jvp import Heads, pushed
+from spd_lightning.attribution.closed_form.rows import PromptRows, Rows, beside
+from spd_lightning.attribution.closed_form.sinks import Places, T
 
 CHUNK = 1 << 22
 """Numbers held at once for nodes whose tangents have spread."""

@@ -1,10 +1,10 @@
 """Checks of a graph: its edges against interventions, its nodes against the sum of what enters them (section A).
 
-An edge says what the target would lose if its source fell silent and all else stood still (A1). That can be tried: in a
-batch of copies of a prompt every site gives what it gave in the graph's own run, but that each copy has one component
-scaled at one position; what lies between the sites is computed anew, and the target is read. Where a graph's maps are
-linear (`frozen`, A6) the change is the edge; in `jacobian` modes it is for small changes, and full ablation shows how
-far the model is from linear.
+An edge states what its target would lose if its source were ablated and every other site kept its output (A1). An
+intervention tests this. In a batch of copies of one prompt, every site returns its output from the graph's own run,
+except that each copy scales one component at one position. Everything between the sites is recomputed, and the target
+is read. If the maps of a graph are linear (`linearize`, A6), the change equals the edge. In `jacobian` modes this holds
+for small changes, and a full ablation shows how far the model is from linear.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from spd_lightning.attribution.graph import EdgeTable, Layer, NodeKind, Subject, node_numbers
+from spd_lightning.attribution.linearize import Frozen
 from spd_lightning.decomposition.components import Site
-from spd_lightning.decomposition.frozen import Frozen
-from spd_lightning.decomposition.graph import EdgeTable, Layer, NodeKind, Subject, node_numbers
 from spd_lightning.decomposition.model import ComponentModel, Map, flattened
 
 CHUNK = 1 << 24

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spd_lightning.attribution.graph import Layer, Mode, NodeKind, Subject
 from spd_lightning.decomposition.components import Site
-from spd_lightning.decomposition.graph import Layer, Mode, NodeKind, Subject
 from spd_lightning.decomposition.model import ComponentModel, Map
 
 
@@ -96,7 +96,7 @@ def trace(of: Subject) -> Trace:
 
 
 def layers_of(run: Trace) -> list[Layer]:
-    """The layers of the graphs, in forward order, as `attribution.cut_run` gives them, but no leaves."""
+    """The layers of the graphs, in forward order, as `autograd.cut_run` gives them, but no leaves."""
     layers = []
     for kind, name in run.order:
         if kind == "component":

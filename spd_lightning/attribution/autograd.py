@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spd_lightning.attribution.graph import EdgeTable, Layer, NodeKind, Subject, node_numbers, shape3
+from spd_lightning.attribution.linearize import Frozen
 from spd_lightning.decomposition.components import Site, available
-from spd_lightning.decomposition.frozen import Frozen
-from spd_lightning.decomposition.graph import EdgeTable, Layer, NodeKind, Subject, node_numbers, shape3
 from spd_lightning.decomposition.model import ComponentModel, Map, flattened
 
 CHUNK = 1 << 20

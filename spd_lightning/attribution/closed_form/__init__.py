@@ -1,0 +1,1 @@
+"""Attribution graphs of decoders without a backward pass."""

@@ -1,0 +1,56 @@
+"""Attribution graphs of a batch of prompts in the quickest way that the model and the mode allow.
+
+Decoders take closed forms (`closed_form`), everything else batched vector-Jacobian products (`autograd`). The numbers
+are the same.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from spd_lightning.attribution.autograd import Products
+from spd_lightning.attribution.closed_form.trace import why_not
+from spd_lightning.attribution.closed_form.walk import closed_form
+from spd_lightning.attribution.graph import EdgeTable, Layer, Subject
+from spd_lightning.attribution.pruning import MOST, bounded
+
+
+def attribution_graphs(of: Subject, at_least: float = 0.0) -> tuple[list[Layer], Iterator[EdgeTable]]:
+    """The graphs of a batch of prompts in the quickest way that the model and the mode allow; the numbers are the same.
+
+    at_least: edges below this share of all that enters their target, sizes added up, are left out.
+    """
+    layers, graphs = graphs_in_parts(of)
+    return layers, (bounded(parts, at_least).table for parts in graphs)
+
+
+class Alone:
+    """The edges of one prompt of a batch whose graphs are too large to be computed together.
+
+    Args:
+        of: the batch.
+        nodes: its output nodes [batch, pos, K].
+        prompt: which prompt of the batch.
+    """
+
+    def __init__(self, of: Subject, nodes: Tensor, prompt: int):
+        self._of, self._prompt = of.alone(prompt, nodes), prompt
+
+    def __iter__(self) -> Iterator[EdgeTable]:
+        for table in Products(self._of):
+            yield table._replace(prompt=table.prompt + self._prompt)
+
+
+def graphs_in_parts(of: Subject, most: int | None = None) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
+    """The same graphs, of which no edge is computed yet: of each what gives all its edges whenever it is gone through.
+
+    most: several prompts come together only where that cannot be more edges; `pruning.MOST` where left out.
+    """
+    if why_not(of.model, of.mode) is None:
+        return closed_form(of)
+    together, prompts = Products(of), range(len(of.inputs))
+    count = torch.stack([layer.nodes.flatten(1).sum(1) for layer in together.layers]).sum(0)
+    if len(prompts) == 1 or int(count.square().sum()) <= 2 * (MOST if most is None else most):
+        return together.layers, iter([together])
+    return together.layers, (Alone(of, together.layers[-1].nodes, prompt) for prompt in prompts)
