@@ -9,6 +9,7 @@ from typing import Any
 _HOME = {
     "Decomposition": "spd_lightning.training.decompose",
     "TargetTraining": "spd_lightning.training.target",
+    "train_target": "spd_lightning.training.pretraining",
     "TMS": "spd_lightning.targets.toy",
     "ResidualMLP": "spd_lightning.targets.toy",
     "InductionHead": "spd_lightning.targets.toy",

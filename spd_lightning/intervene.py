@@ -41,9 +41,9 @@ def intervene(words: Sequence[str]) -> None:
 
 
 def _run(asked: argparse.Namespace, rows: Sequence[Row], folder: Path) -> None:
-    from spd_lightning.training.checkpoint import load_decomposition
+    from spd_lightning.training.decompose import Decomposition
 
-    module, data = load_decomposition(folder), _data(folder)
+    module, data = Decomposition.from_pretrained(folder), _data(folder)
     prompts = each(rows, lambda number: _inputs(rows[number], asked.run, module, data))
 
     def answer(number: int) -> dict[str, Any]:

@@ -31,9 +31,9 @@ def _write(found: runs.Run, path: Path, at_least: float) -> None:
     from tqdm.auto import tqdm
 
     from spd_lightning.harvest.weights import weight_table
-    from spd_lightning.training.checkpoint import load_decomposition
+    from spd_lightning.training.decompose import Decomposition
 
-    model = load_decomposition(found.path).model
+    model = Decomposition.from_pretrained(found.path).model
     table = weight_table(model, at_least, lambda groups: tqdm(groups, "weights", unit=" targets", leave=False))
     with runs.write_whole(path) as temporary:
         table.write_parquet(temporary)

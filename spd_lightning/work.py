@@ -113,6 +113,7 @@ def _decompose(request: Request, config: dict[str, Any]) -> None:
         claims.append(claim)
         with runs.write_whole(claim.path / "config.yaml") as temporary:
             temporary.write_text(configs.dump(settings), encoding="utf-8")
+        _train_missing_target(settings["model"])
         extra = [Checkpoints(claim.path), Figures(claim.path)]
         return Plan(claim.path, claim.run.name, callbacks=extra, tracked=True)
 
@@ -127,6 +128,19 @@ def _decompose(request: Request, config: dict[str, Any]) -> None:
     finally:
         for claim in claims:
             claim.abandon()
+
+
+def _train_missing_target(model: dict[str, Any]) -> None:
+    """Train the target that a decomposition names, unless that has been done."""
+    from spd_lightning.training.open_target import is_trained_here
+    from spd_lightning.training.pretraining import train_target
+
+    reference = model["init_args"].get("target")
+    if isinstance(reference, str) and is_trained_here(reference):
+        try:
+            train_target(reference)
+        except BadInput as error:
+            raise BadInput(f"target '{reference}': {error}") from error
 
 
 def _complete_copy(run: runs.Run, settings: "Settings") -> None:
@@ -163,11 +177,10 @@ def _train(session: "Session") -> None:
 
 def _finish(session: "Session", started: float) -> None:
     """Writes what the training came to, the summary last, and sends copies to the trackers."""
-    from spd_lightning.training.checkpoint import save_decomposition
     from spd_lightning.training.tracking import publish
 
     folder, module = session.plan.folder, session.model
-    save_decomposition(module, folder)
+    module.save(folder)
     summary = _summary(session, time.perf_counter() - started)
     if module.warning:
         log.warning("run %s: ended in a local minimum; try another seed. %s", folder.name, module.warning)
@@ -246,12 +259,12 @@ def _finished(request: Request, tracked: bool) -> Iterator["Session"]:
     config = request.config
     found = None if request.prints_only else request.finished_run()
     with loading.trainer():
-        from spd_lightning.training.checkpoint import load_decomposition
+        from spd_lightning.training.decompose import Decomposition
         from spd_lightning.training.session import Plan, Session
 
         def plan(settings: dict[str, Any]) -> Plan:
             assert found is not None  # printing settings ends before there is a plan
-            return Plan(found.path, found.name, load_decomposition(found.path), tracked=tracked)
+            return Plan(found.path, found.name, Decomposition.from_pretrained(found.path), tracked=tracked)
 
         yield Session(config, request.overrides, plan)
 

@@ -26,12 +26,14 @@ from spd_lightning.errors import BadInput
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.targets.toy import TMS
-from spd_lightning.training import checkpoint
-from spd_lightning.training.checkpoint import LAST, PREVIOUS, SCHEMA, Checkpoints, SafetensorsIO, pack, unpack
+from spd_lightning.training import tensor_files
+from spd_lightning.training.checkpoint import LAST, PREVIOUS, Checkpoints, SafetensorsIO, pack, resumable, unpack
 from spd_lightning.training.decompose import Decomposition, WarmUp
 from spd_lightning.training.evaluate import Evaluation
 from spd_lightning.training.interruption import Interruption
 from spd_lightning.training.networks import build
+from spd_lightning.training.saved import SCHEMA
+from spd_lightning.training.tensor_files import write_tensors
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:.*in eval mode at the start.*"
@@ -54,7 +56,7 @@ def decomposition(C: int = 7, **settings) -> Decomposition:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    checkpoint.save_decomposition(decomposition(), tmp_path)
+    decomposition().save(tmp_path)
     runs.write_json(tmp_path / "summary.json", {})
     return tmp_path
 
@@ -150,7 +152,7 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
         module = decomposition(inner_steps=5, checkpoint_every=10, warm_up=WarmUp(2))
         resumed = str(tmp_path / LAST) if (tmp_path / LAST).exists() else None
         trainer(tmp_path, steps).fit(module, SparseFeatures(5, 0.3, 16), ckpt_path=resumed)
-    checkpoint.save_decomposition(module, tmp_path)
+    module.save(tmp_path)
     Decomposition.from_pretrained(tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
@@ -203,7 +205,7 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path, monkeypatch, error):
         Path(filename).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(tensor_files, "save_file", half)
     with pytest.raises(BadInput, match="cannot be written"):
         io.save_checkpoint({"step": 2, "w": torch.zeros(3)}, path)
     assert same(io.load_checkpoint(path), {"step": 1, "w": torch.ones(3)})
@@ -229,7 +231,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, kind, tied):
     """Weights and importances bit for bit, whatever the importance function."""
     tie = {"linear2": "linear1"} if tied else {}
     module = decomposition(importance=Importance(kind, hidden=3), tied=tie, delta=not tied)
-    checkpoint.save_decomposition(module, tmp_path)
+    module.save(tmp_path)
     (tmp_path / "summary.json").write_text("{}")
     loaded = Decomposition.from_pretrained(tmp_path)
     assert not loaded.training
@@ -249,7 +251,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, kind, tied):
 def test_an_object_as_target_is_asked_for(tmp_path):
     module = decomposition()
     module.target_spec = None
-    checkpoint.save_decomposition(module, tmp_path)
+    module.save(tmp_path)
     assert "target=" in refused(tmp_path)
     again = Decomposition.from_pretrained(tmp_path, target=TMS(5, 2))
     assert same(dict(again.state_dict()), dict(module.state_dict()))
@@ -277,7 +279,7 @@ def test_a_flipped_bit(saved):
 
 def test_files_of_two_decompositions(saved, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
-    checkpoint.save_decomposition(decomposition(seed=2), other)
+    decomposition(seed=2).save(other)
     shutil.copy(other / "decomposition.safetensors", saved)
     assert "not the weights" in refused(saved)
 
@@ -331,7 +333,7 @@ def test_damaged_checkpoints(tmp_path):
         assert "delete the folder 'checkpoints', and run the same fit again to start over" in resume(
             tmp_path, decomposition()
         )
-    checkpoint.write({"w": torch.ones(1)}, path)
+    write_tensors({"w": torch.ones(1)}, path)
     assert "not a checkpoint of this tool" in resume(tmp_path, decomposition())
 
 
@@ -348,7 +350,7 @@ def test_a_target_in_half_precision_comes_back_in_single(tmp_path):
     """Graphs and interventions multiply its weights with those of components."""
     module = decoder()
     module.model.target.to(torch.bfloat16)
-    checkpoint.save_decomposition(module, tmp_path)
+    module.save(tmp_path)
     (tmp_path / "summary.json").write_text("{}")
     found = Decomposition.from_pretrained(tmp_path, target=decoder().model.target.to(torch.bfloat16))
     assert {p.dtype for p in found.parameters()} == {torch.float32}
@@ -441,9 +443,9 @@ def test_a_bad_last_checkpoint_is_passed_over_with_a_line(tmp_path, caplog, harm
         case "missing":
             last.unlink()
         case "foreign":
-            checkpoint.write({"w": torch.ones(1)}, last, {"something": "else"})
+            write_tensors({"w": torch.ones(1)}, last, {"something": "else"})
     assert SafetensorsIO().load_checkpoint(last)["step"] == 1
-    assert checkpoint.resumable(tmp_path) == last
+    assert resumable(tmp_path) == last
     (line,) = [record.getMessage() for record in caplog.records]
     assert str(last) in line
     assert line.endswith("; resuming from 'previous.safetensors' instead")

@@ -23,6 +23,7 @@ from spd_lightning.errors import BadInput
 from spd_lightning.store import SCHEMA_VERSION, Store
 from spd_lightning.training import checkpoint, figures
 from spd_lightning.training.decompose import Decomposition
+from spd_lightning.training.tensor_files import read_tensors, write_tensors
 
 FIT, PREDICT = ["fit", "--config", "tiny"], ["predict", "--config", "tiny"]
 SHORT = ["--trainer.max_steps", "10"]
@@ -473,8 +474,8 @@ def test_truncated_weights(refused, here, keep):
 
 def test_weights_of_another_run(refused, here):
     path = here / "runs/tiny/decomposition.safetensors"
-    tensors, _ = checkpoint.read(path)
-    checkpoint.write({name: tensor + 1 for name, tensor in tensors.items()}, path)
+    tensors, _ = read_tensors(path)
+    write_tensors({name: tensor + 1 for name, tensor in tensors.items()}, path)
     assert "not the weights that decomposition.json describes" in refused(*PREDICT)
 
 

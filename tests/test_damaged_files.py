@@ -24,8 +24,9 @@ from spd_lightning.errors import BadInput
 from spd_lightning.runs.trackers import MIRRORED
 from spd_lightning.store import Store
 from spd_lightning.training import figures
-from spd_lightning.training.checkpoint import LAST, SafetensorsIO, load_decomposition
-from spd_lightning.training.pretraining import trained_target
+from spd_lightning.training.checkpoint import LAST, SafetensorsIO
+from spd_lightning.training.decompose import Decomposition
+from spd_lightning.training.open_target import open_target
 from spd_lightning.viewer import component_page, run_page
 from spd_lightning.viewer.library import Library
 
@@ -112,7 +113,7 @@ def rows(here: Path) -> dict[str, pl.DataFrame]:
 
 
 def weights(here: Path) -> dict[str, torch.Tensor]:
-    return load_decomposition(here / "runs/tiny").state_dict()
+    return Decomposition.from_pretrained(here / "runs/tiny").state_dict()
 
 
 def matrices(here: Path) -> Any:
@@ -121,7 +122,7 @@ def matrices(here: Path) -> Any:
 
 
 def target(here: Path) -> dict[str, torch.Tensor]:
-    return trained_target("target.yaml")[0].state_dict()
+    return open_target("target.yaml")[0].state_dict()
 
 
 def checkpoint(here: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from spd_lightning.attribution.circuit_objective import CircuitSearch
 from spd_lightning.errors import BadInput, Diverged
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.targets.data import SparseFeatures
-from spd_lightning.training import checkpoint
 from spd_lightning.training.blocks import non_finite
 from spd_lightning.training.checkpoint import LAST, SafetensorsIO, build
 from spd_lightning.training.decompose import Decomposition, WarmUp
@@ -90,7 +89,7 @@ def test_weights_that_are_not_finite_are_not_opened(tmp_path):
     module = decomposition()
     with torch.no_grad():
         module.model["linear1"].U[2, 1] = math.inf
-    checkpoint.save_decomposition(module, tmp_path)
+    module.save(tmp_path)
     runs.write_json(tmp_path / "summary.json", {})
     with pytest.raises(BadInput, match=r"the weights '.*linear1\.U' are not finite"):
         Decomposition.from_pretrained(tmp_path)

@@ -14,7 +14,6 @@ from spd_lightning import BadInput, ComponentModel, Decomposition, HuggingFaceLM
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.targets import conversion
 from spd_lightning.targets.conversion import decoder_from
-from spd_lightning.training.checkpoint import save_decomposition
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,7 @@ def test_a_checkpoint_is_decomposed_by_path(tmp_path, prefix):
     wanted, precise = model(tokens).logits, prefix == "decoder" or not torch.cuda.is_available()
     tolerance = (1e-5 if precise else 0.05) * wanted.abs().max().item()
     torch.testing.assert_close(module.network(tokens).float(), wanted, rtol=0, atol=tolerance)
-    save_decomposition(module, tmp_path)
+    module.save(tmp_path)
     shutil.rmtree(tmp_path / "gpt2")
     opened = Decomposition.from_pretrained(tmp_path)
     assert torch.equal(opened.network(tokens), module.network(tokens))

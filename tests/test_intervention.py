@@ -32,7 +32,6 @@ from spd_lightning.targets.data import Prompts
 from spd_lightning.targets.huggingface import HuggingFaceLM
 from spd_lightning.targets.toy import TMS
 from spd_lightning.targets.transformer import Decoder
-from spd_lightning.training.checkpoint import save_decomposition
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.viewer.graph_page import GraphSelection, page_data
 
@@ -336,7 +335,7 @@ def runs_there(tmp_path_factory):
         module.target_spec = {"class_path": f"spd_lightning.{network.__name__}", "init_args": settings}
         (root / name).mkdir()
         (root / name / "config.yaml").write_text(config)
-        save_decomposition(module, root / name)
+        module.save(root / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPD_RUNS", str(root))
         yield root

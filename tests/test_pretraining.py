@@ -12,10 +12,11 @@ from lightning.pytorch import Trainer
 from tiny_run import done, killed
 
 from spd_lightning import BadInput, Decoder, Decomposition, InductionTokens, TargetTraining, Text, cli, runs
-from spd_lightning.training.checkpoint import read
-from spd_lightning.training.pretraining import report, train_target, trained_target
+from spd_lightning.training.open_target import open_target
+from spd_lightning.training.pretraining import report, train_target
 from spd_lightning.training.schedule import Schedule
 from spd_lightning.training.session import quiet
+from spd_lightning.training.tensor_files import read_tensors
 
 CONFIG = {
     "seed_everything": 0,
@@ -89,7 +90,7 @@ def test_the_folder_of_a_trained_target(plain):
 def validation_loss(folder: Path) -> float:
     """That of the kept weights, by a plain loop in float32."""
     network = Decoder(**CONFIG["model"]["init_args"]["target"]["init_args"])
-    network.load_state_dict(read(folder / "target.safetensors")[0])
+    network.load_state_dict(read_tensors(folder / "target.safetensors")[0])
     data = InductionTokens(**CONFIG["data"]["init_args"])
     with torch.no_grad():
         return sum(float(network.loss(data.batch(step, split="val"))) for step in range(2)) / 2
@@ -144,7 +145,7 @@ def test_a_language_model_of_text(here):
 
 def test_a_decomposition_takes_it_by_its_config(here, plain):
     module = Decomposition("tiny.yaml", {"h.*.mlp.c_fc": 3})
-    held = read(plain / "target.safetensors")[0]
+    held = read_tensors(plain / "target.safetensors")[0]
     assert all(torch.equal(tensor, held[name]) for name, tensor in module.network.state_dict().items())
     assert module.target_spec is not None
     assert module.target_spec["seconds"] > 0
@@ -319,7 +320,7 @@ def test_sequences_longer_than_the_context(here):
 def test_a_checkpoint_as_target(tmp_path, prefix):
     """Its logits; and rebuilt from what a decomposition keeps of it."""
     model, tokens = tiny_checkpoints.write(tmp_path, "gpt2"), tiny_checkpoints.tokens()
-    network, spec = trained_target(f"{prefix}:{tmp_path}")
+    network, spec = open_target(f"{prefix}:{tmp_path}")
     wanted = model(tokens).logits
     torch.testing.assert_close(network.float()(tokens), wanted, rtol=0, atol=0.05 * wanted.abs().max().item())
     assert spec["seconds"] == 0
@@ -328,4 +329,4 @@ def test_a_checkpoint_as_target(tmp_path, prefix):
 
 def test_a_checkpoint_that_is_not_there():
     with pytest.raises(BadInput, match="no such folder"):
-        trained_target("decoder:./nothing")
+        open_target("decoder:./nothing")

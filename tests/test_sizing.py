@@ -20,7 +20,7 @@ from spd_lightning.targets.toy import TMS
 from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training import sizing
 from spd_lightning.training.decompose import Decomposition
-from spd_lightning.training.pretraining import trained_target
+from spd_lightning.training.open_target import open_target
 from spd_lightning.training.rehearsal import (
     CLEAN,
     FAITHFULNESS,
@@ -311,7 +311,7 @@ def test_of_a_checkpoint_its_configuration_is_enough(tmp_path, kind):
     shape = GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2)
     GPT2LMHeadModel(shape).save_pretrained(tmp_path / "model")
     reference = f"{kind}:{tmp_path / 'model'}"
-    network, _ = trained_target(reference)
+    network, _ = open_target(reference)
     (tmp_path / "model" / "model.safetensors").unlink()
     like = sizing.outline(reference)()
     assert {n: p.shape for n, p in like.named_parameters()} == {n: p.shape for n, p in network.named_parameters()}

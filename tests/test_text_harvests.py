@@ -19,7 +19,6 @@ from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.store import Store, added
 from spd_lightning.store.tables import SORTED
 from spd_lightning.targets.transformer import Decoder
-from spd_lightning.training.checkpoint import save_decomposition
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.viewer.library import Library
 
@@ -46,7 +45,7 @@ def root(tmp_path_factory):
     with torch.no_grad():
         for parameter in module.model.importance_function.parameters():
             parameter.normal_(0, 0.6)
-    save_decomposition(module, here / "runs/text")
+    module.save(here / "runs/text")
     (here / "runs/text/summary.json").write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)

@@ -20,7 +20,6 @@ from spd_lightning.harvest.weights import weight_table
 from spd_lightning.targets.huggingface import HuggingFaceLM
 from spd_lightning.targets.toy import TMS
 from spd_lightning.targets.transformer import Decoder
-from spd_lightning.training.checkpoint import save_decomposition
 from spd_lightning.training.decompose import Decomposition
 
 WHOLE = [style for style, (_, sites) in STYLES.items() if sites.items() >= MAPS.items()]
@@ -188,7 +187,7 @@ def test_the_verb_writes_the_table(tmp_path, monkeypatch, capsys):
         module.target_spec = {"class_path": f"spd_lightning.{network.__name__}", "init_args": given}
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text("base: stories-1L-tiny.yaml")
-        save_decomposition(module, tmp_path / name)
+        module.save(tmp_path / name)
     monkeypatch.setenv("SPD_RUNS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert cli.run(["weights", "text", "--at_least", "0"]) == 0

@@ -1,6 +1,7 @@
 """The LightningModule that takes a target apart.
 
-d = Decomposition(target="targets/tms_5-2", sites={"linear*": 20}, tied={"linear2": "linear1"})
+train_target("targets/tms_5-2")  # once: it is kept
+d = Decomposition("targets/tms_5-2", sites={"linear*": 20}, tied={"linear2": "linear1"})
 Trainer(max_steps=2000).fit(d, SparseFeatures(5, 0.05, batch_size=1024))
 """
 
@@ -30,7 +31,9 @@ from spd_lightning.training.blocks import LOWER, BlockModule
 from spd_lightning.training.collapse import Collapse
 from spd_lightning.training.evaluate import Evaluation, Totals, count, counts, figures_of
 from spd_lightning.training.ladder import adversarial_ladder
+from spd_lightning.training.open_target import open_target
 from spd_lightning.training.optimiser import Optimiser
+from spd_lightning.training.saved import SavedDecomposition, save_decomposition
 from spd_lightning.training.truth import lone_features, truth, verdict
 
 log = logging.getLogger(__name__)
@@ -57,7 +60,8 @@ class Decomposition(BlockModule):
     Source: SPD (arXiv 2506.20790); the laws of docs/method.md.
 
     Args:
-        target: a trained network, or the name of a config that trains one (kept, and reused by every decomposition).
+        target: a trained network, or a reference to one: a config that has trained it (see `train_target`), or
+            `hf:<folder or hub name>`, or `decoder:<folder or hub name>`.
         sites: fnmatch patterns of module names, each with a number of components.
         tied: site → partner, where the site's weight is the transpose of its partner's (D9).
         delta: whether what components miss of a weight takes part in masked runs (D3).
@@ -103,7 +107,7 @@ class Decomposition(BlockModule):
                 )
         self.settings = {"sites": dict(sites), "tied": dict(tied or {}), "delta": delta, "importance": importance}
         self.settings |= {"evaluation": evaluation, "seed": seed}
-        network, self.target_spec = _network(target)
+        network, self.target_spec = open_target(target) if isinstance(target, str) else (target, None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = ComponentModel(network, sites, tied, importance, delta)
@@ -131,9 +135,16 @@ class Decomposition(BlockModule):
         Raises:
             BadInput: there is none, or its files are damaged or belong to another model.
         """
-        from spd_lightning.training.checkpoint import load_decomposition
+        saved = SavedDecomposition.read(reference)
+        module = cls(saved.network(target), **saved.settings)
+        saved.load_into(module.model)
+        module.target_spec = saved.target_spec
+        module.origin, module.digest = saved.folder.resolve().name, saved.digest
+        return module.eval()
 
-        return load_decomposition(reference, target)
+    def save(self, folder: Path) -> None:
+        """Write the decomposition into a folder, where `from_pretrained` finds it."""
+        save_decomposition(self.model, self.settings, self.target_spec, folder)
 
     def intervene(
         self,
@@ -368,12 +379,3 @@ class Decomposition(BlockModule):
 def _stream(name: str, part: int) -> str:
     """The name of what each part of a batch has for itself."""
     return f"{name}/{part}" if part else name
-
-
-def _network(target: str | nn.Module) -> tuple[nn.Module, dict[str, Any] | None]:
-    """The target itself and how to build it anew (None for one given as an object)."""
-    if isinstance(target, nn.Module):
-        return target, None
-    from spd_lightning.training.pretraining import trained_target
-
-    return trained_target(target)

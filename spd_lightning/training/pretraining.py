@@ -1,10 +1,10 @@
-"""Targets: trained when missing and kept for every decomposition that names them, or taken from HuggingFace.
+"""Target training: a network trained once, and kept for every decomposition that names it.
 
     <root>/targets/<name>-<digest>/    target.safetensors, target.json (written last), metrics.jsonl, figures/loss.png,
                                        samples.txt and tokenizer.json of a language model; until it is trained,
                                        checkpoints/, attempt.json
 
-A killed training goes on from its last checkpoint, and ends with the same weights, bit for bit.
+A killed training resumes from its last checkpoint, and ends with the same weights, bit for bit.
 """
 
 import fcntl
@@ -22,16 +22,16 @@ import torch
 from torch import nn
 
 from spd_lightning import config as configs
-from spd_lightning import json_files, runs
+from spd_lightning import runs
 from spd_lightning.digests import digest
 from spd_lightning.errors import BadInput
 from spd_lightning.files import make_folder, sweep
-from spd_lightning.runs.shapes import TargetDescription
 from spd_lightning.targets.language import LanguageModel, sample
-from spd_lightning.training.checkpoint import LAST, Checkpoints, read, resumable, write
-from spd_lightning.training.networks import build
+from spd_lightning.training.checkpoint import LAST, Checkpoints, resumable
+from spd_lightning.training.open_target import described, target_folder
 from spd_lightning.training.session import Plan, Session, Settings
 from spd_lightning.training.target import VALIDATION
+from spd_lightning.training.tensor_files import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -39,68 +39,24 @@ ATTEMPT = "attempt.json"
 SAMPLES, SAMPLE_PROMPT, TEMPERATURE = 6, 8, 0.8
 
 
-# ---- what a config means by its target ------------------------------------------------------------------------------
-
-
-def trained_target(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network that a reference means, and how to build one like it (and the seconds its training took).
-
-    Args:
-        name: a config that trains a target, which is done if it has not been yet; `hf:<folder or hub name>`, any causal
-            language model of HuggingFace as it is; or `decoder:<folder or hub name>`, one on our decoder.
-
-    Raises:
-        BadInput: the config does not describe a target, its kept files are damaged, or there is no such model.
-    """
-    kind, _, reference = name.partition(":")
-    if kind in ("hf", "decoder") and reference:
-        return _opened(kind, reference)
-    try:
-        folder = train_target(name, configs.load(name))
-    except BadInput as error:
-        raise BadInput(f"target '{name}': {error}") from error
-    facts = described(folder)
-    path, remedy = folder / "target.safetensors", f"delete the folder '{folder}', and the same fit trains it again"
-    tensors, _ = read(path, remedy)
-    if digest(path) != facts["digest"]:
-        raise BadInput(f"'{path}': not the weights that target.json describes; {remedy}")
-    network = build(facts["spec"], tensors)
-    network.load_state_dict(tensors)
-    return network, {**facts["spec"], "seconds": facts["seconds"]}
-
-
-def described(folder: Path) -> TargetDescription:
-    """What is known of a trained target.
-
-    Raises:
-        BadInput: its target.json is damaged.
-    """
-    remedy = f"delete the folder '{folder}', and the same fit trains it again"
-    return json_files.read(folder / "target.json", TargetDescription, remedy)
-
-
-def _opened(kind: str, reference: str) -> tuple[LanguageModel, dict[str, Any]]:
-    from spd_lightning.targets.conversion import decoder_from
-    from spd_lightning.targets.huggingface import HuggingFaceLM
-
-    network = decoder_from(reference) if kind == "decoder" else HuggingFaceLM.from_pretrained(reference)
-    spec = {"class_path": f"spd_lightning.{type(network).__name__}", "init_args": network.init_args}
-    return network, spec | {"seconds": 0.0}
-
-
 # ---- training one ---------------------------------------------------------------------------------------------------
 
 
-def train_target(name: str, config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
-    """Trains a target unless that has been done; returns its folder.
+def train_target(name: str, config: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Path:
+    """Train a target unless that has been done, and return its folder.
 
     A target that leaves features unrepresented is trained again from the next seed.
+
+    Args:
+        name: a config that trains a target: a path, or a name that `list` shows.
+        config: its settings; those that the name loads if omitted.
+        overrides: settings of the command line.
 
     Raises:
         BadInput: the config does not describe a target.
     """
-    key = configs.digest([config, list(overrides)])
-    folder = runs.root() / "targets" / f"{Path(name).stem}-{key}"
+    config = configs.load(name) if config is None else config
+    folder = target_folder(name, config, overrides)
     make_folder(folder)
     with _alone(folder):
         sweep(folder)
@@ -158,7 +114,7 @@ def _attempt(name: str, config: Mapping[str, Any], overrides: Sequence[str], fol
 def _keep(session: Session, folder: Path, facts: dict[str, Any], started: float) -> None:
     """Writes what a training came to, and takes away what it needed."""
     network: nn.Module = session.model.target  # pyright: ignore[reportAssignmentType]
-    write(network.state_dict(), folder / "target.safetensors")
+    write_tensors(network.state_dict(), folder / "target.safetensors")
     losses = {"validation": float(session.trainer.callback_metrics.get(VALIDATION, math.nan))}
     if isinstance(network, LanguageModel):
         losses["perplexity"] = math.exp(losses["validation"])

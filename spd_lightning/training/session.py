@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from spd_lightning import classes
 from spd_lightning import config as configs
 from spd_lightning.errors import BadInput
+from spd_lightning.training.checkpoint import SafetensorsIO
 from spd_lightning.training.copies import Copies
 from spd_lightning.training.interruption import Interruption
 from spd_lightning.training.launchers import forget_ranks, forgotten_launcher, is_first_process
@@ -112,8 +113,6 @@ class Session(LightningCLI):
         self.settings["trainer"]["logger"] = without_secrets(self.settings["trainer"].get("logger"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        from spd_lightning.training.checkpoint import SafetensorsIO
-
         chosen = self.config_init["trainer"]
         own = [SafetensorsIO(), *forgotten_launcher(), *(chosen.get("plugins") or [])]
         own_callbacks = [Progress(self.plan.name), Interruption(), *self.plan.callbacks]

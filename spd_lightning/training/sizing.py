@@ -21,6 +21,7 @@ from spd_lightning import config as configs
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.networks import build
+from spd_lightning.training.open_target import is_trained_here
 from spd_lightning.training.rehearsal import FAITHFULNESS, Rehearsal, Work, fakes, rehearse
 from spd_lightning.training.session import Settings
 
@@ -261,16 +262,16 @@ def _module(settings: Settings) -> Callable[[], Decomposition]:
 
 
 def outline(reference: str) -> Callable[[], nn.Module]:
-    """What makes an untrained network like the one a reference means (`trained_target`).
+    """What makes an untrained network like the one a reference means (`open_target`).
 
     Raises:
         BadInput: there is no such config, or no such model to be had.
     """
-    kind, _, name = reference.partition(":")
-    if kind in ("hf", "decoder") and name:
+    if not is_trained_here(reference):
         from spd_lightning.targets.conversion import decoder_like
         from spd_lightning.targets.huggingface import HuggingFaceLM, configuration
 
+        kind, name = reference.split(":", 1)
         found = configuration(name)
         return (lambda: HuggingFaceLM(found.to_dict())) if kind == "hf" else (lambda: decoder_like(name, found))
     try:
