@@ -12,12 +12,13 @@ def main() -> None:
     if sys.version_info < NEEDED:
         found = ".".join(map(str, sys.version_info[:2]))
         sys.exit(_unusable(f"this is Python {found}, and spd_lightning needs 3.11 or newer"))
-    from spd_lightning import stopping, usage
+    from spd_lightning import stopping
+    from spd_lightning.commands import options
     from spd_lightning.terminal import fit_streams
 
     fit_streams()
     words = sys.argv[1:]
-    if (shown := usage.asked_for(words)) is not None:
+    if (shown := options.asked_for(words)) is not None:
         print(shown, end="")
         return
     with stopping.listening():  # what follows imports much, and a signal may come meanwhile

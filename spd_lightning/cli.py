@@ -1,20 +1,20 @@
-"""The command line: finds the verb, and turns what went wrong into one line with exit code 2 (`--debug` shows where).
+"""The command line: finds the verb, and turns bad input into one line with exit code 2 (`--debug` shows where).
 
-Short verbs are functions here; the others have modules of their own, which are imported when they are called. `usage`
-reads the words of a verb. What a verb does not need it does not import, and torch is loaded after its words and its
-run have been checked.
+Each verb is a module of `commands`, imported when it is called. `commands.options` reads its words. A verb imports only
+what it needs, and loads torch after its words and its run have been checked.
 """
 
 import importlib
-import json
 import logging
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from spd_lightning import catalogue, classes, results, runs, stopping, usage
+from spd_lightning import classes, stopping
+from spd_lightning.commands import options
+from spd_lightning.commands.verbs import VERBS
 from spd_lightning.errors import BadInput, nearest, without_passwords
 
 log = logging.getLogger("spd_lightning")
@@ -38,15 +38,13 @@ def _run(words: list[str]) -> int:
     _speak()
     try:
         words = _trusting(words)
-        if (shown := usage.asked_for(words)) is not None:
+        if (shown := options.asked_for(words)) is not None:
             print(shown, end="")
             return 0
         verb = VERBS.get(words[0])
         if verb is None:
             raise BadInput(f"'{words[0]}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
-        if usage.topic(words):
-            verb = _elsewhere("spd_lightning.work", "describe")
-        _call(verb, words[1:])
+        _call("settings" if options.topic(words) else verb.module or verb.name, words[1:])
         sys.stdout.flush()
     except BadInput as error:
         if debug:
@@ -82,9 +80,10 @@ def _nobody_reads() -> bool:
     return closed
 
 
-def _call(verb: Callable[[Sequence[str]], None], words: list[str]) -> None:
+def _call(module: str, argv: list[str]) -> None:
+    """Import a module of `commands` and run its verb."""
     try:
-        verb(words)
+        importlib.import_module(f"spd_lightning.commands.{module}").main(argv)
     except Exception:
         stopping.check()  # a library may have turned what a signal raised into an error of its own
         raise
@@ -106,83 +105,8 @@ def _trusting(words: list[str]) -> list[str]:
     return rest
 
 
-def _elsewhere(place: str, name: str) -> Callable[[Sequence[str]], None]:
-    """Return a verb that is a function of another module, which is imported when it is called."""
-
-    def verb(words: Sequence[str]) -> None:
-        getattr(importlib.import_module(place), name)(words)
-
-    return verb
-
-
 def _speak() -> None:
-    """What this tool has to say goes to the terminal as it is."""
+    """Print log messages to the terminal as they are."""
     log.handlers = [logging.StreamHandler()]
     log.setLevel(logging.INFO)
     log.propagate = False
-
-
-# ---- verbs of a few lines -------------------------------------------------------------------------------------------
-
-
-def view(words: Sequence[str]) -> None:
-    """Open the viewer, and a browser where there is a display."""
-    asked = usage.read("view", words)
-    from spd_lightning.viewer.app import launch
-
-    launch(asked.path, asked.port, asked.host, open_browser=not asked.no_browser)
-
-
-def list_runs(words: Sequence[str]) -> None:
-    """Print the runs there are, as lines, as a table of results, or as JSON."""
-    asked = usage.read("runs", words)
-    found = runs.runs()
-    if asked.json:
-        facts = [
-            {"name": r.name, "path": str(r.path), "state": r.state, "summary": r.summary, "problem": r.problem}
-            for r in found
-        ]
-        print(json.dumps(facts, indent=1))
-    elif not found:
-        print(f"no runs in '{runs.root()}' yet; make one: python -m spd_lightning fit --config tms.yaml")
-    elif asked.table:
-        print(results.table([(r.name, r.summary) for r in reversed(found) if r.summary]))
-    else:
-        for r in found:
-            problem = r.problem
-            print(f"damaged      {r.path}  {problem}" if problem else _listed(r))
-
-
-def _listed(run: runs.Run) -> str:
-    """The line of one run."""
-    return f"{run.state:<12} {run.path}  {run.summary.get('verdict', '')}"
-
-
-def list_configs(words: Sequence[str]) -> None:
-    """Print the configs there are, by what they are for, each with the first line of its header."""
-    usage.read("list", words)
-    print(catalogue.listing())
-
-
-def pull(words: Sequence[str]) -> None:
-    """Fetch a run from a tracker."""
-    path = runs.pull(usage.read("pull", words).reference)
-    print(f"run: {path}    see it: python -m spd_lightning view {path}")
-
-
-VERBS = {
-    "fit": _elsewhere("spd_lightning.work", "fit"),
-    "plan": _elsewhere("spd_lightning.plan", "plan"),
-    "sites": _elsewhere("spd_lightning.sites", "sites"),
-    "validate": _elsewhere("spd_lightning.work", "validate"),
-    "predict": _elsewhere("spd_lightning.work", "predict"),
-    "intervene": _elsewhere("spd_lightning.intervene", "intervene"),
-    "push": _elsewhere("spd_lightning.work", "push"),
-    "view": view,
-    "export": _elsewhere("spd_lightning.export", "export"),
-    "edges": _elsewhere("spd_lightning.edges", "edges"),
-    "weights": _elsewhere("spd_lightning.weights", "weights"),
-    "runs": list_runs,
-    "list": list_configs,
-    "pull": pull,
-}

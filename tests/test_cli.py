@@ -18,7 +18,8 @@ import torch
 import yaml
 from tiny_run import SERVER, done, lay_out, one_figure, work_uncopied
 
-from spd_lightning import catalogue, cli, config, json_files, results, runs
+from spd_lightning import cli, config, json_files, runs
+from spd_lightning.commands import configs, results
 from spd_lightning.errors import BadInput
 from spd_lightning.store import SCHEMA_VERSION, Store
 from spd_lightning.training import checkpoint, figures
@@ -97,7 +98,7 @@ def test_a_broken_pipe_that_is_not_our_output_is_an_error(monkeypatch, capsys):
     def failing(words):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setitem(cli.VERBS, "runs", failing)
+    monkeypatch.setattr("spd_lightning.commands.runs.main", failing)
     assert cli.run(["runs"]) == 2
     assert capsys.readouterr().err.startswith("error: Broken pipe")
 
@@ -114,7 +115,8 @@ def test_help_comes_before_all_imports(words):
     loaded = set(done.stderr.split())
     assert not loaded & {"torch", "lightning", "mlflow", "polars", "numpy", "yaml", "gradio", "jsonargparse"}
     own = {name for name in loaded if name.startswith("spd_lightning.")}
-    assert own == {f"spd_lightning.{name}" for name in ("__main__", "usage", "verbs", "errors", "stopping", "terminal")}
+    needed = ("__main__", "commands", "commands.options", "commands.verbs", "errors", "stopping", "terminal")
+    assert own == {f"spd_lightning.{name}" for name in needed}
 
 
 def test_verbs_without_a_trainer_need_no_torch(tmp_path):
@@ -330,7 +332,7 @@ def test_print_config(here, capsys):
 
 def described(group: str) -> list[str]:
     """The shipped configs of a group that `list` shows."""
-    return [name for name, settings, _ in catalogue.shipped() if catalogue.group_of(settings).startswith(group)]
+    return [name for name, settings, _ in configs.shipped() if configs.group_of(settings).startswith(group)]
 
 
 @pytest.mark.parametrize("name", [name for group in ("toys", "language", "targets") for name in described(group)])
@@ -350,7 +352,7 @@ def test_every_shipped_config_can_be_fitted(name, tmp_path, monkeypatch):
             with fakes():
                 network = settings.built("model").target
         elif target.partition(":")[0] in ("hf", "decoder"):
-            assert catalogue.needs_network(given)
+            assert configs.needs_network(given)
             return
         else:
             with fakes():
@@ -365,8 +367,8 @@ def test_configs_that_say_so_need_no_network():
     """Those listed as offline, and every target that they name."""
     for name in described("language models, offline"):
         given = config.load(name)
-        assert not catalogue.needs_network(given)
-        assert not catalogue.needs_network(config.load(given["model"]["init_args"]["target"]))
+        assert not configs.needs_network(given)
+        assert not configs.needs_network(config.load(given["model"]["init_args"]["target"]))
     for name in described("language models, from"):
         assert "network" in (config.SHIPPED / name).read_text()
 

@@ -18,8 +18,9 @@ import pytest
 import torch
 from tiny_run import lay_out, one_figure
 
-from spd_lightning import cli, export, json_files, runs
+from spd_lightning import cli, json_files, runs
 from spd_lightning.analysis.weights import factors
+from spd_lightning.commands import export
 from spd_lightning.errors import BadInput
 from spd_lightning.runs.trackers import MIRRORED
 from spd_lightning.store import Store

@@ -9,6 +9,7 @@ import pytest
 import tiny_checkpoints
 import torch
 from polars.testing import assert_frame_equal
+from spd_lightning.commands.work import Request
 from test_closed_form import CLOSED, PARTIAL, STYLES, THRESHOLD, made, some_outputs
 from test_nodes import WORDS, Ragged, harvested, induction_head, shaken, table
 
@@ -33,7 +34,6 @@ from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.viewer import edge_tables
 from spd_lightning.viewer.library import harvest_names
-from spd_lightning.work import Request
 
 
 def by_definition(model, inputs, g, mode, outputs):

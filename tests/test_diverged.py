@@ -16,8 +16,9 @@ from spd_lightning.errors import BadInput, Diverged
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.training.blocks import non_finite
-from spd_lightning.training.checkpoint import LAST, SafetensorsIO, build
+from spd_lightning.training.checkpoint import LAST, SafetensorsIO
 from spd_lightning.training.decompose import Decomposition, WarmUp
+from spd_lightning.training.networks import build
 from spd_lightning.training.target import TargetTraining
 
 pytestmark = pytest.mark.filterwarnings(

@@ -22,8 +22,8 @@ from spd_lightning.analysis.export import _xml as xml
 from spd_lightning.analysis.graphs import node_name, whole_graph
 from spd_lightning.analysis.influence import expanded, influence, outputs_at, pruned
 from spd_lightning.analysis.prompts import ALL_PROBES, find_prompt, graph_list
+from spd_lightning.commands.export import harvest
 from spd_lightning.errors import BadInput
-from spd_lightning.export import harvest
 from spd_lightning.store import Store, prompt_hash
 from spd_lightning.viewer.library import Library
 

@@ -4,7 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from spd_lightning.cli import VERBS
+from spd_lightning.commands.verbs import VERBS
 from spd_lightning.config import SHIPPED
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,8 @@ import yaml
 from tiny_checkpoints import write
 from torch import nn
 
-from spd_lightning import catalogue, cli, config, sites
+from spd_lightning import cli, config
+from spd_lightning.commands import configs, sites
 from spd_lightning.decomposition.components import find_sites
 from spd_lightning.training.session import Settings, quiet
 
@@ -68,7 +69,7 @@ def test_a_checkpoint_from_its_maps_to_a_run(here, capsys, kind, fully):
     assert made["model"]["init_args"]["target"] == "hf:checkpoint"
     assert first in made["model"]["init_args"]["sites"]
     assert not any("embed" in pattern or "wte" in pattern for pattern in made["model"]["init_args"]["sites"])
-    assert not catalogue.needs_network(made)
+    assert not configs.needs_network(made)
     if kind == "llama":  # as the network of the other is no quicker
         small = ["--data.corpus", "corpus.txt", "--data.batch_size", "2", "--data.seq_len", "6"]
         assert cli.run(["plan", "--config", "first.yaml", "--device", "laptop", *small]) == 0

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spd_lightning import cli, config, plan
+from spd_lightning import cli, config
+from spd_lightning.commands import plan
 from spd_lightning.decomposition.adversaries import Adversary
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import Faithfulness, Losses, Minimality

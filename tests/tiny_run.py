@@ -54,7 +54,8 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # as the product sets 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
-        "spd_lightning.work",
+        "spd_lightning.commands.fit",
+        "spd_lightning.commands.predict",
         "spd_lightning.training.sizing",
         "spd_lightning.training.target",
         "spd_lightning.training.checkpoint",

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_lightning import config as configs
-from spd_lightning import loading, runs, usage
+from spd_lightning import runs
+from spd_lightning.commands import loading, options
+from spd_lightning.commands.interventions import Row, each, rows_of
 from spd_lightning.decomposition.names import place, within
 from spd_lightning.errors import BadInput
-from spd_lightning.interventions import Row, each, rows_of
 from spd_lightning.runs.kind import Kind, kind
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from spd_lightning.training.decompose import Decomposition
 
 
-def intervene(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run prompts through a run's model with and without edits; print a line a position, a table, or JSON."""
-    asked = usage.read("intervene", words)
+    asked = options.read("intervene", argv)
     rows = rows_of(asked)
     found = runs.find(asked.run)
     of = kind(found)

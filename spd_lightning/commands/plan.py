@@ -5,8 +5,8 @@ from __future__ import annotations  # sizes are names of a module that loads tor
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spd_lightning import loading, usage
-from spd_lightning.work import Request
+from spd_lightning.commands import loading, options
+from spd_lightning.commands.arguments import RunArguments
 
 if TYPE_CHECKING:
     from spd_lightning.training.sizing import Device, Size
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 GiB = 2**30
 
 
-def plan(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Prints what the fit of a config will take: parameters, memory, FLOPs of a step, hours."""
-    device, request = usage.read_some("plan", words)[0].device, Request.of("plan", words)
+    device, request = options.read_some("plan", argv)[0].device, RunArguments.parse("plan", argv)
     config = request.config
     with loading.trainer():
         print("\n".join(_lines(config, request.overrides, device)))

@@ -6,16 +6,17 @@ from typing import Any
 
 import polars as pl
 
-from spd_lightning import runs, usage
+from spd_lightning import runs
 from spd_lightning.analysis.dataset_edges import Side, corpus_harvests, named, strongest
+from spd_lightning.commands import options
 from spd_lightning.decomposition.names import DIGITS
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.store import Store
 
 
-def edges(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Prints the strongest sources and targets of one component over the corpus that a run's harvest summed."""
-    asked = usage.read("edges", words)
+    asked = options.read("edges", argv)
     layer, component = _component(asked.component)
     store = _store(asked.run, asked.harvest)
     sides: list[Side] = [side for side in ("sources", "targets") if getattr(asked, side)] or ["sources", "targets"]

@@ -1,10 +1,11 @@
-"""The shipped configs by what they are for, each with the first line of its header."""
+"""list: the shipped configs by purpose, each with the first line of its header."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spd_lightning import config as configs
+from spd_lightning.commands import options
 
 GROUPS = (
     "toys",
@@ -13,6 +14,12 @@ GROUPS = (
     "targets, trained by the decompositions that name them",
     "shared parts, and overrides to add to others",
 )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the configs there are, grouped by purpose, each with the first line of its header."""
+    options.read("list", argv)
+    print(listing())
 
 
 def listing() -> str:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
+from spd_lightning.commands.verbs import ALLOW, CONFIG, DEBUG, HELP, PROGRAM, VERBS, Option, Verb
 from spd_lightning.errors import BadInput, nearest
-from spd_lightning.verbs import ALLOW, CONFIG, DEBUG, HELP, PROGRAM, VERBS, Option, Verb
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 

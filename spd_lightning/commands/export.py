@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spd_lightning import runs, usage
+from spd_lightning import runs
 from spd_lightning.analysis.export import Export, write_circuit_tracer, write_graphml
 from spd_lightning.analysis.graphs import whole_graph
 from spd_lightning.analysis.influence import Graph, expanded, outputs_at, pruned, scores
 from spd_lightning.analysis.prompts import find_prompt
+from spd_lightning.commands import options
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.store import Store
 from spd_lightning.viewer.library import harvest_names
@@ -16,9 +17,9 @@ from spd_lightning.viewer.library import harvest_names
 WRITERS = {".json": write_circuit_tracer, ".graphml": write_graphml}
 
 
-def export(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Writes the graph of one prompt of a run: for circuit-tracer (.json), or as GraphML."""
-    asked = usage.read("export", words)
+    asked = options.read("export", argv)
     path = Path(asked.to)
     if path.suffix not in WRITERS:
         raise BadInput(f"--to '{asked.to}': not a kind of file that is written; end it in {' or '.join(WRITERS)}")

@@ -1,16 +1,15 @@
-"""The verbs that need a Trainer: fit, validate, predict, and push, which sends a run to its trackers once more."""
+"""fit: trains the target if need be, decomposes it, and leaves a run."""
 
-import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from spd_lightning import config as configs
-from spd_lightning import loading, results, runs, usage
+from spd_lightning import runs
+from spd_lightning.commands import loading, results
+from spd_lightning.commands.arguments import RunArguments
 from spd_lightning.errors import BadInput, Diverged
 
 if TYPE_CHECKING:
@@ -20,64 +19,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("spd_lightning")
 
 
-@dataclass
-class Request:
-    """What the words of fit, validate or predict ask for."""
-
-    names: list[str] = field(default_factory=list)
-    run: str | None = None
-    overrides: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, verb: str, words: Sequence[str]) -> "Request":
-        """Read --config and --run; all else is for LightningCLI.
-
-        Raises:
-            BadInput: there is no --config, or an option has no value.
-        """
-        found, rest = usage.read_some(verb, words)
-        if not found.config:
-            raise BadInput(f"{verb}: --config is missing; for example: --config tms.yaml ('list' shows the configs)")
-        return cls(found.config, found.run, rest)
-
-    @property
-    def prints_only(self) -> bool:
-        """Whether the merged settings are to be printed, and nothing else."""
-        return any(word.startswith("--print_config") for word in self.overrides)
-
-    @property
-    def name(self) -> str:
-        """The run's name: as asked for, or the first config's."""
-        return runs.check_name(self.run or Path(self.names[0]).name.removesuffix(".yaml"))
-
-    def finished_run(self) -> runs.Run:
-        """Return the run that is asked for by name, or the newest that finished.
-
-        Raises:
-            BadInput: there is none.
-        """
-        return runs.find(self.run) if self.run else runs.newest(self.name)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """All configs, merged; what several laid over the first say of callbacks, harvesters above all, adds up."""
-        merged, laid = configs.load(self.names[0]), []
-        for name in self.names[1:]:
-            over = configs.load(name)
-            merged = configs.merge(merged, over)
-            laid += [each for each in _callbacks(over) if each not in laid]
-        return configs.merge(merged, {"trainer": {"callbacks": laid}}) if laid else merged
-
-
-def _callbacks(config: dict[str, Any]) -> list[Any]:
-    trainer = config.get("trainer")
-    found = trainer.get("callbacks") if isinstance(trainer, dict) else None
-    return found if isinstance(found, list) else []
-
-
-def fit(words: Sequence[str]) -> None:
-    """Trains a target, or decomposes one: a run in the end, with its summary, figures and a copy in the tracker."""
-    request = Request.of("fit", words)
+def main(argv: Sequence[str]) -> None:
+    """Train a target, or decompose one, and leave a run: its summary, its figures, and a copy in the tracker."""
+    request = RunArguments.parse("fit", argv)
     config = request.config
     with loading.trainer():
         if _trains_target(config):
@@ -94,7 +38,7 @@ def _trains_target(config: dict[str, Any]) -> bool:
     return isinstance(model, dict) and str(model.get("class_path")).endswith("TargetTraining")
 
 
-def _decompose(request: Request, config: dict[str, Any]) -> None:
+def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
     from spd_lightning.training.checkpoint import Checkpoints
     from spd_lightning.training.figures import Figures
     from spd_lightning.training.session import Plan, Session, Settings
@@ -196,8 +140,6 @@ def _summary(session: "Session", seconds: float) -> dict[str, float | str]:
 
 
 def _facts(session: "Session", seconds: float, steps: int) -> dict[str, float | str]:
-    from importlib.metadata import version
-
     module: Decomposition = session.model  # pyright: ignore[reportAssignmentType]
     trained = (module.target_spec or {}).get("seconds", 0.0)
     return {
@@ -220,77 +162,3 @@ def _verdict(module: "Decomposition") -> str:
     if module.warning:
         return f"local minimum: {module.warning}"
     return "ok" if module.figures else "not evaluated"
-
-
-def validate(words: Sequence[str]) -> None:
-    """Evaluates a finished run again and prints its figures."""
-    with _finished(Request.of("validate", words), tracked=False) as session:
-        session.trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
-        if session.trainer.is_global_zero:
-            print(json.dumps(session.model.figures, indent=1))
-
-
-def predict(words: Sequence[str]) -> None:
-    """Runs a config's harvesters over its prompts; the tables land in the run and, as one artifact, in its tracker."""
-    with _finished(Request.of("predict", words), tracked=True) as session:
-        _harvest(session)
-
-
-def _harvest(session: "Session") -> None:
-    from spd_lightning.harvest.module import Harvester
-    from spd_lightning.training.tracking import publish
-
-    harvesters = [c for c in session.trainer.callbacks if isinstance(c, Harvester)]  # pyright: ignore[reportAttributeAccessIssue]
-    if not harvesters:
-        raise BadInput("config: no harvester in trainer.callbacks; add class_path spd_lightning.PromptGraphs")
-    with session.copies:
-        session.copies.begin()
-        session.trainer.predict(session.model, datamodule=session.datamodule, return_predictions=False)
-    for harvester in harvesters:
-        if session.trainer.is_global_zero:
-            folder = session.plan.folder / "harvest" / harvester.name  # devices of their own processes know it alone
-            print(f"harvest: {folder}    see it: python -m spd_lightning view")
-    publish(session.copies, [f"harvest/{harvester.name}" for harvester in harvesters])
-
-
-@contextmanager
-def _finished(request: Request, tracked: bool) -> Iterator["Session"]:
-    """Open a session on the run that a request means: its weights, the config's data and trainer."""
-    config = request.config
-    found = None if request.prints_only else request.finished_run()
-    with loading.trainer():
-        from spd_lightning.training.decompose import Decomposition
-        from spd_lightning.training.session import Plan, Session
-
-        def plan(settings: dict[str, Any]) -> Plan:
-            assert found is not None  # printing settings ends before there is a plan
-            return Plan(found.path, found.name, Decomposition.from_pretrained(found.path), tracked=tracked)
-
-        yield Session(config, request.overrides, plan)
-
-
-def push(words: Sequence[str]) -> None:
-    """Sends a finished run, its harvests included, to the trackers that its config names: once more, or at last."""
-    found = runs.find(usage.read("push", words).run)
-    if found.state != "finished":
-        raise BadInput(f"run '{found.name}': it is {found.state}; let its fit finish, which also sends it")
-    if not (found.path / "config.yaml").exists():
-        raise BadInput(f"run '{found.name}': it has no config.yaml, so it was not made by fit; 'runs' lists the runs")
-    runs.check_whole(found.path)
-    settings = found.checked_config()
-    trainer = settings.get("trainer")
-    # A pulled run may come from a stranger, so its config chooses no tracker here.
-    chosen = trainer.get("logger") if isinstance(trainer, dict) and not found.pulled else None
-    with loading.trainer():
-        from spd_lightning.training.tracking import send
-
-        send(chosen, found.path, settings)
-    print(f"sent: {found.path}")
-
-
-def describe(words: Sequence[str]) -> None:
-    """Print all settings of the model, the data, the trainer, or of a public class."""
-    with loading.trainer():
-        from spd_lightning.training.parsing import settings_of
-
-        print(settings_of(words[-1]), end="")

@@ -1,6 +1,6 @@
-"""The verbs of the command line: one table, from which `usage` reads their words and prints their help.
+"""The verbs of the command line: one table, from which `options` reads their words and prints their help.
 
-What does not belong here: what a verb does.
+Not here: what a verb does. Each verb is a module of this package.
 """
 
 import argparse
@@ -99,6 +99,7 @@ class Verb:
         options: its arguments in order, and its options.
         settings: whether any setting of a config may be given as `--KEY VALUE`.
         notes: more that its help should say.
+        module: the module of `commands` whose `main` it calls; that of its name if empty.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Verb:
     options: tuple[Option, ...] = ()
     settings: bool = False
     notes: tuple[str, ...] = ()
+    module: str = ""
 
     @property
     def arguments(self) -> list[Option]:
@@ -313,7 +315,7 @@ _ALL = (
             Option("--json", "print JSON"),
         ),
     ),
-    Verb("list", "", "List the configs there are: what they do, and what they reach.", "list"),
+    Verb("list", "", "List the configs there are: what they do, and what they reach.", "list", module="configs"),
     Verb("push", "RUN", "Send a finished run to its trackers again.", "push tms", (RUN,)),
     Verb(
         "pull",

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from spd_lightning import loading, runs, usage
+from spd_lightning import runs
+from spd_lightning.commands import loading, options
 from spd_lightning.errors import BadInput
 from spd_lightning.runs.kind import kind
 
 
-def weights(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Write the strongest weights between the components of a finished run."""
-    asked = usage.read("weights", words)
+    asked = options.read("weights", argv)
     path = Path(asked.to)
     if path.suffix != ".parquet":
         raise BadInput(f"--to '{path}': not a kind of file that is written; end it in .parquet")

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_lightning import config as configs
-from spd_lightning import loading, runs, usage
+from spd_lightning import runs
+from spd_lightning.commands import loading, options
 from spd_lightning.errors import BadInput
 
 if TYPE_CHECKING:
@@ -66,9 +67,9 @@ class Group:
         return "*" in self.pattern
 
 
-def sites(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Print the maps of a target, in groups; write a first config for it."""
-    asked = usage.read("sites", words)
+    asked = options.read("sites", argv)
     path = None if asked.write is None else Path(asked.write)
     if path is not None:
         _check_file(path)
