@@ -21,11 +21,11 @@ import torch
 from plain import Plain
 from torch import Tensor, nn
 
+from spd_lightning.data.modules import SampledData, SparseFeatures
 from spd_lightning.decomposition.adversaries import Adversary
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import Faithfulness, Losses, Minimality
 from spd_lightning.decomposition.reconstruction import Reconstruction
-from spd_lightning.targets.data import SampledData, SparseFeatures
 from spd_lightning.targets.toy import TMS, ResidualMLP
 from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training.blocks import settle_allocator

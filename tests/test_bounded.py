@@ -11,9 +11,9 @@ from spd_lightning.attribution import autograd, prompt_graphs
 from spd_lightning.attribution.graph import MODES, Subject
 from spd_lightning.attribution.prompt_graphs import attribution_graphs, graphs_in_parts
 from spd_lightning.attribution.pruning import bounded
+from spd_lightning.data.modules import SparseFeatures
 from spd_lightning.harvest.checks import weighed
 from spd_lightning.harvest.graphs import PromptGraphs
-from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.targets.toy import TMS
 
 KINDS = [("llama", "unmasked"), ("llama", "reference"), ("mlps alone", "frozen")]

@@ -21,10 +21,10 @@ from torch import nn
 
 import spd_lightning
 from spd_lightning import json_files, runs, stopping
+from spd_lightning.data.modules import SparseFeatures
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.graphs import PromptGraphs
-from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.targets.toy import TMS
 from spd_lightning.training import tensor_files
 from spd_lightning.training.checkpoint import LAST, PREVIOUS, Checkpoints, SafetensorsIO, pack, resumable, unpack

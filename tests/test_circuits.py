@@ -14,6 +14,7 @@ from spd_lightning.attribution.circuit_objective import CircuitSearch, Question
 from spd_lightning.attribution.circuit_search import Descent, Frontier, chosen, optimise
 from spd_lightning.attribution.graph import MODES, Subject
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
+from spd_lightning.data.modules import Batches, Prompts
 from spd_lightning.decomposition.adversaries import Adversary
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.masks import stochastic_sources
@@ -21,7 +22,6 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.circuits import SparseCircuits
 from spd_lightning.store import Store
-from spd_lightning.targets.data import Batches, Prompts
 from spd_lightning.targets.toy import TMS
 from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training.decompose import Decomposition

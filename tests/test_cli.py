@@ -338,9 +338,9 @@ def described(group: str) -> list[str]:
 @pytest.mark.parametrize("name", [name for group in ("toys", "language", "targets") for name in described(group)])
 def test_every_shipped_config_can_be_fitted(name, tmp_path, monkeypatch):
     """Its settings are known and of the right types, and its patterns name maps of its target; nothing is trained."""
-    from spd_lightning.training.rehearsal import fakes
+    from spd_lightning.planning.dry_run import fakes
+    from spd_lightning.planning.estimate import outline
     from spd_lightning.training.session import Settings, quiet
-    from spd_lightning.training.sizing import outline
 
     monkeypatch.setenv("SPD_RUNS", str(tmp_path / "runs"))
     given = config.load(name)

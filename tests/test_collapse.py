@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spd_lightning.data.modules import SparseFeatures
 from spd_lightning.decomposition.adversaries import Adversary
 from spd_lightning.decomposition.losses import Losses, Minimality
 from spd_lightning.decomposition.reconstruction import Reconstruction
-from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.targets.toy import TMS
 from spd_lightning.training.checkpoint import pack, unpack
 from spd_lightning.training.collapse import Collapse, adversarial

@@ -20,6 +20,7 @@ from spd_lightning.attribution.closed_form.trace import why_not
 from spd_lightning.attribution.dataset_edges import dataset_edges, looked_up
 from spd_lightning.attribution.graph import MODES, Subject
 from spd_lightning.attribution.outputs import every_output
+from spd_lightning.data.modules import Batches
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.dataset_edges import DatasetEdges
@@ -27,7 +28,6 @@ from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.harvest.twins import twin_of
 from spd_lightning.runs import Run
 from spd_lightning.store import Store
-from spd_lightning.targets.data import Batches
 from spd_lightning.targets.huggingface import HuggingFaceLM
 from spd_lightning.targets.toy import TMS
 from spd_lightning.targets.transformer import Decoder

@@ -12,9 +12,9 @@ from test_checkpoint import TARGET, decomposition, trainer
 from spd_lightning import cli, runs
 from spd_lightning.attribution import circuit_search
 from spd_lightning.attribution.circuit_objective import CircuitSearch
+from spd_lightning.data.modules import SparseFeatures
 from spd_lightning.errors import BadInput, Diverged
 from spd_lightning.harvest.graphs import PromptGraphs
-from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.training.blocks import non_finite
 from spd_lightning.training.checkpoint import LAST, SafetensorsIO
 from spd_lightning.training.decompose import Decomposition, WarmUp

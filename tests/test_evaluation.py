@@ -10,8 +10,8 @@ from half_figures import figures as figures_on
 from half_figures import half_of_two
 from lightning.pytorch.loggers import Logger
 
+from spd_lightning.data.modules import SparseFeatures
 from spd_lightning.decomposition.importance import Importance
-from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.targets.toy import TMS
 from spd_lightning.training import figures as drawing
 from spd_lightning.training.checkpoint import SafetensorsIO

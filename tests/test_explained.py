@@ -8,10 +8,10 @@ from test_nodes import WORDS, Ragged, decoder, harvested, shaken, table
 from spd_lightning.attribution.autograd import cut_run, oracle
 from spd_lightning.attribution.graph import Subject
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
+from spd_lightning.data.modules import SparseFeatures
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.explained import Explained, thresholds, token_id
 from spd_lightning.harvest.graphs import PromptGraphs
-from spd_lightning.targets.data import SparseFeatures
 from spd_lightning.targets.toy import TMS
 
 CHOSEN = ["h.0.mlp.*", "h.0.attn.v_proj:3", "h.1.attn.o_proj:2:0", "h.1.attn.o_proj:1-3:4"]

@@ -20,6 +20,7 @@ from spd_lightning.attribution.checks import Checks, Graphs, Inflow, changes
 from spd_lightning.attribution.graph import MODES, EdgeTable, Subject, joined
 from spd_lightning.attribution.outputs import Against, Outputs, centred
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
+from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.intervention import Edit, Place, intervene, named_edits, place
 from spd_lightning.decomposition.model import ComponentModel
@@ -28,7 +29,6 @@ from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.harvest.module import prompt_id
 from spd_lightning.harvest.twins import twin_of
 from spd_lightning.store import Store, Writer
-from spd_lightning.targets.data import Prompts
 from spd_lightning.targets.huggingface import HuggingFaceLM
 from spd_lightning.targets.toy import TMS
 from spd_lightning.targets.transformer import Decoder

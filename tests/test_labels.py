@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from spd_lightning.analysis.prompts import prompt_label, prompt_text, search_key
+from spd_lightning.data.tokenized import Tokeniser
 from spd_lightning.labels import is_bytes, joined, token_label
-from spd_lightning.targets.tokens import Tokeniser
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)  # any text that UTF-8 can write
 HARD = [

@@ -12,12 +12,12 @@ from polars.testing import assert_frame_equal
 from tiny_run import done, killed
 from torch import nn
 
+from spd_lightning.data.modules import Batches, InductionTokens, Prompts, SparseFeatures
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.harvest import module as harvest_module
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.harvest.nodes import PromptNodes
 from spd_lightning.store import Store
-from spd_lightning.targets.data import Batches, InductionTokens, Prompts, SparseFeatures
 from spd_lightning.targets.toy import TMS, InductionHead
 from spd_lightning.targets.transformer import Decoder
 from spd_lightning.training.decompose import Decomposition

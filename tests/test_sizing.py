@@ -17,12 +17,8 @@ from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import Faithfulness, Losses, Minimality
 from spd_lightning.decomposition.reconstruction import Pass, Reconstruction
 from spd_lightning.errors import BadInput
-from spd_lightning.targets.toy import TMS
-from spd_lightning.targets.transformer import Decoder
-from spd_lightning.training import sizing
-from spd_lightning.training.decompose import Decomposition
-from spd_lightning.training.open_target import open_target
-from spd_lightning.training.rehearsal import (
+from spd_lightning.planning import devices, estimate
+from spd_lightning.planning.dry_run import (
     CLEAN,
     FAITHFULNESS,
     IMPORTANCE,
@@ -33,6 +29,10 @@ from spd_lightning.training.rehearsal import (
     rehearse,
     step,
 )
+from spd_lightning.targets.toy import TMS
+from spd_lightning.targets.transformer import Decoder
+from spd_lightning.training.decompose import Decomposition
+from spd_lightning.training.open_target import open_target
 from spd_lightning.training.session import Settings, quiet
 
 B, T, V, C = 4, 16, 60, 20
@@ -273,8 +273,8 @@ def unlogged(tmp_path, monkeypatch):
 def test_parameters_are_those_of_the_module():
     """Of a shipped config, against its module on a real network."""
     settings = Settings(config.load("stories-1L-tiny"))
-    size = sizing.size_of(settings)
-    module = settings.built("model", target=sizing.outline("pretrain/stories-1L-tiny.yaml")())
+    size = estimate.size_of(settings)
+    module = settings.built("model", target=estimate.outline("pretrain/stories-1L-tiny.yaml")())
     model = module.model
 
     def count(part: nn.Module) -> int:
@@ -294,13 +294,13 @@ def test_parameters_are_those_of_the_module():
 
 
 def test_tied_sites_have_no_parameters_of_their_own():
-    size = sizing.size_of(Settings(config.load("tms_5-2")))
+    size = estimate.size_of(Settings(config.load("tms_5-2")))
     assert [site.parameters for site in size.sites] == [7 * 20, 0]
     assert size.target == sum(p.numel() for p in TMS(5, 2).parameters())
 
 
 def test_no_target_is_trained(tmp_path):
-    sizing.size_of(Settings(config.load("stories-1L-tiny")))
+    estimate.size_of(Settings(config.load("stories-1L-tiny")))
     assert not (tmp_path / "runs").exists()
 
 
@@ -314,12 +314,12 @@ def test_of_a_checkpoint_its_configuration_is_enough(tmp_path, kind):
     reference = f"{kind}:{tmp_path / 'model'}"
     network, _ = open_target(reference)
     (tmp_path / "model" / "model.safetensors").unlink()
-    like = sizing.outline(reference)()
+    like = estimate.outline(reference)()
     assert {n: p.shape for n, p in like.named_parameters()} == {n: p.shape for n, p in network.named_parameters()}
     pattern = "transformer.h.*.mlp.c_fc" if kind == "hf" else "h.*.mlp.c_fc"
     given = config.load("stories-1L-tiny")
     given["model"]["init_args"] |= {"target": reference, "sites": {pattern: 12}}
-    (site,) = sizing.size_of(Settings(given)).sites
+    (site,) = estimate.size_of(Settings(given)).sites
     assert site.parameters == 12 * (16 + 64)
 
 
@@ -327,16 +327,16 @@ def test_of_a_checkpoint_its_configuration_is_enough(tmp_path, kind):
 
 
 def test_hours_are_work_over_speed():
-    device = sizing.Device("mine", half=4e12, single=1e12, bandwidth=1e9, memory=1e9, launch=1e-3, share=0.5)
+    device = estimate.Device("mine", half=4e12, single=1e12, bandwidth=1e9, memory=1e9, launch=1e-3, share=0.5)
     work = Work(forward=3 * 10**12, backward=10**12, moved=5 * 10**9, operations=100)
     assert device.seconds(work, mixed=False) == pytest.approx(4 / 0.5 + 10 + 0.1)
     assert device.seconds(work, mixed=True) == pytest.approx(4 / 2 + 10 + 0.1)
-    size = sizing.Size(1, [], 1, 1, Rehearsal({FAITHFULNESS: work, CLEAN: work}, 0, 0, 0), 10, 20, True, 1)
+    size = estimate.Size(1, [], 1, 1, Rehearsal({FAITHFULNESS: work, CLEAN: work}, 0, 0, 0), 10, 20, True, 1)
     assert size.hours(device) == pytest.approx((10 * 2 * 12.1 + 20 * 18.1) / 3600)
 
 
 def test_this_machine_is_measured():
-    here = sizing.measured()
+    here = devices.measured()
     assert 1e8 < here.single < 1e16
     assert 1e8 < here.bandwidth < 1e14
     assert 1e-8 < here.launch < 1e-2
@@ -348,7 +348,7 @@ def test_plan_prints_what_it_will_take(capsys):
     out = capsys.readouterr().out
     given = config.load("stories-1L-tiny")
     given["data"]["init_args"]["batch_size"] = 16
-    size = sizing.size_of(Settings(given), gpu=True)
+    size = estimate.size_of(Settings(given), gpu=True)
     rows = {line.split("  ")[1].strip(): line.split() for line in out.splitlines() if line.startswith("  ")}
     assert rows["target"][-1] == f"{size.target:,}"
     assert rows["h.0.mlp.c_fc"][-2:] == ["24", f"{24 * (32 + 128):,}"]
@@ -361,10 +361,10 @@ def test_plan_prints_what_it_will_take(capsys):
 
 def test_columns_of_a_plan_are_as_wide_as_its_names():
     """Each part of a plan has its numbers below each other, however long the names of modules are."""
-    size = sizing.size_of(Settings(config.load("stories-1L-tiny")))
+    size = estimate.size_of(Settings(config.load("stories-1L-tiny")))
     name = "model.layers.11.block_sparse_moe.experts.3.down_proj"
     long = replace(size, sites=[replace(size.sites[0], name=name), *size.sites[1:]])
-    device = sizing.device_named("h100")
+    device = devices.device_named("h100")
     for one, width in ((size, plan.LEAST_WIDTH), (long, len(name))):
         lines = list(plan.table([(device, one)]))
         parts = "\n".join(lines).split("\n\n")
@@ -405,7 +405,7 @@ def test_more_components_than_memory_allows(tmp_path, capsys):
     err = capsys.readouterr().err.strip()
     given = config.load("stories-1L-tiny")
     given["model"]["init_args"]["sites"] = {"h.*.mlp.c_fc": 400_000_000, "h.*.attn.*_proj": 24}
-    needed = sum(sizing.size_of(Settings(given)).memory.values()) / 2**30
+    needed = sum(estimate.size_of(Settings(given)).memory.values()) / 2**30
     assert f"sites: 'h.0.mlp.c_fc: 400000000' and the others take {needed:.1f} GiB with batches of 8" in err
     assert err.count("\n") == 0
     assert not (tmp_path / "runs").exists()
@@ -414,15 +414,15 @@ def test_more_components_than_memory_allows(tmp_path, capsys):
 def test_what_fits_just_so():
     """The bound lies where the plan puts it; the rough one, which saves most fits the plan, lies above it."""
     settings = Settings(config.load("stories-2L"))
-    needed = float(sum(sizing.size_of(settings).memory.values()))
-    sizing.refuse_what_does_not_fit(settings, available=needed)
+    needed = float(sum(estimate.size_of(settings).memory.values()))
+    estimate.refuse_what_does_not_fit(settings, available=needed)
     with pytest.raises(BadInput, match="take fewer components or a smaller batch"):
-        sizing.refuse_what_does_not_fit(settings, available=needed - 1)
+        estimate.refuse_what_does_not_fit(settings, available=needed - 1)
     for name in ("stories-2L", "stories-1L-tiny", "code-2L", "ss_llama_simple_mlp-2L", "resid_mlp1", "tms_40-10-id"):
         chosen = Settings(config.load(name))
-        assert sizing.rough_bound(chosen) > sum(sizing.size_of(chosen).memory.values())
+        assert estimate.rough_bound(chosen) > sum(estimate.size_of(chosen).memory.values())
 
 
 def test_memory_of_this_machine():
     words = Path("/proc/meminfo").read_text().split()
-    assert 0 < sizing.machine_memory(torch.device("cpu")) <= 1024 * int(words[words.index("MemTotal:") + 1])
+    assert 0 < devices.machine_memory(torch.device("cpu")) <= 1024 * int(words[words.index("MemTotal:") + 1])

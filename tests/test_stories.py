@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spd_lightning.targets.plots import BEATS, PLOTS
-from spd_lightning.targets.stories import pronoun_prompts, story
-from spd_lightning.targets.words import ADULTS, BOYS, GIRLS, PLACES, WORDS
+from spd_lightning.data.stories.generator import pronoun_prompts, story
+from spd_lightning.data.stories.templates import BEATS, PLOTS
+from spd_lightning.data.stories.vocabulary import ADULTS, BOYS, GIRLS, PLACES, WORDS
 
 SLOTS = {"A", "B", "G", "they", "them", "their", "at", "place", *WORDS}
 FORMS = {"A": {"he", "him", "his", "child"}, "B": {"he", "him", "his"}, "toy": {"it"}, "animal": {"it"}}

@@ -13,8 +13,8 @@ from scipy import stats
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from spd_lightning.data.modules import InductionTokens, Prompts, SparseFeatures
 from spd_lightning.errors import BadInput
-from spd_lightning.targets.data import InductionTokens, Prompts, SparseFeatures
 from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP, induced_token, induction_tokens
 
 # --- TMS

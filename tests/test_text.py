@@ -19,10 +19,10 @@ from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from spd_lightning import BadInput, Text
-from spd_lightning.targets import corpora, tokens
-from spd_lightning.targets.corpora import END, Corpus
-from spd_lightning.targets.stories import story
-from spd_lightning.targets.tokens import held_out
+from spd_lightning.data import corpora, tokenized
+from spd_lightning.data.corpora import END, Corpus
+from spd_lightning.data.stories.generator import story
+from spd_lightning.data.tokenized import held_out
 
 DOCUMENTS = [story(0, index).text for index in range(120)]
 
@@ -154,7 +154,7 @@ def test_names_of_parts_of_characters_and_of_no_token(tales):
 
 def test_training_a_tokenizer_twice_gives_the_same_one(root):
     corpus = Corpus(str(root / "tales.txt"))
-    first, second = (tokens.trained(corpus, 400).inner for _ in range(2))
+    first, second = (tokenized.trained(corpus, 400).inner for _ in range(2))
     assert first.to_str() == second.to_str()
     assert first.get_vocab_size() == 400
 
@@ -197,7 +197,7 @@ def test_a_tokenizer_puts_its_own_tokens_around_prompts_and_an_end_after_documen
 
 def test_what_is_tokenised_is_not_tokenised_again(fresh, root, monkeypatch):
     first = Text(str(root / "tales.txt"), vocab=300).batch(0)
-    monkeypatch.setattr(tokens, "_make", None)
+    monkeypatch.setattr(tokenized, "_make", None)
     again = Text(str(root / "tales.txt"), vocab=300, seq_len=64, seed=0)
     assert torch.equal(again.batch(0), first)
     assert Text(str(root / "tales.txt"), vocab=300, seq_len=9).batch(0).shape == (64, 9)
@@ -225,7 +225,7 @@ def test_a_killed_tokenisation_leaves_nothing_that_is_taken_for_whole(fresh, roo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "_write", killed)
+        patch.setattr(tokenized, "_write", killed)
         with pytest.raises(KeyboardInterrupt):
             Text(str(root / "tales.txt"), vocab=300).prepare_data()
     data = Text(str(root / "tales.txt"), vocab=300)
@@ -233,8 +233,8 @@ def test_a_killed_tokenisation_leaves_nothing_that_is_taken_for_whole(fresh, roo
 
 
 def test_who_comes_second_waits_for_the_first(fresh, root, monkeypatch):
-    made, make = [], tokens._make
-    monkeypatch.setattr(tokens, "_make", lambda *args: (made.append(args[0]), make(*args)))
+    made, make = [], tokenized._make
+    monkeypatch.setattr(tokenized, "_make", lambda *args: (made.append(args[0]), make(*args)))
     with ThreadPoolExecutor(3) as pool:
         batches = list(pool.map(lambda _: Text(str(root / "tales.txt"), vocab=300).batch(0), range(3)))
     assert len(made) == 1
@@ -347,7 +347,7 @@ def test_the_standard_library_is_sources_without_tests():
 def test_stories_come_to_as_many_tokens_as_are_wanted(fresh):
     data = Text(max_tokens=3000, vocab=257, seq_len=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "TRAINED_ON", 10_000)
+        patch.setattr(tokenized, "TRAINED_ON", 10_000)
         assert len(written(data)) == 3000
     assert data.decode(written(data)).startswith(f"{story(0, 0).text}{END}{story(0, 2).text}")
     assert data.decode(written(data, "validation.bin")).startswith(story(0, 1).text)
@@ -642,7 +642,7 @@ def test_misspelt_corpora_and_tokenizers(fresh):
 
 
 def test_the_hub_without_a_network(fresh, monkeypatch):
-    for module in (corpora, tokens):
+    for module in (corpora, tokenized):
         monkeypatch.setattr(module, "hub_answers", lambda: False)
     said = complaint(lambda: Text("hf:nobody/nothing", vocab=257).batch(0))
     assert "corpus 'hf:nobody/nothing': not on this machine, and no network" in said

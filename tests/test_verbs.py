@@ -16,10 +16,10 @@ from spd_lightning.commands import loading, options, verbs
 from spd_lightning.decomposition.names import BASES
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.weights import AT_LEAST
+from spd_lightning.planning.devices import DEVICES
 from spd_lightning.runs.kind import DECODERS
 from spd_lightning.targets.conversion import _FAMILIES
 from spd_lightning.training.parsing import TOPICS, settings_of
-from spd_lightning.training.sizing import DEVICES
 
 ROOT = Path(__file__).resolve().parent.parent
 

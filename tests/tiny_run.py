@@ -56,7 +56,7 @@ SERVER.set_forkserver_preload(
     [
         "spd_lightning.commands.fit",
         "spd_lightning.commands.predict",
-        "spd_lightning.training.sizing",
+        "spd_lightning.planning.estimate",
         "spd_lightning.training.target",
         "spd_lightning.training.checkpoint",
         "spd_lightning.harvest.graphs",

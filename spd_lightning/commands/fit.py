@@ -39,10 +39,10 @@ def _trains_target(config: dict[str, Any]) -> bool:
 
 
 def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
+    from spd_lightning.planning.estimate import refuse_what_does_not_fit
     from spd_lightning.training.checkpoint import Checkpoints
     from spd_lightning.training.figures import Figures
     from spd_lightning.training.session import Plan, Session, Settings
-    from spd_lightning.training.sizing import refuse_what_does_not_fit
 
     settings = Settings(config, request.overrides)
     if claim := runs.uncopied(request.name, settings.settings):

@@ -25,8 +25,8 @@ from spd_lightning.runs.kind import Kind, kind
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from spd_lightning.data.modules import StepData
     from spd_lightning.decomposition.intervention import Intervened
-    from spd_lightning.targets.data import StepData
     from spd_lightning.training.decompose import Decomposition
 
 

@@ -9,7 +9,8 @@ from spd_lightning.commands import loading, options
 from spd_lightning.commands.arguments import RunArguments
 
 if TYPE_CHECKING:
-    from spd_lightning.training.sizing import Device, Size
+    from spd_lightning.planning.devices import Device
+    from spd_lightning.planning.estimate import Size
 
 GiB = 2**30
 
@@ -23,8 +24,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _lines(config: Mapping[str, Any], overrides: Sequence[str], device: str | None) -> Iterator[str]:
+    from spd_lightning.planning.devices import DEVICES, device_named, measured
+    from spd_lightning.planning.estimate import size_of
     from spd_lightning.training.session import Settings
-    from spd_lightning.training.sizing import DEVICES, device_named, measured, size_of
 
     settings = Settings(config, overrides)
     sizes = {False: size_of(settings)}

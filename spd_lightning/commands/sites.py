@@ -97,8 +97,8 @@ def _check_file(path: Path) -> None:
 
 def _network(reference: str) -> nn.Module:
     """Return an untrained network like the one that a reference means, without memory for its weights."""
-    from spd_lightning.training.rehearsal import fakes
-    from spd_lightning.training.sizing import outline
+    from spd_lightning.planning.dry_run import fakes
+    from spd_lightning.planning.estimate import outline
 
     build = outline(reference)
     with fakes():

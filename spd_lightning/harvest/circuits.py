@@ -18,6 +18,7 @@ from spd_lightning.attribution.circuit_objective import CircuitSearch, suited
 from spd_lightning.attribution.circuit_search import Frontier, chosen, optimise
 from spd_lightning.attribution.graph import MODES, ModeName, Subject, known_mode
 from spd_lightning.attribution.outputs import OutputNodes, every_output
+from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.checks import largest_gap, weighed
@@ -37,7 +38,6 @@ from spd_lightning.harvest.rows import (
     prompt_rows,
 )
 from spd_lightning.harvest.twins import twin_of
-from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
 
 HELD = 4

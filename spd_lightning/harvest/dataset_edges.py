@@ -16,13 +16,13 @@ from torch import Tensor
 from spd_lightning.attribution.closed_form.trace import why_not
 from spd_lightning.attribution.dataset_edges import NodeSums, PairSums, sums_gap
 from spd_lightning.attribution.graph import MODES, ModeName, Subject, known_mode
+from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.harvest.module import PAIRS, Harvester
 from spd_lightning.harvest.rows import about, array, both_runs, embeddings, layer_names, prompt_rows
 from spd_lightning.harvest.twins import twin_of
 from spd_lightning.store import KINDS, schema
-from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
 
 

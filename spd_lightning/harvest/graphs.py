@@ -17,6 +17,7 @@ from spd_lightning.attribution.closed_form.heads import no_heads
 from spd_lightning.attribution.graph import MODES, ModeName, Subject, Threshold, known_mode
 from spd_lightning.attribution.outputs import OutputNodes, every_output
 from spd_lightning.attribution.pruning import MOST
+from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.checks import FACTOR, check_rows, drawn, graph_rows, largest_gap, weighed
@@ -35,7 +36,6 @@ from spd_lightning.harvest.rows import (
     prompt_rows,
 )
 from spd_lightning.harvest.twins import twin_of
-from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
 
 HEADS = 8

@@ -17,11 +17,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from spd_lightning.attribution.graph import MODES
+from spd_lightning.data.modules import Prompts, StepData
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.twins import tell_of_long_way
 from spd_lightning.store import Store, Writer, added, gap_warning, prompt_hash
-from spd_lightning.targets.data import Prompts, StepData
 from spd_lightning.training.blocks import non_finite
 from spd_lightning.training.decompose import Decomposition
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spd_lightning.attribution.graph import Layer
+from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.rows import (
@@ -27,7 +28,6 @@ from spd_lightning.harvest.rows import (
     prompt_rows,
     shape3,
 )
-from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
 
 

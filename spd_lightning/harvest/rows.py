@@ -18,12 +18,12 @@ from spd_lightning.attribution.autograd import biased
 from spd_lightning.attribution.closed_form.heads import HeadTable
 from spd_lightning.attribution.graph import EdgeTable, Layer, node_numbers
 from spd_lightning.attribution.outputs import OutputNodes, every_output, likely_tokens
+from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.components import IDENTITY, Mask
 from spd_lightning.decomposition.metrics import component_norms, sizeable
 from spd_lightning.decomposition.model import Clean, ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.store import KINDS, TABLES
-from spd_lightning.targets.data import Prompts
 from spd_lightning.training.decompose import Decomposition
 
 Names = Callable[[list[int]], list[str]]

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from spd_lightning.data.modules import generator_for
 from spd_lightning.decomposition.adversaries import PersistentAdversary
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.intervention import Base, Intervened, intervene, named_edits, places
@@ -26,7 +27,6 @@ from spd_lightning.decomposition.metrics import Part
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass
 from spd_lightning.errors import BadInput, Diverged
-from spd_lightning.targets.data import generator_for
 from spd_lightning.training.blocks import LOWER, BlockModule
 from spd_lightning.training.collapse import Collapse
 from spd_lightning.training.evaluate import Evaluation, Totals, count, counts, figures_of

@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 
 from spd_lightning import files, json_files, labels
 from spd_lightning.config import digest
+from spd_lightning.data.corpora import END, Corpus, library
 from spd_lightning.digests import digest as file_digest
 from spd_lightning.errors import BadInput
-from spd_lightning.targets.corpora import END, Corpus, library
 from spd_lightning.targets.huggingface import hub_answers, quietly
 
 LAYOUT = 1  # of the folder

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spd_lightning.config import digest
+from spd_lightning.data.stories.generator import story
 from spd_lightning.encoding import lone_surrogate, read_lines
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.targets.huggingface import hub_answers
-from spd_lightning.targets.stories import story
 
 END = "<|endoftext|>"
 _SUFFIXES = (".txt", ".jsonl", ".parquet")

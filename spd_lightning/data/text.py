@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from spd_lightning.data.corpora import Corpus, Unusable
+from spd_lightning.data.modules import Prompts, StepData, generator_for
+from spd_lightning.data.prompt_texts import PromptText, given_texts, rejection, texts_in_file
+from spd_lightning.data.tokenized import ALPHABET, Streams, Tokeniser, opened, tokenised
 from spd_lightning.encoding import lone_surrogate
 from spd_lightning.errors import BadInput
-from spd_lightning.targets.corpora import Corpus, Unusable
-from spd_lightning.targets.data import Prompts, StepData, generator_for
-from spd_lightning.targets.prompt_texts import PromptText, given_texts, rejection, texts_in_file
-from spd_lightning.targets.tokens import ALPHABET, Streams, Tokeniser, opened, tokenised
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from spd_lightning.data.corpora import Unusable, jsonl_rows, parquet_rows, text_of
 from spd_lightning.encoding import lone_surrogate, read_lines
 from spd_lightning.errors import BadInput
-from spd_lightning.targets.corpora import Unusable, jsonl_rows, parquet_rows, text_of
 
 _MOST_LISTED = 10  # offending prompts that a message names
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple, TypeVar
 
-from spd_lightning.targets.plots import BEATS, PLOTS
-from spd_lightning.targets.words import ADULTS, BOYS, GIRLS, PLACES, WORDS
+from spd_lightning.data.stories.templates import BEATS, PLOTS
+from spd_lightning.data.stories.vocabulary import ADULTS, BOYS, GIRLS, PLACES, WORDS
 
 T = TypeVar("T")
 

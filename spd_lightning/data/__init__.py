@@ -1,0 +1,1 @@
+"""Data: batches, corpora, tokenized text, generators with known truth."""

@@ -1,0 +1,1 @@
+"""Tiny stories whose hidden variables are known."""

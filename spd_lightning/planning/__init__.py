@@ -1,0 +1,1 @@
+"""What a fit will take, before anything is trained."""
