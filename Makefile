@@ -39,11 +39,11 @@ check: $(VENV)/.installed-dev  ## ruff, basedpyright, import-linter
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.installed-dev  ## speed beside a plain implementation of the same maths
-	$(PYTHON) tests/bench.py
-	$(PYTHON) tests/bench_graphs.py
+	$(PYTHON) benchmarks/bench.py
+	$(PYTHON) benchmarks/bench_graphs.py
 
 paper: install  ## Table 1 of the SPD paper, over seeds, one process a core
-	$(PYTHON) tests/paper.py
+	$(PYTHON) benchmarks/paper.py
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import Branches, Perceptron, Tokens, decomposed, naive
+from support.networks import Branches, Perceptron, Tokens, decomposed, naive
 
 from spd_lightning.decomposition.adversaries import Persistent, PersistentAdversary
 from spd_lightning.decomposition.components import Mask

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_run import ALIVE, FEATURES, C, W, make_harvest, make_run
+from support.toy_run import ALIVE, FEATURES, C, W, make_harvest, make_run
 
 from spd_lightning.analysis.components import component_summary, identity_order, importance_matrix, sites
 from spd_lightning.analysis.graphs import node_edges, prompt_graph, tables

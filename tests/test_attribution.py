@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import printed_weight
+from support.networks import printed_weight
 from torch import nn
 from torch.nn import functional as F
 

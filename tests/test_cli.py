@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from tiny_run import SERVER, done, lay_out, one_figure, work_uncopied
+from support.tiny_run import SERVER, done, lay_out, one_figure, work_uncopied
 
 from spd_lightning import cli, config, json_files, runs
 from spd_lightning.commands import configs, results

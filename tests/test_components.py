@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, Branches, InPlace, Perceptron, Tokens, decomposed, naive, printed_weight
 from scipy import stats
+from support.networks import NETWORKS, Branches, InPlace, Perceptron, Tokens, decomposed, naive, printed_weight
 from torch import nn
 
 from spd_lightning.decomposition.components import Components, Mask, available, find_sites, masked_output

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import SERVER, begun, done, killed, lay_out, work_hanging
+from support.tiny_run import SERVER, begun, done, killed, lay_out, work_hanging
 
 from spd_lightning import cli, runs
 from spd_lightning.errors import BadInput, without_passwords

@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from tiny_run import lay_out, one_figure
+from support.tiny_run import lay_out, one_figure
 
 from spd_lightning import cli, json_files, runs
 from spd_lightning.analysis.weights import factors

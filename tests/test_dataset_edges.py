@@ -6,10 +6,10 @@ from math import sqrt
 
 import polars as pl
 import pytest
-import tiny_checkpoints
 import torch
 from polars.testing import assert_frame_equal
 from spd_lightning.commands.work import Request
+from support import tiny_checkpoints
 from test_closed_form import CLOSED, PARTIAL, STYLES, THRESHOLD, made, some_outputs
 from test_nodes import WORDS, Ragged, harvested, induction_head, shaken, table
 

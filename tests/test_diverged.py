@@ -150,7 +150,7 @@ data: {init_args: {batch_size: 64}}
 
 def test_a_fit_that_diverges_says_so_everywhere(tmp_path, monkeypatch, capsys):
     """Exit code 2 and one line; summary, list of runs and the next predict say what happened."""
-    from tiny_run import TARGET as TRAINED
+    from support.tiny_run import TARGET as TRAINED
 
     (tmp_path / "wild.yaml").write_text(CONFIG)
     (tmp_path / "target.yaml").write_text(TRAINED)

@@ -6,9 +6,9 @@ import sys
 import lightning as L
 import pytest
 import torch
-from half_figures import figures as figures_on
-from half_figures import half_of_two
 from lightning.pytorch.loggers import Logger
+from support.half_figures import figures as figures_on
+from support.half_figures import half_of_two
 
 from spd_lightning.data.modules import SparseFeatures
 from spd_lightning.decomposition.importance import Importance

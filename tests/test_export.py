@@ -12,9 +12,9 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.toy_run import make_run
 from test_influence import frozen as frozen  # a fixture
 from test_token_page import make_text_run
-from toy_run import make_run
 
 from spd_lightning import cli
 from spd_lightning.analysis.export import Export, circuit_tracer, digraph, local_scan, write_graphml

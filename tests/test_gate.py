@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from toy_run import make_run
+from support.toy_run import make_run
 
 from spd_lightning.errors import BadInput
 from spd_lightning.store import prompt_hash

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_run import lay_out, one_figure
+from support.tiny_run import lay_out, one_figure
 
 from spd_lightning import classes, cli, config, json_files, runs
 from spd_lightning.errors import BadInput

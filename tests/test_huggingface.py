@@ -6,9 +6,9 @@ import shutil
 import socket
 
 import pytest
-import tiny_checkpoints
 import torch
 import transformers
+from support import tiny_checkpoints
 
 from spd_lightning import BadInput, ComponentModel, Decomposition, HuggingFaceLM
 from spd_lightning.decomposition.components import Mask

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Branches, Perceptron, Tokens, decomposed
 from scipy import stats
+from support.networks import Branches, Perceptron, Tokens, decomposed
 from torch import nn
 
 from spd_lightning.decomposition import importance_functions as module

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from networks import Branches, Perceptron, Tokens, decomposed
 from scipy import stats
+from support.networks import Branches, Perceptron, Tokens, decomposed
 from torch import nn
 
 from spd_lightning.decomposition.components import available

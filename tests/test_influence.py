@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.toy_run import make_harvest
 from test_nodes import Ragged, decoder, harvested
-from toy_run import make_harvest
 
 from spd_lightning.analysis.graphs import prompt_graph, whole_graph
 from spd_lightning.analysis.influence import (

@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 import test_twins
-import tiny_checkpoints
 import torch
-from networks import NETWORKS, Branches, Tokens, decomposed, naive, printed_weight
+from support import tiny_checkpoints
+from support.networks import NETWORKS, Branches, Tokens, decomposed, naive, printed_weight
 from test_closed_form import CLOSED, STYLES, THRESHOLD, by_number, made, some_outputs
 from torch import nn
 

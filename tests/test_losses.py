@@ -7,10 +7,10 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from half_batches import half_of_two, losses_and_gradients, whole_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Branches, Perceptron, Tokens, decomposed, naive, printed_weight
+from support.half_batches import half_of_two, losses_and_gradients, whole_batch
+from support.networks import Branches, Perceptron, Tokens, decomposed, naive, printed_weight
 from torch import nn
 from torch.distributions import Categorical, kl_divergence
 

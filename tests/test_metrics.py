@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, Perceptron, decomposed, naive
+from support.networks import NETWORKS, Perceptron, decomposed, naive
 from torch import nn
 
 from spd_lightning.decomposition.adversaries import Adversary, pgd_sources

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 from polars.testing import assert_frame_equal
-from tiny_run import done, killed
+from support.tiny_run import done, killed
 from torch import nn
 
 from spd_lightning.data.modules import Batches, InductionTokens, Prompts, SparseFeatures

@@ -3,10 +3,10 @@
 from copy import deepcopy
 from dataclasses import replace
 
-import half_batches
 import pytest
 import torch
-from networks import Perceptron
+from support import half_batches
+from support.networks import Perceptron
 from torch import nn
 
 from spd_lightning.decomposition.adversaries import Persistent

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_checkpoints
 import torch
 from lightning.pytorch import Trainer
-from tiny_run import done, killed
+from support import tiny_checkpoints
+from support.tiny_run import done, killed
 
 from spd_lightning import BadInput, Decoder, Decomposition, InductionTokens, TargetTraining, Text, cli, runs
 from spd_lightning.training.open_target import open_target

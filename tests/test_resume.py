@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
-from tiny_run import begun, done, kill_when, killed, lay_out
+from support.tiny_run import begun, done, kill_when, killed, lay_out
 
 from spd_lightning import files, runs
 from spd_lightning.store import TABLES, Store

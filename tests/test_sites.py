@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from tiny_checkpoints import write
+from support.tiny_checkpoints import write
 from torch import nn
 
 from spd_lightning import cli, config

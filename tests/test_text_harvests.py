@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 import torch
 from polars.testing import assert_frame_equal
+from support.tiny_run import done, killed
 from test_resume import committed
-from tiny_run import done, killed
 
 from spd_lightning import cli
 from spd_lightning.attribution.graph import MODES, known_mode

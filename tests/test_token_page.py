@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.toy_run import make_run
 from test_viewer import CHROMIUM, JSON, _arrive, served
-from toy_run import make_run
 
 from spd_lightning.analysis.components import importance_matrix
 from spd_lightning.analysis.prompts import prompt_label

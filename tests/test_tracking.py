@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from polars.testing import assert_frame_equal
-from tiny_run import done, killed, lay_out
+from support.tiny_run import done, killed, lay_out
 
 from spd_lightning import cli, config, json_files, runs
 from spd_lightning.store import TABLES, Store

@@ -3,8 +3,8 @@
 import math
 
 import pytest
-import tiny_checkpoints
 import torch
+from support import tiny_checkpoints
 from torch import nn
 
 from spd_lightning import BadInput, Decoder, InductionHead

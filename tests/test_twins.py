@@ -1,8 +1,8 @@
 """Graphs of HuggingFace models in closed form, under their own names (A7)."""
 
 import pytest
-import tiny_checkpoints
 import torch
+from support import tiny_checkpoints
 from test_closed_form import CLOSED, assert_equal, dictionary
 
 from spd_lightning.attribution.autograd import cut_run, oracle

@@ -21,7 +21,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_run import ALIVE, FEATURES, C, make_harvest, make_run
+from support.toy_run import ALIVE, FEATURES, C, make_harvest, make_run
 
 from spd_lightning.analysis.graphs import whole_graph
 from spd_lightning.analysis.influence import pruned

@@ -2,9 +2,9 @@
 
 import polars as pl
 import pytest
-import tiny_checkpoints
 import torch
 from polars.testing import assert_frame_equal
+from support import tiny_checkpoints
 from test_closed_form import MAPS, STYLES, THRESHOLD, dictionary, made, some_outputs
 from torch import nn
 

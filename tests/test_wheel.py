@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from tiny_run import lay_out
+from support.tiny_run import lay_out
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"

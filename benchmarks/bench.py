@@ -1,10 +1,10 @@
 """`make bench`: milliseconds per optimiser step, ours beside a plain implementation of the same maths, in one run.
 
-The plain one (tests/plain.py) writes the laws down as they stand. Both take CPU time of one thread at the published
-batch sizes, in turn, so that a drifting machine drifts for both; of each the best turn counts, since whatever disturbs
-it only takes time. The last column is what Lightning adds.
+The plain one (`plain.py`) writes the laws down as they stand. Both take CPU time of one thread at the published batch
+sizes, in turn, so that a drifting machine drifts for both. The best turn of each counts, since whatever disturbs a turn
+only takes time. The last column is what Lightning adds.
 
-    python tests/bench.py [MODEL ...]
+    python benchmarks/bench.py [MODEL ...]
 """
 
 import logging

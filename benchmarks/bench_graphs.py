@@ -10,7 +10,7 @@ of 64 tokens (weights and importances are drawn: they cost what trained ones cos
 Then the sums of all edges over a corpus, to activations and to their sizes, beside two backward passes over the corpus
 for each alive component (timed on some of them, scaled up).
 
-    python tests/bench_graphs.py [FIGURE]      draws cost against alive components and against length, if told where
+    python benchmarks/bench_graphs.py [FIGURE]    FIGURE: a file for a plot of cost against components and length
 """
 
 import resource

@@ -3,7 +3,7 @@
 Each (model, seed) is a run of its own, `runs/paper-<model>-<seed>`, fitted by the ordinary command on one thread, as
 many at once as there are cores. Finished runs are not repeated. The table at the end is the one in the README.
 
-    python tests/paper.py [MODEL ...]         only these models
+    python benchmarks/paper.py [MODEL ...]         only these models
 """
 
 import os
