@@ -8,7 +8,6 @@ import polars as pl
 import pytest
 import torch
 from polars.testing import assert_frame_equal
-from spd_lightning.commands.work import Request
 from support import tiny_checkpoints
 from test_closed_form import CLOSED, PARTIAL, STYLES, THRESHOLD, made, some_outputs
 from test_nodes import WORDS, Ragged, harvested, induction_head, shaken, table
@@ -20,6 +19,7 @@ from spd_lightning.attribution.closed_form.trace import why_not
 from spd_lightning.attribution.dataset_edges import dataset_edges, looked_up
 from spd_lightning.attribution.graph import MODES, Subject
 from spd_lightning.attribution.outputs import every_output
+from spd_lightning.commands.arguments import RunArguments
 from spd_lightning.data.modules import Batches
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
@@ -324,14 +324,14 @@ def test_configs_laid_over_another_add_their_harvesters():
     """graphs.yaml and dataset_edges.yaml together; what the first config names is replaced, as ever."""
 
     def harvesters(*names):
-        request = Request(["stories-2L.yaml", *names])
+        request = RunArguments(["stories-2L.yaml", *names])
         return [each["class_path"].removeprefix("spd_lightning.") for each in request.config["trainer"]["callbacks"]]
 
     assert harvesters() == ["PromptNodes"]
     assert harvesters("dataset_edges.yaml") == ["DatasetEdges"]
     assert harvesters("graphs.yaml", "wandb.yaml", "dataset_edges.yaml") == ["PromptGraphs", "DatasetEdges"]
     assert harvesters("graphs.yaml", "graphs.yaml") == ["PromptGraphs"]
-    together = Request(["stories-2L.yaml", "graphs.yaml", "dataset_edges.yaml"]).config
+    together = RunArguments(["stories-2L.yaml", "graphs.yaml", "dataset_edges.yaml"]).config
     assert together["trainer"]["callbacks"][0]["init_args"] == {"at_least": 0.005}
 
 
