@@ -142,6 +142,19 @@ def test_l3_the_frequency_term_has_the_annealed_exponent_of_minimality(progress,
     assert terms["frequency"].item() == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.parametrize(("progress", "on"), [(0.0, True), (0.6, True), (0.61, False), (1.0, False)])
+def test_l3_the_frequency_term_ends_where_it_is_told(progress, on):
+    """After `until` the total is that without the term, which is still logged."""
+    run = Pass.of(decomposed(Perceptron), Perceptron().batch())
+    with_it = Losses(Faithfulness(0.0), Minimality(1.0), Frequency(5.0, 29.0, until=0.6), reconstruction={})
+    without = Losses(Faithfulness(0.0), Minimality(1.0), reconstruction={})
+    total, terms = with_it(run, progress)
+    expected = without(run, progress)[0] + (5.0 * terms["frequency"] if on else 0.0)
+    assert terms["frequency"] > 0.1
+    assert total.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert Frequency(5.0).coefficient(1.0) == 5.0
+
+
 @pytest.mark.parametrize("progress", [0.0, 0.45, 0.9, 1.0])
 @given(rows=drawn_importances)
 def test_l4_smooth_l0_counts_with_a_falling_width(progress, rows):

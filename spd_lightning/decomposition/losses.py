@@ -138,10 +138,16 @@ class Frequency:
     Args:
         coeff: weight in the total loss; 0 switches it off.
         positions: the reference number of positions a in `f log2(1 + a f)`.
+        until: fraction of training after which the term is switched off.
     """
 
     coeff: float = 0.0
     positions: float = 1.0
+    until: float = 1.0
+
+    def coefficient(self, progress: float) -> float:
+        """Return the coefficient at a fraction of training."""
+        return self.coeff if progress <= self.until else 0.0
 
     def __call__(self, means: SiteMeans, whole: Float[Tensor, " components"] | None = None) -> Float[Tensor, ""]:
         """`Σ_l Σ_c f_c log2(1 + a f_c)`, where f_c is the mean over the batches of all devices.
@@ -238,7 +244,7 @@ class Losses:
             if self.minimality.coeff:
                 terms["minimality"] = (self.minimality.coefficient(progress), self.minimality(means))
             if self.frequency.coeff:
-                terms["frequency"] = (self.frequency.coeff, self.frequency(means, run.frequencies))
+                terms["frequency"] = (self.frequency.coefficient(progress), self.frequency(means, run.frequencies))
         if self.smooth_l0.coeff:
             terms["smooth_l0"] = (self.smooth_l0.coeff, self.smooth_l0(run.importances.lower, progress, run.weights))
         run.progress = progress
