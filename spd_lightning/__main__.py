@@ -18,8 +18,12 @@ def main() -> None:
 
     fit_streams()
     words = sys.argv[1:]
-    if (shown := options.asked_for(words)) is not None:
-        print(shown, end="")
+    if (page := options.asked_for(words)) is not None:
+        try:
+            print(page, end="", flush=True)
+        except OSError as error:
+            sys.stdout = None  # or Python would fail once more at its end
+            sys.exit(0 if isinstance(error, BrokenPipeError) else f"error: {error.strerror}; make room for the output")
         return
     with stopping.listening():  # what follows imports much, and a signal may come meanwhile
         try:

@@ -4,6 +4,7 @@ Each verb is a module of `commands`, imported when it is called. `commands.optio
 what it needs, and loads torch after its words and its run have been checked.
 """
 
+import errno
 import importlib
 import logging
 import os
@@ -38,14 +39,15 @@ def _run(words: list[str]) -> int:
     _speak()
     try:
         words = _trusting(words)
-        if (shown := options.asked_for(words)) is not None:
-            print(shown, end="")
+        if (page := options.asked_for(words)) is not None:
+            print(page, end="")
             return 0
         verb = VERBS.get(words[0])
         if verb is None:
-            raise BadInput(f"'{words[0]}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
+            raise BadInput(f"'{shown(words[0])}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
         _call("settings" if options.topic(words) else verb.module or verb.name, words[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None if the terminal was closed before the start
+            sys.stdout.flush()
     except BadInput as error:
         if debug:
             raise
@@ -60,17 +62,24 @@ def _run(words: list[str]) -> int:
             return 0
         if debug:
             raise
-        place = f"'{error.filename}': " if error.filename else ""
-        print(f"error: {place}{error.strerror or error}; make room or choose another place (SPD_RUNS)", file=sys.stderr)
+        place = f"'{shown(str(error.filename))}': " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}; {_remedy(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _remedy(error: OSError) -> str:
+    """Return what to do about an error of the file system."""
+    if error.errno == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    return "make room or choose another place (SPD_RUNS)"
 
 
 def _nobody_reads() -> bool:
     """Return whether stdout is a pipe whose reader has read enough; what else is printed is then dropped."""
     try:
         output = sys.stdout.fileno()
-    except OSError:  # it is no file
+    except (OSError, AttributeError):  # it is not a file, or was closed before the start
         return False
     pipe = select.poll()
     pipe.register(output, select.POLLOUT)

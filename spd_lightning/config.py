@@ -16,7 +16,7 @@ import yaml
 from yaml.composer import Composer
 
 from spd_lightning.encoding import lone_surrogate, read_text
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, nearest, shown
 
 _HERE = Path(__file__).resolve().parent
 SHIPPED = next(folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir())
@@ -79,13 +79,14 @@ def find(name: str) -> Path:
     Raises:
         BadInput: no such file; the nearest name there is, is suggested.
     """
-    for path in places(name):
-        if path.is_file():
-            return path
+    with contextlib.suppress(OSError, ValueError):  # a name too long for a file, or with a zero byte
+        for path in places(name):
+            if path.is_file():
+                return path
     known = {str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.rglob("*.yaml")}
     hint = nearest(name.removesuffix(".yaml"), known)
     hint = hint if hint.startswith("did") else "'python -m spd_lightning list' shows those"
-    raise BadInput(f"config '{name}': no such file here, in configs/, or among the shipped ones; {hint}")
+    raise BadInput(f"config '{shown(name)}': no such file here, in configs/, or among the shipped ones; {hint}")
 
 
 def load(name: str, as_written: bool = False) -> dict[str, Any]:
@@ -102,29 +103,51 @@ def load(name: str, as_written: bool = False) -> dict[str, Any]:
         BadInput: the file is missing, is not a YAML mapping, or builds on itself; or it came from a tracker, and its
             trainer is written in another way than as a run writes it.
     """
-    return _load(find(name), (), as_written)
+    return _load(find(name), (), as_written, {})
 
 
 FOREIGN = ("logger", "profiler", "callbacks", "plugins", "strategy", "accelerator", "default_root_dir")
 """Settings of a trainer that build objects, or say where files go."""
 
 
-def _load(path: Path, seen: tuple[Path, ...], as_written: bool) -> dict[str, Any]:
+LONGEST = 50
+"""How many configs a chain of bases may hold."""
+
+
+def _load(
+    path: Path, seen: tuple[Path, ...], as_written: bool, loaded: dict[tuple[Path, bool], dict[str, Any]]
+) -> dict[str, Any]:
+    """Load a config with its bases.
+
+    Args:
+        path: its file.
+        seen: the files that build on it, the outermost first.
+        as_written: as for `load`.
+        loaded: the results so far, by file and by whether a config that builds on it was pulled.
+    """
     if path.resolve() in seen:
         raise BadInput(f"config '{path}': it builds on itself; remove it from its own chain of 'base'")
+    if len(seen) > LONGEST:
+        raise BadInput(
+            f"config '{seen[0].name}': it builds on a chain of more than {LONGEST} configs; merge some of them"
+        )
+    pulled = any((file.parent / "pulled.json").exists() for file in (*seen, path))
+    if (path.resolve(), pulled) in loaded:
+        return loaded[path.resolve(), pulled]
     own = read_file(path)
     if not isinstance(own, dict):
         raise BadInput(f"config '{path}': expected 'key: value' lines, found {type(own).__name__}")
-    pulled = any((file.parent / "pulled.json").exists() for file in (*seen, path))
     if pulled and not as_written:
         own = _without_foreign(path, own)
-    bases = own.pop("base", [])
+    bases = own.pop("base", None) or []
     bases = bases if isinstance(bases, list) else [bases]
     merged: dict[str, Any] = {}
     for base in map(str, bases):
-        beside = path.parent / base
-        merged = merge(merged, _load(beside if beside.is_file() else find(base), (*seen, path.resolve()), as_written))
-    return merge(merged, own)
+        beside = [path.parent / base, path.parent / f"{base}.yaml"]
+        file = next((file for file in beside if file.is_file()), None) or find(base)
+        merged = merge(merged, _load(file, (*seen, path.resolve()), as_written, loaded))
+    loaded[path.resolve(), pulled] = merge(merged, own)
+    return loaded[path.resolve(), pulled]
 
 
 def _without_foreign(path: Path, pulled: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +182,8 @@ def items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             yield entry.start_mark.line + 1, loader.construct_document(entry)
     except KeyTwice as error:
         raise BadInput(f"'{path}': {error}") from error
+    except BadInput:
+        raise
     except _NO_YAML as error:
         raise BadInput(f"'{path}': not valid YAML: {_reason(error)}") from error
     finally:
@@ -184,6 +209,10 @@ def read_file(path: Path) -> Any:
     return content
 
 
+DEEPEST, MOST = 50, 100_000
+"""How deeply a config may be nested, and how many values it may hold once its aliases are written out."""
+
+
 _NO_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 """Reading YAML raises these: numbers and dates can be impossible, and lists can be nested too deeply."""
 
@@ -195,19 +224,29 @@ def _reason(error: BaseException) -> str:
 def _faults(content: Any) -> Iterator[str]:
     """Yield what YAML allows and a config cannot hold.
 
-    These are keys that are not text, and halves of surrogate pairs, which an escape such as "\\ud83d" makes.
+    These are keys that are not text, values that JSON does not have (dates, sets, binary data), halves of surrogate
+    pairs, which an escape such as "\\ud83d" makes, and aliases that hold themselves or add up to too much.
     """
-    if isinstance(content, dict):
-        for key, value in content.items():
-            if not isinstance(key, str):
-                yield f"the key {key!r} is not text; put it in quotes"
-            yield from _faults(key)
-            yield from _faults(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _faults(value)
-    elif isinstance(content, str) and (half := lone_surrogate(content)):
-        yield f"{half} is half of a character; write the character itself"
+    pending, count = [(content, 0)], 0
+    while pending:
+        value, depth = pending.pop()
+        count += 1
+        if depth > DEEPEST:
+            yield f"nested more than {DEEPEST} levels deep; write it flatter, without aliases that hold themselves"
+            return
+        if count > MOST:
+            yield f"it holds more than {MOST:,} values once its aliases are written out; use fewer aliases"
+            return
+        if isinstance(value, dict):
+            yield from (f"the key {key!r} is not text; put it in quotes" for key in value if not isinstance(key, str))
+            pending += [(each, depth + 1) for pair in value.items() for each in pair]
+        elif isinstance(value, list):
+            pending += [(each, depth + 1) for each in value]
+        elif isinstance(value, str):
+            if half := lone_surrogate(value):
+                yield f"{half} is half of a character; write the character itself"
+        elif value is not None and not isinstance(value, bool | int | float):
+            yield f"the value {str(value)[:40]!r} is a {type(value).__name__}; put it in quotes"
 
 
 def check_keys(text: str) -> None:

@@ -22,6 +22,16 @@ class Diverged(BadInput):
         self.reason = reason
 
 
+def shown(value: str) -> str:
+    """Return a value as an error message shows it: on one line, and of at most 100 characters.
+
+    >>> shown("a\\nb")
+    'a\\\\nb'
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    return line if len(line) <= 100 else f"{line[:97]}..."
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """The closest known names to a misspelt one, as the end of an error message.
 
@@ -34,8 +44,12 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f"choose from: {', '.join(known[:20]) or 'none'}{more}"
 
 
-_USER = r"(?<=://)(?:[^\s/?#'\"]*|[^\s/'\"]*:[^\s'\"]*)@"
-_SECRET = r"([?&;][\w.-]*(?:token|passw|pwd|secret|key|signature|auth|credential)[\w.-]*=)[^\s&;#'\"]+"
+_USER = r"""(?<=//)(?:[^\s/?#'"]*|[^\s/'"]*:(?:(?!['"][:,;)\s]|//).)*)@"""
+"""What stands before the `@` of an address. A password may hold quotes and blanks; a quote that ends the address is
+followed by a colon, a comma, a bracket or a blank."""
+_NAMES = "token|pass|pwd|pw|secret|key|sig|auth|credential"
+_VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s&;#'"]+)"""
+_SECRET = rf"([?&;#][\w.-]*(?:{_NAMES})[\w.-]*=){_VALUE}"
 
 
 def without_passwords(text: str) -> str:

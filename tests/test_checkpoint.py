@@ -477,3 +477,29 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
     assert not last.exists()
     assert SafetensorsIO().load_checkpoint(last)["step"] == 3
     assert SafetensorsIO().load_checkpoint(before)["step"] == 2
+
+
+def training(folder: Path, digest: str) -> Path:
+    """A run's folder with two checkpoints; returns the last."""
+    folder.mkdir()
+    runs.write_json(folder / "run.json", {"family": "a", "digest": digest, "started": 1.0})
+    last, _ = write_two(folder)
+    return last
+
+
+def test_the_checkpoint_of_another_training_is_rejected(tmp_path, caplog):
+    """One that was copied from another run's folder would end in that run's weights."""
+    mine, other = training(tmp_path / "a", "1" * 12), training(tmp_path / "b", "2" * 12)
+    mine.write_bytes(other.read_bytes())
+    assert SafetensorsIO().load_checkpoint(mine)["step"] == 1
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("the checkpoint of another training; resuming from 'previous.safetensors' instead")
+    mine.with_name(PREVIOUS.name).unlink()
+    with pytest.raises(BadInput, match="the checkpoint of another training; delete the folder 'checkpoints'"):
+        SafetensorsIO().load_checkpoint(mine)
+
+
+def test_a_run_that_was_renamed_keeps_its_checkpoints(tmp_path):
+    last = training(tmp_path / "a", "1" * 12)
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert SafetensorsIO().load_checkpoint(tmp_path / "c" / last.relative_to(tmp_path / "a"))["step"] == 2

@@ -726,3 +726,46 @@ def test_a_second_fit_is_a_run_of_its_own(here):
     assert runs.Run(here / "runs/tiny-3").summary["steps"] == 10
     assert runs.newest("tiny").name == "tiny-3"
     assert Decomposition.from_pretrained("tiny").origin == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("runs >&-", 0), ("--help >&-", 0), ("--help >/dev/full", 1), ("runs >/dev/full", 2)],
+)
+def test_output_that_goes_nowhere(tmp_path, command, code):
+    """A closed output is no error of the work; a full disk is one line."""
+    line = f"{sys.executable} -m spd_lightning {command}"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") <= 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("trainer:\n", "config: trainer: expected 'key: value' lines"),
+        ("trainer: [1]\n", "config: trainer: expected 'key: value' lines"),
+        ("config: 3\n", "config: config: not a setting"),
+        (f"trainer: {{max_steps: 1{'0' * 400}}}\n", "trainer.max_steps"),
+    ],
+)
+def test_shapes_of_configs_that_nothing_can_be_built_from(refused, here, text, part):
+    (here / "shape.yaml").write_text(f"base: tms\n{text}")
+    assert part in refused("plan", "--config", "shape.yaml")
+
+
+@pytest.mark.parametrize("option", ["--model.target", "--model.init_args.target", "--trainer.logger", "--data"])
+def test_a_file_in_place_of_a_setting_is_not_shown(refused, here, option):
+    (here / "secret.txt").write_text("hush\nhush\n")
+    said = refused("plan", "--config", "tms", option, "secret.txt")
+    assert f"{option} 'secret.txt': this is a file, not a setting" in said
+    assert "hush" not in said
+
+
+def test_help_imports_no_module_that_it_does_not_know(refused):
+    assert "--help this.x: not a class with settings" in refused("fit", "--help", "this.x")
+    assert "this" not in sys.modules

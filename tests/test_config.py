@@ -336,3 +336,66 @@ def test_a_key_twice_in_an_override_is_rejected(here):
         Settings(tiny, [f"--trainer={path}"])
     with quiet(), pytest.raises(BadInput, match=r"key 'max_steps' is given twice, on line 1"):
         Settings(tiny, ["--trainer={max_steps: 1, max_steps: 2}"])
+
+
+BOMB = "a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8]\n" + "".join(
+    f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (BOMB, "more than 100,000 values once its aliases are written out"),
+        ("model: &a\n  init_args: *a\n", "nested more than 50 levels deep"),
+        ("x: &a [*a]\n", "nested more than 50 levels deep"),
+        ("x: !!binary aGVsbG8=\n", "is a bytes; put it in quotes"),
+        ("x: !!set {a, b}\n", "is a set; put it in quotes"),
+        ("x: 2020-01-01\n", "is a date; put it in quotes"),
+    ],
+    ids=["bomb", "a map in itself", "a list in itself", "bytes", "set", "date"],
+)
+def test_aliases_and_values_that_no_config_can_hold(here, text, part):
+    (here / "odd.yaml").write_text(text)
+    with pytest.raises(BadInput, match=r"^config 'odd\.yaml': ") as caught:
+        config.load("odd.yaml")
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bases_named_again_and_again_are_loaded_once(here, monkeypatch):
+    """Each of 30 configs names the one before twice: 31 files are read, not 2^30."""
+    (here / "b0.yaml").write_text("x: {a: 1}\n")
+    for k in range(1, 31):
+        (here / f"b{k}.yaml").write_text(f"base: [b{k - 1}, b{k - 1}.yaml]\nx: {{b{k}: {k}}}\n")
+    read = list[Path]()
+    real = config.read_file
+    monkeypatch.setattr(config, "read_file", lambda path: read.append(path) or real(path))
+    assert config.load("b30.yaml") == {"x": {"a": 1} | {f"b{k}": k for k in range(1, 31)}}
+    assert len(read) == 31
+
+
+def test_a_long_chain_of_bases_is_rejected(here):
+    (here / "c0.yaml").write_text("x: 1\n")
+    for k in range(1, 100):
+        (here / f"c{k}.yaml").write_text(f"base: c{k - 1}.yaml\n")
+    assert config.load("c50.yaml") == {"x": 1}
+    with pytest.raises(BadInput, match=r"config 'c99\.yaml': it builds on a chain of more than 50 configs"):
+        config.load("c99.yaml")
+
+
+def test_a_base_next_to_its_config_needs_no_suffix(here):
+    (here / "deep").mkdir()
+    (here / "deep/under.yaml").write_text("x: 1\n")
+    (here / "deep/over.yaml").write_text("base: under\ny: 2\n")
+    (here / "none.yaml").write_text("base:\nx: 3\n")
+    assert config.load("deep/over.yaml") == {"x": 1, "y": 2}
+    assert config.load("none.yaml") == {"x": 3}
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x" * 5000, "a\x1b[31m"])
+def test_an_odd_name_is_shown_on_one_short_line(here, name):
+    with pytest.raises(BadInput) as caught:
+        config.load(name)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300

@@ -318,3 +318,9 @@ def test_only_names_of_files_are_paths():
         assert gate.FILES.fullmatch(path)
     for path in ("/assets/.env", "/assets/a/../b", "/assets/a\n", "/assets/%2e%2e", "/asset/a.js", "/static/js/"):
         assert not gate.FILES.fullmatch(path)
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+@pytest.mark.parametrize("place", ["/assets/", "/static/img/", "/"])
+def test_a_name_too_long_for_a_file_is_not_found(viewer, place, length):
+    assert ask(viewer[0], "GET", place + "a" * length).status == 404

@@ -460,6 +460,7 @@ def test_a_file_of_interventions_gives_what_each_gives_alone(capsys, runs_there,
         (['{"ablate": []}'], ["line 1: no prompt"]),
         (['{"text": "Mia", "base": "cl"}'], ["line 1: 'base': 'cl' is unknown"]),
         (['{"input": ["a"]}'], ["line 1: 'input': not a list of numbers"]),
+        (['{"text": "Mia", "ablate": [], "ablate": []}'], ["line 1: the key 'ablate' appears twice"]),
         ([], ["no row in it"]),
     ],
 )
@@ -488,6 +489,8 @@ def test_wrong_rows_are_all_named_in_one_line(capsys, runs_there, tmp_path, rows
         (["text", "--text", "Mia went " * 20], "the target's context holds 16; shorten it"),
         (["text", "--input", "3,999"], "token 999 is outside the target's vocabulary, which ends at 299"),
         (["text", "--input", "3,x"], "this run takes token ids"),
+        (["toy", "--input", "1e39,0,0,0,0"], "its numbers must be finite"),
+        (["toy", "--input", "0,0,0,0,0", "--ablate", "linear1:٣"], "write layer:pos:component"),
         (["text", "--text", "Mia", "--ablate", "h.0.attn.p_proj:1"], "did you mean 'h.0.attn.v_proj'?"),
         (["text", "--text", "Mia", "--ablate", "h.0.attn.q_proj:4"], "it has 4; take one from 0 to 3"),
         (

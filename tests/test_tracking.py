@@ -9,6 +9,7 @@ from polars.testing import assert_frame_equal
 from support.tiny_run import done, killed, lay_out
 
 from spd_lightning import cli, config, json_files, runs
+from spd_lightning.runs import trackers
 from spd_lightning.store import TABLES, Store
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.trackers import acceptable
@@ -171,3 +172,28 @@ def test_patterns_of_sites_are_logged_as_text():
         _validate_param_name(name)
     with pytest.raises(MlflowException):
         _validate_param_name("model/sites/h.*")
+
+
+def test_a_store_that_is_killed_while_it_is_made_leaves_nothing(tmp_path, monkeypatch):
+    """Half of its tables would be a store that nothing opens again."""
+    from mlflow.store.db import utils
+
+    monkeypatch.setenv("SPD_RUNS", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    made = list[str]()
+
+    def killed(engine):
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE model_version_tags (key TEXT)")
+        made.append(str(engine.url))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.store.tracking.sqlalchemy_store.mlflow.store.db.utils._initialize_tables", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trackers.mlflow_client(trackers.embedded_uri())
+    assert made
+    assert utils._initialize_tables is not killed
+    assert not (tmp_path / "mlflow.db").exists()
+    assert trackers.mlflow_client(trackers.embedded_uri()).search_experiments()
+    assert not list(tmp_path.glob(".*.new"))

@@ -261,3 +261,13 @@ def test_loading_is_announced_on_a_terminal_once_it_takes_long(monkeypatch, caps
     with loading.announced():
         time.sleep(0.05)
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("words", [["--input", "-0.5,0,1"], ["--input=-0.5,0,1"]])
+def test_a_value_may_begin_with_a_minus(words):
+    assert options.read("intervene", ["tms", *words]).input == "-0.5,0,1"
+
+
+def test_an_option_is_no_value():
+    with pytest.raises(BadInput, match="'--input' needs a value"):
+        options.read("intervene", ["tms", "--input", "--json"])

@@ -39,7 +39,7 @@ class RunArguments:
     @property
     def name(self) -> str:
         """The run's name: as asked for, or the first config's."""
-        return runs.check_name(self.run or Path(self.names[0]).name.removesuffix(".yaml"))
+        return runs.check_name(Path(self.names[0]).name.removesuffix(".yaml") if self.run is None else self.run)
 
     def finished_run(self) -> runs.Run:
         """Return the run that is asked for by name, or the newest that finished.
@@ -47,7 +47,7 @@ class RunArguments:
         Raises:
             BadInput: there is none.
         """
-        return runs.find(self.run) if self.run else runs.newest(self.name)
+        return runs.newest(self.name) if self.run is None else runs.find(self.run)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def _rows(names: list[str], frame: pl.DataFrame) -> list[dict[str, Any]]:
 def _component(name: str) -> tuple[str, int]:
     """A component's layer and number."""
     layer, _, number = name.rpartition(":")
-    if not layer or not number.isdecimal() or len(number) > 2 * DIGITS:
+    if not layer or not (number.isascii() and number.isdecimal()) or len(number) > 2 * DIGITS:
         raise BadInput(f"component '{name[:80]}': write layer:number; for example h.0.mlp.c_fc:5")
     return layer, int(number)
 

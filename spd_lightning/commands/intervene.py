@@ -9,7 +9,6 @@ from __future__ import annotations  # outcomes are of a module that loads torch
 
 import argparse
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +108,10 @@ def _inputs(row: Row, run: str, module: Decomposition, data: StepData) -> Tensor
     return prompt
 
 
+LARGEST = 3e38
+"""The largest number that single precision holds, rounded down."""
+
+
 def _numbers(given: Any, whole: bool) -> list[Any]:
     """Return the numbers of a prompt that is given as a list or as words."""
     words = given.replace(",", " ").split() if isinstance(given, str) else [str(number) for number in given]
@@ -118,7 +121,7 @@ def _numbers(given: Any, whole: bool) -> list[Any]:
     except ValueError as error:
         kind = "token ids" if whole else "numbers"
         raise BadInput(f"--input '{shown}': this run takes {kind}; for example: --input 0,1,0") from error
-    if not all(map(math.isfinite, found)):
+    if not all(abs(number) <= LARGEST for number in found):  # not so for NaN
         raise BadInput(f"--input '{shown}': its numbers must be finite")
     return found
 

@@ -1,7 +1,6 @@
 """Interventions as users write them: the words of `intervene`, or the rows of a .jsonl or .yaml file."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,9 +172,9 @@ def _filled_lines(text: str) -> Iterator[tuple[int, str]]:
 
 def _parsed(words: str) -> Any:
     try:
-        return json.loads(words)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"not JSON ({error})") from error
+        return json_files.parsed(words.encode("utf-8"), Any)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
 
 
 def _row(held: Any, default: Row, line: int) -> Row:

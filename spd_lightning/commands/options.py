@@ -83,12 +83,24 @@ def read_some(name: str, words: Sequence[str]) -> tuple[argparse.Namespace, list
         BadInput: an option has a value that it cannot take, or an argument is missing.
     """
     verb = VERBS[name]
-    found, rest = Reader(verb).parse_known_args(list(words))
+    found, rest = Reader(verb).parse_known_args(_with_negative_numbers(verb, words))
     for option in verb.options:
         value = getattr(found, option.dest, None)
         if option.choices and value is not None and value not in option.choices:
             raise BadInput(f"{name}: {option.name} '{value}': unknown value; {nearest(value, option.choices)}")
     return found, rest
+
+
+def _with_negative_numbers(verb: Verb, words: Sequence[str]) -> list[str]:
+    """Return the words with `--input -0.5,0` as `--input=-0.5,0`: argparse takes such a value for an option."""
+    valued = {option.name for option in verb.options if option.value is not None and not option.passed}
+    joined = list[str]()
+    for word in words:
+        if joined and joined[-1] in valued and re.match(r"-[.\d]", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 # ---- help -----------------------------------------------------------------------------------------------------------

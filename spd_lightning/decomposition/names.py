@@ -34,8 +34,8 @@ def place(counts: Mapping[str, int], name: str) -> Place:
     Raises:
         BadInput: the name has another form, or there is no such site or component.
     """
-    site, *numbers = name.strip().split(":")
-    if not 1 <= len(numbers) <= 2 or not numbers[-1].isdecimal():
+    site, *numbers = name.strip(" ").split(":")
+    if not 1 <= len(numbers) <= 2 or not _is_number(numbers[-1]):
         raise BadInput(f"component '{name}': write layer:pos:component, or layer:component for all positions")
     if len(numbers[-1]) > 2 * DIGITS:
         raise BadInput(f"component '{name}': no site has that many components; take a smaller number")
@@ -45,9 +45,14 @@ def place(counts: Mapping[str, int], name: str) -> Place:
     return found
 
 
+def _is_number(word: str) -> bool:
+    """Whether a word is a number in the digits 0 to 9."""
+    return word.isascii() and word.isdecimal()
+
+
 def _positions(name: str, word: str) -> tuple[int, ...]:
     first, dash, last = word.partition("-")
-    if not first.isdecimal() or (dash and not last.isdecimal()):
+    if not _is_number(first) or (dash and not _is_number(last)):
         raise BadInput(f"component '{name}': position '{word}' is not a number; write 3, or 3-5 for several")
     if max(len(first), len(last)) > DIGITS:
         raise BadInput(f"component '{name}': position '{word}' is beyond the end of any prompt; write a smaller one")

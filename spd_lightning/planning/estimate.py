@@ -23,6 +23,7 @@ from spd_lightning.training.open_target import is_trained_here
 from spd_lightning.training.session import Settings
 
 GiB = 2**30
+MOST_STEPS = 10**12
 MODEST = 0.25
 """The share of a machine's memory up to which a rough bound on the need makes a closer look unnecessary."""
 
@@ -94,6 +95,8 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
     """
     make, batch = _module(settings), _batch(settings)
     trainer, mixed = settings.config["trainer"], _mixed(settings)
+    if trainer["max_steps"] > MOST_STEPS:
+        raise BadInput(f"trainer.max_steps: at most {MOST_STEPS:,} can be planned for")
     with fakes():
         module = make()
         rows = batch().numel() if not batch().is_floating_point() else len(batch())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spd_lightning import json_files
 from spd_lightning.config import digest, load
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, nearest, shown
 from spd_lightning.files import root
 from spd_lightning.runs.files import held, read_json, read_metrics
 from spd_lightning.runs.shapes import RESTORE, Factorization, Record, read_summary
@@ -34,7 +34,8 @@ def check_name(name: str) -> str:
         raise BadInput(f"run name '{name}': the folder of that name holds something else; choose another")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
         raise BadInput(
-            f"run name '{name}': use at most 100 letters, digits, '.', '_' and '-', and do not start with '.' or '-'"
+            f"run name '{shown(name)}': use at most 100 letters, digits, '.', '_' and '-', and do not start with '.' "
+            "or '-'"
         )
     return name
 
@@ -191,4 +192,4 @@ def newest(name: str) -> Run:
 
 def unknown(name: str) -> BadInput:
     """The error for a name that no run here has."""
-    return BadInput(f"run '{name}': not in '{root()}'; {nearest(name, [run.name for run in runs()])}")
+    return BadInput(f"run '{shown(name)}': not in '{root()}'; {nearest(name, [run.name for run in runs()])}")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, shown
 from spd_lightning.files import make_folder, mark, root, sweep, sync_folder
 from spd_lightning.runs.artifacts import check_whole, keep_known
 from spd_lightning.runs.files import held, lock, read_json, writable, write_json
@@ -39,7 +39,9 @@ def find(reference: str) -> Run:
         if reference and is_run(path):
             return Run(path)
     if os.sep in reference:
-        raise BadInput(f"run '{reference}': no run or harvest there; name a folder with config.yaml or manifest.json")
+        raise BadInput(
+            f"run '{shown(reference)}': no run or harvest there; name a folder with config.yaml or manifest.json"
+        )
     raise unknown(reference)
 
 

@@ -162,7 +162,19 @@ def mlflow_client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     with _made_by_one(uri):
+        if (path := _sqlite_file(uri)) and not path.exists():
+            _make_store(path)
         return MlflowClient(tracking_uri=uri)
+
+
+def _make_store(path: Path) -> None:
+    """Make an empty sqlite store, whole or not at all: a process killed between its tables would leave a broken one."""
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with write_whole(path) as temporary:
+        address = f"sqlite+pysqlite:///{quote(str(temporary.resolve()))}"
+        SqlAlchemyStore(address, DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
 
 
 def _be_brief() -> None:
@@ -204,6 +216,8 @@ def trouble(error: BaseException, uri: str, remedy: str = _CHECK) -> BadInput:
     with contextlib.suppress(ValueError):
         if password := urlsplit(uri).password:
             text = text.replace(password, "***").replace(unquote(password), "***")
+    if "already exists" in text and (path := _sqlite_file(uri)):
+        remedy = f"a process was killed while it changed the tables: move '{path.name}' away, and push the runs"
     said = f"tracker '{without_passwords(uri)}': {without_passwords(text)[:200]}; {remedy}"
     later = getattr(error, "error_code", None) in _LATER or "API request to" in text
     later = later or type(error).__name__ == "OperationalError" or isinstance(error, OSError)

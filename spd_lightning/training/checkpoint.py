@@ -79,14 +79,14 @@ class SafetensorsIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path, tensors = Path(path), dict[str, Tensor]()
-        tree = json.dumps(pack(checkpoint, tensors))
+        header = {"tree": json.dumps(pack(checkpoint, tensors)), "training": _training(path)}
         with runs.writable(path):
             make_folder(path.parent)
         if path.name != LAST.name or not path.exists():
-            write_tensors(tensors, path, {"tree": tree})
+            write_tensors(tensors, path, header)
             return
         following = path.with_name(NEXT.name)
-        write_tensors(tensors, following, {"tree": tree})
+        write_tensors(tensors, following, header)
         with runs.writable(path):  # whoever is killed in between leaves two whole files
             os.replace(path, path.with_name(PREVIOUS.name))
             os.replace(following, path)
@@ -119,10 +119,24 @@ def _opened(path: Path) -> dict[str, Any]:
     tensors, header = read_tensors(path, remedy)
     if "tree" not in header:
         raise BadInput(f"'{path}': not a checkpoint of this tool; {remedy}")
+    if header.get("training") != _training(path):
+        raise BadInput(f"'{path}': the checkpoint of another training; {remedy}")
     try:
         return unpack(json.loads(header["tree"]), tensors)
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"'{path}': damaged ({error}); {remedy}") from error
+
+
+def _training(path: Path) -> str:
+    """Return what identifies the training of a checkpoint: its run's settings and start, or its target's folder.
+
+    It is empty for a checkpoint outside the folders of runs and targets.
+    """
+    folder = path.resolve().parent.parent
+    if (folder / "run.json").exists():
+        record = runs.Run(folder).record
+        return f"{record.get('digest')} {record.get('started')}"
+    return folder.name if folder.parent.name == "targets" else ""
 
 
 def resumable(folder: Path) -> Path | None:

@@ -16,8 +16,9 @@ from jsonargparse import get_loader, set_dumper, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 import spd_lightning
+from spd_lightning import classes
 from spd_lightning.config import MORE_LINE_ENDS, check_keys
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, nearest, shown
 
 
 class Complaint(BadInput):
@@ -197,6 +198,8 @@ def settings_of(topic: str) -> str:
     public = spd_lightning.__all__
     if module == "spd_lightning" and name not in public:
         raise BadInput(f"--help {topic}: no such settings; {nearest(topic, [*TOPICS, *public])}")
+    if not (topic in TOPICS or classes.allowed(path)):
+        raise BadInput(f"--help {shown(topic)}: not a class with settings; {nearest(topic, [*TOPICS, *public])}")
     try:
         kind = getattr(importlib.import_module(module), name)
         parser = LightningArgumentParser(prog="", usage="", add_help=False)

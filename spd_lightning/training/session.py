@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from spd_lightning import classes
 from spd_lightning import config as configs
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, shown
 from spd_lightning.training.checkpoint import SafetensorsIO
 from spd_lightning.training.copies import Copies
 from spd_lightning.training.interruption import Interruption
@@ -67,6 +68,7 @@ class Session(LightningCLI):
         self._plan, self._given = plan, config
         self.copies = Copies([], Path())
         forget_ranks()
+        _check_shape(config)
         _check_files(overrides)
         denied, allowed = classes.verdicts()
         set_parsing_settings(import_path_denylist=denied, import_path_allowlist=allowed)
@@ -173,12 +175,46 @@ def _dicts(value: Any) -> Any:
     return [_dicts(held) for held in value] if isinstance(value, list | tuple) else value
 
 
+def _check_shape(config: Mapping[str, Any]) -> None:
+    """Check the parts of a config that are read before jsonargparse checks it.
+
+    Raises:
+        BadInput: its trainer is not a mapping, or it has a key of the command line's.
+    """
+    if not isinstance(config.get("trainer", {}), dict):
+        raise BadInput("config: trainer: expected 'key: value' lines")
+    if "config" in config:
+        raise BadInput("config: config: not a setting; name the configs to build on under 'base'")
+
+
 def _check_files(overrides: Sequence[str]) -> None:
     """Read every YAML file that an override names, so that what is wrong with it is said with the file's name."""
     for word in overrides:
         path = Path(word.partition("=")[2] if word.startswith("--") else word)
         if path.suffix in (".yaml", ".yml") and path.is_file():
             configs.read_file(path)
+    for option, value in _pairs(overrides):
+        # jsonargparse reads a file that the value of such an option names, and takes its text for the setting.
+        takes_class = option == "--data" or option.startswith(("--model", "--trainer"))
+        if takes_class and _is_other_file(value):
+            raise BadInput(f"{option} '{shown(value)}': this is a file, not a setting; only .yaml files are read here")
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the options of the command line with their values."""
+    for word, after in pairwise([*overrides, ""]):
+        option, equals, value = word.partition("=")
+        if option.startswith("--"):
+            yield option, value if equals else after
+
+
+def _is_other_file(value: str) -> bool:
+    """Whether a value names something on the disk that is neither a folder nor a YAML file."""
+    path = Path(value)
+    try:
+        return value != "" and path.exists() and not path.is_dir() and path.suffix not in (".yaml", ".yml")
+    except (OSError, ValueError):  # not a possible name
+        return False
 
 
 def _plain(value: Any) -> Any:

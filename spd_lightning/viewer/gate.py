@@ -40,7 +40,8 @@ MOST_LEVELS = 20
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 EVERYWHERE = frozenset({"0.0.0.0", "::"})
 EVENT, SERVER_FUNCTION = "/gradio_api/run/predict", "/gradio_api/component_server/"
-FILES = re.compile(r"/(?:favicon\.ico|theme\.css|manifest\.json|(?:assets|static)(?:/[\w-][\w.-]*)+)", re.ASCII)
+FOLDERS = r"(?:assets|static)(?:/[\w-][\w.-]{0,199}){1,9}"
+FILES = re.compile(rf"/(?:favicon\.ico|theme\.css|manifest\.json|{FOLDERS})", re.ASCII)
 NAME_AND_PORT = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
 SESSION = re.compile("[a-z0-9]{1,40}")
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
