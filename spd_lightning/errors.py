@@ -1,8 +1,11 @@
 """What a user is told when their input cannot work: one line with the value, the place and the remedy."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
 
 
 class BadInput(ValueError):
@@ -30,6 +33,66 @@ def shown(value: str) -> str:
     """
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
     return line if len(line) <= 100 else f"{line[:97]}..."
+
+
+Bound = int | float | None
+
+
+def check_range(
+    place: str,
+    *,
+    least: Bound = None,
+    above: Bound = None,
+    most: Bound = None,
+    below: Bound = None,
+    whole: bool = False,
+    hint: str = "",
+    **settings: object,
+) -> None:
+    """Reject numbers outside a range, and what is no finite number at all.
+
+    Args:
+        place: what the settings belong to, for the message.
+        least: the smallest number that is allowed.
+        above: a number that is just too small.
+        most: the largest number that is allowed.
+        below: a number that is just too large.
+        whole: whether only whole numbers are allowed.
+        hint: what else could be done, for the message.
+        settings: values by name. Every entry of a list counts; None is a setting left out.
+
+    Raises:
+        BadInput: one of the settings is out of range.
+
+    >>> check_range("optimiser", least=0, below=1, betas=(0.9, 2.0))
+    Traceback (most recent call last):
+    spd_lightning.errors.BadInput: betas [0.9, 2.0] in optimiser: each must be at least 0 and below 1
+    """
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+    for name, value in settings.items():
+        several = isinstance(value, list | tuple)
+        entries = [] if value is None else value if several else [value]
+        numeric = all(_is_number(entry, whole) for entry in entries)
+        if numeric and all(_within(entry, least, above, most, below) for entry in entries):
+            continue
+        kind = "" if numeric else "a whole number" if whole else "a finite number"
+        shown, subject = (list(value), "each") if several else (value, "it")
+        remedy = f"; {hint}" if hint else ""
+        must_be = ", ".join(filter(None, (kind, wanted)))
+        raise BadInput(f"{name} {shown} in {place}: {subject} must be {must_be}{remedy}")
+
+
+def _is_number(value: object, whole: bool) -> bool:
+    """Whether it is finite and of the right kind; true and false are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        return False
+    return whole or math.isfinite(value)
+
+
+def _within(number: Any, least: Bound, above: Bound, most: Bound, below: Bound) -> bool:
+    high_enough = (least is None or number >= least) and (above is None or number > above)
+    return high_enough and (most is None or number <= most) and (below is None or number < below)
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -263,7 +263,7 @@ def test_the_transformer_trains_under_bf16_autocast():
     [
         ({"d_model": 10, "heads": 4}, "d_model 10 with heads 4.*take d_model 8"),
         ({"d_model": 12, "heads": 4}, "even width"),
-        ({"heads": 0}, "heads 0; it must be at least 1"),
+        ({"heads": 0}, "heads 0 in importance: it must be at least 1"),
         ({"chunk_layers": 0}, "chunk_layers 0"),
         ({"layers": -1}, "layers -1"),
     ],

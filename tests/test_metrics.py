@@ -483,8 +483,8 @@ def test_figures_are_stated_to_the_digit_that_is_certain(value, error, told):
     ("settings", "told"),
     [
         ({"divergence": "kll"}, "divergence 'kll'.*'kl'"),
-        ({"restarts": 0}, "restarts 0; it must be at least 1"),
-        ({"ladder_rows": 0}, "ladder_rows 0; it must be at least 1"),
+        ({"restarts": 0}, "restarts 0 in evaluation: it must be at least 1"),
+        ({"ladder_rows": 0}, "ladder_rows 0 in evaluation: it must be at least 1"),
     ],
 )
 def test_evaluations_that_cannot_be_are_refused(settings, told):

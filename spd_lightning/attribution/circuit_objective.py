@@ -18,7 +18,7 @@ from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.masks import Sources, masks_from_sources, stochastic_sources, uniform
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import kl_rows, mse_rows
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, check_range
 
 Loss = Literal["ce", "kl", "mse"]
 Masks = Literal["stochastic", "ci"]
@@ -67,13 +67,15 @@ class CircuitSearch:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.lambdas or min(self.lambdas) < 0:
-            raise BadInput(f"lambdas {list(self.lambdas)}: they weigh a loss; give at least one, none below 0")
+        if not self.lambdas:
+            raise BadInput("lambdas [] of a search: they weigh a loss; give at least one")
         if not self.masks:
             raise BadInput("masks [] of a search: answers are asked for under some; take stochastic, ci or both")
-        for name, least in (("steps", 0), ("patience", 1), ("draws", 1)):
-            if getattr(self, name) < least:
-                raise BadInput(f"{name} {getattr(self, name)} of a search: it must be at least {least}")
+        check_range("search", least=0, lambdas=self.lambdas, adversarial=self.adversarial, tolerance=self.tolerance)
+        check_range("search", above=0, p=self.p, lr=self.lr)
+        check_range("search", least=0, whole=True, steps=self.steps)
+        check_range("search", least=1, whole=True, patience=self.patience, draws=self.draws)
+        check_range("search", least=0, most=1, threshold=self.threshold)
 
 
 def suited(search: CircuitSearch, inputs: Tensor, vocab: int | None = None) -> Loss:

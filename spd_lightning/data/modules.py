@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, Shaped
 from lightning import LightningDataModule
 from torch import Tensor
 
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, check_range
 from spd_lightning.targets.toy import PROBE, induction_tokens
 
 T = TypeVar("T")
@@ -78,9 +78,9 @@ class StepData(LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, seed: int, validation_batches: int, predict_batch_size: int) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("predict_batch_size", predict_batch_size)):
-            if value < 1:
-                raise BadInput(f"{name} {value} in {type(self).__name__}: it must be at least 1")
+        place = type(self).__name__
+        check_range(place, least=1, whole=True, batch_size=batch_size, predict_batch_size=predict_batch_size)
+        check_range(place, least=0, whole=True, validation_batches=validation_batches)
         self.batch_size, self.seed, self.validation_batches = batch_size, seed, validation_batches
         self.predict_batch_size = predict_batch_size
 
@@ -149,6 +149,7 @@ class SampledData(StepData):
         self, batch_size: int, seed: int, validation_batches: int, n_prompts: int, predict_batch_size: int
     ) -> None:
         super().__init__(batch_size, seed, validation_batches, predict_batch_size)
+        check_range(type(self).__name__, least=0, whole=True, n_prompts=n_prompts)
         self.n_prompts = n_prompts
 
     @abstractmethod
@@ -213,8 +214,9 @@ class SparseFeatures(SampledData):
             predict_batch_size: vectors in a batch of `predict`.
         """
         super().__init__(batch_size, seed, validation_batches, n_prompts, predict_batch_size)
-        if not 0 < probability <= 1:
-            raise BadInput(f"probability {probability} in SparseFeatures: it must be above 0 and at most 1")
+        check_range("SparseFeatures", least=1, whole=True, n_features=n_features)
+        check_range("SparseFeatures", above=0, most=1, probability=probability)
+        check_range("SparseFeatures", low=low, high=high)
         if not low < high:
             raise BadInput(f"low {low} in SparseFeatures: it must be below high, which is {high}")
         self.n_features, self.probability, self.low, self.high = n_features, probability, low, high

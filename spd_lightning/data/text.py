@@ -21,7 +21,7 @@ from spd_lightning.data.modules import Prompts, StepData, generator_for
 from spd_lightning.data.prompt_texts import PromptText, given_texts, rejection, texts_in_file
 from spd_lightning.data.tokenized import ALPHABET, Streams, Tokeniser, opened, tokenised
 from spd_lightning.encoding import lone_surrogate
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, check_range
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +91,10 @@ class Text(StepData):
 
     def _check_sizes(self) -> None:
         """Reject sizes that are too small for windows of text."""
-        least = {"seq_len": 2, "validation_batch_size": 1, "n_prompts": 0, "n_ctx": 1}
-        least |= {"max_tokens": 1} if self.max_tokens is not None else {}
+        least = {"seq_len": 2, "validation_batch_size": 1, "n_prompts": 0, "n_ctx": 1, "max_tokens": 1}
         least |= {"vocab": ALPHABET} if self.tokenizer_name is None else {}
         for name, bound in least.items():
-            if (value := getattr(self, name)) < bound:
-                raise BadInput(f"{name} {value} in Text: it must be at least {bound}")
+            check_range("Text", least=bound, whole=True, **{name: getattr(self, name)})
 
     # ---- tokens ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lightning.decomposition.masks import Sources, uniform
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, check_range
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Adversary:
     step_size: float = 0.1
     init: Literal["random", "ones", "zeros"] = "random"
     scope: Literal["per_position", "per_batch"] = "per_batch"
+
+    def __post_init__(self):
+        check_range("adversary", least=0, whole=True, steps=self.steps)
+        check_range("adversary", above=0, step_size=self.step_size)
 
     def check_start(self, delta: bool, place: str) -> None:
         """Reject a start from which no gradient leads away.
@@ -124,6 +128,13 @@ class Persistent:
     betas: tuple[float, float] = (0.5, 0.99)
     ascents: int = 2
     particles: int | None = None
+
+    def __post_init__(self):
+        check_range("persistent", above=0, lr=self.lr)
+        check_range("persistent", least=0, most=1, warmup=self.warmup)
+        check_range("persistent", least=0, below=1, betas=self.betas)
+        check_range("persistent", least=0, whole=True, ascents=self.ascents)
+        check_range("persistent", least=1, whole=True, hint="leave it out for no pool", particles=self.particles)
 
 
 State = dict[str, Tensor]

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, check_range
 
 LEAK = 0.01
 
@@ -133,9 +133,8 @@ class Importance:
     checkpoint_activations: bool = False
 
     def __post_init__(self):
-        for name in ("hidden", "embedding_hidden", "d_model", "layers", "heads", "d_mlp", "chunk_layers"):
-            if (size := getattr(self, name)) is not None and size < 1:
-                raise BadInput(f"importance: {name} {size}; it must be at least 1")
+        names = ("hidden", "embedding_hidden", "d_model", "layers", "heads", "d_mlp", "chunk_layers")
+        check_range("importance", least=1, whole=True, **{name: getattr(self, name) for name in names})
         if self.kind == "transformer" and self.d_model % (2 * self.heads):
             fitting = 2 * self.heads * max(1, round(self.d_model / (2 * self.heads)))
             raise BadInput(

@@ -19,6 +19,7 @@ from torch import Tensor
 from spd_lightning.decomposition.adversaries import Persistent
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass, Reconstruction, position_mean
+from spd_lightning.errors import BadInput, check_range
 
 EPSILON = 1e-12
 
@@ -37,6 +38,9 @@ class Faithfulness:
 
     coeff: float = 1.0
     relative: bool = False
+
+    def __post_init__(self):
+        check_range("faithfulness", least=0, coeff=self.coeff)
 
     def __call__(self, model: ComponentModel) -> Float[Tensor, ""]:
         """`(1/N) Σ_l ‖Δ_l‖²`, N the number of decomposed weights, in the parameters' own precision."""
@@ -73,6 +77,13 @@ class Minimality:
     start: float = 0.0
     end: float = 1.0
     ramp: float = 0.0
+
+    def __post_init__(self):
+        check_range("minimality", least=0, coeff=self.coeff)
+        check_range("minimality", above=0, p=self.p, p_final=self.p_final)
+        check_range("minimality", least=0, most=1, start=self.start, end=self.end, ramp=self.ramp)
+        if self.start > self.end:
+            raise BadInput(f"start {self.start} in minimality: it must be at most end, which is {self.end}")
 
     def coefficient(self, progress: float) -> float:
         """The coefficient at a fraction of training."""
@@ -145,6 +156,11 @@ class Frequency:
     positions: float = 1.0
     until: float = 1.0
 
+    def __post_init__(self):
+        check_range("frequency", least=0, coeff=self.coeff)
+        check_range("frequency", above=0, positions=self.positions)
+        check_range("frequency", least=0, most=1, until=self.until)
+
     def coefficient(self, progress: float) -> float:
         """Return the coefficient at a fraction of training."""
         return self.coeff if progress <= self.until else 0.0
@@ -185,6 +201,11 @@ class SmoothL0:
     gamma: float = 1.0
     gamma_final: float = 0.01
     end: float = 0.9
+
+    def __post_init__(self):
+        check_range("smooth_l0", least=0, coeff=self.coeff)
+        check_range("smooth_l0", above=0, gamma=self.gamma, gamma_final=self.gamma_final)
+        check_range("smooth_l0", least=0, most=1, end=self.end)
 
     def __call__(
         self, lower: Mapping[str, Tensor], progress: float, weights: Float[Tensor, " batch"] | None

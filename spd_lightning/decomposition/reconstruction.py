@@ -40,7 +40,7 @@ from spd_lightning.decomposition.masks import (
     widened,
 )
 from spd_lightning.decomposition.model import Clean, ComponentModel
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, check_range, nearest
 
 
 def position_mean(values: Float[Tensor, "..."], weights: Float[Tensor, " batch"] | None) -> Float[Tensor, "..."]:
@@ -122,6 +122,10 @@ class Reconstruction:
     hidden_coeff: float = 1.0
 
     def __post_init__(self):
+        check_range("reconstruction", least=0, coeff=self.coeff, hidden_coeff=self.hidden_coeff)
+        check_range("reconstruction", least=1, whole=True, samples=self.samples)
+        check_range("reconstruction", least=0, most=1, share=self.share, threshold=self.threshold)
+        check_range("reconstruction", above=0, most=1, probability=self.probability)
         if self.source == "persistent_pgd" and self.route != "all":
             raise BadInput(f"route '{self.route}' of a persistent_pgd reconstruction: it acts everywhere; take 'all'")
         if self.source == "mixed" and self.route == "layerwise":

@@ -20,7 +20,7 @@ from spd_lightning.attribution.graph import MODES, ModeName, Subject, known_mode
 from spd_lightning.attribution.outputs import OutputNodes, every_output
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import check_range
 from spd_lightning.harvest.checks import largest_gap, weighed
 from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.rows import (
@@ -70,9 +70,8 @@ class SparseCircuits(Harvester):
         name: str = "circuits",
     ):
         super().__init__(name)
-        for setting, value in (("share", share), ("at_least", at_least)):
-            if not 0 <= value < 1:
-                raise BadInput(f"{setting} {value} in SparseCircuits: it is a share; take one from 0 up to 1")
+        check_range("SparseCircuits", least=0, below=1, share=share, at_least=at_least)
+        check_range("SparseCircuits", least=0, most=1, threshold=threshold)
         self.search, self.share = search or CircuitSearch(), share
         self.mode: ModeName = known_mode(mode, "SparseCircuits")
         self.threshold, self.at_least = threshold, at_least

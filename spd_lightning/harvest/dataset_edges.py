@@ -18,7 +18,7 @@ from spd_lightning.attribution.dataset_edges import NodeSums, PairSums, sums_gap
 from spd_lightning.attribution.graph import MODES, ModeName, Subject, known_mode
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, check_range, nearest
 from spd_lightning.harvest.module import PAIRS, Harvester
 from spd_lightning.harvest.rows import about, array, both_runs, embeddings, layer_names, prompt_rows
 from spd_lightning.harvest.twins import twin_of
@@ -46,6 +46,7 @@ class DatasetEdges(Harvester):
         name: str | None = None,
     ):
         super().__init__(name or f"dataset-{mode}", group)
+        check_range("DatasetEdges", least=0, most=1, threshold=threshold)
         self.mode: ModeName = known_mode(mode, "DatasetEdges")
         self.threshold, self.layers = threshold, list(layers)
 

@@ -19,7 +19,7 @@ from spd_lightning.attribution.outputs import OutputNodes, every_output
 from spd_lightning.attribution.pruning import MOST
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, check_range
 from spd_lightning.harvest.checks import FACTOR, check_rows, drawn, graph_rows, largest_gap, weighed
 from spd_lightning.harvest.explained import Explained, thresholds
 from spd_lightning.harvest.module import PAIRS, Harvester
@@ -74,10 +74,9 @@ class PromptGraphs(Harvester):
         name: str | None = None,
     ):
         super().__init__(name or f"graphs-{mode}")
-        if not 0 <= at_least < 1:
-            raise BadInput(f"at_least {at_least} in PromptGraphs: it is a share; take one from 0 up to 1")
-        if checks < 0:
-            raise BadInput(f"checks {checks} in PromptGraphs: it counts edges; take 0 for none, or more")
+        check_range("PromptGraphs", least=0, below=1, at_least=at_least)
+        check_range("PromptGraphs", least=0, most=1, threshold=threshold)
+        check_range("PromptGraphs", least=0, whole=True, checks=checks)
         self.at_least, self.checks, self.heads = at_least, checks, heads
         self.mode: ModeName = known_mode(mode, "PromptGraphs")
         self.threshold, self.outputs, self.nodes = threshold, outputs, nodes

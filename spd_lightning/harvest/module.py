@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from spd_lightning.attribution.graph import MODES
 from spd_lightning.data.modules import Prompts, StepData
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, check_range
 from spd_lightning.harvest.twins import tell_of_long_way
 from spd_lightning.store import Store, Writer, added, gap_warning, prompt_hash
 from spd_lightning.training.blocks import non_finite
@@ -48,6 +48,7 @@ class Harvester(Callback, ABC):
     """
 
     def __init__(self, name: str, group: int = 1):
+        check_range(type(self).__name__, least=1, whole=True, group=group)
         self.name, self.group = name, group
         self.folder: Path | None = None
         self.names: Callable[[list[int]], list[str]] = digits

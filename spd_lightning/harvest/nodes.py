@@ -15,6 +15,7 @@ from torch import Tensor
 from spd_lightning.attribution.graph import Layer
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.errors import check_range
 from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.rows import (
     Runs,
@@ -41,6 +42,7 @@ class PromptNodes(Harvester):
 
     def __init__(self, threshold: float = 0.0, name: str = "nodes"):
         super().__init__(name)
+        check_range("PromptNodes", least=0, most=1, threshold=threshold)
         self.threshold = threshold
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:

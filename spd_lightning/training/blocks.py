@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from spd_lightning.errors import BadInput, Diverged
+from spd_lightning.errors import BadInput, Diverged, check_range
 from spd_lightning.training.schedule import Schedule
 
 MOST_UNCHECKED = 100
@@ -39,11 +39,10 @@ class BlockModule(L.LightningModule, ABC):
         micro_batches: int = 1,
     ):
         super().__init__()
-        counts = {"inner_steps": inner_steps, "log_every": log_every, "checkpoint_every": checkpoint_every}
-        counts["micro_batches"] = micro_batches
-        for name, count in counts.items():
-            if count < 1:
-                raise BadInput(f"{name} {count} in {type(self).__name__}: it must be at least 1")
+        place = type(self).__name__
+        check_range(place, least=1, whole=True, inner_steps=inner_steps, log_every=log_every)
+        check_range(place, least=1, whole=True, checkpoint_every=checkpoint_every, micro_batches=micro_batches)
+        check_range(place, least=1, whole=True, threads=threads)
         self.automatic_optimization = False
         self.schedule, self.inner_steps = schedule, inner_steps
         self.log_every, self.checkpoint_every, self.threads = log_every, checkpoint_every, threads

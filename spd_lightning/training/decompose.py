@@ -26,7 +26,7 @@ from spd_lightning.decomposition.losses import Faithfulness, Losses, joined_mean
 from spd_lightning.decomposition.metrics import Part
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass
-from spd_lightning.errors import BadInput, Diverged
+from spd_lightning.errors import BadInput, Diverged, check_range
 from spd_lightning.training.blocks import LOWER, BlockModule
 from spd_lightning.training.collapse import Collapse
 from spd_lightning.training.evaluate import Evaluation, Totals, count, counts, figures_of
@@ -52,6 +52,11 @@ class WarmUp:
     steps: int = 200
     lr: float = 0.01
     weight_decay: float = 0.1
+
+    def __post_init__(self):
+        check_range("warm_up", least=0, whole=True, steps=self.steps)
+        check_range("warm_up", above=0, lr=self.lr)
+        check_range("warm_up", least=0, weight_decay=self.weight_decay)
 
 
 class Decomposition(BlockModule):

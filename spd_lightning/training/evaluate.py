@@ -16,7 +16,7 @@ from torch import Tensor
 from spd_lightning.decomposition.metrics import MASKINGS, Part, firings, masked_outputs, sizeable
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import ROW_DIVERGENCES, Pass
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, check_range, nearest
 
 BINS = 50
 
@@ -48,9 +48,11 @@ class Evaluation:
     def __post_init__(self):
         if self.divergence not in ROW_DIVERGENCES:
             raise BadInput(f"evaluation: divergence '{self.divergence}'; {nearest(self.divergence, ROW_DIVERGENCES)}")
-        for name, value in (("restarts", self.restarts), ("ladder_rows", self.ladder_rows)):
-            if value is not None and value < 1:
-                raise BadInput(f"evaluation: {name} {value}; it must be at least 1")
+        check_range("evaluation", least=0, most=1, threshold=self.threshold)
+        check_range("evaluation", least=1, whole=True, ladder=self.ladder, ladder_rows=self.ladder_rows)
+        check_range("evaluation", least=1, whole=True, restarts=self.restarts)
+        for site, k in self.dense.items():
+            check_range(f"evaluation.dense, site '{site}'", least=1, whole=True, k=k)
 
 
 # ---- sums -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spd_lightning.decomposition.components import Components
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import check_range
 from spd_lightning.training.schedule import Schedule
 
 
@@ -41,8 +41,12 @@ class Optimiser:
     components: bool = True
 
     def __post_init__(self):
-        if self.lr <= 0:
-            raise BadInput(f"lr {self.lr} in optimiser: it must be above 0")
+        check_range("optimiser", above=0, lr=self.lr)
+        check_range("optimiser", least=0, importance_lr=self.importance_lr)
+        check_range("optimiser", least=0, below=1, betas=self.betas, momentum=self.momentum)
+        hint = "leave it out for none"
+        check_range("optimiser", above=0, hint=hint, clip_components=self.clip_components)
+        check_range("optimiser", above=0, hint=hint, clip_importance=self.clip_importance)
 
     def over(self, model: ComponentModel) -> torch.optim.Optimizer:
         """The optimiser of a model; each group's `peak` is the learning rate that the schedule scales."""

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from spd_lightning.errors import check_range
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -20,6 +22,10 @@ class Schedule:
     warmup: int = 0
     hold: float = 0.0
     final: float = 0.0
+
+    def __post_init__(self):
+        check_range("schedule", least=0, whole=True, warmup=self.warmup)
+        check_range("schedule", least=0, most=1, hold=self.hold, final=self.final)
 
     def factor(self, step: int, steps: int) -> float:
         """The share of the full rate that update `step` of `steps` uses (both counted from 0; L7)."""

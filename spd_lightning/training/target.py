@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from spd_lightning.errors import BadInput, Diverged
+from spd_lightning.errors import Diverged, check_range
 from spd_lightning.training.blocks import LOWER, BlockModule
 from spd_lightning.training.schedule import Schedule
 
@@ -54,10 +54,11 @@ class TargetTraining(BlockModule):
         seed: int = 0,
     ):
         super().__init__(schedule, inner_steps, log_every, checkpoint_every, threads, micro_batches)
-        if lr <= 0:
-            raise BadInput(f"lr {lr} in TargetTraining: it must be above 0")
-        if clip is not None and clip <= 0:
-            raise BadInput(f"clip {clip} in TargetTraining: it must be above 0; leave it out for none")
+        check_range("TargetTraining", above=0, lr=lr)
+        check_range("TargetTraining", above=0, hint="leave it out for none", clip=clip)
+        check_range("TargetTraining", least=0, weight_decay=weight_decay)
+        check_range("TargetTraining", least=0, below=1, betas=betas)
+        check_range("TargetTraining", least=0, whole=True, retries=retries)
         self.target, self.lr, self.weight_decay, self.retries = target, lr, weight_decay, retries
         self.decay, self.betas, self.bound = decay, betas, clip
 
