@@ -13,6 +13,7 @@ install: $(VENV)/.installed  ## the virtual environment and what the tool needs
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
+	@echo "installing PyTorch and the rest into $(VENV): a few GB, some minutes"
 	$(PIP) -e .
 	touch $@
 
@@ -20,7 +21,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
 	touch $@
 
-demo: install  ## decompose the smallest model, harvest its graphs, print the result table (under a minute)
+demo: install  ## decompose the smallest model, harvest its graphs, print the result table (under a minute once installed)
 	$(PYTHON) -m spd_lightning fit --config tms_5-2.yaml
 	$(PYTHON) -m spd_lightning predict --config tms_5-2.yaml
 	$(PYTHON) -m spd_lightning runs --table

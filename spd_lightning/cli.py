@@ -114,8 +114,20 @@ def _trusting(words: list[str]) -> list[str]:
     return rest
 
 
+class Messages(logging.StreamHandler):
+    """Prints messages to standard error, on lines of their own even while a progress bar is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "tqdm" not in sys.modules:
+            super().emit(record)
+            return
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def _speak() -> None:
     """Print log messages to the terminal as they are."""
-    log.handlers = [logging.StreamHandler()]
+    log.handlers = [Messages()]
     log.setLevel(logging.INFO)
     log.propagate = False

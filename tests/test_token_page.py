@@ -239,7 +239,7 @@ def test_graph_page_names_tokens(root):
 
 def test_harvests_of_another_kind_are_told_in_one_line(root):
     library = Library(str(root))
-    with pytest.raises(BadInput, match="holds no edges, hence no graphs; see the page Tokens"):
+    with pytest.raises(BadInput, match=r"it has no graphs\. Choose another harvest above, or harvest graphs"):
         graph_page.contents(library, "lm", "nodes")
     with pytest.raises(BadInput, match="vectors; see pages Graph and Components"):
         token_page.contents(library, "tms_5-2", "probe")

@@ -127,7 +127,9 @@ def library(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise BadInput(f"{what}: needs {name}; pip install 'spd_lightning[lm]'") from error
+        raise BadInput(
+            f"{what}: needs {name}; pip install 'spd_lightning[lm]', or in a checkout: pip install -e '.[lm]'"
+        ) from error
 
 
 def matching(path: Path) -> list[Path]:

@@ -68,8 +68,8 @@ def gap_warning(manifest: Mapping[str, Any]) -> str:
         return ""
     return (
         f"in-edges do NOT add up: they miss up to {100 * gap:.2g} % of a prompt's activations, where frozen graphs "
-        f"should miss at most {100 * ADDS_UP:.2g} %. The target computes something that no rule covers: do not rely "
-        "on sums of edges here, or use mode unmasked"
+        f"should miss at most {100 * ADDS_UP:.2g} %. The target computes something that no rule covers. Do not "
+        "rely on sums of edges here; mode unmasked does not claim them"
     )
 
 

@@ -217,7 +217,9 @@ def library(what: str) -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise BadInput(f"{what}: needs transformers; pip install 'spd_lightning[lm]'") from error
+        raise BadInput(
+            f"{what}: needs transformers; pip install 'spd_lightning[lm]', or in a checkout: pip install -e '.[lm]'"
+        ) from error
 
 
 @contextmanager

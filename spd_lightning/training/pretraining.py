@@ -101,7 +101,7 @@ def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folde
 
 def _attempt(name: str, config: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> Session:
     """One training to its end, from the last checkpoint if there is one; the target is then in eval mode."""
-    plan = Plan(folder, Path(name).stem, callbacks=[Checkpoints(folder)], logged=True)
+    plan = Plan(folder, f"target {Path(name).stem}", callbacks=[Checkpoints(folder)], logged=True)
     session = Session(config, overrides, lambda _: plan)
     if not hasattr(session.model, "target"):
         raise BadInput("does not train a target; its model must be a TargetTraining")

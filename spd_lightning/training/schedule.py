@@ -13,7 +13,7 @@ class Schedule:
 
     Args:
         kind: constant, linear or cosine, from the full rate to its final fraction.
-        warmup: updates over which the rate first rises linearly from 0.
+        warmup: updates over which the rate first rises linearly, from 1/warmup of its full value.
         hold: fraction of training that has passed before the rate begins to fall.
         final: fraction of the full rate that the last update uses.
     """

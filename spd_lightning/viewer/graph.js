@@ -234,7 +234,7 @@ function checked(checks) {
     .filter(([, value]) => value !== null).map(([before, value, format]) => before + format(value)).join(', ');
   return [
     checks.gap !== null && fact(`gap ${percent(checks.gap)}`, 'How far in-edges are from adding up to the values they explain: Σ|value − Σ in-edges| / Σ|value| over components and outputs, of all edges. Frozen graphs have none; in others it is what the linearisation leaves out.'),
-    checks.checked && fact(`${checks.checked} edges checked by intervention${agreement && `: ${agreement}`}`, 'The source of each was switched off while all other sites were held still, and the target read. r: correlation of what the target lost with what the edge says. Off by: the size of the differences as a share of the size of the edges.'),
+    checks.checked && fact(`${checks.checked} edges checked by intervention${agreement && `: ${agreement}`}`, 'The source of each was switched off while all other sites were held fixed, and the target read. This checks single edges, not whether the in-edges of a node add up. r: correlation of what the target lost with what the edge says. Off by: the size of the differences as a share of the size of the edges.'),
   ].filter(Boolean);
 }
 

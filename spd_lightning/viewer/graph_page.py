@@ -212,8 +212,8 @@ def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
     store = library.store(run, harvest)
     if store.manifest["mode"] == "nodes":
         raise BadInput(
-            f"harvest '{harvest}' of run '{run}': it holds no edges, hence no graphs; see the page Tokens, or harvest "
-            "graphs too with spd_lightning.PromptGraphs"
+            f"harvest '{harvest}' of run '{run}': it has no graphs. Choose another harvest above, or harvest graphs: "
+            "predict with --config graphs.yaml. The page Tokens shows this harvest."
         )
     listed = graph_list(store)
     if listed.is_empty():

@@ -10,6 +10,7 @@ from spd_lightning.analysis.dataset_edges import corpus_harvests
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.runs import Run
 from spd_lightning.store import Store
+from spd_lightning.store.manifest import read_settings
 
 Answer = dict[str, Any]
 
@@ -107,14 +108,25 @@ class Library:
 
 
 def harvest_names(run: Run) -> list[str]:
-    """The names of a run's harvests, the latest begun first; sums over a corpus show themselves beside components."""
+    """Return the names of a run's harvests: those with graphs before those of nodes, the latest begun first.
+
+    Sums over a corpus are not among them: the page Components shows those.
+    """
     sums = corpus_harvests(run.harvests)
     newest = sorted(
         (path for path in run.harvests if path not in sums),
-        key=lambda path: (path / "manifest.json").stat().st_mtime,
+        key=lambda path: (_has_graphs(path), (path / "manifest.json").stat().st_mtime),
         reverse=True,
     )
     return [path.name for path in newest]
+
+
+def _has_graphs(harvest: Path) -> bool:
+    """Whether a harvest is of graphs; False if its manifest cannot be read, which is reported when it is opened."""
+    try:
+        return read_settings(harvest).get("mode") != "nodes"
+    except BadInput:
+        return False
 
 
 @lru_cache(maxsize=8)

@@ -120,7 +120,12 @@ def _harvest(store: Store) -> list[tuple[str, str]]:
     counts = {"prompts": manifest["prompts"], "nodes": manifest["rows"]["nodes"], "edges": manifest["rows"]["edges"]}
     counted = [(name, f"{count:,}") for name, count in counts.items()]
     if "gap" in manifest:
-        counted.append(("largest gap of in-edges", f"{manifest['gap']:.1e}"))
+        counted.append(
+            (
+                "largest gap of in-edges",
+                f"{manifest['gap']:.2g}" if manifest["gap"] < 0.01 else f"{manifest['gap']:.0%}",
+            )
+        )
     return rows(named) + counted + [("complete", "yes" if manifest["complete"] else "no, harvesting was cut short")]
 
 
