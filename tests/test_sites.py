@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from support.tiny_checkpoints import write
 from torch import nn
@@ -97,6 +98,16 @@ def test_deep_models_begin_with_a_middle_layer():
     blocks = [nn.ModuleDict({"up": nn.Linear(4, 16), "down": nn.Linear(16, 4)}) for _ in range(12)]
     network = nn.ModuleDict({"h": nn.ModuleList(blocks), "out": nn.Linear(4, 9)})
     assert sites.chosen(sites.grouped(network)) == {"h.6.up": 20, "h.6.down": 20}
+
+
+def test_matrices_that_cannot_be_sites_are_named():
+    """Experts and routers of their own kind: whoever decomposes the rest should know that they are there."""
+    network = nn.ModuleDict({"up": nn.Linear(4, 16), "norm": nn.LayerNorm(4), "experts": nn.Module()})
+    assert list(sites._left_out(network)) == []
+    for number in range(4):
+        network["experts"].register_parameter(f"e{number}", nn.Parameter(torch.zeros(2, 3, 4)))
+    _, line = sites._left_out(network)
+    assert line.endswith("experts.e0 [2, 3, 4], experts.e1 [2, 3, 4], experts.e2 [2, 3, 4] and 1 more")
 
 
 def test_json(here, capsys):

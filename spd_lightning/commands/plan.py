@@ -87,6 +87,10 @@ def _unit(flops: int) -> tuple[str, float]:
     return ("TFLOP", 1e12) if flops >= 1e11 else ("GFLOP", 1e9)
 
 
+def _per_second(peak: float) -> str:
+    return f"{peak / 1e12:,.3g} TFLOP/s" if peak >= 1e11 else f"{peak / 1e9:,.3g} GFLOP/s"
+
+
 def _hours(sizes: Sequence[tuple[Device, Size]], width: int) -> Iterator[str]:
     size = sizes[0][1]
     precision = "bfloat16" if size.mixed else "float32"
@@ -97,7 +101,7 @@ def _hours(sizes: Sequence[tuple[Device, Size]], width: int) -> Iterator[str]:
         fits = "fits" if sum(size.memory.values()) <= device.memory else "too small"
         yield (
             f"  {device.name:<{width}} {1000 * size.seconds(device):>10,.1f} {_span(size.hours(device)):>9} {fits:>9}"
-            f"   {device.share:.0%} of {peak / 1e12:,.3g} TFLOP/s, {device.bandwidth / 1e9:,.0f} GB/s,"
+            f"   {device.share:.0%} of {_per_second(peak)}, {device.bandwidth / 1e9:,.3g} GB/s,"
             f" {1e6 * device.launch:,.0f} µs an operation, {device.memory / GiB:,.0f} GiB"
         )
     yield "  evaluations, checkpoints and the training of the target come on top"

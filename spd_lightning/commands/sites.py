@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         groups = grouped(network, apart=asked.all)
         if not groups:
             raise BadInput(f"target '{asked.target}': no Linear, Conv1D or Embedding in it; take another")
-        print(_as_json(groups) if asked.json else "\n".join(table(groups)))
+        print(_as_json(groups) if asked.json else "\n".join([*table(groups), *_left_out(network)]))
         if path is not None:
             with runs.write_whole(path) as temporary:
                 temporary.write_text(first_config(asked.target, network, grouped(network)), encoding="utf-8")
@@ -103,6 +103,22 @@ def _network(reference: str) -> nn.Module:
     build = outline(reference)
     with fakes():
         return build()
+
+
+def _left_out(network: nn.Module) -> Iterator[str]:
+    """Yield a line on the matrices of a network that cannot be sites, such as experts and routers of their own kind."""
+    from spd_lightning.decomposition.components import available
+
+    maps = available(network)
+    others = [
+        f"{name} {list(parameter.shape)}"
+        for name, parameter in network.named_parameters()
+        if parameter.ndim >= 2 and name.rpartition(".")[0] not in maps
+    ]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        yield ""
+        yield f"cannot be decomposed (no Linear, Conv1D or Embedding): {', '.join(others[:3])}{more}"
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------------

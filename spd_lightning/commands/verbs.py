@@ -195,7 +195,7 @@ _ALL = (
     Verb(
         "predict",
         "--config tms.yaml",
-        "Harvest attribution graphs of the newest run of that name, as Parquet tables.",
+        "Run the harvesters of a config on the newest run of that name: graphs, importances, sums, as Parquet tables.",
         "predict --config tms.yaml --config frozen.yaml",
         CHOSEN,
         True,
@@ -301,8 +301,8 @@ _ALL = (
                    "S", None, share, example="0.8"),
             Option("--edges", "keep the edges that make up this share of theirs (default: 0.98; with --budget 1)",
                    "S", None, share, example="0.98"),
-            Option("--budget", "instead of --nodes: the outputs and the N nodes with most influence", "N", None,
-                   whole(0), example="100"),
+            Option("--budget", "instead of --nodes: all outputs and tokens, and the N other nodes with most influence",
+                   "N", None, whole(0), example="100"),
         ),
     ),
     Verb(
