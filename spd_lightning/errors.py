@@ -1,4 +1,4 @@
-"""What a user is told when their input cannot work: one line with the value, the place and the remedy."""
+"""Errors for the user: one line with the value, the place and the remedy."""
 
 import difflib
 import math
@@ -49,7 +49,7 @@ def check_range(
     hint: str = "",
     **settings: object,
 ) -> None:
-    """Reject numbers outside a range, and what is no finite number at all.
+    """Reject numbers outside a range, and what is not a finite number.
 
     Args:
         place: what the settings belong to, for the message.
@@ -84,7 +84,7 @@ def check_range(
 
 
 def _is_number(value: object, whole: bool) -> bool:
-    """Whether it is finite and of the right kind; true and false are no numbers."""
+    """Whether it is finite and of the right kind; true and false are not numbers."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return False
     return whole or math.isfinite(value)

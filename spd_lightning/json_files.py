@@ -90,7 +90,7 @@ def parsed(content: bytes, kind: Any, first: First | None = None) -> Any:
     """The value that a JSON text holds, of the type `kind`.
 
     Raises:
-        ValueError: it is no JSON, is damaged, or holds something else.
+        ValueError: it is not JSON, is damaged, or holds something else.
     """
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_once)

@@ -1,4 +1,4 @@
-"""What is printed where the terminal, or whatever reads our output, does not take every character.
+"""Substitutes for characters that the terminal, or the reader of our output, cannot show.
 
 Python raises UnicodeEncodeError when a stream in ASCII or Latin-1 is given a character that it cannot hold. Nothing
 that this program prints is worth a traceback: lines, arrows and signs get stand-ins in ASCII, letters lose their

@@ -1,6 +1,7 @@
 """The house stands as planned: who may import whom, what costs nothing to import, how long a file may get."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,25 @@ def test_help_needs_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].strip() == "HEAVY"
     assert "fit" in done.stdout
+
+
+FIRST_WORDS = {"What", "Of", "That", "Those", "Which"}
+UNNATURAL = re.compile(
+    r"where left out|\banew\b|\b(?:is|are) no (?:site|node|number)s?\b|foretold|foretell|fell silent"
+)
+"""Words that no one says: *if omitted*, *again*, *is not a site*, *predict* and *is ablated* are the usual ones."""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_docstrings_can_be_read_without_the_name_above_them(path):
+    """They open with a verb or a noun, as tool-tips and documentation pages show them."""
+    text = path.read_text(encoding="utf-8")
+    assert not UNNATURAL.findall(text)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            opening = (ast.get_docstring(node) or "Fine").split()[:2]
+            assert opening[0] not in FIRST_WORDS, opening
+            assert opening != ["The", "same"], node.lineno if hasattr(node, "lineno") else 1
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -143,7 +143,7 @@ WRONG_CONFIGS = {
     "sites: {linear1: 0, linear2: 0}": (M, "must have at least one component"),
     "sites: {linear1: four}": (M, "config: model.sites: 'four' is not a whole number"),
     "sites: [linear1]": (M, "config: model.sites: '['linear1']' is not 'key: value' pairs"),
-    "tied: {linear3: linear1}": (M, "tied: 'linear3' is no site; did you mean 'linear"),
+    "tied: {linear3: linear1}": (M, "tied: 'linear3' is not a site; did you mean 'linear"),
     "site: {linear1: 3}": (M, "config: model.site: no such setting; did you mean 'sites'?"),
     "inner_steps: many": (M, "config: model.inner_steps: 'many' is not a whole number"),
     "inner_steps: 0": (M, "inner_steps 0 in Decomposition: it must be at least 1"),

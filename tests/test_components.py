@@ -254,8 +254,8 @@ def test_d9_an_embedding_can_be_tied_to_the_map_that_reads_it_out():
 @pytest.mark.parametrize(
     ("tied", "told"),
     [
-        ({"linear2": "linear3"}, "'linear3', which is no site; did you mean 'linear"),
-        ({"linear3": "linear1"}, "'linear3' is no site"),
+        ({"linear2": "linear3"}, "'linear3', which is not a site; did you mean 'linear"),
+        ({"linear3": "linear1"}, "'linear3' is not a site"),
         ({"linear2": "hidden.0"}, "not the transpose of 'hidden.0'"),
         ({"linear1": "linear2", "linear2": "linear1"}, "tied itself"),
         ({"linear1": "linear1"}, "tied itself"),

@@ -1,4 +1,4 @@
-"""What the graphs of a harvest are worth: how its edges stood up to interventions, how far in-edges add up."""
+"""How well the graphs of a harvest hold up: edges against interventions, and how far in-edges add up."""
 
 from dataclasses import dataclass
 

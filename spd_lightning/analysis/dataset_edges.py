@@ -1,4 +1,4 @@
-"""What drives a component over a whole corpus, and what it drives: the strongest sums of edges, with their signs.
+"""The strongest sums of edges into and out of a component over a whole corpus, with their signs.
 
 A harvest of sums has two for each pair of components: of the attributions to the target's activation, and of those to
 its size |activation|. The first cancels where the target is driven up here and down there; the second says whether
@@ -40,7 +40,7 @@ BESIDE = ("rest", "bias")
 
 
 def corpus_harvests(harvests: Iterable[Path]) -> list[Path]:
-    """Those of some harvests' folders that hold sums over a corpus, the latest begun first."""
+    """Return the folders, among those of some harvests, that hold sums over a corpus, newest first."""
     from spd_lightning.store.manifest import read_settings
 
     found = []
@@ -164,7 +164,7 @@ def check(store: Store, layer: str, component: int) -> None:
 
 
 def named(store: Store, rows: pl.DataFrame) -> list[str]:
-    """What the rows of `strongest` are called: layer:component, a token with what it looks like, a rest by its kind."""
+    """Name the rows of `strongest`: layer:component, a token with its text, a rest by its kind."""
     looks = _tokens(store) if set(rows["layer"]) & set(store.manifest["token_layers"]) else {}
     return [_name(store, looks, *row) for row in rows.select("kind", "layer", "component").iter_rows()]
 
@@ -177,6 +177,6 @@ def _name(store: Store, looks: dict[int, str], kind: str | None, layer: str, com
 
 
 def _tokens(store: Store) -> dict[int, str]:
-    """What the tokens of the corpus look like."""
+    """Return the text of every token of the corpus."""
     both = store.scan("prompts").select("token_ids", "tokens").explode("token_ids", "tokens").unique("token_ids")
     return dict(store.collect(both).iter_rows())

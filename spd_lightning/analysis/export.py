@@ -43,7 +43,7 @@ class Export:
         prompt: The prompt's id.
         whole: Its graph, which influence is counted in.
         graph: What of it is exported.
-        outputs: Whose influence is shown: of these nodes, as in `influence`; of all outputs where left out.
+        outputs: Whose influence is shown: of these nodes, as in `influence`; of all outputs if omitted.
     """
 
     store: Store
@@ -54,7 +54,7 @@ class Export:
 
     @property
     def label(self) -> str:
-        """What the prompt is called."""
+        """The name of the prompt."""
         return prompt_label(self._row, most=10**6) if self._row else together_label(len(probes(self.store)))
 
     @property

@@ -123,7 +123,7 @@ def _together(store: Store, prompts: pl.Series) -> tuple[pl.DataFrame, pl.DataFr
 
 @dataclass(frozen=True)
 class NodeEdges:
-    """What flows into one node and out of it: the strongest edges, and the sums over all of them.
+    """The strongest edges into and out of one node, and the sums over all of them.
 
     Frames as in `PromptGraph.edges`. In the linearisation `frozen`, `in_sum` equals the node's activation (law A6);
     in others the gap between the two is what the linearisation leaves out.
@@ -147,8 +147,12 @@ def node_edges(store: Store, prompt: int, node: int, top_k: int = 20) -> NodeEdg
 
 
 def node_heads(store: Store, prompt: int, node: int) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    """What each head adds to a node's edges (source, target) through attention, as {head, attribution} in order of
-    heads; nothing where no head was harvested."""
+    """Return each head's contribution to a node's edges through attention.
+
+    Returns:
+        For each edge (source, target), a list of {head, attribution} in the order of heads; empty if the harvest has
+        no heads.
+    """
     if prompt == ALL_PROBES or "head_edges" not in store.tables:
         return {}
     touching = (pl.col("source") == node) | (pl.col("target") == node)

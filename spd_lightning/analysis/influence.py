@@ -29,7 +29,7 @@ class Graph:
     """The attribution graph of one prompt, or what a selection has left of it.
 
     `nodes`, in order of their numbers, has the columns of the table `nodes` and `weight`: what an output counts for
-    (its probability under CI masks; 1 where outputs are no tokens), 0 for all else. `edges` has source, target,
+    (its probability under CI masks; 1 where outputs are not tokens), 0 for all else. `edges` has source, target,
     attribution.
     `frozen`: in-edges add up (A6), so rest and bias nodes stand for all that no component explains.
     """
@@ -153,7 +153,7 @@ def scores(graph: Graph, outputs: Sequence[int] | None = None) -> Scores:
 
 
 def cumulative(found: np.ndarray) -> np.ndarray:
-    """Of each score, the share of the whole that it and all larger ones make up."""
+    """Return, for each score, the share of the total that it and all larger ones make up."""
     order = np.argsort(-found, kind="stable")
     summed = np.empty(len(found))
     summed[order] = np.minimum(np.cumsum(found[order]) / (found.sum() or 1.0), 1.0)
@@ -161,7 +161,7 @@ def cumulative(found: np.ndarray) -> np.ndarray:
 
 
 def top(found: np.ndarray, share: float, name: str) -> np.ndarray:
-    """Which scores, the largest first, make up a share of their sum. All where it is 1.
+    """Return the indices of the largest scores that make up a share of their sum; all if the share is 1.
 
     Scores that are equal up to rounding, as along a chain, stay together.
 
@@ -208,7 +208,7 @@ class _Shares:
         return total
 
     def ends(self, end: str) -> np.ndarray:
-        """Which nodes are the source, or the target, of any edge."""
+        """Mark the nodes that are the source, or the target, of any edge."""
         return np.bincount(getattr(self, end), minlength=self.size) > 0
 
 

@@ -34,7 +34,7 @@ def prompt_list(store: Store) -> pl.DataFrame:
 
 
 def graph_list(store: Store) -> pl.DataFrame:
-    """What there is a graph of: where probes are vectors, all of them together first; then every prompt."""
+    """List the graphs of a harvest: for probes that are vectors, all of them together first; then every prompt."""
     listed = prompt_list(store)
     count = int((listed["split"] == "probe").sum())
     if count < 2 or store.manifest["kind"] != "vectors":
@@ -65,7 +65,7 @@ def find_prompt(store: Store, asked: str) -> int:
     exact = [one for one in order if wanted in keys[one]]
     if wanted and exact:
         return exact[0]
-    by_text = bool(wanted) and not asked.isdecimal()  # a number that is no prompt would be found in many values
+    by_text = bool(wanted) and not asked.isdecimal()  # a number that is not a prompt would be found in many values
     matches = [one for one in order if by_text and any(wanted in key for key in keys[one])]
     if len(matches) == 1:
         return matches[0]
@@ -109,7 +109,7 @@ def _resemblance(wanted: str, name: str) -> float:
 
 
 def together_label(count: int) -> str:
-    """What all probes together are called."""
+    """Return the label of all probes together."""
     return f"all {count} probes together"
 
 
@@ -142,7 +142,7 @@ def search_key(text: str) -> str:
 
 
 def prompt_label(prompt: Mapping[str, Any], most: int = 80) -> str:
-    """What a row of the table `prompts` is called.
+    """Return the label of a row of the table `prompts`.
 
     A probe of one feature is "feature 3 = 0.75"; other vectors go by their source and non-zero features; a text by its
     source and its first `most` characters, each run of blanks as one.

@@ -59,7 +59,7 @@ def token_components(store: Store, prompt: int, pos: int) -> pl.DataFrame:
 
 
 def token_outputs(store: Store, prompt: int, pos: int) -> pl.DataFrame:
-    """What is likely to follow one position under the importances (A3), the likeliest first.
+    """Return the likeliest next tokens at one position under the importances (A3), the likeliest first.
 
     Columns token_id, token, ci_probability, target_probability.
     """

@@ -35,7 +35,7 @@ def factors(run: Path, site: str) -> Factors | None:
     except (ValueError, OSError) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"{tensors}: cannot be read ({error}); run fit again, or pull the run anew") from error
+        raise BadInput(f"{tensors}: cannot be read ({error}); run fit again, or pull the run again") from error
     return Factors(U.T, V.T) if partner else Factors(V, U)
 
 

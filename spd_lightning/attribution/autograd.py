@@ -43,7 +43,7 @@ def _leaf(value: Tensor) -> Tensor:
 
 
 def biased(model: ComponentModel) -> dict[str, nn.Module]:
-    """The norms and maps that are no sites and add a bias: in frozen graphs a node of its own (A6, rule 1)."""
+    """The norms and maps that are not sites and add a bias: in frozen graphs a node of its own (A6, rule 1)."""
     sites = {site.module for site in model.sites.values()}
     adds = {site.module for site in available(model.target).values()} - sites
     adds |= {module for module in model.target.modules() if isinstance(module, nn.LayerNorm)}
@@ -116,7 +116,7 @@ def _cut_site(of: Subject, site: Site, x: Tensor, own: Map) -> tuple[list[Layer]
     if of.frozen:
         kept, added = _leaf(rest), _leaf(bias.expand_as(rest))
         return [*layers, _whole(site.name, "rest", kept), _whole(site.name, "bias", added)], y + kept + added
-    if mode.delta == "flow":  # what is no node is cut like every component; only Δ carries gradient
+    if mode.delta == "flow":  # what is not a node is cut like every component; only Δ carries gradient
         others = ((mask * a * ~nodes) @ U).detach()
         return layers, y + others + (own(x) - bias - a @ U) + bias
     return layers, y + rest.detach() + bias
@@ -239,7 +239,7 @@ def prompt_edges(of: Subject) -> tuple[list[Layer], list[Edges]]:
 
 
 class Products:
-    """The graphs of a batch of prompts by batched products; edges are computed as they are asked for, and anew.
+    """The graphs of a batch of prompts by batched products. Their edges are recomputed at each iteration.
 
     Attributes:
         layers: those of the graphs.

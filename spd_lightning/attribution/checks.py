@@ -96,7 +96,7 @@ def _most(layers: list[Layer]) -> int:
 
 
 def changes(of: Subject, checks: Checks, factor: float = 0.0) -> Float[Tensor, " checks"]:
-    """What the target of every edge gains when its source is multiplied by a factor and all other sites are held.
+    """Return how much the target of each edge gains when its source is scaled and all other sites are held fixed.
 
     An edge that is exact (A6), or a factor near 1, gives (factor − 1) · attribution.
     """
@@ -170,7 +170,7 @@ class _Trial:
         return _path(y)
 
     def _as_it_is(self, site: Site, x: Tensor, own: Map) -> Tensor:
-        """What the site gives in the graph's run, one row a prompt."""
+        """Return the site's output in the graph's own run, one row a prompt."""
         if self.mode.mask == "ones" and self.mode.delta != "off":
             return own(x)  # D5
         V, U = self.model[site.name].V.detach(), self.model[site.name].U.detach()
@@ -188,12 +188,12 @@ class _Trial:
         return a if self.mode.mask == "ones" else a * _by_position(self.g[site.name])[row, pos, i]
 
     def _moved(self, site: Site, x: Tensor, own: Map) -> Tensor:
-        """What the delta adds where a site's input has moved, in graphs whose delta carries gradient."""
+        """Return the delta's contribution where a site's input has changed, in graphs whose delta carries gradient."""
         moved = own(x) - site.inner(x, self.model[site.name].V) @ self.model[site.name].U
         return moved - moved[self.rows]
 
     def _mine(self, key: Key, ends: Int[Tensor, "checks 3"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the checks that have an end in a layer: their rows, and the end's position and component."""
+        """Select the checks that have an end in a layer: their rows, and that end's position and component."""
         same = torch.tensor([layer == key for layer in self.checks.layers], device=ends.device)
         found = same[ends[:, 0]].nonzero()[:, 0]
         return self.plain + found, ends[found, 1], ends[found, 2]
@@ -230,7 +230,7 @@ def _by_position(x: Tensor) -> Tensor:
 
 
 class Inflow:
-    """What enters the nodes of the graphs of some prompts, added up table by table.
+    """The sums of all in-edges of each node, for the graphs of some prompts.
 
     Args:
         model: the decomposition.

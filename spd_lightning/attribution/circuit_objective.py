@@ -36,10 +36,10 @@ class CircuitSearch:
         loss: how answers are compared: ce (a label's cross-entropy) or kl (from the target) at one position, mse over
             all outputs of models on vectors. Left out: ce, or mse on vectors.
         position: the token position that is asked about; negative ones count from the end.
-        label: the token whose probability should stay; the target's most probable one where left out.
+        label: the token whose probability should stay; the target's most probable one if omitted.
         steps: of the descent, at most.
         lr: AdamW's.
-        adversary: takes part in the descent, afresh in every step; none where left out.
+        adversary: takes part in the descent, afresh in every step; none if omitted.
         adversarial: weight of the loss under its masks.
         patience: a row is finished when the mean loss of so many steps has settled: it is that of as many before.
         tolerance: how far apart the two may be, as a share of the loss.
@@ -97,7 +97,7 @@ def suited(search: CircuitSearch, inputs: Tensor, vocab: int | None = None) -> L
 
 
 class Question:
-    """What the target says of each prompt, and how far another answer is from it.
+    """The target's output for each prompt, and the distance of another output from it.
 
     Attributes:
         z: pre-activations {site: [prompts, (pos,) C]} of the importance function on the clean run.
@@ -144,7 +144,7 @@ class Question:
                 return -self.log_probability(answer, prompt)
 
     def log_probability(self, answer: Float[Tensor, "rows K"], prompt: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """Of every row's label."""
+        """Return the log probability of each row's label."""
         assert self.label is not None
         answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
         return answer.log_softmax(-1).gather(-1, self.label[prompt, None])[:, 0]

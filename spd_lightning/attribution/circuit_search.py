@@ -11,7 +11,7 @@ be made smaller:
    nothing but the random draws of their prompt, so in a batch each ends where it would have ended alone; a row whose
    loss has settled is left as it is.
 3. *Judge.* How many components are left, and how probable the label is under ci, stochastic and adversarial masks. A
-   small circuit that an adversary can break is no circuit.
+   small circuit that an adversary can break is not a circuit.
 
 Not here: which λ to take is up to the caller (`chosen` has a rule), graphs of the result are in `prompt_graphs`.
 """
@@ -31,7 +31,7 @@ from spd_lightning.errors import Diverged
 
 
 class Frontier(NamedTuple):
-    """What came of every row: how small against how good.
+    """The result of every row: how small, and how accurate.
 
     prompt, lambdas, steps [rows]: which prompt under which λ, steps taken; the first row of every prompt has no λ (NaN)
     and is what the importance function says itself. nodes: components with g > 0 at all
@@ -93,7 +93,7 @@ def optimise(model: ComponentModel, inputs: Tensor, search: CircuitSearch | None
 
 
 def chosen(frontier: Frontier, share: float) -> list[int]:
-    """Of each prompt one optimised row: the fewest nodes of those whose answer keeps a share under the adversary.
+    """Choose one optimized row per prompt: the smallest whose answer keeps a given share under the adversary.
 
     Where none does, the one that keeps most, to a hundredth; of equals, the one with the least loss under ci masks.
     """

@@ -8,7 +8,7 @@
    wanted, so that the second costs nothing. Other models' edges are added up as batched products give them.
 3. *Normalisers*: firings, importances and squares of every component, for readers to divide by.
 
-An embedding that is no site is one source a row: a token, or a position. A rest or a bias of frozen graphs is one.
+An embedding that is not a site is one source a row: a token, or a position. A rest or a bias of frozen graphs is one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,11 +28,11 @@ from spd_lightning.attribution.graph import Layer, NodeKind, Subject
 from spd_lightning.decomposition.model import ComponentModel
 
 Rows = Mapping[str, Int[Tensor, "batch pos"]]
-"""Of every embedding that is no site: which of its rows stands at each position."""
+"""Of every embedding that is not a site: which of its rows stands at each position."""
 
 
 class PairSums(NamedTuple):
-    """What the edges from one layer to another add up to: one entry for each two components that share any.
+    """Sums of the edges from one layer to another: one entry for each pair of components that share an edge.
 
     source, target: which component, or which row of an embedding. edges: how many there are; closed forms count those
     through keys and values to a later position though they be zero, which other ways leave out. total: Σ A. size: the
@@ -54,7 +54,7 @@ class PairSums(NamedTuple):
 
 
 class NodeSums(NamedTuple):
-    """What the nodes of one layer add up to: one entry a component, or a row of an embedding that stands anywhere.
+    """Sums over the nodes of one layer: one entry per component, or per row of an embedding that occurs.
 
     firings: at how many positions it is a node. importance: Σ g over all positions; firings, where there is no g.
     square: Σ a² over all positions; of rows of an embedding, of the size of what they write. size: Σ |a| over the
@@ -148,9 +148,9 @@ def looked_up(model: ComponentModel, inputs: Tensor) -> Rows:
 
 
 class At(NamedTuple):
-    """Which component stands where in a layer: those that stand anywhere, and the rank of each among them.
+    """The nodes of a layer: the components that occur, and the rank of each node's component among them.
 
-    Of what is no node the rank means nothing.
+    Of what is not a node the rank means nothing.
     """
 
     known: Int64[Tensor, " entries"]
@@ -158,7 +158,7 @@ class At(NamedTuple):
 
 
 def standing(layer: Layer, rows: Rows) -> At:
-    """Which component stands where; in a layer that is whole, which row of its embedding, or the only one there is.
+    """Find the component of every node; in a layer without components, its embedding row, or its only entry.
 
     rank: by component, or, where the layer is whole, by place [batch, pos, 1].
     """
@@ -337,7 +337,7 @@ class Sums:
             squares = values.new_zeros(2, rows, width // 2, dtype=float64)
             self._sums[s, t] = Matrices(zeros[0], edges.new_zeros(rows, width).int(), zeros[1], squares)
         sums = self._sums[s, t]
-        i, j = (source - self._first[s]) // 2, target - self._first[t]  # of what is no node: anywhere
+        i, j = (source - self._first[s]) // 2, target - self._first[t]  # of what is not a node: anywhere
         slots = ((i * width).clamp_(min=0) + j.clamp_(min=0)).flatten()
         sums.prompt.view(-1).index_add_(0, slots, (values * (edges > 0)).flatten().double())
         self._touched.setdefault((s, t), []).append(slots // 2)

@@ -1,4 +1,4 @@
-"""What attribution graphs are of, and what they are made of (section A of docs/method.md).
+"""The specification of attribution graphs, and their parts (section A of docs/method.md).
 
 A `Subject` says what is asked: a decomposed model on some prompts, in which kind of graph (`Mode`), and what its nodes
 are. The answer is a list of `Layer`s, whose nodes are numbered within each prompt, and `EdgeTable`s between them.
@@ -54,7 +54,7 @@ Threshold = float | Mapping[str, Tensor]
 
 
 class Subject(NamedTuple):
-    """What graphs are of: a decomposed model on a batch of prompts, in which kind of graph, and what its nodes are.
+    """The specification of graphs: a decomposed model, a batch of prompts, a mode, and which nodes to include.
 
     inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of their clean run, by site.
     threshold: above which importance a component is a node. outputs: which outputs are nodes, and what they stand for.
@@ -74,11 +74,11 @@ class Subject(NamedTuple):
 
     @property
     def reading(self) -> Reading:
-        """What output nodes stand for."""
+        """Return the quantity that output nodes stand for."""
         return reading_of(self.outputs)
 
     def held(self, site: str, g: Tensor) -> Tensor:
-        """Which components of a site are nodes, by their importance g (A3)."""
+        """Mark the components of a site that are nodes, by their importance g (A3)."""
         return g > (self.threshold[site] if isinstance(self.threshold, Mapping) else self.threshold)
 
     def alone(self, prompt: int, outputs: Bool[Tensor, "batch pos K"]) -> "Subject":

@@ -1,4 +1,4 @@
-"""What a graph explains: which outputs are its last nodes, and what of a model's logits they stand for (A2, A3).
+"""Output nodes of a graph: which logits they are, or which function of the logits (A2, A3).
 
 A node of a token model is a token at a position. It stands for the token's logit, for how far that lies above the mean
 over the vocabulary, or for how far it lies above another token's: all of them linear in the logits, so that graphs add
@@ -50,7 +50,7 @@ class Outputs:
 
 
 def reading_of(nodes: OutputNodes) -> Reading:
-    """What the nodes that are chosen so stand for; logits, unless `Outputs` say otherwise."""
+    """Return the function of the logits that output nodes stand for; the logits themselves by default."""
     return nodes.reading if isinstance(nodes, Outputs) else logits
 
 
@@ -67,7 +67,7 @@ def likely_tokens(probability: Float[Tensor, "batch pos vocab"], floor: float = 
 
 
 def given_tokens(tokens: Sequence[int]) -> OutputNodes:
-    """The same tokens at every position."""
+    """Choose the same tokens at every position."""
 
     def nodes(output: Float[Tensor, "batch pos vocab"]) -> Bool[Tensor, "batch pos vocab"]:
         chosen = torch.zeros(output.shape[-1], dtype=torch.bool, device=output.device)
@@ -78,7 +78,7 @@ def given_tokens(tokens: Sequence[int]) -> OutputNodes:
 
 
 def at_positions(nodes: OutputNodes, positions: Sequence[int]) -> OutputNodes:
-    """Of those nodes the ones at some positions, counted from the end where negative."""
+    """Restrict a choice of output nodes to some positions; negative ones count from the end."""
 
     def some(output: Float[Tensor, "batch pos K"]) -> Bool[Tensor, "batch pos K"]:
         here = torch.zeros(output.shape[1], 1, dtype=torch.bool, device=output.device)

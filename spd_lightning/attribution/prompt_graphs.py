@@ -43,9 +43,9 @@ class Alone:
 
 
 def graphs_in_parts(of: Subject, most: int | None = None) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
-    """The same graphs, of which no edge is computed yet: of each what gives all its edges whenever it is gone through.
+    """Like `attribution_graphs`, but lazy: for each prompt, an iterable that recomputes its edges when iterated.
 
-    most: several prompts come together only where that cannot be more edges; `pruning.MOST` where left out.
+    most: several prompts come together only where that cannot be more edges; `pruning.MOST` if omitted.
     """
     if why_not(of.model, of.mode) is None:
         return closed_form(of)

@@ -76,7 +76,7 @@ def bounded(
 
 
 def _sizes(tables: Sequence[EdgeTable], before: Tensor | None) -> Float[Tensor, " nodes"]:
-    """What enters every node of one prompt, sizes added up."""
+    """Sum the sizes of the in-edges of every node of one prompt."""
     for table in tables:
         found = torch.bincount(table.target, table.attribution.abs(), 0 if before is None else len(before))
         found = found.to(table.attribution.dtype)  # of no edges it counts in whole numbers

@@ -38,7 +38,7 @@ def shipped() -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def group_of(config: Mapping[str, Any]) -> str:
-    """What a config is for, told by what it holds."""
+    """Return the purpose of a config, judged by its content."""
     model, data = _part(config, "model"), _part(config, "data")
     given = _part(model, "init_args")
     if str(model.get("class_path")).endswith("TargetTraining") and _part(given, "target").get("class_path"):

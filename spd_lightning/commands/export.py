@@ -59,7 +59,7 @@ def harvest(run: str, name: str | None) -> Store:
 
 
 def _kept(whole: Graph, asked: argparse.Namespace, outputs: list[int] | None) -> Graph:
-    """What of a graph is to be exported."""
+    """Prune a graph as the options say."""
     if asked.budget is None:
         nodes = 0.8 if asked.nodes is None else asked.nodes
         edges = 0.98 if asked.edges is None else asked.edges

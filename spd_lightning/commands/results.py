@@ -1,4 +1,4 @@
-"""What runs reached, as a table for the terminal: toys by their known truth, language models by what they keep."""
+"""Results of runs as a table: errors against the known truth for toys, kept performance for language models."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def sites_of(summary: Summary) -> list[str]:
 
 
 def _width(rows: Sequence[tuple[str, Summary]]) -> tuple[int, int]:
-    """Of the columns `run` and `site`."""
+    """Return the widths of the columns `run` and `site`."""
     names, sites = [name for name, _ in rows], [site for _, summary in rows for site in sites_of(summary)]
     return max(18, *map(len, names)), max([18, *map(len, sites)])
 
@@ -59,7 +59,7 @@ def _measured(rows: Sequence[tuple[str, Summary]]) -> Iterator[str]:
 
 
 def _kept(summary: Summary) -> Iterator[str]:
-    """What is left of the output when only what is important stays on, and when everything does."""
+    """Yield how much of the output is kept under importances as masks, and with every component on."""
     said = [
         _with_error(summary, "kl/ci", "KL", " nats"),
         _with_error(summary, "mse/ci", "squared error", ""),

@@ -5,7 +5,7 @@
     PATH or GLOB   .txt (a document ends at <|endoftext|>, or at a blank line where there is none), .jsonl, .parquet
     hf:NAME        a HuggingFace dataset, by its name on the hub or its folder
 
-The first two are on every machine and need no network. Files are in UTF-8; a byte-order mark is no part of the text.
+The first two are on every machine and need no network. Files are in UTF-8; a byte-order mark is not part of the text.
 """
 
 import glob

@@ -1,4 +1,4 @@
-"""What targets are trained, decomposed and probed on, as LightningDataModules; and the toy targets' own.
+"""LightningDataModules for training, decomposing and probing targets, and those of the toy targets.
 
 Every batch is a pure function of (seed, split, step, rank, world). No random state has to be saved, a resumed run sees
 exactly the batches it would have seen, and no two devices see the same one. To Lightning there is one epoch: it lasts
@@ -38,14 +38,14 @@ class Prompts(NamedTuple):
 
 
 def _once(prompts: Prompts) -> Prompts:
-    """Of equal prompts the first alone: two devices would not know of one another's."""
+    """Keep the first of equal prompts: two devices would not know of each other's."""
     rows = [row.cpu().contiguous().numpy().tobytes() for row in prompts.inputs]
     first = {row: k for k, row in reversed(list(enumerate(rows)))}
     return prompts if len(first) == len(rows) else prompts.take(sorted(first.values()))
 
 
 class Batches(Generic[T]):
-    """An iterable that makes its items anew each time.
+    """An iterable that makes its items again each time.
 
     Lightning takes any iterable. To a DataLoader without workers it objects that it has none, and they would not pay:
     a batch takes less time to make than to hand over.
@@ -100,7 +100,7 @@ class StepData(LightningDataModule, ABC):
         """All inputs that `predict` runs on, those of one length together."""
 
     def names(self, ids: Sequence[int]) -> list[str]:
-        """What these token ids stand for, to be read by people."""
+        """Return readable names of token ids."""
         return [str(i) for i in ids]
 
     def train_dataloader(self) -> Batches[list[Tensor]]:

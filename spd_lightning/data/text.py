@@ -1,8 +1,8 @@
 """Text as a LightningDataModule: windows of a corpus's tokens to train on, prompts to look at.
 
-A stream of tokens is cut into consecutive windows that do not overlap. Rows of batches count through the windows in
-an order that is drawn anew for every epoch; row r of epoch e is a pure function of (seed, e, r), and the batches of one
-step on all devices together are consecutive rows. So one device with batch 2B sees what two with batch B see.
+A stream of tokens is cut into consecutive windows that do not overlap. Rows of batches go through the windows in an
+order that is drawn again for every epoch. Row r of epoch e is a pure function of (seed, e, r), and the batches of one
+step on all devices together are consecutive rows. So one device with batch 2B sees the same rows as two with batch B.
 """
 
 import logging
@@ -60,14 +60,14 @@ class Text(StepData):
             split: the split of a dataset.
             config_name: the configuration of a dataset that has several.
             streaming: read a dataset as it arrives rather than download it first.
-            max_tokens: training tokens to take of the corpus; all where left out, of the endless stories 4 million.
+            max_tokens: training tokens to take of the corpus; all if omitted, of the endless stories 4 million.
             tokenizer: a tokenizer.json, the folder that holds it, or a hub name; left out, a byte-level BPE is trained.
             vocab: tokens of a tokenizer that is trained; at least 257.
             seq_len: tokens in a window.
             batch_size: windows in a batch, on each device.
             seed: chooses the order of the windows, not the corpus.
             validation_batches: how many batches each device validates on.
-            validation_batch_size: windows in such a batch; batch_size where left out.
+            validation_batch_size: windows in such a batch; batch_size if omitted.
             prompts: texts that `predict` runs on.
             prompts_file: more of them: a text file with one a line, or a .jsonl or .parquet file; blank lines are
                 skipped.
@@ -75,7 +75,7 @@ class Text(StepData):
             too_long: what to do with given prompts that have more tokens than the target's context holds: stop with an
                 error, skip them, or truncate them to their first tokens.
             n_prompts: where neither is given, how many windows of validation text `predict` runs on.
-            n_ctx: tokens of such a window; seq_len where left out.
+            n_ctx: tokens of such a window; seq_len if omitted.
             predict_batch_size: prompts in a batch of `predict`.
         """
         super().__init__(batch_size, seed, validation_batches, predict_batch_size)

@@ -6,7 +6,7 @@
 
     <root>/data/<digest>/    tokenizer.json, tokens.bin, validation.bin, facts.json (written last)
 
-The digest stands for all that the streams depend on; a folder without its facts, or at odds with them, is made anew.
+The digest stands for all that the streams depend on; a folder without its facts, or at odds with them, is made again.
 """
 
 import fcntl
@@ -244,7 +244,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _read(folder: Path) -> Streams | None:
-    """What the folder holds; None where it is not whole."""
+    """Read the content of the folder; None if it is not complete."""
     try:
         facts = json_files.parsed((folder / "facts.json").read_bytes(), dict[str, Any])
         if any(file_digest(folder / name) != facts["digests"][name] for name in _HELD):

@@ -84,7 +84,7 @@ class TiedComponents(nn.Module):
 
 
 class Mask(NamedTuple):
-    """What one forward pass does at one site.
+    """The masks of one site in one forward pass.
 
     components: m [..., C], or None for all ones. delta: m_Δ [...], or a number. route: r [...] boolean, where False
     leaves the position to the target's own map (D4); None decomposes every position. rows: the flat numbers of

@@ -112,10 +112,10 @@ class Importance:
         d_model: width of the transformer.
         layers: blocks of the transformer.
         heads: attention heads of a block.
-        d_mlp: width of a block's MLP; 4 × d_model where left out.
+        d_mlp: width of a block's MLP; 4 × d_model if omitted.
         causal: whether a position sees only itself and earlier ones.
         chunk_layers: layers of the target that share a transformer, by the first number in a site's name; sites without
-            one go with the first. One transformer for all where left out.
+            one go with the first. One transformer for all if omitted.
         checkpoint_activations: blocks are run again in the backward pass instead of kept: less memory, more time.
     """
 

@@ -24,7 +24,7 @@ from spd_lightning.errors import BadInput, nearest
 
 
 class Edit(NamedTuple):
-    """What is done to a component: its w = m a becomes `factor · w + value`.
+    """A change to a component: its w = m a becomes `factor · w + value`.
 
     Ablating is factor 0; setting is factor 0 and a value.
     """
@@ -55,7 +55,7 @@ def place(model: ComponentModel, name: str) -> Place:
 
 
 def places(model: ComponentModel, nodes: Iterable[str]) -> list[Place]:
-    """The places that names of a graph's nodes mean; what is no component (inputs, outputs, rests, biases) has none.
+    """The places that names of a graph's nodes mean; what is not a component (inputs, outputs, rests, biases) has none.
 
     Raises:
         BadInput: a name names nothing.

@@ -124,7 +124,7 @@ def decomposed_rows(route: Routes) -> Rows:
 def _rounded(where: Tensor) -> Tensor:
     """The positions where that is true, and others up to a round number, one of 16.
 
-    Kernels of matrix products are made anew for every size that they meet, which takes longer than such a product.
+    Kernels of matrix products are rebuilt for every new size, which takes longer than such a product.
     """
     found = where.nonzero()[:, 0]
     missing = -len(found) % max(1, len(where) // SIZES)
@@ -140,7 +140,7 @@ def gathered(values: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
 
 
 def widened(route: Routes, samples: Tensor) -> Routes:
-    """The same route, but decomposing everything in some samples of the batch."""
+    """Return the route with some samples of the batch decomposed at every site and position."""
     wide = {}
     for name, where in route.items():
         wide[name] = where if where is None else where | samples.view(-1, *[1] * (where.ndim - 1))

@@ -33,7 +33,7 @@ def component_norms(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> 
 
 
 def sizeable(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> Bool[Tensor, " C"]:
-    """Which components are more than remnants: norm above 5 % of the site's largest."""
+    """Mark the components whose norm is above 5 % of the site's largest."""
     norms = component_norms(V, U)
     return ~(norms <= REMNANT * norms.max()) | ~(norms.max() > 0)  # all, where all are zero or not a number
 
@@ -107,7 +107,7 @@ def l0(importances: Float[Tensor, "... C"], threshold: float) -> Float[Tensor, "
 
 
 class Part(NamedTuple):
-    """Which of how many equal parts of a whole batch some rows are: one device's share."""
+    """The share of a batch that one device holds: its index, and the number of equal shares."""
 
     rank: int = 0
     world: int = 1

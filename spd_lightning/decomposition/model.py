@@ -106,7 +106,7 @@ class ComponentModel(nn.Module):
         self.tied = dict(tied or {})
         if unknown := set(self.tied) - set(self.sites):
             name = min(unknown)
-            raise BadInput(f"tied: '{name}' is no site; {nearest(name, self.sites)}")
+            raise BadInput(f"tied: '{name}' is not a site; {nearest(name, self.sites)}")
         self.components = nn.ModuleDict()  # its keys cannot hold dots
         for name in sorted(self.sites, key=lambda n: n in self.tied):
             self.components[name.replace(".", "/")] = self._components(name)
@@ -122,7 +122,8 @@ class ComponentModel(nn.Module):
         if partner is None:
             return Components(site.d_in, site.d_out, self.counts[name])
         if partner not in self.sites:
-            raise BadInput(f"tied: '{name}' is tied to '{partner}', which is no site; {nearest(partner, self.sites)}")
+            remedy = nearest(partner, self.sites)
+            raise BadInput(f"tied: '{name}' is tied to '{partner}', which is not a site; {remedy}")
         if partner in self.tied:
             raise BadInput(f"tied: '{name}' is tied to '{partner}', which is tied itself; tie to a site that is not")
         other = self.sites[partner]

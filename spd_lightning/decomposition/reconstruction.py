@@ -141,7 +141,7 @@ class Reconstruction:
         return self.terms(run, name)[0]
 
     def terms(self, run: "Pass", name: str = "") -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
-        """That, and the hidden reconstruction of the same passes (L6), None where it is not asked for.
+        """Return the mean divergence, and the hidden reconstruction error (L6) of the same passes or None.
 
         name: under which the run holds the persistent adversary of this reconstruction.
         """

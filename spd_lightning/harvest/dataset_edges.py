@@ -34,7 +34,7 @@ class DatasetEdges(Harvester):
         threshold: importance above which a component is a node; readers cannot raise it.
         layers: patterns of the layers between which edges are wanted: sites, embeddings, `output`.
         group: prompts that are summed before they are written; a killed harvest loses the work of fewer than these.
-        name: the harvest's folder below `<run>/harvest/`; "dataset-<mode>" where left out.
+        name: the harvest's folder below `<run>/harvest/`; "dataset-<mode>" if omitted.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class DatasetEdges(Harvester):
 
 
 def token_layers(model: ComponentModel) -> list[str]:
-    """The layers whose components are tokens: embeddings of the whole vocabulary that are no sites, and the output."""
+    """The layers whose components are tokens: embeddings of the whole vocabulary that are not sites, and the output."""
     vocab = getattr(model.target, "vocab", None)
     found = [name for module, name in embeddings(model).items() if getattr(module, "num_embeddings", None) == vocab]
     return [*found, "output"] if vocab else []

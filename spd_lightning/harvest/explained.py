@@ -1,4 +1,4 @@
-"""What prompt graphs are asked to explain, and by which components, in a user's words: tokens, nodes, positions."""
+"""The outputs that prompt graphs explain, and their sources, as a user names them: tokens, nodes, positions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from spd_lightning.harvest.rows import Names
 
 @dataclass(frozen=True)
 class Explained:
-    """Which outputs of a language model are nodes of its graphs, and what they stand for.
+    """The outputs of a language model that are nodes of its graphs, and the quantity they stand for.
 
     Args:
         tokens: these at every position, by what they look like or by id; those that are likely there if left out.

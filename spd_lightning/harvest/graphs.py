@@ -59,7 +59,7 @@ class PromptGraphs(Harvester):
         heads: whether to write the table `head_edges` too: what each head adds to each written edge through attention;
             weak heads of an edge stay, so that they add up. Only where graphs have a closed form and all attention is
             decomposed.
-        name: the harvest's folder below `<run>/harvest/`; "graphs-<mode>" where left out.
+        name: the harvest's folder below `<run>/harvest/`; "graphs-<mode>" if omitted.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What harvesters share: finding the store of this run, skipping what it already holds, closing it whole.
+"""The parts that all harvesters share: finding the run's store, skipping what it holds, closing it.
 
 A harvester is a callback. On every predicted batch it turns prompts into rows and commits them as one group of shards;
 sums over prompts are held back until a group has enough of them. Prompts that the store already holds are not computed
@@ -60,7 +60,7 @@ class Harvester(Callback, ABC):
 
     @abstractmethod
     def manifest(self, module: Decomposition) -> dict[str, Any]:
-        """What is harvested, and how; a store made under other settings is not continued."""
+        """The settings of the harvest; a store made under other settings is not continued."""
 
     @abstractmethod
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:

@@ -79,13 +79,13 @@ def full(x: Tensor) -> Tensor:
 
 
 def embeddings(model: ComponentModel) -> dict[nn.Module, str]:
-    """The embeddings of the target that are no sites, with their names."""
+    """The embeddings of the target that are not sites, with their names."""
     sites = {site.module for site in model.sites.values()}
     return {m: n for n, m in model.target.named_modules() if isinstance(m, nn.Embedding) and m not in sites}
 
 
 def about(module: Decomposition) -> dict[str, Any]:
-    """What any harvest of prompts depends on: the weights, and the layers in forward order."""
+    """Return the metadata that every harvest of prompts has: the weights' digest, and the layers in forward order."""
     tokens = any(isinstance(m, nn.Embedding) for m in module.model.target.modules())
     return {
         "run": module.origin,
@@ -185,7 +185,7 @@ def head_rows(tables: Iterable[HeadTable], ids: list[int]) -> pl.DataFrame:
 
 
 def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
-    """What the model gives under its importances beside what the target gives, at the output nodes."""
+    """Return rows of the table `outputs`: the model's outputs under its importances next to the target's."""
     chosen = runs.nodes(runs.ci)
     prompt, pos, token = chosen.nonzero().cpu().numpy().T
     columns: dict[str, Any] = {
@@ -204,7 +204,7 @@ def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
 
 
 def looks(tokens: np.ndarray, names: Names) -> list[str]:
-    """What each of some tokens looks like."""
+    """Return the text of some tokens."""
     known, which = np.unique(tokens, return_inverse=True)
     shown = names(known.tolist())
     return [shown[k] for k in which]

@@ -3,7 +3,7 @@
 A HuggingFace GPT-2, Llama, Mistral or Qwen2 taken as it is (`hf:`) has a twin, our own decoder with the same weights.
 Where the sites have their places in it, graphs are the twin's, and names stay those of the model. (GPT-2's one map for
 queries, keys and values has none: take such a checkpoint as `decoder:` to have closed forms. In frozen graphs biases of
-maps that are no sites are nodes, so they must have their places too.)
+maps that are not sites are nodes, so they must have their places too.)
 """
 
 import logging
@@ -36,23 +36,23 @@ class Twin(NamedTuple):
     names: dict[str, str]
 
     def graphs(self, of: Subject, at_least: float = 0.0) -> tuple[list[Layer], Iterator[EdgeTable]]:
-        """What `attribution_graphs` gives, under the model's own names."""
+        """Compute `attribution_graphs` of the equivalent decoder, under the model's own names."""
         layers, graphs = self.parts(of)
         return layers, (bounded(parts, at_least).table for parts in graphs)
 
     def parts(self, of: Subject, most: int | None = None) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
-        """What `graphs_in_parts` gives, under the model's own names."""
+        """Compute `graphs_in_parts` of the equivalent decoder, under the model's own names."""
         layers, graphs = graphs_in_parts(self._theirs(of), most)
         return [layer._replace(name=self._own(layer.name)) for layer in layers], graphs
 
     def heads(self, of: Subject, edges: Iterable[EdgeTable]) -> Iterator[HeadTable]:
-        """What `head_edges` gives for edges of such graphs."""
+        """Compute `head_edges` for edges of such graphs."""
         return head_edges(self._theirs(of), edges)
 
     def sums(
         self, of: Subject, wanted: Callable[[str], bool] = lambda layer: True
     ) -> tuple[list[NodeSums], list[PairSums]]:
-        """What `dataset_edges` gives, under the model's own names."""
+        """Compute `dataset_edges` of the equivalent decoder, under the model's own names."""
         own = self._own
         nodes, pairs = dataset_edges(self._theirs(of), lambda layer: wanted(own(layer)))
         ends = ({"source_layer": own(pair.source_layer), "target_layer": own(pair.target_layer)} for pair in pairs)
@@ -60,12 +60,12 @@ class Twin(NamedTuple):
         return [node._replace(layer=own(node.layer)) for node in nodes], renamed
 
     def changes(self, of: Subject, checks: Checks, factor: float) -> Tensor:
-        """What `checks.changes` gives for edges of such graphs."""
+        """Compute `checks.changes` for edges of such graphs."""
         theirs: list[Key] = [(kind, self.names.get(name, name)) for kind, name in checks.layers]
         return changes(self._theirs(of), checks._replace(layers=theirs), factor)
 
     def _theirs(self, of: Subject) -> Subject:
-        """The same subject as the twin's."""
+        """Return the specification of the same graphs for the equivalent decoder."""
 
         def renamed(sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {self.names.get(name, name): values for name, values in sites.items()}

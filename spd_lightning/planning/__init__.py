@@ -1,1 +1,1 @@
-"""What a fit will take, before anything is trained."""
+"""Estimates of a fit before it starts: memory, FLOPs, hours."""

@@ -37,7 +37,7 @@ PENALTIES, OPTIMISER = "penalties", "optimiser"
 
 @dataclass
 class Work:
-    """What a part of a step does: FLOPs of matrix products, bytes that other operations move, and their number."""
+    """The cost of one part of a step: FLOPs of matrix products, bytes moved by other operations, their number."""
 
     forward: int = 0
     backward: int = 0
@@ -46,7 +46,7 @@ class Work:
 
     @property
     def flops(self) -> int:
-        """Of both directions."""
+        """FLOPs of the forward and the backward pass."""
         return self.forward + self.backward
 
     def __mul__(self, times: int) -> "Work":
@@ -58,7 +58,7 @@ class Work:
 
 @dataclass
 class Rehearsal:
-    """What a step does, part by part, and what it keeps in memory.
+    """The cost of a step, part by part, and the memory that it keeps.
 
     Attributes:
         parts: the work of each part, named as in the config.
@@ -78,7 +78,7 @@ class Rehearsal:
 
     @property
     def total(self) -> Work:
-        """Of all parts."""
+        """The cost of all parts together."""
         return sum(self.parts.values(), Work())
 
 
@@ -105,7 +105,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def part(self, name: str, routed: float = 1.0) -> Iterator[None]:
-        """What happens inside belongs to this part; `routed` is the share of positions that its routes decompose."""
+        """Count the operations inside under this part; `routed` is the share of positions that its routes decompose."""
         before = self._part, self.routed
         self._switch(name, routed)
         try:
@@ -147,7 +147,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _assumed(self, func: Any, args: Any) -> Any:
-        """What the numbers would tell, of tensors that have none."""
+        """Return stand-ins for values that depend on the content of tensors, which have none here."""
         if not args or not is_fake(args[0]):
             return None
         match func:
@@ -209,7 +209,7 @@ _FUSED = {
 
 
 def flops_of(func: Any) -> Callable[..., int] | None:
-    """How to count the FLOPs of an operation; None for those that are no matrix product."""
+    """How to count the FLOPs of an operation; None for those that are not matrix products."""
     packet: Any = getattr(func, "_overloadpacket", None)
     return _FUSED.get(packet) or flop_registry.get(packet)
 
@@ -292,7 +292,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def noted(ledger: Ledger, losses: Losses, sites: int) -> Losses:
-    """The same losses, each of which tells the ledger when it is at work."""
+    """Return the same losses, each labeled in the ledger while it is computed."""
     terms = {
         name: _noted(ledger, term, f"reconstruction/{name}", _routed(term, sites))
         for name, term in losses.reconstruction.items()

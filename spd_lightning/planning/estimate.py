@@ -1,4 +1,4 @@
-"""What a decomposition will take, before anything is trained: parameters, memory, FLOPs, hours.
+"""Estimates for a decomposition before anything is trained: parameters, memory, FLOPs, hours.
 
     memory  = weights + gradients + optimiser state + adversaries + what a step keeps until its backward pass
     seconds = FLOPs / (peak · share) + bytes moved / (bandwidth / 2) + operations · launch        for one step
@@ -42,7 +42,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Size:
-    """What a decomposition will take.
+    """The size of a decomposition.
 
     Attributes:
         target: parameters of the target.
@@ -74,24 +74,24 @@ class Size:
         return {"weights": self.weights, **kept, **({"adversaries": step.adversaries} if step.adversaries else {})}
 
     def seconds(self, device: Device) -> float:
-        """Of one step."""
+        """Estimate the seconds of one step."""
         return device.seconds(self.step.total, self.mixed)
 
     def hours(self, device: Device) -> float:
-        """Of the whole training, warm-up included, evaluations not."""
+        """Estimate the hours of the whole training, with the warm-up and without evaluations."""
         warming = device.seconds(self.step.parts.get(FAITHFULNESS, Work()), False) * self.warm_up
         return (self.seconds(device) * self.steps + warming) / 3600
 
 
 def size_of(settings: Settings, gpu: bool = False) -> Size:
-    """What a decomposition config asks for.
+    """Estimate the size of the decomposition that a config describes.
 
     Args:
         settings: the config.
         gpu: whether it is to run on one.
 
     Raises:
-        BadInput: it is no decomposition, or something in it is refused.
+        BadInput: it is not a decomposition, or something in it is refused.
     """
     make, batch = _module(settings), _batch(settings)
     trainer, mixed = settings.config["trainer"], _mixed(settings)
@@ -145,7 +145,7 @@ def _module(settings: Settings) -> Callable[[], Decomposition]:
 
 
 def outline(reference: str) -> Callable[[], nn.Module]:
-    """What makes an untrained network like the one a reference means (`open_target`).
+    """Return a builder of an untrained network like the one a reference names (`open_target`).
 
     Raises:
         BadInput: there is no such config, or no such model to be had.
@@ -176,7 +176,7 @@ def refuse_what_does_not_fit(settings: Settings, available: float | None = None)
 
     Args:
         settings: the fit's.
-        available: bytes there are; of the machine that the trainer would choose where left out.
+        available: bytes there are; of the machine that the trainer would choose if omitted.
 
     Raises:
         BadInput: it takes more.

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """What the system refuses (no room, no permission, a read-only disk) becomes one line.
+    """Turn errors of the file system (no room, no permission, a read-only disk) into one line.
 
     Raises:
         BadInput: it refused.
@@ -108,7 +108,7 @@ def cut_metrics(folder: Path, size: int) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, one entry a step, in order; of a step logged again after a resume the later values."""
+    """Read the logged metrics, one entry per step, in order; those logged again after a resume replace earlier ones."""
     path = folder / "metrics.jsonl"
     steps: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(

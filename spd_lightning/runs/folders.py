@@ -67,7 +67,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the run reached; empty until it is finished."""
+        """The results of the run; empty until it is finished."""
         try:
             path = self.path / "summary.json"
             return dict(read_summary(path)) if path.exists() else {}
@@ -139,7 +139,7 @@ class Run:
         return max((_time(self.path / sign) for sign in _SIGNS), default=0.0)
 
     def metrics(self) -> "polars.DataFrame":
-        """What was logged, one row a step, in order; of a step logged again after a resume the later values."""
+        """The logged metrics, one row per step, in order; values logged again after a resume replace earlier ones."""
         import polars
 
         steps = read_metrics(self.path)

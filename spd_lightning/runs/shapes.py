@@ -1,4 +1,4 @@
-"""What the JSON files of runs and targets hold: the types that `json_files.read` checks them against."""
+"""The types of the JSON files of runs and targets, against which `json_files.read` checks them."""
 
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -15,7 +15,7 @@ Summary = dict[str, Figure | dict[str, Figure]]
 
 
 def read_summary(path: Path) -> Summary:
-    """What a run reached.
+    """Read the results of a run.
 
     Raises:
         BadInput: the file is damaged, or holds something else for a figure (`mmcs/linear1`, …) than a number.
@@ -61,7 +61,7 @@ class SiteShape(TypedDict):
 
 
 class ModelSettings(TypedDict):
-    """What a decomposition was made with; `importance` and `evaluation` are checked by their classes."""
+    """The settings of a decomposition; `importance` and `evaluation` are checked by their classes."""
 
     sites: dict[str, int]
     tied: dict[str, str]

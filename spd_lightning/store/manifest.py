@@ -1,4 +1,4 @@
-"""What a harvest's folder says about itself: the settings, one ledger a rank, and how they add up."""
+"""The manifest of a harvest: its settings, one ledger per rank, and how they are merged."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ class Shard(TypedDict):
 
 
 class Ledger(TypedDict):
-    """What one rank committed, and whether that is its whole share."""
+    """The shards that one rank committed, and whether they are its whole share."""
 
     shards: list[Shard]
     complete: bool
@@ -41,7 +41,7 @@ class Ledger(TypedDict):
 
 @json_files.open_ended
 class Settings(TypedDict):
-    """What was harvested, and how; each harvester adds settings of its own."""
+    """The settings of a harvest; each harvester adds its own."""
 
     schema_version: int
     layers: list[str]
@@ -84,7 +84,7 @@ def ledger_path(folder: Path, rank: int) -> Path:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What was harvested, and how.
+    """Read the settings of a harvest.
 
     Raises:
         BadInput: no manifest, one that cannot be read, or one of another schema.
@@ -116,7 +116,7 @@ def _check_version(folder: Path, version: Any) -> None:
 
 
 def _check_settings(path: Path, settings: Settings) -> None:
-    """What types do not say of a manifest."""
+    """Check a manifest beyond its types."""
     layers = settings["layers"]
     if len(set(layers)) < len(layers):
         twice = next(name for name in layers if layers.count(name) > 1)

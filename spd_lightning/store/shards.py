@@ -21,7 +21,7 @@ _PROMPT_GROUP, _OTHER_GROUP = 512, 8192  # rows of a row group: at least, cut be
 
 
 def damage(path: Path, piece: Piece) -> str | None:
-    """What is wrong with the file of a group: its length, or a bit of its content; None if nothing is.
+    """Return the damage of a group's file (its length, or a bit of its content), or None if it is intact.
 
     The content is read when the file is first opened in a process, and again after it has changed.
     """
@@ -40,7 +40,7 @@ def damaged(folder: Path, shard: Shard) -> bool:
 
 @contextmanager
 def disk(folder: Path) -> Iterator[None]:
-    """What the system refuses (no room, no permission, a read-only disk) becomes one line."""
+    """Turn errors of the file system (no room, no permission, a read-only disk) into one line."""
     try:
         yield
     except OSError as error:

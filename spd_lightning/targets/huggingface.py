@@ -160,7 +160,7 @@ def configuration(reference: str) -> Any:
 
 
 def _taken(reference: str, take: Callable[[str], Any]) -> Any:
-    """What `take` makes of a checkpoint's folder, or of its name on the hub.
+    """Apply `take` to a checkpoint's folder, or to its name on the hub.
 
     Raises:
         BadInput: it can make nothing of it.

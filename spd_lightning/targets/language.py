@@ -1,4 +1,4 @@
-"""What every language model here has: a loss, a vocabulary, a context, and words of its own.
+"""The interface of language models here: a loss, a vocabulary, a context, and sampling.
 
 A language model is a module whose `forward` turns tokens [batch pos] into the logits [batch pos vocab] of the token
 that comes next at every position. Reading it out, scoring and sampling need nothing else.
@@ -72,7 +72,7 @@ def sample(
         tokens: what to go on from, at least one token a row.
         steps: how many tokens to add.
         temperature: logits are divided by it before drawing; 0 takes the likeliest token always.
-        generator: draws the tokens; torch's global one where left out.
+        generator: draws the tokens; torch's global one if omitted.
     """
     if temperature < 0 or not tokens.shape[1]:
         raise BadInput(f"temperature {temperature} and {tokens.shape[1]} tokens in sample: give at least 0 and 1")

@@ -195,7 +195,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the heads write into the residual stream."""
+        """Compute the heads' contribution to the residual stream."""
         q, k, v = (
             rearrange(project(x), "batch pos (head d_head) -> batch head pos d_head", head=self.n_heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)

@@ -84,7 +84,7 @@ class Attention(nn.Module):
     def turned(
         self, x: Float[Tensor, "batch pos d_heads"], count: int, rotary: Rotary | None
     ) -> Float[Tensor, "batch head pos d_head"]:
-        """What a projection gives, cut into heads and turned to its positions."""
+        """Split a projection's output into heads, and rotate it to its positions."""
         x = rearrange(x, "batch pos (head d_head) -> batch head pos d_head", head=count)
         return x if rotary is None else rotate(x, rotary)
 
@@ -104,7 +104,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], rotary: Rotary | None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """What the heads write into the residual stream."""
+        """Compute the heads' contribution to the residual stream."""
         heads = self.heads_of(self.q_proj(x), self.k_proj(x), self.v_proj(x), rotary)
         gathered = attend(*heads, self.fused)
         return self.o_proj(rearrange(gathered, "batch head pos d_head -> batch pos (head d_head)"))
@@ -147,7 +147,7 @@ class PlainMLP(nn.Module):
         self.down_proj = nn.Linear(d_mlp, d_model, bias=bias)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the neurons write into the residual stream."""
+        """Compute the neurons' contribution to the residual stream."""
         return self.down_proj(self.act(self.c_fc(x)))
 
 
@@ -162,7 +162,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(d_mlp, d_model, bias=bias)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the neurons write into the residual stream."""
+        """Compute the neurons' contribution to the residual stream."""
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -193,8 +193,8 @@ class Decoder(LanguageModel):
         n_layers: how many blocks.
         n_heads: query heads of each block; they share d_model evenly.
         context: how many positions a sequence has at most.
-        d_mlp: neurons of each block; four times d_model where left out.
-        n_kv_heads: key and value heads; as many as n_heads where left out, fewer where queries share them.
+        d_mlp: neurons of each block; four times d_model if omitted.
+        n_kv_heads: key and value heads; as many as n_heads if omitted, fewer where queries share them.
         positions: rotary (Llama), learned (GPT-2), or none.
         norm: rms (Llama), layer (GPT-2), or none.
         mlp: plain (GPT-2), or gated (Llama).

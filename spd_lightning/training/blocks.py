@@ -54,17 +54,17 @@ class BlockModule(L.LightningModule, ABC):
     @property
     @abstractmethod
     def network(self) -> nn.Module:
-        """What batches go through."""
+        """The network that batches go through."""
 
     @abstractmethod
     def objective(self, batch: Tensor, step: int, part: int = 0) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of a batch, or of a part of it by number, and what to log of it."""
 
     def before_parts(self, parts: Sequence[Tensor], step: int) -> None:
-        """What has to be known of a whole batch before its parts are taken one by one."""
+        """Compute what depends on the whole batch, before its parts are processed one by one."""
 
     def after_backward(self) -> None:
-        """What follows from the gradients beside the update."""
+        """Use the gradients for more than the update, for example for adversaries."""
 
     def clip(self) -> Mapping[str, Tensor]:
         """Bounds gradients before an update and names their norms."""

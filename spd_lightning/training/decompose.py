@@ -78,7 +78,7 @@ class Decomposition(BlockModule):
         inner_steps: optimiser steps taken in one `training_step`.
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
-        threads: processor threads; as many as torch takes where left out. Small models are quickest on one.
+        threads: processor threads; as many as torch takes if omitted. Small models are quickest on one.
         micro_batches: equal parts in which a batch is taken, one after the other: less memory, the update of the whole
             batch. Masks are drawn, and fresh adversaries climb, for each part on its own.
         seed: of initial values and masks.
@@ -160,7 +160,7 @@ class Decomposition(BlockModule):
         keep: Iterable[str] | None = None,
         base: Base = "unmasked",
     ) -> Intervened:
-        """What the model gives when components are switched off, multiplied, set, or when some are all that is left.
+        """Run the model with components ablated, scaled or set, or with only some of them kept.
 
         Components are named `layer:pos:component`, or `layer:component` at all positions. See
         `decomposition.intervention.intervene`: outputs of the target, of the base, and under the edits.
@@ -261,7 +261,7 @@ class Decomposition(BlockModule):
         return {name: self._adversaries[key] for name, key in keys.items()}
 
     def lasting_bytes(self) -> int:
-        """What the persistent adversaries take of memory."""
+        """Return the bytes that the persistent adversaries take."""
         return sum(adversary.bytes for adversary in self._adversaries.values())
 
     def after_backward(self) -> None:

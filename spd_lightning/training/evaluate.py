@@ -23,7 +23,7 @@ BINS = 50
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What to measure, and what is known to be true.
+    """The figures to measure, and the known truth to compare with.
 
     Args:
         threshold: τ, the importance above which a component counts as needed.
@@ -31,8 +31,8 @@ class Evaluation:
         dense: sites where k components should serve all features together, with their k.
         groups: named sums of L0 over sites, each an fnmatch pattern of site names.
         ladder: numbers of ascents at which a fresh adversary is scored, on the first rows of the first batch.
-        ladder_rows: how many rows that are, on all devices together; as many as make 512 positions where left out.
-        restarts: adversaries that start anew; each rung states the worst of them.
+        ladder_rows: how many rows that are, on all devices together; as many as make 512 positions if omitted.
+        restarts: adversaries that restart; each rung states the worst of them.
         divergence: how outputs are compared: mse or kl.
     """
 
@@ -82,7 +82,7 @@ class Totals:
         return float(self.sums[name] / self.sums["rows"])
 
     def standard_error(self, name: str) -> float | None:
-        """Of the mean over rows: their standard deviation over the root of their number; None for a single row."""
+        """Return the standard error of the mean over rows; None for a single row."""
         rows, mean = float(self.sums["rows"]), self.row_mean(name)
         if rows < 2:
             return None

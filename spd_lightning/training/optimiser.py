@@ -25,8 +25,8 @@ class Optimiser:
         betas: of AdamW.
         momentum: of Muon.
         schedule: how the learning rate moves.
-        clip_components: largest gradient norm of all V and U together; none where left out.
-        clip_importance: largest gradient norm of all importance functions together; none where left out.
+        clip_components: largest gradient norm of all V and U together; none if omitted.
+        clip_importance: largest gradient norm of all importance functions together; none if omitted.
         components: whether V and U are trained at all; if not they stay as drawn, which makes a baseline.
     """
 

@@ -22,7 +22,7 @@ from spd_lightning.errors import BadInput, nearest, shown
 
 
 class Complaint(BadInput):
-    """What is wrong with a setting, and where it stands."""
+    """An error in a setting, and its place."""
 
     def __init__(self, place: str, why: str):
         super().__init__(f"config: {place}: {why}" if place else f"config: {why}")
@@ -154,7 +154,7 @@ def refuse_unknown(given: Mapping[str, Any], parsed: Mapping[str, Any], place: t
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it goes back to; a config given as text is first tried as a path, which is no cause."""
+    """An exception and what it goes back to; a config given as text is first tried as a path, which is not a cause."""
     while error is not None and not str(error).startswith("File does not exist"):
         yield error
         error = error.__cause__ or error.__context__
@@ -166,7 +166,7 @@ def told(error: BaseException | None) -> BadInput | None:
 
 
 def complaint(error: Exception) -> BadInput:
-    """What an error met while building things from a config says to the user."""
+    """Turn an error raised while building from a config into one line for the user."""
     inner = told(error)
     return BadInput(str(inner)) if inner else Complaint("", " ".join(str(list(causes(error))[-1]).split())[:300])
 

@@ -40,7 +40,7 @@ TRAINER = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a session adds to its config: where it works and under what name, and a module in place of the config's.
+    """Additions of a session to its config: a folder, a name, and a module in place of the config's.
 
     A logged session writes its folder's metrics; a tracked one also speaks to the trackers that its config chooses.
     """

@@ -25,12 +25,12 @@ class TargetTraining(BlockModule):
         weight_decay: AdamW's.
         decay: what decays: all parameters, or matrices alone (embeddings too, but no biases and gains).
         betas: AdamW's.
-        clip: largest gradient norm of all parameters together; none where left out.
+        clip: largest gradient norm of all parameters together; none if omitted.
         schedule: how the learning rate moves.
         inner_steps: optimiser steps taken in one `training_step`.
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
-        threads: processor threads; as many as torch takes where left out.
+        threads: processor threads; as many as torch takes if omitted.
         micro_batches: equal parts in which a batch is taken, one after the other: less memory, the same update.
         retries: how many further seeds to try when the trained target leaves features unrepresented.
         seed: of the initial weights.

@@ -1,4 +1,4 @@
-"""What a copy of a run is sent to: an MLflow store, Weights & Biases, or another of Lightning's loggers.
+"""Destinations for the copy of a run: an MLflow store, Weights & Biases, or another of Lightning's loggers.
 
 Each speaks to one tracker and lets its errors pass; `copies` decides when to try, and what to do about an error.
 """

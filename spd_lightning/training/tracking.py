@@ -1,4 +1,4 @@
-"""What a run tells others: a metrics file of its own, and a copy of everything for the trackers."""
+"""Records of a run: its own metrics file, and a copy of everything for the trackers."""
 
 import logging
 import re

@@ -15,7 +15,7 @@ PROBE = 0.75
 
 
 class LoneFeatures(NamedTuple):
-    """What each site sees, and finds important, when every feature is fed alone at 0.75."""
+    """The inputs and importances of each site when every feature is fed alone at 0.75."""
 
     inputs: dict[str, Float[Tensor, "features d_in"]]
     importances: dict[str, Float[Tensor, "features C"]]

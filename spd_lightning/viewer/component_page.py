@@ -23,7 +23,7 @@ MOST_PROMPTS, MOST_COMPONENTS, MOST_ROWS = 200, 300, 512
 
 @dataclass(frozen=True)
 class ComponentSelection:
-    """Which site (the first one if None), and whether columns are permuted.
+    """The selected site (the first one if None), and whether to permute columns.
 
     `over` says which importance stands for a text: the mean over its positions, or the largest, which in a long text is
     often 1.

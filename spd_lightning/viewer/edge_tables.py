@@ -83,7 +83,7 @@ def _line(row: EdgeRow) -> str:
 
 
 def update(run: Run, layer: str, wanted: Any, default: int, count: int) -> tuple[int | None, str]:
-    """Which component to show, and its tables as HTML: the one asked for, if the layer has it; None where none are."""
+    """Return the component to show and its tables as HTML: the one asked for if it exists; None if there are none."""
     asked = int(wanted) if isinstance(wanted, int | float) and 0 <= wanted < count else default
     try:
         page = of_run(run, layer, asked)

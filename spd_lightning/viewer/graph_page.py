@@ -26,7 +26,7 @@ VALUES = {
 
 @dataclass(frozen=True)
 class GraphSelection:
-    """Which prompt, and how much of its graph: see `analysis.graphs.prompt_graph`."""
+    """The selected prompt, and how much of its graph to show: see `analysis.graphs.prompt_graph`."""
 
     prompt: int
     top_k: int = 200
@@ -132,7 +132,7 @@ def _checks(store: Store, prompt: int) -> dict[str, Any] | None:
 
 
 def _prompt(store: Store, prompt: int) -> tuple[str, list[str]]:
-    """What a prompt is called, and its tokens by position (none for models on vectors)."""
+    """Return a prompt's label, and its tokens by position (none for models on vectors)."""
     if prompt == ALL_PROBES:
         return together_label(len(probes(store))), []
     row = store.collect(store.scan("prompts", prompt)).row(0, named=True)
@@ -178,7 +178,7 @@ def _nodes(store: Store, prompt: int, nodes: pl.DataFrame) -> list[dict[str, Any
 
 
 def _label(node: Mapping[str, Any], tokens: list[str], output: Mapping[str, Any] | None) -> str:
-    """What stands beside an input or output node: of vectors its value, of text its token."""
+    """Return the label of an input or output node: a value for vectors, a token for text."""
     if node["kind"] not in ("input", "embedding", "output") or node["activation"] is None:
         return ""
     if tokens:
@@ -204,7 +204,7 @@ def node_answer(library: Library, question: Any) -> dict[str, Any]:
 
 
 def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
-    """What the widget starts from: which harvest, and its prompts.
+    """Return the widget's first data: the harvest, and its prompts.
 
     Raises:
         BadInput: the run has no harvest, or one without edges, or an empty one, or it cannot be read.

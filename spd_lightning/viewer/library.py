@@ -1,4 +1,4 @@
-"""What the viewer may open: the runs below one root, one run, or one harvest; always by name, never by a path."""
+"""Runs that the viewer may open: those below one root, one run, or one harvest; by name, never by path."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -60,7 +60,7 @@ class Library:
         return held[name]
 
     def choose(self, run: Any, harvest: Any) -> tuple[Run, str | None] | None:
-        """What to show to someone who wishes for this run and harvest: they themselves where they are there.
+        """Choose the run and harvest to show: those asked for, if they exist.
 
         Otherwise the latest run that has a harvest, and the latest harvest of the run; None if there is no run.
         """

@@ -1,4 +1,4 @@
-"""What pages of the viewer share: what they hand to the app, questions from a browser, values for one."""
+"""The parts that the viewer's pages share: their interface to the app, requests of a browser, and values for one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Panel:
     Attributes:
         draw: Takes the names of a run and of its harvest (None if it has none), then the values of `inputs`; returns
             the values of `outputs`.
-        inputs: The page's own controls; a change of one draws the page anew.
+        inputs: The page's own controls; a change of one redraws the page.
         outputs: The widgets that `draw` fills.
     """
 

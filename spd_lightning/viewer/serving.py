@@ -103,7 +103,7 @@ def _address(host: str, port: int) -> str:
 
 
 def _lines(host: str, port: int, opened: bool) -> list[str]:
-    """What a user reads: the address, and how to reach it from where they sit."""
+    """Return the lines for the user: the address, and how to reach it from another machine."""
     here = socket.gethostname()
     lines = [f"viewer: {_address(host, port)}    (Ctrl-C ends it)"]
     if host in EVERYWHERE:

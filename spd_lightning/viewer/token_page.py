@@ -26,7 +26,7 @@ SHORT = pl.col("importance", "activation").cast(pl.Float64).round_sig_figs(4)  #
 
 @dataclass(frozen=True)
 class TokenSelection:
-    """Which component: of the layer, or of all, the one with the widest spread of importance where it is None."""
+    """The selected component; if None, the one of the layer, or of all, whose importance varies most."""
 
     layer: str | None = None
     component: int | None = None
@@ -127,7 +127,7 @@ def _in_context(store: Store, places: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def place_data(store: Store, prompt: int, pos: int) -> PlacePage:
-    """What is in use at one token, and what may follow it.
+    """Return the components in use at one token, and the tokens that may follow it.
 
     Raises:
         BadInput: the harvest has no such prompt or position, or a file is damaged.
@@ -182,7 +182,7 @@ def place_answer(library: Library, question: Any) -> dict[str, Any]:
 
 
 def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
-    """What the widget starts from: which harvest, its sites, and its prompts as text.
+    """Return the widget's first data: the harvest, its sites, and its prompts as text.
 
     Raises:
         BadInput: the run has no harvest, or one of vectors, or an empty one, or it cannot be read.

@@ -1,7 +1,7 @@
-"""What each attention head adds to the edges of a graph (section A of docs/method.md).
+"""The contribution of each attention head to the edges of a graph (section A of docs/method.md).
 
 An edge from queries, keys or values to an output map is a sum over heads. Its terms are the same closed forms with one
-head at a time, computed anew for the edges of graphs that are there already: graphs without them cost what they did.
+head at a time, recomputed for the edges of graphs that are there already: graphs without them cost what they did.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ from spd_lightning.decomposition.model import ComponentModel
 
 
 class HeadTable(NamedTuple):
-    """What heads add to edges: prompt in the batch, numbers of both nodes there, head, and its term [rows] each."""
+    """Contributions of heads to edges [rows]: prompt in the batch, numbers of both nodes there, head, and value."""
 
     prompt: Tensor
     source: Tensor
@@ -30,7 +30,7 @@ class HeadTable(NamedTuple):
 
 
 def no_heads(model: ComponentModel, mode: Mode) -> str | None:
-    """What keeps a model's edges from being taken apart by heads; None where nothing does."""
+    """Return the reason why a model's edges cannot be split by head, or None if they can."""
     if why := why_not(model, mode):
         return why
     target: Any = model.target

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 def pushed(
     norm: nn.Module, r: Float[Tensor, "pos d"], tangents: Float[Tensor, "pos n d"], frozen: bool
 ) -> Float[Tensor, "pos n d"]:
-    """What tangents at a norm's input r become at its output; frozen, its denominator is a constant."""
+    """Push tangents through a norm at input r; if frozen, its denominator is a constant."""
     match norm:
         case nn.RMSNorm():
             eps = torch.finfo(r.dtype).eps if norm.eps is None else norm.eps
@@ -49,7 +49,7 @@ class Heads(NamedTuple):
         return self.q.shape[-1] ** -0.5
 
     def gathered(self, moved: Mapping[str, Float[Tensor, "n head pos d_head"]]) -> Float[Tensor, "pos n d_heads"]:
-        """What tangents of q, k and v at all positions, by these letters, become where heads have gathered."""
+        """Push tangents of q, k and v at all positions, by these letters, to the output of the heads."""
         found = self.pattern @ moved["v"] if "v" in moved else 0.0
         if "q" in moved or "k" in moved:
             scores = moved["q"] @ self.k.transpose(1, 2) if "q" in moved else 0.0
@@ -62,7 +62,7 @@ class Heads(NamedTuple):
     def spread(
         self, moved: Mapping[str, Float[Tensor, "head n d_head"]], pos: Int[Tensor, " n"]
     ) -> Float[Tensor, "pos n d_heads"]:
-        """The same of tangents that each stand at one position."""
+        """Like `gathered`, for tangents that are each at a single position."""
         pattern, mean = self.pattern.index_select(2, pos)[..., None], self.pattern @ self.v
         found = self.q.new_zeros(*pattern.shape[:3], self.q.shape[-1])
         if "v" in moved:

@@ -1,6 +1,6 @@
 """Edges through blocks of a decoder of which only some maps are sites (section A of docs/method.md).
 
-Maps that are no sites pass on what reaches them. So what each node wrote walks on as a *tangent* (`jvp`), and the
+Maps that are not sites pass on what reaches them. So what each node wrote walks on as a *tangent* (`jvp`), and the
 edge to a reader is `V_j · tangent`. Up to attention a tangent stands at its node's position, many nodes side by side
 (`Rows`); through attention whose maps pass it on it spreads to later positions (`Far`), and walks from there to the
 logits, some nodes at a time. A node that reaches a reader on several ways, through queries and values or through a map
@@ -95,7 +95,7 @@ class PartialWalk(PromptRows[T]):
         return turned.repeat_interleave(attn.n_heads // count, dim=1)
 
     def heads(self, block: int) -> Heads:
-        """What a block's attention does on this prompt."""
+        """The attention of a block on this prompt."""
         attn = self.target.h[block].attn
         projected = (self.at(self.run.out, m)[None] for m in (attn.q_proj, attn.k_proj, attn.v_proj))
         q, k, v = attn.heads_of(*projected, self.rotary)
@@ -133,7 +133,7 @@ class PartialWalk(PromptRows[T]):
     # ---- the rest of the way ------------------------------------------------------------------------------------
 
     def _onward(self, block: int, far: Far) -> Generator[T, None, None]:
-        """What has spread in a block's attention → all readers behind it."""
+        """Add the edges from tangents that attention has spread to all readers after it."""
         for later in range(block, len(self.target.h)):
             if later > block:
                 far = yield from self._attention_far(later, far)
@@ -143,7 +143,7 @@ class PartialWalk(PromptRows[T]):
         yield self.met(far, self._behind("norm_f", far), "lm_head" if self.all_sites("lm_head") else "output")
 
     def _attention_far(self, block: int, far: Far) -> Generator[T, None, Far]:
-        """What has spread → q, k, v → o, and behind them."""
+        """Push tangents that have spread through q, k and v to o, and beyond."""
         name = f"h.{block}.attn"
         moved = yield from self._projected(far, self._behind(f"h.{block}.norm_1", far), name)
         if not moved:
@@ -168,7 +168,7 @@ class PartialWalk(PromptRows[T]):
         return self._mapped(vectors, name)
 
     def _mapped(self, vectors: Tensor, name: str) -> Tensor:
-        """What a map that is no site makes of tangents."""
+        """Push tangents through a map that is not a site."""
         return vectors @ self.target.get_submodule(name).weight.T
 
     def _behind(self, norm: str, part: Part) -> Tensor:

@@ -17,7 +17,7 @@ from spd_lightning.attribution.linearize import gelu_secant
 class Batch(NamedTuple):
     """A traced batch of prompts, with its layers, the numbers of their nodes, and what readers read.
 
-    read: Vᵀ of every site, and what the outputs read where the unembedding is no site [K, d].
+    read: Vᵀ of every site, and what the outputs read where the unembedding is not a site [K, d].
     """
 
     run: Trace
@@ -76,7 +76,7 @@ class PromptRows(Generic[T]):
     # ---- what nodes write and read ------------------------------------------------------------------------------
 
     def at(self, values: Mapping[Any, Tensor], key: Any) -> Tensor:
-        """What a trace holds of this prompt."""
+        """Return the part of a trace that belongs to this prompt."""
         return values[key][self.prompt]
 
     def writer(self, name: str) -> Rows:

@@ -98,14 +98,14 @@ def onward(
     real: Bool[Tensor, "block K"],
     values: Float[Tensor, "block K sources"],
 ) -> Bool[Tensor, "block K sources"]:
-    """Which edges from nodes at some positions to those at others there are: at the same, or later and not zero."""
+    """Mark the edges that can exist: from a source to a target at its position, or at a later one if not zero."""
     gap = pos[:, None, None] - source
     return real[:, :, None] & (gap >= 0) & ((gap == 0) | (values != 0))
 
 
 @runtime_checkable
 class Taker(Protocol[T]):
-    """What takes the edges of a graph as they come, a pair of layers or several at a time."""
+    """Receives the edges of a graph as they are computed, one pair of layers or several at a time."""
 
     def same(self, source: Nodes, target: Nodes, values: Float[Tensor, "pos K J"]) -> T:
         """Edges within each position; meaningless where one of the nodes is not real."""

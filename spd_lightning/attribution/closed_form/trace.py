@@ -11,7 +11,7 @@ from spd_lightning.decomposition.model import ComponentModel, Map
 
 
 def why_not(model: ComponentModel, mode: Mode) -> str | None:
-    """What keeps a model's graphs from closed form; None where nothing does."""
+    """Return the reason why a model's graphs have no closed form, or None if they have."""
     if not getattr(model.target, "closed_forms", False):
         return f"{type(model.target).__name__} is not a supported decoder"
     if mode.delta == "flow":
@@ -34,7 +34,7 @@ Key = tuple[NodeKind, str]
 
 
 class Trace(NamedTuple):
-    """What a batch of prompts did inside the model: inputs of norms; outputs of maps; a = x V and w = m ∘ a of sites.
+    """One recorded forward pass of a batch: inputs of norms; outputs of maps; a = x V and w = m ∘ a of sites.
 
     output: what its output nodes stand for [batch, pos, K]. whole: what layers with one node a position write
     [batch, pos, d]. order: all layers but the output, as they came.

@@ -11,7 +11,7 @@ so an edge is a few inner products of what the source writes with what the targe
 
 with w = m ∘ a, p_h the attention pattern of head h, R the rotation to a position. One forward pass of the batch gives
 all that these ask for; edges then come prompt by prompt, from the rows of U and V that are nodes there.
-Maps that are no sites pass on what reaches them: `partial` has the edges through their blocks.
+Maps that are not sites pass on what reaches them: `partial` has the edges through their blocks.
 Not here: modes whose delta carries gradient (see `why_not`); those take the batched products of `autograd`, which
 give the same numbers.
 """
@@ -89,7 +89,7 @@ class Graph(PartialWalk[T]):
     # ---- edges through attention --------------------------------------------------------------------------------
 
     def of_head(self, block: int, head: int) -> Iterator[T]:
-        """What one head adds to the edges q, k and v → o of a block."""
+        """Yield one head's contribution to the edges q, k and v → o of a block."""
         return self._attention(block, self.target.h[block].attn, f"h.{block}.attn", slice(head, head + 1))
 
     def _attention(self, block: int, attn: Any, name: str, some: slice = slice(None)) -> Iterator[T]:

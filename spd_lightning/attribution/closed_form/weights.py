@@ -1,4 +1,4 @@
-"""Which component can drive which, by the weights alone: no prompt is run (section A of docs/method.md).
+"""Edges that follow from the weights alone, without running a prompt (section A of docs/method.md).
 
 Closed forms of edges are products of what the model does on a prompt and of what its weights are. The second part is
 here, for every pair of components at once, and for each head where attention joins them:
@@ -116,7 +116,7 @@ def _norm_before(reader: str) -> str:
 
 
 def _through(norm: nn.Module, V: Float[Tensor, "d C"]) -> Float[Tensor, "d C"]:
-    """What is read before a norm, its denominator left out."""
+    """Return readers as seen before a norm, ignoring its denominator."""
     match norm:
         case nn.RMSNorm():
             return norm.weight[:, None] * V

@@ -205,7 +205,7 @@ class _Teller:
             self.facts.append(Fact("gender", gender, *at, word))
 
     def _word(self, slot: str) -> str:
-        """What a slot stands for in this story, drawn when first asked for."""
+        """Return the word for a slot of this story, drawn at its first use."""
         if slot not in self._drawn:
             self._drawn[slot] = self._draw(slot)
         return self._drawn[slot]
