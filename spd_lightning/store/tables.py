@@ -163,7 +163,7 @@ SORTED: dict[str, tuple[str, ...]] = {
 
 
 _EDGE = pl.col("attribution").cast(pl.Float64)
-_TRIED = pl.col("change").cast(pl.Float64) / (pl.col("factor").cast(pl.Float64) - 1)  # what the edge foretells
+_TRIED = pl.col("change").cast(pl.Float64) / (pl.col("factor").cast(pl.Float64) - 1)  # what the edge predicts
 
 
 def finite(value: pl.Expr) -> pl.Expr:
