@@ -1,4 +1,4 @@
-"""`make bench`: milliseconds per optimiser step, ours beside a plain implementation of the same maths, in one run.
+"""`make bench`: milliseconds per optimizer step, ours beside a plain implementation of the same maths, in one run.
 
 The plain one (`plain.py`) writes the laws down as they stand. Both take CPU time of one thread at the published batch
 sizes, in turn, so that a drifting machine drifts for both. The best turn of each counts, since whatever disturbs a turn
@@ -123,14 +123,14 @@ def ours(case: Case) -> Callable[[Tensor, int], None]:
     """A step of it in a raw loop, without Lightning."""
     module = fresh(case)
     module.trainer = L.Trainer(max_steps=STEPS, **SILENT)  # the schedule asks it for the number of steps
-    optimiser = module.configure_optimizers()
+    optimizer = module.configure_optimizers()
 
     def step(x: Tensor, k: int) -> None:
         with case.autocast:
             loss, _ = module.objective(x, MIDDLE + k)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 
@@ -142,9 +142,9 @@ def plain(case: Case) -> Callable[[Tensor, int], None]:
     def step(x: Tensor, k: int) -> None:
         with case.autocast:
             loss = model.objective(x, (MIDDLE + k) / STEPS)
-        model.optimiser.zero_grad()
+        model.optimizer.zero_grad()
         loss.backward()
-        model.optimiser.step()
+        model.optimizer.step()
 
     return step
 
@@ -213,7 +213,7 @@ def prepare() -> None:
 
 
 def main(names: list[str]) -> None:
-    print("CPU milliseconds per optimiser step, one thread, published batch size")
+    print("CPU milliseconds per optimizer step, one thread, published batch size")
     print(f"{'model':<12} {'ours':>8} {'at most':>8} {'plain':>8} {'ratio':>8} {'Lightning':>11}")
     alone = {"max_workers": 1, "max_tasks_per_child": 1, "mp_context": multiprocessing.get_context("spawn")}
     with ProcessPoolExecutor(initializer=prepare, **alone) as pool:  # one process each, as trainings are

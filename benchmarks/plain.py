@@ -35,7 +35,7 @@ class Plain(nn.Module):
             shapes = ((C, 1, h), (C, h), (C, h, 1), (C, 1)) if self.alone else ((d, h), (h,), (h, C), (C,))
             self.mlps[n] = [nn.Parameter(torch.randn(s) / max(4, s[0] ** 0.5)) for s in shapes]
         trained = [*self.V.values(), *self.U.values(), *(p for mlp in self.mlps.values() for p in mlp)]
-        self.optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0)
 
     def parts(self, name: str) -> tuple[Tensor, Tensor]:
         if partner := self.tied.get(name):

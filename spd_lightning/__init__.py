@@ -25,7 +25,7 @@ _HOME = {
     "DatasetEdges": "spd_lightning.harvest.dataset_edges",
     "SparseCircuits": "spd_lightning.harvest.circuits",
     "CircuitSearch": "spd_lightning.attribution.circuit_objective",
-    "optimise": "spd_lightning.attribution.circuit_search",
+    "optimize": "spd_lightning.attribution.circuit_search",
     "weight_graph": "spd_lightning.attribution.closed_form.weights",
     "weight_table": "spd_lightning.harvest.weights",
     "Store": "spd_lightning.store",

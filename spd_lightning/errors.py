@@ -64,9 +64,9 @@ def check_range(
     Raises:
         BadInput: one of the settings is out of range.
 
-    >>> check_range("optimiser", least=0, below=1, betas=(0.9, 2.0))
+    >>> check_range("optimizer", least=0, below=1, betas=(0.9, 2.0))
     Traceback (most recent call last):
-    spd_lightning.errors.BadInput: betas [0.9, 2.0] in optimiser: each must be at least 0 and below 1
+    spd_lightning.errors.BadInput: betas [0.9, 2.0] in optimizer: each must be at least 0 and below 1
     """
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)

@@ -35,7 +35,7 @@ def test_three_climbs_a_step_are_those_of_torchs_adam(network, particles):
     model, run, adversary = fitted(network, loss)
     g = {name: value.detach() for name, value in run.importances.lower.items()}
     plain = {n: v.clone().requires_grad_() for n, v in adversary.vectors.items()}
-    optimiser = torch.optim.Adam(plain.values(), lr=0.3, betas=(0.5, 0.99), maximize=True)
+    optimizer = torch.optim.Adam(plain.values(), lr=0.3, betas=(0.5, 0.99), maximize=True)
 
     def damage():
         masks = {}
@@ -48,10 +48,10 @@ def test_three_climbs_a_step_are_those_of_torchs_adam(network, particles):
     for _ in range(2):
         values = []
         for _ in range(3):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             values.append(damage())
             values[-1].backward()
-            optimiser.step()
+            optimizer.step()
             with torch.no_grad():
                 for v in plain.values():
                     v.clamp_(0, 1)

@@ -143,18 +143,18 @@ class Cut:
         missed = x @ (W - (V @ U).T).T * (self.mode.delta != "off")
         missed = missed if self.mode.delta == "flow" else self.constant(("delta", name), missed)
         cut = self.leaf("component", name, a)
-        if self.mode.linearisation == "jacobian":
+        if self.mode.linearization == "jacobian":
             return (m * cut) @ U + missed + b
         others = self.leaf("rest", name, (m * cut * ~nodes) @ U + missed)
         return (m * cut * nodes) @ U + others + self.leaf("bias", name, b.expand(len(x), -1))
 
     def relu(self, name, h):
-        return h * (self.constant(name, h) > 0) if self.mode.linearisation == "frozen" else torch.relu(h)
+        return h * (self.constant(name, h) > 0) if self.mode.linearization == "frozen" else torch.relu(h)
 
     def softmax(self, name):
         def pattern(scores, dim):
             weights = torch.softmax(scores, dim)
-            return self.constant(name, weights) if self.mode.linearisation == "frozen" else weights
+            return self.constant(name, weights) if self.mode.linearization == "frozen" else weights
 
         return pattern
 

@@ -1,4 +1,4 @@
-"""Optimised importance: circuits of one prompt against naive descents, known answers, and their harvest (section A)."""
+"""Optimized importance: circuits of one prompt against naive descents, known answers, and their harvest (section A)."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from spd_lightning.attribution.circuit_objective import CircuitSearch, Question
-from spd_lightning.attribution.circuit_search import Descent, Frontier, chosen, optimise
+from spd_lightning.attribution.circuit_search import Descent, Frontier, chosen, optimize
 from spd_lightning.attribution.graph import MODES, Subject
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.data.modules import Batches, Prompts
@@ -81,7 +81,7 @@ def naive(model: ComponentModel, prompt: torch.Tensor, lambda_: float, search: C
     label, start = clean.output[0, -1].argmax(), model.importance_function(clean.inputs, clean.inner)
     alive = {name: z > 0 for name, z in start.items()}
     z = {name: v.detach().clamp(0, 1).requires_grad_() for name, v in start.items()}
-    optimiser = torch.optim.AdamW(z.values(), lr=search.lr, weight_decay=0)
+    optimizer = torch.optim.AdamW(z.values(), lr=search.lr, weight_decay=0)
     generator = Question(model, prompt[None], search).generators("descent")[0]
     for _ in range(search.steps):
         found = model.importance({name: torch.where(alive[name], v, -1) for name, v in z.items()})
@@ -95,7 +95,7 @@ def naive(model: ComponentModel, prompt: torch.Tensor, lambda_: float, search: C
         loss = loss + lambda_ * sum(((v + 1e-12) ** search.p).mean((0, 1)).sum() for v in found.upper.values())
         for leaf, gradient in zip(z.values(), torch.autograd.grad(loss, list(z.values())), strict=True):
             leaf.grad = gradient
-        optimiser.step()
+        optimizer.step()
     return {name: v.clamp(0, 1) * alive[name] for name, v in z.items()}
 
 
@@ -104,7 +104,7 @@ def naive(model: ComponentModel, prompt: torch.Tensor, lambda_: float, search: C
 def test_descent_is_the_law(lambda_, masks):
     """Stochastic cross-entropy plus λ·L2, by AdamW, on a dense copy of one prompt's importances."""
     model, search = decoder(), replace(QUICK, lambdas=(lambda_,), masks=masks, tolerance=0.0)
-    found = optimise(model, PROMPTS[:1], search).importances
+    found = optimize(model, PROMPTS[:1], search).importances
     for name, g in naive(model, PROMPTS[0], lambda_, search).items():
         torch.testing.assert_close(found[name][1:], g, rtol=1e-9, atol=1e-12)
 
@@ -115,10 +115,10 @@ def test_rows_of_a_batch_end_where_each_ends_alone(adversary, loss):
     """Prompts and λs in one batch, some finished before others, are what each is by itself."""
     model, lambdas = decoder(), (0.01, 1.0)
     search = replace(QUICK, lambdas=lambdas, steps=12, patience=3, adversary=adversary, loss=loss, tolerance=0.1)
-    together = optimise(model, PROMPTS[:2], search)
+    together = optimize(model, PROMPTS[:2], search)
     assert len(set(together.frontier.steps.tolist())) > 2
     for row, prompt, lambda_ in ((3 * p + k + 1, p, lambdas[k]) for p in range(2) for k in range(2)):
-        alone = optimise(model, PROMPTS[prompt : prompt + 1], replace(search, lambdas=(lambda_,)))
+        alone = optimize(model, PROMPTS[prompt : prompt + 1], replace(search, lambdas=(lambda_,)))
         for name, g in alone.importances.items():
             torch.testing.assert_close(together.importances[name][row], g[1], rtol=1e-8, atol=1e-10)
         assert together.frontier.prompt[row] == prompt
@@ -134,7 +134,7 @@ def test_only_what_is_important_is_a_parameter_and_the_model_stands_still():
     start = model.importances(model.clean(PROMPTS)).lower
     question = Question(model, PROMPTS, QUICK)
     assert len(Descent(question).values) == (1 + len(QUICK.lambdas)) * sum(int((g > 0).sum()) for g in start.values())
-    found = optimise(model, PROMPTS, replace(QUICK, adversary=Adversary(steps=1))).importances
+    found = optimize(model, PROMPTS, replace(QUICK, adversary=Adversary(steps=1))).importances
     for name, g in start.items():
         assert (g == 0).any()
         for row, own in enumerate(found[name].split(1)):
@@ -148,7 +148,7 @@ def test_only_what_is_important_is_a_parameter_and_the_model_stands_still():
 
 def test_a_larger_lambda_leaves_fewer_nodes_and_none_does_no_harm():
     model, search = decoder(), replace(QUICK, steps=60, lr=0.03, tolerance=0.0, draws=32)
-    before, after = (optimise(model, PROMPTS, replace(search, steps=n)).frontier for n in (0, 60))
+    before, after = (optimize(model, PROMPTS, replace(search, steps=n)).frontier for n in (0, 60))
     nodes, loss, taken = after.nodes.view(3, 4), after.loss["stochastic"].view(3, 4), after.steps.view(3, 4)
     assert (nodes[:, 1] > nodes[:, 2]).all()
     assert (nodes[:, 2] >= nodes[:, 3]).all()
@@ -167,7 +167,7 @@ def test_an_exact_decomposition_keeps_what_its_feature_needs(adversary):
     """One component a layer, that of the active feature; and then no adversary can do harm."""
     inputs = 0.75 * torch.eye(4).double()
     search = CircuitSearch(lambdas=(1e-3,), p=1.0, steps=300, lr=0.02, adversary=adversary, tolerance=0.0)
-    found = optimise(by_features(), inputs, search)
+    found = optimize(by_features(), inputs, search)
     for g in found.importances.values():
         assert torch.equal(g[1::2] > 0, torch.eye(4, dtype=torch.bool))
     assert torch.equal(found.frontier.nodes, torch.tensor([8, 2]).repeat(4))
@@ -178,12 +178,12 @@ def test_an_exact_decomposition_keeps_what_its_feature_needs(adversary):
 def test_masks_of_the_judge():
     """ci masks are the importances, delta off; an adversary that climbs finds worse than where it starts."""
     model = decoder()
-    found = optimise(model, PROMPTS, QUICK)
+    found = optimize(model, PROMPTS, QUICK)
     masks = {name: Mask(g, 0.0) for name, g in found.importances.items()}
     logits = model.masked(PROMPTS.repeat_interleave(4, 0), masks)[:, -1]
     assert found.frontier.label is not None
     torch.testing.assert_close(found.frontier.loss["ci"], cross_entropy(logits, found.frontier.label, reduction="none"))
-    still = optimise(model, PROMPTS, replace(QUICK, judge=Adversary(steps=0))).frontier
+    still = optimize(model, PROMPTS, replace(QUICK, judge=Adversary(steps=0))).frontier
     assert (found.frontier.loss["adversarial"] > still.loss["adversarial"]).all()
 
 
@@ -215,7 +215,7 @@ def test_chosen_is_the_smallest_that_stands_the_adversary_else_the_best():
 )
 def test_a_search_that_cannot_be_is_refused(settings, words):
     with pytest.raises(BadInput, match=words):
-        optimise(decoder(), PROMPTS, CircuitSearch(**settings))
+        optimize(decoder(), PROMPTS, CircuitSearch(**settings))
     if settings.keys() & {"position", "label", "loss"}:  # a harvest says so before it begins
         asked, prompts = SparseCircuits(CircuitSearch(**settings)), Few(PROMPTS).prompts
         with pytest.raises(BadInput, match=words):
@@ -261,7 +261,7 @@ def test_a_harvest_holds_the_chosen_graphs_and_all_that_were_tried(tmp_path):
     store = harvested(tmp_path, module, PROMPTS[:2])
     store = harvested(tmp_path, module, PROMPTS)  # goes on with the third
     assert store.manifest["prompts"] == 3
-    found = optimise(module.model, PROMPTS, QUICK)
+    found = optimize(module.model, PROMPTS, QUICK)
     best = chosen(found.frontier, 0.8)
     frontier = store.scan("frontier").collect()
     assert frontier.group_by("prompt_id").agg(pl.col("chosen").sum())["chosen"].to_list() == [1, 1, 1]

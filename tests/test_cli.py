@@ -154,12 +154,12 @@ WRONG_CONFIGS = {
         "config: model.losses.minimality.coef: no such setting; did you mean 'coeff'?",
     ),
     "losses: {reconstruction: {all: {source: stochastc}}}": (M, "'stochastc' is not one of 'ones', 'ci', 'stochastic'"),
-    "optimiser: {schedule: {knd: cosine}}": (
+    "optimizer: {schedule: {knd: cosine}}": (
         M,
-        "config: model.optimiser.schedule.knd: no such setting; did you mean 'kind'?",
+        "config: model.optimizer.schedule.knd: no such setting; did you mean 'kind'?",
     ),
-    "optimiser: {schedule: {kind: cosin}}": (M, "'cosin' is not one of 'constant', 'linear', 'cosine'"),
-    "optimiser: {lr: -1}": (M, "lr -1.0 in optimiser: it must be above 0"),
+    "optimizer: {schedule: {kind: cosin}}": (M, "'cosin' is not one of 'constant', 'linear', 'cosine'"),
+    "optimizer: {lr: -1}": (M, "lr -1.0 in optimizer: it must be above 0"),
     "importance: {kind: mpl}": (M, "config: model.importance.kind: 'mpl' is not one of 'mlp'"),
     "target: targets/tms_5-3": (M, "config 'targets/tms_5-3': no such file here"),
     "target: toy": (M, "target 'toy': "),

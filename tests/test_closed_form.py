@@ -13,7 +13,7 @@ from spd_lightning.attribution.outputs import (
     Against,
     Outputs,
     at_positions,
-    centred,
+    centered,
     every_output,
     given_tokens,
 )
@@ -243,7 +243,7 @@ def test_a6_frozen_in_edges_of_decoders_add_up(style, written):
     assert checked > 60
 
 
-READINGS = {"centred": centred, "against": Against(2)}
+READINGS = {"centered": centered, "against": Against(2)}
 
 
 @pytest.mark.parametrize("mode", CLOSED)

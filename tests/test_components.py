@@ -151,13 +151,13 @@ def test_d6_the_target_never_changes_whatever_is_trained():
     assert not model.target.norm.training
     assert model.importance_function.training
     assert not any(p.requires_grad for p in model.target.parameters())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     start = copy.deepcopy(model.components.state_dict())
     for step in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         run = Pass.of(model, model.target.batch(), torch.Generator().manual_seed(step))
         Losses()(run)[0].backward()
-        optimiser.step()
+        optimizer.step()
     assert all(p.grad is None for p in model.target.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.target.state_dict().items())
     assert not any(torch.equal(start[name], value) for name, value in model.components.state_dict().items())
@@ -225,12 +225,12 @@ def test_d9_tied_sites_have_one_parameter_and_the_sum_of_both_gradients(masked):
     torch.testing.assert_close(U.grad, grad_U, **EXACT)
 
 
-def test_d9_the_optimiser_updates_tied_components_once():
+def test_d9_the_optimizer_updates_tied_components_once():
     torch.manual_seed(0)
     model = ComponentModel(TMS(5, 3), {"linear*": 4}, {"linear2": "linear1"}).double()
-    before, optimiser = model["linear1"].V.detach().clone(), torch.optim.SGD(model.components.parameters(), lr=0.1)
+    before, optimizer = model["linear1"].V.detach().clone(), torch.optim.SGD(model.components.parameters(), lr=0.1)
     Losses().faithfulness(model).backward()
-    optimiser.step()
+    optimizer.step()
     torch.testing.assert_close(model["linear1"].V, before - 0.1 * model["linear1"].V.grad, **EXACT)
     torch.testing.assert_close(model.delta_weight("linear2"), model.delta_weight("linear1").T, **EXACT)
 

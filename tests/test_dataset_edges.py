@@ -177,7 +177,7 @@ def test_a6_frozen_sums_add_up():
             assert arriving[name, j] == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_normalisers_are_those_of_a_naive_pass():
+def test_normalizers_are_those_of_a_naive_pass():
     model, tokens, g = made("gpt")
     nodes, _ = dataset_edges(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))
     found = {node.layer: node for node in nodes}
@@ -339,7 +339,7 @@ def test_configs_laid_over_another_add_their_harvesters():
 
 
 @pytest.mark.parametrize("metric", ["activation", "size"])
-@pytest.mark.parametrize("scale", ["sum", "mean", "normalised"])
+@pytest.mark.parametrize("scale", ["sum", "mean", "normalized"])
 @pytest.mark.parametrize("side", ["sources", "targets"])
 def test_strongest_beside_loops_over_all_rows(both, side, scale, metric):
     """Values, intervals over prompts and order, by hand from the rows of the tables."""
@@ -352,7 +352,7 @@ def test_strongest_beside_loops_over_all_rows(both, side, scale, metric):
             continue
         source, target = nodes[row["source_layer"], row["source"]], nodes[row["target_layer"], row["target"]]
         rms = sqrt(target["activation_square_sum"] / target["positions"])
-        by = {"sum": 1, "mean": source["firings"], "normalised": source["importance_sum"] * rms}[scale]
+        by = {"sum": 1, "mean": source["firings"], "normalized": source["importance_sum"] * rms}[scale]
         values = row["sum"] / by, row["sum_abs_target"] / by
         name = {"activation": "sum", "size": "sum_abs_target"}[metric]
         squares = row["prompt_square_sum" + name.removeprefix("sum")]
@@ -400,7 +400,7 @@ def test_edges_on_the_command_line(both, capsys):
     run = str(both[0])
     assert cli.run(["edges", run, "h.0.mlp.down_proj:1", "--most", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "h.0.mlp.down_proj:1 over 15 prompts, unmasked, normalised; pairs with at least 10 edges"
+    assert lines[0] == "h.0.mlp.down_proj:1 over 15 prompts, unmasked, normalized; pairs with at least 10 edges"
     assert [line.split()[0] for line in lines if line[:1].isalpha()][1:] == ["sources", "targets"]
     assert len(lines) == 9
     assert cli.run(["edges", run, "h.0.mlp.down_proj:1", "--sources", "--json", "--scale", "sum", "--most", "3"]) == 0
@@ -416,7 +416,7 @@ def test_edges_on_the_command_line(both, capsys):
         (["h.0.mlp.down_proj"], "component 'h.0.mlp.down_proj': write layer:number"),
         (["h.0.mlp.down_proj:1", "--harvest", "dataset-unmaskd"], "did you mean 'dataset-unmasked'?"),
         (["h.0.mlp.down_proj:1", "--most", "0"], "--most '0': not a number from 1 up"),
-        (["h.0.mlp.down_proj:1", "--scale", "log"], "--scale 'log': unknown value; choose from: mean, normalised, sum"),
+        (["h.0.mlp.down_proj:1", "--scale", "log"], "--scale 'log': unknown value; choose from: mean, normalized, sum"),
         ([], "edges: COMPONENT is missing: layer:number"),
     ],
 )

@@ -123,7 +123,7 @@ def test_a_circuit_search_that_diverges(monkeypatch):
     )
     inputs = torch.eye(5)[:2]
     with pytest.raises(Diverged, match=r"the circuit search's loss .* is nan after"):
-        circuit_search.optimise(decomposition().model, inputs, CircuitSearch(steps=3, lambdas=(0.1,)))
+        circuit_search.optimize(decomposition().model, inputs, CircuitSearch(steps=3, lambdas=(0.1,)))
 
 
 def test_the_first_strange_tensor_is_named():
@@ -141,7 +141,7 @@ model:
     sites: {linear1: 6, linear2: 6}
     warm_up: {steps: 5}
     inner_steps: 5
-    optimiser: {lr: 1.0e+30}
+    optimizer: {lr: 1.0e+30}
     evaluation: {ladder: []}
 trainer: {max_steps: 40, val_check_interval: 4, logger: false}
 data: {init_args: {batch_size: 64}}

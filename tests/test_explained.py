@@ -35,7 +35,7 @@ def test_a3_a_graph_of_chosen_nodes(style, mode):
             assert layer.name.startswith("h.0.mlp.") or (layer.name, pos, c) in written_out
     held = sum(int(layer.nodes.sum()) for layer in layers if layer.kind == "component")
     assert held == sum(int((g[name] > above[name]).sum()) for name in g) > 10
-    if CLOSED[mode].linearisation == "frozen" and CLOSED[mode].mask == "ones":
+    if CLOSED[mode].linearization == "frozen" and CLOSED[mode].mask == "ones":
         into = {}
         for (_, (*_, target, pos, j)), value in found.items():
             into[target, pos, j] = into.get((target, pos, j), 0.0) + value
@@ -83,7 +83,7 @@ def test_what_is_not_there_is_said(tmp_path, asked, complaint):
 
 def test_a_mean_and_another_token_exclude_each_other():
     with pytest.raises(BadInput, match="leave one out"):
-        Explained(centred=True, against=1)
+        Explained(centered=True, against=1)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")

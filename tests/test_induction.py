@@ -19,13 +19,13 @@ PROMPTS, VOCAB, LENGTH, WIDTH = 24, 32, 16, 32
 def trained():
     torch.manual_seed(0)
     target, generator = InductionHead(VOCAB, WIDTH, LENGTH), torch.Generator().manual_seed(0)
-    optimiser = torch.optim.AdamW(target.parameters(), 3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 1000)
+    optimizer = torch.optim.AdamW(target.parameters(), 3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
     for _ in range(1000):
         loss = target.loss(sequences(128, generator))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     assert target.unrepresented() == []
     return target

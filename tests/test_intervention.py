@@ -18,7 +18,7 @@ from spd_lightning import cli
 from spd_lightning.analysis.checks import fidelity
 from spd_lightning.attribution.checks import Checks, Graphs, Inflow, changes
 from spd_lightning.attribution.graph import MODES, EdgeTable, Subject, joined
-from spd_lightning.attribution.outputs import Against, Outputs, centred
+from spd_lightning.attribution.outputs import Against, Outputs, centered
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.components import Mask
@@ -177,7 +177,7 @@ def test_a6_frozen_edges_are_interventions(style, mode):
     assert len(edges) > 100
 
 
-@pytest.mark.parametrize("reading", [centred, Against(2)])
+@pytest.mark.parametrize("reading", [centered, Against(2)])
 def test_a6_what_outputs_stand_for_is_what_is_read(reading):
     """Of logits above the mean or above another token's, checks see the same."""
     model, tokens, g = made("gpt", prompts=1)

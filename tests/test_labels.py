@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from spd_lightning.analysis.prompts import prompt_label, prompt_text, search_key
-from spd_lightning.data.tokenized import Tokeniser
+from spd_lightning.data import tokenized
 from spd_lightning.labels import is_bytes, joined, token_label
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)  # any text that UTF-8 can write
@@ -24,7 +24,7 @@ HARD = [
 
 
 @pytest.fixture(scope="module")
-def byte_level() -> Tokeniser:
+def byte_level() -> tokenized.Tokenizer:
     """A BPE over bytes as GPT-2's; a few merges run across the edges of characters, and one is a text like `<0x41>`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: number for number, letter in enumerate(alphabet)}
@@ -44,22 +44,22 @@ def byte_level() -> Tokeniser:
     inner = Tokenizer(models.BPE(vocab, merges))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    return Tokeniser(inner)
+    return tokenized.Tokenizer(inner)
 
 
 @pytest.fixture(scope="module")
-def byte_fallback() -> Tokeniser:
+def byte_fallback() -> tokenized.Tokenizer:
     """A vocabulary of three letters that writes everything else in bytes, as Llama 2 and Gemma do."""
     vocab = {"<unk>": 0, "▁": 1, "a": 2, "é": 3}
     vocab |= {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
     inner = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     inner.normalizer = normalizers.Replace(" ", "▁")
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return Tokeniser(inner)
+    return tokenized.Tokenizer(inner)
 
 
-def labels_of(tokeniser: Tokeniser, text: str) -> list[str]:
-    return [tokeniser.name(token) for token in tokeniser.encode(text)]
+def labels_of(tokenizer: tokenized.Tokenizer, text: str) -> list[str]:
+    return [tokenizer.name(token) for token in tokenizer.encode(text)]
 
 
 def with_hard_texts(test):

@@ -279,5 +279,5 @@ def test_draws_in_half_precision(shape):
         expected = drawn[0].numel() / 256
         assert len(counts) == 256
         assert ((counts - expected).abs() < 6 * expected**0.5).all()
-        neighbours = torch.corrcoef(torch.stack([drawn[0][0], drawn[0][1]]).float())[0, 1]
-        assert abs(neighbours) < 6 / 333**0.5
+        neighbors = torch.corrcoef(torch.stack([drawn[0][0], drawn[0][1]]).float())[0, 1]
+        assert abs(neighbors) < 6 / 333**0.5

@@ -208,7 +208,7 @@ def test_a_further_seed_follows_the_one_of_the_command_line(here, monkeypatch):
         train_target("again.yaml", config | {"seed_everything": "abc"})
 
 
-# ---- the optimiser --------------------------------------------------------------------------------------------------
+# ---- the optimizer --------------------------------------------------------------------------------------------------
 
 
 def fitted(precision: str = "32-true", steps: int = 6, **settings) -> Decoder:
@@ -234,17 +234,17 @@ def by_hand(
         {"params": [p for p in network.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay * matrix}
         for matrix in (True, False)
     ]
-    optimiser = torch.optim.AdamW(groups, lr=0.01, betas=betas)
+    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=betas)
     for step in range(steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = 0.01 * min(1.0, (step + 1) / warmup if warmup else 1.0)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         network.loss(data.batch(step)).backward()
         if clip:
             norm = sum(float(p.grad.double().square().sum()) for p in network.parameters()) ** 0.5
             for p in network.parameters():
                 p.grad *= min(1.0, clip / norm)
-        optimiser.step()
+        optimizer.step()
     return network
 
 

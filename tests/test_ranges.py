@@ -24,7 +24,7 @@ from spd_lightning.harvest.nodes import PromptNodes
 from spd_lightning.targets.toy import TMS
 from spd_lightning.training.decompose import Decomposition, WarmUp
 from spd_lightning.training.evaluate import Evaluation
-from spd_lightning.training.optimiser import Optimiser
+from spd_lightning.training.optimizer import Optimizer
 from spd_lightning.training.schedule import Schedule
 from spd_lightning.training.session import Settings, quiet
 from spd_lightning.training.target import TargetTraining
@@ -76,7 +76,7 @@ RANGES: dict[Callable, dict[str, tuple]] = {
     Importance: dict.fromkeys(
         ("hidden", "embedding_hidden", "d_model", "layers", "heads", "d_mlp", "chunk_layers"), COUNT
     ),
-    Optimiser: {
+    Optimizer: {
         "lr": POSITIVE,
         "importance_lr": NOT_NEGATIVE,
         "betas": BETAS,
@@ -131,7 +131,7 @@ def test_numbers_at_the_ends_of_their_ranges_are_taken():
     assert Minimality(start=0.0, end=0.0).end == 0
     assert Reconstruction(coeff=0.0, hidden_coeff=0.0, share=0.0, probability=1.0, threshold=0.0).samples == 1
     assert Persistent(warmup=0.0, betas=(0.0, 0.0), ascents=0, particles=None).particles is None
-    assert Optimiser(importance_lr=0.0, betas=(0.0, 0.0), momentum=0.0).importance_lr == 0
+    assert Optimizer(importance_lr=0.0, betas=(0.0, 0.0), momentum=0.0).importance_lr == 0
     assert Evaluation(ladder=(), threshold=1.0).ladder == ()
     assert Adversary(steps=0).steps == WarmUp(0, weight_decay=0.0).steps == Schedule(warmup=0, hold=1.0).warmup == 0
 
@@ -190,7 +190,7 @@ def test_the_command_line_names_the_setting():
         "losses.smooth_l0.gamma=0": "gamma 0.0 in smooth_l0: it must be above 0",
         "losses.minimality.ramp=.nan": "ramp nan in minimality: it must be a finite number, at least 0 and at most 1",
         "warm_up.steps=-1": "steps -1 in warm_up: it must be at least 0",
-        "optimiser.betas=[2,2]": "betas [2.0, 2.0] in optimiser: each must be at least 0 and below 1",
+        "optimizer.betas=[2,2]": "betas [2.0, 2.0] in optimizer: each must be at least 0 and below 1",
         "evaluation.ladder=[0]": "ladder [0] in evaluation: each must be at least 1",
     }.items():
         with quiet(), pytest.raises(BadInput) as caught:

@@ -185,14 +185,14 @@ def real_step(make: Callable[[], Decomposition]) -> tuple[Rehearsal, Decompositi
 
 @pytest.mark.parametrize("name", ["two terms", "one site at a time", "transformer", "mlp"])
 def test_memory_is_that_of_real_tensors(name):
-    """Gradients and the optimiser's state to the byte; what a step keeps, as the same step with numbers keeps it."""
+    """Gradients and the optimizer's state to the byte; what a step keeps, as the same step with numbers keeps it."""
     said = rehearse(MODULES[name], tokens, None)
     real, module = real_step(MODULES[name])
     trained = [p for p in module.parameters() if p.requires_grad]
     assert said.gradients == sum(p.grad.numel() * 4 for p in trained if p.grad is not None) > 0
-    optimiser = module.configure_optimizers()
-    optimiser.step()
-    moments = [t for state in optimiser.state.values() for t in state.values() if t.ndim]
+    optimizer = module.configure_optimizers()
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
     assert said.state == sum(t.numel() * t.element_size() for t in moments)
     assert said.activations == pytest.approx(real.activations, rel=0.02)
 
@@ -289,7 +289,7 @@ def test_parameters_are_those_of_the_module():
         buffer.numel() * buffer.element_size() for buffer in module.buffers()
     )
     assert size.memory["gradients"] == 4 * (size.importance + sum(s.parameters for s in size.sites))
-    assert size.memory["optimiser"] == 2 * size.memory["gradients"]
+    assert size.memory["optimizer"] == 2 * size.memory["gradients"]
     assert (size.steps, size.warm_up, size.mixed, size.tokens) == (300, 50, False, 8 * 32)
 
 

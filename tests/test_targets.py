@@ -99,12 +99,12 @@ def test_a_trained_tms_represents_everything_and_an_untrained_one_does_not():
     torch.manual_seed(0)
     model, data = TMS(5, 2), SparseFeatures(5, 0.05, 1024)
     assert model.unrepresented()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
     for step in range(1000):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model.loss(data.batch(step)).backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     assert model.unrepresented() == []
 
@@ -267,7 +267,7 @@ def test_features_are_active_as_often_and_as_strongly_as_asked(low, high, probab
         assert torch.corrcoef((x != 0).float().T).fill_diagonal_(0).abs().max() < 5 / 50_000**0.5
 
 
-def test_neighbouring_steps_and_ranks_are_independent():
+def test_neighboring_steps_and_ranks_are_independent():
     data = SparseFeatures(10, 0.5, 5_000)
     rows = torch.stack([data.batch(step, rank).flatten() for step in range(4) for rank in range(3)])
     assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 5 / 50_000**0.5
@@ -372,7 +372,7 @@ their_treespec = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSp
 
 
 class Recorder(LightningModule):
-    """Steps its optimiser once for each batch of a list and remembers what it saw."""
+    """Steps its optimizer once for each batch of a list and remembers what it saw."""
 
     def __init__(self, inner_steps):
         super().__init__()
@@ -383,9 +383,9 @@ class Recorder(LightningModule):
     def training_step(self, batches, index):
         for batch in batches:
             self.seen.append(batch)
-            optimiser = self.optimizers()
+            optimizer = self.optimizers()
             self.manual_backward((self.weight * batch.sum()).sum())
-            optimiser.step()
+            optimizer.step()
 
     def validation_step(self, batch, index):
         self.validated.append(batch)

@@ -149,7 +149,7 @@ def test_names_are_the_text_in_pieces(tales, text):
 def test_names_of_parts_of_characters_and_of_no_token(tales):
     data = tales()
     assert data.names(data.encode("☃")) == ["<0xE2>", "<0x98>", "<0x83>"]
-    assert data.names([data.encode(" the")[0], 300, data.streams.tokeniser.end]) == [" the", "<300>", END]
+    assert data.names([data.encode(" the")[0], 300, data.streams.tokenizer.end]) == [" the", "<300>", END]
 
 
 def test_training_a_tokenizer_twice_gives_the_same_one(root):
@@ -195,7 +195,7 @@ def test_a_tokenizer_puts_its_own_tokens_around_prompts_and_an_end_after_documen
 # --- the cache
 
 
-def test_what_is_tokenised_is_not_tokenised_again(fresh, root, monkeypatch):
+def test_what_is_tokenized_is_not_tokenized_again(fresh, root, monkeypatch):
     first = Text(str(root / "tales.txt"), vocab=300).batch(0)
     monkeypatch.setattr(tokenized, "_make", None)
     again = Text(str(root / "tales.txt"), vocab=300, seq_len=64, seed=0)
@@ -219,8 +219,8 @@ def test_a_damaged_folder_is_made_anew(fresh, root, name, cut):
     assert not list(whole.folder.glob(".*.new"))
 
 
-def test_a_killed_tokenisation_leaves_nothing_that_is_taken_for_whole(fresh, root, monkeypatch):
-    def killed(corpus, tokeniser, limit, kind, train, validation):
+def test_a_killed_tokenization_leaves_nothing_that_is_taken_for_whole(fresh, root, monkeypatch):
+    def killed(corpus, tokenizer, limit, kind, train, validation):
         train.write(b"half")
         raise KeyboardInterrupt
 

@@ -122,7 +122,7 @@ def test_maps_that_are_no_sites_need_no_place_but_their_biases_do(tmp_path, kind
     target.model.set_attn_implementation("eager")
     model, tokens, g = decomposed(target, {"*.mlp.*": 6} if kind == "gpt2" else MLPS)
     quick = twin_of(model, CLOSED[mode])
-    assert (quick.model is model) == (CLOSED[mode].linearisation == "frozen")
+    assert (quick.model is model) == (CLOSED[mode].linearization == "frozen")
     of = Subject(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
     layers, found = quick.graphs(of)
     found = list(found)

@@ -59,7 +59,7 @@ def test_edges_through_the_residual_stream_are_weights_times_activations(style, 
     layers, found = attribution_graphs(Subject(model, tokens, g, MODES[mode], THRESHOLD, some_outputs))
     edges = dictionary(layers, list(found), 0)
     run = trace(Subject(model, tokens, g, MODES[mode], THRESHOLD))
-    M = {(link.source, link.target): w for link, w in weight_graph(model, normalised=False) if link.kind == "residual"}
+    M = {(link.source, link.target): w for link, w in weight_graph(model, normalized=False) if link.kind == "residual"}
     checked = set()
     for (kind, (source, _, i, target, pos, j)), value in edges.items():
         if kind == "component" and (source, target) in M:
@@ -74,10 +74,10 @@ def test_edges_through_the_residual_stream_are_weights_times_activations(style, 
 
 @pytest.mark.parametrize("style", ["llama", "one key head", "gpt"])
 def test_weights_of_heads_and_neurons_are_those_of_a_naive_loop(style):
-    """Every head reads and writes its own slice; where heads share keys and values, neighbours share them."""
+    """Every head reads and writes its own slice; where heads share keys and values, neighbors share them."""
     model, _, _ = made(style)
     seen = set()
-    for link, found in weight_graph(model, normalised=False):
+    for link, found in weight_graph(model, normalized=False):
         if link.kind == "residual":
             continue
         attn, source, target = model.target.h[0].attn, *(model[site].requires_grad_(False) for site in link[:2])
@@ -101,7 +101,7 @@ def test_scores_at_the_querys_own_position_need_no_angle():
     attn, rotary = model.target.h[1].attn, model.target.rotary(6)
     q, k = (model[f"h.1.attn.{x}_proj"].U[:, None].expand(-1, 6, -1) for x in "qk")
     q, k = attn.turned(q, 4, rotary), attn.turned(k, 2, rotary).repeat_interleave(2, dim=1)
-    for link, found in weight_graph(model, normalised=False):
+    for link, found in weight_graph(model, normalized=False):
         if link.kind == "qk" and link.target == "h.1.attn.q_proj":
             scores = k[:, link.head, 4] @ q[:, link.head, 4].T / 2**0.5
             torch.testing.assert_close(found, scores)

@@ -6,7 +6,7 @@ the source makes it larger. What they are divided by is chosen here (section A o
 
     sum           nothing: totals over the corpus
     mean          the positions at which the source is a node
-    normalised    Σ g of the source and RMS of the target: per full firing, in units of the target's usual size
+    normalized    Σ g of the source and RMS of the target: per full firing, in units of the target's usual size
 
 A sum over few edges is mostly chance, so each comes with a 95 % interval, and rows are ranked by the end of it that is
 nearer to 0. With P prompts, a sum S and the sum Q of the squares of each prompt's own sum, the interval is
@@ -26,9 +26,9 @@ from spd_lightning.errors import BadInput, nearest
 from spd_lightning.store import Store
 
 Side = Literal["sources", "targets"]
-Scale = Literal["sum", "mean", "normalised"]
+Scale = Literal["sum", "mean", "normalized"]
 Metric = Literal["activation", "size"]
-SCALES: tuple[Scale, ...] = ("sum", "mean", "normalised")
+SCALES: tuple[Scale, ...] = ("sum", "mean", "normalized")
 METRICS: dict[Metric, str] = {"activation": "to_activation", "size": "to_size"}
 _SUMS = ("sum", "sum_abs_target", "prompt_square_sum", "prompt_square_sum_abs_target")
 AT_LEAST = 10
@@ -58,7 +58,7 @@ def strongest(
     layer: str,
     component: int,
     side: Side = "sources",
-    scale: Scale = "normalised",
+    scale: Scale = "normalized",
     metric: Metric = "activation",
     most: int = 20,
     at_least: int = AT_LEAST,

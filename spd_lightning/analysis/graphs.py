@@ -125,8 +125,8 @@ def _together(store: Store, prompts: pl.Series) -> tuple[pl.DataFrame, pl.DataFr
 class NodeEdges:
     """The strongest edges into and out of one node, and the sums over all of them.
 
-    Frames as in `PromptGraph.edges`. In the linearisation `frozen`, `in_sum` equals the node's activation (law A6);
-    in others the gap between the two is what the linearisation leaves out.
+    Frames as in `PromptGraph.edges`. In the linearization `frozen`, `in_sum` equals the node's activation (law A6);
+    in others the gap between the two is what the linearization leaves out.
     """
 
     ins: pl.DataFrame

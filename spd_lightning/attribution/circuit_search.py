@@ -1,4 +1,4 @@
-"""Optimised importance: the smallest circuit that answers one question about one prompt (section A of docs/method.md).
+"""Optimized importance: the smallest circuit that answers one question about one prompt (section A of docs/method.md).
 
 The importance function answers for every input and every output at once. For one prompt and one position its answer can
 be made smaller:
@@ -55,14 +55,14 @@ class Frontier(NamedTuple):
 class Circuits(NamedTuple):
     """Importances of every row, prompt by prompt and λ by λ: {site: [rows, (pos,) C]}, and the frontier.
 
-    The first row of every prompt is not optimised.
+    The first row of every prompt is not optimized.
     """
 
     importances: dict[str, Tensor]
     frontier: Frontier
 
 
-def optimise(model: ComponentModel, inputs: Tensor, search: CircuitSearch | None = None) -> Circuits:
+def optimize(model: ComponentModel, inputs: Tensor, search: CircuitSearch | None = None) -> Circuits:
     """The importances that keep what the target says at one position with as few components as λ makes worth while.
 
     inputs: [prompts, features] floating point, or [prompts, pos] token ids.
@@ -80,7 +80,7 @@ def optimise(model: ComponentModel, inputs: Tensor, search: CircuitSearch | None
     with torch.no_grad():
         g = descent.importances(torch.arange(len(descent.running), device=inputs.device))
     frontier = _frontier(question, descent, g)
-    for masks, loss in {"optimised": descent.loss, **frontier.loss}.items():
+    for masks, loss in {"optimized": descent.loss, **frontier.loss}.items():
         if not loss.isfinite().all():
             row = int(loss.isfinite().int().argmin())
             where = f"prompt {int(descent.prompt[row])} at lambda {float(descent.lambdas[row])}"
@@ -117,8 +117,8 @@ class Descent:
 
     Attributes:
         values: pre-sigmoid values [nodes] of the components with g > 0, of all rows and sites.
-        lambdas [rows]: NaN where nothing is optimised.
-        loss [rows]: of the newest step; 0 where nothing is optimised.
+        lambdas [rows]: NaN where nothing is optimized.
+        loss [rows]: of the newest step; 0 where nothing is optimized.
         running [rows]: whose loss has not settled. taken [rows]: steps so far.
     """
 
@@ -135,7 +135,7 @@ class Descent:
         self.prompt = torch.arange(prompts, device=flat.device).repeat_interleave(len(lambdas))
         self.lambdas = torch.tensor(lambdas, dtype=torch.float64, device=flat.device).repeat(prompts)
         self.values = nn.Parameter(self._capped(flat)[self.prompt].flatten()[self.at])
-        self.optimiser = torch.optim.AdamW([self.values], lr=search.lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW([self.values], lr=search.lr, weight_decay=0.0)
         self.running = ~self.lambdas.isnan()
         self.taken = torch.zeros_like(self.prompt)
         self.loss = torch.zeros_like(self.lambdas)  # of each row's newest step
@@ -163,12 +163,12 @@ class Descent:
     def step(self) -> None:
         """One update of all rows that are running; afterwards some of them may be finished."""
         rows = self.running.nonzero()[:, 0]
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         with torch.enable_grad():
             losses = self._losses(rows)
             losses.sum().backward()
         before = self.values.detach().clone()
-        self.optimiser.step()
+        self.optimizer.step()
         with torch.no_grad():  # the momentum of what is finished must not move it
             self.values.copy_(torch.where(self.running[self.row], self.values, before))
         self.taken += self.running
@@ -200,7 +200,7 @@ class Descent:
         self.last = mean
 
 
-# ---- the judgement --------------------------------------------------------------------------------------------------
+# ---- the judgment --------------------------------------------------------------------------------------------------
 
 
 def _frontier(question: Question, descent: Descent, g: Mapping[str, Tensor]) -> Frontier:

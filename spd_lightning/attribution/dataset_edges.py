@@ -6,7 +6,7 @@
    itself: through keys and values first over the positions that read, then over those that are read. A target has two
    columns, for places where it is positive (or 0) and negative; their sum and their difference are the two sums
    wanted, so that the second costs nothing. Other models' edges are added up as batched products give them.
-3. *Normalisers*: firings, importances and squares of every component, for readers to divide by.
+3. *Normalizers*: firings, importances and squares of every component, for readers to divide by.
 
 An embedding that is not a site is one source a row: a token, or a position. A rest or a bias of frozen graphs is one.
 """

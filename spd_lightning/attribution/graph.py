@@ -27,7 +27,7 @@ class Mode:
 
     mask: Literal["ci", "ones"]
     delta: Literal["off", "cut", "flow"]
-    linearisation: Literal["jacobian", "frozen"]
+    linearization: Literal["jacobian", "frozen"]
 
 
 MODES: dict[ModeName, Mode] = {
@@ -70,7 +70,7 @@ class Subject(NamedTuple):
     @property
     def frozen(self) -> bool:
         """Whether maps are made to add up (A6)."""
-        return self.mode.linearisation == "frozen"
+        return self.mode.linearization == "frozen"
 
     @property
     def reading(self) -> Reading:

@@ -23,7 +23,7 @@ def logits(x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
     return x
 
 
-def centred(x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
+def centered(x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
     """Every node is its token's logit above the mean of all: what a softmax makes of it does not see the mean."""
     return x - x.mean(-1, keepdim=True)
 

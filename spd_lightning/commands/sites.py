@@ -208,7 +208,7 @@ def _of_config(reference: str, network: nn.Module, patterns: dict[str, int]) -> 
     if not text:
         losses: dict[str, Any] = {"minimality": {"coeff": 3e-3, "p": 1.0}}
         given["losses"] = losses
-        given["optimiser"] = {"lr": 5e-3, "schedule": {"kind": "cosine", "warmup": 200}}
+        given["optimizer"] = {"lr": 5e-3, "schedule": {"kind": "cosine", "warmup": 200}}
         if hasattr(network, "vocab"):  # outputs are logits
             losses["reconstruction"] = {name: {"divergence": "kl"} for name in ("all", "layerwise")}
             given["evaluation"] = {"divergence": "kl"}

@@ -68,7 +68,7 @@ class Batches(Generic[T]):
 
 
 def generator_for(seed: int, split: str, step: int, rank: int) -> torch.Generator:
-    """A fresh CPU generator for one batch; a hash mixes the four, so that neighbouring steps share nothing."""
+    """A fresh CPU generator for one batch; a hash mixes the four, so that neighboring steps share nothing."""
     key = hashlib.blake2b(f"{seed} {split} {step} {rank}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(key))
 
@@ -104,7 +104,7 @@ class StepData(LightningDataModule, ABC):
         return [str(i) for i in ids]
 
     def train_dataloader(self) -> Batches[list[Tensor]]:
-        """Lists of consecutive batches, as many as the module takes optimiser steps in one `training_step`.
+        """Lists of consecutive batches, as many as the module takes optimizer steps in one `training_step`.
 
         Lists start at multiples of the module's `inner_steps` (1 if it has none), so that a run resumed in between
         falls back into the same lists. They end with the trainer's `max_steps`; without a trainer they start at

@@ -19,7 +19,7 @@ from torch import Tensor
 from spd_lightning.data.corpora import Corpus, Unusable
 from spd_lightning.data.modules import Prompts, StepData, generator_for
 from spd_lightning.data.prompt_texts import PromptText, given_texts, rejection, texts_in_file
-from spd_lightning.data.tokenized import ALPHABET, Streams, Tokeniser, opened, tokenised
+from spd_lightning.data.tokenized import ALPHABET, Streams, Tokenizer, opened, tokenized
 from spd_lightning.encoding import lone_surrogate
 from spd_lightning.errors import BadInput, check_range
 
@@ -99,7 +99,7 @@ class Text(StepData):
     # ---- tokens ---------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Tokenises the corpus unless that has been done."""
+        """Tokenizes the corpus unless that has been done."""
         assert self.streams
 
     @cached_property
@@ -109,17 +109,17 @@ class Text(StepData):
         Raises:
             BadInput: the corpus or the tokenizer cannot be had.
         """
-        return tokenised(self.corpus, self.tokenizer_name, self.vocab, self.max_tokens)
+        return tokenized(self.corpus, self.tokenizer_name, self.vocab, self.max_tokens)
 
     @cached_property
-    def tokeniser(self) -> Tokeniser:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer; a corpus is touched only where it has to be trained."""
-        return self.streams.tokeniser if self.tokenizer_name is None else opened(self.tokenizer_name)
+        return self.streams.tokenizer if self.tokenizer_name is None else opened(self.tokenizer_name)
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
-        return self.tokeniser.size
+        return self.tokenizer.size
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, with those that the tokenizer itself puts around one; none of these stands twice.
@@ -129,18 +129,18 @@ class Text(StepData):
         """
         if half := lone_surrogate(text):
             raise BadInput(f"text '{text[:40]}': {half} is half of a character; write it in UTF-8, whole")
-        ids, repeated = self.tokeniser.encode_prompt(text)
+        ids, repeated = self.tokenizer.encode_prompt(text)
         for name in repeated:
             self._say("the text already contains '%s', which the tokenizer also adds; only one is kept", name)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens."""
-        return self.tokeniser.decode(list(ids))
+        return self.tokenizer.decode(list(ids))
 
     def names(self, ids: Sequence[int]) -> list[str]:
         """Each token's text; spaces and line ends stand as they are, parts of a character as `<0xE2>`."""
-        return [self.tokeniser.name(i) for i in ids]
+        return [self.tokenizer.name(i) for i in ids]
 
     # ---- windows --------------------------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class Text(StepData):
             if isinstance(text, Unusable):
                 offenses[place] = text
                 continue
-            ids, twice = self.tokeniser.encode_prompt(text)
+            ids, twice = self.tokenizer.encode_prompt(text)
             repeated += twice
             if not ids:
                 offenses[place] = Unusable("it is empty", "give it a text or leave it out")

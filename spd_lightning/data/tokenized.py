@@ -1,4 +1,4 @@
-"""A corpus as token ids: tokenised once, kept in a folder, read from disk as it is needed.
+"""A corpus as token ids: tokenized once, kept in a folder, read from disk as it is needed.
 
 1. The tokenizer is opened or, where none is named, a byte-level BPE is trained on the corpus.
 2. Documents are told apart: about one in fifty is for validation, by a hash of its number.
@@ -32,7 +32,7 @@ LAYOUT = 1  # of the folder
 ENDLESS = 4_000_000  # training tokens of a corpus that has no end
 ALPHABET = 257  # tokens of the smallest byte-level BPE: the bytes and the end of a text
 TRAINED_ON = 10_000_000  # characters that suffice for a BPE
-AT_ONCE = 200_000  # characters tokenised together
+AT_ONCE = 200_000  # characters tokenized together
 ENDS = (END, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")  # by which tokenizers mark a document's end
 _HELD_OUT = 50
 _HELD = ("tokenizer.json", "tokens.bin", "validation.bin")
@@ -41,7 +41,7 @@ _HELD = ("tokenizer.json", "tokens.bin", "validation.bin")
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
 
 
-class Tokeniser:
+class Tokenizer:
     """Text to token ids and back.
 
     Args:
@@ -137,7 +137,7 @@ def _byte_letters() -> dict[str, int]:
 _BYTES = _byte_letters()
 
 
-def opened(reference: str) -> Tokeniser:
+def opened(reference: str) -> Tokenizer:
     """A tokenizer by its file, the folder with its tokenizer.json, or its name on the hub.
 
     Raises:
@@ -148,7 +148,7 @@ def opened(reference: str) -> Tokeniser:
     if not path.exists():
         path = _fetched(reference)
     try:
-        return Tokeniser(library("tokenizers", f"tokenizer '{reference}'").Tokenizer.from_file(str(path)))
+        return Tokenizer(library("tokenizers", f"tokenizer '{reference}'").Tokenizer.from_file(str(path)))
     except BadInput:
         raise
     except Exception as error:  # of tokenizers, which raises no other kind
@@ -170,7 +170,7 @@ def _fetched(reference: str) -> Path:
         raise BadInput(f"tokenizer '{reference}': {why}; leave tokenizer out to train one on the corpus") from error
 
 
-def trained(corpus: Corpus, vocab: int) -> Tokeniser:
+def trained(corpus: Corpus, vocab: int) -> Tokenizer:
     """A byte-level BPE of that many tokens, trained on the first ten million characters that are not for validation."""
     tokenizers = library("tokenizers", f"corpus '{corpus.name}'")
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -180,7 +180,7 @@ def trained(corpus: Corpus, vocab: int) -> Tokeniser:
     options = {"vocab_size": vocab, "special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
     texts = (text for index, text in enumerate(corpus.documents()) if not held_out(index))
     inner.train_from_iterator(_first(texts, TRAINED_ON), tokenizers.trainers.BpeTrainer(**options))
-    return Tokeniser(inner)
+    return Tokenizer(inner)
 
 
 def _first(texts: Iterator[str], characters: int) -> Iterator[str]:
@@ -204,14 +204,14 @@ def held_out(index: int) -> bool:
 class Streams:
     """The tokens of a corpus, on disk."""
 
-    tokeniser: Tokeniser
+    tokenizer: Tokenizer
     train: np.ndarray
     validation: np.ndarray
     facts: dict[str, Any]
     folder: Path
 
 
-def tokenised(corpus: Corpus, tokenizer: str | None, vocab: int, max_tokens: int | None) -> Streams:
+def tokenized(corpus: Corpus, tokenizer: str | None, vocab: int, max_tokens: int | None) -> Streams:
     """The tokens of a corpus, made unless that has been done; other processes that want them wait.
 
     Args:
@@ -261,34 +261,34 @@ def _read(folder: Path) -> Streams | None:
         return None
 
 
-def _make(folder: Path, corpus: Corpus, tokeniser: Tokeniser, limit: int | None) -> None:
+def _make(folder: Path, corpus: Corpus, tokenizer: Tokenizer, limit: int | None) -> None:
     for left in folder.glob(".*.new"):  # by a process that was killed
         left.unlink()
     (folder / "facts.json").unlink(missing_ok=True)
     with files.whole(folder / "tokenizer.json") as path:
-        tokeniser.inner.save(str(path))
-    kind = np.dtype(np.uint16 if tokeniser.size <= 1 << 16 else np.uint32)
+        tokenizer.inner.save(str(path))
+    kind = np.dtype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
     with files.whole(folder / "tokens.bin") as train, files.whole(folder / "validation.bin") as validation:
         with open(train, "wb") as train_file, open(validation, "wb") as validation_file:
-            counts = _write(corpus, tokeniser, limit, kind, train_file, validation_file)
+            counts = _write(corpus, tokenizer, limit, kind, train_file, validation_file)
         if not counts["tokens"]:
             raise BadInput(f"corpus '{corpus.name}': there is no text in it; give one that has some")
-    facts = {"dtype": kind.name, "vocab": tokeniser.size, "end": tokeniser.end, "max_tokens": limit}
+    facts = {"dtype": kind.name, "vocab": tokenizer.size, "end": tokenizer.end, "max_tokens": limit}
     facts |= {"corpus": asdict(corpus), "digests": {name: file_digest(folder / name) for name in _HELD}}
     with files.whole(folder / "facts.json") as path:
         path.write_text(json_files.dumped(counts | facts, indent=1), encoding="utf-8")
 
 
 def _write(
-    corpus: Corpus, tokeniser: Tokeniser, limit: int | None, kind: np.dtype, train: BinaryIO, validation: BinaryIO
+    corpus: Corpus, tokenizer: Tokenizer, limit: int | None, kind: np.dtype, train: BinaryIO, validation: BinaryIO
 ) -> dict[str, int]:
     """Both streams; returns how many documents and tokens went into each."""
     counts: dict[str, int] = dict.fromkeys(("documents", "tokens", "validation_documents", "validation_tokens"), 0)
-    end = [] if tokeniser.end is None else [tokeniser.end]
-    bar = tqdm(desc=f"tokenise {corpus.name}", unit="tok", unit_scale=True, total=limit, delay=1, dynamic_ncols=True)
+    end = [] if tokenizer.end is None else [tokenizer.end]
+    bar = tqdm(desc=f"tokenize {corpus.name}", unit="tok", unit_scale=True, total=limit, delay=1, dynamic_ncols=True)
     with bar:
         for numbered in _batches(enumerate(corpus.documents())):
-            encoded = tokeniser.inner.encode_batch_fast([text for _, text in numbered], add_special_tokens=False)
+            encoded = tokenizer.inner.encode_batch_fast([text for _, text in numbered], add_special_tokens=False)
             for (index, _), found in zip(numbered, encoded, strict=True):
                 prefix, file = ("validation_", validation) if held_out(index) else ("", train)
                 left = None if limit is None or prefix else limit - counts["tokens"]
@@ -303,7 +303,7 @@ def _write(
 
 
 def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Documents in lists, each as long as is tokenised together."""
+    """Documents in lists, each as long as is tokenized together."""
     for first in documents:
         room = AT_ONCE - len(first[1])
         batch = [first]

@@ -32,7 +32,7 @@ Rotation = tuple[Tensor, Tensor]
 def rotation(positions: int, d_head: int, like: Tensor) -> Rotation:
     """The angles `pos · base^(−2i / d_head)` by which pair i of a head's entries turns at each position (RoPE).
 
-    Taken in float64: in float32 the angles of late positions lose what tells neighbours apart.
+    Taken in float64: in float32 the angles of late positions lose what tells neighbors apart.
     """
     rates = ROTARY_BASE ** (-torch.arange(0, d_head, 2, device=like.device, dtype=torch.float64) / d_head)
     angles = torch.arange(positions, device=like.device, dtype=torch.float64)[:, None] * rates

@@ -1,7 +1,7 @@
 """Sparse circuits: for every prompt the smallest graph that answers one question, and how small against how good.
 
-For each batch of prompts: importances are optimised under every λ (section A of docs/method.md); of each prompt one λ
-is taken, and its graph written as `PromptGraphs` writes one, with the optimised importances for masks and nodes and
+For each batch of prompts: importances are optimized under every λ (section A of docs/method.md); of each prompt one λ
+is taken, and its graph written as `PromptGraphs` writes one, with the optimized importances for masks and nodes and
 the outputs of the asked position alone. The table `frontier` has all λs, chosen or not.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spd_lightning.attribution.circuit_objective import CircuitSearch, suited
-from spd_lightning.attribution.circuit_search import Frontier, chosen, optimise
+from spd_lightning.attribution.circuit_search import Frontier, chosen, optimize
 from spd_lightning.attribution.graph import MODES, ModeName, Subject, known_mode
 from spd_lightning.attribution.outputs import OutputNodes, every_output
 from spd_lightning.data.modules import Prompts
@@ -45,7 +45,7 @@ HELD = 4
 
 
 class SparseCircuits(Harvester):
-    """Writes the optimised graph of every prompt: tables prompts, nodes, edges, outputs, components, frontier.
+    """Writes the optimized graph of every prompt: tables prompts, nodes, edges, outputs, components, frontier.
 
     Of the λs that are tried, the one with the fewest nodes is taken whose label probability under adversarial masks is
     at least a share of the target's; where none is, the one with the highest. (On vectors: the share of the outputs'
@@ -82,7 +82,7 @@ class SparseCircuits(Harvester):
         settings = {"mode": self.mode, "threshold": self.threshold, "at_least": self.at_least, "share": self.share}
         own |= {"threshold": self.threshold, "at_least": self.at_least}
         own |= {"config": settings | {"search": asdict(self.search)}}
-        return about(module) | own | {"layers": layer_names(module.model, MODES[self.mode].linearisation == "frozen")}
+        return about(module) | own | {"layers": layer_names(module.model, MODES[self.mode].linearization == "frozen")}
 
     def refuse(self, module: Decomposition, prompts: Prompts) -> None:
         """Also the search has to suit the prompts."""
@@ -95,7 +95,7 @@ class SparseCircuits(Harvester):
 
     def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the circuits of a batch of prompts."""
-        inputs, (importances, frontier) = prompts.inputs, optimise(module.model, prompts.inputs, self.search)
+        inputs, (importances, frontier) = prompts.inputs, optimize(module.model, prompts.inputs, self.search)
         best = chosen(frontier, self.share)
         g = {site: held[best] for site, held in importances.items()}
         runs = both_runs(module.model, inputs, g)

@@ -58,7 +58,7 @@ class DatasetEdges(Harvester):
         """
         settings = {"mode": self.mode, "threshold": self.threshold, "layers": self.layers}
         own = {"harvest": self.name, "mode": self.mode, "choices": asdict(MODES[self.mode]), "corpus": True}
-        names = layer_names(module.model, MODES[self.mode].linearisation == "frozen")
+        names = layer_names(module.model, MODES[self.mode].linearization == "frozen")
         for pattern in self.layers:
             if not any(fnmatch(name, pattern) for name in names):
                 raise BadInput(f"layers '{pattern}' in DatasetEdges: no such layer; {nearest(pattern, names)}")

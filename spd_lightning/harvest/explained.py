@@ -13,7 +13,7 @@ from spd_lightning.attribution.outputs import (
     Outputs,
     Reading,
     at_positions,
-    centred,
+    centered,
     given_tokens,
     logits,
 )
@@ -30,18 +30,18 @@ class Explained:
     Args:
         tokens: these at every position, by what they look like or by id; those that are likely there if left out.
         against: nodes stand for their logit above this token's.
-        centred: nodes stand for their logit above the mean of all.
+        centered: nodes stand for their logit above the mean of all.
         positions: output nodes at these positions only, counted from the end where negative; all if left out.
     """
 
     tokens: Sequence[int | str] | None = None
     against: int | str | None = None
-    centred: bool = False
+    centered: bool = False
     positions: Sequence[int] | None = None
 
     def __post_init__(self):
-        if self.centred and self.against is not None:
-            raise BadInput(f"outputs: centred, and against {self.against!r}: a difference has no mean; leave one out")
+        if self.centered and self.against is not None:
+            raise BadInput(f"outputs: centered, and against {self.against!r}: a difference has no mean; leave one out")
 
     def outputs(self, likely: OutputNodes, output: Tensor, names: Names) -> Outputs:
         """The output nodes of a batch with outputs [batch, pos, vocab]; names: what tokens look like.
@@ -60,7 +60,7 @@ class Explained:
     def _reading(self, vocab: int, names: Names) -> Reading:
         if self.against is not None:
             return Against(token_id(self.against, vocab, names))
-        return centred if self.centred else logits
+        return centered if self.centered else logits
 
 
 def token_id(token: int | str, vocab: int, names: Names) -> int:

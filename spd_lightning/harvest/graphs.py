@@ -95,7 +95,7 @@ class PromptGraphs(Harvester):
         settings |= {"outputs": self.outputs and asdict(self.outputs), "nodes": self.nodes and list(self.nodes)}
         settings |= {"heads": self.heads}
         own |= {"threshold": self.threshold, "at_least": self.at_least, "config": settings}
-        return about(module) | own | {"layers": layer_names(module.model, mode.linearisation == "frozen")}
+        return about(module) | own | {"layers": layer_names(module.model, mode.linearization == "frozen")}
 
     def refuse(self, module: Decomposition, prompts: Prompts) -> None:
         """Also what is asked for has to be there: components, tokens, positions."""

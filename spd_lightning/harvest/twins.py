@@ -104,5 +104,5 @@ def _twin_of(model: ComponentModel, mode: Mode, weights: tuple[tuple[int, int], 
     other = ComponentModel(decoder, counts, delta=model.delta)
     for name in model.sites:
         other.components[names[name].replace(".", "/")] = model[name]
-    same = mode.linearisation != "frozen" or {names.get(name) for name in biased(model)} == set(biased(other))
+    same = mode.linearization != "frozen" or {names.get(name) for name in biased(model)} == set(biased(other))
     return Twin(other, names) if same and why_not(other, mode) is None else itself

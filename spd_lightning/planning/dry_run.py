@@ -32,7 +32,7 @@ aten = torch.ops.aten
 T = TypeVar("T")
 
 CLEAN, IMPORTANCE, FAITHFULNESS = "clean run", "importance function", "faithfulness"
-PENALTIES, OPTIMISER = "penalties", "optimiser"
+PENALTIES, OPTIMISER = "penalties", "optimizer"
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Rehearsal:
         parts: the work of each part, named as in the config.
         activations: bytes alive at the worst moment of the step, gradients of parameters apart.
         gradients: bytes of the gradients of trained parameters.
-        state: bytes that the optimiser keeps.
+        state: bytes that the optimizer keeps.
         adversaries: bytes of adversaries that live across steps.
         gathered: whether anything depends on how many positions the routes decompose.
     """
@@ -263,7 +263,7 @@ def step(ledger: Ledger, module: Decomposition, batch: Tensor, precision: torch.
     gradients = sum(_bytes(p.grad) for p in trained if p.grad is not None)
     activations = max(forward, ledger.peak - held - gradients)
     with ledger.part(OPTIMISER):
-        state = optimiser_state(module)
+        state = optimizer_state(module)
     parts = {name: work if name == OPTIMISER else work * count for name, work in ledger.work.items()}
     return Rehearsal(parts, activations, gradients, state, adversaries * count, ledger.gathered)
 
@@ -280,11 +280,11 @@ def total_loss(ledger: Ledger, module: Decomposition, batch: Tensor) -> Tensor:
     return noted(ledger, module.losses, len(model.sites))(run)[0]
 
 
-def optimiser_state(module: Decomposition) -> int:
-    """Bytes that the module's optimiser keeps between two steps."""
-    optimiser: Any = module.configure_optimizers()
-    optimiser.step()
-    return sum(_bytes(t) for t in tree_leaves(list(optimiser.state.values())) if isinstance(t, Tensor) and t.ndim)
+def optimizer_state(module: Decomposition) -> int:
+    """Bytes that the module's optimizer keeps between two steps."""
+    optimizer: Any = module.configure_optimizers()
+    optimizer.step()
+    return sum(_bytes(t) for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor) and t.ndim)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -1,6 +1,6 @@
 """Estimates for a decomposition before anything is trained: parameters, memory, FLOPs, hours.
 
-    memory  = weights + gradients + optimiser state + adversaries + what a step keeps until its backward pass
+    memory  = weights + gradients + optimizer state + adversaries + what a step keeps until its backward pass
     seconds = FLOPs / (peak · share) + bytes moved / (bandwidth / 2) + operations · launch        for one step
 
 Weights are counted, and the rest is measured in a dry run of one step (`dry_run`). The target is not trained. Of a
@@ -70,7 +70,7 @@ class Size:
     def memory(self) -> dict[str, int]:
         """Bytes by what they are for."""
         step = self.step
-        kept = {"gradients": step.gradients, "optimiser": step.state, "activations": step.activations}
+        kept = {"gradients": step.gradients, "optimizer": step.state, "activations": step.activations}
         return {"weights": self.weights, **kept, **({"adversaries": step.adversaries} if step.adversaries else {})}
 
     def seconds(self, device: Device) -> float:

@@ -70,7 +70,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Causal attention; where there are fewer key heads than query heads, neighbouring queries share one."""
+    """Causal attention; where there are fewer key heads than query heads, neighboring queries share one."""
 
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, bias: bool, fused: bool) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Several optimiser steps in one `training_step`, and a processor that is not wasted on small models.
+"""Several optimizer steps in one `training_step`, and a processor that is not wasted on small models.
 
-Lightning spends about 0.3 ms around each `training_step`. A toy's whole optimiser step takes little more, so modules
+Lightning spends about 0.3 ms around each `training_step`. A toy's whole optimizer step takes little more, so modules
 here receive a list of batches and take one step for each.
 """
 
@@ -24,9 +24,9 @@ LOWER = "lower the learning rate, or bound the gradients"
 
 
 class BlockModule(L.LightningModule, ABC):
-    """A LightningModule whose `training_step` takes one optimiser step for each batch of a list.
+    """A LightningModule whose `training_step` takes one optimizer step for each batch of a list.
 
-    Its optimiser has one parameter group or more; a group's `peak` is the learning rate that the schedule scales.
+    Its optimizer has one parameter group or more; a group's `peak` is the learning rate that the schedule scales.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class BlockModule(L.LightningModule, ABC):
 
     @property
     def steps(self) -> int:
-        """How many optimiser steps this training has."""
+        """How many optimizer steps this training has."""
         return self.trainer.max_steps
 
     def try_on(self, inputs: Tensor) -> None:
@@ -118,16 +118,16 @@ class BlockModule(L.LightningModule, ABC):
         torch.set_num_threads(self._threads_before)
 
     def training_step(self, batches: list[Tensor]) -> None:
-        optimiser = self.optimizers()
+        optimizer = self.optimizers()
         for batch in batches:
             step = self.global_step
             factor = self.schedule.factor(step, self.steps)
-            for group in optimiser.param_groups:  # pyright: ignore[reportAttributeAccessIssue]
+            for group in optimizer.param_groups:  # pyright: ignore[reportAttributeAccessIssue]
                 group["lr"] = group["peak"] * factor
-            optimiser.zero_grad()  # pyright: ignore[reportAttributeAccessIssue]
+            optimizer.zero_grad()  # pyright: ignore[reportAttributeAccessIssue]
             found = self._accumulate(batch, step)
             norms = self.clip()
-            optimiser.step()  # pyright: ignore[reportAttributeAccessIssue]
+            optimizer.step()  # pyright: ignore[reportAttributeAccessIssue]
             self._unchecked += [(step, values) for values in found]
             if len(self._unchecked) >= MOST_UNCHECKED:
                 self.check_losses()

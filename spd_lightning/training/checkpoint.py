@@ -148,7 +148,7 @@ def resumable(folder: Path) -> Path | None:
 class Checkpoints(Callback):
     """Saves the newest state of a training, and ends it there when a signal asks for that.
 
-    A checkpoint is due every `checkpoint_every` optimiser steps of its module, every few minutes, and before an
+    A checkpoint is due every `checkpoint_every` optimizer steps of its module, every few minutes, and before an
     evaluation or the last steps where training has gone on for a while: those may last long. It is written before a
     `training_step`, when all that belongs to the one before has been logged, and only if all weights and losses are
     finite. A killed training resumes from there as if nothing had been: what it had logged since is taken back, to be

@@ -75,7 +75,7 @@ class Collapse(Callback):
             return None
         return (
             f"step {step}: importance gradients explode: norm {norm:.2g}, the median of the last {len(self._norms)} "
-            f"is {usual:.2g}; try optimiser.clip_importance {max(usual, 1e-6):.1g}, or a lower optimiser.importance_lr"
+            f"is {usual:.2g}; try optimizer.clip_importance {max(usual, 1e-6):.1g}, or a lower optimizer.importance_lr"
         )
 
     def alive(self, step: int, figures: Mapping[str, float | int]) -> str | None:
@@ -110,7 +110,7 @@ class Collapse(Callback):
         return (
             f"step {step}: importances are nearly all zero: {used:.2g} of {there:.0f} components are used and recover "
             f"{max(recovered, 0.0):.0%} of the output; try a lower losses.minimality.coeff, or a higher "
-            "optimiser.importance_lr"
+            "optimizer.importance_lr"
         )
 
     def adversary(self, step: int, fresh: Mapping[str, float]) -> str | None:

@@ -32,7 +32,7 @@ from spd_lightning.training.collapse import Collapse
 from spd_lightning.training.evaluate import Evaluation, Totals, count, counts, figures_of
 from spd_lightning.training.ladder import adversarial_ladder
 from spd_lightning.training.open_target import open_target
-from spd_lightning.training.optimiser import Optimiser
+from spd_lightning.training.optimizer import Optimizer
 from spd_lightning.training.saved import SavedDecomposition, save_decomposition
 from spd_lightning.training.truth import lone_features, truth, verdict
 
@@ -72,10 +72,10 @@ class Decomposition(BlockModule):
         delta: whether what components miss of a weight takes part in masked runs (D3).
         importance: how causal importances are computed (G1).
         losses: the terms of the training loss (L7).
-        optimiser: of components and importance functions.
+        optimizer: of components and importance functions.
         warm_up: updates on faithfulness alone, before the first step.
         evaluation: what to measure, and what is known to be true.
-        inner_steps: optimiser steps taken in one `training_step`.
+        inner_steps: optimizer steps taken in one `training_step`.
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
         threads: processor threads; as many as torch takes if omitted. Small models are quickest on one.
@@ -92,7 +92,7 @@ class Decomposition(BlockModule):
         delta: bool = True,
         importance: Importance = Importance(),  # noqa: B008  (frozen, like all defaults below)
         losses: Losses = Losses(),  # noqa: B008
-        optimiser: Optimiser = Optimiser(),  # noqa: B008
+        optimizer: Optimizer = Optimizer(),  # noqa: B008
         warm_up: WarmUp = WarmUp(),
         evaluation: Evaluation = Evaluation(),  # noqa: B008
         inner_steps: int = 10,
@@ -102,7 +102,7 @@ class Decomposition(BlockModule):
         micro_batches: int = 1,
         seed: int = 0,
     ):
-        super().__init__(optimiser.schedule, inner_steps, log_every, checkpoint_every, threads, micro_batches)
+        super().__init__(optimizer.schedule, inner_steps, log_every, checkpoint_every, threads, micro_batches)
         losses.check_adversaries(delta)
         for name, adversary in losses.lasting.items():
             if adversary.particles and micro_batches > 1:
@@ -116,7 +116,7 @@ class Decomposition(BlockModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = ComponentModel(network, sites, tied, importance, delta)
-        self.losses, self.optimiser, self.warm_up = losses, optimiser, warm_up
+        self.losses, self.optimizer, self.warm_up = losses, optimizer, warm_up
         self.evaluation, self.seed = evaluation, seed
         self.arrays: dict[str, Tensor] = {}
         self.figures: dict[str, float] = {}
@@ -182,7 +182,7 @@ class Decomposition(BlockModule):
     # ---- training -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimiser.over(self.model)
+        return self.optimizer.over(self.model)
 
     def configure_callbacks(self) -> list[Callback]:
         return [Collapse()]
@@ -194,15 +194,15 @@ class Decomposition(BlockModule):
             self._warm_up()
 
     def _warm_up(self) -> None:
-        """Faithfulness alone, with an optimiser of its own."""
+        """Faithfulness alone, with an optimizer of its own."""
         w, loss, term, losses = self.warm_up, torch.tensor(0.0), Faithfulness(), list[Tensor]()
-        optimiser = torch.optim.AdamW(self.model.components.parameters(), lr=w.lr, weight_decay=w.weight_decay)
+        optimizer = torch.optim.AdamW(self.model.components.parameters(), lr=w.lr, weight_decay=w.weight_decay)
         with torch.enable_grad():
             for _ in range(w.steps):
                 loss = term(self.model)
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
                 losses.append(loss.detach())
         finite = torch.stack(losses).isfinite()
         if not finite.all():
@@ -302,7 +302,7 @@ class Decomposition(BlockModule):
 
     def clip(self) -> Mapping[str, Tensor]:
         """Bounds the gradients of components and of importance functions separately."""
-        o = self.optimiser
+        o = self.optimizer
         parts = {
             "components": (self.model.components, o.clip_components),
             "importance": (self.model.importance_function, o.clip_importance),

@@ -120,9 +120,9 @@ def _keep(session: Session, folder: Path, facts: dict[str, Any], started: float)
         losses["perplexity"] = math.exp(losses["validation"])
         with runs.write_whole(folder / "samples.txt") as temporary:
             temporary.write_text(samples(network, session.datamodule), encoding="utf-8")
-        if tokeniser := getattr(session.datamodule, "tokeniser", None):
+        if tokenizer := getattr(session.datamodule, "tokenizer", None):
             with runs.write_whole(folder / "tokenizer.json") as temporary:
-                tokeniser.inner.save(str(temporary))
+                tokenizer.inner.save(str(temporary))
     draw_losses(folder)
     spec = session.settings["model"]["init_args"]["target"]
     facts |= {"spec": spec, "losses": losses, "seconds": time.perf_counter() - started}
@@ -161,7 +161,7 @@ def _text(data: Any, ids: list[int]) -> str:
 
 
 def draw_losses(folder: Path) -> None:
-    """Draws `figures/loss.png`: the losses in a folder's metrics.jsonl over optimiser steps."""
+    """Draws `figures/loss.png`: the losses in a folder's metrics.jsonl over optimizer steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -172,7 +172,7 @@ def draw_losses(folder: Path) -> None:
         if name in logged.columns:
             curve = logged.select("step", name).drop_nulls()
             axis.plot(curve["step"].to_numpy(), curve[name].to_numpy(), label=label, linewidth=1)
-    axis.set(xlabel="optimiser steps", ylabel="loss", title=folder.name)
+    axis.set(xlabel="optimizer steps", ylabel="loss", title=folder.name)
     axis.legend(frameon=False)
     make_folder(folder / "figures")
     with runs.write_whole(folder / "figures" / "loss.png") as temporary:

@@ -1,4 +1,4 @@
-"""Progress bars: of training in optimiser steps, whatever a `training_step` holds; of evaluation; of other long work.
+"""Progress bars: of training in optimizer steps, whatever a `training_step` holds; of evaluation; of other long work.
 
 An evaluation inside a training has a bar of its own below the training's, which says how far a long batch is, too.
 """

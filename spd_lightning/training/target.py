@@ -27,7 +27,7 @@ class TargetTraining(BlockModule):
         betas: AdamW's.
         clip: largest gradient norm of all parameters together; none if omitted.
         schedule: how the learning rate moves.
-        inner_steps: optimiser steps taken in one `training_step`.
+        inner_steps: optimizer steps taken in one `training_step`.
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
         threads: processor threads; as many as torch takes if omitted.

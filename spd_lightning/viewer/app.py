@@ -172,7 +172,7 @@ def _serve(demo: gr.Blocks, listening: socket.socket, host: str, open_browser: b
 
 
 def theme() -> gr.themes.Base:
-    """Quiet colours and the system's own fonts, so that no page asks the network for anything."""
+    """Quiet colors and the system's own fonts, so that no page asks the network for anything."""
     return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO).set(
         body_background_fill="white",
         body_background_fill_dark="#0d131e",

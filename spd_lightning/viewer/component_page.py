@@ -17,7 +17,7 @@ from spd_lightning.viewer import edge_tables, plots
 from spd_lightning.viewer.library import Library
 from spd_lightning.viewer.panel import Panel, problem, sentence, shortened
 
-IDENTITY, SIZE = "Permute columns towards the identity", "Most important columns first"
+IDENTITY, SIZE = "Permute columns toward the identity", "Most important columns first"
 MOST_PROMPTS, MOST_COMPONENTS, MOST_ROWS = 200, 300, 512
 
 

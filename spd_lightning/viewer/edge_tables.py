@@ -19,7 +19,7 @@ EdgeRow = tuple[str, float, float | None, float | None, float, int]
 
 @dataclass(frozen=True)
 class EdgeTables:
-    """The strongest sources and targets of a component, normalised.
+    """The strongest sources and targets of a component, normalized.
 
     Rows are name, sum to activation, low and high end of its interval, sum to |activation|, number of edges. `note`
     says which corpus they are of.

@@ -3,15 +3,15 @@
 
 const MASKS = ['ci', 'stochastic', 'adversarial'];
 const PLOT = { width: 300, height: 170, left: 58, right: 12, top: 12, bottom: 34 };
-const labelled = (rows) => rows.length && rows[0].label !== null;
+const labeled = (rows) => rows.length && rows[0].label !== null;
 
 function drawFrontier(rows) {
   $('.frontier').hidden = !rows.length;
   if (!rows.length) return;
   const steps = `adversarial: PGD, ${rows[0].adversary_steps} step${rows[0].adversary_steps === 1 ? '' : 's'}`;
-  const what = labelled(rows) ? ` · “${glyphs(rows[0].token)}” after position ${rows[0].pos}, target ${number(rows[0].p_target)}` : '';
+  const what = labeled(rows) ? ` · “${glyphs(rows[0].token)}” after position ${rows[0].pos}, target ${number(rows[0].p_target)}` : '';
   $('.frontier summary').textContent = `How small, how good${what} · ${steps}`;
-  const shown = labelled(rows) ? ['loss', 'p'] : ['loss'];
+  const shown = labeled(rows) ? ['loss', 'p'] : ['loss'];
   $('.frontier .plots').replaceChildren(...shown.map((kind) => plotted(rows, kind)), key());
   $('.frontier table').replaceChildren(...frontierTable(rows));
 }
@@ -27,7 +27,7 @@ function key() {
 }
 
 function frontierTable(rows) {
-  const masks = labelled(rows) ? ['target', ...MASKS].map((name) => [`p ${name}`, `p_${name}`]) : [['kept', 'kept']];
+  const masks = labeled(rows) ? ['target', ...MASKS].map((name) => [`p ${name}`, `p_${name}`]) : [['kept', 'kept']];
   const columns = [['λ', 'lambda'], ['nodes', 'nodes'], ['important', 'important'], ...masks, ...MASKS.map((name) => [`loss ${name}`, `loss_${name}`]), ['steps', 'steps']];
   const head = make('tr'), body = make('tbody'), top = make('thead');
   head.append(...columns.map(([title]) => make('th', 'number', title)));

@@ -70,7 +70,7 @@ function render() {
   svg.setAttribute('width', plan.width);
   svg.setAttribute('height', plan.height);
   svg.replaceChildren();
-  plan.centres.forEach((y) => shape('line', { class: 'guide', x1: plan.left - 14, x2: plan.width - 12, y1: y, y2: y }, svg));
+  plan.centers.forEach((y) => shape('line', { class: 'guide', x1: plan.left - 14, x2: plan.width - 12, y1: y, y2: y }, svg));
   graph.nodes.forEach((node) => drawNode(node, svg));
   drawRows(plan);
   drawAxis(plan);
@@ -84,7 +84,7 @@ function render() {
 function drawRows(plan) {
   $('.rows').replaceChildren(...graph.layers.map((name, layer) => {
     const label = named('span', '', name);
-    label.style.top = `${plan.centres[layer]}px`;
+    label.style.top = `${plan.centers[layer]}px`;
     return label;
   }));
 }
@@ -120,7 +120,7 @@ function drawNode(node, svg) {
 // A node's name; where inputs are tokens, that of an input or output with its token.
 const titled = ({ name, label }) => (label && graph.tokens.length ? `${name} “${glyphs(label)}”` : name);
 
-const colour = (name) => getComputedStyle($('.spd-graph')).getPropertyValue(name).trim();
+const color = (name) => getComputedStyle($('.spd-graph')).getPropertyValue(name).trim();
 
 function curve(edge) {
   const from = places.get(edge.source), to = places.get(edge.target);
@@ -147,7 +147,7 @@ function drawEdges(plan) {
   const pen = canvas.getContext('2d');
   pen.setTransform(canvas.ratio, 0, 0, canvas.ratio, 0, 0);
   pen.clearRect(0, 0, canvas.width, canvas.height);
-  const ink = { plus: colour('--plus'), minus: colour('--minus') };
+  const ink = { plus: color('--plus'), minus: color('--minus') };
   const largest = Math.max(...graph.edges.map((edge) => Math.abs(edge.attribution)), 1e-30);
   const strokes = graph.edges.map((edge) => ({ edge, share: Math.abs(edge.attribution) / largest, on: isLit(edge) })).reverse();
   for (const stroke of strokes) if (stroke.on !== true) strokeEdge(pen, stroke, ink);
@@ -175,7 +175,7 @@ function labelEdges(pen, strokes, ink) {
   pen.textAlign = 'center';
   pen.textBaseline = 'middle';
   pen.lineWidth = 4;
-  pen.strokeStyle = colour('--paper');
+  pen.strokeStyle = color('--paper');
   const taken = [];
   for (const { edge } of strokes.reverse()) {
     const text = number(edge.attribution), half = pen.measureText(text).width / 2 + 3;
@@ -233,7 +233,7 @@ function checked(checks) {
   const agreement = [['r = ', checks.correlation, (r) => number(r)], ['off by ', checks.relative_error, percent]]
     .filter(([, value]) => value !== null).map(([before, value, format]) => before + format(value)).join(', ');
   return [
-    checks.gap !== null && fact(`gap ${percent(checks.gap)}`, 'How far in-edges are from adding up to the values they explain: Σ|value − Σ in-edges| / Σ|value| over components and outputs, of all edges. Frozen graphs have none; in others it is what the linearisation leaves out.'),
+    checks.gap !== null && fact(`gap ${percent(checks.gap)}`, 'How far in-edges are from adding up to the values they explain: Σ|value − Σ in-edges| / Σ|value| over components and outputs, of all edges. Frozen graphs have none; in others it is what the linearization leaves out.'),
     checks.checked && fact(`${checks.checked} edges checked by intervention${agreement && `: ${agreement}`}`, 'The source of each was switched off while all other sites were held fixed, and the target read. This checks single edges, not whether the in-edges of a node add up. r: correlation of what the target lost with what the edge says. Off by: the size of the differences as a share of the size of the edges.'),
   ].filter(Boolean);
 }

@@ -2,7 +2,7 @@
 //
 // Rows are layers, the input at the bottom; columns are positions. Nodes of one layer and position share a cell and wrap
 // into several lines when it is full. With `untangle`, cells are then swept upwards and downwards, each node moving to
-// the mean place of its neighbours (the barycentre heuristic of Sugiyama, Tagawa and Toda, 1981).
+// the mean place of its neighbors (the barycenter heuristic of Sugiyama, Tagawa and Toda, 1981).
 
 const LEAST_LEFT = 150, LETTER = 7, RIGHT = 40, TOP = 46, BOTTOM = 46, CELL_GAP = 14, NARROW = 15;
 
@@ -10,7 +10,7 @@ const LEAST_LEFT = 150, LETTER = 7, RIGHT = 40, TOP = 46, BOTTOM = 46, CELL_GAP 
 const roomForNames = (layers) => Math.max(LEAST_LEFT, 24 + LETTER * Math.max(...layers.map((name) => shortened(name).length)));
 
 // Returns the sheet's width and height, the room `left` of the columns, the y of each layer, the columns {widths, starts}, and `places`: by node its
-// centre {x, y}, radius r, the gap to its neighbours, and how many lines its cell has.
+// center {x, y}, radius r, the gap to its neighbors, and how many lines its cell has.
 function layout(graph, room, untangle) {
   const cells = new Map();
   for (const node of graph.nodes) {
@@ -20,8 +20,8 @@ function layout(graph, room, untangle) {
   }
   const left = roomForNames(graph.layers);
   const columns = columnWidths(cells, Math.max(1, graph.tokens.length), Math.max(320, room - left - RIGHT), left);
-  const { centres, height } = rowCentres(graph.layers.length, cells, columns);
-  const plan = { left, width: left + columns.total + RIGHT, height, centres, columns, places: new Map() };
+  const { centers, height } = rowCenters(graph.layers.length, cells, columns);
+  const plan = { left, width: left + columns.total + RIGHT, height, centers, columns, places: new Map() };
   for (const nodes of cells.values()) placeCell(nodes, plan);
   const upwards = untangle ? [...cells.values()].sort((a, b) => a[0].layer - b[0].layer) : [];
   for (let round = 0; round < 4; round++) {
@@ -49,8 +49,8 @@ function columnWidths(cells, positions, room, left) {
 const columnOf = (columns, node) => (columns.widths.length === 1 ? 0 : node.pos);
 const lineLength = (columns, pos) => Math.max(1, Math.floor((columns.widths[pos] - CELL_GAP) / NARROW));
 
-function rowCentres(layers, cells, columns) {
-  const lines = new Array(layers).fill(1), centres = [];
+function rowCenters(layers, cells, columns) {
+  const lines = new Array(layers).fill(1), centers = [];
   for (const nodes of cells.values()) {
     const needed = Math.ceil(nodes.length / lineLength(columns, columnOf(columns, nodes[0])));
     lines[nodes[0].layer] = Math.max(lines[nodes[0].layer], needed);
@@ -58,13 +58,13 @@ function rowCentres(layers, cells, columns) {
   const step = Math.max(46, Math.min(118, 460 / layers));
   let y = TOP;
   for (let layer = layers - 1; layer >= 0; layer--) {
-    centres[layer] = y + ((lines[layer] - 1) * NARROW) / 2;
+    centers[layer] = y + ((lines[layer] - 1) * NARROW) / 2;
     y += (lines[layer] - 1) * NARROW + step;
   }
-  return { centres, height: y - step + BOTTOM };
+  return { centers, height: y - step + BOTTOM };
 }
 
-function placeCell(nodes, { columns, centres, places }) {
+function placeCell(nodes, { columns, centers, places }) {
   const pos = columnOf(columns, nodes[0]);
   const perLine = Math.min(nodes.length, lineLength(columns, pos));
   const lines = Math.ceil(nodes.length / perLine);
@@ -74,11 +74,11 @@ function placeCell(nodes, { columns, centres, places }) {
   nodes.forEach((node, index) => {
     const line = Math.floor(index / perLine), onLine = Math.min(perLine, nodes.length - line * perLine);
     const x = middle + (index - line * perLine - (onLine - 1) / 2) * gap;
-    places.set(node.node, { x, y: centres[node.layer] + (line - (lines - 1) / 2) * NARROW, r, gap, lines });
+    places.set(node.node, { x, y: centers[node.layer] + (line - (lines - 1) / 2) * NARROW, r, gap, lines });
   });
 }
 
-// Moves a cell's nodes towards the mean place of their neighbours below (or above), weighted by |attribution|. Inputs
+// Moves a cell's nodes toward the mean place of their neighbors below (or above), weighted by |attribution|. Inputs
 // keep their order and outputs their places, which mean something; cells of several lines are only reordered.
 function straighten(nodes, graph, incoming, plan) {
   if (nodes[0].kind === 'output') return;

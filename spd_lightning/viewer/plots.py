@@ -30,7 +30,7 @@ def heat_map(
     left: int,
     signed: bool = False,
 ) -> go.Figure:
-    """A matrix as colours: from nothing to blue, or where signed from orange over nothing to blue, symmetric about 0.
+    """A matrix as colors: from nothing to blue, or where signed from orange over nothing to blue, symmetric about 0.
 
     Args:
         values: The matrix.
@@ -47,8 +47,8 @@ def heat_map(
     gap = 1 if max(values.shape) <= 120 else 0
     label = f"%{{customdata[0]}}<br>component %{{customdata[1]}}<br>{entry} %{{z:.4g}}<extra></extra>"
     bar = {"thickness": 8, "outlinewidth": 0, "x": 1.01, "xpad": 4, "nticks": 5, "tickfont": {"size": 11}}
-    colours = DIVERGING if signed else SEQUENTIAL
-    style = {"colorscale": colours, "colorbar": bar, "xgap": gap, "ygap": gap, "hovertemplate": label}
+    colors = DIVERGING if signed else SEQUENTIAL
+    style = {"colorscale": colors, "colorbar": bar, "xgap": gap, "ygap": gap, "hovertemplate": label}
     figure = go.Figure(go.Heatmap(z=values, customdata=_names(rows, components), **style, **scale))
     _quiet(figure, 100 + int(np.clip(24 * len(rows), 60, 420)))
     figure.update_layout(title=_title(title), margin={"l": left, "r": 84})
@@ -71,9 +71,9 @@ def ranked_bars(summary: pl.DataFrame) -> go.Figure:
     figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.06)
     for place, column in enumerate(["density", "mean_importance", "mean_importance"], 1):
         ranked = summary.sort(column, "component", descending=[True, False])
-        colours = [PLUS if alive else QUIET for alive in ranked["alive"]]
+        colors = [PLUS if alive else QUIET for alive in ranked["alive"]]
         label = "component %{customdata}<br>%{y:.4g}<extra></extra>"
-        style = {"customdata": ranked["component"], "marker": {"color": colours}, "hovertemplate": label}
+        style = {"customdata": ranked["component"], "marker": {"color": colors}, "hovertemplate": label}
         dots = place == 3  # a bar has no length on a log axis
         trace = go.Scatter(y=ranked[column], mode="markers", **style) if dots else go.Bar(y=ranked[column], **style)
         figure.add_trace(trace, row=1, col=place)
@@ -99,7 +99,7 @@ def curves(lines: Mapping[str, pl.DataFrame], title: str) -> go.Figure:
 
 
 def small_curves(groups: Mapping[str, Mapping[str, pl.DataFrame]], across: int = 4) -> go.Figure:
-    """Groups of lines over training steps, a small plot each; a plot's title names its lines in their colours.
+    """Groups of lines over training steps, a small plot each; a plot's title names its lines in their colors.
 
     A group whose positive values span more than two powers of ten gets a log axis.
 
@@ -108,7 +108,7 @@ def small_curves(groups: Mapping[str, Mapping[str, pl.DataFrame]], across: int =
         across: How many plots stand in a row.
     """
     down = -(-len(groups) // across)
-    titles = [_coloured(title, list(lines)) for title, lines in groups.items()]
+    titles = [_colored(title, list(lines)) for title, lines in groups.items()]
     figure = make_subplots(down, across, subplot_titles=titles, horizontal_spacing=0.05, vertical_spacing=0.3 / down)
     for place, lines in enumerate(groups.values()):
         row, col = place // across + 1, place % across + 1
@@ -145,8 +145,8 @@ def _decades(lines: Mapping[str, pl.DataFrame]) -> float:
     return float(np.log10(positive.max() / positive.min())) if positive.size else 0.0
 
 
-def _coloured(title: str, names: list[str], room: int = 34) -> str:
-    """A title with the names of its lines in their colours, as many as there is room for."""
+def _colored(title: str, names: list[str], room: int = 34) -> str:
+    """A title with the names of its lines in their colors, as many as there is room for."""
     if names == [title]:
         return title
     ends = list(accumulate(len(name) + 1 for name in names))

@@ -1,4 +1,4 @@
-"""The tokens page: prompts as text, coloured by a component's importance; what is in use at a token, and vice versa."""
+"""The tokens page: prompts as text, colored by a component's importance; what is in use at a token, and vice versa."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-// Prompts as text, coloured by one component; what is in use at a token, and where a component is most important. Runs as
+// Prompts as text, colored by one component; what is in use at a token, and where a component is most important. Runs as
 // the body of gr.HTML's js_on_load, with `element`, `props.value` (which harvest, its sites and prompts), `server` and
 // `watch`. widget.js stands before it.
 
@@ -20,7 +20,7 @@ async function load(layer, component) {
   if (answer.problem) return;
   page = answer;
   fillComponents();
-  colour();
+  color();
   if ($('.rank').checked) order();
   drawSummary();
   drawTop();
@@ -42,7 +42,7 @@ function paint(span, importance) {
   span.classList.toggle('strong', importance > 0.6);
 }
 
-function colour() {
+function color() {
   lit.forEach((span) => { paint(span, 0); delete span.values; });
   const { prompt, pos, importance, activation } = page.places;
   lit = prompt.map((held, k) => {
@@ -151,7 +151,7 @@ function inUse({ components, count }) {
   return [head, ...components.map(({ layer, component, importance, activation }) => {
     const button = make('button', 'end');
     button.append(named('span', '', `${layer}:${component}`, NAME_IN_PANEL), make('span', 'value', number(importance)), meter(importance, 1));
-    button.title = `${layer}:${component}, importance ${number(importance)}, activation ${number(activation)}: colour the text by it`;
+    button.title = `${layer}:${component}, importance ${number(importance)}, activation ${number(activation)}: color the text by it`;
     button.dataset.name = `${layer}:${component}`;
     button.addEventListener('click', () => load(layer, component));
     return button;

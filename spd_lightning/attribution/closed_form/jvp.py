@@ -3,7 +3,7 @@
 A *tangent* is how far a vector moves when a node writes what it writes. With r the input of a norm, ρ its denominator
 and γ its gain; with q, k, v what an attention head asks, offers and holds, p its pattern, and v̄_s = Σ_s' p[s, s'] v_s':
 
-    norm         γ ∘ (ṙ − r (r·ṙ)/(d ρ²))/ρ           LayerNorm: of centred r and ṙ; frozen: γ ∘ ṙ/ρ
+    norm         γ ∘ (ṙ − r (r·ṙ)/(d ρ²))/ρ           LayerNorm: of centered r and ṙ; frozen: γ ∘ ṙ/ρ
     attention    Σ_s' p[s, s'] (v̇_s' + (q̇_s·k_s' + q_s·k̇_s')/√d (v_s' − v̄_s))           frozen: of v̇ alone
 """
 

@@ -64,12 +64,12 @@ def links(model: ComponentModel) -> list[Link]:
     return [link for link in found if link.source in model.sites and link.target in model.sites]
 
 
-def weight_graph(model: ComponentModel, normalised: bool = True) -> Iterator[tuple[Link, Tensor]]:
+def weight_graph(model: ComponentModel, normalized: bool = True) -> Iterator[tuple[Link, Tensor]]:
     """The weight between every two components that are joined directly, a pair of sites at a time.
 
     Args:
         model: a decoder, of which all maps or some are decomposed.
-        normalised: whether the scale of a component's V and U is taken out; if not, inner activations count as 1.
+        normalized: whether the scale of a component's V and U is taken out; if not, inner activations count as 1.
 
     Returns:
         Each link and its weights [components of the source, components of the target].
@@ -77,14 +77,14 @@ def weight_graph(model: ComponentModel, normalised: bool = True) -> Iterator[tup
     Raises:
         BadInput: the model is not a supported decoder.
     """
-    return ((link, weights(model, link, normalised)) for link in links(model))
+    return ((link, weights(model, link, normalized)) for link in links(model))
 
 
 @torch.no_grad()
-def weights(model: ComponentModel, link: Link, normalised: bool = True) -> Float[Tensor, "sources targets"]:
+def weights(model: ComponentModel, link: Link, normalized: bool = True) -> Float[Tensor, "sources targets"]:
     """The weights of one link."""
     found = _plain(model, link)
-    if not normalised:
+    if not normalized:
         return found
     sources, targets = _size(model, link.source)[:, None], _size(model, link.target)
     return found * sources * targets if link.kind == "qk" else found * sources / targets

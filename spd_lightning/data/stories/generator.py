@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Fact(NamedTuple):
     """One hidden variable and the characters of the text that show it.
 
-    Names are: subject, friend, adult, object, animal, food, place, colour, size, trait, day, time, pronoun, cause,
+    Names are: subject, friend, adult, object, animal, food, place, color, size, trait, day, time, pronoun, cause,
     effect, whose value is the text between start and end in lower case (names as they are written); and gender
     (female, male, neuter, plural) and case (subject, object, possessive), which say more of a name or a pronoun.
     """

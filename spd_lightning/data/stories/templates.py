@@ -77,10 +77,10 @@ From that day on, {A} and {B} were best friends.
 PLOTS = {
     "lost": """
 @alone
-{A} had {a size} {colour} {toy}.
-| {A.he} loved {A.his} {colour} {toy} very much.
-| {A.his} best toy was {a colour} {toy}.
-| {A.his} {G} gave {A.him} {a colour} {toy}.
+{A} had {a size} {color} {toy}.
+| {A.he} loved {A.his} {color} {toy} very much.
+| {A.his} best toy was {a color} {toy}.
+| {A.his} {G} gave {A.him} {a color} {toy}.
 @going
 But when {A.he} looked in {A.his} bag, the {toy} was [cause: gone].
 | {A.he} played and played, but then {A.he} [cause: lost] {A.his} {toy}.
@@ -99,7 +99,7 @@ But when {A.he} looked in {A.his} bag, the {toy} was [cause: gone].
 | {they} looked up and down and all around.
 | -
 At last, {B} [cause: found] the {toy} under a bush.
-| Soon {B} saw something {colour}. {B.he} had [cause: found] the {toy}!
+| Soon {B} saw something {color}. {B.he} had [cause: found] the {toy}!
 | {A} looked one more time and [cause: found] {toy.it} near a tree.
 {A} was very [effect: happy].
 | {A} was [effect: glad] and jumped up and down.
@@ -156,7 +156,7 @@ So {A} [cause: shared] {A.his} {food} with {B}.
 @alone
 @going
 There {A.he} saw {a size} {animal}.
-| {A.he} heard a sound behind a tree. It was {a colour} {animal}.
+| {A.he} heard a sound behind a tree. It was {a color} {animal}.
 | {A} found {a size} {animal} {at} the {place}.
 The {animal} had [cause: no food], and it looked [effect: hungry].
 | The {animal} was [cause: alone], so it was [effect: sad].
@@ -211,9 +211,9 @@ Today was {A.his} birthday.
 "This [cause: present] is for you, {A}," said {B}.
 | {B} [cause: gave] {A} a present.
 | "Open it!" {B} said, and gave {A.him} a [cause: gift].
-Inside there was {a size} {colour} {toy}.
-| {A} opened the box and saw {a colour} {toy}.
-| It was {a colour} {toy}! {A} had always wanted one.
+Inside there was {a size} {color} {toy}.
+| {A} opened the box and saw {a color} {toy}.
+| It was {a color} {toy}! {A} had always wanted one.
 {A} was so [effect: happy] that {A.he} danced.
 | {A.he} was very [effect: excited] and showed {toy.it} to {A.his} {G}.
 | {A} felt [effect: happy] and hugged {B}.
@@ -235,20 +235,20 @@ One night, {A} was in bed. The room was very [cause: dark].
 | {A.his} {G} sat on the bed and [cause: sang] a song.
 It was only {a animal} at the window!
 | It was just {A.his} {toy} on the floor.
-| There was nothing there but {A.his} {colour} {toy}.
+| There was nothing there but {A.his} {color} {toy}.
 Now {A} was not scared. {A.he} felt [effect: safe].
 | {A} laughed and felt [effect: brave].
 | {A} felt [effect: safe] and closed {A.his} eyes.
 "Good night, {A}," said {A.his} {G}.
-| Soon {A} was asleep and dreamed of {a colour} {animal}.
+| Soon {A} was asleep and dreamed of {a color} {animal}.
 | {A} held {A.his} {toy} and went to sleep.
 """,
     "kite": """
 @pair
 @going_both
-{A} had {a size} {colour} kite. {they} made it fly very high.
-| {they} played with {a colour} ball.
-| {A} showed {B} {A.his} new {colour} balloon.
+{A} had {a size} {color} kite. {they} made it fly very high.
+| {they} played with {a color} ball.
+| {A} showed {B} {A.his} new {color} balloon.
 But the [cause: wind] was too strong, and it got [effect: stuck] in a tree.
 | Then a big [cause: wind] came and it flew [effect: away] into a tall tree.
 | It went too [cause: high] and got [effect: stuck] on a roof.
@@ -277,8 +277,8 @@ Every day, {A} gave it [cause: water].
 {A.he} waited and waited.
 | "When will it grow?" {A.he} asked {A.his} {G}. "Be patient," said {A.his} {G}.
 | It took a long time.
-Then one day, a {colour} flower [effect: grew].
-| At last, a big {colour} flower [effect: opened].
+Then one day, a {color} flower [effect: grew].
+| At last, a big {color} flower [effect: opened].
 | Soon it [effect: grew] as tall as {A}.
 {A} was very [effect: proud].
 | {A} felt [effect: proud] and showed it to {B}.
@@ -288,8 +288,8 @@ Then one day, a {colour} flower [effect: grew].
     "quarrel": """
 @pair
 One day, {they} found {a size} {toy} {at} the {place}.
-| {at} the {place}, {they} saw {a colour} {toy}.
-| {A.his} {G} gave {them} {a colour} {toy}.
+| {at} the {place}, {they} saw {a color} {toy}.
+| {A.his} {G} gave {them} {a color} {toy}.
 Both {A} and {B} [cause: wanted] to play with {toy.it}.
 | "It is mine!" said {A}. "No, it is mine!" [cause: shouted] {B}.
 | {A} [cause: took] the {toy} away from {B}.
@@ -371,11 +371,11 @@ When {A.he} got up, {A.he} felt [effect: strong] again.
 | "Let us hide and seek!" said {A}. {B} began to count.
 {A} [cause: hid] behind a big tree.
 | {A} [cause: hid] in {a size} box.
-| {A} [cause: hid] under {a colour} blanket.
+| {A} [cause: hid] under {a color} blanket.
 {B} looked for {A.him}, but {A} was [effect: hidden] very well.
 | {B} looked and looked, but {B.he} could not [effect: see] {A}.
 Then {a animal} made a noise, and {A} [cause: laughed].
-| A {colour} feather touched {A.his} nose, and {A.he} [cause: sneezed].
+| A {color} feather touched {A.his} nose, and {A.he} [cause: sneezed].
 | {A} [cause: moved] a little.
 "I [effect: found] you!" said {B}.
 | {B} heard it and [effect: found] {A.him}.

@@ -19,7 +19,7 @@ _LISTS = {
     "food": "cake apple cookie pie banana sandwich pear muffin carrot bun egg peach",
     "treat": "cake cookie pie muffin pizza pancake",
     "animal": "dog cat kitten puppy rabbit duck bird frog mouse fox pony lamb turtle squirrel owl hen",
-    "colour": "red blue green yellow pink purple white black brown silver golden orange",
+    "color": "red blue green yellow pink purple white black brown silver golden orange",
     "size": "big small little tiny new old shiny pretty",
     "trait": "kind brave funny little clever shy happy curious careful friendly",
     "day": "sunny warm bright lovely quiet cool fine windy",

@@ -14,8 +14,8 @@ from spd_lightning.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Optimiser:
-    """An optimiser without weight decay on components and importance functions.
+class Optimizer:
+    """An optimizer without weight decay on components and importance functions.
 
     Args:
         lr: full learning rate.
@@ -41,15 +41,15 @@ class Optimiser:
     components: bool = True
 
     def __post_init__(self):
-        check_range("optimiser", above=0, lr=self.lr)
-        check_range("optimiser", least=0, importance_lr=self.importance_lr)
-        check_range("optimiser", least=0, below=1, betas=self.betas, momentum=self.momentum)
+        check_range("optimizer", above=0, lr=self.lr)
+        check_range("optimizer", least=0, importance_lr=self.importance_lr)
+        check_range("optimizer", least=0, below=1, betas=self.betas, momentum=self.momentum)
         hint = "leave it out for none"
-        check_range("optimiser", above=0, hint=hint, clip_components=self.clip_components)
-        check_range("optimiser", above=0, hint=hint, clip_importance=self.clip_importance)
+        check_range("optimizer", above=0, hint=hint, clip_components=self.clip_components)
+        check_range("optimizer", above=0, hint=hint, clip_importance=self.clip_importance)
 
     def over(self, model: ComponentModel) -> torch.optim.Optimizer:
-        """The optimiser of a model; each group's `peak` is the learning rate that the schedule scales."""
+        """The optimizer of a model; each group's `peak` is the learning rate that the schedule scales."""
         parts = [
             (model.components, self.lr if self.components else 0.0),
             (model.importance_function, self.lr if self.importance_lr is None else self.importance_lr),
@@ -78,7 +78,7 @@ def matrices_of(part: nn.Module) -> list[Tensor]:
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers that step as one: Lightning counts a step once, and a checkpoint holds one state."""
+    """Several optimizers that step as one: Lightning counts a step once, and a checkpoint holds one state."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts: Sequence[torch.optim.Optimizer] = parts
@@ -86,7 +86,7 @@ class Together(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """The parts work on this optimiser's own groups and state."""
+        """The parts work on this optimizer's own groups and state."""
         first = 0
         for part in self.parts:
             last = first + len(part.param_groups)

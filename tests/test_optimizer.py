@@ -15,7 +15,7 @@ from spd_lightning.decomposition.losses import Losses
 from spd_lightning.decomposition.reconstruction import Reconstruction
 from spd_lightning.errors import BadInput
 from spd_lightning.training.decompose import Decomposition, WarmUp
-from spd_lightning.training.optimiser import Optimiser, matrices_of
+from spd_lightning.training.optimizer import Optimizer, matrices_of
 
 
 def module(kind="shared_mlp", losses=None, **settings):
@@ -43,9 +43,9 @@ def draw_gradients(d, step):
 
 @pytest.mark.parametrize("kind", ["shared_mlp", "mlp"])
 def test_matrices_are_updated_by_muon_and_all_else_by_adamw(kind):
-    """One optimiser for Lightning; the numbers of torch's two, each on its own parameters, learning rates apart."""
+    """One optimizer for Lightning; the numbers of torch's two, each on its own parameters, learning rates apart."""
     ours, plain = module(kind).float(), module(kind).float()
-    together = Optimiser(lr=0.01, importance_lr=0.02, kind="muon", momentum=0.9).over(ours.model)
+    together = Optimizer(lr=0.01, importance_lr=0.02, kind="muon", momentum=0.9).over(ours.model)
     rates = [(plain.model.components, 0.01), (plain.model.importance_function, 0.02)]
     others = []
     for part, lr in rates:
@@ -62,8 +62,8 @@ def test_matrices_are_updated_by_muon_and_all_else_by_adamw(kind):
         for d in (ours, plain):
             draw_gradients(d, step)
         together.step()
-        for optimiser in others:
-            optimiser.step()
+        for optimizer in others:
+            optimizer.step()
     for p, q in zip(trained(ours), trained(plain), strict=True):
         torch.testing.assert_close(p, q)
     assert sum(len(g["params"]) for g in together.param_groups) == len(trained(ours))
@@ -73,13 +73,13 @@ def test_matrices_are_updated_by_muon_and_all_else_by_adamw(kind):
 
 def test_its_state_goes_on_from_a_checkpoint():
     ours, other = module().float(), module().float()
-    first, second = (Optimiser(kind="muon").over(d.model) for d in (ours, other))
+    first, second = (Optimizer(kind="muon").over(d.model) for d in (ours, other))
     for step in range(4):
-        for optimiser, d in ((first, ours), (second, other)):
+        for optimizer, d in ((first, ours), (second, other)):
             draw_gradients(d, step)
-            optimiser.step()
+            optimizer.step()
         if step == 1:
-            second = Optimiser(kind="muon").over(other.model)
+            second = Optimizer(kind="muon").over(other.model)
             second.load_state_dict(deepcopy(first.state_dict()))
     for p, q in zip(trained(ours), trained(other), strict=True):
         assert torch.equal(p, q)
