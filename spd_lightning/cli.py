@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from spd_lightning import classes, stopping
 from spd_lightning.commands import options
 from spd_lightning.commands.verbs import VERBS
-from spd_lightning.errors import BadInput, nearest, without_passwords
+from spd_lightning.errors import BadInput, nearest, shown, without_passwords
 
 log = logging.getLogger("spd_lightning")
 

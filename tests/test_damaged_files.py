@@ -151,7 +151,7 @@ def run_facts(here: Path) -> list[Any]:
 
 
 def exported(here: Path) -> bytes:
-    export.export(["tiny", "--harvest", "graphs-unmasked", "--to", "graph.json"])
+    export.main(["tiny", "--harvest", "graphs-unmasked", "--to", "graph.json"])
     return Path("graph.json").read_bytes()
 
 

@@ -164,8 +164,8 @@ class _Teller:
 
     def _slot(self, slot: str) -> None:
         who, _, form = slot.partition(".")
-        if slot.startswith("a "):
-            self._write("an " if self._word(slot[2:])[0] in "aeiou" else "a ")
+        if slot.startswith(("a ", "A ")):
+            self._write(slot[0] + ("n " if self._word(slot[2:])[0] in "aeiou" else " "))
             self._name(slot[2:])
         elif slot == "at":
             self._write(PLACES[self._word("place")])

@@ -277,7 +277,7 @@ Every day, {A} gave it [cause: water].
 {A.he} waited and waited.
 | "When will it grow?" {A.he} asked {A.his} {G}. "Be patient," said {A.his} {G}.
 | It took a long time.
-Then one day, a {color} flower [effect: grew].
+Then one day, {a color} flower [effect: grew].
 | At last, a big {color} flower [effect: opened].
 | Soon it [effect: grew] as tall as {A}.
 {A} was very [effect: proud].
@@ -375,7 +375,7 @@ When {A.he} got up, {A.he} felt [effect: strong] again.
 {B} looked for {A.him}, but {A} was [effect: hidden] very well.
 | {B} looked and looked, but {B.he} could not [effect: see] {A}.
 Then {a animal} made a noise, and {A} [cause: laughed].
-| A {color} feather touched {A.his} nose, and {A.he} [cause: sneezed].
+| {A color} feather touched {A.his} nose, and {A.he} [cause: sneezed].
 | {A} [cause: moved] a little.
 "I [effect: found] you!" said {B}.
 | {B} heard it and [effect: found] {A.him}.
