@@ -125,7 +125,7 @@ def test_hardly_a_story_is_told_twice_and_all_plots_and_words_occur():
 def test_plots_use_slots_that_exist(name):
     text = PLOTS.get(name) or BEATS[name]
     for slot in re.findall(r"\{([^}]*)\}", text):
-        who, _, form = slot.removeprefix("a ").partition(".")
+        who, _, form = slot.removeprefix("a ").removeprefix("A ").partition(".")
         assert who in SLOTS, slot
         assert form in FORMS.get(who, set()) | {""}, slot
     for line in text.strip().split("\n"):

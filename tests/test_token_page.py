@@ -323,4 +323,4 @@ def _look(page, expect) -> None:
     page.locator(".spd-tokens .find").fill("bold")
     expect(page.locator(".spd-tokens .text:visible")).to_have_count(1)
     page.get_by_role("tab", name="Graph").click()
-    expect(page.locator(".spd-graph .problem")).to_contain_text("see the page Tokens")
+    expect(page.locator(".spd-graph .problem")).to_contain_text("The page Tokens shows this harvest")
