@@ -67,7 +67,9 @@ def refused(capsys, here):
         assert cli.run(words) == 2
         out, err = capsys.readouterr()
         work = ("run ", "fit ", "predict ", "faithfulness ")  # what a command says while it still goes well
-        lines = [line for line in re.split(r"[\r\n]+|(?=faithfulness)", err) if line and not line.startswith(work)]
+        lines = [
+            line for line in re.split(r"[\r\n]+|(?=faithfulness)", err) if line.strip() and not line.startswith(work)
+        ]
         assert out == ""
         assert len(lines) == 1, err
         assert lines[0].startswith("error: ")

@@ -268,7 +268,5 @@ def test_a_sequence_longer_than_the_context(gpt2):
 
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    assert (
-        said("any/name")
-        == "'any/name': needs transformers; pip install 'spd_lightning[lm]' (in a checkout: pip install -e '.[lm]')"
-    )
+    remedy = "pip install 'spd_lightning[lm]' (in a checkout: pip install -e '.[lm]')"
+    assert said("any/name") == f"'any/name': needs transformers; {remedy}"

@@ -217,9 +217,8 @@ def library(what: str) -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise BadInput(
-            f"{what}: needs transformers; pip install 'spd_lightning[lm]', or in a checkout: pip install -e '.[lm]'"
-        ) from error
+        remedy = "pip install 'spd_lightning[lm]' (in a checkout: pip install -e '.[lm]')"
+        raise BadInput(f"{what}: needs transformers; {remedy}") from error
 
 
 @contextmanager
