@@ -128,7 +128,7 @@ def library(name: str, what: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise BadInput(
-            f"{what}: needs {name}; pip install 'spd_lightning[lm]', or in a checkout: pip install -e '.[lm]'"
+            f"{what}: needs {name}; pip install 'spd_lightning[lm]' (in a checkout: pip install -e '.[lm]')"
         ) from error
 
 
