@@ -49,7 +49,7 @@ def check_range(
     hint: str = "",
     **settings: object,
 ) -> None:
-    """Reject numbers outside a range, and what is not a finite number.
+    """Reject numbers outside a range, and anything that is not a finite number.
 
     Args:
         place: what the settings belong to, for the message.
@@ -77,14 +77,14 @@ def check_range(
         if numeric and all(_within(entry, least, above, most, below) for entry in entries):
             continue
         kind = "" if numeric else "a whole number" if whole else "a finite number"
-        shown, subject = (list(value), "each") if several else (value, "it")
+        given, subject = (list(value), "each") if several else (value, "it")
         remedy = f"; {hint}" if hint else ""
         must_be = ", ".join(filter(None, (kind, wanted)))
-        raise BadInput(f"{name} {shown} in {place}: {subject} must be {must_be}{remedy}")
+        raise BadInput(f"{name} {given} in {place}: {subject} must be {must_be}{remedy}")
 
 
 def _is_number(value: object, whole: bool) -> bool:
-    """Whether it is finite and of the right kind; true and false are not numbers."""
+    """Whether a value is a finite number, and a whole one if that is asked; true and false are not numbers."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return False
     return whole or math.isfinite(value)
@@ -108,8 +108,8 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 _USER = r"""(?<=//)(?:[^\s/?#'"]*|[^\s/'"]*:(?:(?!['"][:,;)\s]|//).)*)@"""
-"""What stands before the `@` of an address. A password may hold quotes and blanks; a quote that ends the address is
-followed by a colon, a comma, a bracket or a blank."""
+"""The user and the password of an address, before its `@`. A password may hold quotes and blanks. A quote that is
+followed by a colon, a comma, a bracket or a blank ends the address."""
 _NAMES = "token|pass|pwd|pw|secret|key|sig|auth|credential"
 _VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s&;#'"]+)"""
 _SECRET = rf"([?&;#][\w.-]*(?:{_NAMES})[\w.-]*=){_VALUE}"

@@ -735,7 +735,7 @@ def test_a_second_fit_is_a_run_of_its_own(here):
     [("runs >&-", 0), ("--help >&-", 0), ("--help >/dev/full", 1), ("runs >/dev/full", 2)],
 )
 def test_output_that_goes_nowhere(tmp_path, command, code):
-    """A closed output is no error of the work; a full disk is one line."""
+    """A closed output is not an error; a full disk gives one line."""
     line = f"{sys.executable} -m spd_lightning {command}"
     done = subprocess.run(
         ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,

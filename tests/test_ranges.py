@@ -147,8 +147,8 @@ def test_dense_sites_have_components():
 
 
 @pytest.mark.parametrize("value", [True, "2", None, 2.5, 10**400])
-def test_what_is_no_whole_number(value):
-    """True and false are none; what is left out is not looked at, and no number is too long."""
+def test_only_whole_numbers_pass_where_they_are_asked_for(value):
+    """True and false are rejected. None is not checked, and a whole number may have any number of digits."""
     if value is None or value == 10**400:
         check_range("losses", least=1, whole=True, samples=value)
         return

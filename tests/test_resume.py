@@ -67,7 +67,7 @@ def test_a_killed_fit_ends_as_if_never_killed(root, seed):
 
 
 def test_a_killed_fit_in_micro_batches_with_muon(root):
-    """The same, each batch taken in two parts with adversaries of their own, and two optimizers in one."""
+    """As above, with each batch split in two, each half with its own adversaries, and with Muon next to AdamW."""
     words = [*FIT, "--model.init_args.micro_batches=2", "--model.init_args.optimizer.kind=muon", "--run"]
     folder = root / "parts"
     done(root, [*words, "parts-plain"])

@@ -28,7 +28,7 @@ from spd_lightning.attribution.graph import Layer, NodeKind, Subject
 from spd_lightning.decomposition.model import ComponentModel
 
 Rows = Mapping[str, Int[Tensor, "batch pos"]]
-"""Of every embedding that is not a site: which of its rows stands at each position."""
+"""For each embedding that is not a site, the row that is looked up at each position."""
 
 
 class PairSums(NamedTuple):

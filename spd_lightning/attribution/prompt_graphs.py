@@ -45,12 +45,16 @@ class Alone:
 def graphs_in_parts(of: Subject, most: int | None = None) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
     """Like `attribution_graphs`, but lazy: for each prompt, an iterable that recomputes its edges when iterated.
 
-    most: several prompts come together only where that cannot be more edges; `pruning.MOST` if omitted.
+    most: prompts are computed together only if they cannot have more edges than this; `pruning.MOST` if omitted.
     """
     if why_not(of.model, of.mode) is None:
         return closed_form(of)
-    together, prompts = Products(of), range(len(of.inputs))
-    count = torch.stack([layer.nodes.flatten(1).sum(1) for layer in together.layers]).sum(0)
-    if len(prompts) == 1 or int(count.square().sum()) <= 2 * (MOST if most is None else most):
+    most = MOST if most is None else most
+    together = Products(of)
+    nodes_by_layer = [layer.nodes.flatten(1).sum(1) for layer in together.layers]  # [prompt] each
+    count = torch.stack(nodes_by_layer).sum(0)  # nodes of each prompt
+    fits = int(count.square().sum()) <= 2 * most  # a prompt of n nodes has at most n²/2 edges
+    if len(of.inputs) == 1 or fits:
         return together.layers, iter([together])
-    return together.layers, (Alone(of, together.layers[-1].nodes, prompt) for prompt in prompts)
+    outputs = together.layers[-1].nodes
+    return together.layers, (Alone(of, outputs, prompt) for prompt in range(len(of.inputs)))

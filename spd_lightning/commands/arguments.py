@@ -45,7 +45,7 @@ class RunArguments:
         """Return the run that is asked for by name, or the newest that finished.
 
         Raises:
-            BadInput: there is none.
+            BadInput: there is no such run, or none that finished.
         """
         return runs.newest(self.name) if self.run is None else runs.find(self.run)
 

@@ -210,7 +210,7 @@ class SparseFeatures(SampledData):
             high: ... to here.
             seed: chooses all batches.
             validation_batches: how many batches each device validates on.
-            n_prompts: how many random vectors `predict` runs on, beside every feature alone at 0.75.
+            n_prompts: how many random vectors `predict` runs on, in addition to every feature alone at 0.75.
             predict_batch_size: vectors in a batch of `predict`.
         """
         super().__init__(batch_size, seed, validation_batches, n_prompts, predict_batch_size)

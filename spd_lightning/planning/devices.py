@@ -116,10 +116,10 @@ def _launch(place: torch.device) -> float:
 
 
 def device_named(name: str) -> Device:
-    """A device of the table by its short name; `this` is measured.
+    """Return a device of the table by its short name; `this` is measured.
 
     Raises:
-        BadInput: there is none of that name.
+        BadInput: the table has no device of this name.
     """
     if name == "this":
         return measured()

@@ -48,10 +48,22 @@ def save_decomposition(
         if site not in model.tied:
             tensors |= {f"components.{site}.V": model[site].V, f"components.{site}.U": model[site].U}
     write_tensors(tensors, path)
-    shapes = {n: {"C": model.counts[n], "d_in": s.d_in, "d_out": s.d_out} for n, s in model.sites.items()}
-    plain = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in settings.items()}
-    description = {"schema": SCHEMA, "model": plain, "target": target_spec, "sites": shapes, "tied": model.tied}
-    runs.write_json(folder / "decomposition.json", {**description, "digest": digest(path)})
+    shapes = {}
+    for name, site in model.sites.items():
+        shapes[name] = {"C": model.counts[name], "d_in": site.d_in, "d_out": site.d_out}
+    plain = dict(settings)
+    for name, value in settings.items():
+        if is_dataclass(value) and not isinstance(value, type):
+            plain[name] = asdict(value)
+    description = {
+        "schema": SCHEMA,
+        "model": plain,
+        "target": target_spec,
+        "sites": shapes,
+        "tied": model.tied,
+        "digest": digest(path),
+    }
+    runs.write_json(folder / "decomposition.json", description)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,10 @@ def _line(row: EdgeRow) -> str:
 
 
 def update(run: Run, layer: str, wanted: Any, default: int, count: int) -> tuple[int | None, str]:
-    """Return the component to show and its tables as HTML: the one asked for if it exists; None if there are none."""
+    """Return the component to show, and its tables as HTML.
+
+    The component is the one asked for if it exists, else the default. It is None if the run has no sums over a corpus.
+    """
     asked = int(wanted) if isinstance(wanted, int | float) and 0 <= wanted < count else default
     try:
         page = of_run(run, layer, asked)
