@@ -23,7 +23,9 @@ def main() -> None:
             print(page, end="", flush=True)
         except OSError as error:
             sys.stdout = None  # or Python would fail once more at its end
-            sys.exit(0 if isinstance(error, BrokenPipeError) else f"error: {error.strerror}; make room for the output")
+            if not isinstance(error, BrokenPipeError):
+                print(f"error: {error.strerror}; make room for the output", file=sys.stderr)
+                sys.exit(2)
         return
     with stopping.listening():  # what follows imports much, and a signal may come meanwhile
         try:

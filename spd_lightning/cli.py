@@ -45,6 +45,7 @@ def _run(words: list[str]) -> int:
         verb = VERBS.get(words[0])
         if verb is None:
             raise BadInput(f"'{shown(words[0])}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
+        _check_folder()
         _call("settings" if options.topic(words) else verb.module or verb.name, words[1:])
         if sys.stdout is not None:  # it is None if the terminal was closed before the start
             sys.stdout.flush()
@@ -66,6 +67,14 @@ def _run(words: list[str]) -> int:
         print(f"error: {place}{error.strerror or error}; {_remedy(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_folder() -> None:
+    """Check that the current folder still exists; torch would end the process without it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise BadInput("the current folder was deleted; change to another one (cd) and try again") from error
 
 
 def _remedy(error: OSError) -> str:

@@ -732,7 +732,7 @@ def test_a_second_fit_is_a_run_of_its_own(here):
 
 @pytest.mark.parametrize(
     ("command", "code"),
-    [("runs >&-", 0), ("--help >&-", 0), ("--help >/dev/full", 1), ("runs >/dev/full", 2)],
+    [("runs >&-", 0), ("--help >&-", 0), ("--help >/dev/full", 2), ("runs >/dev/full", 2)],
 )
 def test_output_that_goes_nowhere(tmp_path, command, code):
     """A closed output is not an error; a full disk gives one line."""
@@ -744,6 +744,16 @@ def test_output_that_goes_nowhere(tmp_path, command, code):
     assert done.returncode == code, done.stderr
     assert done.stderr.count("\n") <= 1
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_was_deleted(tmp_path):
+    line = f"mkdir gone && cd gone && rmdir ../gone && {sys.executable} -m spd_lightning plan --config tms_5-2.yaml"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: the current folder was deleted; change to another one (cd) and try again\n"
 
 
 @pytest.mark.parametrize(

@@ -210,8 +210,13 @@ def test_a_reference_is_a_name_or_a_path(root, tmp_path, monkeypatch):
     assert runs.find("bare").name == "bare"
     with pytest.raises(BadInput, match=r"run 'tmz': not in .*did you mean 'tms'"):
         runs.find("tmz")
-    with pytest.raises(BadInput, match="no run or harvest there"):
-        runs.find(str(root))
+    target = root / "targets" / "tms-1"
+    target.mkdir(parents=True)
+    (target / "target.json").write_text("{}")
+    (target / "metrics.jsonl").write_text("")
+    for folder in (root, target):
+        with pytest.raises(BadInput, match="no run or harvest there"):
+            runs.find(str(folder))
     with pytest.raises(BadInput, match="run '': not in"):
         runs.find("")
 

@@ -53,12 +53,12 @@ def position_mean(values: Float[Tensor, "..."], weights: Float[Tensor, " batch"]
 # ---- divergences ----------------------------------------------------------------------------------------------------
 
 
-def mse_rows(output: Float[Tensor, "batch *rest"], target: Float[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
+def mse_rows(output: Float[Tensor, " batch *rest"], target: Float[Tensor, " batch *rest"]) -> Float[Tensor, " batch"]:
     """Mean squared difference over the entries of each row of a batch."""
     return (output - target).square().flatten(1).mean(1)
 
 
-def kl_rows(output: Float[Tensor, "batch *rest"], target: Float[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
+def kl_rows(output: Float[Tensor, " batch *rest"], target: Float[Tensor, " batch *rest"]) -> Float[Tensor, " batch"]:
     """KL(softmax target ‖ softmax output), mean over the positions of each row, in float32 or better."""
     dtype = torch.promote_types(output.dtype, torch.float32)
     p, q = log_softmax(target.to(dtype), -1), log_softmax(output.to(dtype), -1)
@@ -67,8 +67,8 @@ def kl_rows(output: Float[Tensor, "batch *rest"], target: Float[Tensor, "batch *
 
 
 def mse(
-    output: Float[Tensor, "batch *rest"],
-    target: Float[Tensor, "batch *rest"],
+    output: Float[Tensor, " batch *rest"],
+    target: Float[Tensor, " batch *rest"],
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean squared difference over all output entries."""
@@ -76,8 +76,8 @@ def mse(
 
 
 def kl(
-    output: Float[Tensor, "batch *rest"],
-    target: Float[Tensor, "batch *rest"],
+    output: Float[Tensor, " batch *rest"],
+    target: Float[Tensor, " batch *rest"],
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """KL(softmax target ‖ softmax output), mean over positions, in float32 or better."""

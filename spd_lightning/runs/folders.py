@@ -156,7 +156,9 @@ def _time(path: Path) -> float:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run or a harvest."""
+    """Return whether a folder is a run or a harvest; the folder of a trained target is neither."""
+    if (path / "target.json").exists():
+        return False
     return path.is_dir() and any((path / sign).exists() for sign in _SIGNS)
 
 

@@ -102,7 +102,7 @@ class Collapse(Callback):
         names = [name.removeprefix("alive/") for name in figures if name.startswith("alive/")]
         used = sum(figures.get(f"l0/{name}", 0.0) for name in names)
         there = sum(figures.get(f"nonzero/{name}", 0) for name in names)
-        recovered = figures.get("recovered/ci", 1.0)
+        recovered = figures.get("recovered/ci", 0.0)  # absent if zero masks cost nothing
         idle = used < IDLE * there and recovered < POINTLESS
         news, self._idle = idle and not self._idle, idle
         if not news:

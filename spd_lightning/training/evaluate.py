@@ -177,17 +177,22 @@ def figures_of(model: ComponentModel, totals: Totals, settings: Evaluation) -> d
         found |= totals.stated(f"l0/{group}", f"l0/{group}")
     for masking in MASKINGS:
         found |= totals.stated(f"divergence/{masking}", f"{settings.divergence}/{masking}")
-        found[f"recovered/{masking}"] = _recovered(totals, "divergence", masking)
+        found |= _recovered(totals, "divergence", masking, "recovered")
         found |= totals.stated(f"task_difference/{masking}", f"task_difference/{masking}")
         if settings.divergence == "kl":  # outputs are logits, so that the task's loss is a cross-entropy
-            found[f"ce_recovered/{masking}"] = _recovered(totals, "task_difference", masking)
+            found |= _recovered(totals, "task_difference", masking, "ce_recovered")
     return found | totals.stated("task/target", "task/target")
 
 
-def _recovered(totals: Totals, measure: str, masking: str) -> float:
-    """The share of what masking everything costs that is not lost; 0 where that costs nothing."""
-    nothing = totals.row_mean(f"{measure}/zeros")
-    return 1 - totals.row_mean(f"{measure}/{masking}") / nothing if nothing > 0 else 0.0
+def _recovered(totals: Totals, measure: str, masking: str, name: str) -> dict[str, float]:
+    """Return the share of the cost of masking everything that these masks avoid.
+
+    There is no such share, and so no figure, if masking everything costs nothing or even helps.
+    """
+    cost = totals.row_mean(f"{measure}/zeros")
+    if not cost > 0:
+        return {}
+    return {f"{name}/{masking}": 1 - totals.row_mean(f"{measure}/{masking}") / cost}
 
 
 def counts(figure: str) -> bool:
