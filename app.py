@@ -1,4 +1,6 @@
-"""The viewer's entry: `gradio app.py` and `python app.py` serve it, as `python -m spd_lightning view` does."""
+"""The viewer's entry: `gradio app.py` and `python app.py` serve it, as `python -m spd_lightning
+view` does.
+"""
 
 import contextlib
 import sys

@@ -1,8 +1,9 @@
-"""`make bench`: milliseconds per optimizer step, ours beside a plain implementation of the same maths, in one run.
+"""`make bench`: milliseconds per optimizer step, ours beside a plain implementation of the same
+maths, in one run.
 
-The plain one (`plain.py`) writes the laws down as they stand. Both take CPU time of one thread at the published batch
-sizes, in turn, so that a drifting machine drifts for both. The best turn of each counts, since whatever disturbs a turn
-only takes time. The last column is what Lightning adds.
+The plain one (`plain.py`) writes the laws down as they stand. Both take CPU time of one thread at
+the published batch sizes, in turn, so that a drifting machine drifts for both. The best turn of
+each counts, since whatever disturbs a turn only takes time. The last column is what Lightning adds.
 
     python benchmarks/bench.py [MODEL ...]
 """
@@ -33,7 +34,9 @@ from spd_lightning.training.decompose import Decomposition, WarmUp
 from spd_lightning.training.session import quiet
 
 TURNS = 7
-MIDDLE, STEPS = 500_000, 1_000_000  # steps are taken in the middle of a long training, where p is no whole number
+# steps are taken in the middle of a long training, where p is no whole number
+MIDDLE = 500_000
+STEPS = 1_000_000
 
 
 class Tokens(SampledData):
@@ -115,14 +118,21 @@ CASES = {
 def fresh(case: Case) -> Decomposition:
     """The module that trains."""
     return Decomposition(
-        case.target(), case.sites, case.tied, importance=case.importance, losses=case.losses, warm_up=WarmUp(steps=0)
+        case.target(),
+        case.sites,
+        case.tied,
+        importance=case.importance,
+        losses=case.losses,
+        warm_up=WarmUp(steps=0),
     )
 
 
 def ours(case: Case) -> Callable[[Tensor, int], None]:
     """A step of it in a raw loop, without Lightning."""
     module = fresh(case)
-    module.trainer = L.Trainer(max_steps=STEPS, **SILENT)  # the schedule asks it for the number of steps
+    module.trainer = L.Trainer(
+        max_steps=STEPS, **SILENT
+    )  # the schedule asks it for the number of steps
     optimizer = module.configure_optimizers()
 
     def step(x: Tensor, k: int) -> None:
@@ -137,7 +147,9 @@ def ours(case: Case) -> Callable[[Tensor, int], None]:
 
 def plain(case: Case) -> Callable[[Tensor, int], None]:
     """A step of the plain implementation."""
-    model = Plain(case.target(), next(iter(case.sites.values())), case.tied, case.importance, case.losses)
+    model = Plain(
+        case.target(), next(iter(case.sites.values())), case.tied, case.importance, case.losses
+    )
 
     def step(x: Tensor, k: int) -> None:
         with case.autocast:
@@ -171,21 +183,28 @@ def measure(name: str) -> str:
     """One line: ours, plain, their ratio, and ours inside Lightning over ours in a raw loop."""
     case = CASES[name]
     torch.manual_seed(0)
-    data, step, other = case.data(), ours(case), plain(case)
+    data = case.data()
+    step = ours(case)
+    other = plain(case)
     drawn = [data.batch(k) for k in range(4)]
     count = 10 if case.budget > 50 else 40
-    mine, theirs = [], []
+    mine = []
+    theirs = []
     for turn in range(TURNS):  # the first warms up
         mine.append(milliseconds(lambda k: step(drawn[k % 4], k), turn * count, count))
-        theirs.append(milliseconds(lambda k: other(drawn[k % 4], k), turn * count, max(2, count // 4)))
-    a, b = min(mine[1:]), min(theirs[1:])
+        theirs.append(
+            milliseconds(lambda k: other(drawn[k % 4], k), turn * count, max(2, count // 4))
+        )
+    a = min(mine[1:])
+    b = min(theirs[1:])
     within = lightning_overhead(case, count * 3)
     return f"{name:<12} {a:>8.1f} {case.budget:>8.0f} {b:>8.1f} {b / a:>7.1f}x {within:>10.2f}x"
 
 
 def lightning_overhead(case: Case, count: int) -> float:
     """CPU time of `Trainer.fit` over that of a raw loop on the same batches."""
-    step, data = ours(case), case.data()
+    step = ours(case)
+    data = case.data()
     raw = milliseconds(lambda k: step(data.batch(k), k), 0, count)
     trainer = L.Trainer(max_steps=count, precision="bf16-mixed" if case.half else None, **SILENT)
     started = time.process_time()
@@ -199,7 +218,9 @@ def startup() -> str:
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "spd_lightning", "--help"], capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "spd_lightning", "--help"], capture_output=True, check=True
+        )
         seconds.append(time.perf_counter() - started)
     return f"--help answers in {min(seconds):.2f} s (at most 0.30)"
 
@@ -215,8 +236,14 @@ def prepare() -> None:
 def main(names: list[str]) -> None:
     print("CPU milliseconds per optimizer step, one thread, published batch size")
     print(f"{'model':<12} {'ours':>8} {'at most':>8} {'plain':>8} {'ratio':>8} {'Lightning':>11}")
-    alone = {"max_workers": 1, "max_tasks_per_child": 1, "mp_context": multiprocessing.get_context("spawn")}
-    with ProcessPoolExecutor(initializer=prepare, **alone) as pool:  # one process each, as trainings are
+    alone = {
+        "max_workers": 1,
+        "max_tasks_per_child": 1,
+        "mp_context": multiprocessing.get_context("spawn"),
+    }
+    with ProcessPoolExecutor(
+        initializer=prepare, **alone
+    ) as pool:  # one process each, as trainings are
         for line in pool.map(measure, names):
             print(line, flush=True)
     print(startup())

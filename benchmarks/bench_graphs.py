@@ -1,16 +1,19 @@
-"""`make bench`, second part: seconds of one prompt's attribution graph, the closed form beside what others do.
+"""`make bench`, second part: seconds of one prompt's attribution graph, the closed form beside what
+others do.
 
-A two-layer Llama-MLP of width 128 with 650 components a site, ten of them alive at each site and position of a prompt
-of 64 tokens (weights and importances are drawn: they cost what trained ones cost). All ways give the same edges:
+A two-layer Llama-MLP of width 128 with 650 components a site, ten of them alive at each site and
+position of a prompt of 64 tokens (weights and importances are drawn: they cost what trained ones
+cost). All ways give the same edges:
 
-- one `autograd.grad` a target node, edges looked for one by one: how the field writes it; timed on some, scaled up;
+- one `autograd.grad` a target node, edges looked for one by one: how the field writes it; timed on
+  some, scaled up;
 - one batched vector-Jacobian product for many targets: any model;
 - closed form: our decoders, with the flat edge table in hand.
 
-Then the sums of all edges over a corpus, to activations and to their sizes, beside two backward passes over the corpus
-for each alive component (timed on some of them, scaled up).
+Then the sums of all edges over a corpus, to activations and to their sizes, beside two backward
+passes over the corpus for each alive component (timed on some of them, scaled up).
 
-    python benchmarks/bench_graphs.py [FIGURE]    FIGURE: a file for a plot of cost against components and length
+    python benchmarks/bench_graphs.py [FIGURE]    FIGURE: a file for a plot of the costs
 """
 
 import resource
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from spd_lightning.attribution.autograd import connected, cut_run, prompt_edges
 from spd_lightning.attribution.dataset_edges import dataset_edges
-from spd_lightning.attribution.graph import MODES, Layer, Subject
+from spd_lightning.attribution.graph import MODES, GraphSpec, Layer
 from spd_lightning.attribution.outputs import likely_tokens
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.decomposition.importance import Importance
@@ -42,44 +45,55 @@ MODE = MODES["unmasked"]
 def model_of(length: int) -> ComponentModel:
     torch.manual_seed(0)
     target = Decoder(VOCAB, 128, 2, 4, length, fused_attention=False)
-    return ComponentModel(target, {"h.*.attn.*_proj": C, "h.*.mlp.*": C}, importance=Importance("shared_mlp", 16))
+    return ComponentModel(
+        target, {"h.*.attn.*_proj": C, "h.*.mlp.*": C}, importance=Importance("shared_mlp", 16)
+    )
 
 
 def alive(model: ComponentModel, prompts: int, length: int, count: int) -> dict[str, Tensor]:
     """Importances of some prompts with so many components alive at each position."""
     chance = torch.Generator().manual_seed(0)
-    return {n: (torch.rand(prompts, length, C, generator=chance).argsort(-1) < count).float() for n in model.sites}
+    return {
+        n: (torch.rand(prompts, length, C, generator=chance).argsort(-1) < count).float()
+        for n in model.sites
+    }
 
 
 class Prompt:
-    """Prompts, their alive components, and their output nodes: the ten likeliest tokens of each position."""
+    """Prompts, their alive components, and their output nodes: the ten likeliest tokens of each
+    position.
+    """
 
     def __init__(self, length: int = LENGTH, count: int = ALIVE, prompts: int = 1):
         self.model = model_of(length)
-        self.tokens = torch.randint(0, VOCAB, (prompts, length), generator=torch.Generator().manual_seed(1))
+        self.tokens = torch.randint(
+            0, VOCAB, (prompts, length), generator=torch.Generator().manual_seed(1)
+        )
         self.g = alive(self.model, prompts, length, count)
         with torch.no_grad():
             probability = self.model.target(self.tokens).softmax(-1)
-        self.of = Subject(self.model, self.tokens, self.g, MODE, 0.0, likely_tokens(probability, 0.0, count))
+        self.spec = GraphSpec(
+            self.model, self.tokens, self.g, MODE, 0.0, likely_tokens(probability, 0.0, count)
+        )
 
     def closed(self) -> int:
         """The flat edge table; how many edges it holds."""
         with torch.inference_mode():
-            _, found = attribution_graphs(self.of)
+            _, found = attribution_graphs(self.spec)
             return len(edge_rows(found, [0]))
 
     def products(self) -> int:
-        _, found = prompt_edges(self.of)
+        _, found = prompt_edges(self.spec)
         return sum(len(e.attribution) for e in found)
 
     def sums(self) -> int:
         """The sums of all edges by pairs of components; how many edges there are."""
         with torch.inference_mode():
-            _, pairs = dataset_edges(self.of)
+            _, pairs = dataset_edges(self.spec)
             return sum(int(pair.edges.sum()) for pair in pairs)
 
     def cut(self) -> list[Layer]:
-        return cut_run(self.of)
+        return cut_run(self.spec)
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
@@ -113,10 +127,12 @@ class Edge(NamedTuple):
 def one_by_one(layers: list[Layer]) -> float:
     """Seconds of a whole graph as the field writes it, from a sample of its targets.
 
-    A target node takes one backward pass to the layers that reach it, known beforehand. Then, at every position that it
-    may read from there, each component that is alive anywhere is asked for, and an edge is made of it if it is here.
+    A target node takes one backward pass to the layers that reach it, known beforehand. Then, at
+    every position that it may read from there, each component that is alive anywhere is asked for,
+    and an edge is made of it if it is here.
     """
-    spent, reach = 0.0, connected(layers)
+    spent = 0.0
+    reach = connected(layers)
     anywhere = [layer.nodes[0].any(0).nonzero()[:, 0].tolist() for layer in layers]
     for t, target in enumerate(layers):
         before = [s for s in range(t) if (s, t) in reach]
@@ -131,13 +147,19 @@ def one_by_one(layers: list[Layer]) -> float:
     return spent
 
 
-def _into(layers: list[Layer], t: int, pos: int, j: int, before: list[int], anywhere: list[list[int]]) -> list[Edge]:
+def _into(
+    layers: list[Layer], t: int, pos: int, j: int, before: list[int], anywhere: list[list[int]]
+) -> list[Edge]:
     """All edges into one node."""
-    found, name = [], layers[t].name
-    gradients = torch.autograd.grad(layers[t].value[0, pos, j], [layers[s].leaf for s in before], retain_graph=True)
+    found = []
+    name = layers[t].name
+    gradients = torch.autograd.grad(
+        layers[t].value[0, pos, j], [layers[s].leaf for s in before], retain_graph=True
+    )
     for s, gradient in zip(before, gradients, strict=True):
         source = layers[s]
-        values, alive = source.contributions(gradient[None])[0, 0], source.nodes[0]
+        values = source.contributions(gradient[None])[0, 0]
+        alive = source.nodes[0]
         across = source.name.endswith(("k_proj", "v_proj"))
         for q in range(pos + 1) if across else [pos]:
             for i in anywhere[s]:
@@ -148,7 +170,9 @@ def _into(layers: list[Layer], t: int, pos: int, j: int, before: list[int], anyw
 
 
 def by_targets(layers: list[Layer]) -> float:
-    """Seconds of the sums by two backward passes an alive component over all prompts at once, from a sample."""
+    """Seconds of the sums by two backward passes an alive component over all prompts at once, from
+    a sample.
+    """
     spent = 0.0
     for t, target in enumerate(layers):
         if target.kind not in ("component", "output") or not target.value.requires_grad:
@@ -159,16 +183,16 @@ def by_targets(layers: list[Layer]) -> float:
         started = time.perf_counter()
         for j in chosen:
             values = target.value[..., j] * target.nodes[..., j]
-            for of in (values.sum(), values.abs().sum()):
-                _summed(of, sources)
+            for spec in (values.sum(), values.abs().sum()):
+                _summed(spec, sources)
         spent += (time.perf_counter() - started) / len(chosen) * len(every)
     return spent
 
 
-def _summed(of: Tensor, sources: list[Layer]) -> list[Tensor]:
+def _summed(spec: Tensor, sources: list[Layer]) -> list[Tensor]:
     """What each component of each source adds to a number."""
     leaves = [layer.leaf for layer in sources if layer.leaf is not None]
-    gradients = torch.autograd.grad(of, leaves, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(spec, leaves, retain_graph=True, allow_unused=True)
     pairs = [(layer, x) for layer, x in zip(sources, gradients, strict=True) if x is not None]
     return [(layer.contributions(x[None])[0] * layer.nodes).sum((0, 1)) for layer, x in pairs]
 
@@ -177,20 +201,31 @@ def corpus() -> None:
     """Prints the row of the sums."""
     prompts = Prompt(prompts=CORPUS)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ours, edges = seconds(prompts.sums, 2), prompts.sums()
+    ours = seconds(prompts.sums, 2)
+    edges = prompts.sums()
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     theirs = by_targets(prompts.cut())
     print(f"\nSums over {CORPUS} such prompts, {edges:,} edges, to activations and to their sizes")
-    print(f"{'closed form, by pairs of components':<42}{ours:>10.2f} s   (at least 100x; {memory:,.0f} MiB)")
-    print(f"{'two backward passes an alive component':<42}{theirs:>10.0f} s  {theirs / ours:>6.0f}x")
+    print(
+        f"{'closed form, by pairs spec components':<42}{ours:>10.2f} s   (at least 100x; "
+        f"{memory:,.0f} MiB)"
+    )
+    print(
+        f"{'two backward passes an alive component':<42}{theirs:>10.0f} s  {theirs / ours:>6.0f}x"
+    )
 
 
 def curves() -> dict[str, list[tuple[int, int, float]]]:
     """Cost against alive components and against length: (how many, edges, seconds)."""
-    found: dict[str, list[tuple[int, int, float]]] = {"alive components a site and position": [], "tokens": []}
+    found: dict[str, list[tuple[int, int, float]]] = {
+        "alive components a site and position": [],
+        "tokens": [],
+    }
     for count in (5, 10, 20, 40):
         prompt = Prompt(count=count)
-        found["alive components a site and position"].append((count, prompt.closed(), seconds(prompt.closed, 3)))
+        found["alive components a site and position"].append(
+            (count, prompt.closed(), seconds(prompt.closed, 3))
+        )
     for length in (16, 32, 64, 128, 256):
         prompt = Prompt(length)
         found["tokens"].append((length, prompt.closed(), seconds(prompt.closed, 3)))
@@ -206,7 +241,12 @@ def draw(found: dict[str, list[tuple[int, int, float]]], path: Path) -> None:
     for axis, (name, rows) in zip(figure.subplots(1, 2), found.items(), strict=True):
         x, edges, times = zip(*rows, strict=True)
         axis.loglog(x, [t * 1e3 for t in times], "o-", label="ms a graph")
-        axis.loglog(x, [e / edges[0] * times[0] * 1e3 for e in edges], ":", label="as the number of edges grows")
+        axis.loglog(
+            x,
+            [e / edges[0] * times[0] * 1e3 for e in edges],
+            ":",
+            label="as the number of edges grows",
+        )
         axis.set_xticks(x, [str(v) for v in x])
         axis.minorticks_off()
         axis.set(xlabel=name, ylabel="ms")
@@ -219,13 +259,23 @@ def main(figure: str | None) -> None:
     settle_allocator()
     corpus()
     prompt = Prompt()
-    closed, edges = seconds(prompt.closed, 5), prompt.closed()
+    closed = seconds(prompt.closed, 5)
+    edges = prompt.closed()
     assert edges == prompt.products()
-    products, nodes = seconds(prompt.products, 1), one_by_one(prompt.cut())
-    print(f"\nOne graph: {LENGTH} tokens, {ALIVE} of {C} components alive at each of 12 sites, {edges:,} edges")
+    products = seconds(prompt.products, 1)
+    nodes = one_by_one(prompt.cut())
+    print(
+        f"\nOne graph: {LENGTH} tokens, {ALIVE} of {C} components alive at each of 12 sites, "
+        f"{edges:,} edges"
+    )
     print(f"{'closed form, table in hand':<42}{closed:>10.3f} s   (at least 2000x and 25x)")
-    print(f"{'one backward pass a node, edges one by one':<42}{nodes:>10.1f} s  {nodes / closed:>6.0f}x")
-    print(f"{'batched vector-Jacobian products':<42}{products:>10.2f} s  {products / closed:>6.0f}x")
+    print(
+        f"{'one backward pass a node, edges one by one':<42}{nodes:>10.1f} s  "
+        f"{nodes / closed:>6.0f}x"
+    )
+    print(
+        f"{'batched vector-Jacobian products':<42}{products:>10.2f} s  {products / closed:>6.0f}x"
+    )
     found = curves()
     for name, rows in found.items():
         print(f"\n{name:<38} {'edges':>12} {'ms':>9} {'ns an edge':>11}")

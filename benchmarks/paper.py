@@ -1,7 +1,8 @@
 """Table 1 of the SPD paper, over seeds: `make paper`.
 
-Each (model, seed) is a run of its own, `runs/paper-<model>-<seed>`, fitted by the ordinary command on one thread, as
-many at once as there are cores. Finished runs are not repeated. The table at the end is the one in the README.
+Each (model, seed) is a run of its own, `runs/paper-<model>-<seed>`, fitted by the ordinary command
+on one thread, as many at once as there are cores. Finished runs are not repeated. The table at the
+end is the one in the README.
 
     python benchmarks/paper.py [MODEL ...]         only these models
 """
@@ -20,7 +21,12 @@ from spd_lightning import runs
 SEEDS = {"tms_5-2": 8, "tms_5-2-id": 8, "tms_40-10": 3, "tms_40-10-id": 3}
 """Models and how many seeds of each."""
 
-TRUTH = {"tms_5-2": (5, None), "tms_5-2-id": (5, 2), "tms_40-10": (40, None), "tms_40-10-id": (40, 10)}
+TRUTH = {
+    "tms_5-2": (5, None),
+    "tms_5-2-id": (5, 2),
+    "tms_40-10": (40, None),
+    "tms_40-10-id": (40, 10),
+}
 """Components that should be alive in linear1, and in the identity layer."""
 
 
@@ -29,10 +35,23 @@ def fit(model: str, seed: int) -> dict[str, Any]:
     name = f"paper-{model}-{seed}"
     folder = runs.root() / name
     if not (folder / "summary.json").exists():
-        command = [sys.executable, "-m", "spd_lightning", "fit", "--config", f"{model}.yaml", "--run", name]
+        command = [
+            sys.executable,
+            "-m",
+            "spd_lightning",
+            "fit",
+            "--config",
+            f"{model}.yaml",
+            "--run",
+            name,
+        ]
         command += ["--seed_everything", str(seed), "--trainer.logger", "false"]
         done = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
@@ -42,7 +61,11 @@ def fit(model: str, seed: int) -> dict[str, Any]:
 def passes(model: str, s: dict[str, Any]) -> bool:
     """Whether a run has found the mechanism that the paper reports."""
     alive, dense = TRUTH[model]
-    sound = s["mmcs/linear1"] >= 0.999 and 0.97 <= s["ml2r/linear1"] <= 1.04 and s["alive/linear1"] == alive
+    sound = (
+        s["mmcs/linear1"] >= 0.999
+        and 0.97 <= s["ml2r/linear1"] <= 1.04
+        and s["alive/linear1"] == alive
+    )
     whole = dense is None or s["alive/hidden.0"] == dense
     return sound and whole and s["identity_error/linear1"] == 0
 
@@ -67,8 +90,17 @@ def row(model: str, summaries: list[dict[str, Any]]) -> str:
 def main(models: list[str]) -> None:
     jobs = [(model, seed) for model in models for seed in range(SEEDS[model])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = dict(zip(jobs, tqdm(pool.map(lambda job: fit(*job), jobs), total=len(jobs), unit="run"), strict=True))
-    print("| model | seeds that pass | MMCS | ML2R | alive in linear1 | in the identity | identity error | seconds |")
+        results = dict(
+            zip(
+                jobs,
+                tqdm(pool.map(lambda job: fit(*job), jobs), total=len(jobs), unit="run"),
+                strict=True,
+            )
+        )
+    print(
+        "| model | seeds that pass | MMCS | ML2R | alive in linear1 | in the identity | identity "
+        "error | seconds |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for model in models:
         print(row(model, [results[model, seed] for seed in range(SEEDS[model])]))

@@ -1,7 +1,8 @@
-"""A decomposition's training step with the laws written down as they stand (docs/method.md), for `make bench`.
+"""A decomposition's training step with the laws written down as they stand (docs/method.md), for
+`make bench`.
 
-Every row of the batch, one masked forward of the whole target for each term with masks of its own, `V U` and Δ built
-at every use, the importance MLPs by einsum, gradients to whatever has one.
+Every row of the batch, one masked forward of the whole target for each term with masks of its own,
+`V U` and Δ built at every use, the importance MLPs by einsum, gradients to whatever has one.
 """
 
 import torch
@@ -16,25 +17,50 @@ Routes = dict[str, Tensor | None]
 
 
 class Plain(nn.Module):
-    """V, U and importance MLPs (`mlp` or `shared_mlp`) of the maps of a target, and a step of AdamW on them."""
+    """V, U and importance MLPs (`mlp` or `shared_mlp`) of the maps of a target, and a step of AdamW
+    on them.
+    """
 
-    def __init__(self, target: nn.Module, C: int, tied: dict[str, str], importance: Importance, losses: Losses):
+    def __init__(
+        self,
+        target: nn.Module,
+        C: int,
+        tied: dict[str, str],
+        importance: Importance,
+        losses: Losses,
+    ):
         super().__init__()
-        self.target, self.tied, self.losses, h = target.requires_grad_(False), tied, losses, importance.hidden
+        self.target = target.requires_grad_(False)
+        self.tied = tied
+        self.losses = losses
+        h = importance.hidden
         self.modules_by_name = dict(target.named_modules())
         maps = {
-            n: m for n, m in self.modules_by_name.items() if isinstance(m, nn.Linear) and n not in (*tied, "lm_head")
+            n: m
+            for n, m in self.modules_by_name.items()
+            if isinstance(m, nn.Linear) and n not in (*tied, "lm_head")
         }
         self.names = [*maps, *tied]
-        self.V = {n: nn.Parameter(torch.randn(m.in_features, C) / m.in_features**0.5) for n, m in maps.items()}
+        self.V = {
+            n: nn.Parameter(torch.randn(m.in_features, C) / m.in_features**0.5)
+            for n, m in maps.items()
+        }
         self.U = {n: nn.Parameter(torch.randn(C, m.out_features) / C**0.5) for n, m in maps.items()}
         self.alone = importance.kind == "mlp"
         self.mlps = {}
         for n in self.names:
             d = self.modules_by_name[n].in_features
-            shapes = ((C, 1, h), (C, h), (C, h, 1), (C, 1)) if self.alone else ((d, h), (h,), (h, C), (C,))
+            shapes = (
+                ((C, 1, h), (C, h), (C, h, 1), (C, 1))
+                if self.alone
+                else ((d, h), (h,), (h, C), (C,))
+            )
             self.mlps[n] = [nn.Parameter(torch.randn(s) / max(4, s[0] ** 0.5)) for s in shapes]
-        trained = [*self.V.values(), *self.U.values(), *(p for mlp in self.mlps.values() for p in mlp)]
+        trained = [
+            *self.V.values(),
+            *self.U.values(),
+            *(p for mlp in self.mlps.values() for p in mlp),
+        ]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0)
 
     def parts(self, name: str) -> tuple[Tensor, Tensor]:
@@ -42,7 +68,9 @@ class Plain(nn.Module):
             return self.U[partner].T, self.V[partner].T
         return self.V[name], self.U[name]
 
-    def run(self, x: Tensor, masks: Masks, routes: Routes, seen: dict[str, Tensor] | None = None) -> Tensor:
+    def run(
+        self, x: Tensor, masks: Masks, routes: Routes, seen: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """The target with masked sites (D3, D4), by hooks."""
         hooks = []
         for name in self.names:
@@ -52,7 +80,9 @@ class Plain(nn.Module):
                     seen[name] = args[0]
                 if name not in routes:
                     return out
-                (V, U), (m, m_delta), where = self.parts(name), masks[name], routes[name]
+                (V, U) = self.parts(name)
+                (m, m_delta) = masks[name]
+                where = routes[name]
                 delta = module.weight - (V @ U).T
                 y = (m * (args[0] @ V)) @ U + m_delta[..., None] * (args[0] @ delta.T)
                 y = y if module.bias is None else y + module.bias
@@ -87,17 +117,26 @@ class Plain(nn.Module):
 
     def masks(self, g: dict[str, Tensor], sources: dict[str, Tensor]) -> Masks:
         """m = g + (1 − g) s; the last source is the delta's."""
-        return {n: (g[n] + (1 - g[n]) * s[..., :-1], s[..., -1].expand(g[n].shape[:-1])) for n, s in sources.items()}
+        return {
+            n: (g[n] + (1 - g[n]) * s[..., :-1], s[..., -1].expand(g[n].shape[:-1]))
+            for n, s in sources.items()
+        }
 
-    def reconstruction(self, term: Reconstruction, x: Tensor, out: Tensor, g: dict[str, Tensor]) -> Tensor:
-        """Mean divergence over the passes of a route, under stochastic masks or those that PGD finds (L5)."""
-        routes, values = self.routes(term.route, g), []
+    def reconstruction(
+        self, term: Reconstruction, x: Tensor, out: Tensor, g: dict[str, Tensor]
+    ) -> Tensor:
+        """Mean divergence over the passes of a route, under stochastic masks or those that PGD
+        finds (L5).
+        """
+        routes = self.routes(term.route, g)
+        values = []
 
         def divergence(sources: dict[str, Tensor], route: Routes) -> Tensor:
             y = self.run(x, self.masks(g, sources), route)
             if term.divergence == "mse":
                 return (y - out).square().mean()
-            p, q = out.float().log_softmax(-1), y.float().log_softmax(-1)
+            p = out.float().log_softmax(-1)
+            q = y.float().log_softmax(-1)
             return (p.exp() * (p - q)).sum(-1).mean()
 
         for route in routes:
@@ -106,9 +145,13 @@ class Plain(nn.Module):
             else:
                 sources = {n: torch.rand(g[n].shape[-1] + 1, requires_grad=True) for n in route}
                 for _ in range(term.adversary.steps):
-                    gradients = torch.autograd.grad(divergence(sources, route), list(sources.values()))
+                    gradients = torch.autograd.grad(
+                        divergence(sources, route), list(sources.values())
+                    )
                     sources = {
-                        n: (s.detach() + term.adversary.step_size * d.sign()).clamp(0, 1).requires_grad_()
+                        n: (s.detach() + term.adversary.step_size * d.sign())
+                        .clamp(0, 1)
+                        .requires_grad_()
                         for (n, s), d in zip(sources.items(), gradients, strict=True)
                     }
                 sources = {n: s.detach() for n, s in sources.items()}
@@ -121,14 +164,22 @@ class Plain(nn.Module):
         out = self.run(x, {}, {}, seen)
         z = {name: self.importance(name, seen[name]) for name in self.names}
         minimality = self.losses.minimality
-        p = anneal(minimality.p, minimality.p if minimality.p_final is None else minimality.p_final, progress)
-        loss = minimality.coeff * sum((upper_leaky(v) + 1e-12).pow(p).flatten(0, -2).mean(0).sum() for v in z.values())
+        p = anneal(
+            minimality.p,
+            minimality.p if minimality.p_final is None else minimality.p_final,
+            progress,
+        )
+        loss = minimality.coeff * sum(
+            (upper_leaky(v) + 1e-12).pow(p).flatten(0, -2).mean(0).sum() for v in z.values()
+        )
         g = {name: lower_leaky(v) for name, v in z.items()}
         for term in self.losses.reconstruction.values():
             loss = loss + term.coeff * self.reconstruction(term, x, out, g)
-        entries, squares = 0, torch.tensor(0.0)
+        entries = 0
+        squares = torch.tensor(0.0)
         for name in self.names:
             V, U = self.parts(name)
             weight = self.modules_by_name[name].weight
-            squares, entries = squares + (weight - (V @ U).T).square().sum(), entries + weight.numel()
+            squares = squares + (weight - (V @ U).T).square().sum()
+            entries = entries + weight.numel()
         return loss + self.losses.faithfulness.coeff * squares / entries

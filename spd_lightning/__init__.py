@@ -1,6 +1,7 @@
 """Stochastic Parameter Decomposition on PyTorch Lightning.
 
-The public names are handed out lazily: `import spd_lightning` costs nothing, `spd_lightning.Decomposition` its needs.
+The public names are handed out lazily: `import spd_lightning` costs nothing,
+`spd_lightning.Decomposition` its needs.
 """
 
 import importlib

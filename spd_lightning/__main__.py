@@ -50,7 +50,9 @@ def _run(words: list[str]) -> int:
 
 def _unusable(why: str) -> int:
     """Print why nothing can run here, and what to do."""
-    remedy = "activate the environment that holds it (make install, then: source .venv/bin/activate)"
+    remedy = (
+        "activate the environment that holds it (make install, then: source .venv/bin/activate)"
+    )
     print(f"error: {why}; {remedy}", file=sys.stderr)
     return 2
 

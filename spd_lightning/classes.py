@@ -1,8 +1,10 @@
-"""Class paths that a config or a file may name: what builds an object runs code, so this is a closed list.
+"""Class paths that a config or a file may name: what builds an object runs code, so this is a
+closed list.
 
-`ALLOWED` names this package and the parts of Lightning that configs choose: trackers, profilers, callbacks and what a
-Trainer runs on. A path below an entry is allowed, and one below an entry of `DENIED` is not. The command line's option
-`--allow_classes PACKAGE` adds what the user trusts, for the length of a command.
+`ALLOWED` names this package and the parts of Lightning that configs choose: trackers, profilers,
+callbacks and what a Trainer runs on. A path below an entry is allowed, and one below an entry of
+`DENIED` is not. The command line's option `--allow_classes PACKAGE` adds what the user trusts, for
+the length of a command.
 """
 
 import importlib
@@ -40,7 +42,10 @@ def trust(packages: Sequence[str]) -> None:
     """
     for package in packages:
         if not all(part.isidentifier() for part in package.split(".")):
-            raise BadInput(f"--allow_classes '{package}': not a package; for example: --allow_classes mypackage")
+            raise BadInput(
+                f"--allow_classes '{package}': not a package; for example: --allow_classes "
+                "mypackage"
+            )
     _revoked.update(_trusted)
     _revoked.difference_update(packages)
     _trusted.clear()
@@ -48,7 +53,9 @@ def trust(packages: Sequence[str]) -> None:
 
 
 def verdicts() -> tuple[list[str], list[str]]:
-    """Return what is denied and what is allowed, for jsonargparse: the longest entry that fits a path decides."""
+    """Return what is denied and what is allowed, for jsonargparse: the longest entry that fits a
+    path decides.
+    """
     return [*DENIED, *_revoked], [*ALLOWED, *_trusted]
 
 
@@ -73,7 +80,8 @@ def check(path: str) -> None:
 
 def _not_allowed(path: str) -> BadInput:
     return BadInput(
-        f"class_path '{path[:100]}': not one that a config may name; a package of your own is named on the "
+        f"class_path '{path[:100]}': not one that a config may name; a package of your own is "
+        "named on the "
         "command line: --allow_classes PACKAGE"
     )
 
@@ -88,7 +96,11 @@ def imported(path: str) -> type:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:  # ValueError: the path names no module
+    except (
+        ImportError,
+        AttributeError,
+        ValueError,
+    ) as error:  # ValueError: the path names no module
         raise BadInput(f"class_path '{path}': {error}; write package.Class") from error
     if not isinstance(found, type) or not allowed(f"{found.__module__}.{found.__qualname__}"):
         raise _not_allowed(path)

@@ -1,7 +1,8 @@
-"""The command line: finds the verb, and turns bad input into one line with exit code 2 (`--debug` shows where).
+"""The command line: finds the verb, and turns bad input into one line with exit code 2 (`--debug`
+shows where).
 
-Each verb is a module of `commands`, imported when it is called. `commands.options` reads its words. A verb imports only
-what it needs, and loads torch after its words and its run have been checked.
+Each verb is a module of `commands`, imported when it is called. `commands.options` reads its words.
+A verb imports only what it needs, and loads torch after its words and its run have been checked.
 """
 
 import errno
@@ -22,7 +23,9 @@ log = logging.getLogger("spd_lightning")
 
 
 def run(words: Sequence[str]) -> int:
-    """Runs one verb and returns the exit code: 0, 2 where the input was bad, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Runs one verb and returns the exit code: 0, 2 where the input was bad, 130 after Ctrl-C, 143
+    after SIGTERM.
+    """
     with stopping.listening():
         try:
             return _run(list(words))
@@ -30,7 +33,8 @@ def run(words: Sequence[str]) -> int:
             return stopping.report(stopped, _AGAIN if words[0] in _RESUMED else "")
 
 
-_RESUMED, _AGAIN = ("fit", "predict"), "run the same command again to resume"
+_RESUMED = ("fit", "predict")
+_AGAIN = "run the same command again to resume"
 
 
 def _run(words: list[str]) -> int:
@@ -44,7 +48,9 @@ def _run(words: list[str]) -> int:
             return 0
         verb = VERBS.get(words[0])
         if verb is None:
-            raise BadInput(f"'{shown(words[0])}': not a verb of spd_lightning; {nearest(words[0], VERBS)}")
+            raise BadInput(
+                f"'{shown(words[0])}': not a verb of spd_lightning; {nearest(words[0], VERBS)}"
+            )
         _check_folder()
         _call("settings" if options.topic(words) else verb.module or verb.name, words[1:])
         if sys.stdout is not None:  # it is None if the terminal was closed before the start
@@ -74,7 +80,9 @@ def _check_folder() -> None:
     try:
         os.getcwd()
     except OSError as error:
-        raise BadInput("the current folder was deleted; change to another one (cd) and try again") from error
+        raise BadInput(
+            "the current folder was deleted; change to another one (cd) and try again"
+        ) from error
 
 
 def _remedy(error: OSError) -> str:
@@ -85,7 +93,9 @@ def _remedy(error: OSError) -> str:
 
 
 def _nobody_reads() -> bool:
-    """Return whether stdout is a pipe whose reader has read enough; what else is printed is then dropped."""
+    """Return whether stdout is a pipe whose reader has read enough; what else is printed is then
+    dropped.
+    """
     try:
         output = sys.stdout.fileno()
     except (OSError, AttributeError):  # it is not a file, or was closed before the start
@@ -111,7 +121,8 @@ def _call(module: str, argv: list[str]) -> None:
 
 def _trusting(words: list[str]) -> list[str]:
     """Apply every `--allow_classes PACKAGE`, and return the other words."""
-    rest, packages = list[str](), list[str]()
+    rest = list[str]()
+    packages = list[str]()
     given = iter(words)
     for word in given:
         option, equals, value = word.partition("=")
@@ -124,7 +135,9 @@ def _trusting(words: list[str]) -> list[str]:
 
 
 class Messages(logging.StreamHandler):
-    """Prints messages to standard error, on lines of their own even while a progress bar is drawn."""
+    """Prints messages to standard error, on lines of their own even while a progress bar is
+    drawn.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         if "tqdm" not in sys.modules:

@@ -1,7 +1,7 @@
 """Configs: one base and small overrides, found by name from anywhere.
 
-A config is YAML. Its top-level key `base` names another config (or a list of them) that it starts from:
-dicts merge key by key, lists and single values replace.
+A config is YAML. Its top-level key `base` names another config (or a list of them) that it starts
+from: dicts merge key by key, lists and single values replace.
 """
 
 import contextlib
@@ -19,16 +19,22 @@ from spd_lightning.encoding import lone_surrogate, read_text
 from spd_lightning.errors import BadInput, nearest, shown
 
 _HERE = Path(__file__).resolve().parent
-SHIPPED = next(folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir())
+SHIPPED = next(
+    folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()
+)
 """The shipped configs: inside the installed package, or at the top of a checkout."""
 
 
 MORE_LINE_ENDS = {"\x85", "\u2028", "\u2029"}
-"""Line ends that only Unicode knows: readers of YAML fold them into blanks unless they are written as escapes."""
+"""Line ends that only Unicode knows: readers of YAML fold them into blanks unless they are written
+as escapes.
+"""
 
 
 class KeyTwice(BadInput):
-    """A mapping of a YAML text holds the same key twice; YAML's own readers keep the last without a word."""
+    """A mapping of a YAML text holds the same key twice; YAML's own readers keep the last without a
+    word.
+    """
 
     def __init__(self, key: str, lines: tuple[int, int]):
         first, second = lines
@@ -37,7 +43,9 @@ class KeyTwice(BadInput):
 
 
 class _OnceOnly(Composer):
-    """Rejects a key that a mapping holds twice; one that overrides a merged (`<<`) one is not there twice."""
+    """Rejects a key that a mapping holds twice; one that overrides a merged (`<<`) one is not there
+    twice.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -61,9 +69,14 @@ class _Dumper(yaml.SafeDumper):
     """Quotes words that `_Loader` would take for numbers."""
 
 
-_FLOAT = r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+_FLOAT = (
+    r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?$"
+    r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+)
 for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789.")
+    )
 
 
 def places(name: str) -> Iterator[Path]:
@@ -74,39 +87,53 @@ def places(name: str) -> Iterator[Path]:
 
 
 def find(name: str) -> Path:
-    """The file that a config name means: as given, in ./configs, or among the shipped ones; suffix optional.
+    """The file that a config name means: as given, in ./configs, or among the shipped ones; suffix
+    optional.
 
     Raises:
         BadInput: no such file; the nearest name there is, is suggested.
     """
-    with contextlib.suppress(OSError, ValueError):  # a name too long for a file, or with a zero byte
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # a name too long for a file, or with a zero byte
         for path in places(name):
             if path.is_file():
                 return path
     known = {str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.rglob("*.yaml")}
     hint = nearest(name.removesuffix(".yaml"), known)
     hint = hint if hint.startswith("did") else "'python -m spd_lightning list' shows those"
-    raise BadInput(f"config '{shown(name)}': no such file here, in configs/, or among the shipped ones; {hint}")
+    raise BadInput(
+        f"config '{shown(name)}': no such file here, in configs/, or among the shipped ones; {hint}"
+    )
 
 
 def load(name: str, as_written: bool = False) -> dict[str, Any]:
     """A config with everything it builds on merged in.
 
-    Of a config that came from a tracker (its folder holds pulled.json), what builds objects beside the model and its
-    data is left out: loggers, profilers, callbacks and the like are for the user's own settings to name.
+    Of a config that came from a tracker (its folder holds pulled.json), what builds objects beside
+    the model and its data is left out: loggers, profilers, callbacks and the like are for the
+    user's own settings to name.
 
     Args:
         name: what `find` finds.
         as_written: keep all of it, to be looked at and not built.
 
     Raises:
-        BadInput: the file is missing, is not a YAML mapping, or builds on itself; or it came from a tracker, and its
-            trainer is written in another way than as a run writes it.
+        BadInput: the file is missing, is not a YAML mapping, or builds on itself; or it came from a
+            tracker, and its trainer is written in another way than as a run writes it.
     """
     return _load(find(name), (), as_written, {})
 
 
-FOREIGN = ("logger", "profiler", "callbacks", "plugins", "strategy", "accelerator", "default_root_dir")
+FOREIGN = (
+    "logger",
+    "profiler",
+    "callbacks",
+    "plugins",
+    "strategy",
+    "accelerator",
+    "default_root_dir",
+)
 """Settings of a trainer that build objects, or say where files go."""
 
 
@@ -115,7 +142,10 @@ LONGEST = 50
 
 
 def _load(
-    path: Path, seen: tuple[Path, ...], as_written: bool, loaded: dict[tuple[Path, bool], dict[str, Any]]
+    path: Path,
+    seen: tuple[Path, ...],
+    as_written: bool,
+    loaded: dict[tuple[Path, bool], dict[str, Any]],
 ) -> dict[str, Any]:
     """Load a config with its bases.
 
@@ -126,10 +156,13 @@ def _load(
         loaded: the results so far, by file and by whether a config that builds on it was pulled.
     """
     if path.resolve() in seen:
-        raise BadInput(f"config '{path}': it builds on itself; remove it from its own chain of 'base'")
+        raise BadInput(
+            f"config '{path}': it builds on itself; remove it from its own chain of 'base'"
+        )
     if len(seen) > LONGEST:
         raise BadInput(
-            f"config '{seen[0].name}': it builds on a chain of more than {LONGEST} configs; merge some of them"
+            f"config '{seen[0].name}': it builds on a chain of more than {LONGEST} configs; merge "
+            "some of them"
         )
     pulled = any((file.parent / "pulled.json").exists() for file in (*seen, path))
     if (path.resolve(), pulled) in loaded:
@@ -153,15 +186,20 @@ def _load(
 def _without_foreign(path: Path, pulled: dict[str, Any]) -> dict[str, Any]:
     """Return a pulled config without the settings of its trainer that are for the user to choose.
 
-    jsonargparse also takes a trainer as text, `trainer.logger` as one key, and `callbacks+`. A run writes none of these
-    into its config, and they would hide such settings, so they are rejected.
+    jsonargparse also takes a trainer as text, `trainer.logger` as one key, and `callbacks+`. A run
+    writes none of these into its config, and they would hide such settings, so they are rejected.
     """
     trainer = pulled.get("trainer", {})
     if not isinstance(trainer, dict):
-        raise BadInput(f"config '{path}': trainer: expected 'key: value' lines in a pulled run; pull the run again")
+        raise BadInput(
+            f"config '{path}': trainer: expected 'key: value' lines in a pulled run; pull the run "
+            "again"
+        )
     for key in (*pulled, *trainer):
         if not str(key).isidentifier():
-            raise BadInput(f"config '{path}': key '{key}': not the name of a setting; pull the run again")
+            raise BadInput(
+                f"config '{path}': key '{key}': not the name of a setting; pull the run again"
+            )
     kept = {key: value for key, value in trainer.items() if key not in FOREIGN}
     return {**pulled, "trainer": kept} if "trainer" in pulled else pulled
 
@@ -210,11 +248,15 @@ def read_file(path: Path) -> Any:
 
 
 DEEPEST, MOST = 50, 100_000
-"""How deeply a config may be nested, and how many values it may hold once its aliases are written out."""
+"""How deeply a config may be nested, and how many values it may hold once its aliases are written
+out.
+"""
 
 
 _NO_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
-"""Reading YAML raises these: numbers and dates can be impossible, and lists can be nested too deeply."""
+"""Reading YAML raises these: numbers and dates can be impossible, and lists can be nested too
+deeply.
+"""
 
 
 def _reason(error: BaseException) -> str:
@@ -224,21 +266,33 @@ def _reason(error: BaseException) -> str:
 def _faults(content: Any) -> Iterator[str]:
     """Yield what YAML allows and a config cannot hold.
 
-    These are keys that are not text, values that JSON does not have (dates, sets, binary data), halves of surrogate
-    pairs, which an escape such as "\\ud83d" makes, and aliases that hold themselves or add up to too much.
+    These are keys that are not text, values that JSON does not have (dates, sets, binary data),
+    halves of surrogate pairs, which an escape such as "\\ud83d" makes, and aliases that hold
+    themselves or add up to too much.
     """
-    pending, count = [(content, 0)], 0
+    pending = [(content, 0)]
+    count = 0
     while pending:
         value, depth = pending.pop()
         count += 1
         if depth > DEEPEST:
-            yield f"nested more than {DEEPEST} levels deep; write it flatter, without aliases that hold themselves"
+            yield (
+                f"nested more than {DEEPEST} levels deep; write it flatter, without aliases that "
+                "hold themselves"
+            )
             return
         if count > MOST:
-            yield f"it holds more than {MOST:,} values once its aliases are written out; use fewer aliases"
+            yield (
+                f"it holds more than {MOST:,} values once its aliases are written out; use fewer "
+                "aliases"
+            )
             return
         if isinstance(value, dict):
-            yield from (f"the key {key!r} is not text; put it in quotes" for key in value if not isinstance(key, str))
+            yield from (
+                f"the key {key!r} is not text; put it in quotes"
+                for key in value
+                if not isinstance(key, str)
+            )
             pending += [(each, depth + 1) for pair in value.items() for each in pair]
         elif isinstance(value, list):
             pending += [(each, depth + 1) for each in value]
@@ -250,7 +304,9 @@ def _faults(content: Any) -> Iterator[str]:
 
 
 def check_keys(text: str) -> None:
-    """Raise KeyTwice where a mapping in a YAML text holds a key twice; text that is not YAML passes."""
+    """Raise KeyTwice where a mapping in a YAML text holds a key twice; text that is not YAML
+    passes.
+    """
     with contextlib.suppress(yaml.YAMLError):
         yaml.compose(text, Loader=_Loader)
 
@@ -258,14 +314,17 @@ def check_keys(text: str) -> None:
 def one_line(config: Any) -> str:
     """A config as one line of ASCII that every reader of YAML takes, whatever characters are in it.
 
-    JSON writes a character beyond U+FFFF as two halves, which YAML does not join again. Here it is one escape.
+    JSON writes a character beyond U+FFFF as two halves, which YAML does not join again. Here it is
+    one escape.
     """
     written = json.dumps(config, ensure_ascii=False)
     return re.sub(r"[^\x20-\x7e]", lambda found: f"\\U{ord(found[0]):08x}", written)
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Two configs as one: dicts merge key by key, everything else in `over` replaces what was under it."""
+    """Two configs as one: dicts merge key by key, everything else in `over` replaces what was under
+    it.
+    """
     merged = dict(under)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -280,7 +339,9 @@ def digest(config: Any) -> str:
 
 def dump(config: Mapping[str, Any]) -> str:
     """A config as YAML that `load` reads back."""
-    written = yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    written = yaml.dump(
+        dict(config), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True
+    )
     if MORE_LINE_ENDS & set(written):
         return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120)
     return written

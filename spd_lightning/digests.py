@@ -1,4 +1,6 @@
-"""Digests of files: sixteen hex characters that stand for a file's content, checked where the file is first opened."""
+"""Digests of files: sixteen hex characters that stand for a file's content, checked where the file
+is first opened.
+"""
 
 import hashlib
 import time
@@ -16,8 +18,8 @@ def digest_of(content: bytes | memoryview) -> str:
 def digest(path: Path) -> str:
     """The digest of a file; it is computed once for each state of the file that this process sees.
 
-    A state is the file's size and the time of its last change. One that changed a moment ago is not remembered, since
-    another change may carry the same time.
+    A state is the file's size and the time of its last change. One that changed a moment ago is not
+    remembered, since another change may carry the same time.
     """
     facts = path.stat()
     state = str(path.resolve()), facts.st_size, facts.st_mtime_ns

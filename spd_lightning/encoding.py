@@ -1,7 +1,8 @@
-"""Text files as people have them: UTF-8 with or without a byte-order mark; anything else is rejected in one line.
+"""Text files as people have them: UTF-8 with or without a byte-order mark; anything else is
+rejected in one line.
 
-Universal newlines apply. A file in another encoding is not guessed at: read in the wrong one, it would become other
-text without a word.
+Universal newlines apply. A file in another encoding is not guessed at: read in the wrong one, it
+would become other text without a word.
 """
 
 import codecs
@@ -45,17 +46,22 @@ def _lines_with_ends(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise _rejected(path, _first_bad_byte(path), "WINDOWS-1252") from error
     except OSError as error:
-        raise BadInput(f"file '{path}': cannot be read ({error.strerror}); give a text file") from error
+        raise BadInput(
+            f"file '{path}': cannot be read ({error.strerror}); give a text file"
+        ) from error
 
 
 def looks_like_utf_16(start: bytes) -> bool:
-    """Return whether a file that begins with these bytes is in UTF-16, going by its mark or by its zeros."""
+    """Return whether a file that begins with these bytes is in UTF-16, going by its mark or by its
+    zeros.
+    """
     many_zeros = start.count(0) * 3 > len(start)
     return start.startswith(_UTF_16) or many_zeros
 
 
 def lone_surrogate(text: str) -> str | None:
-    """Return the first unpaired surrogate of a text, as JSON writes it; None if every character is whole.
+    """Return the first unpaired surrogate of a text, as JSON writes it; None if every character is
+    whole.
 
     >>> lone_surrogate("ab \\ud83d cd")
     '\\\\ud83d'

@@ -9,7 +9,9 @@ from typing import Any
 
 
 class BadInput(ValueError):
-    """The input is wrong in a way its author can mend; the command line prints the message alone and exits with 2."""
+    """The input is wrong in a way its author can mend; the command line prints the message alone
+    and exits with 2.
+    """
 
 
 class Diverged(BadInput):
@@ -64,12 +66,14 @@ def check_range(
     Raises:
         BadInput: one of the settings is out of range.
 
-    >>> check_range("optimizer", least=0, below=1, betas=(0.9, 2.0))
-    Traceback (most recent call last):
-    spd_lightning.errors.BadInput: betas [0.9, 2.0] in optimizer: each must be at least 0 and below 1
+    >>> check_range("optimizer", least=0, below=1, betas=(0.9, 2.0)) Traceback (most recent call
+    last): spd_lightning.errors.BadInput: betas [0.9, 2.0] in optimizer: each must be at least 0 and
+    below 1
     """
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+    wanted = " and ".join(
+        f"{words} {bound}" for words, bound in bounds.items() if bound is not None
+    )
     for name, value in settings.items():
         several = isinstance(value, list | tuple)
         entries = [] if value is None else value if several else [value]
@@ -84,7 +88,9 @@ def check_range(
 
 
 def _is_number(value: object, whole: bool) -> bool:
-    """Whether a value is a finite number, and a whole one if that is asked; true and false are not numbers."""
+    """Whether a value is a finite number, and a whole one if that is asked; true and false are not
+    numbers.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return False
     return whole or math.isfinite(value)
@@ -108,15 +114,17 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 _USER = r"""(?<=//)(?:[^\s/?#'"]*|[^\s/'"]*:(?:(?!['"][:,;)\s]|//).)*)@"""
-"""The user and the password of an address, before its `@`. A password may hold quotes and blanks. A quote that is
-followed by a colon, a comma, a bracket or a blank ends the address."""
+"""The user and the password of an address, before its `@`. A password may hold quotes and blanks. A
+quote that is followed by a colon, a comma, a bracket or a blank ends the address.
+"""
 _NAMES = "token|pass|pwd|pw|secret|key|sig|auth|credential"
 _VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s&;#'"]+)"""
 _SECRET = rf"([?&;#][\w.-]*(?:{_NAMES})[\w.-]*=){_VALUE}"
 
 
 def without_passwords(text: str) -> str:
-    """Return the text with `***` for the user and password of every address, and for secrets in its query.
+    """Return the text with `***` for the user and password of every address, and for secrets in its
+    query.
 
     >>> without_passwords("tracker 'https://me:hush@host/x?token=hush&a=1': no answer")
     "tracker 'https://***@host/x?token=***&a=1': no answer"

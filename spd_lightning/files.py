@@ -1,4 +1,6 @@
-"""Where files go, and how: they appear whole or not at all, whoever is killed while writing them."""
+"""Where files go, and how: they appear whole or not at all, whoever is killed while writing
+them.
+"""
 
 import hashlib
 import os
@@ -24,7 +26,8 @@ def root() -> Path:
 
 
 def mark() -> str:
-    """Return an end for the name of a temporary file or folder, another one at every call; such names begin with a dot.
+    """Return an end for the name of a temporary file or folder, another one at every call; such
+    names begin with a dot.
 
     It holds the process, for `sweep`, and a number, since several threads may write the same file.
     """
@@ -40,11 +43,12 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: it becomes `path` at the end, or after an error nothing does.
+    """A name beside `path` to write to: it becomes `path` at the end, or after an error nothing
+    does.
 
-    The name is used once: several processes and threads may write the same file, and the last one wins. After a loss
-    of power `path` is the old file or the new one: the content is on the disk before the name, and the name before
-    this returns.
+    The name is used once: several processes and threads may write the same file, and the last one
+    wins. After a loss of power `path` is the old file or the new one: the content is on the disk
+    before the name, and the name before this returns.
     """
     temporary = path.with_name(f".{path.name}{mark()}")
     try:
@@ -61,13 +65,16 @@ def sync_folder(folder: Path) -> None:
     try:
         _sync(folder)
     except OSError:
-        """Some network and user-space file systems cannot sync folders; the rename itself has succeeded."""
+        """Some network and user-space file systems cannot sync folders; the rename itself has
+        succeeded.
+        """
 
 
 def sweep(folder: Path) -> None:
     """Removes the temporary files and folders that killed processes left in a folder.
 
-    Those of processes that are alive stay, and so do those that another machine has touched within a day.
+    Those of processes that are alive stay, and so do those that another machine has touched within
+    a day.
     """
     for path in folder.glob(".*.new"):
         if not _left_behind(path):
@@ -95,14 +102,19 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # somebody else's process; a number that no process has
+    except (
+        PermissionError,
+        OverflowError,
+    ):  # somebody else's process; a number that no process has
         return True
     return True
 
 
 @cache
 def _place() -> str:
-    """Eight hex characters for the machine, or the container, in which this process's number means this process."""
+    """Eight hex characters for the machine, or the container, in which this process's number means
+    this process.
+    """
     try:
         numbers = os.readlink("/proc/self/ns/pid")
     except OSError:  # no such thing outside Linux

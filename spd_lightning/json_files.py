@@ -1,14 +1,15 @@
 """Read and write the JSON files of runs, targets and harvests: one reader for all of them.
 
-A file on disk may be truncated, changed in one bit, or written by somebody else. `read` returns a value of the shape
-that its caller names, or raises one line that gives the file, the place in it, what was expected there, and what to do:
+A file on disk may be truncated, changed in one bit, or written by somebody else. `read` returns a
+value of the shape that its caller names, or raises one line that gives the file, the place in it,
+what was expected there, and what to do:
 
 1. the file's size is bounded, its text is UTF-8 and JSON, and no key stands twice in an object;
 2. every value has the type of its place: a `TypedDict`, a dataclass, a list, a literal (`conform`);
 3. the seal, a digest of the rest that `dumped` puts into every object, fits (`unsealed`).
 
-A file without a seal is read as well, since people and other tools write JSON too; damage does not remove a seal
-unnoticed. A seal detects accidents, not attackers: it is not a signature.
+A file without a seal is read as well, since people and other tools write JSON too; damage does not
+remove a seal unnoticed. A seal detects accidents, not attackers: it is not a signature.
 """
 
 import dataclasses
@@ -58,7 +59,7 @@ class Mismatch(ValueError):
         super().__init__(f"{place}: expected {wanted}, found {shown}".removeprefix(": "))
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def read(path: Path, kind: Any, remedy: str, what: str = "", first: First | None = None) -> Any:
@@ -69,19 +70,24 @@ def read(path: Path, kind: Any, remedy: str, what: str = "", first: First | None
         kind: what it holds: a TypedDict, a dataclass, `dict[str, float]`, …
         remedy: how the error ends: what to do about it.
         what: how the error begins, before the file's name; for example "harvest manifest ".
-        first: looks at an object before its seal and its types are checked; for example at its version.
+        first: looks at an object before its seal and its types are checked; for example at its
+            version.
 
     Raises:
         BadInput: the file cannot be read, is damaged, or holds something else.
     """
     try:
         if (size := path.stat().st_size) > MOST_BYTES:
-            raise ValueError(f"it has {size:,} bytes, and no such file has more than {MOST_BYTES:,}")
+            raise ValueError(
+                f"it has {size:,} bytes, and no such file has more than {MOST_BYTES:,}"
+            )
         return parsed(path.read_bytes(), kind, first)
     except BadInput:
         raise
     except OSError as error:
-        raise BadInput(f"{what}'{path}': cannot be read ({error.strerror or error}); check the path") from error
+        raise BadInput(
+            f"{what}'{path}': cannot be read ({error.strerror or error}); check the path"
+        ) from error
     except ValueError as error:
         raise BadInput(f"{what}'{path}': {error}; {remedy}") from error
 
@@ -110,7 +116,9 @@ def parsed(content: bytes, kind: Any, first: First | None = None) -> Any:
 
 def check_levels(value: Any, room: int) -> None:
     """Raise ValueError where lists and objects are nested in more than `room` levels."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    inner = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    )
     if inner is None:
         return
     if room == 0:
@@ -137,7 +145,9 @@ def unsealed(value: dict[str, Any]) -> dict[str, Any]:
         return value
     rest = {key: held for key, held in value.items() if key != SEAL}
     if value[SEAL] != _digest(rest):
-        raise ValueError(f"its content does not match its {SEAL}: it was changed after it was written")
+        raise ValueError(
+            f"its content does not match its {SEAL}: it was changed after it was written"
+        )
     return rest
 
 
@@ -160,11 +170,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# ---- types ----------------------------------------------------------------------------------------------------------
+# ---- types ---------------------------------------------------------------------------------------
 
 
 def conform(value: Any, kind: Any, place: str = "") -> Any:
-    """A JSON value as the type that its place has: lists become tuples, objects dataclasses, where those are wanted.
+    """A JSON value as the type that its place has: lists become tuples, objects dataclasses, where
+    those are wanted.
 
     Raises:
         Mismatch: it is not of that type; the place is named, as `shards[3].tables.nodes`.
@@ -176,7 +187,8 @@ def conform(value: Any, kind: Any, place: str = "") -> Any:
     if dataclasses.is_dataclass(kind):
         assert isinstance(kind, type)
         return _dataclass(value, kind, place)
-    origin, inner = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    inner = get_args(kind)
     if origin is Literal:
         if any(value == one and type(value) is type(one) for one in inner):
             return value
@@ -224,7 +236,10 @@ def _sequence(value: Any, origin: type, inner: tuple[Any, ...], place: str) -> A
     if fixed and len(value) != len(inner):
         raise Mismatch(place, f"a list of {len(inner)}", value)
     kinds = inner if fixed else [inner[0]] * len(value)
-    return origin(conform(one, kind, f"{place}[{k}]") for k, (one, kind) in enumerate(zip(value, kinds, strict=True)))
+    return origin(
+        conform(one, kind, f"{place}[{k}]")
+        for k, (one, kind) in enumerate(zip(value, kinds, strict=True))
+    )
 
 
 def _mapping(value: Any, kind: Any, place: str) -> dict[str, Any]:
@@ -242,7 +257,9 @@ def _object(value: Any, kind: Any, place: str) -> dict[str, Any]:
     for key in value:
         if key not in hints and kind not in _OPEN:
             raise Mismatch(_inside(place, key), f"one of {', '.join(hints)}", key)
-    return {key: conform(held, hints.get(key, Any), _inside(place, key)) for key, held in value.items()}
+    return {
+        key: conform(held, hints.get(key, Any), _inside(place, key)) for key, held in value.items()
+    }
 
 
 def _dataclass(value: Any, kind: type, place: str) -> Any:

@@ -1,10 +1,12 @@
 """The labels of tokens, and the text that a row of labels adds up to.
 
-A token is labeled by its text. A tokenizer that works on bytes may split one character over several tokens. A token
-that holds only a part of a character is labeled by its bytes: `é` is the byte tokens `<0xC3>` and `<0xA9>`. A token
-whose text happens to look like such a label is labeled by its bytes too, so labels can always be read back.
+A token is labeled by its text. A tokenizer that works on bytes may split one character over several
+tokens. A token that holds only a part of a character is labeled by its bytes: `é` is the byte
+tokens `<0xC3>` and `<0xA9>`. A token whose text happens to look like such a label is labeled by its
+bytes too, so labels can always be read back.
 
-What a tokenizer drops or changes before it makes tokens cannot be read back: see `analysis.prompts.search_key`.
+What a tokenizer drops or changes before it makes tokens cannot be read back: see
+`analysis.prompts.search_key`.
 """
 
 import re

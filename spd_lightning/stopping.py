@@ -1,9 +1,11 @@
-"""Signals that end a command: SIGTERM, SIGINT (Ctrl-C) and SIGHUP stop every verb with one line and code 128 + number.
+"""Signals that end a command: SIGTERM, SIGINT (Ctrl-C) and SIGHUP stop every verb with one line and
+code 128 + number.
 
-1. Most work is stopped at once: the handler raises `Stopped` wherever the process is. Files appear whole or not at
-   all, so that nothing half-made is left behind.
-2. A training is stopped between two blocks of steps, after a checkpoint: between `hold` and `release` a signal is only
-   noted. A second signal, two seconds later or more, does not wait for that.
+1. Most work is stopped at once: the handler raises `Stopped` wherever the process is. Files appear
+   whole or not at all, so that nothing half-made is left behind.
+2. A training is stopped between two blocks of steps, after a checkpoint: between `hold` and
+   `release` a signal is only noted. A second signal, two seconds later or more, does not wait for
+   that.
 3. A signal that the parent process ignores (`nohup`, a shell's background job) is ignored here too.
 """
 
@@ -19,7 +21,9 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PATIENCE = 2.0
-"""Seconds within which signals count as one: a terminal sends Ctrl-C to all processes, and parents pass it on."""
+"""Seconds within which signals count as one: a terminal sends Ctrl-C to all processes, and parents
+pass it on.
+"""
 
 
 class Stopped(SystemExit):
@@ -29,26 +33,32 @@ class Stopped(SystemExit):
         number: the signal.
 
     Attributes:
-        place: where the work stood, as a part of the line that is printed; empty if that says nothing.
+        place: where the work stood, as a part of the line that is printed; empty if that says
+            nothing.
     """
 
     def __init__(self, number: int):
         super().__init__(128 + number)
-        self.number, self.place = signal.Signals(number), ""
+        self.number = signal.Signals(number)
+        self.place = ""
 
 
 _received: signal.Signals | None = None
 _since = 0.0  # when it was received
 _held = False  # whether the first signal is only noted
-_ours: tuple[signal.Signals, ...] = ()  # the signals that are handled here, while `listening` is open
+_ours: tuple[
+    signal.Signals, ...
+] = ()  # the signals that are handled here, while `listening` is open
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global _received, _since
-    now, first = time.monotonic(), _received is None
+    now = time.monotonic()
+    first = _received is None
     if not first and now - _since < _PATIENCE:
         return
-    _received, _since = signal.Signals(number), now
+    _received = signal.Signals(number)
+    _since = now
     if not (_held and first):
         raise Stopped(number)
 
@@ -73,11 +83,15 @@ def listening() -> Iterator[None]:
         for number in _ours:
             handler = before[number]
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        _received, _held, _ours = None, False, ()
+        _received = None
+        _held = False
+        _ours = ()
 
 
 def take_back() -> None:
-    """Takes the signals back from a library that has put handlers of its own in the place of ours."""
+    """Takes the signals back from a library that has put handlers of its own in the place of
+    ours.
+    """
     for number in _ours:
         signal.signal(number, _handle)
 
@@ -126,7 +140,9 @@ def stop() -> NoReturn:
 
 
 def report(stopped: Stopped, remedy: str = "") -> int:
-    """Prints the line on a stopped command, from the first of its processes, and returns its exit code."""
+    """Prints the line on a stopped command, from the first of its processes, and returns its exit
+    code.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         parts = (f"Stopped by {stopped.number.name}", stopped.place)
         line = " ".join(filter(None, parts))

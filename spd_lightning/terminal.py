@@ -1,8 +1,9 @@
 """Substitutes for characters that the terminal, or the reader of our output, cannot show.
 
-Python raises UnicodeEncodeError when a stream in ASCII or Latin-1 is given a character that it cannot hold. Nothing
-that this program prints is worth a traceback: lines, arrows and signs get stand-ins in ASCII, letters lose their
-accents, and other characters are written as escapes. Streams in UTF-8 are not changed.
+Python raises UnicodeEncodeError when a stream in ASCII or Latin-1 is given a character that it
+cannot hold. Nothing that this program prints is worth a traceback: lines, arrows and signs get
+stand-ins in ASCII, letters lose their accents, and other characters are written as escapes. Streams
+in UTF-8 are not changed.
 """
 
 import codecs
@@ -31,14 +32,18 @@ STAND_INS = {
     "λ": "lambda",
     "µ": "u",
 }
-"""What is written instead of a character, where Unicode itself does not say it, as it does for `²` and `é`."""
+"""What is written instead of a character, where Unicode itself does not say it, as it does for `²`
+and `é`.
+"""
 
 
 def fit_streams() -> None:
     """Let standard output and standard error take any text, whatever their encoding is."""
     codecs.register_error("spd_stand_in", _encoded)
     for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)  # a notebook's stream has none, and takes any text
+        reconfigure = getattr(
+            stream, "reconfigure", None
+        )  # a notebook's stream has none, and takes any text
         if reconfigure is not None:
             reconfigure(errors="spd_stand_in")
 

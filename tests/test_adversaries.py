@@ -1,4 +1,6 @@
-"""The persistent adversary, against torch's own Adam on the same loss; mixed passes; hidden error (L6)."""
+"""The persistent adversary, against torch's own Adam on the same loss; mixed passes; hidden error
+(L6).
+"""
 
 import pytest
 import torch
@@ -23,15 +25,23 @@ def fitted(network, loss, seed=0):
     model = decomposed(network, seed)
     run = Pass.of(model, model.target.batch(4), generator())
     adversary = PersistentAdversary(loss.persistent, run.importances.lower, generator(3))
-    run.adversaries, run.progress = {"it": adversary}, 0.5
+    run.adversaries = {"it": adversary}
+    run.progress = 0.5
     return model, run, adversary
 
 
 @pytest.mark.parametrize("network", [Perceptron, Tokens, Branches])
 @pytest.mark.parametrize("particles", [None, 1, 3])
 def test_three_climbs_a_step_are_those_of_torchs_adam(network, particles):
-    """Two with all else at rest, one from the training loss's own gradient, whatever its coefficient."""
-    loss = Reconstruction("persistent_pgd", divergence="kl", coeff=7.0, persistent=Persistent(0.3, particles=particles))
+    """Two with all else at rest, one from the training loss's own gradient, whatever its
+    coefficient.
+    """
+    loss = Reconstruction(
+        "persistent_pgd",
+        divergence="kl",
+        coeff=7.0,
+        persistent=Persistent(0.3, particles=particles),
+    )
     model, run, adversary = fitted(network, loss)
     g = {name: value.detach() for name, value in run.importances.lower.items()}
     plain = {n: v.clone().requires_grad_() for n, v in adversary.vectors.items()}
@@ -99,27 +109,43 @@ def test_a_state_is_gone_on_from():
 def test_mixed_passes_are_wholly_chances_or_wholly_the_adversarys(share, monkeypatch):
     loss = Reconstruction("mixed", "subset", "kl", share=share)
     model, run, adversary = fitted(Tokens, loss)
-    seen, own = [], type(model).masked
-    watch = lambda self, batch, masks, *rest, **named: seen.append(masks) or own(self, batch, masks, *rest, **named)  # noqa: E731
+    seen = []
+    own = type(model).masked
+
+    def watch(self, batch, masks, *rest, **named):
+        seen.append(masks)
+        return own(self, batch, masks, *rest, **named)
+
     monkeypatch.setattr(type(model), "masked", watch)
     value = loss(run, "it")
     value.backward()
-    torch.testing.assert_close(value, kl(naive(model, run.batch, seen[-1]), run.clean.output), **EXACT)
+    torch.testing.assert_close(
+        value, kl(naive(model, run.batch, seen[-1]), run.clean.output), **EXACT
+    )
     assert len(seen) == 3
     gradients = [leaf.grad for leaf in adversary._leaves.values()]
     assert any(g.any() for g in gradients) == bool(share)
     if share:
         sources = {n: (v[..., :-1], v[..., -1]) for n, v in adversary.vectors.items()}
         everywhere = masks_from_sources(run.importances.lower, sources)
-        torch.testing.assert_close(value, kl(naive(model, run.batch, everywhere), run.clean.output), **EXACT)
+        torch.testing.assert_close(
+            value, kl(naive(model, run.batch, everywhere), run.clean.output), **EXACT
+        )
 
 
 def test_mixed_gives_each_sample_its_own(monkeypatch):
-    """A sample of the adversary's is routed everywhere under its sources; another somewhere, under others."""
+    """A sample of the adversary's is routed everywhere under its sources; another somewhere, under
+    others.
+    """
     loss = Reconstruction("mixed", "static", share=0.3, probability=0.4)
     model, run, adversary = fitted(Tokens, loss)
-    seen, own = [], type(model).masked
-    watch = lambda self, batch, masks, *rest, **named: seen.append(masks) or own(self, batch, masks, *rest, **named)  # noqa: E731
+    seen = []
+    own = type(model).masked
+
+    def watch(self, batch, masks, *rest, **named):
+        seen.append(masks)
+        return own(self, batch, masks, *rest, **named)
+
     monkeypatch.setattr(type(model), "masked", watch)
     loss(run, "it")
     whole = torch.stack([mask.route for mask in seen[-1].values()]).flatten(2).all(-1).all(0)
@@ -138,9 +164,14 @@ def test_l6_hidden_error_is_that_of_the_same_masked_run():
     _, hidden = Reconstruction("ci", hidden=("o", "d*"), hidden_coeff=3.0).terms(run)
     seen = {}
     naive(model, run.batch, {n: Mask(g, 0.0) for n, g in run.importances.lower.items()}, seen)
-    errors = [((seen[n] - run.clean.inputs[n]) ** 2).sum() / (run.clean.inputs[n] ** 2).sum() for n in ("o", "down")]
+    errors = [
+        ((seen[n] - run.clean.inputs[n]) ** 2).sum() / (run.clean.inputs[n] ** 2).sum()
+        for n in ("o", "down")
+    ]
     torch.testing.assert_close(hidden, sum(errors) / 2, **EXACT)
-    total, terms = Losses(reconstruction={"a": Reconstruction("ci", hidden=("o", "d*"), hidden_coeff=3.0)})(run)
+    total, terms = Losses(
+        reconstruction={"a": Reconstruction("ci", hidden=("o", "d*"), hidden_coeff=3.0)}
+    )(run)
     assert list(terms)[-2:] == ["reconstruction/a", "hidden/a"]
     rest = Losses(reconstruction={"a": Reconstruction("ci")})(run)[0]
     torch.testing.assert_close(total - rest, 3 * hidden, rtol=1e-8, atol=1e-10)

@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.toy_run import ALIVE, FEATURES, C, W, make_harvest, make_run
 
-from spd_lightning.analysis.components import component_summary, identity_order, importance_matrix, sites
+from spd_lightning.analysis.components import (
+    component_summary,
+    identity_order,
+    importance_matrix,
+    sites,
+)
 from spd_lightning.analysis.graphs import node_edges, prompt_graph, tables
 from spd_lightning.analysis.prompts import ALL_PROBES, graph_list, prompt_label, prompt_list
 from spd_lightning.analysis.weights import factors
@@ -43,18 +48,28 @@ def rows(store) -> Rows:
     importance=st.floats(0, 1),
 )
 def test_strongest_edges_are_those_of_a_loop(store, rows, number, top_k, threshold, importance):
-    """A filter keeps an edge if and only if it is strong enough and both of its nodes are important enough."""
+    """A filter keeps an edge if and only if it is strong enough and both of its nodes are important
+    enough.
+    """
     prompt = rows["prompts"][number]["prompt_id"]
     nodes = [row for row in rows["nodes"] if row["prompt_id"] == prompt]
     edges = [row for row in rows["edges"] if row["prompt_id"] == prompt]
     largest = max((abs(row["attribution"]) for row in edges), default=0.0)
-    kept = {row["node"] for row in nodes if row["importance"] is None or row["importance"] >= importance}
-    passing = [e for e in edges if abs(e["attribution"]) >= threshold * largest and {e["source"], e["target"]} <= kept]
+    kept = {
+        row["node"] for row in nodes if row["importance"] is None or row["importance"] >= importance
+    }
+    passing = [
+        e
+        for e in edges
+        if abs(e["attribution"]) >= threshold * largest and {e["source"], e["target"]} <= kept
+    ]
     passing.sort(key=lambda e: (-abs(e["attribution"]), e["source"], e["target"]))
 
     graph = prompt_graph(store, prompt, top_k, threshold, importance)
     assert set(graph.nodes["node"]) == kept
-    assert graph.edges.to_dicts() == [{k: v for k, v in e.items() if k != "prompt_id"} for e in passing[:top_k]]
+    assert graph.edges.to_dicts() == [
+        {k: v for k, v in e.items() if k != "prompt_id"} for e in passing[:top_k]
+    ]
     assert (graph.nodes_total, graph.edges_total) == (len(nodes), len(edges))
     assert (graph.edges_passing, graph.largest) == (len(passing), largest)
 
@@ -119,23 +134,34 @@ def test_component_summary_divides_summed_counts(store, rows):
         summary = component_summary(store, layer).to_dicts()
         assert [row["component"] for row in summary] == list(range(C))
         for row in summary:
-            own = [r for r in rows["components"] if (r["layer"], r["component"]) == (layer, row["component"])]
+            own = [
+                r
+                for r in rows["components"]
+                if (r["layer"], r["component"]) == (layer, row["component"])
+            ]
             positions = sum(r["positions"] for r in own)
             assert positions == 69
             assert row["density"] == sum(r["firings"] for r in own) / positions
-            assert row["mean_importance"] == pytest.approx(sum(r["importance_sum"] for r in own) / positions)
+            assert row["mean_importance"] == pytest.approx(
+                sum(r["importance_sum"] for r in own) / positions
+            )
             assert row["alive"] == (row["component"] in ALIVE)
 
 
 def test_an_unknown_site_gets_a_suggestion(store):
-    for reading in (lambda: component_summary(store, "liner1"), lambda: importance_matrix(store, [], "liner1")):
+    for reading in (
+        lambda: component_summary(store, "liner1"),
+        lambda: importance_matrix(store, [], "liner1"),
+    ):
         with pytest.raises(BadInput, match="did you mean 'linear1'"):
             reading()
 
 
 def test_prompts_are_listed_probes_first_with_readable_names(store):
     listed = prompt_list(store)
-    assert listed["label"].head(FEATURES).to_list() == [f"feature {f} = 0.75" for f in range(FEATURES)]
+    assert listed["label"].head(FEATURES).to_list() == [
+        f"feature {f} = 0.75" for f in range(FEATURES)
+    ]
     assert listed["split"].to_list() == ["probe"] * 5 + ["random"] * 64
     numbers = [int(label.split()[1]) for label in listed["label"][5:]]
     assert numbers == list(range(64))
@@ -147,7 +173,10 @@ def test_all_probes_together_are_the_sum_of_their_graphs(store, rows):
     assert listed.row(0) == (ALL_PROBES, "all 5 probes together", "probe")
     assert listed[1:].equals(prompt_list(store))
     probes = {row["prompt_id"] for row in rows["prompts"] if row["split"] == "probe"}
-    place, sums, activations, importances = {}, defaultdict(float), defaultdict(float), defaultdict(list)
+    place = {}
+    sums = defaultdict(float)
+    activations = defaultdict(float)
+    importances = defaultdict(list)
     for row in rows["nodes"]:
         if row["prompt_id"] in probes:
             key = (row["layer"], row["kind"], row["pos"], row["component"])
@@ -156,11 +185,15 @@ def test_all_probes_together_are_the_sum_of_their_graphs(store, rows):
             importances[key].append(row["importance"])
     for row in rows["edges"]:
         if row["prompt_id"] in probes:
-            sums[place[row["prompt_id"], row["source"]], place[row["prompt_id"], row["target"]]] += row["attribution"]
+            sums[
+                place[row["prompt_id"], row["source"]], place[row["prompt_id"], row["target"]]
+            ] += row["attribution"]
     nodes, edges = tables(store, ALL_PROBES)
     assert nodes["node"].to_list() == list(range(len(activations)))
     names = [(r["layer"], r["kind"], r["pos"], r["component"]) for r in nodes.iter_rows(named=True)]
-    assert dict(zip(names, nodes["activation"], strict=True)) == pytest.approx(activations, rel=1e-5)
+    assert dict(zip(names, nodes["activation"], strict=True)) == pytest.approx(
+        activations, rel=1e-5
+    )
     assert {n: i for n, i in zip(names, nodes["importance"], strict=True) if i is not None} == {
         name: max(values) for name, values in importances.items() if None not in values
     }
@@ -181,7 +214,8 @@ def test_texts_are_joined_as_they_were_written():
 def test_tied_factors_are_transposes(tmp_path):
     """D9: V_B = U_Aᵀ and U_B = V_Aᵀ; D1: the components add up to the weight."""
     run = make_run(tmp_path / "run", harvests=())
-    first, second = factors(run, "linear1"), factors(run, "linear2")
+    first = factors(run, "linear1")
+    second = factors(run, "linear2")
     assert first is not None
     assert second is not None
     assert np.array_equal(second.V, first.U.T)
@@ -200,7 +234,9 @@ def test_missing_or_broken_weights(tmp_path):
 
 
 def test_damage_inside_a_file_is_bad_input(tmp_path, store):
-    """A shard that is broken where its length does not show it gets one line, not a reader's traceback."""
+    """A shard that is broken where its length does not show it gets one line, not a reader's
+    traceback.
+    """
     harvest = shutil.copytree(store.path, tmp_path / "broken")
     for shard in (harvest / "edges").glob("*.parquet"):
         content = bytearray(shard.read_bytes())

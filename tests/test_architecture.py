@@ -1,4 +1,6 @@
-"""The house stands as planned: who may import whom, what costs nothing to import, how long a file may get."""
+"""The house stands as planned: who may import whom, what costs nothing to import, how long a file
+may get.
+"""
 
 import ast
 import re
@@ -15,7 +17,9 @@ SOURCES = sorted((ROOT / "spd_lightning").rglob("*.py"))
 def test_import_contracts_hold():
     """The layers of pyproject.toml, as import-linter checks them."""
     linter = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -26,14 +30,19 @@ def test_import_contracts_hold():
         ("spd_lightning.cli", {"torch", "lightning", "polars", "gradio", "mlflow", "wandb"}),
         ("spd_lightning.runs", {"torch", "lightning", "mlflow", "wandb", "polars"}),
         ("spd_lightning.store", {"torch", "lightning", "gradio"}),
-        ("spd_lightning.attribution.autograd", {"lightning", "polars", "matplotlib", "gradio", "mlflow"}),
+        (
+            "spd_lightning.attribution.autograd",
+            {"lightning", "polars", "matplotlib", "gradio", "mlflow"},
+        ),
         ("app", {"torch", "lightning"}),
     ],
 )
 def test_importing_one_does_not_import(module, absent):
     """What a part does not need it does not load, however it is reached."""
     code = f"import sys, {module}; print(*({absent!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == ""
 
 
@@ -41,17 +50,25 @@ def test_help_needs_nothing_heavy():
     """`--help` answers before torch, Lightning or even the command line proper is imported."""
     code = "import sys; sys.argv = ['x', '--help']; import runpy; "
     code += "runpy.run_module('spd_lightning', run_name='__main__'); "
-    code += "print('HEAVY', *({'torch', 'lightning', 'yaml', 'spd_lightning.cli'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code += (
+        "print('HEAVY', *({'torch', 'lightning', 'yaml', 'spd_lightning.cli'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1].strip() == "HEAVY"
     assert "fit" in done.stdout
 
 
 FIRST_WORDS = {"What", "Of", "That", "Those", "Which"}
 UNNATURAL = re.compile(
-    r"where left out|\banew\b|\b(?:is|are) no (?:site|node|number)s?\b|foretold|foretell|fell silent"
+    r"where left out|\banew\b|foretold|foretell|"
+    r"\b(?<!there )(?:is|are) no (?:site|node|number)s?\b|"
+    r"fell silent"
 )
-"""Words that no one says: *if omitted*, *again*, *is not a site*, *predict* and *is ablated* are the usual ones."""
+"""Words that no one says: *if omitted*, *again*, *is not a site*, *predict* and *is ablated* are
+the usual ones.
+"""
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -68,10 +85,10 @@ def test_docstrings_can_be_read_without_the_name_above_them(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_stay_readable(path):
-    """No file far above 400 lines, no function above 60, no drawer for odds and ends."""
+    """No file above 500 lines, no function above 80, no drawer for odds and ends."""
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 400
+    assert text.count("\n") <= 500
     assert path.stem not in {"utils", "helpers", "common", "base", "misc"}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert (node.end_lineno or node.lineno) - node.lineno < 60, node.name
+            assert (node.end_lineno or node.lineno) - node.lineno < 80, node.name

@@ -1,4 +1,6 @@
-"""Prompt attributions (laws A1–A8) against a cut run written out, hand formulas, interventions and sums."""
+"""Prompt attributions (laws A1–A8) against a cut run written out, hand formulas, interventions and
+sums.
+"""
 
 import math
 from collections import defaultdict
@@ -12,8 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from spd_lightning.attribution import autograd
-from spd_lightning.attribution.autograd import connected, crossing, cut_run, edges, oracle, prompt_edges
-from spd_lightning.attribution.graph import MODES, Mode, Subject
+from spd_lightning.attribution.autograd import (
+    connected,
+    crossing,
+    cut_run,
+    oracle,
+    prompt_edges,
+    vjp_edges,
+)
+from spd_lightning.attribution.graph import MODES, GraphSpec, Mode
 from spd_lightning.attribution.outputs import every_output, likely_tokens
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.model import ComponentModel
@@ -23,7 +32,7 @@ THRESHOLD = 0.3
 SPARSE_CI = Mode("ci", "off", "frozen")
 
 
-# ---- targets, and their forward passes over leaves and constants ----------------------------------------------------
+# ---- targets, and their forward passes over leaves and constants ---------------------------------
 
 
 class Decoder(nn.Module):
@@ -40,15 +49,18 @@ class Decoder(nn.Module):
     class Block(nn.Module):
         def __init__(self, d):
             super().__init__()
-            self.norm1, self.norm2 = Decoder.RMSNorm(d), Decoder.RMSNorm(d)
+            self.norm1 = Decoder.RMSNorm(d)
+            self.norm2 = Decoder.RMSNorm(d)
             self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=name == "v") for name in "qkvo")
-            self.fc, self.down = nn.Linear(d, d + 1), nn.Linear(d + 1, d)
+            self.fc = nn.Linear(d, d + 1)
+            self.down = nn.Linear(d + 1, d)
 
     def __init__(self, vocab=6, d=4, blocks=1):
         super().__init__()
         self.start = nn.ModuleDict({"tokens": nn.Embedding(vocab, d)})
         self.blocks = nn.ModuleList(Decoder.Block(d) for _ in range(blocks))
-        self.norm, self.head = Decoder.RMSNorm(d), nn.Linear(d, vocab, bias=False)
+        self.norm = Decoder.RMSNorm(d)
+        self.head = nn.Linear(d, vocab, bias=False)
 
     def forward(self, tokens):
         x = self.start["tokens"](tokens)
@@ -68,7 +80,9 @@ def attended(q, k, v, heads, softmax):
 
 
 def written_out(target, x, run):
-    """The forward pass of one prompt where `run` answers for sites, inputs, non-linearities and attention patterns."""
+    """The forward pass of one prompt where `run` answers for sites, inputs, non-linearities and
+    attention patterns.
+    """
     match target:
         case TMS():
             h = run.map("linear1", run.leaf("input", "input", x))
@@ -93,22 +107,39 @@ def written_out(target, x, run):
             for k, block in enumerate(target.blocks):
                 n = block.norm1(stream)
                 q, key, v = (run.map(f"blocks.{k}.{name}", n) for name in "qkv")
-                stream = stream + run.map(f"blocks.{k}.o", attended(q, key, v, 1, run.softmax(f"pattern{k}")))
-                stream = stream + run.map(f"blocks.{k}.down", F.gelu(run.map(f"blocks.{k}.fc", block.norm2(stream))))
+                stream = stream + run.map(
+                    f"blocks.{k}.o", attended(q, key, v, 1, run.softmax(f"pattern{k}"))
+                )
+                stream = stream + run.map(
+                    f"blocks.{k}.down", F.gelu(run.map(f"blocks.{k}.fc", block.norm2(stream)))
+                )
             return run.map("head", target.norm(stream))
 
 
 class Cut:
-    """The cut run of one prompt by the text of section A: leaves are constants, and one node of one can be scaled."""
+    """The cut run of one prompt by the text of section A: leaves are constants, and one node of one
+    can be scaled.
+    """
 
     def __init__(self, model, prompt, g, mode, threshold):
-        self.model, self.prompt, self.g, self.mode, self.threshold = model, prompt, g, mode, threshold
-        self.held, self.nodes, self.scaled, self.factor = {}, {}, None, 1.0
+        self.model = model
+        self.prompt = prompt
+        self.g = g
+        self.mode = mode
+        self.threshold = threshold
+        self.held = {}
+        self.nodes = {}
+        self.scaled = None
+        self.factor = 1.0
         self.base = self.values(None, 1.0)
 
     def values(self, scaled, factor):
-        """a_T [pos, C] of every site, and the output [pos, K], with one node's leaf multiplied by a factor."""
-        self.read, self.scaled, self.factor = {}, scaled, factor
+        """a_T [pos, C] of every site, and the output [pos, K], with one node's leaf multiplied by a
+        factor.
+        """
+        self.read = {}
+        self.scaled = scaled
+        self.factor = factor
         x = self.prompt[None] if self.prompt.is_floating_point() else self.prompt
         self.read["output", "output"] = written_out(self.model.target, x, self)
         return self.read
@@ -119,7 +150,9 @@ class Cut:
 
     def leaf(self, kind, name, value):
         value = self.constant((kind, name), value).clone()
-        self.nodes.setdefault((kind, name), value != 0 if kind == "input" else torch.ones(len(value), 1) > 0)
+        self.nodes.setdefault(
+            (kind, name), value != 0 if kind == "input" else torch.ones(len(value), 1) > 0
+        )
         if self.scaled is not None and self.scaled[:2] == (kind, name):
             pos, i = self.scaled[2:]
             value[pos, i if kind in ("input", "component") else slice(None)] *= self.factor
@@ -136,7 +169,9 @@ class Cut:
         x = F.one_hot(x, W.shape[1]).to(W.dtype) if x.dtype == torch.long else x
         if name not in self.model.sites:
             return x @ W.T + b
-        V, U, g = self.model[name].V.detach(), self.model[name].U.detach(), self.g[name]
+        V = self.model[name].V.detach()
+        U = self.model[name].U.detach()
+        g = self.g[name]
         a = self.read["component", name] = x @ V
         nodes = self.nodes["component", name] = g > self.threshold
         m = g if self.mode.mask == "ci" else torch.ones_like(g)
@@ -149,7 +184,11 @@ class Cut:
         return (m * cut * nodes) @ U + others + self.leaf("bias", name, b.expand(len(x), -1))
 
     def relu(self, name, h):
-        return h * (self.constant(name, h) > 0) if self.mode.linearization == "frozen" else torch.relu(h)
+        return (
+            h * (self.constant(name, h) > 0)
+            if self.mode.linearization == "frozen"
+            else torch.relu(h)
+        )
 
     def softmax(self, name):
         def pattern(scores, dim):
@@ -159,9 +198,13 @@ class Cut:
         return pattern
 
     def differences(self, step=1e-5):
-        """Every edge by moving its source: d a_T / d factor, the derivative along the source's own value (A1, A2)."""
+        """Every edge by moving its source: d a_T / d factor, the derivative along the source's own
+        value (A1, A2).
+        """
         found = {}
-        targets = self.nodes | {("output", "output"): torch.ones_like(self.base["output", "output"]) > 0}
+        targets = self.nodes | {
+            ("output", "output"): torch.ones_like(self.base["output", "output"]) > 0
+        }
         base = dict(self.base)
         for (kind, name), nodes in list(self.nodes.items()):
             for pos, i in nodes.nonzero().tolist():
@@ -174,7 +217,7 @@ class Cut:
         return found
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
 TOYS = {
     "tms": (lambda: TMS(5, 3, 1), {"*": 4}),
@@ -183,7 +226,10 @@ TOYS = {
     "residual, in part": (lambda: ResidualMLP(4, 6, [2, 3], 2), {"*out": 3}),
     "induction": (lambda: InductionHead(6, 4, 6, 2, n_heads=2), {"h.*": 3, "unembed": 4}),
     "induction 3": (lambda: InductionHead(5, 2, 6, 3), {"h.*": 2}),
-    "induction, embedding too": (lambda: InductionHead(6, 4, 6, 1), {"embed": 3, "h.*": 3, "unembed": 3}),
+    "induction, embedding too": (
+        lambda: InductionHead(6, 4, 6, 1),
+        {"embed": 3, "h.*": 3, "unembed": 3},
+    ),
     "induction, in part": (lambda: InductionHead(6, 4, 6, 2), {"h.*.[vo]_proj": 3}),
 }
 NORMED = {
@@ -191,11 +237,15 @@ NORMED = {
     "decoder, mlps": (lambda: Decoder(blocks=2), {"*fc": 3, "*down": 3}),
 }
 ALL = TOYS | NORMED
-CASES = [(name, mode) for name in ALL for mode in MODES if not (name in NORMED and mode == "frozen")]
+CASES = [
+    (name, mode) for name in ALL for mode in MODES if not (name in NORMED and mode == "frozen")
+]
 
 
 def made(name, prompts=2, seed=0, length=4):
-    """A model with random weights and biases, prompts, and importances with a different number alive everywhere."""
+    """A model with random weights and biases, prompts, and importances with a different number
+    alive everywhere.
+    """
     torch.manual_seed(seed)
     target = ALL[name][0]()
     for parameter in target.parameters():
@@ -218,10 +268,11 @@ def one(g, p):
 
 def alone(model, inputs, g, mode, p, threshold=THRESHOLD):
     """The oracle's edges of one prompt by itself; in mode `reference` those that it keeps (A5)."""
-    found = oracle(cut_run(Subject(model, inputs[p : p + 1], one(g, p), MODES[mode], threshold)))
+    found = oracle(cut_run(GraphSpec(model, inputs[p : p + 1], one(g, p), MODES[mode], threshold)))
     if mode != "reference":
         return found
-    direct, across = hand_pairs(model), hand_crossing(model)
+    direct = hand_pairs(model)
+    across = hand_crossing(model)
     kept = {}
     for key, value in found.items():
         source, s, _, reader, t, _ = key[1]
@@ -234,8 +285,15 @@ def dictionaries(layers, found, prompts):
     """The edges of each prompt of a batch, keyed as the oracle keys them."""
     result = [{} for _ in range(prompts)]
     for e in found:
-        ends = zip(e.prompt.tolist(), e.source_at.tolist(), e.target_at.tolist(), e.attribution.tolist(), strict=True)
-        source, target = layers[e.source], layers[e.target]
+        ends = zip(
+            e.prompt.tolist(),
+            e.source_at.tolist(),
+            e.target_at.tolist(),
+            e.attribution.tolist(),
+            strict=True,
+        )
+        source = layers[e.source]
+        target = layers[e.target]
         for p, at, to, value in ends:
             key = source.kind, (source.name, *at, target.name, *to)
             assert key not in result[p]
@@ -244,7 +302,9 @@ def dictionaries(layers, found, prompts):
 
 
 def batched(model, inputs, g, mode, threshold=THRESHOLD):
-    return dictionaries(*prompt_edges(Subject(model, inputs, g, MODES[mode], threshold)), len(inputs))
+    return dictionaries(
+        *prompt_edges(GraphSpec(model, inputs, g, MODES[mode], threshold)), len(inputs)
+    )
 
 
 def assert_equal(found, expected, rtol=1e-9, atol=1e-14):
@@ -255,8 +315,11 @@ def assert_equal(found, expected, rtol=1e-9, atol=1e-14):
 
 
 def hand_pairs(model):
-    """The pairs joined by a path without a site on it, worked out on paper for each architecture (A4)."""
-    target, sites = model.target, list(model.sites)
+    """The pairs joined by a path without a site on it, worked out on paper for each architecture
+    (A4).
+    """
+    target = model.target
+    sites = list(model.sites)
     match target:
         case TMS():
             return {*zip(["input", *sites], [*sites, "output"], strict=True)}
@@ -273,13 +336,16 @@ def hand_pairs(model):
             return stream_pairs(["embed", "pos_embed"], layers, sites)
         case Decoder():
             layers = [
-                {n: f"blocks.{k}.{n}" for n in ("q", "k", "v", "o", "fc", "down")} for k in range(len(target.blocks))
+                {n: f"blocks.{k}.{n}" for n in ("q", "k", "v", "o", "fc", "down")}
+                for k in range(len(target.blocks))
             ]
             return stream_pairs(["start.tokens"], layers, sites)
 
 
 def hand_crossing(model):
-    """The pairs whose path moves between positions, worked out on paper for each architecture (A4)."""
+    """The pairs whose path moves between positions, worked out on paper for each architecture
+    (A4).
+    """
     if isinstance(model.target, TMS | ResidualMLP):
         return set()
 
@@ -290,7 +356,11 @@ def hand_crossing(model):
     if not {"q", "k", "v", "o"} & {kind(site) for site in model.sites}:
         # MLPs alone: an attention block lies on every path but these
         last = [site for site in model.sites if kind(site) == "down"][-1]
-        return {(s, t) for s, t in pairs if (kind(s), kind(t)) != ("fc", "down") and (s, t) != (last, "output")}
+        return {
+            (s, t)
+            for s, t in pairs
+            if (kind(s), kind(t)) != ("fc", "down") and (s, t) != (last, "output")
+        }
     # keys and values are read elsewhere, queries where they stand
     return {(s, t) for s, t in pairs if kind(t) == "o" and kind(s) != "q"}
 
@@ -307,19 +377,25 @@ def stream_pairs(writers, layers, sites):
                 pairs |= {(w, layer[end]) for w in through}
                 writers = [*writers, layer[end]]
     last = "unembed" if "unembed" in sites else "output"
-    return pairs | {(w, last) for w in writers} | ({(last, "output")} if last != "output" else set())
+    return (
+        pairs | {(w, last) for w in writers} | ({(last, "output")} if last != "output" else set())
+    )
 
 
-# ---- the oracle, and all that is faster -----------------------------------------------------------------------------
+# ---- the oracle, and all that is faster ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a1_and_a2_the_oracle_is_the_slope_along_every_node(name, mode):
     model, inputs, g = made(name, prompts=1, length=3)
-    found = oracle(cut_run(Subject(model, inputs, g, MODES[mode], THRESHOLD)))
+    found = oracle(cut_run(GraphSpec(model, inputs, g, MODES[mode], THRESHOLD)))
     with torch.no_grad():
         moved = Cut(
-            model, inputs[0], {site: v[0] if v.ndim == 3 else v for site, v in g.items()}, MODES[mode], THRESHOLD
+            model,
+            inputs[0],
+            {site: v[0] if v.ndim == 3 else v for site, v in g.items()},
+            MODES[mode],
+            THRESHOLD,
         )
         expected = moved.differences()
     assert found.keys() <= expected.keys()
@@ -337,19 +413,22 @@ def test_a7_and_a8_batches_of_ragged_prompts_agree_with_the_oracle_of_each_alone
 @pytest.mark.parametrize("name", ALL)
 def test_a4_the_pairs_are_found_by_asking(name):
     model, inputs, g = made(name)
-    layers = cut_run(Subject(model, inputs, g, MODES["unmasked"], THRESHOLD))
+    layers = cut_run(GraphSpec(model, inputs, g, MODES["unmasked"], THRESHOLD))
     assert {(layers[s].name, layers[t].name) for s, t in connected(layers)} == hand_pairs(model)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_a4_a_decoder_of_b_blocks_has_the_stated_number_of_pairs(blocks):
     torch.manual_seed(0)
-    model, tokens = ComponentModel(Decoder(blocks=blocks), {"blocks.*": 2}).double(), torch.randint(0, 6, (1, 4))
+    model = ComponentModel(Decoder(blocks=blocks), {"blocks.*": 2}).double()
+    tokens = torch.randint(0, 6, (1, 4))
     g = {name: torch.ones(1, 4, 2).double() for name in model.sites}
-    layers = cut_run(Subject(model, tokens, g, MODES["unmasked"]))
+    layers = cut_run(GraphSpec(model, tokens, g, MODES["unmasked"]))
     assert len(connected(layers)) == 4 * blocks**2 + 7 * blocks + 1
     moving = {(k[0], k[3]) for _, k in oracle(layers) if k[1] != k[4]}
-    kinds = {(s.split(".")[-1], t.split(".")[-1], s.split(".")[1] == t.split(".")[1]) for s, t in moving}
+    kinds = {
+        (s.split(".")[-1], t.split(".")[-1], s.split(".")[1] == t.split(".")[1]) for s, t in moving
+    }
     assert kinds == {("k", "o", True), ("v", "o", True)}
 
 
@@ -371,11 +450,13 @@ def test_a5_and_a1_tms_by_hand():
     torch.manual_seed(0)
     target = TMS(5, 3)
     nn.init.normal_(target.linear2.bias)
-    model, x = ComponentModel(target, {"linear*": 4}).double(), torch.randn(5).double()
+    model = ComponentModel(target, {"linear*": 4}).double()
+    x = torch.randn(5).double()
     x[2] = 0
     g = {site: torch.rand(1, 4).double() for site in model.sites}
     g["linear1"][0, 1] = g["linear2"][0, 3] = 0
-    first, second = model["linear1"], model["linear2"]
+    first = model["linear1"]
+    second = model["linear2"]
     for mode in ("unmasked", "ci_masked", "frozen"):
         ci = mode == "ci_masked"
         m1, m2 = (g[s][0] if ci else torch.ones(4).double() for s in model.sites)
@@ -393,7 +474,9 @@ def test_a5_and_a1_tms_by_hand():
                 )
         for j in (0, 1, 2):
             for k in range(5):
-                expected["component", ("linear2", 0, j, "output", 0, k)] = m2[j] * a2[j] * second.U[j, k] * (y[k] > 0)
+                expected["component", ("linear2", 0, j, "output", 0, k)] = (
+                    m2[j] * a2[j] * second.U[j, k] * (y[k] > 0)
+                )
         expected = {key: value.item() for key, value in expected.items()}
         (found,) = batched(model, x[None], g, mode, 0.0)
         assert_equal({k: v for k, v in found.items() if k[0] in ("input", "component")}, expected)
@@ -403,7 +486,7 @@ def test_a5_and_a1_tms_by_hand():
 @pytest.mark.parametrize("mode", MODES)
 def test_a5_the_forward_pass_of_each_mode(name, mode):
     model, inputs, g = made(name)
-    output = cut_run(Subject(model, inputs, g, MODES[mode], THRESHOLD))[-1].value
+    output = cut_run(GraphSpec(model, inputs, g, MODES[mode], THRESHOLD))[-1].value
     masks = {site: Mask(value, 0.0) for site, value in g.items()}
     expected = model.masked(inputs, masks) if mode == "ci_masked" else model.target(inputs)
     torch.testing.assert_close(output, expected.reshape(output.shape), rtol=1e-10, atol=1e-10)
@@ -422,17 +505,21 @@ def test_a7_chunks_of_any_size_give_the_same(monkeypatch):
 def test_a7_in_float32(name):
     model, inputs, g = made(name)
     exact = alone(model, inputs, g, "unmasked", 0)
-    layers = cut_run(Subject(model, inputs[:1], one(g, 0), MODES["unmasked"], THRESHOLD))
-    value = {layer.name: layer.value[0] for layer in layers if layer.kind in ("component", "output")}
+    layers = cut_run(GraphSpec(model, inputs[:1], one(g, 0), MODES["unmasked"], THRESHOLD))
+    value = {
+        layer.name: layer.value[0] for layer in layers if layer.kind in ("component", "output")
+    }
     single = inputs.float() if inputs.is_floating_point() else inputs
-    found = batched(model.float(), single, {site: v.float() for site, v in g.items()}, "unmasked")[0]
+    found = batched(model.float(), single, {site: v.float() for site, v in g.items()}, "unmasked")[
+        0
+    ]
     assert found.keys() == exact.keys()
     for (kind, key), edge in exact.items():
         scale = max(abs(edge), abs(value[key[3]][key[4], key[5]].item()))
         assert found[kind, key] == pytest.approx(edge, rel=1e-4, abs=1e-6 * scale)
 
 
-# ---- frozen sums ----------------------------------------------------------------------------------------------------
+# ---- frozen sums ---------------------------------------------------------------------------------
 
 
 def sums(found, kinds=("component", "input", "embedding", "rest", "bias")):
@@ -447,9 +534,10 @@ def sums(found, kinds=("component", "input", "embedding", "rest", "bias")):
 @pytest.mark.parametrize("name", TOYS)
 def test_a6_frozen_in_edges_add_up_to_what_they_feed(name, threshold):
     model, inputs, g = made(name)
-    layers, found = prompt_edges(Subject(model, inputs, g, MODES["frozen"], threshold))
+    layers, found = prompt_edges(GraphSpec(model, inputs, g, MODES["frozen"], threshold))
     prompts = dictionaries(layers, found, len(inputs))
-    arriving, checked = [sums(prompt) for prompt in prompts], 0
+    arriving = [sums(prompt) for prompt in prompts]
+    checked = 0
     for layer in layers:
         read = layer.kind in ("component", "output") and layer.value.requires_grad
         for p, pos, j in layer.nodes.nonzero().tolist() if read else []:
@@ -457,19 +545,29 @@ def test_a6_frozen_in_edges_add_up_to_what_they_feed(name, threshold):
             assert arriving[p][layer.name, pos, j] == pytest.approx(expected, rel=1e-9, abs=1e-9)
             checked += 1
     assert checked >= layers[-1].nodes.sum()
-    assert max(abs(value) for prompt in prompts for (kind, _), value in prompt.items() if kind == "rest") > 0.01
+    assert (
+        max(
+            abs(value)
+            for prompt in prompts
+            for (kind, _), value in prompt.items()
+            if kind == "rest"
+        )
+        > 0.01
+    )
 
 
 @pytest.mark.parametrize("name", TOYS)
 def test_a6_under_ci_masks_without_delta_the_alive_edges_reach_the_sum_without_a_rest(name):
     model, inputs, g = made(name, prompts=1)
-    layers = cut_run(Subject(model, inputs, g, SPARSE_CI))
+    layers = cut_run(GraphSpec(model, inputs, g, SPARSE_CI))
     found = oracle(layers)
     arriving = sums(found, ("component", "input", "embedding", "bias"))
     for layer in layers:
         if layer.kind in ("component", "output") and layer.value.requires_grad:
             for _, pos, j in layer.nodes.nonzero().tolist():
-                assert arriving[layer.name, pos, j] == pytest.approx(layer.value[0, pos, j].item(), rel=1e-9, abs=1e-9)
+                assert arriving[layer.name, pos, j] == pytest.approx(
+                    layer.value[0, pos, j].item(), rel=1e-9, abs=1e-9
+                )
 
 
 @pytest.mark.parametrize(
@@ -478,13 +576,18 @@ def test_a6_under_ci_masks_without_delta_the_alive_edges_reach_the_sum_without_a
 def test_a6_every_non_linearity_has_its_secant(activation):
     torch.manual_seed(0)
     target = nn.Sequential(nn.Linear(4, 5), activation, nn.Linear(5, 3), activation)
-    model, x = ComponentModel(target, {"*": 4}).double(), 2 * torch.randn(3, 4).double()
+    model = ComponentModel(target, {"*": 4}).double()
+    x = 2 * torch.randn(3, 4).double()
     g = {site: torch.rand(3, 4).double() for site in model.sites}
-    layers, found = prompt_edges(Subject(model, x, g, MODES["frozen"], THRESHOLD))
+    layers, found = prompt_edges(GraphSpec(model, x, g, MODES["frozen"], THRESHOLD))
     torch.testing.assert_close(layers[-1].value[:, 0], target(x.clone()), rtol=1e-12, atol=1e-12)
     for p, arriving in enumerate(map(sums, dictionaries(layers, found, 3))):
         for (name, pos, j), value in arriving.items():
-            reader = next(layer for layer in layers if layer.name == name and layer.kind in ("component", "output"))
+            reader = next(
+                layer
+                for layer in layers
+                if layer.name == name and layer.kind in ("component", "output")
+            )
             assert value == pytest.approx(reader.value[p, pos, j].item(), rel=1e-9, abs=1e-9)
 
 
@@ -498,7 +601,7 @@ def test_a6_attention_patterns_are_held_queries_and_keys_are_read_and_do_not_wri
     assert ends <= readers
 
 
-# ---- nodes ----------------------------------------------------------------------------------------------------------
+# ---- nodes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threshold", [0.0, THRESHOLD])
@@ -506,10 +609,12 @@ def test_a3_nodes_are_the_components_above_the_threshold_and_all_inputs_and_outp
     for name in ("tms", "induction"):
         model, inputs, g = made(name)
         g["unembed" if name == "induction" else "linear2"][0, ..., 0] = threshold  # exclusive
-        for layer in cut_run(Subject(model, inputs, g, MODES["unmasked"], threshold)):
+        for layer in cut_run(GraphSpec(model, inputs, g, MODES["unmasked"], threshold)):
             match layer.kind:
                 case "component":
-                    assert torch.equal(layer.nodes, (g[layer.name] > threshold).reshape(layer.nodes.shape))
+                    assert torch.equal(
+                        layer.nodes, (g[layer.name] > threshold).reshape(layer.nodes.shape)
+                    )
                     assert torch.equal(layer.importance, g[layer.name].reshape(layer.nodes.shape))
                 case "input":
                     assert torch.equal(layer.nodes[:, 0], inputs != 0)
@@ -528,21 +633,27 @@ def test_a3_output_tokens_are_the_likely_ones_and_not_too_many(seed, vocab, floo
     for p, pos in ((p, pos) for p in range(2) for pos in range(3)):
         row = probability[p, pos].tolist()
         ranked = sorted(range(vocab), key=row.__getitem__, reverse=True)[:most]
-        assert chosen[p, pos].nonzero().flatten().tolist() == sorted(t for t in ranked if row[t] > floor)
+        assert chosen[p, pos].nonzero().flatten().tolist() == sorted(
+            t for t in ranked if row[t] > floor
+        )
 
 
 def test_a3_only_chosen_outputs_are_targets():
     model, inputs, g = made("induction", prompts=1)
     chosen = torch.zeros(1, 4, 6, dtype=torch.bool)
     chosen[0, 2, 5] = chosen[0, 3, 1] = True
-    layers = cut_run(Subject(model, inputs, g, MODES["unmasked"], THRESHOLD, lambda output: chosen))
-    (found,) = dictionaries(layers, edges(layers), 1)
+    layers = cut_run(
+        GraphSpec(model, inputs, g, MODES["unmasked"], THRESHOLD, lambda output: chosen)
+    )
+    (found,) = dictionaries(layers, vjp_edges(layers), 1)
     assert {key[4:] for _, key in found if key[3] == "output"} == {(2, 5), (3, 1)}
     everything = alone(model, inputs, g, "unmasked", 0)
-    assert found == {k: v for k, v in everything.items() if k[1][3] != "output" or k[1][4:] in {(2, 5), (3, 1)}}
+    assert found == {
+        k: v for k, v in everything.items() if k[1][3] != "output" or k[1][4:] in {(2, 5), (3, 1)}
+    }
 
 
-# ---- changes that must not matter -----------------------------------------------------------------------------------
+# ---- changes that must not matter ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -558,7 +669,10 @@ def test_a8_no_edge_runs_back_in_time_and_some_run_forward(name, mode):
 def test_a8_renaming_components_permutes_edges(name, mode):
     model, inputs, g = made(name)
     before = batched(model, inputs, g, mode)
-    orders = {site: torch.randperm(C, generator=torch.Generator().manual_seed(C)) for site, C in model.counts.items()}
+    orders = {
+        site: torch.randperm(C, generator=torch.Generator().manual_seed(C))
+        for site, C in model.counts.items()
+    }
     with torch.no_grad():
         for site, order in orders.items():
             model[site].V.copy_(model[site].V[:, order])
@@ -576,19 +690,25 @@ def test_a8_renaming_components_permutes_edges(name, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("name", "site"), [("tms", "hidden.0"), ("residual 2", "layers.0.mlp_out"), ("induction", "h.0.attn.v_proj")]
+    ("name", "site"),
+    [("tms", "hidden.0"), ("residual 2", "layers.0.mlp_out"), ("induction", "h.0.attn.v_proj")],
 )
 def test_a8_scaling_a_component_divides_its_in_edges_and_keeps_its_out_edges(name, site, mode):
     model, inputs, g = made(name)
     g[site][..., 1] = 0.8
-    before, k = batched(model, inputs, g, mode, 0.0), -2.5
+    before = batched(model, inputs, g, mode, 0.0)
+    k = -2.5
     with torch.no_grad():
         model[site].U[1] *= k
         model[site].V[:, 1] /= k
     for found, original in zip(batched(model, inputs, g, mode, 0.0), before, strict=True):
-        expected = {key: v / k if key[1][3] == site and key[1][5] == 1 else v for key, v in original.items()}
+        expected = {
+            key: v / k if key[1][3] == site and key[1][5] == 1 else v for key, v in original.items()
+        }
         assert any(key[1][3] == site and key[1][5] == 1 for key in expected)
-        assert any(key[1][0] == site and key[1][2] == 1 and key[0] == "component" for key in expected)
+        assert any(
+            key[1][0] == site and key[1][2] == 1 and key[0] == "component" for key in expected
+        )
         assert_equal(found, expected, atol=1e-12)
 
 
@@ -596,12 +716,13 @@ def test_a8_scaling_a_component_divides_its_in_edges_and_keeps_its_out_edges(nam
 def test_a8_padding_a_prompt_changes_nothing_before_it(mode):
     model, inputs, g = made("induction", length=6)
     short = {site: value[:, :4] for site, value in g.items()}
-    padded, cut = batched(model, inputs, g, mode), batched(model, inputs[:, :4], short, mode)
+    padded = batched(model, inputs, g, mode)
+    cut = batched(model, inputs[:, :4], short, mode)
     for long, expected in zip(padded, cut, strict=True):
         assert_equal({key: value for key, value in long.items() if key[1][4] < 4}, expected)
 
 
-# ---- interventions --------------------------------------------------------------------------------------------------
+# ---- interventions -------------------------------------------------------------------------------
 
 STRETCHES = [
     ("tms", "linear1", ["hidden.0"]),
@@ -631,24 +752,34 @@ def test_a1_switching_a_component_off_takes_its_edges_away(name, source, readers
                     change = (seen[reader] - clean.inputs[reader]) @ model[reader].V
                     for t, j in torch.ones(positions, model.counts[reader]).nonzero().tolist():
                         edge = found.get(("component", (source, s, i, reader, t, j)), 0.0)
-                        assert -change.reshape(positions, -1)[t, j].item() == pytest.approx(edge, rel=1e-9, abs=1e-11)
+                        assert -change.reshape(positions, -1)[t, j].item() == pytest.approx(
+                            edge, rel=1e-9, abs=1e-11
+                        )
 
 
 @pytest.mark.parametrize("name", list(ALL))
 def test_a4_pairs_that_cross_positions_are_those_worked_out_by_hand(name):
     model, inputs, g = made(name)
-    layers = cut_run(Subject(model, inputs, g, MODES["unmasked"], THRESHOLD))
+    layers = cut_run(GraphSpec(model, inputs, g, MODES["unmasked"], THRESHOLD))
     found = {(layers[s].name, layers[t].name) for s, t in crossing(layers)}
     assert found == hand_crossing(model)
 
 
 def test_a5_reference_keeps_keys_and_values_read_at_later_positions():
-    """The published graphs have k → o and v → o from every earlier position, and these are no small part."""
+    """The published graphs have k → o and v → o from every earlier position, and these are no small
+    part.
+    """
     model, inputs, g = made("decoder")
     (found, _) = batched(model, inputs, g, "reference")
     across = [key for _, key in found if key[1] != key[4]]
-    assert {(source[-1], reader[-1]) for source, _, _, reader, _, _ in across} == {("k", "o"), ("v", "o")}
+    assert {(source[-1], reader[-1]) for source, _, _, reader, _, _ in across} == {
+        ("k", "o"),
+        ("v", "o"),
+    }
     assert all(s < t for _, s, _, _, t, _ in across)
     kept = {key: value for (_, key), value in found.items() if key[1] != key[4]}
-    exact = oracle(cut_run(Subject(model, inputs[:1], one(g, 0), MODES["reference"], THRESHOLD)))
-    assert all(value == pytest.approx(exact["component", key], rel=1e-9, abs=1e-14) for key, value in kept.items())
+    exact = oracle(cut_run(GraphSpec(model, inputs[:1], one(g, 0), MODES["reference"], THRESHOLD)))
+    assert all(
+        value == pytest.approx(exact["component", key], rel=1e-9, abs=1e-14)
+        for key, value in kept.items()
+    )

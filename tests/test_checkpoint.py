@@ -1,4 +1,6 @@
-"""Weights on disk: what is read is what was written, bit for bit; what is damaged is told apart; no pickles."""
+"""Weights on disk: what is read is what was written, bit for bit; what is damaged is told apart; no
+pickles.
+"""
 
 import builtins
 import json
@@ -27,7 +29,15 @@ from spd_lightning.errors import BadInput
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.targets.toy import TMS
 from spd_lightning.training import tensor_files
-from spd_lightning.training.checkpoint import LAST, PREVIOUS, Checkpoints, SafetensorsIO, pack, resumable, unpack
+from spd_lightning.training.checkpoint import (
+    LAST,
+    PREVIOUS,
+    Checkpoints,
+    SafetensorsIO,
+    pack,
+    resumable,
+    unpack,
+)
 from spd_lightning.training.decompose import Decomposition, WarmUp
 from spd_lightning.training.evaluate import Evaluation
 from spd_lightning.training.interruption import Interruption
@@ -36,7 +46,9 @@ from spd_lightning.training.saved import SCHEMA
 from spd_lightning.training.tensor_files import write_tensors
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:.*in eval mode at the start.*"
+    "ignore:.*LeafSpec.*",
+    "ignore:.*does not have many workers.*",
+    "ignore:.*in eval mode at the start.*",
 )
 
 TARGET = {"class_path": "spd_lightning.TMS", "init_args": {"n_features": 5, "n_hidden": 2}}
@@ -44,8 +56,14 @@ TARGET = {"class_path": "spd_lightning.TMS", "init_args": {"n_features": 5, "n_h
 
 def decomposition(C: int = 7, **settings) -> Decomposition:
     """An untrained decomposition with importances of all sizes."""
-    settings = {"sites": {"linear1": C, "linear2": C}, "tied": {"linear2": "linear1"}, "seed": 1} | settings
-    module = Decomposition(build(TARGET), evaluation=Evaluation(identity=("linear1",), ladder=(2, 3)), **settings)
+    settings = {
+        "sites": {"linear1": C, "linear2": C},
+        "tied": {"linear2": "linear1"},
+        "seed": 1,
+    } | settings
+    module = Decomposition(
+        build(TARGET), evaluation=Evaluation(identity=("linear1",), ladder=(2, 3)), **settings
+    )
     module.target_spec = dict(TARGET)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -68,16 +86,26 @@ def refused(folder: Path) -> str:
     return str(caught.value)
 
 
-# ---- trees of tensors -----------------------------------------------------------------------------------------------
+# ---- trees of tensors ----------------------------------------------------------------------------
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+]
 
 
 @st.composite
 def tensors(draw):
     """Any shape up to three dimensions, empty ones and views that are not contiguous among them."""
     shape = draw(st.lists(st.integers(0, 3), max_size=3))
-    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))) * 3
+    tensor = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))) * 3
+    )
     tensor = tensor.to(draw(st.sampled_from(DTYPES)))
     return tensor.T if tensor.ndim == 2 and draw(st.booleans()) else tensor
 
@@ -104,7 +132,9 @@ def same(one, other) -> bool:
         case torch.Tensor():
             alike = one.dtype == other.dtype and one.shape == other.shape
             return (
-                alike and one.contiguous().numpy(force=True).tobytes() == other.numpy(force=True).tobytes()
+                alike
+                and one.contiguous().numpy(force=True).tobytes()
+                == other.numpy(force=True).tobytes()
                 if one.dtype != torch.bfloat16
                 else alike and torch.equal(one, other)
             )
@@ -135,11 +165,13 @@ def test_what_has_no_safe_form_is_refused(alien):
         pack({"a": [alien]}, {})
 
 
-# ---- no pickles -----------------------------------------------------------------------------------------------------
+# ---- no pickles ----------------------------------------------------------------------------------
 
 
 def test_nothing_is_pickled(tmp_path, monkeypatch):
-    """A fit, its checkpoints, a resume and a load, while pickle, torch.save and torch.load refuse to work."""
+    """A fit, its checkpoints, a resume and a load, while pickle, torch.save and torch.load refuse
+    to work.
+    """
 
     def refuse(*_, **__):
         raise AssertionError("pickled")
@@ -166,7 +198,9 @@ def test_no_source_file_speaks_of_pickles():
     package = Path(spd_lightning.__file__).parent
     for path in package.rglob("*.py"):
         code = path.read_text(encoding="utf-8")
-        assert not re.search(r"^\s*(import|from) (pickle|joblib|dill|cloudpickle)", code, re.MULTILINE), path
+        assert not re.search(
+            r"^\s*(import|from) (pickle|joblib|dill|cloudpickle)", code, re.MULTILINE
+        ), path
         assert not re.search(r"torch\.(save|load)\((?!.*weights_only=True)", code), path
 
 
@@ -185,17 +219,25 @@ def trainer(folder: Path, steps: int) -> Trainer:
 
 
 def test_strangers_cannot_run_code(saved):
-    """A decomposition pulled from a tracker names the class of its target: only networks are built."""
-    for path, args in (("os.system", {"command": f"touch {saved}/done"}), ("os.nothing", {}), ("nowhere.X", {})):
+    """A decomposition pulled from a tracker names the class of its target: only networks are
+    built.
+    """
+    for path, args in (
+        ("os.system", {"command": f"touch {saved}/done"}),
+        ("os.nothing", {}),
+        ("nowhere.X", {}),
+    ):
         change(saved, target={"class_path": path, "init_args": args})
         assert f"target '{path}': cannot be built" in refused(saved)
     assert not (saved / "done").exists()
 
 
-# ---- whole or not at all --------------------------------------------------------------------------------------------
+# ---- whole or not at all -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), safetensors.SafetensorError("I/O error")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), safetensors.SafetensorError("I/O error")]
+)
 def test_a_save_that_fails_leaves_the_old_one(tmp_path, monkeypatch, error):
     path = tmp_path / LAST
     io = SafetensorsIO()
@@ -213,16 +255,20 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path, monkeypatch, error):
 
 
 def test_a_process_that_dies_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
-    """What was written under the temporary name never has the real one: seen by stopping before every system call."""
+    """What was written under the temporary name never has the real one: seen by stopping before
+    every system call.
+    """
     path = tmp_path / "t.safetensors"
     SafetensorsIO().save_checkpoint({"step": 1}, path)
-    monkeypatch.setattr(runs.files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        runs.files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         SafetensorsIO().save_checkpoint({"step": 2}, path)
     assert SafetensorsIO().load_checkpoint(path) == {"step": 1}
 
 
-# ---- decompositions -------------------------------------------------------------------------------------------------
+# ---- decompositions ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["mlp", "vector_mlp", "shared_mlp", "global_mlp"])
@@ -296,7 +342,9 @@ def test_weights_of_another_model(saved):
     assert "weights of another model" in refused(saved)
     change(saved, model=facts["model"] | {"tied": {}})
     assert "weights of another model" in refused(saved)
-    change(saved, model=facts["model"], target=TARGET | {"init_args": {"n_features": 6, "n_hidden": 2}})
+    change(
+        saved, model=facts["model"], target=TARGET | {"init_args": {"n_features": 6, "n_hidden": 2}}
+    )
     assert "weights of another model" in refused(saved)
     change(saved, model=facts["model"] | {"unheard_of": 1}, target=TARGET)
     assert "model.unheard_of: expected one of sites, tied" in refused(saved)
@@ -313,7 +361,7 @@ def test_broken_description(saved, text):
     assert "decomposition.json'" in refused(saved)
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def resume(folder: Path, module: Decomposition) -> str:
@@ -326,12 +374,14 @@ def resume(folder: Path, module: Decomposition) -> str:
 def test_damaged_checkpoints(tmp_path):
     module = decomposition(inner_steps=5, checkpoint_every=10, warm_up=WarmUp(2))
     trainer(tmp_path, 20).fit(module, SparseFeatures(5, 0.3, 16))
-    path, content = tmp_path / LAST, (tmp_path / LAST).read_bytes()
+    path = tmp_path / LAST
+    content = (tmp_path / LAST).read_bytes()
     assert "weights of another model" in resume(tmp_path, decomposition(C=8))
     for damaged in (content[:-1], content[: len(content) // 2], b"", b"x" * 50):
         path.write_bytes(damaged)
-        assert "delete the folder 'checkpoints', and run the same fit again to start over" in resume(
-            tmp_path, decomposition()
+        assert (
+            "delete the folder 'checkpoints', and run the same fit again to start over"
+            in resume(tmp_path, decomposition())
         )
     write_tensors({"w": torch.ones(1)}, path)
     assert "not a checkpoint of this tool" in resume(tmp_path, decomposition())
@@ -339,8 +389,11 @@ def test_damaged_checkpoints(tmp_path):
 
 def test_opening_imports_no_tracker(saved, monkeypatch):
     """Loading imports what the target needs and nothing that speaks to a tracker."""
-    real, asked = builtins.__import__, []
-    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: asked.append(name) or real(name, *a, **k))
+    real = builtins.__import__
+    asked = []
+    monkeypatch.setattr(
+        builtins, "__import__", lambda name, *a, **k: asked.append(name) or real(name, *a, **k)
+    )
     Decomposition.from_pretrained(saved)
     assert not {"mlflow", "wandb"} & {name.partition(".")[0] for name in asked}
 
@@ -352,14 +405,16 @@ def test_a_target_in_half_precision_comes_back_in_single(tmp_path):
     module.model.target.to(torch.bfloat16)
     module.save(tmp_path)
     (tmp_path / "summary.json").write_text("{}")
-    found = Decomposition.from_pretrained(tmp_path, target=decoder().model.target.to(torch.bfloat16))
+    found = Decomposition.from_pretrained(
+        tmp_path, target=decoder().model.target.to(torch.bfloat16)
+    )
     assert {p.dtype for p in found.parameters()} == {torch.float32}
     (store,) = harvested(tmp_path, found, Ragged(lengths=(5,)), PromptGraphs())
     assert store.manifest["rows"]["checks"] > 0
     assert found.intervene(torch.tensor([[1, 2]]), ablate=["lm_head:0"]).edited.isfinite().all()
 
 
-# ---- when they are written ------------------------------------------------------------------------------------------
+# ---- when they are written -----------------------------------------------------------------------
 
 
 class Signalled(Decomposition):
@@ -372,7 +427,8 @@ class Signalled(Decomposition):
 
 
 def small(kind: type[Decomposition], **settings) -> Decomposition:
-    sites, tied = {"linear1": 7, "linear2": 7}, {"linear2": "linear1"}
+    sites = {"linear1": 7, "linear2": 7}
+    tied = {"linear2": "linear1"}
     return kind(build(TARGET), sites, tied, warm_up=WarmUp(0), inner_steps=5, **settings)
 
 
@@ -381,7 +437,9 @@ def step_of(path: Path) -> int:
 
 
 def test_a_signal_in_mid_training_saves_after_the_block_of_steps(tmp_path):
-    """Steps 10 to 14 are one block: the training ends at step 15 with a checkpoint of it, though none was due."""
+    """Steps 10 to 14 are one block: the training ends at step 15 with a checkpoint of it, though
+    none was due.
+    """
     fitting = trainer(tmp_path, 40)
     fitting.callbacks.append(Interruption())
     with stopping.listening(), pytest.raises(stopping.Stopped) as caught:
@@ -410,7 +468,9 @@ def test_lightning_does_not_take_the_signals(tmp_path):
 
 
 def test_checkpoints_by_time_and_the_two_that_are_kept(tmp_path):
-    """Where no time may pass between two, every block of steps has one, and the one before the last is kept."""
+    """Where no time may pass between two, every block of steps has one, and the one before the last
+    is kept.
+    """
     fitting = trainer(tmp_path, 20)
     fitting.callbacks[:] = [Checkpoints(tmp_path, seconds=0.0)]
     fitting.fit(small(Decomposition), SparseFeatures(5, 0.3, 16))
@@ -428,7 +488,9 @@ def test_a_checkpoint_before_the_last_steps(tmp_path):
 
 def write_two(folder: Path) -> tuple[Path, Path]:
     for step in (1, 2):
-        SafetensorsIO().save_checkpoint({"step": step, "w": torch.full((3,), float(step))}, folder / LAST)
+        SafetensorsIO().save_checkpoint(
+            {"step": step, "w": torch.full((3,), float(step))}, folder / LAST
+        )
     return folder / LAST, folder / PREVIOUS
 
 
@@ -456,7 +518,9 @@ def test_where_both_are_bad_the_line_says_what_to_delete(tmp_path):
     last, before = write_two(tmp_path)
     for path in (last, before):
         path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(BadInput, match="delete the folder 'checkpoints', and run the same fit again to start over"):
+    with pytest.raises(
+        BadInput, match="delete the folder 'checkpoints', and run the same fit again to start over"
+    ):
         SafetensorsIO().load_checkpoint(last)
 
 
@@ -489,17 +553,25 @@ def training(folder: Path, digest: str) -> Path:
 
 def test_the_checkpoint_of_another_training_is_rejected(tmp_path, caplog):
     """One that was copied from another run's folder would end in that run's weights."""
-    mine, other = training(tmp_path / "a", "1" * 12), training(tmp_path / "b", "2" * 12)
+    mine = training(tmp_path / "a", "1" * 12)
+    other = training(tmp_path / "b", "2" * 12)
     mine.write_bytes(other.read_bytes())
     assert SafetensorsIO().load_checkpoint(mine)["step"] == 1
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith("the checkpoint of another training; resuming from 'previous.safetensors' instead")
+    assert line.endswith(
+        "the checkpoint of another training; resuming from 'previous.safetensors' instead"
+    )
     mine.with_name(PREVIOUS.name).unlink()
-    with pytest.raises(BadInput, match="the checkpoint of another training; delete the folder 'checkpoints'"):
+    with pytest.raises(
+        BadInput, match="the checkpoint of another training; delete the folder 'checkpoints'"
+    ):
         SafetensorsIO().load_checkpoint(mine)
 
 
 def test_a_run_that_was_renamed_keeps_its_checkpoints(tmp_path):
     last = training(tmp_path / "a", "1" * 12)
     (tmp_path / "a").rename(tmp_path / "c")
-    assert SafetensorsIO().load_checkpoint(tmp_path / "c" / last.relative_to(tmp_path / "a"))["step"] == 2
+    assert (
+        SafetensorsIO().load_checkpoint(tmp_path / "c" / last.relative_to(tmp_path / "a"))["step"]
+        == 2
+    )

@@ -1,4 +1,6 @@
-"""The command line: what is wrong is told in one line with exit code 2, and nothing written before is lost."""
+"""The command line: what is wrong is told in one line with exit code 2, and nothing written before
+is lost.
+"""
 
 import json
 import os
@@ -26,14 +28,16 @@ from spd_lightning.training import checkpoint, figures
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.tensor_files import read_tensors, write_tensors
 
-FIT, PREDICT = ["fit", "--config", "tiny"], ["predict", "--config", "tiny"]
+FIT = ["fit", "--config", "tiny"]
+PREDICT = ["predict", "--config", "tiny"]
 SHORT = ["--trainer.max_steps", "10"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Iterator[Path]:
     """A working directory with runs/tiny in it, fitted and harvested. To be copied, not changed."""
-    here, threads = tmp_path_factory.mktemp("cli"), torch.get_num_threads()
+    here = tmp_path_factory.mktemp("cli")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
@@ -59,16 +63,25 @@ def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.fixture
 def refused(capsys, here):
-    """Runs a command that cannot work; returns the one line that says why. No file of a run may change."""
+    """Runs a command that cannot work; returns the one line that says why. No file of a run may
+    change.
+    """
 
     def command(*words: str, touches: bool = False) -> str:
         before = contents(here / "runs")
         capsys.readouterr()
         assert cli.run(words) == 2
         out, err = capsys.readouterr()
-        work = ("run ", "fit ", "predict ", "faithfulness ")  # what a command says while it still goes well
+        work = (
+            "run ",
+            "fit ",
+            "predict ",
+            "faithfulness ",
+        )  # what a command says while it still goes well
         lines = [
-            line for line in re.split(r"[\r\n]+|(?=faithfulness)", err) if line.strip() and not line.startswith(work)
+            line
+            for line in re.split(r"[\r\n]+|(?=faithfulness)", err)
+            if line.strip() and not line.startswith(work)
         ]
         assert out == ""
         assert len(lines) == 1, err
@@ -83,14 +96,18 @@ def refused(capsys, here):
 
 def contents(folder: Path) -> dict[Path, bytes]:
     """All files of runs; targets are made when needed."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock")
+    ]
     return {path: path.read_bytes() for path in files if "targets" not in path.parts}
 
 
-# ---- what costs nothing ---------------------------------------------------------------------------------------------
+# ---- what costs nothing --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--debug"], ["--allow_classes", "torch"], ["--debug", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--debug"], ["--allow_classes", "torch"], ["--debug", "--help"]]
+)
 def test_options_without_a_verb_print_the_verbs(capsys, words):
     assert cli.run(words) == 0
     assert "usage: python -m spd_lightning VERB" in capsys.readouterr().out
@@ -109,15 +126,35 @@ def test_a_broken_pipe_that_is_not_our_output_is_an_error(monkeypatch, capsys):
 def test_help_comes_before_all_imports(words):
     """Help needs nothing but Python: no torch, no Lightning, no table, no YAML is loaded for it."""
     code = (
-        f"import sys; sys.argv = ['spd'] + {words!r}; from spd_lightning.__main__ import main; main();"
+        f"import sys; sys.argv = ['spd'] + {words!r}; from spd_lightning.__main__ import main; "
+        "main();"
         "print(*sys.modules, sep=chr(10), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     assert "usage: python -m spd_lightning" in done.stdout
     loaded = set(done.stderr.split())
-    assert not loaded & {"torch", "lightning", "mlflow", "polars", "numpy", "yaml", "gradio", "jsonargparse"}
+    assert not loaded & {
+        "torch",
+        "lightning",
+        "mlflow",
+        "polars",
+        "numpy",
+        "yaml",
+        "gradio",
+        "jsonargparse",
+    }
     own = {name for name in loaded if name.startswith("spd_lightning.")}
-    needed = ("__main__", "commands", "commands.options", "commands.verbs", "errors", "stopping", "terminal")
+    needed = (
+        "__main__",
+        "commands",
+        "commands.options",
+        "commands.verbs",
+        "errors",
+        "stopping",
+        "terminal",
+    )
     assert own == {f"spd_lightning.{name}" for name in needed}
 
 
@@ -125,23 +162,35 @@ def test_verbs_without_a_trainer_need_no_torch(tmp_path):
     """`runs`, `list` and refusals answer without the seconds that torch and Lightning cost."""
     code = (
         "import sys; from spd_lightning.cli import run;"
-        "assert run(['runs']) == run(['list']) == 0; assert run(['pull', 'x']) == run(['fti']) == 2;"
-        "assert not {'torch', 'lightning', 'mlflow', 'wandb', 'gradio', 'matplotlib'} & set(sys.modules)"
+        "assert run(['runs']) == run(['list']) == 0; assert run(['pull', 'x']) == run(['fti']) == "
+        "2;"
+        "assert not {'torch', 'lightning', 'mlflow', 'wandb', 'gradio', 'matplotlib'} & "
+        "set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"SPD_RUNS": str(tmp_path)}, check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"SPD_RUNS": str(tmp_path)},
+        check=True,
+        timeout=60,
+    )
 
 
 def test_a_reader_that_goes_away_is_no_error():
     words = f"{sys.executable} -m spd_lightning list | true"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {words}"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words}"], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# ---- settings -------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 M = "model: {{init_args: {{{}}}}}"
 WRONG_CONFIGS = {
-    "sites: {nope: 3}": (M, "sites: pattern 'nope' matches no module of the target; choose from: linear1, linear2"),
+    "sites: {nope: 3}": (
+        M,
+        "sites: pattern 'nope' matches no module of the target; choose from: linear1, linear2",
+    ),
     "sites: {linear1: 0, linear2: 0}": (M, "must have at least one component"),
     "sites: {linear1: four}": (M, "config: model.sites: 'four' is not a whole number"),
     "sites: [linear1]": (M, "config: model.sites: '['linear1']' is not 'key: value' pairs"),
@@ -150,40 +199,76 @@ WRONG_CONFIGS = {
     "inner_steps: many": (M, "config: model.inner_steps: 'many' is not a whole number"),
     "inner_steps: 0": (M, "inner_steps 0 in Decomposition: it must be at least 1"),
     "checkpoint_every: -1": (M, "checkpoint_every -1 in Decomposition"),
-    "losses: {minimality: {coeff: lots}}": (M, "config: model.losses.minimality.coeff: 'lots' is not a number"),
+    "losses: {minimality: {coeff: lots}}": (
+        M,
+        "config: model.losses.minimality.coeff: 'lots' is not a number",
+    ),
     "losses: {minimality: {coef: 1}}": (
         M,
         "config: model.losses.minimality.coef: no such setting; did you mean 'coeff'?",
     ),
-    "losses: {reconstruction: {all: {source: stochastc}}}": (M, "'stochastc' is not one of 'ones', 'ci', 'stochastic'"),
+    "losses: {reconstruction: {all: {source: stochastc}}}": (
+        M,
+        "'stochastc' is not one of 'ones', 'ci', 'stochastic'",
+    ),
     "optimizer: {schedule: {knd: cosine}}": (
         M,
         "config: model.optimizer.schedule.knd: no such setting; did you mean 'kind'?",
     ),
-    "optimizer: {schedule: {kind: cosin}}": (M, "'cosin' is not one of 'constant', 'linear', 'cosine'"),
+    "optimizer: {schedule: {kind: cosin}}": (
+        M,
+        "'cosin' is not one of 'constant', 'linear', 'cosine'",
+    ),
     "optimizer: {lr: -1}": (M, "lr -1.0 in optimizer: it must be above 0"),
     "importance: {kind: mpl}": (M, "config: model.importance.kind: 'mpl' is not one of 'mlp'"),
     "target: targets/tms_5-3": (M, "config 'targets/tms_5-3': no such file here"),
     "target: toy": (M, "target 'toy': "),
     "target: tms_5-2": (M, "target 'tms_5-2': does not train a target"),
-    "model: {class_path: spd_lightning.Decompositon}": ("{}", "did you mean 'spd_lightning.Decomposition'?"),
-    "model: {class_path: nopackage.Thing}": ("{}", "class_path 'nopackage.Thing': not one that a config may name"),
+    "model: {class_path: spd_lightning.Decompositon}": (
+        "{}",
+        "did you mean 'spd_lightning.Decomposition'?",
+    ),
+    "model: {class_path: nopackage.Thing}": (
+        "{}",
+        "class_path 'nopackage.Thing': not one that a config may name",
+    ),
     "model: {class_path: spd_lightning.SparseFeatures}": (
         "{}",
         "'spd_lightning.SparseFeatures' is not a LightningModule",
     ),
     "model: 3": ("{}", "config: model: '3' is not a LightningModule; give its class_path"),
-    "data: {class_path: spd_lightning.SparseFeature}": ("{}", "did you mean 'spd_lightning.SparseFeatures'?"),
-    "data: {init_args: {n_feature: 5}}": ("{}", "config: data.n_feature: no such setting; did you mean 'n_features'?"),
+    "data: {class_path: spd_lightning.SparseFeature}": (
+        "{}",
+        "did you mean 'spd_lightning.SparseFeatures'?",
+    ),
+    "data: {init_args: {n_feature: 5}}": (
+        "{}",
+        "config: data.n_feature: no such setting; did you mean 'n_features'?",
+    ),
     "data: {init_args: {probability: 3}}": (
         "{}",
         "probability 3.0 in SparseFeatures: it must be above 0 and at most 1",
     ),
-    "data: {init_args: {n_features: 7}}": ("{}", "data: a batch [64, 7] does not go through the target"),
-    "trainer: {max_step: 3}": ("{}", "config: trainer.max_step: no such setting; did you mean 'max_steps'?"),
-    "trainer: {max_steps: three}": ("{}", "config: trainer.max_steps: 'three' is not a whole number"),
-    "trainer: {max_steps: -1}": ("{}", "max_steps -1 in trainer: data that are drawn on demand never end"),
-    "trainer: {val_check_interval: 0}": ("{}", "config: trainer.val_check_interval: it must be at least 1"),
+    "data: {init_args: {n_features: 7}}": (
+        "{}",
+        "data: a batch [64, 7] does not go through the target",
+    ),
+    "trainer: {max_step: 3}": (
+        "{}",
+        "config: trainer.max_step: no such setting; did you mean 'max_steps'?",
+    ),
+    "trainer: {max_steps: three}": (
+        "{}",
+        "config: trainer.max_steps: 'three' is not a whole number",
+    ),
+    "trainer: {max_steps: -1}": (
+        "{}",
+        "max_steps -1 in trainer: data that are drawn on demand never end",
+    ),
+    "trainer: {val_check_interval: 0}": (
+        "{}",
+        "config: trainer.val_check_interval: it must be at least 1",
+    ),
     "trainer: {accelerator: quantum}": ("{}", "quantum"),
     "trainer: {devices: zero}": ("{}", "devices"),
     "trainer: {callbacks: [{class_path: spd_lightning.PromptGraph}]}": (
@@ -198,13 +283,25 @@ WRONG_CONFIGS = {
         "{}",
         "'frzen' is not one of 'unmasked', 'ci_masked', 'frozen', 'reference'",
     ),
-    "trainer: {logger: {class_path: WandbLoger}}": ("{}", "class_path 'WandbLoger': names no package"),
-    "seed_everything: abc": ("{}", "config: seed_everything: 'abc' is not true or false or a whole number"),
+    "trainer: {logger: {class_path: WandbLoger}}": (
+        "{}",
+        "class_path 'WandbLoger': names no package",
+    ),
+    "seed_everything: abc": (
+        "{}",
+        "config: seed_everything: 'abc' is not true or false or a whole number",
+    ),
     "modle: {x: 1}": ("{}", "config: modle: no such setting; did you mean 'model'?"),
     "modle: {}": ("{}", "config: modle: no such setting; did you mean 'model'?"),
     "losess: {}": (M, "config: model.losess: no such setting; did you mean 'losses'?"),
-    "losses: {minimalty: {}}": (M, "config: model.losses.minimalty: no such setting; did you mean 'minimality'?"),
-    "trainer: {plugin: {}}": ("{}", "config: trainer.plugin: no such setting; did you mean 'plugins'?"),
+    "losses: {minimalty: {}}": (
+        M,
+        "config: model.losses.minimalty: no such setting; did you mean 'minimality'?",
+    ),
+    "trainer: {plugin: {}}": (
+        "{}",
+        "config: trainer.plugin: no such setting; did you mean 'plugins'?",
+    ),
     "a: [1": ("{}", "config 'wrong.yaml': not valid YAML"),
 }
 
@@ -212,7 +309,9 @@ WRONG_CONFIGS = {
 @pytest.mark.parametrize("text", WRONG_CONFIGS)
 @pytest.mark.filterwarnings("ignore:.*max_epochs. was not set")
 def test_a_wrong_config(refused, here, text):
-    """The line names the setting by its path, the value, and the nearest or possible ones; no run folder is left."""
+    """The line names the setting by its path, the value, and the nearest or possible ones; no run
+    folder is left.
+    """
     shape, said = WRONG_CONFIGS[text]
     body = text if shape == "{}" else shape.format(text)
     (here / "wrong.yaml").write_text(f"base: tiny.yaml\n{body}\n")
@@ -224,8 +323,14 @@ def test_a_wrong_config(refused, here, text):
     ("text", "said"),
     [
         ("trainer: {max_steps: 3}", "config: data, model: missing"),
-        ("model: {class_path: spd_lightning.Decomposition, init_args: {target: target.yaml}}", "model.sites: missing"),
-        ("model: {init_args: {sites: {linear1: 3}}}", "config: model: no class_path; name the class, for example"),
+        (
+            "model: {class_path: spd_lightning.Decomposition, init_args: {target: target.yaml}}",
+            "model.sites: missing",
+        ),
+        (
+            "model: {init_args: {sites: {linear1: 3}}}",
+            "config: model: no class_path; name the class, for example",
+        ),
         ("base: 3", "config '3': no such file"),
         ("base: wrong.yaml", "builds on itself"),
     ],
@@ -238,18 +343,36 @@ def test_a_config_by_itself(refused, here, text, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--trainer.max_stps 3", "config: trainer.max_stps: no such setting; did you mean 'max_steps'?"),
-        ("--trainer.max_st 3", "config: trainer.max_st: no such setting"),  # a prefix that only one option has
+        (
+            "--trainer.max_stps 3",
+            "config: trainer.max_stps: no such setting; did you mean 'max_steps'?",
+        ),
+        (
+            "--trainer.max_st 3",
+            "config: trainer.max_st: no such setting",
+        ),  # a prefix that only one option has
         ("--trai.max_steps 3", "config: trai: no such setting; did you mean 'trainer'?"),
         ("--seed_every 3", "config: seed_every: no such setting; did you mean 'seed_everything'?"),
-        ("--model.losses.minimality.coef 3", "config: model.losses.minimality.coef: no such setting"),
-        ("--model.losses.minimality.coef=3", "config: model.losses.minimality.coef: no such setting"),
-        ("--model.init_args.losses.minimality.coef 3", "config: model.losses.minimality.coef: no such setting"),
+        (
+            "--model.losses.minimality.coef 3",
+            "config: model.losses.minimality.coef: no such setting",
+        ),
+        (
+            "--model.losses.minimality.coef=3",
+            "config: model.losses.minimality.coef: no such setting",
+        ),
+        (
+            "--model.init_args.losses.minimality.coef 3",
+            "config: model.losses.minimality.coef: no such setting",
+        ),
         ("--data.n_feat 5", "config: data.n_feat: no such setting; did you mean 'n_features'?"),
         ("--model.nonsense 3", "config: model.nonsense: no such setting"),
         ("--trainer.max_steps many", "config: trainer.max_steps: 'many' is not a whole number"),
         ("--trainer.max_steps=", "config: trainer.max_steps: '' is not a whole number"),
-        ("--trainer.max_steps", "config: trainer.max_steps: no value; for example: --trainer.max_steps=1"),
+        (
+            "--trainer.max_steps",
+            "config: trainer.max_steps: no value; for example: --trainer.max_steps=1",
+        ),
         ("stray", "config: unexpected argument 'stray'"),
         ("--config", "'--config' needs a value; for example: --config tms.yaml"),
         ("--config --run x", "'--config' needs a value"),
@@ -258,7 +381,10 @@ def test_a_config_by_itself(refused, here, text, said):
         ("--run targets", "run name 'targets'"),
         (
             "--config tms_52",
-            "config 'tms_52': no such file here, in configs/, or among the shipped ones; did you mean 'tms_5-2'?",
+            (
+                "config 'tms_52': no such file here, in configs/, or among the shipped ones; did "
+                "you mean 'tms_5-2'?"
+            ),
         ),
     ],
 )
@@ -286,13 +412,19 @@ def test_wrong_words(refused, words, said):
         ("pull nonsense", "reference 'nonsense': write mlflow:<run> or wandb:"),
         ("pull mlflow:", "reference 'mlflow:': write mlflow:<run>"),
         ("pull mlflow:tiny", "mlflow.db': no such file yet"),
-        ("pull wandb:nonsense", "reference 'wandb:nonsense': write wandb:<entity>/<project>/<artifact>:<version>"),
+        (
+            "pull wandb:nonsense",
+            "reference 'wandb:nonsense': write wandb:<entity>/<project>/<artifact>:<version>",
+        ),
         ("pull a b", "pull: unexpected argument 'b'"),
         ("view --prt 3", "view: unknown option '--prt'; did you mean '--port'?"),
         ("view --port x", "view: --port 'x': not a number from 1 up; for example: --port 7860"),
         ("view --port", "view: '--port' needs a value; for example: --port 7860"),
         ("view --port 65536 --no_browser", "--port 65536: not a port"),
-        ("view --host no-such-host.invalid", "--host 'no-such-host.invalid': not a name or address"),
+        (
+            "view --host no-such-host.invalid",
+            "--host 'no-such-host.invalid': not a name or address",
+        ),
     ],
 )
 def test_verbs_and_their_words(refused, words, said):
@@ -312,11 +444,13 @@ def test_a_wrong_command_of_the_shell():
     assert done.stderr == "error: runs: unknown option '--tabel'; did you mean '--table'?\n"
 
 
-# ---- what is printed ------------------------------------------------------------------------------------------------
+# ---- what is printed -----------------------------------------------------------------------------
 
 
 def test_print_config(here, capsys):
-    """It prints what a fit would take, as a config that says the same again; it needs no run and makes none."""
+    """It prints what a fit would take, as a config that says the same again; it needs no run and
+    makes none.
+    """
     before = contents(here / "runs")
     assert cli.run([*FIT, "--model.losses.minimality.coeff", "7e-3", "--print_config"]) == 0
     text = capsys.readouterr().out
@@ -334,12 +468,20 @@ def test_print_config(here, capsys):
 
 def described(group: str) -> list[str]:
     """The shipped configs of a group that `list` shows."""
-    return [name for name, settings, _ in configs.shipped() if configs.group_of(settings).startswith(group)]
+    return [
+        name
+        for name, settings, _ in configs.shipped()
+        if configs.group_of(settings).startswith(group)
+    ]
 
 
-@pytest.mark.parametrize("name", [name for group in ("toys", "language", "targets") for name in described(group)])
+@pytest.mark.parametrize(
+    "name", [name for group in ("toys", "language", "targets") for name in described(group)]
+)
 def test_every_shipped_config_can_be_fitted(name, tmp_path, monkeypatch):
-    """Its settings are known and of the right types, and its patterns name maps of its target; nothing is trained."""
+    """Its settings are known and of the right types, and its patterns name maps of its target;
+    nothing is trained.
+    """
     from spd_lightning.planning.dry_run import fakes
     from spd_lightning.planning.estimate import outline
     from spd_lightning.training.session import Settings, quiet
@@ -348,7 +490,8 @@ def test_every_shipped_config_can_be_fitted(name, tmp_path, monkeypatch):
     given = config.load(name)
     with quiet():
         settings = Settings(given)
-        data, target = settings.built("data"), given["model"]["init_args"]["target"]
+        data = settings.built("data")
+        target = given["model"]["init_args"]["target"]
         assert settings.config["trainer"]["max_steps"] > 0
         if name in described("targets"):
             with fakes():
@@ -387,7 +530,10 @@ def test_runs(here, capsys):
     (here / "runs/half/summary.json").unlink()
     assert cli.run(["runs", "--json"]) == 0
     found = {run["name"]: run for run in json.loads(capsys.readouterr().out)}
-    assert {name: run["state"] for name, run in found.items()} == {"tiny": "finished", "half": "interrupted"}
+    assert {name: run["state"] for name, run in found.items()} == {
+        "tiny": "finished",
+        "half": "interrupted",
+    }
     assert found["tiny"]["path"] == str(here / "runs/tiny")
     assert found["tiny"]["summary"]["steps"] == 40
     assert found["half"]["summary"] == {}
@@ -414,7 +560,9 @@ def test_list(capsys):
     lines = [line.split(maxsplit=1) for block in groups.values() for line in block.splitlines()]
     listed = dict(lines)
     assert len(listed) == len(lines)
-    assert set(listed) == {str(path.relative_to(config.SHIPPED)) for path in config.SHIPPED.rglob("*.yaml")}
+    assert set(listed) == {
+        str(path.relative_to(config.SHIPPED)) for path in config.SHIPPED.rglob("*.yaml")
+    }
     assert all(listed.values())
     places = {
         "toys": ["tms.yaml", "ih.yaml"],
@@ -426,15 +574,43 @@ def test_list(capsys):
         assert {*names} <= {line.split()[0] for line in block.splitlines()}
 
 
-TOY = {"alive/linear1": 5, "alive/linear2": 5, "l0/linear1": 0.25, "l0/linear2": 0.25, "mmcs/linear1": 0.9995}
-TOY |= {"ml2r/linear1": 0.997, "identity_error/linear1": 0, "seconds/fit": 19.6, "recovered/ci": 0.98}
-LM = {"alive/h.0.attn.q_proj": 41, "alive/h.0.mlp.c_fc": 177, "l0/h.0.attn.q_proj": 3.25, "l0/h.0.mlp.c_fc": 12.5}
-LM |= {"kl/ci": 0.2153, "task_difference/ci": 0.19, "recovered/ci": 0.965, "seconds/fit": 1201.0, "se/kl/ci": 0.0041}
-LM |= {"task_difference/unmasked": 0.012, "se/task_difference/unmasked": 0.0015, "task/target": 2.3142}
+TOY = {
+    "alive/linear1": 5,
+    "alive/linear2": 5,
+    "l0/linear1": 0.25,
+    "l0/linear2": 0.25,
+    "mmcs/linear1": 0.9995,
+}
+TOY |= {
+    "ml2r/linear1": 0.997,
+    "identity_error/linear1": 0,
+    "seconds/fit": 19.6,
+    "recovered/ci": 0.98,
+}
+LM = {
+    "alive/h.0.attn.q_proj": 41,
+    "alive/h.0.mlp.c_fc": 177,
+    "l0/h.0.attn.q_proj": 3.25,
+    "l0/h.0.mlp.c_fc": 12.5,
+}
+LM |= {
+    "kl/ci": 0.2153,
+    "task_difference/ci": 0.19,
+    "recovered/ci": 0.965,
+    "seconds/fit": 1201.0,
+    "se/kl/ci": 0.0041,
+}
+LM |= {
+    "task_difference/unmasked": 0.012,
+    "se/task_difference/unmasked": 0.0015,
+    "task/target": 2.3142,
+}
 
 
 def test_the_table_of_toys_and_of_language_models():
-    """Runs are judged by what is known of them; where no truth is known, no empty columns stand for it."""
+    """Runs are judged by what is known of them; where no truth is known, no empty columns stand for
+    it.
+    """
     toys, models = results.table([("tms", TOY), ("stories-2L", LM)]).split("\n\n")
     assert [line.split() for line in toys.splitlines()] == [
         ["run", "site", "MMCS", "ML2R", "alive", "L0", "error", "seconds"],
@@ -447,8 +623,13 @@ def test_the_table_of_toys_and_of_language_models():
         ["stories-2L", "h.0.attn.q_proj", "41", "3.25", "1201"],
         ["h.0.mlp.c_fc", "177", "12.50"],
     ]
-    assert kept.strip() == "under CI masks: KL 0.2153 ± 0.0041 nats, loss difference 0.19, recovered 96.5 %"
-    assert everything.strip() == "unmasked: loss difference 0.012 ± 0.0015, the target's loss is 2.314"
+    assert (
+        kept.strip()
+        == "under CI masks: KL 0.2153 ± 0.0041 nats, loss difference 0.19, recovered 96.5 %"
+    )
+    assert (
+        everything.strip() == "unmasked: loss difference 0.012 ± 0.0015, the target's loss is 2.314"
+    )
     assert results.table([]) == ""
 
 
@@ -461,7 +642,7 @@ def test_validate_gives_the_figures_of_the_fit_and_changes_nothing(here, capsys)
     assert contents(here / "runs") == before
 
 
-# ---- runs that cannot be used ---------------------------------------------------------------------------------------
+# ---- runs that cannot be used --------------------------------------------------------------------
 
 
 def test_predict_before_the_end_of_the_fit(refused, here):
@@ -503,7 +684,9 @@ def test_a_truncated_checkpoint(refused, here):
     for held in path.parent.iterdir():
         held.write_bytes(held.read_bytes()[:-9])
     assert ".safetensors': cannot be read" in (said := refused(*FIT))
-    assert f"delete the folder '{path.parent.name}', and run the same fit again to start over" in said
+    assert (
+        f"delete the folder '{path.parent.name}', and run the same fit again to start over" in said
+    )
     shutil.rmtree(path.parent)
     weights = (here / "runs/tiny/decomposition.safetensors").read_bytes()
     assert cli.run(FIT) == 0
@@ -514,7 +697,7 @@ def test_no_harvester(refused):
     assert "no harvester in trainer.callbacks" in refused(*PREDICT, "--trainer.callbacks", "null")
 
 
-# ---- harvests that cannot be used -----------------------------------------------------------------------------------
+# ---- harvests that cannot be used ----------------------------------------------------------------
 
 
 def graphs(here: Path) -> Path:
@@ -544,7 +727,9 @@ def change(path: Path, **values) -> None:
 def test_a_harvest_of_a_newer_schema(refused, here):
     path = graphs(here) / "manifest.json"
     change(path, schema_version=SCHEMA_VERSION + 1)
-    assert f"schema_version {SCHEMA_VERSION + 1} is newer than {SCHEMA_VERSION}" in refused(*PREDICT)
+    assert f"schema_version {SCHEMA_VERSION + 1} is newer than {SCHEMA_VERSION}" in refused(
+        *PREDICT
+    )
 
 
 def test_a_decomposition_of_a_newer_schema(refused, here):
@@ -560,7 +745,7 @@ def test_a_harvest_of_other_weights(refused, here):
     assert "made with checkpoint_digest" in refused(*PREDICT)
 
 
-# ---- trackers that do not answer ------------------------------------------------------------------------------------
+# ---- trackers that do not answer -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -576,13 +761,16 @@ def nobody(monkeypatch) -> str:
 def test_a_harvest_without_its_tracker(here, nobody, capsys):
     """A tracker that does not answer is named before the work begins, and stops nothing."""
     assert cli.run([*PREDICT, "--trainer.logger", "true"]) == 0
-    first, last = [line for line in capsys.readouterr().err.splitlines() if f"tracker '{nobody}'" in line]
+    first, last = [
+        line for line in capsys.readouterr().err.splitlines() if f"tracker '{nobody}'" in line
+    ]
     assert "no answer" in first
     assert last.endswith("python -m spd_lightning push tiny")
 
 
 def test_a_copy_that_did_not_arrive_is_sent_by_push(here):
-    """A tracker that fails at the very end costs nothing: the run is whole, and a small verb sends it.
+    """A tracker that fails at the very end costs nothing: the run is whole, and a small verb sends
+    it.
 
     In processes of their own: MLflow remembers the store it first spoke to.
     """
@@ -592,7 +780,9 @@ def test_a_copy_that_did_not_arrive_is_sent_by_push(here):
     process.join(120)
     assert process.exitcode == 0
     said = (here / "said").read_text().splitlines()[-1]
-    assert said.endswith("The run itself is whole; send the copy later: python -m spd_lightning push tiny-2")
+    assert said.endswith(
+        "The run itself is whole; send the copy later: python -m spd_lightning push tiny-2"
+    )
     assert runs.Run(here / "runs/tiny-2").state == "finished"
     assert not list((here / "runs/mlartifacts").rglob("decomposition.safetensors"))
     mark = here / "runs/tiny-2/uncopied.json"
@@ -619,10 +809,16 @@ def test_wandb_without_a_network(here, monkeypatch, capsys):
     assert runs.Run(here / "runs/alone").state == "finished"
 
 
-# ---- variables of launchers -----------------------------------------------------------------------------------------
+# ---- variables of launchers ----------------------------------------------------------------------
 
 SBATCH = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "5", "SLURM_PROCID": "0"}
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_PORT": "29500",
+}
 
 
 @pytest.mark.parametrize(
@@ -637,7 +833,9 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCA
     ],
 )
 def test_variables_that_a_launcher_left(here, monkeypatch, capsys, left, said):
-    """They are ignored, with a line if they would have changed anything; everything is logged as ever."""
+    """They are ignored, with a line if they would have changed anything; everything is logged as
+    ever.
+    """
     for name, value in left.items():
         monkeypatch.setenv(name, value)
     assert cli.run([*FIT, *SHORT]) == 0
@@ -653,7 +851,7 @@ def test_a_launcher_that_does_not_fit_the_config(refused, monkeypatch):
     assert "--ntasks-per-node=2" in refused(*FIT, *SHORT)
 
 
-# ---- disks that refuse ----------------------------------------------------------------------------------------------
+# ---- disks that refuse ---------------------------------------------------------------------------
 
 
 @contextmanager
@@ -668,7 +866,9 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_a_fit_on_a_full_disk(refused, here):
-    """It ends in one line wherever it happens (record, checkpoint, log), and goes on once there is room."""
+    """It ends in one line wherever it happens (record, checkpoint, log), and goes on once there is
+    room.
+    """
     finished = contents(here / "runs/tiny")
     for size, stopped_by in ((600, "config.yaml"), (9000, "last.safetensors"), (14000, "")):
         with largest_file(size):
@@ -679,13 +879,18 @@ def test_a_fit_on_a_full_disk(refused, here):
         assert not list((here / "runs").rglob("*.new"))
     assert cli.run(FIT) == 0
     for name in ("decomposition.safetensors", "metrics.jsonl"):
-        assert (here / "runs/tiny-2" / name).read_bytes() == (here / "runs/tiny" / name).read_bytes()
+        assert (here / "runs/tiny-2" / name).read_bytes() == (
+            here / "runs/tiny" / name
+        ).read_bytes()
 
 
 def test_a_predict_on_a_full_disk(refused, here):
     """What was committed stays readable, and the same predict adds the rest."""
     whole = Store(graphs(here)).manifest
-    sizes = [max(path.stat().st_size for path in graphs(here).glob(f"*/part-0-{n}.parquet")) for n in range(6)]
+    sizes = [
+        max(path.stat().st_size for path in graphs(here).glob(f"*/part-0-{n}.parquet"))
+        for n in range(6)
+    ]
     shutil.rmtree(graphs(here))
     with largest_file(max(sizes) - 1):
         assert "make room" in refused(*PREDICT, touches=True)
@@ -712,11 +917,13 @@ def test_a_place_that_takes_no_files(refused, monkeypatch):
     assert "/proc/spd" in refused(*FIT)
 
 
-# ---- runs beside each other -----------------------------------------------------------------------------------------
+# ---- runs beside each other ----------------------------------------------------------------------
 
 
 def test_a_second_fit_is_a_run_of_its_own(here):
-    """A finished run is not touched, nor one that another process works on: the next number is taken."""
+    """A finished run is not touched, nor one that another process works on: the next number is
+    taken.
+    """
     before = contents(here / "runs/tiny")
     settings = config.load(str(here / "runs/tiny/config.yaml"))
     settings["trainer"]["max_steps"] = 10
@@ -738,22 +945,38 @@ def test_output_that_goes_nowhere(tmp_path, command, code):
     """A closed output is not an error; a full disk gives one line."""
     line = f"{sys.executable} -m spd_lightning {command}"
     done = subprocess.run(
-        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-    )  # fmt: skip
+    )
     assert done.returncode == code, done.stderr
     assert done.stderr.count("\n") <= 1
     assert "Traceback" not in done.stderr
 
 
 def test_a_folder_that_was_deleted(tmp_path):
-    line = f"mkdir gone && cd gone && rmdir ../gone && {sys.executable} -m spd_lightning plan --config tms_5-2.yaml"
+    line = (
+        f"mkdir gone && cd gone && rmdir ../gone && {sys.executable} -m spd_lightning plan "
+        "--config tms_5-2.yaml"
+    )
     done = subprocess.run(
-        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-    )  # fmt: skip
+    )
     assert done.returncode == 2
-    assert done.stderr == "error: the current folder was deleted; change to another one (cd) and try again\n"
+    assert (
+        done.stderr
+        == "error: the current folder was deleted; change to another one (cd) and try again\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -770,7 +993,9 @@ def test_shapes_of_configs_that_nothing_can_be_built_from(refused, here, text, p
     assert part in refused("plan", "--config", "shape.yaml")
 
 
-@pytest.mark.parametrize("option", ["--model.target", "--model.init_args.target", "--trainer.logger", "--data"])
+@pytest.mark.parametrize(
+    "option", ["--model.target", "--model.init_args.target", "--trainer.logger", "--data"]
+)
 def test_a_file_in_place_of_a_setting_is_not_shown(refused, here, option):
     (here / "secret.txt").write_text("hush\nhush\n")
     said = refused("plan", "--config", "tms", option, "secret.txt")

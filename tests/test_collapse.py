@@ -1,4 +1,6 @@
-"""Warnings of a collapse: each on numbers that call for it and on numbers that do not, and from a real training."""
+"""Warnings of a collapse: each on numbers that call for it and on numbers that do not, and from a
+real training.
+"""
 
 import logging
 
@@ -27,13 +29,15 @@ def after(norms):
     return watch
 
 
-# ---- gradients ------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 def test_a_gradient_a_hundred_times_the_usual_is_told_once_until_it_is_over():
     watch = after([1.0, 3.0, 2.0] * 5)
     told = watch.gradient(400, 201.0)
-    assert told.startswith("step 400: importance gradients explode: norm 2e+02, the median of the last 16 is 2")
+    assert told.startswith(
+        "step 400: importance gradients explode: norm 2e+02, the median of the last 16 is 2"
+    )
     assert "clip_importance 2" in told
     assert watch.gradient(410, 300.0) is None, "told already"
     assert watch.gradient(420, 2.0) is None
@@ -59,7 +63,7 @@ def test_what_is_usual_moves_with_time():
     assert watch.gradient(201, 7000.0) is not None
 
 
-# ---- alive components -----------------------------------------------------------------------------------------------
+# ---- alive components ----------------------------------------------------------------------------
 
 
 def held(a, b, recovered):
@@ -69,8 +73,16 @@ def held(a, b, recovered):
 @pytest.mark.parametrize(
     ("then", "now", "told"),
     [
-        (held(40, 40, 0.9), held(30, 9, 0.5), "components die all at once: 80 alive at the evaluation before, now 39"),
-        (held(40, 40, 0.9), held(30, 9, 0.5), "fell by 0.40; try a lower coefficient of minimality"),
+        (
+            held(40, 40, 0.9),
+            held(30, 9, 0.5),
+            "components die all at once: 80 alive at the evaluation before, now 39",
+        ),
+        (
+            held(40, 40, 0.9),
+            held(30, 9, 0.5),
+            "fell by 0.40; try a lower coefficient of minimality",
+        ),
         (held(40, 40, 0.9), held(20, 20, 0.5), None),  # half is left
         (held(40, 40, 0.9), held(5, 5, 0.85), None),  # as it should be: the rest was not needed
         (held(40, 40, 0.9), held(39, 0, 0.9), "no component of b is alive; try a lower"),
@@ -90,7 +102,9 @@ def test_a_cliff_is_told_and_pruning_is_not(then, now, told):
 
 def test_a_layer_without_components_is_told_at_the_first_evaluation_and_once():
     watch = Collapse()
-    assert watch.alive(100, held(40, 0, 0.9)).startswith("step 100: no component of b is alive; try a lower coeff")
+    assert watch.alive(100, held(40, 0, 0.9)).startswith(
+        "step 100: no component of b is alive; try a lower coeff"
+    )
     assert watch.alive(200, held(40, 0, 0.9)) is None
     assert watch.alive(300, held(40, 2, 0.9)) is None
     assert "of b is alive" in watch.alive(400, held(40, 0, 0.9)), "again, after it was over"
@@ -108,7 +122,10 @@ def used(l0, recovered):
     [
         (
             used(0.5, 0.01),
-            "importances are nearly all zero: 0.5 of 100 components are used and recover 1% of the output",
+            (
+                "importances are nearly all zero: 0.5 of 100 components are used and recover 1% of "
+                "the output"
+            ),
         ),
         (used(0.0, -0.2), "recover 0% of the output; try a lower losses.minimality.coeff"),
         (used(0.25, 0.98), None),  # sparse inputs need few components, and those do the work
@@ -118,7 +135,9 @@ def used(l0, recovered):
     ],
 )
 def test_importances_that_are_nearly_all_zero_are_told(figures, told):
-    """Below 2 % of the components in use, which recover less than 5 % of what masking everything costs."""
+    """Below 2 % of the components in use, which recover less than 5 % of what masking everything
+    costs.
+    """
     watch = Collapse()
     found = watch.in_use(300, figures)
     assert (found is None) == (told is None)
@@ -126,7 +145,7 @@ def test_importances_that_are_nearly_all_zero_are_told(figures, told):
     assert watch.in_use(400, figures) is None, "told already"
 
 
-# ---- adversaries ----------------------------------------------------------------------------------------------------
+# ---- adversaries ---------------------------------------------------------------------------------
 
 
 def attacked(*values):
@@ -138,7 +157,9 @@ def attacked(*values):
 def test_a_soft_training_adversary_is_told():
     fresh = {"pgd/20": 0.5, "pgd/160": 2.0}
     told = attacked(0.1, 0.2).adversary(700, fresh)
-    assert told.startswith("step 700: the training's adversary has gone soft: reconstruction 'hard' is 0.15")
+    assert told.startswith(
+        "step 700: the training's adversary has gone soft: reconstruction 'hard' is 0.15"
+    )
     assert "(pgd/160) 2;" in told
     assert attacked(0.3, 0.2).adversary(700, fresh) is None
     assert attacked(0.1).adversary(700, {}) is None
@@ -164,7 +185,7 @@ def test_only_adversaries_that_are_compared_alike_count():
     assert adversarial(L.LightningModule()) == []
 
 
-# ---- in a training --------------------------------------------------------------------------------------------------
+# ---- in a training -------------------------------------------------------------------------------
 
 
 def fitted(losses, spoil=None, steps=60, delta=True):
@@ -220,7 +241,8 @@ def loud(model):
 
 
 @pytest.mark.parametrize(
-    ("harm", "expected"), [(None, []), (dead, ["die all at once"]), (loud, ["importance gradients explode"])]
+    ("harm", "expected"),
+    [(None, []), (dead, ["die all at once"]), (loud, ["importance gradients explode"])],
 )
 def test_a_training_tells_what_befalls_it(harm, expected, caplog):
     with caplog.at_level(logging.WARNING, "spd_lightning.training.collapse"):
@@ -228,19 +250,26 @@ def test_a_training_tells_what_befalls_it(harm, expected, caplog):
     told = [r.getMessage() for r in caplog.records if r.name.endswith("collapse")]
     assert all(any(text in line for line in told) for text in expected), told
     assert bool(told) == bool(expected), told
-    assert all(int(line.split()[1].rstrip(":")) >= 40 for line in told), "none before the harm is done"
+    assert all(int(line.split()[1].rstrip(":")) >= 40 for line in told), (
+        "none before the harm is done"
+    )
 
 
 def test_a_training_compares_its_adversary_with_a_fresh_one(caplog):
     weak = Reconstruction("pgd", adversary=Adversary(1, step_size=1e-6, init="ones"))
     with caplog.at_level(logging.WARNING, "spd_lightning.training.collapse"):
-        fitted(Losses(minimality=Minimality(1e-4), reconstruction={"weak": weak}), steps=20, delta=False)
+        fitted(
+            Losses(minimality=Minimality(1e-4), reconstruction={"weak": weak}),
+            steps=20,
+            delta=False,
+        )
     (line,) = [r.getMessage() for r in caplog.records if "gone soft" in r.getMessage()]
     assert "reconstruction 'weak'" in line
 
 
 def test_a_resumed_training_goes_on_watching():
-    watch, resumed = attacked(0.1), Collapse()
+    watch = attacked(0.1)
+    resumed = Collapse()
     for step in range(20):
         watch.gradient(step, 1.0 + step)
     watch.alive(100, held(40, 40, 0.9))
@@ -249,4 +278,6 @@ def test_a_resumed_training_goes_on_watching():
     assert resumed.state_dict() == watch.state_dict()
     assert resumed.gradient(30, 5000.0) == watch.gradient(30, 5000.0) is not None
     assert resumed.alive(200, held(3, 3, 0.1)) == watch.alive(200, held(3, 3, 0.1)) is not None
-    assert resumed.adversary(200, {"pgd/3": 5.0}) == watch.adversary(200, {"pgd/3": 5.0}) is not None
+    assert (
+        resumed.adversary(200, {"pgd/3": 5.0}) == watch.adversary(200, {"pgd/3": 5.0}) is not None
+    )

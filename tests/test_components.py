@@ -1,4 +1,6 @@
-"""Sites, components and masked runs (laws D1–D9) against the laws written out, and against runs without a record."""
+"""Sites, components and masked runs (laws D1–D9) against the laws written out, and against runs
+without a record.
+"""
 
 import copy
 from contextlib import suppress
@@ -9,10 +11,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from support.networks import NETWORKS, Branches, InPlace, Perceptron, Tokens, decomposed, naive, printed_weight
+from support.networks import (
+    NETWORKS,
+    Branches,
+    InPlace,
+    Perceptron,
+    Tokens,
+    decomposed,
+    naive,
+    printed_weight,
+)
 from torch import nn
 
-from spd_lightning.decomposition.components import Components, Mask, available, find_sites, masked_output
+from spd_lightning.decomposition.components import (
+    Components,
+    Mask,
+    available,
+    find_sites,
+    masked_output,
+)
 from spd_lightning.decomposition.losses import Losses
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import Pass
@@ -28,7 +45,8 @@ def random_masks(model, batch, kinds):
     """Masks of the sites, each of its own kind; drawn entries are leaves of the graph."""
     masks = {}
     for (name, a), kind in zip(model.clean(batch).inner.items(), kinds, strict=False):
-        m, delta = torch.rand(a.shape).double().requires_grad_(), torch.rand(a.shape[:-1]).double().requires_grad_()
+        m = torch.rand(a.shape).double().requires_grad_()
+        delta = torch.rand(a.shape[:-1]).double().requires_grad_()
         route = torch.rand(a.shape[:-1]) < 0.5
         match kind:
             case "all on":
@@ -49,7 +67,7 @@ def gradients(output, model, masks):
     return torch.autograd.grad(number, wanted, retain_graph=True)
 
 
-# ---- components -----------------------------------------------------------------------------------------------------
+# ---- components ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("network", [Perceptron, Tokens, Branches])
@@ -57,7 +75,8 @@ def test_d1_components_and_delta_add_up_to_the_weight(network):
     model = decomposed(network)
     for name in model.sites:
         W, _ = printed_weight(model.target, name)
-        V, U = model[name].V, model[name].U
+        V = model[name].V
+        U = model[name].U
         rows = [sum(U[c, o] * V[:, c] for c in range(len(U))) for o in range(len(W))]
         torch.testing.assert_close(torch.stack(rows) + model.delta_weight(name), W, **EXACT)
         assert torch.equal(model.sites[name].weight, W)
@@ -72,7 +91,11 @@ def test_d2_inner_activations_read_the_input_along_v(network):
         V = model[name].V.tolist()
         for *where, c in torch.cartesian_prod(*map(torch.arange, a.shape)).tolist():
             x = clean.inputs[name][tuple(where)].tolist()
-            expected = V[x][c] if isinstance(x, int) else sum(x_i * V_i[c] for x_i, V_i in zip(x, V, strict=True))
+            expected = (
+                V[x][c]
+                if isinstance(x, int)
+                else sum(x_i * V_i[c] for x_i, V_i in zip(x, V, strict=True))
+            )
             assert a[(*where, c)].item() == pytest.approx(expected, rel=1e-12, abs=1e-13)
 
 
@@ -82,8 +105,12 @@ def test_d2_inner_activations_read_the_input_along_v(network):
 @pytest.mark.parametrize("routed", [True, False])
 def test_d3_and_d4_both_forms_agree_in_value_and_every_gradient(bias, delta, components, routed):
     torch.manual_seed(0)
-    x, W, b = torch.randn(2, 3, 4).double(), torch.randn(5, 4).double(), torch.randn(5).double() * bias
-    V, U, m, m_delta = (torch.randn(shape).double() for shape in ((4, 6), (6, 5), (2, 3, 6), (2, 3)))
+    x = torch.randn(2, 3, 4).double()
+    W = torch.randn(5, 4).double()
+    b = torch.randn(5).double() * bias
+    V, U, m, m_delta = (
+        torch.randn(shape).double() for shape in ((4, 6), (6, 5), (2, 3, 6), (2, 3))
+    )
     route = torch.rand(2, 3) < 0.5 if routed else None
     leaves = [t.requires_grad_() for t in (x, V, U, m, m_delta)]
     gate = m_delta if delta == "drawn" else delta
@@ -91,12 +118,17 @@ def test_d3_and_d4_both_forms_agree_in_value_and_every_gradient(bias, delta, com
     cheap = masked_output(x @ W.T + b, b if bias else None, x @ V, U, mask)
 
     ones = torch.ones(2, 3).double()
-    full, gate, r = m if components == "drawn" else torch.ones_like(m), ones * gate, ones if route is None else route
+    full = m if components == "drawn" else torch.ones_like(m)
+    gate = ones * gate
+    r = ones if route is None else route
     y = (full * (x @ V)) @ U + gate[..., None] * (x @ (W - (V @ U).T).T) + b
     printed = r[..., None] * y + (1 - r.double())[..., None] * (x @ W.T + b)
     torch.testing.assert_close(cheap, printed, **EXACT)
     for a, expected in zip(
-        *(torch.autograd.grad(y.cos().sum() + 0 * sum(t.sum() for t in leaves), leaves) for y in (cheap, printed)),
+        *(
+            torch.autograd.grad(y.cos().sum() + 0 * sum(t.sum() for t in leaves), leaves)
+            for y in (cheap, printed)
+        ),
         strict=True,
     ):
         torch.testing.assert_close(a, expected, **EXACT)
@@ -109,7 +141,8 @@ def test_d3_and_d4_hold_in_whole_networks_of_every_kind_of_site(network, kinds, 
     model = decomposed(network, seed)
     batch = model.target.batch()
     masks = random_masks(model, batch, kinds)
-    found, printed = model.masked(batch, masks), naive(model, batch, masks)
+    found = model.masked(batch, masks)
+    printed = naive(model, batch, masks)
     torch.testing.assert_close(found, printed, **EXACT)
     for a, b in zip(gradients(found, model, masks), gradients(printed, model, masks), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
@@ -122,25 +155,32 @@ def test_d5_the_unmasked_model_is_the_target(network):
     shapes = {name: a.shape for name, a in model.clean(batch).inner.items()}
     for masks in (
         dict.fromkeys(shapes, Mask(None, 1.0)),
-        {name: Mask(torch.ones(s).double(), torch.ones(s[:-1]).double()) for name, s in shapes.items()},
+        {
+            name: Mask(torch.ones(s).double(), torch.ones(s[:-1]).double())
+            for name, s in shapes.items()
+        },
     ):
         torch.testing.assert_close(model.masked(batch, masks), model.target(batch), **EXACT)
-        torch.testing.assert_close(model.masked(batch, masks, model.clean(batch)), model.target(batch), **EXACT)
-    single, small = model.float(), batch.float() if batch.is_floating_point() else batch
+        torch.testing.assert_close(
+            model.masked(batch, masks, model.clean(batch)), model.target(batch), **EXACT
+        )
+    single = model.float()
+    small = batch.float() if batch.is_floating_point() else batch
     masks = {name: Mask(torch.ones(s), torch.ones(s[:-1])) for name, s in shapes.items()}
     expected = single.target(small)
     off = (single.masked(small, masks) - expected).abs().max() / expected.abs().max()
     assert off < 1e-5
 
 
-# ---- the frozen target ----------------------------------------------------------------------------------------------
+# ---- the frozen target ---------------------------------------------------------------------------
 
 
 def test_d6_the_target_never_changes_whatever_is_trained():
     class Dropping(Perceptron):
         def __init__(self):
             super().__init__()
-            self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(3)
+            self.drop = nn.Dropout(0.5)
+            self.norm = nn.BatchNorm1d(3)
 
         def forward(self, x):
             return self.second(self.drop(self.norm(torch.tanh(self.first(x)))))
@@ -159,8 +199,12 @@ def test_d6_the_target_never_changes_whatever_is_trained():
         Losses()(run)[0].backward()
         optimizer.step()
     assert all(p.grad is None for p in model.target.parameters())
-    assert all(torch.equal(before[name], value) for name, value in model.target.state_dict().items())
-    assert not any(torch.equal(start[name], value) for name, value in model.components.state_dict().items())
+    assert all(
+        torch.equal(before[name], value) for name, value in model.target.state_dict().items()
+    )
+    assert not any(
+        torch.equal(start[name], value) for name, value in model.components.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -171,7 +215,10 @@ def test_d6_a_run_leaves_no_trace_on_the_target_even_where_it_fails(network):
     model.masked(batch, random_masks(model, batch, KINDS[1:] * 2), model.clean(batch))
     with suppress(RuntimeError, IndexError):
         model.masked(batch[..., :1] + 100, {})
-    with pytest.raises(ZeroDivisionError), model.replaced(lambda site, x, own: own(x), lambda module, own: own):
+    with (
+        pytest.raises(ZeroDivisionError),
+        model.replaced(lambda site, x, own: own(x), lambda module, own: own),
+    ):
         raise ZeroDivisionError
     assert not any("forward" in vars(module) for module in model.target.modules())
     assert torch.equal(model.target(batch), expected)
@@ -184,7 +231,7 @@ def test_d7_initial_values_are_normal_with_the_stated_deviations():
         assert stats.kstest(values.detach().flatten().numpy() / sd, "norm").pvalue > 0.01
 
 
-# ---- identity sites and ties ----------------------------------------------------------------------------------------
+# ---- identity sites and ties ---------------------------------------------------------------------
 
 
 def test_d8_an_identity_site_decomposes_what_its_module_reads():
@@ -193,7 +240,8 @@ def test_d8_an_identity_site_decomposes_what_its_module_reads():
     assert (site.kind, site.d_in, site.d_out, site.bias) == ("identity", 5, 5, None)
     assert torch.equal(site.weight, torch.eye(5).double())
     assert torch.equal(
-        model.clean(tokens := model.target.batch()).inputs[site.name], model.clean(tokens).inputs["readout"]
+        model.clean(tokens := model.target.batch()).inputs[site.name],
+        model.clean(tokens).inputs["readout"],
     )
     assert list(model.sites) == ["embed", "conv", "readout.pre_identity", "readout"]
 
@@ -201,10 +249,12 @@ def test_d8_an_identity_site_decomposes_what_its_module_reads():
 @pytest.mark.parametrize("masked", ["linear1", "linear2", "both"])
 def test_d9_tied_sites_have_one_parameter_and_the_sum_of_both_gradients(masked):
     torch.manual_seed(0)
-    target, x = TMS(5, 3), torch.rand(8, 5).double()
+    target = TMS(5, 3)
+    x = torch.rand(8, 5).double()
     model = ComponentModel(target, {"linear*": 4}, {"linear2": "linear1"}).double()
     free = ComponentModel(target, {"linear*": 4}).double()
-    V, U = model["linear1"].V, model["linear1"].U
+    V = model["linear1"].V
+    U = model["linear1"].U
     assert {id(p) for p in model.components.parameters()} == {id(V), id(U)}
     assert len(list(model.components.parameters())) == 2
     assert sorted(model.components.state_dict()) == ["linear1.U", "linear1.V"]
@@ -228,11 +278,14 @@ def test_d9_tied_sites_have_one_parameter_and_the_sum_of_both_gradients(masked):
 def test_d9_the_optimizer_updates_tied_components_once():
     torch.manual_seed(0)
     model = ComponentModel(TMS(5, 3), {"linear*": 4}, {"linear2": "linear1"}).double()
-    before, optimizer = model["linear1"].V.detach().clone(), torch.optim.SGD(model.components.parameters(), lr=0.1)
+    before = model["linear1"].V.detach().clone()
+    optimizer = torch.optim.SGD(model.components.parameters(), lr=0.1)
     Losses().faithfulness(model).backward()
     optimizer.step()
     torch.testing.assert_close(model["linear1"].V, before - 0.1 * model["linear1"].V.grad, **EXACT)
-    torch.testing.assert_close(model.delta_weight("linear2"), model.delta_weight("linear1").T, **EXACT)
+    torch.testing.assert_close(
+        model.delta_weight("linear2"), model.delta_weight("linear1").T, **EXACT
+    )
 
 
 def test_d9_ties_survive_copies():
@@ -273,12 +326,15 @@ def test_d9_ties_of_unlike_counts_or_weights_are_refused():
         ComponentModel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), {"*": 4}, {"1": "0"})
 
 
-# ---- which maps are sites -------------------------------------------------------------------------------------------
+# ---- which maps are sites ------------------------------------------------------------------------
 
 
 def test_sites_are_found_in_the_models_order_with_their_counts():
     found = find_sites(Branches(), {"down": 3, "[qkvo]": 2, "up.pre_identity": 4})
-    assert {name: C for name, (_, C) in found.items()} == dict.fromkeys("qkvo", 2) | {"up.pre_identity": 4, "down": 3}
+    assert {name: C for name, (_, C) in found.items()} == dict.fromkeys("qkvo", 2) | {
+        "up.pre_identity": 4,
+        "down": 3,
+    }
     assert list(found) == ["q", "k", "v", "o", "up.pre_identity", "down"]
     assert {name: site.kind for name, site in available(Tokens()).items()} == {
         "embed": "embedding",
@@ -291,7 +347,21 @@ def test_sites_are_found_in_the_models_order_with_their_counts():
 
 @given(
     st.dictionaries(
-        st.sampled_from(["*", "q", "[qk]", "?", "*n", "up", "o*", "*.pre_identity", "up.pre_identity", "nothing", "Q"]),
+        st.sampled_from(
+            [
+                "*",
+                "q",
+                "[qk]",
+                "?",
+                "*n",
+                "up",
+                "o*",
+                "*.pre_identity",
+                "up.pre_identity",
+                "nothing",
+                "Q",
+            ]
+        ),
         st.integers(-1, 5),
         min_size=1,
         max_size=4,
@@ -301,7 +371,11 @@ def test_a_set_of_patterns_is_used_as_it_reads_or_refused(patterns):
     maps = ["q", "k", "v", "o", "up", "down"]
     identities = [f"{name}.pre_identity" for name in maps]
     claims = {
-        pattern: [n for n in (identities if pattern.endswith(".pre_identity") else maps) if fnmatchcase(n, pattern)]
+        pattern: [
+            n
+            for n in (identities if pattern.endswith(".pre_identity") else maps)
+            if fnmatchcase(n, pattern)
+        ]
         for pattern in patterns
     }
     names = [name for claimed in claims.values() for name in claimed]
@@ -309,12 +383,16 @@ def test_a_set_of_patterns_is_used_as_it_reads_or_refused(patterns):
         with pytest.raises(BadInput, match=r"^sites: .*$"):
             find_sites(Branches(), patterns)
     else:
-        expected = {name: patterns[pattern] for pattern, claimed in claims.items() for name in claimed}
+        expected = {
+            name: patterns[pattern] for pattern, claimed in claims.items() for name in claimed
+        }
         assert {name: C for name, (_, C) in find_sites(Branches(), patterns).items()} == expected
 
 
 def test_refusals_name_the_modules_to_choose_from():
-    with pytest.raises(BadInput, match="'embd' matches no module of the target; did you mean 'embed'"):
+    with pytest.raises(
+        BadInput, match="'embd' matches no module of the target; did you mean 'embed'"
+    ):
         find_sites(Tokens(), {"embd": 3})
     with pytest.raises(BadInput, match=r"'conv' is matched by both 'c\*' and '\*v'"):
         find_sites(Tokens(), {"c*": 3, "*v": 3})
@@ -337,7 +415,7 @@ def test_a_site_used_twice_or_never_is_refused():
         ComponentModel(Never(3, 3), {"*": 2}).clean(torch.rand(2, 3))
 
 
-# ---- replaying the clean run ----------------------------------------------------------------------------------------
+# ---- replaying the clean run ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -347,12 +425,21 @@ def test_replaying_the_clean_runs_record_changes_nothing(network, kinds, more, s
     model = decomposed(network, seed)
     batch = model.target.batch()
     shared = random_masks(model, batch, kinds)
-    passes = [{}, shared, *({name: mask} for name, mask in shared.items()), random_masks(model, batch, more), shared]
+    passes = [
+        {},
+        shared,
+        *({name: mask} for name, mask in shared.items()),
+        random_masks(model, batch, more),
+        shared,
+    ]
     clean = model.clean(batch)
     for masks in passes:
-        replayed, fresh = model.masked(batch, masks, clean), model.masked(batch, masks)
+        replayed = model.masked(batch, masks, clean)
+        fresh = model.masked(batch, masks)
         assert torch.equal(replayed, fresh)
-        for a, b in zip(gradients(replayed, model, masks), gradients(fresh, model, masks), strict=True):
+        for a, b in zip(
+            gradients(replayed, model, masks), gradients(fresh, model, masks), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -371,12 +458,17 @@ def test_a_masked_run_repeats_nothing_before_the_first_masked_site(network, monk
     model = decomposed(network)
     batch = model.target.batch()
     last = list(model.clean(batch).inputs)[-1]
-    masks, clean = {last: random_masks(model, batch, ["free"] * 7)[last]}, model.clean(batch)
+    masks = {last: random_masks(model, batch, ["free"] * 7)[last]}
+    clean = model.clean(batch)
     used = []
     for name, module in model.target.named_children():
-        monkeypatch.setattr(module, "forward", lambda *x, f=module.forward, n=name: used.append(n) or f(*x))
+        monkeypatch.setattr(
+            module, "forward", lambda *x, f=module.forward, n=name: used.append(n) or f(*x)
+        )
     model.masked(batch, masks, clean)
-    again = ["norm", "act", "mix", "act"] if network is Branches else []  # what is used twice, and tuples
+    again = (
+        ["norm", "act", "mix", "act"] if network is Branches else []
+    )  # what is used twice, and tuples
     assert set(used) <= set(again)
     used.clear()
     model.masked(batch, masks)
@@ -391,7 +483,9 @@ def test_detached_runs_give_gradients_to_masks_alone():
     attached, detached = (model.masked(batch, masks, clean, detach=d) for d in (False, True))
     assert torch.equal(attached, detached)
     leaves = [t for mask in masks.values() for t in mask[:2]]
-    for a, b in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (attached, detached)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(y.square().sum(), leaves) for y in (attached, detached)), strict=True
+    ):
         torch.testing.assert_close(a, b, **EXACT)
     again = model.masked(batch, masks, clean, detach=True).square().sum()
     components = list(model.components.parameters())
@@ -402,7 +496,9 @@ def test_detached_runs_give_gradients_to_masks_alone():
 def test_seen_are_the_sites_inputs_inside_the_masked_run(network):
     model = decomposed(network)
     batch = model.target.batch()
-    masks, seen, expected = random_masks(model, batch, ["free"] * 7), {}, {}
+    masks = random_masks(model, batch, ["free"] * 7)
+    seen = {}
+    expected = {}
     model.masked(batch, masks, model.clean(batch), seen=seen)
     naive(model, batch, masks, seen=expected)
     assert seen.keys() == set(model.sites) == expected.keys()

@@ -1,4 +1,6 @@
-"""Configs: found by name, built on others, merged key by key, and told from wrong ones in one line."""
+"""Configs: found by name, built on others, merged key by key, and told from wrong ones in one
+line.
+"""
 
 import random
 from pathlib import Path
@@ -12,9 +14,16 @@ from spd_lightning import config
 from spd_lightning.errors import BadInput
 
 KEYS = st.sampled_from(["a", "b", "c", "d"])
-VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=3)
+    | st.lists(st.integers(), max_size=2)
+)
 CONFIGS = st.recursive(
-    st.dictionaries(KEYS, VALUES, max_size=3), lambda inner: st.dictionaries(KEYS, VALUES | inner, max_size=3)
+    st.dictionaries(KEYS, VALUES, max_size=3),
+    lambda inner: st.dictionaries(KEYS, VALUES | inner, max_size=3),
 )
 
 
@@ -38,14 +47,18 @@ def refused(name: str) -> str:
     return str(caught.value)
 
 
-# ---- merging --------------------------------------------------------------------------------------------------------
+# ---- merging -------------------------------------------------------------------------------------
 
 
 def leaves(tree: dict, path: tuple = ()) -> dict:
     """Every value that is no non-empty dict, by its path: an independent view of a config."""
     found = {}
     for key, value in tree.items():
-        found |= leaves(value, (*path, key)) if isinstance(value, dict) and value else {(*path, key): value}
+        found |= (
+            leaves(value, (*path, key))
+            if isinstance(value, dict) and value
+            else {(*path, key): value}
+        )
     return found
 
 
@@ -56,8 +69,11 @@ def test_nothing_is_neutral(tree):
 
 @given(CONFIGS, CONFIGS)
 def test_what_is_on_top_wins(under, over):
-    """Every leaf of the upper config is there; one of the lower is, unless something of the upper lies on its way."""
-    merged, upper = leaves(config.merge(under, over)), leaves(over)
+    """Every leaf of the upper config is there; one of the lower is, unless something of the upper
+    lies on its way.
+    """
+    merged = leaves(config.merge(under, over))
+    upper = leaves(over)
     assert {k: v for k, v in upper.items() if v != {}}.items() <= merged.items()
     for path, value in leaves(under).items():
         ways = {path[:n] for n in range(1, len(path) + 1)}
@@ -90,10 +106,13 @@ def test_order_of_merging_is_all_that_counts(a, b, c):
 
 
 def test_lists_replace():
-    assert config.merge({"x": [1, 2], "y": {"z": [1]}}, {"x": [3], "y": {"z": []}}) == {"x": [3], "y": {"z": []}}
+    assert config.merge({"x": [1, 2], "y": {"z": [1]}}, {"x": [3], "y": {"z": []}}) == {
+        "x": [3],
+        "y": {"z": []},
+    }
 
 
-# ---- chains of bases ------------------------------------------------------------------------------------------------
+# ---- chains of bases -----------------------------------------------------------------------------
 
 
 def test_a_chain_of_bases(here):
@@ -136,7 +155,7 @@ def test_a_base_lies_beside_its_config_first(here, monkeypatch):
     assert config.load(str(here / "deep" / "top.yaml")) == {"right": True}
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def test_where_names_are_looked_for(here):
@@ -163,7 +182,16 @@ def test_unknown_names_get_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [1\n", "- 1\n- 2\n", "just words\n", "a: 1\na\n", "a: \t{\n", "base: nowhere_at_all\n", "base: 3\n"]
+    "text",
+    [
+        "a: [1\n",
+        "- 1\n- 2\n",
+        "just words\n",
+        "a: 1\na\n",
+        "a: \t{\n",
+        "base: nowhere_at_all\n",
+        "base: 3\n",
+    ],
 )
 def test_broken_configs_are_refused(here, text):
     write(here / "bad.yaml", text)
@@ -180,12 +208,20 @@ def test_an_empty_config_is_empty(here):
     assert config.load("empty") == {}
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 1e-3), ("3.0e-3", 3e-3), ("-2E5", -2e5), ("+1e+2", 100.0), (".5", 0.5), ("5.", 5.0), ("1_000.5", 1000.5)],
+    [
+        ("1e-3", 1e-3),
+        ("3.0e-3", 3e-3),
+        ("-2E5", -2e5),
+        ("+1e+2", 100.0),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("1_000.5", 1000.5),
+    ],
 )
 def test_floats_as_people_write_them(here, text, value):
     write(here / "n.yaml", f"x: {text}\n")
@@ -214,7 +250,7 @@ def test_numbers_survive(tmp_path_factory, number):
     assert type(loaded) is type(number)
 
 
-# ---- dumps and digests ----------------------------------------------------------------------------------------------
+# ---- dumps and digests ---------------------------------------------------------------------------
 
 
 @given(CONFIGS)
@@ -243,9 +279,11 @@ def test_different_configs_have_different_digests(one, other):
         assert config.digest(one) != config.digest(other)
 
 
-# ---- characters -----------------------------------------------------------------------------------------------------
+# ---- characters ----------------------------------------------------------------------------------
 
-ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # all that UTF-8 can write
+ANY_TEXT = st.text(
+    st.characters(exclude_categories=["Cs"]), max_size=12
+)  # all that UTF-8 can write
 ANY_CONFIG = st.recursive(
     st.dictionaries(ANY_TEXT, ANY_TEXT | st.integers() | st.none(), max_size=3),
     lambda inner: st.dictionaries(ANY_TEXT, st.lists(ANY_TEXT, max_size=2) | inner, max_size=2),
@@ -267,15 +305,23 @@ def test_a_config_in_any_script_is_read_back(tmp_path_factory, tree):
 
 
 def test_emoji_in_configs_and_overrides_reach_the_settings(here):
-    """jsonargparse reads and writes settings with YAML of its own; what a run keeps must be what was given."""
+    """jsonargparse reads and writes settings with YAML of its own; what a run keeps must be what
+    was given.
+    """
     from spd_lightning.training.session import Settings, quiet
 
-    write(here / "mine.yaml", "data:\n  init_args:\n    prompts: ['Hi 😀', 'e\u0301 שלום', \"a\\x85b\"]\n")
+    write(
+        here / "mine.yaml",
+        "data:\n  init_args:\n    prompts: ['Hi 😀', 'e\u0301 שלום', \"a\\x85b\"]\n",
+    )
     given = config.merge(config.load("stories-1L-tiny"), config.load("mine"))
     with quiet():
         from_file = Settings(given)
         from_words = Settings(given, ['--data.init_args.prompts=["Ho 👩\u200d🔬"]'])
-    for settings, prompts in ((from_file, ["Hi 😀", "e\u0301 שלום", "a\x85b"]), (from_words, ["Ho 👩\u200d🔬"])):
+    for settings, prompts in (
+        (from_file, ["Hi 😀", "e\u0301 שלום", "a\x85b"]),
+        (from_words, ["Ho 👩\u200d🔬"]),
+    ):
         assert settings.config["data"]["init_args"]["prompts"] == prompts
         write(here / "copy.yaml", config.dump(settings.settings))
         assert config.load("copy.yaml")["data"]["init_args"]["prompts"] == prompts
@@ -293,7 +339,10 @@ def test_a_byte_order_mark_is_no_part_of_a_config(here):
         ("a: ü".encode("latin-1"), ["not UTF-8 at byte 3", "may be Latin-1", "iconv"]),
         (b'a: "\\ud83d"', ["\\ud83d is half of a character"]),
         (b"a: {1: x, b: y}", ["the key 1 is not text; put it in quotes"]),
-        (b"a: [{2024-01-01: x}]", ["the key datetime.date(2024, 1, 1) is not text; put it in quotes"]),
+        (
+            b"a: [{2024-01-01: x}]",
+            ["the key datetime.date(2024, 1, 1) is not text; put it in quotes"],
+        ),
     ],
 )
 def test_other_encodings_are_rejected(here, content, parts):
@@ -302,7 +351,7 @@ def test_other_encodings_are_rejected(here, content, parts):
     assert all(part in said for part in ["x.yaml", *parts]), said
 
 
-# ---- a key twice ----------------------------------------------------------------------------------------------------
+# ---- a key twice ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -324,7 +373,11 @@ def test_a_key_twice_is_rejected(here, text, key, place):
 
 def test_what_overrides_a_merged_key_is_not_there_twice(here):
     write(here / "x.yaml", "a: &x {b: 1, c: 1}\nd: {<<: *x, b: 2}\ne: {f: {b: 3}, b: 4}\n")
-    assert config.load("x") == {"a": {"b": 1, "c": 1}, "d": {"b": 2, "c": 1}, "e": {"f": {"b": 3}, "b": 4}}
+    assert config.load("x") == {
+        "a": {"b": 1, "c": 1},
+        "d": {"b": 2, "c": 1},
+        "e": {"f": {"b": 3}, "b": 4},
+    }
 
 
 def test_a_key_twice_in_an_override_is_rejected(here):
@@ -332,7 +385,12 @@ def test_a_key_twice_in_an_override_is_rejected(here):
 
     path = write(here / "trainer.yaml", "max_steps: 1\nlogger: false\nmax_steps: 2\n")
     tiny = config.load("tms_5-2")
-    with quiet(), pytest.raises(BadInput, match=r"trainer\.yaml': key 'max_steps' is given twice, on lines 1 and 3"):
+    with (
+        quiet(),
+        pytest.raises(
+            BadInput, match=r"trainer\.yaml': key 'max_steps' is given twice, on lines 1 and 3"
+        ),
+    ):
         Settings(tiny, [f"--trainer={path}"])
     with quiet(), pytest.raises(BadInput, match=r"key 'max_steps' is given twice, on line 1"):
         Settings(tiny, ["--trainer={max_steps: 1, max_steps: 2}"])
@@ -380,7 +438,9 @@ def test_a_long_chain_of_bases_is_rejected(here):
     for k in range(1, 100):
         (here / f"c{k}.yaml").write_text(f"base: c{k - 1}.yaml\n")
     assert config.load("c50.yaml") == {"x": 1}
-    with pytest.raises(BadInput, match=r"config 'c99\.yaml': it builds on a chain of more than 50 configs"):
+    with pytest.raises(
+        BadInput, match=r"config 'c99\.yaml': it builds on a chain of more than 50 configs"
+    ):
         config.load("c99.yaml")
 
 

@@ -81,10 +81,12 @@ def same_files(artifacts: Path, run: Path) -> None:
 
 
 def artifacts_of(root: Path, run: Path) -> Path:
-    return root / "mlartifacts" / json.loads((run / "mlflow.json").read_text())["run_id"] / "artifacts"
+    return (
+        root / "mlartifacts" / json.loads((run / "mlflow.json").read_text())["run_id"] / "artifacts"
+    )
 
 
-# ---- a server -------------------------------------------------------------------------------------------------------
+# ---- a server ------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -97,18 +99,33 @@ class Server:
     """An MLflow server on a port and a folder of its own, to be killed and started again."""
 
     def __init__(self, folder: Path):
-        self.folder, self.port = folder, free_port()
+        self.folder = folder
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.database = folder / "server.db"
 
     def start(self) -> None:
-        words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        words = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
         words += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database}"]
         words += ["--artifacts-destination", str(self.folder / "artifacts")]
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with open(self.folder / "server.log", "ab") as said:
             self.process = subprocess.Popen(
-                words, env=os.environ | quiet, cwd=self.folder, stdout=said, stderr=said, start_new_session=True
+                words,
+                env=os.environ | quiet,
+                cwd=self.folder,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
             )
         deadline = time.monotonic() + 90
         while True:
@@ -131,7 +148,10 @@ def server(root, tmp_path_factory) -> Iterator[Server]:
     shutil.copy(root / "mlflow.db", folder / "server.db")
     with contextlib.closing(sqlite3.connect(folder / "server.db")) as store, store:
         for table in ("metrics", "latest_metrics", "params", "tags", "runs", "experiments"):
-            store.execute(f"DELETE FROM {table} WHERE true" + (" AND experiment_id" * (table == "experiments")))
+            store.execute(
+                f"DELETE FROM {table} WHERE true"
+                + (" AND experiment_id" * (table == "experiments"))
+            )
     server = Server(folder)
     server.start()
     yield server
@@ -139,11 +159,19 @@ def server(root, tmp_path_factory) -> Iterator[Server]:
 
 
 def test_a_server_that_dies_in_the_middle(root, server):
-    """The fit finishes without it. Once it is back `push` completes its copy, and pushing twice adds nothing."""
+    """The fit finishes without it. Once it is back `push` completes its copy, and pushing twice
+    adds nothing.
+    """
     run = root / "dies"
-    process = begun(root, [*FIT, "--run", "dies", "--trainer.max_steps", "600"], MLFLOW_TRACKING_URI=server.uri)
+    process = begun(
+        root, [*FIT, "--run", "dies", "--trainer.max_steps", "600"], MLFLOW_TRACKING_URI=server.uri
+    )
     deadline = time.monotonic() + 60
-    while not ((run / "mlflow.json").exists() and (run / "metrics.jsonl").exists() and held(server.database, run)):
+    while not (
+        (run / "mlflow.json").exists()
+        and (run / "metrics.jsonl").exists()
+        and held(server.database, run)
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     server.kill()
@@ -152,7 +180,9 @@ def test_a_server_that_dies_in_the_middle(root, server):
     assert process.exitcode == 0
     assert runs.Run(run).state == "finished"
     assert json.loads((run / "uncopied.json").read_text())["trackers"] == [server.uri]
-    assert 0 < len(held(server.database, run)) < sum(len(v) - 1 for v in runs.files.read_metrics(run))
+    assert (
+        0 < len(held(server.database, run)) < sum(len(v) - 1 for v in runs.files.read_metrics(run))
+    )
     server.start()
     for _ in range(2):
         done(root, ["push", "dies"], MLFLOW_TRACKING_URI=server.uri)
@@ -163,7 +193,7 @@ def test_a_server_that_dies_in_the_middle(root, server):
     assert not (run / "uncopied.json").exists()
 
 
-# ---- what does not answer -------------------------------------------------------------------------------------------
+# ---- what does not answer ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -175,8 +205,12 @@ def mute() -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
-def said_by(root: Path, words: list[str], monkeypatch, capsys, **surroundings: str) -> tuple[int, str, float]:
-    """A command in this process: its exit code, what it printed to the standard error, its seconds."""
+def said_by(
+    root: Path, words: list[str], monkeypatch, capsys, **surroundings: str
+) -> tuple[int, str, float]:
+    """A command in this process: its exit code, what it printed to the standard error, its
+    seconds.
+    """
     monkeypatch.setenv("SPD_RUNS", str(root))
     for name, value in surroundings.items():
         monkeypatch.setenv(name, value)
@@ -191,7 +225,9 @@ SHORT = ["--trainer.max_steps", "10"]
 
 @pytest.mark.parametrize("kind", ["dead", "mute"])
 def test_a_server_that_never_answers(root, monkeypatch, capsys, kind):
-    """A dead server and a hanging one each cost two short looks and two lines, and the run is finished."""
+    """A dead server and a hanging one each cost two short looks and two lines, and the run is
+    finished.
+    """
     with mute() as address:
         if kind == "dead":
             address = f"http://127.0.0.1:{free_port()}"
@@ -199,7 +235,9 @@ def test_a_server_that_never_answers(root, monkeypatch, capsys, kind):
         words = [*FIT, *SHORT, "--run", kind]
         code, said, seconds = said_by(root, words, monkeypatch, capsys, MLFLOW_TRACKING_URI=secret)
         assert code == 0
-        assert seconds < 120  # on a loaded machine; a fit that waits for the server takes minutes longer
+        assert (
+            seconds < 120
+        )  # on a loaded machine; a fit that waits for the server takes minutes longer
         lines = [line for line in said.splitlines() if "tracker '" in line]
         assert len(lines) == 2, said
         shown = address.replace("//", "//***@")
@@ -207,7 +245,8 @@ def test_a_server_that_never_answers(root, monkeypatch, capsys, kind):
         assert "The work continues" in lines[0]
         assert lines[1].endswith(f"send the copy later: python -m spd_lightning push {kind}")
         assert "Traceback" not in said
-        # The same command sends the copy instead of training again; `push` says what is wrong in one line.
+        # The same command sends the copy instead of training again; `push` says what is wrong in
+        # one line.
         for again in (words, ["push", kind]):
             code, said, seconds = said_by(root, again, monkeypatch, capsys)
             assert code == 2
@@ -236,12 +275,13 @@ def test_a_locked_store(root, monkeypatch):
     same_files(artifacts_of(root, root / "locked"), root / "locked")
 
 
-# ---- killed ---------------------------------------------------------------------------------------------------------
+# ---- killed --------------------------------------------------------------------------------------
 
 
 def test_killed_while_copying_the_same_command_finishes_the_copy(root):
     """It does not train again as `sent-2`; the run's own files stay as they were."""
-    words, run = [*FIT, "--run", "sent"], root / "sent"
+    words = [*FIT, "--run", "sent"]
+    run = root / "sent"
     process = SERVER.Process(target=work_hanging, args=(root, words, {}))
     process.start()
     deadline = time.monotonic() + 60
@@ -252,7 +292,8 @@ def test_killed_while_copying_the_same_command_finishes_the_copy(root):
     process.join()
     assert runs.Run(run).state == "finished"
     before = {
-        name: (run / name).read_bytes() for name in ("decomposition.safetensors", "summary.json", "metrics.jsonl")
+        name: (run / name).read_bytes()
+        for name in ("decomposition.safetensors", "summary.json", "metrics.jsonl")
     }
     done(root, words)
     assert not (root / "sent-2").exists()
@@ -262,20 +303,28 @@ def test_killed_while_copying_the_same_command_finishes_the_copy(root):
 
 
 def test_a_resumed_fit_logs_nothing_twice(root):
-    """Killed after its first checkpoint and well past it, so that the steps between are made again."""
-    words, run = [*FIT, "--run", "resumed"], root / "resumed"
+    """Killed after its first checkpoint and well past it, so that the steps between are made
+    again.
+    """
+    words = [*FIT, "--run", "resumed"]
+    run = root / "resumed"
 
     def past_its_checkpoint() -> bool:
         steps = [values["step"] for values in runs.files.read_metrics(run)]
         stored = (run / "mlflow.json").exists() and held(root / "mlflow.db", run)
-        return (run / "checkpoints/last.safetensors").exists() and bool(steps) and max(steps) > 30 and bool(stored)
+        return (
+            (run / "checkpoints/last.safetensors").exists()
+            and bool(steps)
+            and max(steps) > 30
+            and bool(stored)
+        )
 
     killed(root, [*words, "--trainer.max_steps", "600"], past_its_checkpoint)
     done(root, [*words, "--trainer.max_steps", "600"])
     same_metrics(root / "mlflow.db", run)
 
 
-# ---- several commands, and paths ------------------------------------------------------------------------------------
+# ---- several commands, and paths -----------------------------------------------------------------
 
 
 def logs_a_run(root: Path, name: str, start: Any) -> None:
@@ -291,7 +340,9 @@ def logs_a_run(root: Path, name: str, start: Any) -> None:
 
 
 def test_two_at_once_on_a_strange_path_that_moves(tmp_path, monkeypatch):
-    """Two commands make the store at the same moment; `%20`, `?`, `#` and spaces in its path; and then it is moved."""
+    """Two commands make the store at the same moment; `%20`, `?`, `#` and spaces in its path; and
+    then it is moved.
+    """
     first = tmp_path / "x%20y ?a=b#c" / "runs"
     start = SERVER.Event()
     both = [SERVER.Process(target=logs_a_run, args=(first, name, start)) for name in ("one", "two")]
@@ -302,7 +353,9 @@ def test_two_at_once_on_a_strange_path_that_moves(tmp_path, monkeypatch):
     for process in both:
         process.join(90)
     assert [process.exitcode for process in both] == [0, 0]
-    assert [path.name for path in tmp_path.iterdir()] == [first.parent.name]  # nothing went elsewhere
+    assert [path.name for path in tmp_path.iterdir()] == [
+        first.parent.name
+    ]  # nothing went elsewhere
     assert held(first / "mlflow.db", first / "one") == [("loss", 1, 0.5)]
 
     second = tmp_path / "moved"
@@ -321,7 +374,7 @@ def test_two_at_once_on_a_strange_path_that_moves(tmp_path, monkeypatch):
     assert not first.exists()
 
 
-# ---- units ----------------------------------------------------------------------------------------------------------
+# ---- units ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -350,7 +403,9 @@ def test_passwords_are_not_shown(address, shown):
 
 
 def test_a_store_that_mlflow_rejects(root, monkeypatch, capsys):
-    """The reason is the tracker's, before any work; no folder is left behind, and no password is shown."""
+    """The reason is the tracker's, before any work; no folder is left behind, and no password is
+    shown.
+    """
     never = f"file://{root.parent}/mlruns", "gopher://me:hushhush@x"
     for number, uri in enumerate((*never, "postgresql://u:hushhush@127.0.0.1:9/db")):
         name = f"rejected{number}"
@@ -367,7 +422,9 @@ def test_a_store_that_mlflow_rejects(root, monkeypatch, capsys):
 
 def test_a_logger_that_raises_is_named(tmp_path):
     """Any other logger is built by us too, and what it raises is not blamed on the config."""
-    (other,) = trackers({"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {}}, tmp_path)
+    (other,) = trackers(
+        {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {}}, tmp_path
+    )
     with pytest.raises(TypeError) as raised:
         other.connect()
     assert str(other.trouble(raised.value)).startswith("tracker 'CSVLogger': ")
@@ -375,7 +432,9 @@ def test_a_logger_that_raises_is_named(tmp_path):
 
 def test_the_short_name_of_a_logger(tmp_path):
     """Lightning's own loggers need no package; a name that none of them has gets one line."""
-    (short,) = trackers({"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}}, tmp_path)
+    (short,) = trackers(
+        {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}}, tmp_path
+    )
     short.connect()
     assert (short.library, short.address) == ("lightning.pytorch.loggers", "CSVLogger")
     with pytest.raises(BadInput, match=r"class_path '.*NoLogger': .*; write package.Class"):
@@ -390,22 +449,34 @@ def test_another_logger_is_fed_from_the_metrics_file(tmp_path, monkeypatch):
     for version in ("first", "second"):
         init = {"save_dir": str(tmp_path / "csv"), "name": "", "version": version}
         send({**chosen, "init_args": init}, tmp_path, {})
-    assert (tmp_path / "csv/first/metrics.csv").read_text().split() == ["loss,step", "1.0,0", "0.5,1", f"{1 / 3},2"]
+    assert (tmp_path / "csv/first/metrics.csv").read_text().split() == [
+        "loss,step",
+        "1.0,0",
+        "0.5,1",
+        f"{1 / 3},2",
+    ]
     assert not (tmp_path / "csv/second/metrics.csv").exists()
 
 
 def test_a_run_without_a_tracker_is_not_pushed(tmp_path):
     """Its config.yaml must stay as it is: the digest of a changed one does not match."""
-    with pytest.raises(BadInput, match=f"run '{tmp_path.name}': .*; the run has no tracker to push to"):
+    with pytest.raises(
+        BadInput, match=f"run '{tmp_path.name}': .*; the run has no tracker to push to"
+    ):
         send(False, tmp_path, {})
 
 
 def test_two_loggers_of_a_class_have_files_of_their_own(tmp_path):
-    """Each notes what it has itself: what the first has sent is not taken for sent by the second."""
+    """Each notes what it has itself: what the first has sent is not taken for sent by the
+    second.
+    """
     runs.append_metrics(tmp_path, 0, {"loss": 1.0})
     name = "lightning.pytorch.loggers.CSVLogger"
     both = [
-        {"class_path": name, "init_args": {"save_dir": str(tmp_path), "name": "", "version": version}}
+        {
+            "class_path": name,
+            "init_args": {"save_dir": str(tmp_path), "name": "", "version": version},
+        }
         for version in ("a", "b")
     ]
     send(both[:1], tmp_path, {})
@@ -422,19 +493,25 @@ def test_two_loggers_of_a_class_have_files_of_their_own(tmp_path):
     assert json.loads((tmp_path / "mlflow.json").read_text())["run_id"] == "x"
     assert json.loads((tmp_path / "mlflow-2.json").read_text())["run_id"] == "y"
     trackers([{"class_path": "WandbLogger"}] * 2, tmp_path)
-    ids = {json.loads((tmp_path / name).read_text())["id"] for name in ("wandb.json", "wandb-2.json")}
+    ids = {
+        json.loads((tmp_path / name).read_text())["id"] for name in ("wandb.json", "wandb-2.json")
+    }
     assert len(ids) == 2
 
 
 def test_an_older_run_with_one_file_for_all_loggers(tmp_path):
-    """Rows that the old sent.json records are not sent again; a second logger of the same class gets all rows."""
+    """Rows that the old sent.json records are not sent again; a second logger of the same class
+    gets all rows.
+    """
     runs.write_json(tmp_path / "sent.json", {"CSVLogger": 70, "WandbLogger": 50})
     chosen = [{"class_path": name} for name in ("WandbLogger", "CSVLogger", "CSVLogger")]
     assert [tracker.start() for tracker in trackers(chosen, tmp_path)] == [50, 70, 0]
 
 
 def test_the_tail_of_a_file_that_is_cut_and_grows_again(tmp_path):
-    """Torn lines wait for their end; a file that was cut back gives nothing new until it is longer than it was."""
+    """Torn lines wait for their end; a file that was cut back gives nothing new until it is longer
+    than it was.
+    """
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)
     assert tail.rows() == []
@@ -445,7 +522,9 @@ def test_the_tail_of_a_file_that_is_cut_and_grows_again(tmp_path):
     assert tail.rows() == []
     path.write_text("".join(lines[:3]))
     assert tail.rows() == [(2, {"loss": 0.2})]
-    path.write_text("".join(lines[:2]) + "rubbish that is longer than the line before was\n" + lines[3])
+    path.write_text(
+        "".join(lines[:2]) + "rubbish that is longer than the line before was\n" + lines[3]
+    )
     assert [step for step, _ in tail.rows()] == [0, 1, 3]
 
 
@@ -550,4 +629,7 @@ def test_a_tracker_that_rejects_during_the_training_gets_one_line(rejects, tmp_p
         (error,) = late.complete()
     assert str(error) == "tracker 'slow': no such project; name another"
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == f"{error}. The work continues without it; send the copy later: {PUSH} {tmp_path.name}"
+    assert (
+        line
+        == f"{error}. The work continues without it; send the copy later: {PUSH} {tmp_path.name}"
+    )

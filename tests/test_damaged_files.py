@@ -1,8 +1,10 @@
-"""Every kind of file that is written, damaged in every way, under every reader: a right answer, or one line.
+"""Every kind of file that is written, damaged in every way, under every reader: a right answer, or
+one line.
 
-The damage is drawn from a seed: truncation, flipped bits, an empty file, and for JSON and YAML other values, other
-types, huge numbers, deep nesting, a key twice. A reader may give what it gave before the damage, or raise BadInput with
-one line; listings go on, and say of the damaged run that it is.
+The damage is drawn from a seed: truncation, flipped bits, an empty file, and for JSON and YAML
+other values, other types, huge numbers, deep nesting, a key twice. A reader may give what it gave
+before the damage, or raise BadInput with one line; listings go on, and say of the damaged run that
+it is.
 """
 
 import contextlib
@@ -35,13 +37,32 @@ FLIPS = 12  # of one bit, in each file
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*max_epochs. was not set")
 
-VALUES: list[Any] = [None, True, -1, 3, 10**12, 10**40, 1e308, float("nan"), "", "x", [], [[]], {}, {"a": 1}, [1, "b"]]
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    3,
+    10**12,
+    10**40,
+    1e308,
+    float("nan"),
+    "",
+    "x",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    [1, "b"],
+]
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Iterator[Path]:
-    """A working directory with a run that was fitted and harvested, and a second one that stays whole."""
-    here, threads = tmp_path_factory.mktemp("damaged"), torch.get_num_threads()
+    """A working directory with a run that was fitted and harvested, and a second one that stays
+    whole.
+    """
+    here = tmp_path_factory.mktemp("damaged")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
@@ -52,12 +73,14 @@ def here(tmp_path_factory) -> Iterator[Path]:
         assert cli.run(["predict", "--config", "tiny"]) == 0
         good = here / "runs/good"
         good.mkdir()
-        (good / "summary.json").write_text(json_files.dumped({"verdict": "ok", "alive/a": 1, "seconds/fit": 1.0}))
+        (good / "summary.json").write_text(
+            json_files.dumped({"verdict": "ok", "alive/a": 1, "seconds/fit": 1.0})
+        )
         yield here
     torch.set_num_threads(threads)
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 
 def damaged(content: bytes, kind: str, seed: str) -> Iterator[tuple[str, bytes]]:
@@ -67,7 +90,8 @@ def damaged(content: bytes, kind: str, seed: str) -> Iterator[tuple[str, bytes]]
     for share in (0.3, 0.99):
         yield f"cut to {share}", content[: int(share * len(content))]
     for _ in range(FLIPS):
-        at, bit = chance.randrange(len(content)), chance.randrange(8)
+        at = chance.randrange(len(content))
+        bit = chance.randrange(8)
         flipped = bytearray(content)
         flipped[at] ^= 1 << bit
         yield f"bit {bit} of byte {at}", bytes(flipped)
@@ -99,13 +123,19 @@ def other_json(value: dict[str, Any], chance: random.Random) -> Iterator[tuple[s
 
 def spots(value: Any, place: tuple = ()) -> Iterator[tuple]:
     """The places in a JSON value."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    pairs = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in pairs:
         yield (*place, key)
         yield from spots(inner, (*place, key))
 
 
-# ---- readers --------------------------------------------------------------------------------------------------------
+# ---- readers -------------------------------------------------------------------------------------
 
 
 def rows(here: Path) -> dict[str, pl.DataFrame]:
@@ -140,7 +170,9 @@ def pushed(here: Path) -> str:
 def pages(here: Path) -> list[Any]:
     library = Library("runs")
     store = library.store("tiny", "graphs-unmasked")
-    page = component_page.page_data(store, library.run("tiny").path, component_page.ComponentSelection())
+    page = component_page.page_data(
+        store, library.run("tiny").path, component_page.ComponentSelection()
+    )
     return [page.sites, page.order.tolist(), page.importances.tolist(), page.summary.rows()]
 
 
@@ -212,26 +244,38 @@ def test_a_damaged_file_gives_the_right_answer_or_one_line(here, pattern):
                 got = attempt(read, here)
                 told += isinstance(got, BadInput)
                 meant = kind == "json" and not how.startswith(("bit", "cut", "empty"))
-                assert isinstance(got, BadInput) or meant or same(got, wanted), f"{read.__name__}: {how}"
+                assert isinstance(got, BadInput) or meant or same(got, wanted), (
+                    f"{read.__name__}: {how}"
+                )
     finally:
         path.write_bytes(content)
     assert told  # else nothing was damaged that a reader looks at
 
 
-@pytest.mark.parametrize("name", ["summary.json", "run.json", "config.yaml", "decomposition.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["summary.json", "run.json", "config.yaml", "decomposition.json", "metrics.jsonl"]
+)
 def test_lists_of_runs_survive_a_damaged_run(here, name, capsys):
-    """The damaged run is listed with its line, the others as ever; the table of results leaves it out."""
+    """The damaged run is listed with its line, the others as ever; the table of results leaves it
+    out.
+    """
     path = here / "runs/tiny" / name
     content = path.read_bytes()
     kind = "json" if name.endswith("json") else "bytes"
     try:
         for number, (how, bad) in enumerate(damaged(content, kind, name)):
             path.write_bytes(bad)
-            for words in (["runs"], ["runs", "--table"], ["runs", "--json"])[: 1 if number % 4 else 3]:
+            for words in (["runs"], ["runs", "--table"], ["runs", "--json"])[
+                : 1 if number % 4 else 3
+            ]:
                 assert cli.run(words) == 0, how
                 out, _ = capsys.readouterr()
                 assert "good" in out
-                if words == ["runs"] and how == "empty" and name not in ("config.yaml", "metrics.jsonl"):
+                if (
+                    words == ["runs"]
+                    and how == "empty"
+                    and name not in ("config.yaml", "metrics.jsonl")
+                ):
                     (line,) = [line for line in out.splitlines() if line.startswith("damaged")]
                     assert name in line
             with contextlib.suppress(BadInput):
@@ -244,9 +288,21 @@ def test_lists_of_runs_survive_a_damaged_run(here, name, capsys):
 def test_verbs_end_with_one_line(here, capsys):
     """Through the command line: exit code 2, and no traceback."""
     verbs = {
-        "decomposition.json": ["intervene", "tiny", "--input", "0.5,0,0,0,0", "--ablate", "linear1:0"],
+        "decomposition.json": [
+            "intervene",
+            "tiny",
+            "--input",
+            "0.5,0,0,0,0",
+            "--ablate",
+            "linear1:0",
+        ],
         "harvest/graphs-unmasked/manifest.json": ["export", "tiny", "--harvest", "graphs-unmasked"],
-        "harvest/graphs-unmasked/manifest-0.json": ["export", "tiny", "--harvest", "graphs-unmasked"],
+        "harvest/graphs-unmasked/manifest-0.json": [
+            "export",
+            "tiny",
+            "--harvest",
+            "graphs-unmasked",
+        ],
         "config.yaml": ["push", "tiny"],
         "summary.json": ["push", "tiny"],
     }
@@ -257,19 +313,36 @@ def test_verbs_end_with_one_line(here, capsys):
         capsys.readouterr()
         assert cli.run(words) == 2
         path.write_bytes(content)
-        assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]) == 1
+        assert (
+            len(
+                [
+                    line
+                    for line in capsys.readouterr().err.splitlines()
+                    if line.startswith("error: ")
+                ]
+            )
+            == 1
+        )
 
 
 def test_a_size_of_a_trillion_is_one_line(here):
-    """Before anything is allocated: components, neurons, layers, and what a manifest says of its layers."""
+    """Before anything is allocated: components, neurons, layers, and what a manifest says of its
+    layers.
+    """
     path = here / "runs/tiny/decomposition.json"
     content = path.read_bytes()
     facts = json_files.unsealed(json.loads(content))
     changes = [
         ("target", facts["target"] | {"init_args": {"n_features": 10**12, "n_hidden": 2}}),
-        ("target", facts["target"] | {"init_args": {"n_features": 5, "n_hidden": 2, "n_identity": 10**9}}),
+        (
+            "target",
+            facts["target"] | {"init_args": {"n_features": 5, "n_hidden": 2, "n_identity": 10**9}},
+        ),
         ("model", facts["model"] | {"sites": {"linear1": 10**12, "linear2": 10**12}}),
-        ("model", facts["model"] | {"importance": facts["model"]["importance"] | {"hidden": 10**9}}),
+        (
+            "model",
+            facts["model"] | {"importance": facts["model"]["importance"] | {"hidden": 10**9}},
+        ),
     ]
     try:
         for key, value in changes:
@@ -282,7 +355,8 @@ def test_a_size_of_a_trillion_is_one_line(here):
 def test_a_file_changed_in_place_is_checked_again(here):
     """The digest that a process remembers is that of the file's state, not of its name."""
     path = here / HARVEST / "edges/part-0-0.parquet"
-    content, facts = path.read_bytes(), path.stat()
+    content = path.read_bytes()
+    facts = path.stat()
     os.utime(path, (1, 1))
     assert rows(here)  # and remembered
     path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])

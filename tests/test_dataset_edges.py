@@ -1,4 +1,6 @@
-"""Attributions over a corpus: sums of prompt graphs (section A), their rows, and what is asked of them."""
+"""Attributions over a corpus: sums of prompt graphs (section A), their rows, and what is asked of
+them.
+"""
 
 import json
 from collections import defaultdict
@@ -15,9 +17,9 @@ from test_nodes import WORDS, Ragged, harvested, induction_head, shaken, table
 from spd_lightning import cli
 from spd_lightning.analysis.dataset_edges import named, strongest
 from spd_lightning.attribution.autograd import cut_run, prompt_edges
-from spd_lightning.attribution.closed_form.trace import why_not
+from spd_lightning.attribution.closed_form.trace import closed_form_obstacle
 from spd_lightning.attribution.dataset_edges import dataset_edges, looked_up
-from spd_lightning.attribution.graph import MODES, Subject
+from spd_lightning.attribution.graph import MODES, GraphSpec
 from spd_lightning.attribution.outputs import every_output
 from spd_lightning.commands.arguments import RunArguments
 from spd_lightning.data.modules import Batches
@@ -39,10 +41,11 @@ from spd_lightning.viewer.library import harvest_names
 def by_definition(model, inputs, g, mode, outputs):
     """The sums over all edges of prompt graphs, read one by one.
 
-    {(kind, S, i, T, j): (edges, Σ A, Σ A·sign(a_T), and of both Σ over prompts of the prompt's sum squared)}
+    {(kind, S, i, T, j): (edges, Σ A, Σ A·sign(a_T), and of both Σ over prompts of the prompt's sum
+    squared)}
     """
     rows = looked_up(model, inputs)
-    layers, found = prompt_edges(Subject(model, inputs, g, mode, THRESHOLD, outputs))
+    layers, found = prompt_edges(GraphSpec(model, inputs, g, mode, THRESHOLD, outputs))
     sums: dict = defaultdict(lambda: [(0, 0.0, 0.0)] * len(inputs))
 
     def component(layer, prompt, at):
@@ -51,9 +54,11 @@ def by_definition(model, inputs, g, mode, outputs):
         return 0 if layer.whole else at[1]
 
     for e in found:
-        source, target = layers[e.source], layers[e.target]
+        source = layers[e.source]
+        target = layers[e.target]
         for p, start, end, value in zip(*(column.tolist() for column in e[2:]), strict=True):
-            i, j = component(source, p, start), component(target, p, end)
+            i = component(source, p, start)
+            j = component(target, p, end)
             sign = 1 if target.value[(p, *end)] >= 0 else -1
             key = source.kind, source.name, i, target.name, j
             n, total, size = sums[key][p]
@@ -77,95 +82,133 @@ def as_dictionary(pairs):
 
 
 def assert_same(found, expected, rtol=1e-9, atol=1e-12, slack=0):
-    """Alike as dictionaries; only edges across positions may be zero in one and left out in the other: a few, slack."""
+    """Alike as dictionaries; only edges across positions may be zero in one and left out in the
+    other: a few, slack.
+    """
     largest = [max(abs(sums[number]) for sums in expected.values()) for number in range(5)]
     for key in found.keys() | expected.keys():
         n, *sums = found.get(key, (0, 0.0, 0.0, 0.0, 0.0))
         m, *wanted = expected.get(key, (0, 0.0, 0.0, 0.0, 0.0))
         assert abs(n - m) <= slack or (n > m and key[1].endswith(("k_proj", "v_proj"))), key
-        assert sums == [pytest.approx(w, rel=rtol, abs=atol * big) for w, big in zip(wanted, largest[1:], strict=True)]
+        assert sums == [
+            pytest.approx(w, rel=rtol, abs=atol * big)
+            for w, big in zip(wanted, largest[1:], strict=True)
+        ]
 
 
 @pytest.mark.parametrize("mode", CLOSED)
 @pytest.mark.parametrize("style", STYLES)
 def test_sums_are_those_of_the_prompt_graphs(style, mode):
-    """Section A: both metrics, beside the edges of batched products one by one; in closed form no backward pass."""
+    """Section A: both metrics, beside the edges of batched products one by one; in closed form no
+    backward pass.
+    """
     model, tokens, g = made(style, prompts=3, length=5)
-    with torch.inference_mode(why_not(model, CLOSED[mode]) is None):
-        _, pairs = dataset_edges(Subject(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs))
+    with torch.inference_mode(closed_form_obstacle(model, CLOSED[mode]) is None):
+        _, pairs = dataset_edges(GraphSpec(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs))
     expected = by_definition(model, tokens, g, CLOSED[mode], some_outputs)
     assert_same(as_dictionary(pairs), expected, slack=5 if style in PARTIAL else 0)
 
 
 def test_toys_too():
-    """Models without closed forms: vectors, whose features are sources, and tokens that look up two embeddings."""
+    """Models without closed forms: vectors, whose features are sources, and tokens that look up two
+    embeddings.
+    """
     torch.manual_seed(0)
-    tms, head = ComponentModel(TMS(5, 2), {"*": 4}).double(), induction_head().model.double()
+    tms = ComponentModel(TMS(5, 2), {"*": 4}).double()
+    head = induction_head().model.double()
     x = torch.rand(6, 5).double() * (torch.rand(6, 5) < 0.6)
     for model, inputs in ((tms, x), (head, torch.randint(0, len(WORDS), (3, 5)))):
         g = {name: torch.rand(a.shape).double() for name, a in model.clean(inputs).inner.items()}
-        nodes, pairs = dataset_edges(Subject(model, inputs, g, MODES["unmasked"], THRESHOLD))
-        assert_same(as_dictionary(pairs), by_definition(model, inputs, g, MODES["unmasked"], every_output))
+        nodes, pairs = dataset_edges(GraphSpec(model, inputs, g, MODES["unmasked"], THRESHOLD))
+        assert_same(
+            as_dictionary(pairs), by_definition(model, inputs, g, MODES["unmasked"], every_output)
+        )
     assert {node.layer for node in nodes} == {"embed", "pos_embed", *head.sites, "output"}
     assert nodes[1].component.tolist() == [0, 1, 2, 3, 4]  # positions
 
 
 def test_models_of_transformers_by_their_twins(tmp_path):
-    """Closed forms of a decoder with the same weights, under the model's own names, to single precision."""
+    """Closed forms of a decoder with the same weights, under the model's own names, to single
+    precision.
+    """
     tiny_checkpoints.write(tmp_path, "llama")
     target = HuggingFaceLM.from_pretrained(str(tmp_path))
     target.model.set_attn_implementation("eager")
-    model = ComponentModel(target, {"model.layers.*.self_attn.*": 5, "model.layers.*.mlp.*_proj": 6}).double()
+    model = ComponentModel(
+        target, {"model.layers.*.self_attn.*": 5, "model.layers.*.mlp.*_proj": 6}
+    ).double()
     tokens = tiny_checkpoints.tokens(2, 4)
-    g = {name: (1.8 * torch.rand(a.shape).double() - 0.6).clamp(0, 1) for name, a in model.clean(tokens).inner.items()}
-    of = Subject(model, tokens, g, MODES["unmasked"], THRESHOLD)
-    quick = twin_of(model, of.mode)
+    g = {
+        name: (1.8 * torch.rand(a.shape).double() - 0.6).clamp(0, 1)
+        for name, a in model.clean(tokens).inner.items()
+    }
+    spec = GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD)
+    quick = twin_of(model, spec.mode)
     assert quick.model is not model
     (nodes, found), (slow, expected) = (
-        way(of, lambda name: name.startswith("model.")) for way in (quick.sums, dataset_edges)
+        way(spec, lambda name: name.startswith("model.")) for way in (quick.sums, dataset_edges)
     )
     assert [node.layer for node in nodes] == [node.layer for node in slow]
     assert_same(as_dictionary(found), as_dictionary(expected), rtol=1e-4, atol=1e-6)
 
 
 def test_both_metrics_are_gradients_of_sums_and_of_sizes():
-    """One backward pass a target over the whole batch, of Σ a_T and of Σ |a_T| over the places where T is a node."""
+    """One backward pass a target over the whole batch, of Σ a_T and of Σ |a_T| over the places
+    where T is a node.
+    """
     model, tokens, g = made("llama", prompts=3, length=5)
-    found = as_dictionary(dataset_edges(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))[1])
-    layers = cut_run(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))
+    found = as_dictionary(
+        dataset_edges(GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))[1]
+    )
+    layers = cut_run(GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))
     sources = [layer for layer in layers if layer.kind == "component"]
     for target in layers[2::3]:
         values = target.value[..., 1] * target.nodes[..., 1]
         both = [
-            torch.autograd.grad(of.sum(), [s.leaf for s in sources], retain_graph=True, allow_unused=True)
-            for of in (values, values.abs())
+            torch.autograd.grad(
+                spec.sum(), [s.leaf for s in sources], retain_graph=True, allow_unused=True
+            )
+            for spec in (values, values.abs())
         ]
         for source, *gradients in zip(sources, *both, strict=True):
             if gradients[0] is None:
                 continue
-            sums = [(source.contributions(x[None])[0] * source.nodes).sum((0, 1)).tolist() for x in gradients]
+            sums = [
+                (source.contributions(x[None])[0] * source.nodes).sum((0, 1)).tolist()
+                for x in gradients
+            ]
             for i, expected in enumerate(zip(*sums, strict=True)):
-                _, *mine = found.get(("component", source.name, i, target.name, 1), (0, 0.0, 0.0))[:3]
+                _, *mine = found.get(("component", source.name, i, target.name, 1), (0, 0.0, 0.0))[
+                    :3
+                ]
                 assert mine == pytest.approx(list(expected), rel=1e-9, abs=1e-12)
 
 
 def test_edges_through_attention_are_counted_by_pairs_of_places():
     model, tokens, g = made("llama", layers=1)
-    found = as_dictionary(dataset_edges(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))[1])
+    found = as_dictionary(
+        dataset_edges(GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))[1]
+    )
     for name in ("k", "v"):
         source, target = (g[f"h.0.attn.{x}_proj"] > THRESHOLD for x in (name, "o"))
         for i in range(5):
             for j in range(5):
-                counts = torch.outer(target[..., j].flatten(), source[..., i].flatten()).view(2, 4, 2, 4)
-                expected = sum(int(counts[p, s, p, : s + 1].sum()) for p in range(2) for s in range(4))
+                counts = torch.outer(target[..., j].flatten(), source[..., i].flatten()).view(
+                    2, 4, 2, 4
+                )
+                expected = sum(
+                    int(counts[p, s, p, : s + 1].sum()) for p in range(2) for s in range(4)
+                )
                 key = "component", f"h.0.attn.{name}_proj", i, "h.0.attn.o_proj", j
                 assert found.get(key, (0,))[0] == expected
 
 
 def test_a6_frozen_sums_add_up():
-    """All that reaches a component over the corpus is what it holds where it is a node, and so with sizes."""
+    """All that reaches a component over the corpus is what it holds where it is a node, and so with
+    sizes.
+    """
     model, tokens, g = made("gpt", prompts=3)
-    _, pairs = dataset_edges(Subject(model, tokens, g, MODES["frozen"], THRESHOLD, some_outputs))
+    _, pairs = dataset_edges(GraphSpec(model, tokens, g, MODES["frozen"], THRESHOLD, some_outputs))
     arriving: dict = defaultdict(lambda: [0.0, 0.0])
     for key, (_, *sums) in ((key, row[:3]) for key, row in as_dictionary(pairs).items()):
         arriving[key[3:]] = [a + b for a, b in zip(arriving[key[3:]], sums, strict=True)]
@@ -179,7 +222,9 @@ def test_a6_frozen_sums_add_up():
 
 def test_normalizers_are_those_of_a_naive_pass():
     model, tokens, g = made("gpt")
-    nodes, _ = dataset_edges(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))
+    nodes, _ = dataset_edges(
+        GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
+    )
     found = {node.layer: node for node in nodes}
     for name, a in model.clean(tokens).inner.items():
         assert found[name].firings.tolist() == (g[name] > THRESHOLD).sum((0, 1)).tolist()
@@ -196,21 +241,31 @@ def test_layers_can_be_chosen():
     """What is not wanted is as if it had no nodes; in closed form and otherwise alike."""
     for style in ("llama", "mlps alone"):
         model, tokens, g = made(style)
-        every = dataset_edges(Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs))
+        every = dataset_edges(
+            GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs)
+        )
         some = dataset_edges(
-            Subject(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs),
+            GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD, some_outputs),
             lambda layer: layer.startswith("h.0.mlp"),
         )
-        assert {node.layer for node in some[0]} == {name for name in model.sites if name.startswith("h.0.mlp")}
+        assert {node.layer for node in some[0]} == {
+            name for name in model.sites if name.startswith("h.0.mlp")
+        }
         whole = as_dictionary(every[1])
-        expected = {k: v for k, v in whole.items() if all(name.startswith("h.0.mlp") for name in (k[1], k[3]))}
+        expected = {
+            k: v
+            for k, v in whole.items()
+            if all(name.startswith("h.0.mlp") for name in (k[1], k[3]))
+        }
         assert_same(as_dictionary(some[1]), expected)
         assert expected
 
 
-# ---- harvests -------------------------------------------------------------------------------------------------------
+# ---- harvests ------------------------------------------------------------------------------------
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*predict returned None"
+)
 LENGTHS = (7, 4, 5)
 ENDS = ["source_kind", "source_layer", "source", "target_layer", "target"]
 
@@ -228,7 +283,11 @@ def summed(store: Store, name: str = "dataset_edges") -> pl.DataFrame:
 
 def busiest(store: Store, layer: str) -> int:
     """The component of a layer that is a node most often."""
-    return summed(store, "dataset_nodes").filter(pl.col("layer") == layer).sort("firings")["component"][-1]
+    return (
+        summed(store, "dataset_nodes")
+        .filter(pl.col("layer") == layer)
+        .sort("firings")["component"][-1]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +300,13 @@ def both(tmp_path_factory):
 def test_one_pass_gives_graphs_and_their_sums(both):
     """The table of sums is that of prompt graphs joined, grouped and added up."""
     _, graphs, sums = both
-    nodes = table(graphs, "nodes").select("prompt_id", "node", "kind", "layer", "component", "pos", "activation")
-    texts = {row["prompt_id"]: row["token_ids"] for row in graphs.scan("prompts").collect().iter_rows(named=True)}
+    nodes = table(graphs, "nodes").select(
+        "prompt_id", "node", "kind", "layer", "component", "pos", "activation"
+    )
+    texts = {
+        row["prompt_id"]: row["token_ids"]
+        for row in graphs.scan("prompts").collect().iter_rows(named=True)
+    }
     token = [
         texts[row["prompt_id"]][row["pos"]] if row["layer"] == "wte" else row["component"]
         for row in nodes.iter_rows(named=True)
@@ -269,7 +333,11 @@ def test_one_pass_gives_graphs_and_their_sums(both):
     )
     found = summed(sums)
     assert_frame_equal(found, expected.select(found.columns).sort(ENDS), rel_tol=1e-4, abs_tol=1e-6)
-    firings = table(graphs, "components").group_by("layer", "component").agg(pl.col("firings", "positions").sum())
+    firings = (
+        table(graphs, "components")
+        .group_by("layer", "component")
+        .agg(pl.col("firings", "positions").sum())
+    )
     own = summed(sums, "dataset_nodes").filter(pl.col("kind") == "component")
     own = own.select("layer", "component", "firings", "positions")
     assert_frame_equal(own, firings.sort("layer", "component"))
@@ -287,7 +355,9 @@ class Breaking(Ragged):
 
 
 def test_groups_and_sittings_change_nothing(both, tmp_path):
-    """Written prompt by prompt, or cut short within a group and gone on with: nothing is lost, nothing there twice."""
+    """Written prompt by prompt, or cut short within a group and gone on with: nothing is lost,
+    nothing there twice.
+    """
     _, _, whole = both
     (single,) = harvested(tmp_path / "single", decoder(), Ragged(LENGTHS), DatasetEdges(group=1))
     cut = DatasetEdges(group=7)
@@ -312,30 +382,42 @@ def test_a_long_group_is_added_up_as_it_grows(both, tmp_path, monkeypatch):
 
 
 def test_a_harvest_of_chosen_layers(tmp_path):
-    (store,) = harvested(tmp_path, decoder(), Ragged(), DatasetEdges(layers=["h.0.mlp.*"], name="mlp"))
+    (store,) = harvested(
+        tmp_path, decoder(), Ragged(), DatasetEdges(layers=["h.0.mlp.*"], name="mlp")
+    )
     found = table(store, "dataset_edges")
     assert set(found["target_layer"]) == {"h.0.mlp.down_proj"}
     assert set(found["source_layer"]) == {"h.0.mlp.gate_proj", "h.0.mlp.up_proj"}
-    with pytest.raises(BadInput, match=r"layers 'h.0.mpl.\*' in DatasetEdges: no such layer; choose from: h.0"):
+    with pytest.raises(
+        BadInput, match=r"layers 'h.0.mpl.\*' in DatasetEdges: no such layer; choose from: h.0"
+    ):
         harvested(tmp_path, decoder(), Ragged(), DatasetEdges(layers=["h.0.mpl.*"], name="none"))
 
 
 def test_configs_laid_over_another_add_their_harvesters():
-    """graphs.yaml and dataset_edges.yaml together; what the first config names is replaced, as ever."""
+    """graphs.yaml and dataset_edges.yaml together; what the first config names is replaced, as
+    ever.
+    """
 
     def harvesters(*names):
         request = RunArguments(["stories-2L.yaml", *names])
-        return [each["class_path"].removeprefix("spd_lightning.") for each in request.config["trainer"]["callbacks"]]
+        return [
+            each["class_path"].removeprefix("spd_lightning.")
+            for each in request.config["trainer"]["callbacks"]
+        ]
 
     assert harvesters() == ["PromptNodes"]
     assert harvesters("dataset_edges.yaml") == ["DatasetEdges"]
-    assert harvesters("graphs.yaml", "wandb.yaml", "dataset_edges.yaml") == ["PromptGraphs", "DatasetEdges"]
+    assert harvesters("graphs.yaml", "wandb.yaml", "dataset_edges.yaml") == [
+        "PromptGraphs",
+        "DatasetEdges",
+    ]
     assert harvesters("graphs.yaml", "graphs.yaml") == ["PromptGraphs"]
     together = RunArguments(["stories-2L.yaml", "graphs.yaml", "dataset_edges.yaml"]).config
     assert together["trainer"]["callbacks"][0]["init_args"] == {"at_least": 0.005}
 
 
-# ---- questions ------------------------------------------------------------------------------------------------------
+# ---- questions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", ["activation", "size"])
@@ -344,15 +426,23 @@ def test_configs_laid_over_another_add_their_harvesters():
 def test_strongest_beside_loops_over_all_rows(both, side, scale, metric):
     """Values, intervals over prompts and order, by hand from the rows of the tables."""
     store = both[2]
-    nodes = {(r["layer"], r["component"]): r for r in summed(store, "dataset_nodes").iter_rows(named=True)}
-    layer, (here, there) = "h.0.attn.o_proj", (("target", "source") if side == "sources" else ("source", "target"))
-    expected, busy = [], busiest(store, layer)
+    nodes = {
+        (r["layer"], r["component"]): r
+        for r in summed(store, "dataset_nodes").iter_rows(named=True)
+    }
+    layer = "h.0.attn.o_proj"
+    (here, there) = ("target", "source") if side == "sources" else ("source", "target")
+    expected = []
+    busy = busiest(store, layer)
     for row in summed(store).iter_rows(named=True):
         if (row[f"{here}_layer"], row[here]) != (layer, busy) or row["edges"] < 3:
             continue
-        source, target = nodes[row["source_layer"], row["source"]], nodes[row["target_layer"], row["target"]]
+        source = nodes[row["source_layer"], row["source"]]
+        target = nodes[row["target_layer"], row["target"]]
         rms = sqrt(target["activation_square_sum"] / target["positions"])
-        by = {"sum": 1, "mean": source["firings"], "normalized": source["importance_sum"] * rms}[scale]
+        by = {"sum": 1, "mean": source["firings"], "normalized": source["importance_sum"] * rms}[
+            scale
+        ]
         values = row["sum"] / by, row["sum_abs_target"] / by
         name = {"activation": "sum", "size": "sum_abs_target"}[metric]
         squares = row["prompt_square_sum" + name.removeprefix("sum")]
@@ -360,7 +450,9 @@ def test_strongest_beside_loops_over_all_rows(both, side, scale, metric):
         ends = row[name] / by - half, row[name] / by + half
         expected.append((row[f"{there}_layer"], row[there], row["edges"], *values, *ends))
     which = {"activation": 3, "size": 4}[metric]
-    expected.sort(key=lambda row: (-max(0.0, abs(row[which]) - (row[6] - row[5]) / 2), -abs(row[which])))
+    expected.sort(
+        key=lambda row: (-max(0.0, abs(row[which]) - (row[6] - row[5]) / 2), -abs(row[which]))
+    )
     found = strongest(store, layer, busy, side, scale, metric, most=5, at_least=3)
     assert len(expected) > 5
     for row, wanted in zip(found.drop("kind").rows(), expected, strict=False):
@@ -377,7 +469,9 @@ def test_names_of_what_drives(both):
     assert {name.partition(":")[0] for name in named(both[2], heard)} == set(heard["layer"])
     assert {
         repr(WORDS[c]) in name
-        for name, c, layer in zip(named(both[2], heard), heard["component"], heard["layer"], strict=True)
+        for name, c, layer in zip(
+            named(both[2], heard), heard["component"], heard["layer"], strict=True
+        )
         if layer == "output"
     } == {True}
 
@@ -385,14 +479,24 @@ def test_names_of_what_drives(both):
 @pytest.mark.parametrize(
     ("layer", "component", "why"),
     [
-        ("h.0.mlp.gate", 1, r"layer 'h.0.mlp.gate' is not in harvest '.*'; did you mean 'h.0.mlp.gate_proj'\?"),
-        ("h.0.mlp.gate_proj", 9, r"component 9 of 'h.0.mlp.gate_proj' is not in harvest '.*'; the nearest is 5"),
+        (
+            "h.0.mlp.gate",
+            1,
+            r"layer 'h.0.mlp.gate' is not in harvest '.*'; did you mean 'h.0.mlp.gate_proj'\?",
+        ),
+        (
+            "h.0.mlp.gate_proj",
+            9,
+            r"component 9 of 'h.0.mlp.gate_proj' is not in harvest '.*'; the nearest is 5",
+        ),
     ],
 )
 def test_what_there_is_not_is_refused(both, layer, component, why):
     with pytest.raises(BadInput, match=why):
         strongest(both[2], layer, component)
-    with pytest.raises(BadInput, match=r"holds no sums over a corpus; predict with --config dataset_edges\.yaml"):
+    with pytest.raises(
+        BadInput, match=r"holds no sums over a corpus; predict with --config dataset_edges\.yaml"
+    ):
         strongest(both[1], "h.0.mlp.gate_proj", 1)
 
 
@@ -400,10 +504,28 @@ def test_edges_on_the_command_line(both, capsys):
     run = str(both[0])
     assert cli.run(["edges", run, "h.0.mlp.down_proj:1", "--most", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "h.0.mlp.down_proj:1 over 15 prompts, unmasked, normalized; pairs with at least 10 edges"
+    assert (
+        lines[0]
+        == "h.0.mlp.down_proj:1 over 15 prompts, unmasked, normalized; pairs with at least 10 edges"
+    )
     assert [line.split()[0] for line in lines if line[:1].isalpha()][1:] == ["sources", "targets"]
     assert len(lines) == 9
-    assert cli.run(["edges", run, "h.0.mlp.down_proj:1", "--sources", "--json", "--scale", "sum", "--most", "3"]) == 0
+    assert (
+        cli.run(
+            [
+                "edges",
+                run,
+                "h.0.mlp.down_proj:1",
+                "--sources",
+                "--json",
+                "--scale",
+                "sum",
+                "--most",
+                "3",
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     expected = strongest(both[2], "h.0.mlp.down_proj", 1, scale="sum", most=3)
     assert [row["to_size"] for row in found["sources"]] == expected["to_size"].to_list()
@@ -414,9 +536,15 @@ def test_edges_on_the_command_line(both, capsys):
     ("words", "why"),
     [
         (["h.0.mlp.down_proj"], "component 'h.0.mlp.down_proj': write layer:number"),
-        (["h.0.mlp.down_proj:1", "--harvest", "dataset-unmaskd"], "did you mean 'dataset-unmasked'?"),
+        (
+            ["h.0.mlp.down_proj:1", "--harvest", "dataset-unmaskd"],
+            "did you mean 'dataset-unmasked'?",
+        ),
         (["h.0.mlp.down_proj:1", "--most", "0"], "--most '0': not a number from 1 up"),
-        (["h.0.mlp.down_proj:1", "--scale", "log"], "--scale 'log': unknown value; choose from: mean, normalized, sum"),
+        (
+            ["h.0.mlp.down_proj:1", "--scale", "log"],
+            "--scale 'log': unknown value; choose from: mean, normalized, sum",
+        ),
         ([], "edges: COMPONENT is missing: layer:number"),
     ],
 )
@@ -428,7 +556,9 @@ def test_bad_questions_on_the_command_line(both, capsys, words, why):
 
 
 def test_the_viewer_shows_them_beside_components(both):
-    """Sums are no harvest to choose in the viewer; they stand below the components of whichever is chosen."""
+    """Sums are no harvest to choose in the viewer; they stand below the components of whichever is
+    chosen.
+    """
     run = Run(both[0])
     assert harvest_names(run) == ["graphs-unmasked"]
     busy = busiest(both[2], "h.0.attn.o_proj")

@@ -1,4 +1,6 @@
-"""Numbers that must be finite and are not end the work with one line that names them; what was good before is kept."""
+"""Numbers that must be finite and are not end the work with one line that names them; what was good
+before is kept.
+"""
 
 import json
 import math
@@ -22,7 +24,9 @@ from spd_lightning.training.networks import build
 from spd_lightning.training.target import TargetTraining
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:.*in eval mode at the start.*"
+    "ignore:.*LeafSpec.*",
+    "ignore:.*does not have many workers.*",
+    "ignore:.*in eval mode at the start.*",
 )
 
 
@@ -44,12 +48,20 @@ class Poisoned(Decomposition):
 
 
 def test_the_step_and_the_term_are_named_and_the_checkpoint_is_kept(tmp_path):
-    """The step lies between two logged ones; the checkpoint of step 10 stays, none of poisoned weights is written."""
+    """The step lies between two logged ones; the checkpoint of step 10 stays, none of poisoned
+    weights is written.
+    """
     module = Poisoned(
-        build(TARGET), {"linear1": 7, "linear2": 7}, {"linear2": "linear1"}, warm_up=WarmUp(0), inner_steps=5
+        build(TARGET),
+        {"linear1": 7, "linear2": 7},
+        {"linear2": "linear1"},
+        warm_up=WarmUp(0),
+        inner_steps=5,
     )
     module.checkpoint_every = 5
-    with pytest.raises(Diverged, match="the loss term 'reconstruction/all' is nan at step 13; lower"):
+    with pytest.raises(
+        Diverged, match="the loss term 'reconstruction/all' is nan at step 13; lower"
+    ):
         trainer(tmp_path, 40).fit(module, data())
     kept = SafetensorsIO().load_checkpoint(tmp_path / LAST)
     assert kept["global_step"] == 10
@@ -70,7 +82,9 @@ def test_weights_that_the_last_update_spoiled_are_found(tmp_path):
 
 def test_a_warm_up_that_diverges(tmp_path):
     module = decomposition(warm_up=WarmUp(50, lr=1e30))
-    with pytest.raises(Diverged, match=r"the faithfulness is (inf|nan) at step [0-9]+ of the warm-up"):
+    with pytest.raises(
+        Diverged, match=r"the faithfulness is (inf|nan) at step [0-9]+ of the warm-up"
+    ):
         trainer(tmp_path, 10).fit(module, data())
 
 
@@ -123,7 +137,9 @@ def test_a_circuit_search_that_diverges(monkeypatch):
     )
     inputs = torch.eye(5)[:2]
     with pytest.raises(Diverged, match=r"the circuit search's loss .* is nan after"):
-        circuit_search.optimize(decomposition().model, inputs, CircuitSearch(steps=3, lambdas=(0.1,)))
+        circuit_search.optimize(
+            decomposition().model, inputs, CircuitSearch(steps=3, lambdas=(0.1,))
+        )
 
 
 def test_the_first_strange_tensor_is_named():
@@ -164,6 +180,9 @@ def test_a_fit_that_diverges_says_so_everywhere(tmp_path, monkeypatch, capsys):
     assert summary["verdict"] in said.replace("training ", "")
     assert runs.Run(Path("runs/wild")).state == "diverged"
     assert not Path("runs/wild/decomposition.safetensors").exists()
-    for words in (["predict", "--config", "wild"], ["validate", "--config", "wild", "--run", "wild"]):
+    for words in (
+        ["predict", "--config", "wild"],
+        ["validate", "--config", "wild", "--run", "wild"],
+    ):
         assert cli.run(words) == 2
         assert "diverged" in capsys.readouterr().err

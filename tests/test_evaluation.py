@@ -1,4 +1,6 @@
-"""Evaluation as a training holds it (law E): before step 0, in full precision, on two devices as on one."""
+"""Evaluation as a training holds it (law E): before step 0, in full precision, on two devices as on
+one.
+"""
 
 import json
 import sys
@@ -37,7 +39,7 @@ def test_e_two_devices_give_the_figures_of_one(tmp_path):
         assert any(value > 0 for name, value in whole.items() if name.endswith("/random"))
 
 
-# ---- inside a trainer -----------------------------------------------------------------------------------------------
+# ---- inside a trainer ----------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,12 @@ class Kept(Logger):
 
 def decomposition(**settings):
     torch.manual_seed(0)
-    given = {"inner_steps": 2, "log_every": 2, "warm_up": WarmUp(steps=3), "evaluation": Evaluation(ladder=(2,))}
+    given = {
+        "inner_steps": 2,
+        "log_every": 2,
+        "warm_up": WarmUp(steps=3),
+        "evaluation": Evaluation(ladder=(2,)),
+    }
     return Decomposition(TMS(5, 2), {"*": 4}, **given | settings)
 
 
@@ -87,7 +94,8 @@ def data():
 
 
 def test_e_the_figures_of_step_0_come_first_and_are_those_of_the_untrained(tmp_path):
-    kept, module = Kept(), decomposition()
+    kept = Kept()
+    module = decomposition()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     trainer(kept, callbacks=[drawing.Figures(tmp_path)]).fit(module, data())
     evaluated = [(step, line) for step, line in kept.lines if "mse/ci" in line]
@@ -103,7 +111,8 @@ def test_e_the_figures_of_step_0_come_first_and_are_those_of_the_untrained(tmp_p
 
 
 def test_e_what_cannot_be_drawn_fails_before_training(tmp_path, monkeypatch):
-    kept, module = Kept(), decomposition()
+    kept = Kept()
+    module = decomposition()
 
     def broken(*_):
         raise ZeroDivisionError
@@ -116,7 +125,8 @@ def test_e_what_cannot_be_drawn_fails_before_training(tmp_path, monkeypatch):
 
 
 def test_e_a_training_that_goes_on_does_not_log_step_0_again(tmp_path):
-    kept, module = Kept(), decomposition()
+    kept = Kept()
+    module = decomposition()
     first = trainer(kept, steps=2)
     first.fit(module, data())
     first.save_checkpoint(tmp_path / "last.ckpt")

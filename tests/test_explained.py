@@ -6,7 +6,7 @@ from test_closed_form import CLOSED, THRESHOLD, assert_equal, dictionary, made, 
 from test_nodes import WORDS, Ragged, decoder, harvested, shaken, table
 
 from spd_lightning.attribution.autograd import cut_run, oracle
-from spd_lightning.attribution.graph import Subject
+from spd_lightning.attribution.graph import GraphSpec
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.data.modules import SparseFeatures
 from spd_lightning.errors import BadInput
@@ -23,10 +23,10 @@ def test_a3_a_graph_of_chosen_nodes(style, mode):
     """It is the oracle's; all else is in the rests, so that frozen graphs still add up (A6)."""
     model, tokens, g = made(style, prompts=1)
     above = thresholds(model, CHOSEN, THRESHOLD, tokens.shape[1])
-    of = Subject(model, tokens, g, CLOSED[mode], above, some_outputs)
-    layers, found = attribution_graphs(of)
+    spec = GraphSpec(model, tokens, g, CLOSED[mode], above, some_outputs)
+    layers, found = attribution_graphs(spec)
     found = dictionary(layers, found, 0)
-    assert_equal(found, oracle(cut_run(of)), atol=1e-12)
+    assert_equal(found, oracle(cut_run(spec)), atol=1e-12)
     written_out = {("h.0.attn.v_proj", p, 3) for p in range(4)} | {("h.1.attn.o_proj", 2, 0)}
     written_out |= {("h.1.attn.o_proj", p, 4) for p in (1, 2, 3)}
     for layer in layers:
@@ -40,8 +40,12 @@ def test_a3_a_graph_of_chosen_nodes(style, mode):
         for (_, (*_, target, pos, j)), value in found.items():
             into[target, pos, j] = into.get((target, pos, j), 0.0) + value
         for layer in layers:
-            for _, pos, j in layer.nodes.nonzero().tolist() if layer.kind in ("component", "output") else ():
-                assert into[layer.name, pos, j] == pytest.approx(layer.value[0, pos, j].item(), rel=1e-9, abs=1e-9)
+            for _, pos, j in (
+                layer.nodes.nonzero().tolist() if layer.kind in ("component", "output") else ()
+            ):
+                assert into[layer.name, pos, j] == pytest.approx(
+                    layer.value[0, pos, j].item(), rel=1e-9, abs=1e-9
+                )
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
@@ -49,12 +53,17 @@ def test_a_harvest_of_what_is_asked_for(tmp_path):
     """Two tokens against a third, at the last position, by the MLP alone."""
     asked = Explained(tokens=[WORDS[1], 3], against=WORDS[5], positions=[-1])
     module = decoder()
-    (store,) = harvested(tmp_path, module, Ragged((6,)), PromptGraphs("frozen", outputs=asked, nodes=["h.0.mlp.*"]))
-    nodes, outputs = table(store, "nodes"), table(store, "outputs")
+    (store,) = harvested(
+        tmp_path, module, Ragged((6,)), PromptGraphs("frozen", outputs=asked, nodes=["h.0.mlp.*"])
+    )
+    nodes = table(store, "nodes")
+    outputs = table(store, "outputs")
     last = nodes.filter(kind="output")
     assert set(last.select("pos", "component").iter_rows()) == {(5, 1), (5, 3)}
     assert set(outputs["token"]) == {WORDS[1], WORDS[3]}
-    assert set(nodes.filter(kind="component")["layer"]) <= {f"h.0.mlp.{x}_proj" for x in ("gate", "up", "down")}
+    assert set(nodes.filter(kind="component")["layer"]) <= {
+        f"h.0.mlp.{x}_proj" for x in ("gate", "up", "down")
+    }
     batch = Ragged((6,)).batches[0]
     with torch.no_grad():
         logits = module.model.target(batch.inputs)[:, -1]
@@ -68,11 +77,20 @@ def test_a_harvest_of_what_is_asked_for(tmp_path):
     ("asked", "complaint"),
     [
         ({"outputs": Explained(tokens=["zz"])}, "token 'zz' in outputs: not one"),
-        ({"outputs": Explained(against=99)}, "token 99 in outputs: the vocabulary has 11; take 0 to 10"),
-        ({"outputs": Explained(positions=[6])}, "position 6 in outputs: a prompt has 6; take −6 to 5"),
+        (
+            {"outputs": Explained(against=99)},
+            "token 99 in outputs: the vocabulary has 11; take 0 to 10",
+        ),
+        (
+            {"outputs": Explained(positions=[6])},
+            "position 6 in outputs: a prompt has 6; take −6 to 5",
+        ),
         ({"nodes": ["h.0.mlp.up_pro:1"]}, r"site 'h.0.mlp.up_pro': not one .*h.0.mlp.up_proj"),
         ({"nodes": ["h.7.*"]}, r"nodes 'h.7.\*': no such layer"),
-        ({"nodes": ["h.0.mlp.up_proj:9:1"]}, "nodes 'h.0.mlp.up_proj:9:1': there is no position 9; a prompt has 6"),
+        (
+            {"nodes": ["h.0.mlp.up_proj:9:1"]},
+            "nodes 'h.0.mlp.up_proj:9:1': there is no position 9; a prompt has 6",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")

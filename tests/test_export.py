@@ -1,4 +1,6 @@
-"""Exports: what circuit-tracer's viewer needs of a file, GraphML read back, and the verb with good and bad words."""
+"""Exports: what circuit-tracer's viewer needs of a file, GraphML read back, and the verb with good
+and bad words.
+"""
 
 import json
 import math
@@ -27,17 +29,35 @@ from spd_lightning.errors import BadInput
 from spd_lightning.store import Store, prompt_hash
 from spd_lightning.viewer.library import Library
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
-NUMBER, NULL = (int, float), type(None)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*predict returned None"
+)
+NUMBER = (int, float)
+NULL = type(None)
 METADATA = {
-    "slug": str, "scan": str, "transcoder_list": list, "prompt_tokens": list, "prompt": str, "node_threshold": NUMBER,
+    "slug": str,
+    "scan": str,
+    "transcoder_list": list,
+    "prompt_tokens": list,
+    "prompt": str,
+    "node_threshold": NUMBER,
     "schema_version": int,
-}  # fmt: skip
+}
 NODE = {
-    "node_id": str, "feature": int, "layer": str, "ctx_idx": int, "feature_type": str, "token_prob": NUMBER,
-    "is_target_logit": bool, "run_idx": int, "reverse_ctx_idx": int, "jsNodeId": str, "clerp": str,
-    "influence": (*NUMBER, NULL), "activation": (*NUMBER, NULL),
-}  # fmt: skip
+    "node_id": str,
+    "feature": int,
+    "layer": str,
+    "ctx_idx": int,
+    "feature_type": str,
+    "token_prob": NUMBER,
+    "is_target_logit": bool,
+    "run_idx": int,
+    "reverse_ctx_idx": int,
+    "jsNodeId": str,
+    "clerp": str,
+    "influence": (*NUMBER, NULL),
+    "activation": (*NUMBER, NULL),
+}
 LINK = {"source": str, "target": str, "weight": NUMBER}
 Q_PARAMS = {"pinnedIds": list, "supernodes": list, "linkType": str, "clickedId": str, "sg_pos": str}
 TYPES = {"cross layer transcoder", "embedding", "logit", "mlp reconstruction error"}
@@ -60,13 +80,19 @@ def exported(store: Store, prompt: int, nodes: float = 0.8, edges: float = 0.98)
 
 def stores(root: Path, frozen: Store) -> list[tuple[Store, int]]:
     """One prompt of every kind, and all probes together."""
-    harvests = [Store(root / "tms_5-2/harvest/probe"), Store(root / "texts/harvest/unmasked"), frozen]
-    prompts = [(store, prompt) for store in harvests for prompt in graph_list(store)["prompt_id"][:6]]
+    harvests = [
+        Store(root / "tms_5-2/harvest/probe"),
+        Store(root / "texts/harvest/unmasked"),
+        frozen,
+    ]
+    prompts = [
+        (store, prompt) for store in harvests for prompt in graph_list(store)["prompt_id"][:6]
+    ]
     assert any(prompt == ALL_PROBES for _, prompt in prompts)
     return prompts
 
 
-# ---- circuit-tracer -------------------------------------------------------------------------------------------------
+# ---- circuit-tracer ------------------------------------------------------------------------------
 
 
 def fits(value: dict, fields: dict) -> bool:
@@ -97,14 +123,18 @@ def readable(made: dict) -> None:
     assert max(node["ctx_idx"] for node in nodes.values()) > 0  # it cannot lay out a single column
     same = Counter((node["layer"], node["feature"], node["ctx_idx"]) for node in nodes.values())
     assert max(same.values()) <= len(tokens) * 2 / 3  # else it takes them for noise
-    rows = {name: -1 if node["layer"] == "E" else int(node["layer"]) for name, node in nodes.items()}
+    rows = {
+        name: -1 if node["layer"] == "E" else int(node["layer"]) for name, node in nodes.items()
+    }
     assert all(rows[link["source"]] < rows[link["target"]] for link in made["links"])
     for name, node in nodes.items():
         kind = node["feature_type"]
         assert kind in TYPES
         if kind == "logit":
             assert rows[name] == max(rows.values())
-            assert float(node["clerp"].split("(p=")[1].split(")")[0]) == pytest.approx(node["token_prob"], abs=6e-4)
+            assert float(node["clerp"].split("(p=")[1].split(")")[0]) == pytest.approx(
+                node["token_prob"], abs=6e-4
+            )
             assert node["clerp"].split('"')[2].startswith(" (p=")
         else:
             assert (node["layer"] == "E") == (kind == "embedding")
@@ -121,14 +151,25 @@ def test_what_is_written_fits_the_viewer(root, frozen, shares):
         export = exported(store, prompt, *shares)
         made = circuit_tracer(export, "slug")
         readable(made)
-        assert [len(made["nodes"]), len(made["links"])] == [len(export.graph.nodes), len(export.graph.edges)]
-        ids = dict(zip(export.graph.nodes["node"], [node["node_id"] for node in made["nodes"]], strict=True))
+        assert [len(made["nodes"]), len(made["links"])] == [
+            len(export.graph.nodes),
+            len(export.graph.edges),
+        ]
+        ids = dict(
+            zip(
+                export.graph.nodes["node"], [node["node_id"] for node in made["nodes"]], strict=True
+            )
+        )
         links = {(link["source"], link["target"]): link["weight"] for link in made["links"]}
-        assert links == {(ids[s], ids[t]): weight for s, t, weight in export.graph.edges.iter_rows()}
+        assert links == {
+            (ids[s], ids[t]): weight for s, t, weight in export.graph.edges.iter_rows()
+        }
 
 
 def test_nodes_stand_where_they_belong(frozen):
-    """Rows are sites in forward order, columns positions; rests and biases are errors, likeliest outputs targets."""
+    """Rows are sites in forward order, columns positions; rests and biases are errors, likeliest
+    outputs targets.
+    """
     prompt = frozen.scan("prompts").collect()["prompt_id"][0]
     export = exported(frozen, prompt, 1.0, 1.0)
     sites = [layer for layer in frozen.layers if layer not in ("input", "output")]
@@ -140,7 +181,9 @@ def test_nodes_stand_where_they_belong(frozen):
             targets |= {(row["pos"], row["weight"])} if node["is_target_logit"] else set()
             continue
         assert node["layer"] == str(sites.index(row["layer"]))
-        assert (node["feature_type"] == "mlp reconstruction error") == (row["kind"] in ("rest", "bias"))
+        assert (node["feature_type"] == "mlp reconstruction error") == (
+            row["kind"] in ("rest", "bias")
+        )
         assert row["layer"] in node["clerp"]
     outputs = export.whole.nodes.filter(pl.col("kind") == "output")
     assert targets == set(outputs.group_by("pos").agg(pl.col("weight").max()).rows())
@@ -161,7 +204,7 @@ def test_influence_is_counted_in_the_whole_graph_on_what_was_asked(frozen):
         assert row["cumulative"] >= larger / total - 1e-9
 
 
-# ---- NetworkX and GraphML -------------------------------------------------------------------------------------------
+# ---- NetworkX and GraphML ------------------------------------------------------------------------
 
 
 def test_graphml_read_back_is_the_same_graph(root, frozen, tmp_path):
@@ -177,8 +220,14 @@ def test_graphml_read_back_is_the_same_graph(root, frozen, tmp_path):
         assert set(made) == set(rows)
         for number, held in made.nodes(data=True):
             assert held["name"] == node_name(rows[number])
-            assert {name: held.get(name) for name in rows[number] if name in held or name == "importance"} == {
-                name: value for name, value in rows[number].items() if name in held or name == "importance"
+            assert {
+                name: held.get(name)
+                for name in rows[number]
+                if name in held or name == "importance"
+            } == {
+                name: value
+                for name, value in rows[number].items()
+                if name in held or name == "importance"
             }
         weights = {(s, t): weight for s, t, weight in export.graph.edges.iter_rows()}
         assert {(s, t): held["weight"] for s, t, held in made.edges(data=True)} == weights
@@ -194,7 +243,7 @@ def test_any_token_survives_xml(text):
     assert kept == text or not text.isprintable()
 
 
-# ---- prompts by what a person calls them ----------------------------------------------------------------------------
+# ---- prompts by what a person calls them ---------------------------------------------------------
 
 
 def test_prompts_are_found_by_id_number_source_and_a_part_of_their_text(root):
@@ -209,7 +258,9 @@ def test_prompts_are_found_by_id_number_source_and_a_part_of_their_text(root):
     text = " ".join("".join(listed["tokens"][0]).split())
     assert find_prompt(texts, text[:9]) == find_prompt(texts, text[2:9]) == listed["prompt_id"][0]
     assert find_prompt(texts, "Once upon") == prompt_hash(bytes((0, 1, 2, 3, 6)))
-    with pytest.raises(BadInput, match=r"3 contain it, 0 'text 0 .*; 2 'text 2 .*; 3 'text 3 .*; write more of it"):
+    with pytest.raises(
+        BadInput, match=r"3 contain it, 0 'text 0 .*; 2 'text 2 .*; 3 'text 3 .*; write more of it"
+    ):
         find_prompt(texts, "Onc")
     for asked, why in (
         ("feature", "7 contain it, 1 'feature 0 = 0.75'; 2 'feature 1 = 0.75'"),
@@ -222,7 +273,9 @@ def test_prompts_are_found_by_id_number_source_and_a_part_of_their_text(root):
 
 
 def test_the_harvest_is_the_one_that_the_viewer_shows(tmp_path, monkeypatch):
-    """The newest harvest with graphs, whatever the order of names; one without graphs is passed over."""
+    """The newest harvest with graphs, whatever the order of names; one without graphs is passed
+    over.
+    """
     run = make_run(tmp_path / "tms_5-2", harvests=("b", "a", "c"))
     monkeypatch.setenv("SPD_RUNS", str(tmp_path))
     for age, name in enumerate(("b", "c", "a")):
@@ -234,7 +287,9 @@ def test_the_harvest_is_the_one_that_the_viewer_shows(tmp_path, monkeypatch):
 
 
 def test_the_viewer_of_circuit_tracer_asks_no_hub():
-    """What it asks for begins with "./" and is not among the folders that it fetches from elsewhere."""
+    """What it asks for begins with "./" and is not among the folders that it fetches from
+    elsewhere.
+    """
     for name in ("tms_5-2", "features", "google/gemma-2-2b", "a?b#c", "custom-x"):
         scan = local_scan(name)
         assert scan.startswith("./")
@@ -243,7 +298,7 @@ def test_the_viewer_of_circuit_tracer_asks_no_hub():
         assert scan.count("/") == 2
 
 
-# ---- the verb -------------------------------------------------------------------------------------------------------
+# ---- the verb ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -256,9 +311,26 @@ def here(root, tmp_path, monkeypatch) -> Path:
 def test_the_verb_writes_what_its_ending_says(here, capsys):
     assert cli.run(["export", "tms_5-2", "--prompt", "feature 1"]) == 0
     assert "circuit-tracer start-server --graph_file_dir" in capsys.readouterr().out
-    assert cli.run(["export", "texts", "--prompt=1", "--to=second.json", "--nodes=1", "--edges", "1"]) == 0
     assert (
-        cli.run(["export", "tms_5-2", "--prompt", "0", "--to", "all.graphml", "--budget", "3", "--position", "0"]) == 0
+        cli.run(["export", "texts", "--prompt=1", "--to=second.json", "--nodes=1", "--edges", "1"])
+        == 0
+    )
+    assert (
+        cli.run(
+            [
+                "export",
+                "tms_5-2",
+                "--prompt",
+                "0",
+                "--to",
+                "all.graphml",
+                "--budget",
+                "3",
+                "--position",
+                "0",
+            ]
+        )
+        == 0
     )
     for slug in ("graph", "second"):
         made = json.loads((here / f"{slug}.json").read_text())
@@ -271,8 +343,11 @@ def test_the_verb_writes_what_its_ending_says(here, capsys):
     again = json.loads((here / "graph-metadata.json").read_text())["graphs"]
     assert [one["slug"] for one in again] == ["second", "graph"]
     assert sorted(path.name for path in here.iterdir()) == [
-        "all.graphml", "graph-metadata.json", "graph.json", "second.json"
-    ]  # fmt: skip
+        "all.graphml",
+        "graph-metadata.json",
+        "graph.json",
+        "second.json",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,15 @@ def test_lines_show_every_value_in_order():
     made = module(chain(2), {"*": 9})
     drawn = dict(figures.draw(made))["mean_importance"]
     for site in ("0", "1"):
-        linear, log = (axis for axis in drawn.axes if axis.lines and _above(axis, drawn).get_title() == site)
+        linear, log = (
+            axis for axis in drawn.axes if axis.lines and _above(axis, drawn).get_title() == site
+        )
         expected = sorted(made.arrays[f"mean_importance/{site}"].tolist(), reverse=True)
-        assert linear.lines[0].get_ydata().tolist() == log.lines[0].get_ydata().tolist() == pytest.approx(expected)
+        assert (
+            linear.lines[0].get_ydata().tolist()
+            == log.lines[0].get_ydata().tolist()
+            == pytest.approx(expected)
+        )
         assert (linear.get_yscale(), log.get_yscale()) == ("linear", "log")
 
 
@@ -71,7 +77,9 @@ def _above(axis, figure):
     if axis.get_title():
         return axis
     column = axis.get_subplotspec().colspan.start
-    return next(a for a in figure.axes if a.get_title() and a.get_subplotspec().colspan.start == column)
+    return next(
+        a for a in figure.axes if a.get_title() and a.get_subplotspec().colspan.start == column
+    )
 
 
 def test_matrices_too_large_to_see_are_left_out(monkeypatch):
@@ -83,7 +91,11 @@ def test_matrices_too_large_to_see_are_left_out(monkeypatch):
     assert "components" not in dict(figures.draw(module(target, {"*": 4})))
 
 
-@given(arrays.arrays(float, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.floats(-5, 5)))
+@given(
+    arrays.arrays(
+        float, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.floats(-5, 5)
+    )
+)
 def test_a_cell_shows_the_largest_entry_of_its_block(matrix):
     before, figures.MOST_CELLS = figures.MOST_CELLS, 5
     try:
@@ -92,7 +104,8 @@ def test_a_cell_shows_the_largest_entry_of_its_block(matrix):
         figures.MOST_CELLS = before
     assert cells.shape == tuple(min(n, 5) for n in matrix.shape)
     rows, columns = (
-        [range(k * n // s, (k + 1) * n // s) for k in range(s)] for n, s in zip(matrix.shape, cells.shape, strict=True)
+        [range(k * n // s, (k + 1) * n // s) for k in range(s)]
+        for n, s in zip(matrix.shape, cells.shape, strict=True)
     )
     for i, held in enumerate(rows):
         for j, over in enumerate(columns):

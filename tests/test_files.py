@@ -59,7 +59,8 @@ def left(folder: Path, name: str, age: float = 0.0) -> Path:
 
 
 def test_only_what_dead_processes_left_is_swept(tmp_path, dead):
-    mine, day = files.mark(), 24 * 3600
+    mine = files.mark()
+    day = 24 * 3600
     gone = mine.replace(f".{os.getpid()}.", f".{dead}.")
     foreign = f".00000000.{dead}.new"
     swept = [left(tmp_path, f".a{gone}"), left(tmp_path, f".b{foreign}", 2 * day)]

@@ -1,4 +1,6 @@
-"""Frozen maps (law A6): what they compute, and that value is gradient times input, whatever the code looks like."""
+"""Frozen maps (law A6): what they compute, and that value is gradient times input, whatever the
+code looks like.
+"""
 
 import math
 
@@ -24,7 +26,9 @@ def inputs() -> Tensor:
 
 
 def frozen(function, *, exact: float = 1e-14) -> Tensor | None:
-    """The gradient under the frozen rules, after a check that value = Σ gradient × input; None of a constant."""
+    """The gradient under the frozen rules, after a check that value = Σ gradient × input; None of a
+    constant.
+    """
     x = inputs().requires_grad_()
     wanted = function(x.detach().clone())
     with Frozen():
@@ -40,7 +44,9 @@ def frozen(function, *, exact: float = 1e-14) -> Tensor | None:
 
 @pytest.mark.parametrize("name", sorted(set(ACT2FN) - INEXACT))
 def test_a6_every_activation_of_transformers_is_its_secant_or_a_constant(name):
-    """By what it computes: fused, a formula, or several functions; φ(h) = h · secant where φ(0) = 0."""
+    """By what it computes: fused, a formula, or several functions; φ(h) = h · secant where φ(0) =
+    0.
+    """
     activation = ACT2FN[name]
     if isinstance(activation, nn.Module):
         activation = activation.double().requires_grad_(False)
@@ -96,7 +102,9 @@ def test_a6_written_out_in_a_forward_pass(name):
 
 
 def test_a6_norms_divide_by_a_constant_however_they_are_written():
-    """RMSNorm and LayerNorm: fused, by rsqrt, by sqrt, by the standard deviation. Gradient: the held scale."""
+    """RMSNorm and LayerNorm: fused, by rsqrt, by sqrt, by the standard deviation. Gradient: the
+    held scale.
+    """
     x = inputs().view(4, 10)
     scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     forms = [
@@ -122,7 +130,10 @@ def test_a6_norms_divide_by_a_constant_however_they_are_written():
     [
         (lambda h: torch.mul(h, h.exp()), lambda h: torch.mul(h, other=h.exp())),
         (lambda h: torch.matmul(h, h.T), lambda h: torch.matmul(input=h, other=h.T)),
-        (lambda h: torch.bmm(h[None], h.T[None]), lambda h: torch.bmm(input=h[None], mat2=h.T[None])),
+        (
+            lambda h: torch.bmm(h[None], h.T[None]),
+            lambda h: torch.bmm(input=h[None], mat2=h.T[None]),
+        ),
         (lambda h: torch.div(h, h.exp()), lambda h: torch.div(h, other=h.exp())),
         (lambda h: torch.pow(h, 2), lambda h: torch.pow(h, exponent=2)),
         (lambda h: torch.softmax(h, -1) * h, lambda h: torch.softmax(input=h, dim=-1) * h),
@@ -133,7 +144,10 @@ def test_a6_norms_divide_by_a_constant_however_they_are_written():
             lambda h: F.scaled_dot_product_attention(h[None], h[None], h[None]),
             lambda h: F.scaled_dot_product_attention(query=h[None], key=h[None], value=h[None]),
         ),
-        (lambda h: torch.where(h > 0, h, h * h), lambda h: torch.where(condition=h > 0, input=h, other=h * h)),
+        (
+            lambda h: torch.where(h > 0, h, h * h),
+            lambda h: torch.where(condition=h > 0, input=h, other=h * h),
+        ),
     ],
 )
 def test_a6_operands_by_name_are_operands(by_place, by_name):
@@ -148,7 +162,9 @@ def test_a6_operands_by_name_are_operands(by_place, by_name):
 
 
 def test_a6_what_a_router_chooses_is_a_constant():
-    """Experts chosen among softmax or plain scores: held in a second run, whatever the scores are there."""
+    """Experts chosen among softmax or plain scores: held in a second run, whatever the scores are
+    there.
+    """
     x = inputs().view(10, 4)
     for scores in (lambda h: F.softmax(h, -1), lambda h: 2 * h):
         kept = []
@@ -171,7 +187,9 @@ def test_a6_what_a_router_chooses_is_a_constant():
 
 
 def test_a_number_added_to_the_stream_leaves_it_a_path():
-    """Only a non-linearity plus a number is a gate; a path stays a path, and a sum that overwrites one too."""
+    """Only a non-linearity plus a number is a gate; a path stays a path, and a sum that overwrites
+    one too.
+    """
 
     def overwritten(h: Tensor) -> Tensor:
         y = torch.tanh(h)

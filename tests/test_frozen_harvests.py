@@ -1,4 +1,6 @@
-"""Harvests of frozen graphs say whether in-edges add up: printed, in the ledger, on both pages (law A6)."""
+"""Harvests of frozen graphs say whether in-edges add up: printed, in the ledger, on both pages (law
+A6).
+"""
 
 import logging
 
@@ -16,7 +18,9 @@ from spd_lightning.store.manifest import read_settings
 from spd_lightning.viewer import graph_page, run_page
 from spd_lightning.viewer.graph_page import GraphSelection
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*predict returned None"
+)
 
 
 class Network(nn.Module):
@@ -24,7 +28,9 @@ class Network(nn.Module):
 
     def __init__(self, function):
         super().__init__()
-        self.first, self.second, self.function = nn.Linear(4, 6), nn.Linear(6, 3), function
+        self.first = nn.Linear(4, 6)
+        self.second = nn.Linear(6, 3)
+        self.function = function
 
     def forward(self, x):
         return self.second(self.function(self.first(x)))
@@ -58,7 +64,12 @@ def harvested(request, tmp_path, caplog):
         SparseCircuits(QUICK, mode="frozen"),
         PromptGraphs("unmasked", checks=0),
     ]
-    options = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    options = {
+        "logger": False,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     with caplog.at_level(logging.INFO, logger="spd_lightning"):
         trainer = L.Trainer(callbacks=[*harvesters], default_root_dir=tmp_path, **options)
         trainer.predict(module, Few(torch.rand(3, 4)), return_predictions=False)
@@ -67,14 +78,21 @@ def harvested(request, tmp_path, caplog):
 
 def test_a6_the_largest_gap_is_printed_and_kept(harvested):
     right, stores, records = harvested
-    said = {record.getMessage().split(":")[0]: record for record in records if "add up" in record.getMessage()}
+    said = {
+        record.getMessage().split(":")[0]: record
+        for record in records
+        if "add up" in record.getMessage()
+    }
     assert set(said) == {"harvest graphs-frozen", "harvest dataset-frozen", "harvest circuits"}
     for name in ("graphs-frozen", "dataset-frozen", "circuits"):
-        store, record = stores[name], said[f"harvest {name}"]
+        store = stores[name]
+        record = said[f"harvest {name}"]
         gap = store.manifest["gap"]
         assert (gap <= ADDS_UP) == right
         assert record.levelno == (logging.INFO if right else logging.WARNING)
-        assert f"{gap:.1e}" in record.getMessage() or f"up to {100 * gap:.2g} %" in record.getMessage()
+        assert (
+            f"{gap:.1e}" in record.getMessage() or f"up to {100 * gap:.2g} %" in record.getMessage()
+        )
         assert "\n" not in record.getMessage()
     graphs = stores["graphs-frozen"]
     assert graphs.manifest["gap"] == graphs.collect(graphs.scan("graphs"))["gap"].max()
@@ -104,7 +122,9 @@ def test_the_largest_gap_is_that_of_any_group(harvested):
     added = ("schema_version", "world")  # by the writer itself
     writer = Writer(store.path, {key: value for key, value in own.items() if key not in added})
     frames = {"prompts": store.collect(store.scan("prompts")).head(1).with_columns(prompt_id=1)}
-    frames["prompts"] = frames["prompts"].cast({"prompt_id": store.collect(store.scan("prompts")).schema["prompt_id"]})
+    frames["prompts"] = frames["prompts"].cast(
+        {"prompt_id": store.collect(store.scan("prompts")).schema["prompt_id"]}
+    )
     writer.write(frames, gap=before + 1)
     writer.complete()
     assert Store(store.path).manifest["gap"] == before + 1

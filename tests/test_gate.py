@@ -1,4 +1,6 @@
-"""The viewer's gate: what other sites, other names and made-up requests get; and what the pages' own questions get."""
+"""The viewer's gate: what other sites, other names and made-up requests get; and what the pages'
+own questions get.
+"""
 
 import asyncio
 import base64
@@ -17,7 +19,9 @@ from spd_lightning.store import prompt_hash
 from spd_lightning.viewer import gate, serving
 from spd_lightning.viewer.gate import EVENT, MOST_BYTES, SERVER_FUNCTION, Gate, Questions
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # gradio's own, of what it imports
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # gradio's own, of what it imports
 HOST = "127.0.0.1:7860"
 JSON_TYPE = {"content-type": "application/json"}
 PROBE = str(prompt_hash(b"feature 3"))
@@ -28,15 +32,28 @@ class Answer:
 
     def __init__(self, messages: list[Any]):
         self.status = messages[0]["status"]
-        self.headers = {name.decode(): value.decode("latin-1") for name, value in messages[0]["headers"]}
+        self.headers = {
+            name.decode(): value.decode("latin-1") for name, value in messages[0]["headers"]
+        }
         self.body = b"".join(message.get("body", b"") for message in messages[1:])
 
 
-def ask(app: Any, method: str, path: str, headers: dict[str, str] | None = None, chunks: list[bytes] | None = None):
-    """Send one request to an ASGI application, its body in chunks, without a Content-Length unless it is given."""
+def ask(
+    app: Any,
+    method: str,
+    path: str,
+    headers: dict[str, str] | None = None,
+    chunks: list[bytes] | None = None,
+):
+    """Send one request to an ASGI application, its body in chunks, without a Content-Length unless
+    it is given.
+    """
     sent: list[Any] = []
     parts = chunks or [b""]
-    waiting = [{"type": "http.request", "body": part, "more_body": k + 1 < len(parts)} for k, part in enumerate(parts)]
+    waiting = [
+        {"type": "http.request", "body": part, "more_body": k + 1 < len(parts)}
+        for k, part in enumerate(parts)
+    ]
     pairs = {"host": HOST, **(headers or {})}
 
     async def receive() -> Any:
@@ -46,11 +63,21 @@ def ask(app: Any, method: str, path: str, headers: dict[str, str] | None = None,
         sent.append(message)
 
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
-        "raw_path": path.encode("utf-8", "replace"), "query_string": b"", "root_path": "", "scheme": "http",
-        "headers": [(name.encode(), value.encode("latin-1")) for name, value in pairs.items() if value],
-        "client": ("127.0.0.1", 50000), "server": ("127.0.0.1", 7860),
-    }  # fmt: skip
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode("utf-8", "replace"),
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "headers": [
+            (name.encode(), value.encode("latin-1")) for name, value in pairs.items() if value
+        ],
+        "client": ("127.0.0.1", 50000),
+        "server": ("127.0.0.1", 7860),
+    }
     asyncio.get_event_loop().run_until_complete(app(scope, receive, send))
     return Answer(sent)
 
@@ -78,7 +105,9 @@ def viewer(tmp_path_factory) -> tuple[Gate, dict[str, Any]]:
     root = tmp_path_factory.mktemp("runs")
     make_run(root / "tms_5-2")
 
-    async def built() -> tuple[Gate, dict[str, Any]]:  # while a loop runs, Gradio makes none of its own
+    async def built() -> tuple[
+        Gate, dict[str, Any]
+    ]:  # while a loop runs, Gradio makes none of its own
         demo = build(str(root))
         return serving.protected(demo, "127.0.0.1", {}), demo.config
 
@@ -86,16 +115,29 @@ def viewer(tmp_path_factory) -> tuple[Gate, dict[str, Any]]:
 
 
 def server_function(config: dict[str, Any], name: str) -> int:
-    return next(one["id"] for one in config["components"] if name in (one["props"].get("server_fns") or ()))
+    return next(
+        one["id"] for one in config["components"] if name in (one["props"].get("server_fns") or ())
+    )
 
 
 def graph_question(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    data = {"run": "tms_5-2", "harvest": "probe", "prompt": PROBE, "top_k": 50, "threshold": 0, "min_importance": 0}
-    asked = {"component_id": server_function(config, "graph"), "fn_name": "graph", "session_hash": "abc123"}
+    data = {
+        "run": "tms_5-2",
+        "harvest": "probe",
+        "prompt": PROBE,
+        "top_k": 50,
+        "threshold": 0,
+        "min_importance": 0,
+    }
+    asked = {
+        "component_id": server_function(config, "graph"),
+        "fn_name": "graph",
+        "session_hash": "abc123",
+    }
     return asked | {"data": data | {"influence": 1}} | changes
 
 
-# ---- other names, other sites ---------------------------------------------------------------------------------------
+# ---- other names, other sites --------------------------------------------------------------------
 
 
 def test_the_pages_own_questions_are_answered(viewer):
@@ -104,33 +146,76 @@ def test_the_pages_own_questions_are_answered(viewer):
     answer = post(app, SERVER_FUNCTION, graph_question(config), **own)
     assert answer.status == 200
     assert len(json.loads(answer.body)["edges"]) == 7
-    arrive = next(one for one in config["dependencies"] if one["targets"][0][1] == "load" and one["backend_fn"])
-    event = {"fn_index": arrive["id"], "data": [None, None], "session_hash": "abc123", "trigger_id": 0}
+    arrive = next(
+        one
+        for one in config["dependencies"]
+        if one["targets"][0][1] == "load" and one["backend_fn"]
+    )
+    event = {
+        "fn_index": arrive["id"],
+        "data": [None, None],
+        "session_hash": "abc123",
+        "trigger_id": 0,
+    }
     assert b"tms_5-2" in post(app, EVENT, event, **own).body
     for path in ("/theme.css", "/favicon.ico", "/static/js/iframeResizer.contentWindow.min.js"):
         assert ask(app, "GET", path).status == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/theme.css", EVENT, SERVER_FUNCTION, "/gradio_api/upload", "/config"])
+@pytest.mark.parametrize(
+    "path", ["/", "/theme.css", EVENT, SERVER_FUNCTION, "/gradio_api/upload", "/config"]
+)
 def test_a_foreign_name_gets_nothing(viewer, path):
-    """DNS rebinding: a name of the attacker's that means this machine is not a name of the viewer."""
-    for name in ("evil.example:7860", "evil.example", "", "127.0.0.1.evil.example", "localhost:7860@evil.example",
-                 "192.168.0.7:7860", "127.0.0.1:7860, evil.example", "\xff"):  # fmt: skip
+    """DNS rebinding: a name of the attacker's that means this machine is not a name of the
+    viewer.
+    """
+    for name in (
+        "evil.example:7860",
+        "evil.example",
+        "",
+        "127.0.0.1.evil.example",
+        "localhost:7860@evil.example",
+        "192.168.0.7:7860",
+        "127.0.0.1:7860, evil.example",
+        "\xff",
+    ):
         answer = ask(viewer[0], "POST" if path == EVENT else "GET", path, {"host": name})
         assert answer.status == 403
         assert b"Host" in answer.body
-    for name in ("localhost:7860", "LOCALHOST:9000", "127.0.0.1", "[::1]:7860"):  # a tunnel may have another port
+    for name in (
+        "localhost:7860",
+        "LOCALHOST:9000",
+        "127.0.0.1",
+        "[::1]:7860",
+    ):  # a tunnel may have another port
         assert ask(viewer[0], "GET", "/theme.css", {"host": name}).status == 200
 
 
 def test_a_foreign_origin_gets_nothing(viewer):
     app, config = viewer
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:8000", "http://localhost:7860", "file://"):
+    for origin in (
+        "http://evil.example",
+        "null",
+        "http://127.0.0.1:8000",
+        "http://localhost:7860",
+        "file://",
+    ):
         assert post(app, SERVER_FUNCTION, graph_question(config), origin=origin).status == 403
         assert ask(app, "GET", "/", {"origin": origin}).status == 403
-    for site in ("cross-site", "same-site"):  # requests of a page that come without an Origin, as of images and scripts
-        assert ask(app, "GET", "/theme.css", {"sec-fetch-site": site, "sec-fetch-mode": "no-cors"}).status == 403
-        assert ask(app, "GET", "/", {"sec-fetch-site": site, "sec-fetch-mode": "navigate"}).status == 200  # a link
+    for site in (
+        "cross-site",
+        "same-site",
+    ):  # requests of a page that come without an Origin, as of images and scripts
+        assert (
+            ask(
+                app, "GET", "/theme.css", {"sec-fetch-site": site, "sec-fetch-mode": "no-cors"}
+            ).status
+            == 403
+        )
+        assert (
+            ask(app, "GET", "/", {"sec-fetch-site": site, "sec-fetch-mode": "navigate"}).status
+            == 200
+        )  # a link
 
 
 def test_a_given_host_is_a_name_and_every_interface_has_addresses():
@@ -150,14 +235,21 @@ def test_a_given_host_is_a_name_and_every_interface_has_addresses():
 
 def test_every_answer_carries_the_headers_of_protection(viewer):
     app, config = viewer
-    answers = [ask(app, "GET", "/"), ask(app, "GET", "/nothing"), ask(app, "GET", "/", {"host": "evil.example"}),
-               ask(app, "GET", "/theme.css"), post(app, SERVER_FUNCTION, graph_question(config))]  # fmt: skip
+    answers = [
+        ask(app, "GET", "/"),
+        ask(app, "GET", "/nothing"),
+        ask(app, "GET", "/", {"host": "evil.example"}),
+        ask(app, "GET", "/theme.css"),
+        post(app, SERVER_FUNCTION, graph_question(config)),
+    ]
     assert [answer.status for answer in answers] == [200, 404, 403, 200, 200]
     for answer in answers:
         assert answer.headers["x-frame-options"] == "DENY"
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["referrer-policy"] == "same-origin"
-        policy = dict(rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; "))
+        policy = dict(
+            rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; ")
+        )
         assert policy["frame-ancestors"] == policy["default-src"] == "'none'"
         assert "unsafe-inline" not in policy["script-src"]
         assert "http" not in answer.headers["content-security-policy"]
@@ -165,27 +257,54 @@ def test_every_answer_carries_the_headers_of_protection(viewer):
 
 def test_the_policy_names_the_inline_scripts_of_a_page_alone():
     """A script that was not in the page as it was sent has another hash, and does not run."""
-    page = b'<script>a = "x"</script>\n<script type="module" src="./x.js"></script><script data-y>\nb()\n</script>'
-    hashes = [base64.b64encode(hashlib.sha256(s).digest()).decode() for s in (b'a = "x"', b"\nb()\n")]
+    page = (
+        b'<script>a = "x"</script>\n<script type="module" src="./x.js"></script><script '
+        b"data-y>\nb()\n</script>"
+    )
+    hashes = [
+        base64.b64encode(hashlib.sha256(s).digest()).decode() for s in (b'a = "x"', b"\nb()\n")
+    ]
     rules = dict(rule.split(" ", 1) for rule in gate.policy(page).split("; "))
     assert rules["script-src"] == f"'self' 'unsafe-eval' 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'"
 
 
-# ---- what the pages never send --------------------------------------------------------------------------------------
+# ---- what the pages never send -------------------------------------------------------------------
 
 
 def test_nothing_is_uploaded_and_nothing_else_is_served(viewer):
     app, _ = viewer
     form = {"content-type": "multipart/form-data; boundary=x"}
-    part = b'--x\r\ncontent-disposition: form-data; name="files"; filename="a.bin"\r\n\r\nQQQ\r\n--x--\r\n'
+    part = (
+        b'--x\r\ncontent-disposition: form-data; name="files"; '
+        b'filename="a.bin"\r\n\r\nQQQ\r\n--x--\r\n'
+    )
     assert ask(app, "POST", "/gradio_api/upload", form, [part]).status == 404
     assert ask(app, "POST", SERVER_FUNCTION, form, [part]).status == 415
     assert ask(app, "POST", SERVER_FUNCTION, {"content-type": "text/plain"}, [b"{}"]).status == 415
-    for path in ("/config", "/gradio_api/info", "/gradio_api/queue/join", "/gradio_api/queue/data", "/docs",
-                 "/gradio_api/file=/etc/hostname", "/gradio_api/proxy=http://example.com/", "/gradio_api/vibe-code/",
-                 "/gradio_api/startup-events", "/openapi.json", "/gradio_api/heartbeat/x", "/monitoring", "/login",
-                 "/assets/../../../etc/passwd", "/assets//etc/passwd", "/static/..", "/assets/\x00", "/assets/é",
-                 "/gradio_api/run/look", "/gradio_api/call/look", "//", "/assets/"):  # fmt: skip
+    for path in (
+        "/config",
+        "/gradio_api/info",
+        "/gradio_api/queue/join",
+        "/gradio_api/queue/data",
+        "/docs",
+        "/gradio_api/file=/etc/hostname",
+        "/gradio_api/proxy=http://example.com/",
+        "/gradio_api/vibe-code/",
+        "/gradio_api/startup-events",
+        "/openapi.json",
+        "/gradio_api/heartbeat/x",
+        "/monitoring",
+        "/login",
+        "/assets/../../../etc/passwd",
+        "/assets//etc/passwd",
+        "/static/..",
+        "/assets/\x00",
+        "/assets/é",
+        "/gradio_api/run/look",
+        "/gradio_api/call/look",
+        "//",
+        "/assets/",
+    ):
         for method in ("GET", "POST", "HEAD"):
             assert ask(app, method, path).status == 404, path
     for method in ("PUT", "DELETE", "OPTIONS", "TRACE", "BREW"):
@@ -199,7 +318,12 @@ def test_a_body_of_two_megabytes_is_rejected_however_it_is_sent(viewer):
     declared = ask(app, "POST", SERVER_FUNCTION, JSON_TYPE | {"content-length": str(large)})
     assert declared.status == 413
     chunked = [b" " * 2**16] * 32
-    assert ask(app, "POST", SERVER_FUNCTION, JSON_TYPE | {"transfer-encoding": "chunked"}, chunked).status == 413
+    assert (
+        ask(
+            app, "POST", SERVER_FUNCTION, JSON_TYPE | {"transfer-encoding": "chunked"}, chunked
+        ).status
+        == 413
+    )
     assert ask(app, "GET", "/", {"content-length": "2"}, chunked).status == 413
     assert ask(app, "GET", "/", {"content-length": "9" * 400}).status == 413
     question = json.dumps(graph_question(config)).encode()
@@ -209,9 +333,22 @@ def test_a_body_of_two_megabytes_is_rejected_however_it_is_sent(viewer):
 
 
 MADE_UP = [
-    b"", b"{", b"null", b"[]", b"3", b'"x"', b"{}", b'{"a": NaN}', b'{"a": -Infinity}', b"\xff\xfe", b"{\"a\": 1e999}",
-    b"[" * 5000, b'{"a":' * 300 + b"1" + b"}" * 300, b"9" * 5000, b'{"data": "\\ud800"}',
-]  # fmt: skip
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"3",
+    b'"x"',
+    b"{}",
+    b'{"a": NaN}',
+    b'{"a": -Infinity}',
+    b"\xff\xfe",
+    b'{"a": 1e999}',
+    b"[" * 5000,
+    b'{"a":' * 300 + b"1" + b"}" * 300,
+    b"9" * 5000,
+    b'{"data": "\\ud800"}',
+]
 
 
 @pytest.mark.parametrize("body", MADE_UP)
@@ -221,17 +358,28 @@ def test_what_is_not_a_question_is_rejected(viewer, body):
 
 
 ODD = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.sampled_from([2**31, 2**63, 2**64, -(2**64), 10**300]) | st.floats()
-    | st.text(max_size=20) | st.sampled_from(["tms_5-2", "probe", PROBE, "linear1"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2**31, 2**63, 2**64, -(2**64), 10**300])
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["tms_5-2", "probe", PROBE, "linear1"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=5,
-)  # fmt: skip
+)
 
 
-@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # pages are slow
+@settings(
+    max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)  # pages are slow
 @given(draw=st.data())
 def test_made_up_questions_get_an_answer_or_a_4xx_and_never_a_5xx(viewer, draw):
-    """Every event with as many odd values as it has inputs, and every field of a question replaced by anything."""
+    """Every event with as many odd values as it has inputs, and every field of a question replaced
+    by anything.
+    """
     app, config = viewer
     events = [one for one in config["dependencies"] if one["backend_fn"]]
     event = draw.draw(st.sampled_from(events))
@@ -241,7 +389,11 @@ def test_made_up_questions_get_an_answer_or_a_4xx_and_never_a_5xx(viewer, draw):
         ["fn_index", "data", "session_hash", "trigger_id", "event_data", "event_id", "component_id"]
     )
     odd = draw.draw(st.dictionaries(fields, ODD, max_size=2))
-    for path, question in ((EVENT, own), (EVENT, own | odd), (SERVER_FUNCTION, graph_question(config, **odd))):
+    for path, question in (
+        (EVENT, own),
+        (EVENT, own | odd),
+        (SERVER_FUNCTION, graph_question(config, **odd)),
+    ):
         answer = post(app, path, question)
         assert answer.status < 500, (answer.body, question)
         if answer.status == 200:
@@ -252,10 +404,27 @@ def test_every_function_of_the_pages_stands_odd_arguments(viewer):
     app, config = viewer
     for component in config["components"]:
         for name in component["props"].get("server_fns") or ():
-            for data in (None, [], "x", 2**80, {"run": "tms_5-2", "harvest": {}}, {"run": [1], "prompt": -1}):
-                asked = {"component_id": component["id"], "fn_name": name, "data": data, "session_hash": "a"}
+            for data in (
+                None,
+                [],
+                "x",
+                2**80,
+                {"run": "tms_5-2", "harvest": {}},
+                {"run": [1], "prompt": -1},
+            ):
+                asked = {
+                    "component_id": component["id"],
+                    "fn_name": name,
+                    "data": data,
+                    "session_hash": "a",
+                }
                 assert "problem" in json.loads(post(app, SERVER_FUNCTION, asked).body)
-            made_up = {"component_id": component["id"], "fn_name": "__init__", "data": 1, "session_hash": "a"}
+            made_up = {
+                "component_id": component["id"],
+                "fn_name": "__init__",
+                "data": 1,
+                "session_hash": "a",
+            }
             assert post(app, SERVER_FUNCTION, made_up).status == 400
 
 
@@ -273,7 +442,7 @@ def test_websockets_are_closed(viewer):
     assert [message["type"] for message in sent] == ["websocket.close"]
 
 
-# ---- where it listens, and what it prints ---------------------------------------------------------------------------
+# ---- where it listens, and what it prints --------------------------------------------------------
 
 
 def test_lines_name_the_address_and_a_tunnel(monkeypatch):
@@ -282,17 +451,26 @@ def test_lines_name_the_address_and_a_tunnel(monkeypatch):
     lines = serving._lines("127.0.0.1", 7861, opened=False)
     assert lines == [
         "viewer: http://127.0.0.1:7861    (Ctrl-C ends it)",
-        "From another machine: ssh -L 7861:127.0.0.1:7861 ada@server, then open http://localhost:7861 there.",
+        (
+            "From another machine: ssh -L 7861:127.0.0.1:7861 ada@server, then open "
+            "http://localhost:7861 there."
+        ),
     ]
     assert serving._lines("127.0.0.1", 7861, opened=True) == lines[:1]
     everywhere = serving._lines("0.0.0.0", 80, opened=False)
     assert everywhere[0].startswith("viewer: http://127.0.0.1:80 ")
-    assert everywhere[1] == "Whoever can reach this machine can look at these runs: http://server:80"
+    assert (
+        everywhere[1] == "Whoever can reach this machine can look at these runs: http://server:80"
+    )
     assert serving._lines("::1", 80, opened=True)[0].startswith("viewer: http://[::1]:80 ")
 
 
 def test_a_browser_opens_only_where_a_user_sees_it():
-    here = [({"DISPLAY": ":0"}, "linux"), ({"WAYLAND_DISPLAY": "wayland-0"}, "linux"), ({}, "darwin")]
+    here = [
+        ({"DISPLAY": ":0"}, "linux"),
+        ({"WAYLAND_DISPLAY": "wayland-0"}, "linux"),
+        ({}, "darwin"),
+    ]
     forwarded = [({"DISPLAY": ":10", "SSH_CONNECTION": "x"}, "linux")]
     hidden = [({}, "linux"), ({"DISPLAY": ""}, "linux")]
     far = [({"SSH_CONNECTION": "x"}, "darwin"), ({"SSH_CONNECTION": "x"}, "linux")]
@@ -316,7 +494,14 @@ def test_only_names_of_files_are_paths():
     """Only names of files in Gradio's own folders pass, whatever they are called."""
     for path in ("/assets/a.js", "/static/js/a.min.js", "/assets/index-D_x.css"):
         assert gate.FILES.fullmatch(path)
-    for path in ("/assets/.env", "/assets/a/../b", "/assets/a\n", "/assets/%2e%2e", "/asset/a.js", "/static/js/"):
+    for path in (
+        "/assets/.env",
+        "/assets/a/../b",
+        "/assets/a\n",
+        "/assets/%2e%2e",
+        "/asset/a.js",
+        "/static/js/",
+    ):
         assert not gate.FILES.fullmatch(path)
 
 

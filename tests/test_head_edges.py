@@ -1,42 +1,59 @@
-"""What heads add to edges (laws A1, A6, A7): against runs in which no other head carries gradient."""
+"""What heads add to edges (laws A1, A6, A7): against runs in which no other head carries
+gradient.
+"""
 
 import polars as pl
 import pytest
 import torch
-from test_closed_form import CLOSED, MAPS, STYLES, THRESHOLD, by_number, dictionary, made, some_outputs
+from test_closed_form import (
+    CLOSED,
+    MAPS,
+    STYLES,
+    THRESHOLD,
+    by_number,
+    dictionary,
+    made,
+    some_outputs,
+)
 from test_dataset_edges import decoder
 from test_nodes import Ragged, harvested
 from test_nodes import decoder as without_attention
 
 from spd_lightning.attribution.autograd import cut_run, oracle
 from spd_lightning.attribution.closed_form.heads import head_edges
-from spd_lightning.attribution.graph import Subject
+from spd_lightning.attribution.graph import GraphSpec
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.targets import transformer
 from spd_lightning.viewer.graph_page import node_data
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*predict returned None"
+)
 WHOLE = [style for style, (_, sites) in STYLES.items() if sites.items() >= MAPS.items()]
 
 
 def both(style, mode, at_least=0.0):
     """Of what graphs are; their layers, edges and heads' terms."""
     model, tokens, g = made(style, length=3)
-    of = Subject(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
-    layers, found = attribution_graphs(of, at_least)
+    spec = GraphSpec(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
+    layers, found = attribution_graphs(spec, at_least)
     found = list(found)
-    return of, layers, found, list(head_edges(of, found))
+    return spec, layers, found, list(head_edges(spec, found))
 
 
 def terms(layers, tables, prompt):
     """{head: {edge: term}} of one prompt, keyed as the oracle keys edges."""
-    nodes, found = by_number(layers, prompt), {}
+    nodes = by_number(layers, prompt)
+    found = {}
     for table in tables:
         mine = table.prompt == prompt
-        for source, target, head, value in zip(*(column[mine].tolist() for column in table[1:]), strict=True):
-            (kind, *start), (_, *end) = nodes[source], nodes[target]
+        for source, target, head, value in zip(
+            *(column[mine].tolist() for column in table[1:]), strict=True
+        ):
+            (kind, *start) = nodes[source]
+            (_, *end) = nodes[target]
             assert (kind, (*start, *end)) not in found.setdefault(head, {})
             found[head][kind, (*start, *end)] = value
     return found
@@ -45,10 +62,13 @@ def terms(layers, tables, prompt):
 @pytest.mark.parametrize("mode", CLOSED)
 @pytest.mark.parametrize("style", WHOLE)
 def test_a7_a_heads_terms_are_the_graph_of_that_head_alone(style, mode, monkeypatch):
-    """The oracle of a model in which all other heads are constants, edge by edge; together they are the edges."""
-    of, layers, _, heads = both(style, mode)
-    alone = of.alone(0, layers[-1].nodes)
-    mine, attend = terms(layers, heads, 0), transformer.attend
+    """The oracle of a model in which all other heads are constants, edge by edge; together they are
+    the edges.
+    """
+    spec, layers, _, heads = both(style, mode)
+    alone = spec.alone(0, layers[-1].nodes)
+    mine = terms(layers, heads, 0)
+    attend = transformer.attend
     assert sorted(mine) == [0, 1, 2, 3]
     for head, held in mine.items():
         through = (torch.arange(4) == head)[:, None, None]
@@ -64,10 +84,14 @@ def test_a7_a_heads_terms_are_the_graph_of_that_head_alone(style, mode, monkeypa
         assert truth
         largest = max(map(abs, truth.values()))
         for key in truth.keys() | held.keys():
-            assert held.get(key, 0.0) == pytest.approx(truth.get(key, 0.0), rel=1e-9, abs=1e-13 * largest), key
+            assert held.get(key, 0.0) == pytest.approx(
+                truth.get(key, 0.0), rel=1e-9, abs=1e-13 * largest
+            ), key
 
 
-@pytest.mark.parametrize(("mode", "at_least"), [("unmasked", 0.0), ("ci_masked", 0.05), ("frozen", 0.05)])
+@pytest.mark.parametrize(
+    ("mode", "at_least"), [("unmasked", 0.0), ("ci_masked", 0.05), ("frozen", 0.05)]
+)
 @pytest.mark.parametrize("style", WHOLE)
 def test_terms_of_heads_add_up_to_the_edges_that_stay(style, mode, at_least):
     _, layers, found, heads = both(style, mode, at_least)
@@ -86,9 +110,9 @@ def test_terms_of_heads_add_up_to_the_edges_that_stay(style, mode, at_least):
 
 def test_no_edges_no_terms():
     """Where nothing stayed there is nothing to take apart."""
-    of, _, found, _ = both("llama", "unmasked")
+    spec, _, found, _ = both("llama", "unmasked")
     none = [type(table)(*(column[:0] for column in table)) for table in found]
-    assert not sum(len(table.source) for table in head_edges(of, none))
+    assert not sum(len(table.source) for table in head_edges(spec, none))
 
 
 def test_a_harvest_writes_them_where_asked(tmp_path):
@@ -99,7 +123,9 @@ def test_a_harvest_writes_them_where_asked(tmp_path):
         assert rows.is_empty() != bool(asked)
     ends = ["prompt_id", "source", "target"]
     added = rows.group_by(ends).agg(pl.col("attribution").sum().alias("total"))
-    nodes = store.collect(store.scan("nodes")).select("prompt_id", target="node", layer=pl.col("layer").cast(pl.String))
+    nodes = store.collect(store.scan("nodes")).select(
+        "prompt_id", target="node", layer=pl.col("layer").cast(pl.String)
+    )
     edges = store.collect(store.scan("edges")).join(nodes, on=["prompt_id", "target"])
     edges = edges.filter(pl.col("layer").str.ends_with("o_proj")).join(added, on=ends, how="left")
     assert len(edges) == len(added)
@@ -108,7 +134,9 @@ def test_a_harvest_writes_them_where_asked(tmp_path):
         assert sum(term["attribution"] for term in end["heads"]) == pytest.approx(
             end["attribution"], rel=1e-4, abs=1e-6
         )
-    torch.testing.assert_close(edges["total"].to_torch(), edges["attribution"].to_torch(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        edges["total"].to_torch(), edges["attribution"].to_torch(), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""An artifact from a stranger: nothing that it names is run, by any verb; only files of a run are taken."""
+"""An artifact from a stranger: nothing that it names is run, by any verb; only files of a run are
+taken.
+"""
 
 import json
 import shutil
@@ -18,7 +20,9 @@ from spd_lightning.runs.artifacts import keep_known
 from spd_lightning.training import figures, networks
 from spd_lightning.training.session import Settings
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*max_epochs. was not set", "ignore:LightningCLI's args parameter")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*max_epochs. was not set", "ignore:LightningCLI's args parameter"
+)
 
 MODULE = """\
 from pathlib import Path
@@ -32,7 +36,8 @@ class Back(Callback): pass
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Iterator[Path]:
-    here, threads = tmp_path_factory.mktemp("hostile"), torch.get_num_threads()
+    here = tmp_path_factory.mktemp("hostile")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
@@ -45,7 +50,9 @@ def finished(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture
 def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory, importable from, with a pulled copy of a run and a module of the stranger's beside it."""
+    """A working directory, importable from, with a pulled copy of a run and a module of the
+    stranger's beside it.
+    """
     here = tmp_path / "here"
     shutil.copytree(finished, here)
     monkeypatch.chdir(here)
@@ -77,17 +84,32 @@ VERBS = {
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_network_of_the_artifacts_own_is_not_imported(here, verb, capsys):
-    change(here / "runs/evil/decomposition.json", target={"class_path": "stranger.Net", "init_args": {}})
+    change(
+        here / "runs/evil/decomposition.json",
+        target={"class_path": "stranger.Net", "init_args": {}},
+    )
     words, code = VERBS[verb]
     assert cli.run(words) == code
     assert not (here / "ran").exists()
     assert "stranger" not in sys.modules
     if verb in ("intervene", "weights", "validate", "predict"):
-        assert "target 'stranger.Net': cannot be built: files may name spd_lightning.TMS" in capsys.readouterr().err
+        assert (
+            "target 'stranger.Net': cannot be built: files may name spd_lightning.TMS"
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize(
-    "path", ["", "X", ".x.Y", "os.system", "this.Zen", "spd_lightning.Decomposition", "spd_lightning.cli.os.system"]
+    "path",
+    [
+        "",
+        "X",
+        ".x.Y",
+        "os.system",
+        "this.Zen",
+        "spd_lightning.Decomposition",
+        "spd_lightning.cli.os.system",
+    ],
 )
 def test_networks_from_files_are_a_closed_list(path):
     with pytest.raises(BadInput, match="cannot be built: files may name"):
@@ -103,10 +125,17 @@ def test_every_network_of_the_list_is_one():
 HOSTILE = {
     "callback": {"callbacks": [{"class_path": "stranger.Back"}]},
     "system": {"callbacks": [{"class_path": "os.system", "init_args": {"command": "touch ran"}}]},
-    "popen": {"callbacks": [{"class_path": "subprocess.Popen", "init_args": {"args": "touch ran", "shell": True}}]},
+    "popen": {
+        "callbacks": [
+            {"class_path": "subprocess.Popen", "init_args": {"args": "touch ran", "shell": True}}
+        ]
+    },
     "function": {
         "callbacks": [
-            {"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"setup": "stranger.Net"}}
+            {
+                "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+                "init_args": {"setup": "stranger.Net"},
+            }
         ]
     },
     "profiler": {
@@ -115,13 +144,20 @@ HOSTILE = {
             "init_args": {"dirpath": ".", "filename": "ran"},
         }
     },
-    "logger": {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "ran"}}},
+    "logger": {
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": "ran"},
+        }
+    },
 }
 
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_what_a_pulled_config_names_is_not_built(here, what):
-    """Its loggers, profilers and callbacks are left out; the same config in the user's own folder is checked."""
+    """Its loggers, profilers and callbacks are left out; the same config in the user's own folder
+    is checked.
+    """
     path = here / "runs/evil/config.yaml"
     held = yaml.safe_load(path.read_text())
     held["trainer"] |= HOSTILE[what]
@@ -159,9 +195,13 @@ def test_a_logger_cannot_hide_in_a_pulled_config(tmp_path, how):
 
 
 def test_what_a_pulled_config_builds_on_is_filtered_too(tmp_path):
-    """A picture by its name alone can be a config, in a folder that has no pulled.json of its own."""
+    """A picture by its name alone can be a config, in a folder that has no pulled.json of its
+    own.
+    """
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures/a.png").write_text(yaml.safe_dump({"trainer": {"max_steps": 3, "logger": _LOGGER}}))
+    (tmp_path / "figures/a.png").write_text(
+        yaml.safe_dump({"trainer": {"max_steps": 3, "logger": _LOGGER}})
+    )
     (tmp_path / "config.yaml").write_text("base: figures/a.png\n")
     runs.write_json(tmp_path / "pulled.json", {"reference": "mlflow:evil", "origin": "0"})
     assert config.load(str(tmp_path / "config.yaml")) == {"trainer": {"max_steps": 3}}
@@ -178,7 +218,9 @@ def test_a_config_that_was_changed_is_not_pushed(here, capsys):
 
 
 def test_push_imports_no_tracker_that_is_not_allowed(here, capsys):
-    """A run that was copied without its pulled.json counts as the user's own; the closed list of classes holds."""
+    """A run that was copied without its pulled.json counts as the user's own; the closed list of
+    classes holds.
+    """
     run = here / "runs/evil"
     (run / "pulled.json").unlink()
     held = yaml.safe_load((run / "config.yaml").read_text())
@@ -215,7 +257,14 @@ def test_only_files_of_a_run_are_taken(tmp_path, caplog):
         "harvest/g/edges/part-0-12.parquet",
         "edges/part-0-0.parquet",
     ]
-    strange = ["figures/net.py", "net.py", "figures/a.so", "x/y/z.parquet", ".lock", "harvest/g/config.yaml"]
+    strange = [
+        "figures/net.py",
+        "net.py",
+        "figures/a.so",
+        "x/y/z.parquet",
+        ".lock",
+        "harvest/g/config.yaml",
+    ]
     folder = tmp_path / "run"
     for name in [*names, *strange]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""Causal importance (laws G1–G6, D7): importance functions against loops over components, sigmoids entry by entry."""
+"""Causal importance (laws G1–G6, D7): importance functions against loops over components, sigmoids
+entry by entry.
+"""
 
 import math
 
@@ -30,7 +32,9 @@ def gelu(h):
 
 def loop(kind, function, inputs, inner):
     """z of every site, one component after the other."""
-    if isinstance(function, module.Together):  # an embedding's `mlp`, and a function for all other sites
+    if isinstance(
+        function, module.Together
+    ):  # an embedding's `mlp`, and a function for all other sites
         first, rest = function.parts
         names = [name for name in inputs if name != "embed"]
         z = loop("mlp", first, {"embed": inputs["embed"]}, inner)
@@ -39,9 +43,14 @@ def loop(kind, function, inputs, inner):
     if kind == "global_mlp":
         x = torch.cat(list(inputs.values()), dim=-1)
         flat = iter(torch.stack(read_shared(function.network, x), dim=-1).unbind(-1))
-        return {name: torch.stack([next(flat) for _ in range(a.shape[-1])], dim=-1) for name, a in inner.items()}
+        return {
+            name: torch.stack([next(flat) for _ in range(a.shape[-1])], dim=-1)
+            for name, a in inner.items()
+        }
     return {
-        name: torch.stack(ONE_SITE["mlp" if name == "embed" else kind](f, inputs[name], inner[name]), dim=-1)
+        name: torch.stack(
+            ONE_SITE["mlp" if name == "embed" else kind](f, inputs[name], inner[name]), dim=-1
+        )
         for (name, f) in zip(inputs, function.networks, strict=True)
     }
 
@@ -57,14 +66,20 @@ def read_vector(f, x, a):
 
 
 def read_shared(network, x):
-    first, last = network[0], network[2]
+    first = network[0]
+    last = network[2]
     hidden = [gelu(x @ w + b) for w, b in zip(first.weight, first.bias, strict=True)]
     return [
-        sum(h * w for h, w in zip(hidden, row, strict=True)) + b for row, b in zip(last.weight, last.bias, strict=True)
+        sum(h * w for h, w in zip(hidden, row, strict=True)) + b
+        for row, b in zip(last.weight, last.bias, strict=True)
     ]
 
 
-ONE_SITE = {"mlp": read_scalar, "vector_mlp": read_vector, "shared_mlp": lambda f, x, _: read_shared(f.network, x)}
+ONE_SITE = {
+    "mlp": read_scalar,
+    "vector_mlp": read_vector,
+    "shared_mlp": lambda f, x, _: read_shared(f.network, x),
+}
 
 
 def scrambled(network, kind, **settings):
@@ -80,15 +95,22 @@ def scrambled(network, kind, **settings):
 def test_g1_every_kind_is_its_loop_over_components_in_value_and_gradient(network, kind):
     model = scrambled(network, kind)
     clean = model.clean(model.target.batch(3))
-    inputs = {n: x.clone().requires_grad_() if x.is_floating_point() else x for n, x in clean.inputs.items()}
+    inputs = {
+        n: x.clone().requires_grad_() if x.is_floating_point() else x
+        for n, x in clean.inputs.items()
+    }
     inner = {n: a.detach().requires_grad_() for n, a in clean.inner.items()}
     wanted = [*model.importance_function.parameters(), *inner.values()]
     wanted += [x for x in inputs.values() if x.requires_grad]
-    found, expected = model.importance_function(inputs, inner), loop(kind, model.importance_function, inputs, inner)
+    found = model.importance_function(inputs, inner)
+    expected = loop(kind, model.importance_function, inputs, inner)
     numbers = []
     for z in (found, expected):
         assert list(z) == list(model.sites)
-        number = sum((z[name] * torch.linspace(-1, 2, z[name].numel()).reshape(z[name].shape)).sum() for name in z)
+        number = sum(
+            (z[name] * torch.linspace(-1, 2, z[name].numel()).reshape(z[name].shape)).sum()
+            for name in z
+        )
         numbers.append(number + 0 * sum(t.sum() for t in wanted))
     for name in found:
         torch.testing.assert_close(found[name], expected[name], **EXACT)
@@ -97,7 +119,9 @@ def test_g1_every_kind_is_its_loop_over_components_in_value_and_gradient(network
 
 
 @settings(max_examples=25)
-@given(C=st.integers(1, 7), hidden=st.integers(1, 5), rows=st.integers(0, 6), block=st.integers(1, 80))
+@given(
+    C=st.integers(1, 7), hidden=st.integers(1, 5), rows=st.integers(0, 6), block=st.integers(1, 80)
+)
 def test_g1_blocks_of_any_size_give_the_same(C, hidden, rows, block):
     torch.manual_seed(0)
     shapes = ((C, rows), (C, hidden), (C, hidden), (C, hidden), (C,))
@@ -105,8 +129,12 @@ def test_g1_blocks_of_any_size_give_the_same(C, hidden, rows, block):
     before, module._ScalarMLPs.BLOCK = module._ScalarMLPs.BLOCK, block
     try:
         z = module._ScalarMLPs.apply(a, W1, b1, W2, b2)
-        printed = (W2[..., None] * gelu(W1[..., None] * a[:, None] + b1[..., None])).sum(1) + b2[:, None]
-        found, expected = (torch.autograd.grad(y.cos().sum(), (a, W1, b1, W2, b2)) for y in (z, printed))
+        printed = (W2[..., None] * gelu(W1[..., None] * a[:, None] + b1[..., None])).sum(1) + b2[
+            :, None
+        ]
+        found, expected = (
+            torch.autograd.grad(y.cos().sum(), (a, W1, b1, W2, b2)) for y in (z, printed)
+        )
     finally:
         module._ScalarMLPs.BLOCK = before
     for left, right in zip((z, *found), (printed, *expected), strict=True):
@@ -119,7 +147,9 @@ def test_g1_importances_come_from_the_clean_run_and_only_mlp_trains_v(kind):
     batch = model.target.batch()
     clean = model.clean(batch)
     before = model.importances(clean).lower
-    model.masked(batch, {name: Mask(torch.zeros(6, 5).double(), 0.0) for name in model.sites}, clean)
+    model.masked(
+        batch, {name: Mask(torch.zeros(6, 5).double(), 0.0) for name in model.sites}, clean
+    )
     z = model.importance_function(clean.inputs, clean.inner)
     expected = loop(kind, model.importance_function, clean.inputs, clean.inner)
     for name, g in model.importances(clean).lower.items():
@@ -135,7 +165,11 @@ def test_g1_importances_come_from_the_clean_run_and_only_mlp_trains_v(kind):
 def test_g1_embeddings_get_an_mlp_of_a_width_of_its_own(kind):
     model = decomposed(Tokens, importance=Importance(kind, hidden=3, embedding_hidden=5))
     function = model.importance_function
-    first = function.parts[0].networks[0] if isinstance(function, module.Together) else function.networks[0]
+    first = (
+        function.parts[0].networks[0]
+        if isinstance(function, module.Together)
+        else function.networks[0]
+    )
     assert first.W1.shape == (9, 3 if kind == "mlp" else 5)
     alone = ComponentModel(nn.Sequential(nn.Embedding(7, 4)), {"*": 9}, importance=Importance(kind))
     assert isinstance(alone.importance_function.networks[0], type(first))
@@ -143,7 +177,8 @@ def test_g1_embeddings_get_an_mlp_of_a_width_of_its_own(kind):
 
 @pytest.mark.parametrize("kind", [*KINDS, "transformer"])
 def test_g1_nothing_asks_for_what_it_does_not_read(kind):
-    model, asked = decomposed(Tokens, importance=Importance(kind)), set()
+    model = decomposed(Tokens, importance=Importance(kind))
+    asked = set()
 
     class Watched(dict):
         def __getitem__(self, name):
@@ -158,15 +193,22 @@ def test_g1_nothing_asks_for_what_it_does_not_read(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_d7_importance_functions_start_with_the_stated_deviations(kind):
     torch.manual_seed(0)
-    C, hidden, d_in = (300, 40, 1) if kind == "mlp" else (50, 60, 80) if kind == "vector_mlp" else (200, 60, 80)
-    model = ComponentModel(nn.Sequential(nn.Linear(80, 3)), {"*": C}, importance=Importance(kind, hidden))
+    C, hidden, d_in = (
+        (300, 40, 1) if kind == "mlp" else (50, 60, 80) if kind == "vector_mlp" else (200, 60, 80)
+    )
+    model = ComponentModel(
+        nn.Sequential(nn.Linear(80, 3)), {"*": C}, importance=Importance(kind, hidden)
+    )
     function = model.importance_function
     network = function if kind == "global_mlp" else function.networks[0]
     if kind in ("shared_mlp", "global_mlp"):
-        first, last = network.network[0], network.network[2]
-        weights, biases = (first.weight, last.weight), (first.bias, last.bias)
+        first = network.network[0]
+        last = network.network[2]
+        weights = (first.weight, last.weight)
+        biases = (first.bias, last.bias)
     else:
-        weights, biases = (network.W1, network.W2), (network.b1, network.b2)
+        weights = (network.W1, network.W2)
+        biases = (network.b1, network.b2)
     for values, sd in zip(weights, (math.sqrt(2 / d_in), math.sqrt(1 / hidden)), strict=True):
         assert stats.kstest(values.detach().flatten().numpy() / sd, "norm").pvalue > 0.01
     assert not any(bias.any() for bias in biases)
@@ -175,14 +217,17 @@ def test_d7_importance_functions_start_with_the_stated_deviations(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_importances_train_under_bf16_autocast(kind):
     model = scrambled(Perceptron, kind).float()
-    batch, results = model.target.batch().float(), []
+    batch = model.target.batch().float()
+    results = []
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             run = Pass.of(model, batch)
             loss = Reconstruction("ci")(run) + sum(g.mean() for g in run.importances.upper.values())
         loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        results.append(
+            [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+        )
     off = torch.cat([(a - b).flatten() for a, b in zip(*results, strict=True)]).norm()
     assert off < 0.05 * torch.cat([a.flatten() for a in results[0]]).norm()
 
@@ -196,7 +241,7 @@ def test_mlp_importances_keep_their_precision_under_autocast():
     assert all(torch.equal(inside[name], z) for name, z in outside.items())
 
 
-# ---- sigmoids -------------------------------------------------------------------------------------------------------
+# ---- sigmoids ------------------------------------------------------------------------------------
 
 
 def passed(z, incoming):
@@ -208,7 +253,13 @@ def passed(z, incoming):
     return 0.01 * incoming if incoming < 0 else 0.0
 
 
-@given(st.lists(st.tuples(reals | st.sampled_from([0.0, -0.0, 1.0]), reals | st.just(0.0)), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.tuples(reals | st.sampled_from([0.0, -0.0, 1.0]), reals | st.just(0.0)),
+        min_size=1,
+        max_size=20,
+    )
+)
 def test_g2_lower_leaky_in_value_and_gradient_entry_by_entry(pairs):
     z = torch.tensor([z for z, _ in pairs], dtype=torch.float64, requires_grad=True)
     g = lower_leaky(z)
@@ -235,13 +286,17 @@ HAND = {
 @pytest.mark.parametrize("name", HAND)
 @given(z=reals.filter(lambda z: abs(z) > 1e-4 and abs(z - 1) > 1e-4))
 def test_g3_and_g4_other_sigmoids_in_value_and_slope(name, z):
-    roles, hand, step = (upper_leaky,) if name == "upper" else SIGMOIDS[name], HAND[name], 1e-5
+    roles = (upper_leaky,) if name == "upper" else SIGMOIDS[name]
+    hand = HAND[name]
+    step = 1e-5
     for sigmoid in roles:
         point = torch.tensor(z, dtype=torch.float64, requires_grad=True)
         value = sigmoid(point)
         value.backward()
         assert value.item() == pytest.approx(hand(z), rel=1e-12, abs=1e-14)
-        assert point.grad.item() == pytest.approx((hand(z + step) - hand(z - step)) / (2 * step), rel=1e-6, abs=1e-8)
+        assert point.grad.item() == pytest.approx(
+            (hand(z + step) - hand(z - step)) / (2 * step), rel=1e-6, abs=1e-8
+        )
 
 
 def test_g2_and_g3_are_the_default_pair_and_the_kinks_lie_where_they_should():
@@ -251,7 +306,7 @@ def test_g2_and_g3_are_the_default_pair_and_the_kinks_lie_where_they_should():
     torch.testing.assert_close(upper["site"], torch.tensor([0.0, 0.0, 1.0, 1.02]))
 
 
-# ---- sampling -------------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 def test_g5_binomial_blurs_the_lower_importance_only_and_by_the_stated_noise():
@@ -263,7 +318,9 @@ def test_g5_binomial_blurs_the_lower_importance_only_and_by_the_stated_noise():
     assert torch.equal(upper["site"], z)
     lower["site"].sum().backward()
     torch.testing.assert_close(z.grad, torch.full_like(z, 1.05))
-    ends = blur({"site": torch.tensor([-0.2, 0.0, 1.0, 1.2])}, torch.Generator().manual_seed(0)).lower["site"]
+    ends = blur(
+        {"site": torch.tensor([-0.2, 0.0, 1.0, 1.2])}, torch.Generator().manual_seed(0)
+    ).lower["site"]
     assert ends.tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
@@ -273,7 +330,9 @@ def test_g5_binomial_sources_are_fair_coins_and_the_deltas_stay_uniform():
     assert set(s.unique().tolist()) == {0.0, 1.0}
     assert stats.binomtest(int(s.sum()), s.numel(), 0.5).pvalue > 0.01
     assert stats.kstest(delta.numpy(), "uniform").pvalue > 0.01
-    run = Pass.of(scrambled(Perceptron, "mlp", sampling="binomial"), Perceptron().batch(), torch.Generator())
+    run = Pass.of(
+        scrambled(Perceptron, "mlp", sampling="binomial"), Perceptron().batch(), torch.Generator()
+    )
     for name, mask in run.masks("stochastic", 0, 0.0).items():
         g = run.importances.lower[name]
         assert ((mask.components == g) | (mask.components == 1)).all()
@@ -285,7 +344,8 @@ def test_g5_only_training_blurs():
     plain.load_state_dict(blurred.state_dict())
     batch = blurred.target.batch(50)
     generator = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    evaluated, trained = Pass.of(blurred, batch, generator()), Pass.of(blurred, batch, generator(), sample=True)
+    evaluated = Pass.of(blurred, batch, generator())
+    trained = Pass.of(blurred, batch, generator(), sample=True)
     for name, g in Pass.of(plain, batch, generator(), sample=True).importances.lower.items():
         assert torch.equal(evaluated.importances.lower[name], g)
         assert not torch.equal(trained.importances.lower[name], g)

@@ -1,4 +1,6 @@
-"""The transformer importance function (laws G1, D7): against loops over positions and heads; what it cannot see."""
+"""The transformer importance function (laws G1, D7): against loops over positions and heads; what
+it cannot see.
+"""
 
 import math
 
@@ -29,7 +31,7 @@ def scrambled(network, **settings):
     return model
 
 
-# ---- the same, written out ------------------------------------------------------------------------------------------
+# ---- the same, written out -----------------------------------------------------------------------
 
 
 def scaled(x):
@@ -40,13 +42,17 @@ def turned(x, position):
     """A head's vector as complex numbers, each turned by an angle of its own."""
     half = len(x) // 2
     z = torch.complex(x[:half], x[half:])
-    angles = torch.tensor([position * 10_000.0 ** (-2 * i / len(x)) for i in range(half)], dtype=x.dtype)
+    angles = torch.tensor(
+        [position * 10_000.0 ** (-2 * i / len(x)) for i in range(half)], dtype=x.dtype
+    )
     z = z * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([z.real, z.imag])
 
 
 def attended(block, h, heads, causal):
-    """What attention adds at every position [pos d_model] of one sequence: query by query, head by head."""
+    """What attention adds at every position [pos d_model] of one sequence: query by query, head by
+    head.
+    """
     d = h.shape[1] // heads
     Wq, Wk, Wv = block.qkv.weight.chunk(3)
     mixed = []
@@ -56,9 +62,13 @@ def attended(block, h, heads, causal):
             part = slice(head * d, head * d + d)
             seen = range(s + 1) if causal else range(len(h))
             q = turned(Wq[part] @ scaled(h[s]), s)
-            scores = torch.stack([q @ turned(Wk[part] @ scaled(h[p]), p) for p in seen]) / math.sqrt(d)
+            scores = torch.stack(
+                [q @ turned(Wk[part] @ scaled(h[p]), p) for p in seen]
+            ) / math.sqrt(d)
             weights = scores.exp() / scores.exp().sum()
-            per_head.append(sum(w * (Wv[part] @ scaled(h[p])) for w, p in zip(weights, seen, strict=True)))
+            per_head.append(
+                sum(w * (Wv[part] @ scaled(h[p])) for w, p in zip(weights, seen, strict=True))
+            )
         mixed.append(block.o.weight @ torch.cat(per_head))
     return torch.stack(mixed)
 
@@ -80,10 +90,15 @@ def written_out(function, inputs, config):
         for block in function.blocks:
             h = h + attended(block, h, config.heads, config.causal)
             h = h + neurons(block, h)
-        results.append((h @ function.last.weight.T + function.last.bias).reshape(*first.shape[1:-1], -1))
-    z, start, cut = torch.stack(results), 0, {}
+        results.append(
+            (h @ function.last.weight.T + function.last.bias).reshape(*first.shape[1:-1], -1)
+        )
+    z = torch.stack(results)
+    start = 0
+    cut = {}
     for name, C in function.counts.items():
-        cut[name], start = z[..., start : start + C], start + C
+        cut[name] = z[..., start : start + C]
+        start = start + C
     return cut
 
 
@@ -92,13 +107,22 @@ def written_out(function, inputs, config):
 def test_g1_the_transformer_is_its_loops_in_value_and_gradient(network, causal):
     model = scrambled(network, causal=causal)
     clean = model.clean(model.target.batch(3))
-    inputs = {n: x.clone().requires_grad_() for n, x in clean.inputs.items() if x.is_floating_point()}
-    function = model.importance_function.parts[1] if network is Tokens else model.importance_function
+    inputs = {
+        n: x.clone().requires_grad_() for n, x in clean.inputs.items() if x.is_floating_point()
+    }
+    function = (
+        model.importance_function.parts[1] if network is Tokens else model.importance_function
+    )
     wanted = [*function.parameters(), *inputs.values()]
     both = [function(inputs, {}), written_out(function, inputs, model.importance)]
-    weighed = [sum((v * torch.linspace(-1, 2, v.numel()).reshape(v.shape)).sum() for v in z.values()) for z in both]
+    weighed = [
+        sum((v * torch.linspace(-1, 2, v.numel()).reshape(v.shape)).sum() for v in z.values())
+        for z in both
+    ]
     assert list(both[0]) == list(inputs)
-    assert {name: z.shape[-1] for name, z in both[0].items()} == {name: model.counts[name] for name in inputs}
+    assert {name: z.shape[-1] for name, z in both[0].items()} == {
+        name: model.counts[name] for name in inputs
+    }
     for name, z in both[0].items():
         torch.testing.assert_close(z, both[1][name], **EXACT)
     for a, b in zip(*(torch.autograd.grad(number, wanted) for number in weighed), strict=True):
@@ -115,7 +139,7 @@ def test_g1_beside_an_embedding_the_transformer_has_all_other_sites():
     assert torch.equal(z["readout"], transformer(clean.inputs, {})["readout"])
 
 
-# ---- what it sees ---------------------------------------------------------------------------------------------------
+# ---- what it sees --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -145,9 +169,13 @@ def test_g1_without_a_position_axis_every_row_is_one_position():
     model = scrambled(Perceptron)
     inputs = {name: torch.randn(5, site.d_in).double() for name, site in model.sites.items()}
     flat = model.importance_function(inputs, {})
-    for name, z in model.importance_function({n: x[:, None] for n, x in inputs.items()}, {}).items():
+    for name, z in model.importance_function(
+        {n: x[:, None] for n, x in inputs.items()}, {}
+    ).items():
         assert torch.equal(flat[name], z[:, 0])
-    folded = model.importance_function({n: torch.stack([x, 2 - x])[:, :, None] for n, x in inputs.items()}, {})
+    folded = model.importance_function(
+        {n: torch.stack([x, 2 - x])[:, :, None] for n, x in inputs.items()}, {}
+    )
     for name, z in folded.items():
         torch.testing.assert_close(flat[name], z[0, :, 0])
 
@@ -175,25 +203,30 @@ def test_late_positions_keep_their_angles_in_float32():
     torch.testing.assert_close(sin, exact[1].float(), rtol=0, atol=1e-7)
 
 
-# ---- how it is run --------------------------------------------------------------------------------------------------
+# ---- how it is run -------------------------------------------------------------------------------
 
 
 def gradients(model):
-    losses = Losses(reconstruction={"ci": Reconstruction("ci"), "random": Reconstruction("stochastic")})
+    losses = Losses(
+        reconstruction={"ci": Reconstruction("ci"), "random": Reconstruction("stochastic")}
+    )
     total, _ = losses(Pass.of(model, model.target.batch(), torch.Generator().manual_seed(0)))
     return torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_checkpointed_activations_give_equal_gradients_and_keep_less(causal):
-    kept, found = [], []
+    kept = []
+    found = []
     for checkpointed in (False, True):
         model = scrambled(Branches, causal=causal, checkpoint_activations=checkpointed)
         torch.manual_seed(1)
         found.append(gradients(model))
         inputs = {name: torch.randn(2, 4, site.d_in).double() for name, site in model.sites.items()}
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
             model.importance_function(inputs, {})
         kept.append(sum(sizes))
     for a, b in zip(*found, strict=True):
@@ -207,8 +240,15 @@ NAMES = ["wte.pre", "h.0.attn.q", "h.0.mlp.up", "h.1.attn.q", "h.2.mlp.0.up", "h
 
 def test_chunks_go_by_the_first_number_of_a_name():
     assert chunks_of_layers(NAMES, None) == [NAMES]
-    assert chunks_of_layers(NAMES, 2) == [["wte.pre", *NAMES[1:4], "head"], ["h.2.mlp.0.up"], ["h.10.attn.q"]]
-    assert chunks_of_layers(NAMES, 1)[:2] == [["wte.pre", "h.0.attn.q", "h.0.mlp.up", "head"], ["h.1.attn.q"]]
+    assert chunks_of_layers(NAMES, 2) == [
+        ["wte.pre", *NAMES[1:4], "head"],
+        ["h.2.mlp.0.up"],
+        ["h.10.attn.q"],
+    ]
+    assert chunks_of_layers(NAMES, 1)[:2] == [
+        ["wte.pre", "h.0.attn.q", "h.0.mlp.up", "head"],
+        ["h.1.attn.q"],
+    ]
     assert chunks_of_layers(NAMES, 11) == [NAMES]
     assert chunks_of_layers(["h.4.x", "head", "h.7.x"], 4) == [["h.4.x", "head", "h.7.x"]]
     assert chunks_of_layers(["a", "b"], 3) == [["a", "b"]]
@@ -217,8 +257,14 @@ def test_chunks_go_by_the_first_number_of_a_name():
 def test_g1_chunks_are_transformers_of_their_own():
     torch.manual_seed(0)
     target = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
-    model = ComponentModel(target, {"*": 3}, importance=Importance(**SMALL, chunk_layers=2)).double()
-    assert [list(part.counts) for part in model.importance_function.parts] == [["0", "1"], ["2", "3"], ["4"]]
+    model = ComponentModel(
+        target, {"*": 3}, importance=Importance(**SMALL, chunk_layers=2)
+    ).double()
+    assert [list(part.counts) for part in model.importance_function.parts] == [
+        ["0", "1"],
+        ["2", "3"],
+        ["4"],
+    ]
     inputs = {name: torch.randn(2, 6, 4).double() for name in model.sites}
     z = model.importance_function(inputs, {})
     assert list(z) == list(model.sites)
@@ -235,8 +281,12 @@ def test_d7_the_transformer_starts_with_the_stated_deviations():
     settings = Importance("transformer", d_model=64, layers=1, heads=2)
     model = ComponentModel(nn.Sequential(nn.Linear(80, 3)), {"*": 200}, importance=settings)
     function = model.importance_function
-    drawn = {(name, parameter.shape[-1]): parameter for name, parameter in function.named_parameters()}
-    assert function.blocks[0].up.weight.shape == (256, 64), "four times as wide where nothing is said"
+    drawn = {
+        (name, parameter.shape[-1]): parameter for name, parameter in function.named_parameters()
+    }
+    assert function.blocks[0].up.weight.shape == (256, 64), (
+        "four times as wide where nothing is said"
+    )
     for (name, fan_in), values in drawn.items():
         if name.endswith("bias"):
             assert not values.any()

@@ -1,14 +1,16 @@
-"""The graph of an induction head shows its mechanism: the previous token is written down, then looked up (law A1).
+"""The graph of an induction head shows its mechanism: the previous token is written down, then
+looked up (law A1).
 
-On `BOS T* S M T* S` the first layer must copy S into M's position, and the second, at the end, must find that position
-by its key and copy M from it. Components here are exact (V = Wᵀ, U the identity), so edges are those of the network.
+On `BOS T* S M T* S` the first layer must copy S into M's position, and the second, at the end, must
+find that position by its key and copy M from it. Components here are exact (V = Wᵀ, U the
+identity), so edges are those of the network.
 """
 
 import pytest
 import torch
 
-from spd_lightning.attribution.autograd import Edges, prompt_edges
-from spd_lightning.attribution.graph import MODES, Subject
+from spd_lightning.attribution.autograd import LayerEdges, prompt_edges
+from spd_lightning.attribution.graph import MODES, GraphSpec
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.targets.toy import InductionHead, induced_token, induction_tokens
 
@@ -18,7 +20,8 @@ PROMPTS, VOCAB, LENGTH, WIDTH = 24, 32, 16, 32
 @pytest.fixture(scope="module")
 def trained():
     torch.manual_seed(0)
-    target, generator = InductionHead(VOCAB, WIDTH, LENGTH), torch.Generator().manual_seed(0)
+    target = InductionHead(VOCAB, WIDTH, LENGTH)
+    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(target.parameters(), 3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
     for _ in range(1000):
@@ -32,16 +35,21 @@ def trained():
 
 
 def sequences(rows, generator):
-    return induction_tokens(torch.randint(1, VOCAB, (rows, 1), generator=generator), VOCAB, LENGTH, generator)
+    return induction_tokens(
+        torch.randint(1, VOCAB, (rows, 1), generator=generator), VOCAB, LENGTH, generator
+    )
 
 
 @pytest.fixture(scope="module")
 def graphs(trained):
-    """Prompts, where M stands in each, and by (source, target) name the edges of their unmasked graphs."""
+    """Prompts, where M stands in each, and by (source, target) name the edges of their unmasked
+    graphs.
+    """
     tokens = sequences(PROMPTS, torch.Generator().manual_seed(7))
     model = ComponentModel(trained, {"h.*.attn.*_proj": WIDTH})
     for name, site in model.sites.items():
-        model[name].V.data, model[name].U.data = site.weight.T.clone(), torch.eye(WIDTH)
+        model[name].V.data = site.weight.T.clone()
+        model[name].U.data = torch.eye(WIDTH)
     model = model.double()
     g = {name: torch.ones(*tokens.shape, WIDTH).double() for name in model.sites}
     wanted = induced_token(tokens)
@@ -51,19 +59,25 @@ def graphs(trained):
         chosen[torch.arange(PROMPTS), -1, wanted] = True
         return chosen
 
-    layers, found = prompt_edges(Subject(model, tokens, g, MODES["unmasked"], 0.5, answer))
-    parts: dict[tuple[str, str], list[Edges]] = {}
+    layers, found = prompt_edges(GraphSpec(model, tokens, g, MODES["unmasked"], 0.5, answer))
+    parts: dict[tuple[str, str], list[LayerEdges]] = {}
     for e in found:
         parts.setdefault((layers[e.source].name, layers[e.target].name), []).append(e)
     edges = {
-        pair: Edges(several[0].source, several[0].target, *map(torch.cat, zip(*(e[2:] for e in several), strict=True)))
+        pair: LayerEdges(
+            several[0].source,
+            several[0].target,
+            *map(torch.cat, zip(*(e[2:] for e in several), strict=True)),
+        )
         for pair, several in parts.items()
     }
     return (tokens == tokens[:, -1:]).int().argmax(1) + 1, edges
 
 
-def strengths(e: Edges, target_pos):
-    """Per prompt and source position, how strongly all edges go from there to one position [prompt, pos]."""
+def strengths(e: LayerEdges, target_pos):
+    """Per prompt and source position, how strongly all edges go from there to one position [prompt,
+    pos].
+    """
     here = e.target_at[:, 0] == target_pos[e.prompt]
     flat = e.prompt[here] * LENGTH + e.source_at[here, 0]
     sizes = torch.zeros(PROMPTS * LENGTH).double().index_add(0, flat, e.attribution[here].abs())
@@ -85,7 +99,9 @@ def test_a1_the_second_layer_looks_up_what_followed_it(graphs, part):
 
 
 def test_a1_keys_are_made_of_what_the_first_layer_wrote(graphs):
-    """At M's position the second layer's key reads the first layer's head far more than the token that stands there."""
+    """At M's position the second layer's key reads the first layer's head far more than the token
+    that stands there.
+    """
     m, edges = graphs
     from_head, from_token = (
         strengths(edges[source, "h.1.attn.k_proj"], m)[torch.arange(PROMPTS), m]

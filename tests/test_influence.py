@@ -1,4 +1,6 @@
-"""Influence beside dense matrices and naive loops, and what must hold of it whatever the graph; a frozen harvest."""
+"""Influence beside dense matrices and naive loops, and what must hold of it whatever the graph; a
+frozen harvest.
+"""
 
 from dataclasses import replace
 
@@ -26,19 +28,25 @@ from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.store import Store
 from spd_lightning.viewer.graph_page import GraphSelection, page_data
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*predict returned None"
+)
 SHARES = st.sampled_from([0.0, 0.1, 0.33, 0.5, 0.8, 0.98, 1.0])
 
 
 def random_graph(seed: int, frozen: bool = True) -> Graph:
-    """Some inputs, inner nodes of every kind and outputs, each in a layer of its own, joined at random."""
+    """Some inputs, inner nodes of every kind and outputs, each in a layer of its own, joined at
+    random.
+    """
     rng = np.random.default_rng(seed)
     inner = rng.choice(["component", "component", "rest", "bias"], rng.integers(1, 9)).tolist()
     kinds = ["embedding"] * rng.integers(1, 3) + inner + ["output"] * rng.integers(1, 4)
     size = len(kinds)
     leaf = np.isin(kinds, ["embedding", "rest", "bias"])
     adjacency = rng.normal(size=(size, size)) * (rng.random((size, size)) < 0.6)
-    adjacency *= np.tri(size, k=-1) * ~leaf[:, None] * (np.array(kinds) != "output")  # [target, source]
+    adjacency *= (
+        np.tri(size, k=-1) * ~leaf[:, None] * (np.array(kinds) != "output")
+    )  # [target, source]
     target, source = adjacency.nonzero()
     nodes = pl.DataFrame(
         {
@@ -51,7 +59,11 @@ def random_graph(seed: int, frozen: bool = True) -> Graph:
         }
     )
     edges = {"source": source.astype(np.uint32), "target": target.astype(np.uint32)}
-    return Graph(nodes, pl.DataFrame(edges | {"attribution": adjacency[target, source].astype(np.float32)}), frozen)
+    return Graph(
+        nodes,
+        pl.DataFrame(edges | {"attribution": adjacency[target, source].astype(np.float32)}),
+        frozen,
+    )
 
 
 GRAPHS = st.integers(0, 2**32 - 1).map(random_graph)
@@ -84,7 +96,7 @@ def ends(graph: Graph) -> set[tuple[int, int]]:
     return set(zip(graph.edges["source"], graph.edges["target"], strict=True))
 
 
-# ---- influence ------------------------------------------------------------------------------------------------------
+# ---- influence -----------------------------------------------------------------------------------
 
 
 @given(GRAPHS)
@@ -96,7 +108,9 @@ def test_influence_is_that_of_the_inverse_matrix(graph):
 def test_what_leaves_the_outputs_arrives_at_the_leaves(graph):
     """Nothing is lost on the way: leaves have as much influence as outputs with in-edges weigh."""
     entered = dense(graph).any(1)
-    assert found(graph)[~entered].sum() == pytest.approx(weights(graph)[entered].sum(), rel=1e-9, abs=1e-12)
+    assert found(graph)[~entered].sum() == pytest.approx(
+        weights(graph)[entered].sum(), rel=1e-9, abs=1e-12
+    )
 
 
 @given(GRAPHS)
@@ -123,7 +137,9 @@ def test_numbers_of_nodes_do_not_matter(graph, seed, share, of_edges):
     edges = graph.edges.with_columns(columns).sample(fraction=1, shuffle=True, seed=1)
     other = replace(graph, nodes=nodes, edges=edges)
     assert np.allclose(found(other), found(graph)[nodes["was"].to_numpy()])
-    assert set(pruned(other, share, of_edges).nodes["was"]) == set(pruned(graph, share, of_edges).nodes["node"])
+    assert set(pruned(other, share, of_edges).nodes["was"]) == set(
+        pruned(graph, share, of_edges).nodes["node"]
+    )
     assert set(expanded(other, 3).nodes["was"]) == set(expanded(graph, 3).nodes["node"])
 
 
@@ -135,23 +151,37 @@ def test_what_is_not_finite_counts_as_nothing():
     assert np.allclose(found(spoilt), found(without))
 
 
-# ---- selections -----------------------------------------------------------------------------------------------------
+# ---- selections ----------------------------------------------------------------------------------
 
 
 def largest(values: dict, share: float) -> set:
-    """The largest values until they make up a share of the sum; at least one, and all that equal the last."""
+    """The largest values until they make up a share of the sum; at least one, and all that equal
+    the last.
+    """
     total, least = 0.0, np.inf
     for value in sorted(values.values(), reverse=True):
         if value > 1e-15 and (not total or total < share * sum(values.values())):
-            total, least = total + value, value
+            total = total + value
+            least = value
     return {key for key, value in values.items() if share == 1 or value > least * (1 - 1e-8)}
 
 
-def naively_pruned(graph: Graph, share: float, of_edges: float) -> tuple[set[int], set[tuple[int, int]]]:
-    p, whole, all_edges = weights(graph), by_inverse(graph, weights(graph)), ends(graph)
-    always = {n for n, kind in enumerate(graph.nodes["kind"]) if p[n] > 0 or (kind == "embedding" and whole[n] > 1e-15)}
+def naively_pruned(
+    graph: Graph, share: float, of_edges: float
+) -> tuple[set[int], set[tuple[int, int]]]:
+    p = weights(graph)
+    whole = by_inverse(graph, weights(graph))
+    all_edges = ends(graph)
+    always = {
+        n
+        for n, kind in enumerate(graph.nodes["kind"])
+        if p[n] > 0 or (kind == "embedding" and whole[n] > 1e-15)
+    }
     nodes = largest(dict(enumerate(whole.tolist())), share) | always
-    part = replace(graph, edges=graph.edges.filter(pl.all_horizontal(pl.col("source", "target").is_in(list(nodes)))))
+    part = replace(
+        graph,
+        edges=graph.edges.filter(pl.all_horizontal(pl.col("source", "target").is_in(list(nodes)))),
+    )
     kept = np.isin(np.arange(len(p)), list(nodes))
     reached = by_inverse(part, p * kept) + p * kept
     values = {(s, t): dense(part)[t, s] * reached[t] for s, t in ends(part)}
@@ -164,7 +194,8 @@ def naively_pruned(graph: Graph, share: float, of_edges: float) -> tuple[set[int
         }  # fmt: skip
         if not dead:
             return nodes, edges
-        nodes, edges = nodes - dead, {e for e in edges if not dead & set(e)}
+        nodes = nodes - dead
+        edges = {e for e in edges if not dead & set(e)}
 
 
 @given(GRAPHS, SHARES, SHARES)
@@ -179,15 +210,20 @@ def test_pruned_is_what_loops_keep(graph, share, of_edges):
 @given(GRAPHS, SHARES, SHARES, SHARES)
 def test_a_larger_share_keeps_no_less(graph, one, other, of_edges):
     less, more = sorted((one, other))
-    assert set(pruned(graph, less, 1.0).nodes["node"]) <= set(pruned(graph, more, 1.0).nodes["node"])
+    assert set(pruned(graph, less, 1.0).nodes["node"]) <= set(
+        pruned(graph, more, 1.0).nodes["node"]
+    )
     assert ends(pruned(graph, less, 1.0)) <= ends(pruned(graph, more, 1.0))
     assert ends(pruned(graph, of_edges, less)) <= ends(pruned(graph, of_edges, more))
     assert ends(expanded(graph, 3, less)) <= ends(expanded(graph, 3, more))
 
 
 def naively_expanded(graph: Graph, budget: int) -> set[int]:
-    """Each time anew: influence where only what is kept has in-edges; the node that has most of it is added."""
-    shares, p = dense(graph), weights(graph)
+    """Each time anew: influence where only what is kept has in-edges; the node that has most of it
+    is added.
+    """
+    shares = dense(graph)
+    p = weights(graph)
     kept = p > 0
     for _ in range(budget):
         reach = p @ np.linalg.inv(np.eye(len(p)) - shares * kept[:, None]) * ~kept
@@ -202,7 +238,9 @@ def test_expanded_adds_the_best_node_each_time(graph, budget):
     kept = expanded(graph, budget)
     assert set(kept.nodes["node"]) == naively_expanded(graph, budget)
     assert set(kept.nodes["node"]) <= set(expanded(graph, budget + 1).nodes["node"])
-    inside = graph.edges.filter(pl.all_horizontal(pl.col("source", "target").is_in(kept.nodes["node"].to_list())))
+    inside = graph.edges.filter(
+        pl.all_horizontal(pl.col("source", "target").is_in(kept.nodes["node"].to_list()))
+    )
     assert kept.edges.equals(inside)
 
 
@@ -210,29 +248,44 @@ def test_expanded_adds_the_best_node_each_time(graph, budget):
 def test_cumulative_shares_are_sums_over_what_is_larger(values):
     total = sum(values) or 1.0
     for value, share in zip(values, cumulative(np.array(values)), strict=True):
-        above, within = sum(v for v in values if v > value), sum(v for v in values if v >= value)
+        above = sum(v for v in values if v > value)
+        within = sum(v for v in values if v >= value)
         assert above / total - 1e-9 <= share <= within / total + 1e-9
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 @given(GRAPHS)
 def test_scores_are_those_of_the_definition(graph):
-    p, shares, kinds = weights(graph), dense(graph), graph.nodes["kind"].to_list()
+    p = weights(graph)
+    shares = dense(graph)
+    kinds = graph.nodes["kind"].to_list()
     rest = np.isin(kinds, ["rest", "bias"])
-    tokens = np.array([k == "embedding" or (k == "component" and not shares[n].any()) for n, k in enumerate(kinds)])
+    tokens = np.array(
+        [
+            k == "embedding" or (k == "component" and not shares[n].any())
+            for n, k in enumerate(kinds)
+        ]
+    )
     reached = by_inverse(graph, p)
     answer = scores(graph)
     total = reached[tokens].sum() + reached[rest].sum()
-    assert answer.replacement == (pytest.approx(reached[tokens].sum() / total) if total > 1e-12 else None)
-    mean = sum((1 - shares[n][rest].sum()) * (reached[n] + p[n]) for n in range(len(p))) / (reached + p).sum()
+    assert answer.replacement == (
+        pytest.approx(reached[tokens].sum() / total) if total > 1e-12 else None
+    )
+    mean = (
+        sum((1 - shares[n][rest].sum()) * (reached[n] + p[n]) for n in range(len(p)))
+        / (reached + p).sum()
+    )
     assert answer.completeness == pytest.approx(mean)
     assert scores(replace(graph, frozen=False)) == Scores(None, None)
 
 
 def test_a_chain_by_hand():
-    """token → component ← rest, all of it → output: the component has a quarter of rest, the output none."""
+    """token → component ← rest, all of it → output: the component has a quarter of rest, the output
+    none.
+    """
     nodes = {
         "node": [0, 1, 2, 3],
         "kind": ["embedding", "rest", "component", "output"],
@@ -248,14 +301,16 @@ def test_a_chain_by_hand():
     assert pruned(graph, 0.8, 1.0).nodes["kind"].to_list() == ["embedding", "component", "output"]
 
 
-# ---- a harvest ------------------------------------------------------------------------------------------------------
+# ---- a harvest -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory) -> Store:
     """Frozen graphs of a decoder whose embedding is a site too."""
     folder = tmp_path_factory.mktemp("frozen")
-    return harvested(folder, decoder(), Ragged(lengths=(5,), rows=3), PromptGraphs(mode="frozen"))[0]
+    return harvested(folder, decoder(), Ragged(lengths=(5,), rows=3), PromptGraphs(mode="frozen"))[
+        0
+    ]
 
 
 def test_a_frozen_harvest_has_scores_and_others_have_none(frozen, tmp_path):
@@ -276,13 +331,16 @@ def test_a_frozen_harvest_has_scores_and_others_have_none(frozen, tmp_path):
         assert Scores(page.replacement, page.completeness) == scores(graph)
     vectors = Store(make_harvest(tmp_path / "probe"))
     prompt = vectors.scan("prompts").collect()["prompt_id"][0]
-    assert set(whole_graph(vectors, prompt).nodes.filter(pl.col("kind") == "output")["weight"]) == {1.0}
+    assert set(whole_graph(vectors, prompt).nodes.filter(pl.col("kind") == "output")["weight"]) == {
+        1.0
+    }
     assert prompt_graph(vectors, prompt).scores == Scores(None, None)
 
 
 def test_the_page_filters_what_pruning_leaves(frozen):
     prompt = frozen.scan("prompts").collect()["prompt_id"][0]
-    whole, kept = whole_graph(frozen, prompt), pruned(whole_graph(frozen, prompt), 0.5, 1.0)
+    whole = whole_graph(frozen, prompt)
+    kept = pruned(whole_graph(frozen, prompt), 0.5, 1.0)
     graph = prompt_graph(frozen, prompt, top_k=10**6, influence=0.5)
     assert set(graph.nodes["node"]) == set(kept.nodes["node"]) < set(whole.nodes["node"])
     assert set(zip(graph.edges["source"], graph.edges["target"], strict=True)) == ends(kept)
@@ -297,7 +355,10 @@ def test_outputs_are_chosen_by_position_and_token(frozen):
     assert outputs_at(graph, pos=4) == at_last["node"].to_list()
     token = at_last["component"][0]
     assert outputs_at(graph, 4, token) == at_last["node"].to_list()[:1]
-    assert outputs_at(graph, token=token) == outputs.filter(pl.col("component") == token)["node"].to_list()
+    assert (
+        outputs_at(graph, token=token)
+        == outputs.filter(pl.col("component") == token)["node"].to_list()
+    )
     kept = pruned(graph, 0.8, 0.98, outputs_at(graph, pos=4))
     assert kept.nodes.filter(pl.col("kind") == "output").equals(at_last)
     for wrong, why in (

@@ -1,4 +1,5 @@
-"""Labels of tokens read back as the text, by byte-level BPE and by SentencePiece with byte fallback.
+"""Labels of tokens read back as the text, by byte-level BPE and by SentencePiece with byte
+fallback.
 
 The truth is the text itself: whatever is encoded must be what its labels add up to.
 """
@@ -12,7 +13,9 @@ from spd_lightning.analysis.prompts import prompt_label, prompt_text, search_key
 from spd_lightning.data import tokenized
 from spd_lightning.labels import is_bytes, joined, token_label
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)  # any text that UTF-8 can write
+TEXTS = st.text(
+    st.characters(exclude_categories=["Cs"]), max_size=30
+)  # any text that UTF-8 can write
 HARD = [
     "a 👩",
     "e\u0301 é",  # a combining accent, and the composed letter
@@ -25,7 +28,9 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def byte_level() -> tokenized.Tokenizer:
-    """A BPE over bytes as GPT-2's; a few merges run across the edges of characters, and one is a text like `<0x41>`."""
+    """A BPE over bytes as GPT-2's; a few merges run across the edges of characters, and one is a
+    text like `<0x41>`.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: number for number, letter in enumerate(alphabet)}
     merges = []
@@ -49,12 +54,16 @@ def byte_level() -> tokenized.Tokenizer:
 
 @pytest.fixture(scope="module")
 def byte_fallback() -> tokenized.Tokenizer:
-    """A vocabulary of three letters that writes everything else in bytes, as Llama 2 and Gemma do."""
+    """A vocabulary of three letters that writes everything else in bytes, as Llama 2 and Gemma
+    do.
+    """
     vocab = {"<unk>": 0, "▁": 1, "a": 2, "é": 3}
     vocab |= {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
     inner = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     inner.normalizer = normalizers.Replace(" ", "▁")
-    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return tokenized.Tokenizer(inner)
 
 
@@ -91,7 +100,8 @@ def test_a_label_gives_back_its_bytes_wherever_they_are_text(content):
 @given(text=TEXTS, cut=st.integers(0, 40))
 def test_a_window_that_cuts_a_character_loses_only_that_one(byte_level, text, cut):
     labels = labels_of(byte_level, text)
-    before, after = joined(labels[:cut]), joined(labels[cut:])
+    before = joined(labels[:cut])
+    after = joined(labels[cut:])
     assert text.startswith(before.rstrip("\ufffd"))
     assert text.endswith(after.lstrip("\ufffd"))
 
@@ -103,7 +113,7 @@ def test_parts_of_a_character_are_labeled_by_their_bytes(byte_level, byte_fallba
     assert labels_of(byte_level, "<0x41>") == ["".join(f"<0x{byte:02X}>" for byte in b"<0x41>")]
 
 
-# ---- prompts --------------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def row(source: str, tokens: list[str]) -> dict[str, object]:
@@ -119,7 +129,9 @@ def test_a_prompt_is_found_by_its_own_text(byte_level, text):
 def test_labels_of_prompts_are_text(byte_level):
     assert prompt_label(row("given 0", labels_of(byte_level, "é👩 b"))) == "given 0 · é👩 b"
     assert prompt_label(row("given 0", ["He", "llo"])) == "given 0 · Hello"  # one word has no blank
-    assert prompt_label(row("token 3", ["0", "12", "3"])) == "token 3 · 0 12 3"  # token ids without a text
+    assert (
+        prompt_label(row("token 3", ["0", "12", "3"])) == "token 3 · 0 12 3"
+    )  # token ids without a text
 
 
 @pytest.mark.parametrize(

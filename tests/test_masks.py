@@ -1,4 +1,6 @@
-"""Masks (law M1 and the tables of sources and routes): formulas, exact statistics, and an adversary that climbs."""
+"""Masks (law M1 and the tables of sources and routes): formulas, exact statistics, and an adversary
+that climbs.
+"""
 
 from collections import Counter
 
@@ -11,11 +13,18 @@ from support.networks import Branches, Perceptron, decomposed
 
 from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
 from spd_lightning.decomposition.components import Mask
-from spd_lightning.decomposition.masks import draw_routes, fixed_masks, masks_from_sources, stochastic_sources, uniform
+from spd_lightning.decomposition.masks import (
+    draw_routes,
+    fixed_masks,
+    masks_from_sources,
+    stochastic_sources,
+    uniform,
+)
 from spd_lightning.decomposition.reconstruction import Pass, Reconstruction, mse, routed
 
 unit = st.floats(0, 1, width=32)
-SCOPES, INITS = ("per_position", "per_batch"), ("random", "ones", "zeros")
+SCOPES = ("per_position", "per_batch")
+INITS = ("random", "ones", "zeros")
 
 
 def generator(seed=0):
@@ -24,11 +33,14 @@ def generator(seed=0):
 
 def importances(*counts, positions=(4, 3), seed=0):
     """Random importances of some sites, with exact zeros and ones among them."""
-    drawn = [torch.rand(*positions, C, generator=generator(seed + C)).double() * 1.6 - 0.3 for C in counts]
+    drawn = [
+        torch.rand(*positions, C, generator=generator(seed + C)).double() * 1.6 - 0.3
+        for C in counts
+    ]
     return {f"site{k}": g.clamp(0, 1) for k, g in enumerate(drawn)}
 
 
-# ---- sources --------------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(unit, unit), min_size=1, max_size=8), unit)
@@ -45,19 +57,25 @@ def test_a_mask_lies_between_importance_and_one_as_the_source_says(pairs, s_delt
 def test_g6_the_deltas_mask_is_its_source_whatever_the_importances():
     for fill in (0.0, 0.5, 1.0):
         s_delta = torch.rand(4, 3)
-        g, sources = {"site": torch.full((4, 3, 5), fill)}, {"site": (torch.rand(4, 3, 5), s_delta)}
+        g = {"site": torch.full((4, 3, 5), fill)}
+        sources = {"site": (torch.rand(4, 3, 5), s_delta)}
         assert torch.equal(masks_from_sources(g, sources)["site"].delta, s_delta)
         assert masks_from_sources(g, sources, delta=False)["site"].delta == 0.0
 
 
 def test_every_fixed_source_is_its_row_of_the_table():
     g = importances(5, 2)
-    drawn = {kind: fixed_masks(kind, g, generator(), 0.4) for kind in ("ones", "ci", "zeros", "random", "rounded")}
+    drawn = {
+        kind: fixed_masks(kind, g, generator(), 0.4)
+        for kind in ("ones", "ci", "zeros", "random", "rounded")
+    }
     for name, value in g.items():
         assert drawn["ones"][name] == Mask(None, 0.0)
         assert torch.equal(drawn["ci"][name].components, value)
         assert not drawn["zeros"][name].components.any()
-        assert drawn["rounded"][name].components.flatten().tolist() == [float(v > 0.4) for v in value.flatten()]
+        assert drawn["rounded"][name].components.flatten().tolist() == [
+            float(v > 0.4) for v in value.flatten()
+        ]
         assert all(drawn[kind][name].delta == 0.0 for kind in ("ci", "zeros", "random", "rounded"))
     with pytest.raises(ValueError, match="'pgd' is not a fixed one"):
         fixed_masks("pgd", g, None, 0.0)
@@ -67,7 +85,9 @@ def test_random_masks_and_stochastic_sources_are_uniform_and_fresh_everywhere():
     g = {"a": torch.full((1000, 3, 2), 0.7), "b": torch.zeros(1000, 3, 4)}
     sources = stochastic_sources(g, generator())
     masks = fixed_masks("random", g, generator(1), 0.0)
-    samples = [s for pair in sources.values() for s in pair] + [mask.components for mask in masks.values()]
+    samples = [s for pair in sources.values() for s in pair] + [
+        mask.components for mask in masks.values()
+    ]
     assert [s.shape for s in samples[:4]] == [(1000, 3, 2), (1000, 3), (1000, 3, 4), (1000, 3)]
     for sample in samples:
         assert stats.kstest(sample.flatten().numpy(), "uniform").pvalue > 0.01
@@ -77,7 +97,7 @@ def test_random_masks_and_stochastic_sources_are_uniform_and_fresh_everywhere():
     assert correlations.abs().max() < 0.15  # five standard deviations of 1/√1000
 
 
-# ---- routes ---------------------------------------------------------------------------------------------------------
+# ---- routes --------------------------------------------------------------------------------------
 
 
 def test_route_all_is_one_pass_and_layerwise_one_a_site():
@@ -103,7 +123,10 @@ def test_m1_all_subsets_of_one_size_are_alike_and_positions_independent():
     (route,) = draw_routes("subset", importances(1, 2, 3, 4, positions=(20_000, 2)), generator(1))
     where = torch.stack(list(route.values()), dim=-1)
     for k, subsets in ((1, 4), (2, 6), (3, 4)):
-        seen = Counter(tuple(row) for row in where.flatten(0, 1)[where.flatten(0, 1).sum(1) == k].int().tolist())
+        seen = Counter(
+            tuple(row)
+            for row in where.flatten(0, 1)[where.flatten(0, 1).sum(1) == k].int().tolist()
+        )
         assert len(seen) == subsets
         assert stats.chisquare(list(seen.values())).pvalue > 0.01
     first, second = where.sum(-1).T.double()
@@ -130,7 +153,9 @@ def test_a_routed_mask_acts_at_its_positions_only():
     output = model.masked(batch, routed(zeros, {"down": where}), clean)
     changed = (output - clean.output).abs().amax(-1) > 1e-9
     assert torch.equal(changed, where)
-    assert torch.equal(model.masked(batch, routed(zeros, {"down": ~where}), clean)[1, 2], clean.output[1, 2])
+    assert torch.equal(
+        model.masked(batch, routed(zeros, {"down": ~where}), clean)[1, 2], clean.output[1, 2]
+    )
 
 
 @pytest.mark.parametrize("route", ["all", "layerwise", "subset", "static"])
@@ -144,7 +169,7 @@ def test_draws_are_a_function_of_the_generator(source, route):
     assert values[0] != values[2]
 
 
-# ---- the adversary --------------------------------------------------------------------------------------------------
+# ---- the adversary -------------------------------------------------------------------------------
 
 
 def ascend(g, loss, adversary, start):
@@ -161,7 +186,9 @@ def ascend(g, loss, adversary, start):
 
 
 def hilly(sources):
-    """A number that sources can raise, with peaks inside and outside [0, 1], and one entry that does not matter."""
+    """A number that sources can raise, with peaks inside and outside [0, 1], and one entry that
+    does not matter.
+    """
     total = 0.0
     for k, (s, delta) in enumerate(sources.values()):
         peaks = torch.linspace(-0.4 - k, 1.3, s[..., 1:].numel()).double().reshape(s[..., 1:].shape)
@@ -172,13 +199,24 @@ def hilly(sources):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("init", INITS)
 def test_pgd_is_its_rule(scope, init):
-    g, adversary = importances(3, 5), Adversary(7, 0.13, init, scope)
+    g = importances(3, 5)
+    adversary = Adversary(7, 0.13, init, scope)
     found = pgd_sources(adversary, g, hilly, generator())
-    start, draws = {}, generator()
+    start = {}
+    draws = generator()
     for name, value in g.items():
-        shape = (*value.shape[:-1], value.shape[-1] + 1) if scope == "per_position" else (value.shape[-1] + 1,)
-        drawn = torch.rand(shape, generator=draws, dtype=torch.float64) if init == "random" else None
-        start[name] = {"ones": torch.ones(shape).double(), "zeros": torch.zeros(shape).double()}.get(init, drawn)
+        shape = (
+            (*value.shape[:-1], value.shape[-1] + 1)
+            if scope == "per_position"
+            else (value.shape[-1] + 1,)
+        )
+        drawn = (
+            torch.rand(shape, generator=draws, dtype=torch.float64) if init == "random" else None
+        )
+        start[name] = {
+            "ones": torch.ones(shape).double(),
+            "zeros": torch.zeros(shape).double(),
+        }.get(init, drawn)
     for name, vector in ascend(g, hilly, adversary, start).items():
         s, delta = found[name]
         torch.testing.assert_close(s, vector[..., :-1])
@@ -192,7 +230,9 @@ def test_pgd_that_goes_on_is_pgd_that_did_not_stop(scope, init):
     g = importances(3, 5)
     half = pgd_sources(Adversary(3, 0.2, init, scope), g, hilly, generator())
     resumed = pgd_sources(Adversary(4, 0.2, init, scope), g, hilly, None, half)
-    for name, (s, delta) in pgd_sources(Adversary(7, 0.2, init, scope), g, hilly, generator()).items():
+    for name, (s, delta) in pgd_sources(
+        Adversary(7, 0.2, init, scope), g, hilly, generator()
+    ).items():
         assert torch.equal(resumed[name][0], s)
         assert torch.equal(resumed[name][1], delta)
     untouched = pgd_sources(Adversary(0, 0.2, init, scope), g, hilly, None, half)
@@ -210,10 +250,15 @@ def test_pgd_hurts_more_the_longer_it_climbs(network, scope, init):
         g = {name: value * 0.5 for name, value in run.importances.lower.items()}
 
         def loss(sources):
-            masks = masks_from_sources(g, sources, delta=init != "ones")  # with it, all ones is the target: no slope
+            masks = masks_from_sources(
+                g, sources, delta=init != "ones"
+            )  # with it, all ones is the target: no slope
             return mse(model.masked(batch, masks, run.clean, detach=True), run.clean.output)
 
-        rungs = [loss(pgd_sources(Adversary(n, 0.05, init, scope), g, loss, generator())) for n in (0, 4, 40)]
+        rungs = [
+            loss(pgd_sources(Adversary(n, 0.05, init, scope), g, loss, generator()))
+            for n in (0, 4, 40)
+        ]
         draws = [loss(stochastic_sources(g, generator(seed))) for seed in range(30)]
     assert rungs[0] < rungs[1] < rungs[2]
     if scope == "per_position":
@@ -225,12 +270,20 @@ def test_pgd_climbs_one_route_and_leaves_parameters_alone(route, monkeypatch):
     model = decomposed(Perceptron)
     run = Pass.of(model, model.target.batch(), generator())
     parameters = [p for p in model.parameters() if p.requires_grad]
-    calls, own = [], type(model).masked
+    calls = []
+    own = type(model).masked
 
     def watched(self, batch, masks, *rest, **named):
         output = own(self, batch, masks, *rest, **named)
-        reached = torch.autograd.grad(output.sum(), parameters, retain_graph=True, allow_unused=True)
-        calls.append(({name: mask.route for name, mask in masks.items()}, any(g is not None for g in reached)))
+        reached = torch.autograd.grad(
+            output.sum(), parameters, retain_graph=True, allow_unused=True
+        )
+        calls.append(
+            (
+                {name: mask.route for name, mask in masks.items()},
+                any(g is not None for g in reached),
+            )
+        )
         return output
 
     monkeypatch.setattr(type(model), "masked", watched)
@@ -242,7 +295,9 @@ def test_pgd_climbs_one_route_and_leaves_parameters_alone(route, monkeypatch):
     for k, (routes, _) in enumerate(calls):
         held = calls[k % passes][0]
         assert routes.keys() == held.keys()
-        assert all(routes[n] is None if held[n] is None else torch.equal(routes[n], held[n]) for n in held)
+        assert all(
+            routes[n] is None if held[n] is None else torch.equal(routes[n], held[n]) for n in held
+        )
     assert any(g.any() for g in torch.autograd.grad(loss, parameters))
 
 
@@ -252,22 +307,31 @@ def test_pgd_sources_are_constants_of_the_training_gradient():
     run = Pass.of(model, model.target.batch(), generator())
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(Reconstruction("pgd", adversary=adversary)(run), parameters)
-    g, fixed = run.importances.lower, {name: value.detach() for name, value in run.importances.lower.items()}
+    g = run.importances.lower
+    fixed = {name: value.detach() for name, value in run.importances.lower.items()}
 
     def loss(sources, lower=fixed):
-        return (model.masked(run.batch, masks_from_sources(lower, sources)) - run.clean.output).square().mean()
+        return (
+            (model.masked(run.batch, masks_from_sources(lower, sources)) - run.clean.output)
+            .square()
+            .mean()
+        )
 
     start = {name: torch.zeros(value.shape[-1] + 1).double() for name, value in g.items()}
     end = ascend(g, loss, adversary, start)
     sources = {n: (v[:-1].detach(), v[-1].detach().expand(g[n].shape[:-1])) for n, v in end.items()}
     fresh = Pass.of(model, run.batch)
-    for a, b in zip(found, torch.autograd.grad(loss(sources, fresh.importances.lower), parameters), strict=True):
+    for a, b in zip(
+        found, torch.autograd.grad(loss(sources, fresh.importances.lower), parameters), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (5, 7), (400, 333)])
 def test_draws_in_half_precision(shape):
-    """All multiples of 2⁻⁸ below 1, each as often as the others, the same again for the same seed."""
+    """All multiples of 2⁻⁸ below 1, each as often as the others, the same again for the same
+    seed.
+    """
     like = torch.zeros(1, dtype=torch.bfloat16)
     drawn = [uniform(like, shape, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert drawn[0].shape == shape

@@ -1,4 +1,6 @@
-"""Evaluation (law E): figures against known truth, of importances, and of outputs under the six maskings."""
+"""Evaluation (law E): figures against known truth, of importances, and of outputs under the six
+maskings.
+"""
 
 import math
 from itertools import permutations
@@ -43,7 +45,9 @@ from spd_lightning.training.truth import lone_features, truth, verdict
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 ANGLES = torch.arange(5).double() * 2 * math.pi / 5
-PENTAGON = torch.stack([ANGLES.cos(), ANGLES.sin()]) * torch.tensor([1.0, 1.1, 0.9, 1.2, 1.0]).double()  # W [2, 5]
+PENTAGON = (
+    torch.stack([ANGLES.cos(), ANGLES.sin()]) * torch.tensor([1.0, 1.1, 0.9, 1.2, 1.0]).double()
+)  # W [2, 5]
 
 
 def generator(seed=0):
@@ -58,16 +62,21 @@ def turned(U, angle):
 
 def one_each(W, order, C):
     """V, U in which component order[j] is column j of W, and all others are zero."""
-    V, U = torch.zeros(W.shape[1], C).double(), torch.zeros(C, W.shape[0]).double()
+    V = torch.zeros(W.shape[1], C).double()
+    U = torch.zeros(C, W.shape[0]).double()
     for j, c in enumerate(order):
-        V[j, c], U[c] = 1.0, W[:, j]
+        V[j, c] = 1.0
+        U[c] = W[:, j]
     return V, U
 
 
-# ---- against known truth --------------------------------------------------------------------------------------------
+# ---- against known truth -------------------------------------------------------------------------
 
 
-@given(st.permutations(range(8)), st.lists(st.floats(0.2, 3) | st.floats(-3, -0.2), min_size=8, max_size=8))
+@given(
+    st.permutations(range(8)),
+    st.lists(st.floats(0.2, 3) | st.floats(-3, -0.2), min_size=8, max_size=8),
+)
 def test_e_mmcs_and_ml2r_of_a_perfect_decomposition_are_one(order, scales):
     V, U = one_each(PENTAGON, order[:5], 8)
     scale = torch.tensor(scales).double()
@@ -87,14 +96,18 @@ def test_e_a_component_that_writes_the_opposite_does_not_match():
     V, U = one_each(PENTAGON, range(5), 5)
     V[0, 0] *= -1
     cosine, ratio = column_match(PENTAGON, V, U)
-    assert cosine.item() == pytest.approx(4 / 5)  # the best that is left reads nothing of the feature
+    assert cosine.item() == pytest.approx(
+        4 / 5
+    )  # the best that is left reads nothing of the feature
     assert ratio.item() == pytest.approx(4 / 5)
 
 
 def test_e_dead_components_do_not_compete():
     V, U = one_each(PENTAGON, range(5), 6)
     U[:5] = turned(U[:5], 0.3)
-    V[0, 5], U[5] = 1.0, 0.04 * PENTAGON[:, 0]  # in the very direction of column 0, and 4 % of its size
+    # in the very direction of column 0, and 4 % of its size
+    V[0, 5] = 1.0
+    U[5] = 0.04 * PENTAGON[:, 0]
     cosine, ratio = column_match(PENTAGON, V, U)
     assert (cosine.item(), ratio.item()) == pytest.approx((math.cos(0.3), 1.0), abs=1e-9)
     U[5] *= 3  # at 12 % it competes, and wins
@@ -106,14 +119,20 @@ def test_e_dead_components_do_not_compete():
 @given(st.integers(1, 4), st.integers(2, 5), st.integers(1, 6), st.integers(0, 1000))
 def test_e_mmcs_and_ml2r_are_their_loops(d_out, d_in, C, seed):
     torch.manual_seed(seed)
-    W, V, U = torch.randn(d_out, d_in).double(), torch.randn(d_in, C).double(), torch.randn(C, d_out).double()
+    W = torch.randn(d_out, d_in).double()
+    V = torch.randn(d_in, C).double()
+    U = torch.randn(C, d_out).double()
     V[:, 0] *= 0.03
     V[0, -1] = 0.0
     norms = [torch.outer(U[c], V[:, c]).norm().item() for c in range(C)]
-    cosines, ratios = [], []
+    cosines = []
+    ratios = []
     for j in range(d_in):
         columns = {c: U[c] * V[j, c] for c in range(C) if norms[c] > 0.05 * max(norms)}
-        cos = {c: float(u @ W[:, j] / max(float(u.norm() * W[:, j].norm()), 1e-30)) for c, u in columns.items()}
+        cos = {
+            c: float(u @ W[:, j] / max(float(u.norm() * W[:, j].norm()), 1e-30))
+            for c, u in columns.items()
+        }
         best = max(cos, key=cos.get)
         cosines.append(cos[best])
         ratios.append(float(columns[best].norm() / W[:, j].norm()))
@@ -135,7 +154,9 @@ def test_e_identity_error_counts_what_is_off_in_any_order(features, C, order, fl
     noise = 0.099 * torch.rand(features, C, generator=generator(seed)).double()
     ideal = torch.eye(features, C).double()
     clean = (ideal - noise).abs()
-    assert identity_error(clean[:, [c for c in order if c < C]]) == max(0, features - C)  # one for each idle feature
+    assert identity_error(clean[:, [c for c in order if c < C]]) == max(
+        0, features - C
+    )  # one for each idle feature
     if features <= 4 and features < C:
         for f, c in flips:
             if f < features and c < C:
@@ -150,8 +171,12 @@ def test_e_identity_error_counts_what_is_off_in_any_order(features, C, order, fl
 
 
 def test_e_identity_error_by_hand():
-    importances = torch.tensor([[0.0, 0.95, 0.0, 0.2], [0.85, 0.0, 0.0, 0.0], [0.0, 0.05, 1.0, 0.0]])
-    assert identity_error(importances) == 2  # feature 0 wakes a second component, feature 1 its own only to 0.85
+    importances = torch.tensor(
+        [[0.0, 0.95, 0.0, 0.2], [0.85, 0.0, 0.0, 0.0], [0.0, 0.05, 1.0, 0.0]]
+    )
+    assert (
+        identity_error(importances) == 2
+    )  # feature 0 wakes a second component, feature 1 its own only to 0.85
     assert identity_order(importances).tolist() == [1, 0, 2, 3]
     assert identity_error(torch.zeros(4, 4)) == 4
     assert identity_error(torch.ones(3, 3)) == 6
@@ -200,7 +225,10 @@ def test_e_truth_of_a_handmade_decomposition_of_tms():
     alone = lone_features(model, 5)
     for name, g in alone.importances.items():
         expected = torch.stack(
-            [model.importances(model.clean(0.75 * e[None])).lower[name][0] for e in torch.eye(5).double()]
+            [
+                model.importances(model.clean(0.75 * e[None])).lower[name][0]
+                for e in torch.eye(5).double()
+            ]
         )
         torch.testing.assert_close(g, expected, **EXACT)
     found = truth(model, alone, settings)
@@ -217,10 +245,15 @@ def test_e_columns_of_a_residual_mlp_are_taken_along_its_features():
     target = ResidualMLP(5, 7, 4)
     model = ComponentModel(target, {"*": 6}).double()
     found = truth(model, lone_features(model, 5), Evaluation(identity=("layers.0.mlp_in",)))
-    W, V, U = target.layers[0].mlp_in.weight, model["layers.0.mlp_in"].V, model["layers.0.mlp_in"].U
-    cosines, ratios = [], []
+    W = target.layers[0].mlp_in.weight
+    V = model["layers.0.mlp_in"].V
+    U = model["layers.0.mlp_in"].U
+    cosines = []
+    ratios = []
     for direction in target.embedding:
-        written = {c: (direction @ V[:, c]) * U[c] for c in range(6)}  # no remnants among random components
+        written = {
+            c: (direction @ V[:, c]) * U[c] for c in range(6)
+        }  # no remnants among random components
         best = max(written, key=lambda c: torch.cosine_similarity(written[c], W @ direction, dim=0))
         cosines.append(torch.cosine_similarity(written[best], W @ direction, dim=0).item())
         ratios.append((written[best].norm() / (W @ direction).norm()).item())
@@ -240,19 +273,30 @@ def test_e_the_verdict_names_what_is_wrong_and_nothing_else():
     right = {"alive/in": 5, "identity_error/in": 0, "alive/out": 3, "dense_error/out": 0}
     assert verdict(right, settings, 5) is None
     assert verdict({}, Evaluation(), 5) is None
-    for figure, value in {"alive/in": 4, "identity_error/in": 2, "alive/out": 4, "dense_error/out": 1}.items():
+    for figure, value in {
+        "alive/in": 4,
+        "identity_error/in": 2,
+        "alive/out": 4,
+        "dense_error/out": 1,
+    }.items():
         told = verdict(right | {figure: value}, settings, 5)
         assert told.split(":")[0] == figure.split("/")[1]
         assert ";" not in told
         assert str(value) in told
     both = verdict(right | {"alive/in": 4, "alive/out": 7}, settings, 5)
-    assert both == ("in: 4 components for 5 features, identity error 0; out: 7 components instead of 3, dense error 0")
+    assert both == (
+        "in: 4 components for 5 features, identity error 0; out: 7 components instead of 3, dense "
+        "error 0"
+    )
 
 
-# ---- importances and outputs ----------------------------------------------------------------------------------------
+# ---- importances and outputs ---------------------------------------------------------------------
 
 
-@given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=6), st.floats(0, 1))
+@given(
+    st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=6),
+    st.floats(0, 1),
+)
 def test_e_l0_is_the_mean_number_above_the_threshold(rows, threshold):
     g = torch.tensor(rows, dtype=torch.float64)
     expected = sum(value > threshold for row in rows for value in row) / len(rows)
@@ -264,18 +308,27 @@ def test_e_l0_is_the_mean_number_above_the_threshold(rows, threshold):
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("delta", [True, False])
 def test_e_six_maskings_are_their_rows_of_the_table(network, delta, monkeypatch):
-    model, calls, own = decomposed(network, delta=delta), [], ComponentModel.masked
+    model = decomposed(network, delta=delta)
+    calls = []
+    own = ComponentModel.masked
     monkeypatch.setattr(
-        ComponentModel, "masked", lambda self, b, masks, *rest: calls.append(masks) or own(self, b, masks, *rest)
+        ComponentModel,
+        "masked",
+        lambda self, b, masks, *rest: calls.append(masks) or own(self, b, masks, *rest),
     )
     batch = model.target.batch()
     run = Pass.of(model, batch)
     g = {name: (value * 1.7).clamp(0, 1) for name, value in run.importances.lower.items()}
     outputs = dict(masked_outputs(model, batch, run.clean, g, generator(), 0.3))
-    assert tuple(outputs) == MASKINGS == ("unmasked", "ci", "stochastic", "random", "rounded", "zeros")
+    assert (
+        tuple(outputs) == MASKINGS == ("unmasked", "ci", "stochastic", "random", "rounded", "zeros")
+    )
     used = dict(zip(MASKINGS, calls, strict=True))
     for name, value in g.items():
-        assert ((used["stochastic"][name].components >= value) & (used["stochastic"][name].components <= 1)).all()
+        assert (
+            (used["stochastic"][name].components >= value)
+            & (used["stochastic"][name].components <= 1)
+        ).all()
         assert torch.is_tensor(used["stochastic"][name].delta) == delta
     printed = {
         "unmasked": {name: Mask(torch.ones_like(v), 0.0) for name, v in g.items()},
@@ -288,11 +341,20 @@ def test_e_six_maskings_are_their_rows_of_the_table(network, delta, monkeypatch)
     for source, masks in printed.items():
         torch.testing.assert_close(outputs[source], naive(model, batch, masks), **EXACT)
     with torch.no_grad():
-        for name, site in model.sites.items():  # where there are enough components they are made to add up
+        for (
+            name,
+            site,
+        ) in model.sites.items():  # where there are enough components they are made to add up
             if site.d_in <= model.counts[name]:
                 model[name].V.copy_(torch.eye(site.d_in, model.counts[name]))
-                model[name].U.copy_(torch.cat([site.weight.T, torch.zeros(99, site.d_out)])[: model.counts[name]])
-    exact = {name: m for name, m in printed["unmasked"].items() if model.sites[name].d_in <= model.counts[name]}
+                model[name].U.copy_(
+                    torch.cat([site.weight.T, torch.zeros(99, site.d_out)])[: model.counts[name]]
+                )
+    exact = {
+        name: m
+        for name, m in printed["unmasked"].items()
+        if model.sites[name].d_in <= model.counts[name]
+    }
     torch.testing.assert_close(model.masked(batch, exact), model.target(batch), **EXACT)
 
 
@@ -306,7 +368,9 @@ def vectors_model():
     torch.manual_seed(0)
     target = TMS(5, 3)
     nn.init.normal_(target.linear2.bias)
-    return ComponentModel(target, {"*": 4}, importance=Importance("shared_mlp")).double(), torch.rand(5, 5).double()
+    return ComponentModel(
+        target, {"*": 4}, importance=Importance("shared_mlp")
+    ).double(), torch.rand(5, 5).double()
 
 
 @pytest.mark.parametrize(("made", "divergence"), [(tokens_model, "kl"), (vectors_model, "mse")])
@@ -338,10 +402,16 @@ def test_e_figures_are_means_over_positions_however_the_data_are_cut(made, diver
     flat = {name: g.reshape(-1, g.shape[-1]) for name, g in run.importances.lower.items()}
     for name, g in flat.items():
         rows = g.tolist()
-        assert figures[f"l0/{name}"] == pytest.approx(sum(v > 0.2 for row in rows for v in row) / len(rows))
-        norms = [torch.outer(u, v).norm() for u, v in zip(model[name].U, model[name].V.T, strict=True)]
+        assert figures[f"l0/{name}"] == pytest.approx(
+            sum(v > 0.2 for row in rows for v in row) / len(rows)
+        )
+        norms = [
+            torch.outer(u, v).norm() for u, v in zip(model[name].U, model[name].V.T, strict=True)
+        ]
         large = [norm > 0.05 * max(norms) for norm in norms]
-        assert figures[f"alive/{name}"] == sum(big and any(row[c] > 0.2 for row in rows) for c, big in enumerate(large))
+        assert figures[f"alive/{name}"] == sum(
+            big and any(row[c] > 0.2 for row in rows) for c, big in enumerate(large)
+        )
         assert figures[f"nonzero/{name}"] == sum(large)
         torch.testing.assert_close(totals.mean(f"importance/{name}"), g.mean(0))
         torch.testing.assert_close(totals.mean(f"fired/{name}"), (g > 0.2).double().mean(0))
@@ -349,13 +419,25 @@ def test_e_figures_are_means_over_positions_however_the_data_are_cut(made, diver
     for name, (error, size) in hidden_squares(model, run).items():
         assert figures[f"hidden/{name}"] == pytest.approx((error / size).item(), rel=1e-9)
     assert figures["l0/all"] == pytest.approx(sum(figures[f"l0/{name}"] for name in flat))
-    assert figures["l0/some"] == pytest.approx(sum(figures[f"l0/{name}"] for name in flat if "1" in name))
-    masks = {"ci": run.importances.lower, "zeros": {n: torch.zeros_like(g) for n, g in run.importances.lower.items()}}
-    raw, gaps, target = {}, {}, model.target(data)
+    assert figures["l0/some"] == pytest.approx(
+        sum(figures[f"l0/{name}"] for name in flat if "1" in name)
+    )
+    masks = {
+        "ci": run.importances.lower,
+        "zeros": {n: torch.zeros_like(g) for n, g in run.importances.lower.items()},
+    }
+    raw = {}
+    gaps = {}
+    target = model.target(data)
     for source, m in masks.items():
         output = model.masked(data, {name: Mask(value, 0.0) for name, value in m.items()})
-        log_p, log_q = torch.log_softmax(target, -1), torch.log_softmax(output, -1)
-        apart = (log_p.exp() * (log_p - log_q)).sum(-1) if divergence == "kl" else (output - target).square()
+        log_p = torch.log_softmax(target, -1)
+        log_q = torch.log_softmax(output, -1)
+        apart = (
+            (log_p.exp() * (log_p - log_q)).sum(-1)
+            if divergence == "kl"
+            else (output - target).square()
+        )
         raw[source] = apart.mean().item()
         assert figures[f"{divergence}/{source}"] == pytest.approx(raw[source], rel=1e-9)
         gap = model.target.score(output, data) - model.target.score(target, data)
@@ -371,23 +453,32 @@ def test_e_figures_are_means_over_positions_however_the_data_are_cut(made, diver
 
 def test_e_hidden_errors_are_those_of_site_inputs_inside_the_ci_masked_model():
     model = decomposed(Perceptron)
-    run, seen = Pass.of(model, model.target.batch()), {}
+    run = Pass.of(model, model.target.batch())
+    seen = {}
     naive(model, run.batch, {name: Mask(g, 0.0) for name, g in run.importances.lower.items()}, seen)
     squares = hidden_squares(model, run)
     assert squares["first"][0] == 0
     x = torch.tanh(model.target.first(run.batch))
     error, size = squares["second"]
-    assert (error / size).item() == pytest.approx(((seen["second"] - x).norm() / x.norm()).item() ** 2, rel=1e-9)
+    assert (error / size).item() == pytest.approx(
+        ((seen["second"] - x).norm() / x.norm()).item() ** 2, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("restarts", [1, 3])
 def test_e_every_rung_of_the_ladder_is_the_worst_of_adversaries_of_its_own(restarts):
     model = decomposed(Perceptron)
     batch = model.target.batch()
-    g = {name: value.detach() for name, value in Pass.of(model, batch[:4]).importances.lower.items()}
+    g = {
+        name: value.detach() for name, value in Pass.of(model, batch[:4]).importances.lower.items()
+    }
 
     def rows(sources):
-        return (naive(model, batch[:4], masks_from_sources(g, sources)) - model.target(batch[:4])).square().mean(1)
+        return (
+            (naive(model, batch[:4], masks_from_sources(g, sources)) - model.target(batch[:4]))
+            .square()
+            .mean(1)
+        )
 
     with torch.no_grad():
         settings = Evaluation(ladder=(9, 2, 5), restarts=restarts, ladder_rows=4)
@@ -395,7 +486,8 @@ def test_e_every_rung_of_the_ladder_is_the_worst_of_adversaries_of_its_own(resta
         for steps in settings.ladder:
             starts = range(restarts)
             climbed = [
-                rows(pgd_sources(Adversary(steps), g, lambda s: rows(s).mean(), generator(seed))) for seed in starts
+                rows(pgd_sources(Adversary(steps), g, lambda s: rows(s).mean(), generator(seed)))
+                for seed in starts
             ]
             worst = max(climbed, key=torch.mean)
             assert ladder[f"pgd/{steps}"] == pytest.approx(worst.mean().item(), rel=1e-10)
@@ -405,9 +497,12 @@ def test_e_every_rung_of_the_ladder_is_the_worst_of_adversaries_of_its_own(resta
 
 
 def test_e_the_ladder_takes_about_512_positions_where_nothing_is_said(monkeypatch):
-    taken, own = [], Pass.of.__func__
+    taken = []
+    own = Pass.of.__func__
     monkeypatch.setattr(
-        Pass, "of", classmethod(lambda cls, model, batch: taken.append(batch) or own(cls, model, batch))
+        Pass,
+        "of",
+        classmethod(lambda cls, model, batch: taken.append(batch) or own(cls, model, batch)),
     )
     settings = Evaluation(ladder=(1,), divergence="kl")
     tokens, _ = tokens_model()
@@ -420,7 +515,7 @@ def test_e_the_ladder_takes_about_512_positions_where_nothing_is_said(monkeypatc
     assert adversarial_ladder(vectors, torch.rand(3, 5).double(), Evaluation(ladder=())) == {}
 
 
-# ---- uncertainty ----------------------------------------------------------------------------------------------------
+# ---- uncertainty ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("made", "divergence"), [(tokens_model, "kl"), (vectors_model, "mse")])
@@ -428,34 +523,45 @@ def test_e_standard_errors_are_those_of_the_mean_over_rows(made, divergence):
     model, data = made()
     if made is tokens_model:
         data[:, -1] = data[:, 1]
-    settings, totals = Evaluation(threshold=0.2, groups={"all": "*"}, divergence=divergence), Totals()
+    settings = Evaluation(threshold=0.2, groups={"all": "*"}, divergence=divergence)
+    totals = Totals()
     for batch in data.split([2, 3]):
         count(model, Pass.of(model, batch, generator()), settings, totals)
-    figures, one = figures_of(model, totals, settings), {}
+    figures = figures_of(model, totals, settings)
+    one = {}
     for row in data:
         alone = Totals()
         count(model, Pass.of(model, row[None], generator()), settings, alone)
         for name, value in figures_of(model, alone, settings).items():
             one.setdefault(name, []).append(value)
     assert not any(name.startswith("se/") for name in one), "one row says nothing of the next"
-    errors = {name.removeprefix("se/"): value for name, value in figures.items() if name.startswith("se/")}
+    errors = {
+        name.removeprefix("se/"): value for name, value in figures.items() if name.startswith("se/")
+    }
     expected = {f"l0/{site}" for site in model.sites} | {"l0/all", "task/target"}
-    expected |= {f"{kind}/{masking}" for kind in (divergence, "task_difference") for masking in MASKINGS}
+    expected |= {
+        f"{kind}/{masking}" for kind in (divergence, "task_difference") for masking in MASKINGS
+    }
     assert set(errors) == expected
     for name in expected - {n for n in expected if n.endswith(("/stochastic", "/random"))}:
         values = torch.tensor(one[name], dtype=torch.float64)
         assert figures[name] == pytest.approx(values.mean().item(), rel=1e-9, abs=1e-12), name
-        assert errors[name] == pytest.approx(values.std().item() / math.sqrt(5), rel=1e-6, abs=1e-9), name
+        assert errors[name] == pytest.approx(
+            values.std().item() / math.sqrt(5), rel=1e-6, abs=1e-9
+        ), name
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30), st.integers(1, 29))
 def test_standard_errors_add_up_however_rows_are_cut(values, cut):
-    rows, totals = torch.tensor(values, dtype=torch.float64), Totals()
+    rows = torch.tensor(values, dtype=torch.float64)
+    totals = Totals()
     for part in (rows[:cut], rows[cut:]):
         totals.add("rows", torch.tensor(len(part)))
         totals.add_rows("x", part)
     assert totals.row_mean("x") == pytest.approx(rows.mean().item(), abs=1e-9)
-    assert totals.standard_error("x") == pytest.approx(rows.std().item() / math.sqrt(len(rows)), rel=1e-6, abs=1e-4)
+    assert totals.standard_error("x") == pytest.approx(
+        rows.std().item() / math.sqrt(len(rows)), rel=1e-6, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Harvests of nodes (A3) beside a naive pass over every prompt, position and component; killed, resumed, cut small."""
+"""Harvests of nodes (A3) beside a naive pass over every prompt, position and component; killed,
+resumed, cut small.
+"""
 
 import json
 import math
@@ -67,11 +69,18 @@ def decoder() -> Decomposition:
     return shaken(network, {"wte": 5, "h.*.mlp.*": 6, "lm_head": 4})
 
 
-def harvested(folder: Path, module: Decomposition, data: L.LightningDataModule, *harvesters, **settings) -> list[Store]:
+def harvested(
+    folder: Path, module: Decomposition, data: L.LightningDataModule, *harvesters, **settings
+) -> list[Store]:
     trainer = L.Trainer(
-        callbacks=list(harvesters), default_root_dir=folder, logger=False, accelerator="cpu",
-        enable_progress_bar=False, enable_model_summary=False, **settings,
-    )  # fmt: skip
+        callbacks=list(harvesters),
+        default_root_dir=folder,
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
     trainer.predict(module, data, return_predictions=False)
     return [Store(harvester.folder) for harvester in harvesters]
 
@@ -80,16 +89,28 @@ def table(store: Store, name: str) -> pl.DataFrame:
     return store.scan(name).collect().with_columns(pl.col(pl.Enum).cast(pl.String))
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*predict returned None"
+)
 
 
 @pytest.mark.parametrize("make", [induction_head, decoder])
 def test_rows_are_those_of_a_naive_pass(tmp_path, make):
-    """One prompt at a time, one place at a time: importances, activations, both probabilities (A3, D2, G2)."""
-    module, data = make(), Ragged()
+    """One prompt at a time, one place at a time: importances, activations, both probabilities (A3,
+    D2, G2).
+    """
+    module = make()
+    data = Ragged()
     (store,) = harvested(tmp_path, module, data, PromptNodes(THRESHOLD))
-    model, nodes, outputs, counts = module.model, {}, {}, {}
-    embeddings = [n for n in ("embed", "pos_embed", "wte") if hasattr(model.target, n) and n not in model.sites]
+    model = module.model
+    nodes = {}
+    outputs = {}
+    counts = {}
+    embeddings = [
+        n
+        for n in ("embed", "pos_embed", "wte")
+        if hasattr(model.target, n) and n not in model.sites
+    ]
     for batch in data.batches:
         for row, source in zip(batch.inputs, batch.sources, strict=True):
             with torch.no_grad():
@@ -116,8 +137,17 @@ def test_rows_are_those_of_a_naive_pass(tmp_path, make):
                 likely = sorted(range(len(WORDS)), key=lambda t: -share["ci"][t].item())[:15]
                 for t in likely:
                     if share["ci"][t] > 0.01:
-                        nodes[source, "output", p, t] = ("output", None, logits["target"][p, t].item())
-                        values = (share["ci"][t], logits["ci"][p, t], share["target"][t], logits["target"][p, t])
+                        nodes[source, "output", p, t] = (
+                            "output",
+                            None,
+                            logits["target"][p, t].item(),
+                        )
+                        values = (
+                            share["ci"][t],
+                            logits["ci"][p, t],
+                            share["target"][t],
+                            logits["target"][p, t],
+                        )
                         outputs[source, p, t] = (WORDS[t], *map(float, values))
     prompts = {row["prompt_id"]: row for row in table(store, "prompts").to_dicts()}
     source = {i: row["source"] for i, row in prompts.items()}
@@ -127,34 +157,50 @@ def test_rows_are_those_of_a_naive_pass(tmp_path, make):
         assert key not in found
         found[key] = (row["kind"], row["importance"], row["activation"])
     assert found.keys() == nodes.keys()
-    assert {kind for kind, *_ in found.values()} == {"component", "output"} | ({"embedding"} if embeddings else set())
+    assert {kind for kind, *_ in found.values()} == {"component", "output"} | (
+        {"embedding"} if embeddings else set()
+    )
     for key, (kind, importance, activation) in nodes.items():
         assert found[key][0] == kind
-        assert found[key][1] == (None if importance is None else pytest.approx(importance, abs=1e-6))
+        assert found[key][1] == (
+            None if importance is None else pytest.approx(importance, abs=1e-6)
+        )
         assert found[key][2] == pytest.approx(activation, abs=1e-5)
     told = {
         (source[r["prompt_id"]], r["pos"], r["token_id"]): (
-            r["token"], r["ci_probability"], r["ci_logit"], r["target_probability"], r["target_logit"]
+            r["token"],
+            r["ci_probability"],
+            r["ci_logit"],
+            r["target_probability"],
+            r["target_logit"],
         )
         for r in table(store, "outputs").to_dicts()
-    }  # fmt: skip
+    }
     assert told.keys() == outputs.keys()
     for key, (word, *values) in outputs.items():
         assert told[key][0] == word
         assert told[key][1:] == pytest.approx(values, abs=1e-5)
-    sums = table(store, "components").group_by("layer", "component").agg(pl.col("firings", "importance_sum").sum())
+    sums = (
+        table(store, "components")
+        .group_by("layer", "component")
+        .agg(pl.col("firings", "importance_sum").sum())
+    )
     for row in sums.to_dicts():
         firings, total = counts[row["layer"], row["component"]]
         assert row["firings"] == firings
         assert row["importance_sum"] == pytest.approx(total, rel=1e-5)
     for batch in data.batches:
-        for text, ids, tokens in zip(batch.sources, batch.inputs.tolist(), batch.tokens, strict=True):
+        for text, ids, tokens in zip(
+            batch.sources, batch.inputs.tolist(), batch.tokens, strict=True
+        ):
             (held,) = (row for row in prompts.values() if row["source"] == text)
             assert (held["token_ids"], held["tokens"]) == (ids, tokens)
 
 
 def test_nodes_are_those_of_unmasked_graphs(tmp_path):
-    """A5: in mode `unmasked` the forward pass is the target's own, so all tables but the edges are the same."""
+    """A5: in mode `unmasked` the forward pass is the target's own, so all tables but the edges are
+    the same.
+    """
     vectors = SparseFeatures(n_features=5, probability=0.3, batch_size=4, n_prompts=12)
     torch.manual_seed(2)
     tms = shaken(TMS(n_features=5, n_hidden=2), {"linear1": 7, "linear2": 7})
@@ -165,20 +211,27 @@ def test_nodes_are_those_of_unmasked_graphs(tmp_path):
         assert nodes.manifest["kind"] == graphs.manifest["kind"] == name
         for own in ("prompts", "nodes", "nodes_by_component", "outputs", "components"):
             assert_frame_equal(table(nodes, own), table(graphs, own), abs_tol=1e-5)
-    assert table(nodes, "outputs")["token"].to_list() == table(nodes, "outputs")["token_id"].cast(pl.String).to_list()
+    assert (
+        table(nodes, "outputs")["token"].to_list()
+        == table(nodes, "outputs")["token_id"].cast(pl.String).to_list()
+    )
 
 
 def test_tokens_that_nobody_names_go_by_their_numbers(tmp_path):
-    data = InductionTokens(vocab=len(WORDS), seq_len=8, batch_size=4, n_prompts=3, predict_batch_size=4)
+    data = InductionTokens(
+        vocab=len(WORDS), seq_len=8, batch_size=4, n_prompts=3, predict_batch_size=4
+    )
     (store,) = harvested(tmp_path, induction_head(), data, PromptNodes())
-    prompts, outputs = table(store, "prompts"), table(store, "outputs")
+    prompts = table(store, "prompts")
+    outputs = table(store, "outputs")
     assert prompts["tokens"].to_list() == [[str(i) for i in row] for row in prompts["token_ids"]]
     assert outputs["token"].to_list() == [str(i) for i in outputs["token_id"]]
 
 
 def test_what_does_not_fit_is_harvested_in_parts(tmp_path, monkeypatch):
     """A small memory changes how many groups of shards there are, and nothing else."""
-    module, data = induction_head(), Ragged()
+    module = induction_head()
+    data = Ragged()
     (whole,) = harvested(tmp_path / "whole", module, data, PromptNodes())
     budget = 2 * 7 * (sum(module.model.counts.values()) + harvest_module.LOGITS * len(WORDS))
     monkeypatch.setattr(harvest_module, "DENSE", budget)
@@ -186,15 +239,20 @@ def test_what_does_not_fit_is_harvested_in_parts(tmp_path, monkeypatch):
     (parts,) = harvested(tmp_path / "parts", module, data, PromptNodes())
     assert (whole.manifest["shards"], parts.manifest["shards"]) == (2, 5)
     for name in ("prompts", "nodes", "outputs"):
-        keys = [c for c in ("prompt_id", "node", "pos", "token_id") if c in table(whole, name).columns]
-        assert_frame_equal(table(whole, name).sort(keys), table(parts, name).sort(keys), abs_tol=1e-6)
+        keys = [
+            c for c in ("prompt_id", "node", "pos", "token_id") if c in table(whole, name).columns
+        ]
+        assert_frame_equal(
+            table(whole, name).sort(keys), table(parts, name).sort(keys), abs_tol=1e-6
+        )
     monkeypatch.setattr(harvest_module, "DENSE", 1)
     assert PromptNodes().at_once(module.model, data.batches[0].inputs) == 1
 
 
 def test_half_precision_of_a_config_stays_out(tmp_path):
     """Under precision bf16-mixed the rows are those of single precision, to the last bit."""
-    module, data = decoder(), Ragged()
+    module = decoder()
+    data = Ragged()
     (plain,) = harvested(tmp_path / "plain", module, data, PromptNodes())
     (mixed,) = harvested(tmp_path / "mixed", module, data, PromptNodes(), precision="bf16-mixed")
     for name in ("nodes", "outputs", "components"):
@@ -202,17 +260,20 @@ def test_half_precision_of_a_config_stays_out(tmp_path):
 
 
 def test_a_target_in_half_precision_is_harvested_too(tmp_path):
-    module, data = induction_head(), Ragged(lengths=(5,))
+    module = induction_head()
+    data = Ragged(lengths=(5,))
     module.to(torch.bfloat16)
     (store,) = harvested(tmp_path, module, data, PromptNodes())
     outputs = table(store, "outputs")
-    sums = outputs.group_by("prompt_id", "pos").agg(pl.col("ci_probability", "target_probability").sum())
+    sums = outputs.group_by("prompt_id", "pos").agg(
+        pl.col("ci_probability", "target_probability").sum()
+    )
     assert sums.height == 25
     assert all(0.5 < v <= 1 + 1e-5 for v in sums["ci_probability"])
     assert all(math.isfinite(v) for v in table(store, "nodes")["activation"])
 
 
-# ---- by the command line --------------------------------------------------------------------------------------------
+# ---- by the command line -------------------------------------------------------------------------
 
 CONFIG = """\
 base: ih.yaml

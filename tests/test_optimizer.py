@@ -22,7 +22,9 @@ def module(kind="shared_mlp", losses=None, **settings):
     losses = losses or Losses()
     importance = Importance(kind, hidden=5)
     target = Perceptron().requires_grad_(False)
-    d = Decomposition(target, {"*": 6}, importance=importance, losses=losses, warm_up=WarmUp(0), **settings)
+    d = Decomposition(
+        target, {"*": 6}, importance=importance, losses=losses, warm_up=WarmUp(0), **settings
+    )
     for p in d.model.importance_function.parameters():
         nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
     return d.double()
@@ -38,13 +40,16 @@ def draw_gradients(d, step):
         p.grad = torch.randn(p.shape, generator=chance, dtype=p.dtype)
 
 
-# ---- Muon -----------------------------------------------------------------------------------------------------------
+# ---- Muon ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["shared_mlp", "mlp"])
 def test_matrices_are_updated_by_muon_and_all_else_by_adamw(kind):
-    """One optimizer for Lightning; the numbers of torch's two, each on its own parameters, learning rates apart."""
-    ours, plain = module(kind).float(), module(kind).float()
+    """One optimizer for Lightning; the numbers of torch's two, each on its own parameters, learning
+    rates apart.
+    """
+    ours = module(kind).float()
+    plain = module(kind).float()
     together = Optimizer(lr=0.01, importance_lr=0.02, kind="muon", momentum=0.9).over(ours.model)
     rates = [(plain.model.components, 0.01), (plain.model.importance_function, 0.02)]
     others = []
@@ -72,7 +77,8 @@ def test_matrices_are_updated_by_muon_and_all_else_by_adamw(kind):
 
 
 def test_its_state_goes_on_from_a_checkpoint():
-    ours, other = module().float(), module().float()
+    ours = module().float()
+    other = module().float()
     first, second = (Optimizer(kind="muon").over(d.model) for d in (ours, other))
     for step in range(4):
         for optimizer, d in ((first, ours), (second, other)):
@@ -85,20 +91,25 @@ def test_its_state_goes_on_from_a_checkpoint():
         assert torch.equal(p, q)
 
 
-# ---- micro-batches --------------------------------------------------------------------------------------------------
+# ---- micro-batches -------------------------------------------------------------------------------
 
 LOSSES = replace(
     half_batches.LOSSES,
     reconstruction={
         "ci": Reconstruction("ci"),
-        "lasting": Reconstruction("persistent_pgd", coeff=0.5, persistent=Persistent(lr=0.1, warmup=0.0)),
+        "lasting": Reconstruction(
+            "persistent_pgd", coeff=0.5, persistent=Persistent(lr=0.1, warmup=0.0)
+        ),
     },
 )
 
 
 def accumulated(d, batch):
-    """The mean loss over the parts of a batch, as training takes it, and the gradient that it leaves."""
-    parts, losses = batch.chunk(d.micro_batches), []
+    """The mean loss over the parts of a batch, as training takes it, and the gradient that it
+    leaves.
+    """
+    parts = batch.chunk(d.micro_batches)
+    losses = []
     d.zero_grad()
     d.before_parts(parts, 1)
     for k, part in enumerate(parts):
@@ -106,14 +117,19 @@ def accumulated(d, batch):
         (loss / len(parts)).backward()
         d.after_backward()
         losses.append(loss.detach())
-    return torch.stack(losses).mean(), [p.grad.clone() for p in d.parameters() if p.grad is not None]
+    return torch.stack(losses).mean(), [
+        p.grad.clone() for p in d.parameters() if p.grad is not None
+    ]
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts, monkeypatch):
-    """L3 and L7 on micro-batches: the frequency term too, and persistent adversaries climb alike."""
+    """L3 and L7 on micro-batches: the frequency term too, and persistent adversaries climb
+    alike.
+    """
     monkeypatch.setattr(Decomposition, "steps", property(lambda _: 2))
-    whole, cut = module(losses=LOSSES), module(losses=LOSSES, micro_batches=parts)
+    whole = module(losses=LOSSES)
+    cut = module(losses=LOSSES, micro_batches=parts)
     cut.network.load_state_dict(whole.network.state_dict())
     batch = half_batches.whole_batch()
     for d in (whole, cut):  # the adversaries are made
@@ -124,9 +140,14 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts, monkeypatch):
             torch.nn.init.uniform_(kept[name], generator=torch.Generator().manual_seed(3))
     for k, other in enumerate(cut._adversaries.values()):
         rows = slice(8 // parts * k, 8 // parts * (k + 1))
-        for theirs, kept in ((other.vectors, mine.vectors), (other.first, mine.first), (other.second, mine.second)):
+        for theirs, kept in (
+            (other.vectors, mine.vectors),
+            (other.first, mine.first),
+            (other.second, mine.second),
+        ):
             theirs.update({name: v[rows].clone() for name, v in kept.items()})
-    (loss, gradients), (loss_cut, gradients_cut) = accumulated(whole, batch), accumulated(cut, batch)
+    (loss, gradients) = accumulated(whole, batch)
+    (loss_cut, gradients_cut) = accumulated(cut, batch)
     torch.testing.assert_close(loss_cut, loss)
     for g, h in zip(gradients, gradients_cut, strict=True):
         torch.testing.assert_close(h, g)
@@ -144,5 +165,7 @@ def test_pools_climb_on_whole_batches():
 
 def test_a_batch_that_cannot_be_cut(monkeypatch):
     d = module(micro_batches=3)
-    with pytest.raises(BadInput, match=r"micro_batches 3 in Decomposition: a batch of 8 .*data\.batch_size"):
+    with pytest.raises(
+        BadInput, match=r"micro_batches 3 in Decomposition: a batch of 8 .*data\.batch_size"
+    ):
         d._accumulate(torch.zeros(8, 4), 0)

@@ -1,4 +1,6 @@
-"""Targets trained when missing: what is kept of one, killed ones that go on, and references to others' checkpoints."""
+"""Targets trained when missing: what is kept of one, killed ones that go on, and references to
+others' checkpoints.
+"""
 
 import json
 import math
@@ -11,7 +13,16 @@ from lightning.pytorch import Trainer
 from support import tiny_checkpoints
 from support.tiny_run import done, killed
 
-from spd_lightning import BadInput, Decoder, Decomposition, InductionTokens, TargetTraining, Text, cli, runs
+from spd_lightning import (
+    BadInput,
+    Decoder,
+    Decomposition,
+    InductionTokens,
+    TargetTraining,
+    Text,
+    cli,
+    runs,
+)
 from spd_lightning.training.open_target import open_target
 from spd_lightning.training.pretraining import report, train_target
 from spd_lightning.training.schedule import Schedule
@@ -34,7 +45,13 @@ CONFIG = {
             "checkpoint_every": 20,
             "target": {
                 "class_path": "spd_lightning.Decoder",
-                "init_args": {"vocab": 9, "d_model": 16, "n_layers": 1, "n_heads": 2, "context": 12},
+                "init_args": {
+                    "vocab": 9,
+                    "d_model": 16,
+                    "n_layers": 1,
+                    "n_heads": 2,
+                    "context": 12,
+                },
             },
         },
     },
@@ -72,7 +89,7 @@ def plain(here) -> Path:
     return next((here / "runs/targets").iterdir())
 
 
-# ---- what is kept ---------------------------------------------------------------------------------------------------
+# ---- what is kept --------------------------------------------------------------------------------
 
 
 def test_the_folder_of_a_trained_target(plain):
@@ -97,25 +114,33 @@ def validation_loss(folder: Path) -> float:
 
 
 def test_its_losses_are_those_of_its_weights(plain):
-    losses, loss = runs.read_json(plain / "target.json")["losses"], validation_loss(plain)
+    losses = runs.read_json(plain / "target.json")["losses"]
+    loss = validation_loss(plain)
     assert losses["validation"] == pytest.approx(loss, rel=1e-6)
     assert losses["perplexity"] == pytest.approx(math.exp(loss), rel=1e-6)
-    assert runs.Run(plain).metrics()["validation/loss"].drop_nulls()[-1] == pytest.approx(loss, rel=1e-6)
+    assert runs.Run(plain).metrics()["validation/loss"].drop_nulls()[-1] == pytest.approx(
+        loss, rel=1e-6
+    )
 
 
 def test_what_the_command_says(here, plain, capsys):
     """A target that is there is not trained again."""
     before = (plain / "target.safetensors").stat().st_mtime_ns
     assert cli.run(FIT) == 0
-    losses, said = runs.read_json(plain / "target.json")["losses"], capsys.readouterr().out
-    assert f"validation loss {losses['validation']:.4g} nats, perplexity {losses['perplexity']:.4g}" in said
+    losses = runs.read_json(plain / "target.json")["losses"]
+    said = capsys.readouterr().out
+    assert (
+        f"validation loss {losses['validation']:.4g} nats, perplexity {losses['perplexity']:.4g}"
+        in said
+    )
     assert said.strip() == report(here / "runs/targets" / plain.name)
     assert (plain / "target.safetensors").stat().st_mtime_ns == before
 
 
 def test_samples_begin_as_the_data_do(plain):
     """Where the data have no words, tokens are shown by number."""
-    data, lines = InductionTokens(**CONFIG["data"]["init_args"]), (plain / "samples.txt").read_text().splitlines()
+    data = InductionTokens(**CONFIG["data"]["init_args"])
+    lines = (plain / "samples.txt").read_text().splitlines()
     rows = [line for line in lines if line.startswith("(")]
     assert len(rows) == 6
     for row, wanted in zip(rows, data.batch(0, split="val"), strict=False):
@@ -146,12 +171,14 @@ def test_a_language_model_of_text(here):
 def test_a_decomposition_takes_it_by_its_config(here, plain):
     module = Decomposition("tiny.yaml", {"h.*.mlp.c_fc": 3})
     held = read_tensors(plain / "target.safetensors")[0]
-    assert all(torch.equal(tensor, held[name]) for name, tensor in module.network.state_dict().items())
+    assert all(
+        torch.equal(tensor, held[name]) for name, tensor in module.network.state_dict().items()
+    )
     assert module.target_spec is not None
     assert module.target_spec["seconds"] > 0
 
 
-# ---- killed ones ----------------------------------------------------------------------------------------------------
+# ---- killed ones ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [30, 95])
@@ -163,8 +190,14 @@ def test_a_killed_training_ends_as_if_never_killed(here, plain, step):
     folder = root / "targets" / plain.name
 
     def reached() -> bool:
-        logged = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
-        return (folder / "checkpoints/last.safetensors").exists() and any(f'"step": {step}' in line for line in logged)
+        logged = (
+            (folder / "metrics.jsonl").read_text().splitlines()
+            if (folder / "metrics.jsonl").exists()
+            else []
+        )
+        return (folder / "checkpoints/last.safetensors").exists() and any(
+            f'"step": {step}' in line for line in logged
+        )
 
     killed(root, FIT, reached)
     assert not (folder / "target.json").exists()
@@ -175,19 +208,27 @@ def test_a_killed_training_ends_as_if_never_killed(here, plain, step):
 
 
 def test_a_further_seed_begins_anew(here, monkeypatch):
-    """Nothing of the failed attempt is gone on from, and a training killed in the second attempt stays there."""
+    """Nothing of the failed attempt is gone on from, and a training killed in the second attempt
+    stays there.
+    """
     monkeypatch.setenv("SPD_RUNS", str(here / "seeds"))
     config = json.loads(json.dumps(CONFIG))
     config["model"]["init_args"] |= {"retries": 2, "checkpoint_every": 5}
     config["trainer"]["max_steps"] = 20
     seen = []
-    failing = lambda self: seen.append(self.wte.weight.detach().clone()) or ([0] if len(seen) == 1 else [])  # noqa: E731
+
+    def failing(self):
+        seen.append(self.wte.weight.detach().clone())
+        return [0] if len(seen) == 1 else []
+
     monkeypatch.setattr(Decoder, "unrepresented", failing)
     folder = train_target("again.yaml", config)
     assert runs.read_json(folder / "target.json")["seed"] == 1
     monkeypatch.setattr(Decoder, "unrepresented", lambda self: [])
     other = train_target("other.yaml", {**config, "seed_everything": 1})
-    assert (folder / "target.safetensors").read_bytes() == (other / "target.safetensors").read_bytes()
+    assert (folder / "target.safetensors").read_bytes() == (
+        other / "target.safetensors"
+    ).read_bytes()
     assert len(seen) == 2
     assert not torch.equal(*seen)
     (folder / "target.json").unlink()
@@ -208,7 +249,7 @@ def test_a_further_seed_follows_the_one_of_the_command_line(here, monkeypatch):
         train_target("again.yaml", config | {"seed_everything": "abc"})
 
 
-# ---- the optimizer --------------------------------------------------------------------------------------------------
+# ---- the optimizer -------------------------------------------------------------------------------
 
 
 def fitted(precision: str = "32-true", steps: int = 6, **settings) -> Decoder:
@@ -216,22 +257,39 @@ def fitted(precision: str = "32-true", steps: int = 6, **settings) -> Decoder:
     network = Decoder(9, 16, 1, 2, 12, bias=True)
     module = TargetTraining(network, log_every=1, **settings)
     data = InductionTokens(9, 12, 16, validation_batches=0)
-    options = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(
-        accelerator="cpu", max_steps=steps, precision=precision, logger=False, limit_val_batches=0, **options
+        accelerator="cpu",
+        max_steps=steps,
+        precision=precision,
+        logger=False,
+        limit_val_batches=0,
+        **options,
     )
     trainer.fit(module, data)
     return network
 
 
 def by_hand(
-    steps: int = 6, decay: float = 0.0, betas=(0.9, 0.999), clip: float | None = None, warmup: int = 0
+    steps: int = 6,
+    decay: float = 0.0,
+    betas=(0.9, 0.999),
+    clip: float | None = None,
+    warmup: int = 0,
 ) -> Decoder:
     """A raw loop with torch's AdamW, matrices decayed, the schedule written out."""
     torch.manual_seed(0)
-    network, data = Decoder(9, 16, 1, 2, 12, bias=True), InductionTokens(9, 12, 16)
+    network = Decoder(9, 16, 1, 2, 12, bias=True)
+    data = InductionTokens(9, 12, 16)
     groups = [
-        {"params": [p for p in network.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay * matrix}
+        {
+            "params": [p for p in network.parameters() if (p.ndim > 1) == matrix],
+            "weight_decay": decay * matrix,
+        }
         for matrix in (True, False)
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.01, betas=betas)
@@ -259,14 +317,23 @@ def by_hand(
     ids=["decay", "betas", "clip", "warm-up"],
 )
 def test_training_is_a_plain_loop(settings, wanted):
-    one, two, other = fitted(lr=0.01, **settings), by_hand(**wanted), by_hand()
+    one = fitted(lr=0.01, **settings)
+    two = by_hand(**wanted)
+    other = by_hand()
     for name, parameter in one.state_dict().items():
         torch.testing.assert_close(parameter, two.state_dict()[name], rtol=0, atol=2e-5)
-    assert max((p - q).abs().max() for p, q in zip(two.parameters(), other.parameters(), strict=True)) > 1e-3
+    assert (
+        max((p - q).abs().max() for p, q in zip(two.parameters(), other.parameters(), strict=True))
+        > 1e-3
+    )
 
 
 def test_biases_decay_only_if_asked():
-    groups = TargetTraining(Decoder(9, 16, 1, 2, 12, bias=True), weight_decay=0.5).configure_optimizers().param_groups
+    groups = (
+        TargetTraining(Decoder(9, 16, 1, 2, 12, bias=True), weight_decay=0.5)
+        .configure_optimizers()
+        .param_groups
+    )
     assert [group["weight_decay"] for group in groups] == [0.5]
 
 
@@ -293,7 +360,7 @@ def test_settings_that_cannot_be(setting, value):
         TargetTraining(Decoder(9, 16, 1, 2, 12), **{setting: value})
 
 
-# ---- data that do not fit -------------------------------------------------------------------------------------------
+# ---- data that do not fit ------------------------------------------------------------------------
 
 
 def complaint(**data) -> str:
@@ -306,23 +373,31 @@ def complaint(**data) -> str:
 
 def test_tokens_beyond_the_vocabulary(here):
     assert complaint(vocab=1204).startswith("data: token 12")
-    assert "is outside the target's vocabulary of 9; take the tokenizer it was trained with" in complaint(vocab=1204)
+    assert (
+        "is outside the target's vocabulary of 9; take the tokenizer it was trained with"
+        in complaint(vocab=1204)
+    )
 
 
 def test_sequences_longer_than_the_context(here):
-    assert complaint(seq_len=13).startswith("a sequence of 13 tokens in Decoder: its context holds 12")
+    assert complaint(seq_len=13).startswith(
+        "a sequence of 13 tokens in Decoder: its context holds 12"
+    )
 
 
-# ---- others' checkpoints --------------------------------------------------------------------------------------------
+# ---- others' checkpoints -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["hf", "decoder"])
 def test_a_checkpoint_as_target(tmp_path, prefix):
     """Its logits; and rebuilt from what a decomposition keeps of it."""
-    model, tokens = tiny_checkpoints.write(tmp_path, "gpt2"), tiny_checkpoints.tokens()
+    model = tiny_checkpoints.write(tmp_path, "gpt2")
+    tokens = tiny_checkpoints.tokens()
     network, spec = open_target(f"{prefix}:{tmp_path}")
     wanted = model(tokens).logits
-    torch.testing.assert_close(network.float()(tokens), wanted, rtol=0, atol=0.05 * wanted.abs().max().item())
+    torch.testing.assert_close(
+        network.float()(tokens), wanted, rtol=0, atol=0.05 * wanted.abs().max().item()
+    )
     assert spec["seconds"] == 0
     assert spec["class_path"] in ("spd_lightning.HuggingFaceLM", "spd_lightning.Decoder")
 

@@ -1,4 +1,6 @@
-"""Matrix products: the quick kernel gives what torch gives, whatever lies transposed, and steps aside where it must."""
+"""Matrix products: the quick kernel gives what torch gives, whatever lies transposed, and steps
+aside where it must.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ def operands(turned: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
     """x [2, 32, N], w [N, K], maybe transposed in memory, and a bias."""
     torch.manual_seed(0)
     w = torch.randn(K, N, dtype=dtype).T if turned else torch.randn(N, K, dtype=dtype)
-    x, bias = torch.randn(2, M // 2, N, dtype=dtype), torch.randn(K, dtype=dtype)
+    x = torch.randn(2, M // 2, N, dtype=dtype)
+    bias = torch.randn(K, dtype=dtype)
     return x.requires_grad_(), w.requires_grad_(), bias.requires_grad_()
 
 
@@ -30,7 +33,9 @@ def test_value_and_gradients_are_those_of_double_precision(turned: bool, biased:
     truth = exact[0] @ exact[1] + (exact[2] if biased else 0)
     dy = torch.randn_like(y)
     for mine, theirs in zip(
-        [y, *torch.autograd.grad(y, held, dy)], [truth, *torch.autograd.grad(truth, exact, dy.double())], strict=True
+        [y, *torch.autograd.grad(y, held, dy)],
+        [truth, *torch.autograd.grad(truth, exact, dy.double())],
+        strict=True,
     ):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
 
@@ -41,7 +46,9 @@ def test_batched_gradients():
     y = products.product(x, w)
     (together,) = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)
     for one, d in zip(together, dy, strict=True):
-        torch.testing.assert_close(one, torch.autograd.grad(y, x, d, retain_graph=True)[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            one, torch.autograd.grad(y, x, d, retain_graph=True)[0], rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("case", ["double", "autocast", "tiny"])
@@ -63,7 +70,8 @@ def test_whoever_counts_operations_sees_them():
 
 def test_a_trained_linear_map_is_torchs_own():
     torch.manual_seed(0)
-    mine, x = products.Linear(N, K), torch.randn(M, N)
+    mine = products.Linear(N, K)
+    x = torch.randn(M, N)
     theirs = torch.nn.Linear(N, K)
     theirs.load_state_dict(mine.state_dict())
     torch.testing.assert_close(mine(x), theirs(x), rtol=1e-4, atol=1e-5)

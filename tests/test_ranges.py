@@ -1,4 +1,6 @@
-"""Every number among the settings has a range, and what is outside of it is told in one line that names it."""
+"""Every number among the settings has a range, and what is outside of it is told in one line that
+names it.
+"""
 
 import math
 from collections.abc import Callable
@@ -33,7 +35,8 @@ NOT_FINITE = (math.nan, math.inf, -math.inf)
 SHARE = (-0.1, 1.1, *NOT_FINITE)
 POSITIVE = (0.0, -1.0, *NOT_FINITE)
 NOT_NEGATIVE = (-1.0, *NOT_FINITE)
-COUNT, COUNT_OR_NONE = (0, -1), (-1,)
+COUNT = (0, -1)
+COUNT_OR_NONE = (-1,)
 BETAS = ((2.0, 2.0), (0.9, 1.0), (-0.1, 0.9), (math.nan, 0.9))
 
 
@@ -53,8 +56,15 @@ def training(**settings) -> TargetTraining:
     return TargetTraining(nn.Linear(2, 2), **settings)
 
 
-BLOCKS = dict.fromkeys(("inner_steps", "log_every", "checkpoint_every", "threads", "micro_batches"), COUNT)
-DATA = {"batch_size": COUNT, "predict_batch_size": COUNT, "validation_batches": (-1,), "n_prompts": (-1,)}
+BLOCKS = dict.fromkeys(
+    ("inner_steps", "log_every", "checkpoint_every", "threads", "micro_batches"), COUNT
+)
+DATA = {
+    "batch_size": COUNT,
+    "predict_batch_size": COUNT,
+    "validation_batches": (-1,),
+    "n_prompts": (-1,),
+}
 RANGES: dict[Callable, dict[str, tuple]] = {
     Faithfulness: {"coeff": NOT_NEGATIVE},
     Minimality: {
@@ -72,7 +82,13 @@ RANGES: dict[Callable, dict[str, tuple]] = {
         **dict.fromkeys(("share", "threshold"), SHARE),
     },
     Adversary: {"steps": COUNT_OR_NONE, "step_size": POSITIVE},
-    Persistent: {"lr": POSITIVE, "warmup": SHARE, "betas": BETAS, "ascents": COUNT_OR_NONE, "particles": COUNT},
+    Persistent: {
+        "lr": POSITIVE,
+        "warmup": SHARE,
+        "betas": BETAS,
+        "ascents": COUNT_OR_NONE,
+        "particles": COUNT,
+    },
     Importance: dict.fromkeys(
         ("hidden", "embedding_hidden", "d_model", "layers", "heads", "d_mlp", "chunk_layers"), COUNT
     ),
@@ -102,17 +118,42 @@ RANGES: dict[Callable, dict[str, tuple]] = {
     },
     decomposition: BLOCKS,
     training: BLOCKS
-    | {"lr": POSITIVE, "clip": POSITIVE, "weight_decay": NOT_NEGATIVE, "betas": BETAS, "retries": COUNT_OR_NONE},
-    sparse: DATA | {"n_features": COUNT, "probability": (0.0, *SHARE), "low": NOT_FINITE, "high": NOT_FINITE},
+    | {
+        "lr": POSITIVE,
+        "clip": POSITIVE,
+        "weight_decay": NOT_NEGATIVE,
+        "betas": BETAS,
+        "retries": COUNT_OR_NONE,
+    },
+    sparse: DATA
+    | {"n_features": COUNT, "probability": (0.0, *SHARE), "low": NOT_FINITE, "high": NOT_FINITE},
     induction: DATA,
     Text: DATA
-    | {"seq_len": (1,), "n_ctx": COUNT, "max_tokens": COUNT, "validation_batch_size": COUNT, "vocab": (256,)},
-    PromptGraphs: {"threshold": SHARE, "at_least": (-0.1, 1.0, *NOT_FINITE), "checks": COUNT_OR_NONE},
+    | {
+        "seq_len": (1,),
+        "n_ctx": COUNT,
+        "max_tokens": COUNT,
+        "validation_batch_size": COUNT,
+        "vocab": (256,),
+    },
+    PromptGraphs: {
+        "threshold": SHARE,
+        "at_least": (-0.1, 1.0, *NOT_FINITE),
+        "checks": COUNT_OR_NONE,
+    },
     PromptNodes: {"threshold": SHARE},
     DatasetEdges: {"threshold": SHARE, "group": COUNT},
-    SparseCircuits: {"threshold": SHARE, **dict.fromkeys(("share", "at_least"), (-0.1, 1.0, *NOT_FINITE))},
+    SparseCircuits: {
+        "threshold": SHARE,
+        **dict.fromkeys(("share", "at_least"), (-0.1, 1.0, *NOT_FINITE)),
+    },
 }
-CASES = [(kind, name, value) for kind, held in RANGES.items() for name, values in held.items() for value in values]
+CASES = [
+    (kind, name, value)
+    for kind, held in RANGES.items()
+    for name, values in held.items()
+    for value in values
+]
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), CASES)
@@ -120,7 +161,8 @@ def test_a_number_out_of_range_is_refused(kind, name, value):
     """In one line with the setting, the value, where it stands and what it may be."""
     with pytest.raises(BadInput) as caught:
         kind(**{name: value})
-    said, shown = str(caught.value), list(value) if isinstance(value, tuple) else value
+    said = str(caught.value)
+    shown = list(value) if isinstance(value, tuple) else value
     assert said.startswith(f"{name} {shown} in ")
     assert ": it must be " in said or ": each must be " in said
     assert "\n" not in said
@@ -129,46 +171,75 @@ def test_a_number_out_of_range_is_refused(kind, name, value):
 def test_numbers_at_the_ends_of_their_ranges_are_taken():
     assert Minimality(0.0, p=1e-9, p_final=2.0, start=1.0, end=1.0, ramp=1.0).coeff == 0
     assert Minimality(start=0.0, end=0.0).end == 0
-    assert Reconstruction(coeff=0.0, hidden_coeff=0.0, share=0.0, probability=1.0, threshold=0.0).samples == 1
+    assert (
+        Reconstruction(
+            coeff=0.0, hidden_coeff=0.0, share=0.0, probability=1.0, threshold=0.0
+        ).samples
+        == 1
+    )
     assert Persistent(warmup=0.0, betas=(0.0, 0.0), ascents=0, particles=None).particles is None
     assert Optimizer(importance_lr=0.0, betas=(0.0, 0.0), momentum=0.0).importance_lr == 0
     assert Evaluation(ladder=(), threshold=1.0).ladder == ()
-    assert Adversary(steps=0).steps == WarmUp(0, weight_decay=0.0).steps == Schedule(warmup=0, hold=1.0).warmup == 0
+    assert (
+        Adversary(steps=0).steps
+        == WarmUp(0, weight_decay=0.0).steps
+        == Schedule(warmup=0, hold=1.0).warmup
+        == 0
+    )
 
 
 def test_an_annealing_ends_after_it_begins():
-    with pytest.raises(BadInput, match=r"^start 0\.6 in minimality: it must be at most end, which is 0\.5$"):
+    with pytest.raises(
+        BadInput, match=r"^start 0\.6 in minimality: it must be at most end, which is 0\.5$"
+    ):
         Minimality(start=0.6, end=0.5)
 
 
 def test_dense_sites_have_components():
-    with pytest.raises(BadInput, match=r"^k 0 in evaluation\.dense, site 'mlp\.out': it must be at least 1$"):
+    with pytest.raises(
+        BadInput, match=r"^k 0 in evaluation\.dense, site 'mlp\.out': it must be at least 1$"
+    ):
         Evaluation(dense={"mlp.in": 3, "mlp.out": 0})
 
 
 @pytest.mark.parametrize("value", [True, "2", None, 2.5, 10**400])
 def test_only_whole_numbers_pass_where_they_are_asked_for(value):
-    """True and false are rejected. None is not checked, and a whole number may have any number of digits."""
+    """True and false are rejected. None is not checked, and a whole number may have any number of
+    digits.
+    """
     if value is None or value == 10**400:
         check_range("losses", least=1, whole=True, samples=value)
         return
-    with pytest.raises(BadInput, match=rf"^samples {value} in losses: it must be a whole number, at least 1$"):
+    with pytest.raises(
+        BadInput, match=rf"^samples {value} in losses: it must be a whole number, at least 1$"
+    ):
         check_range("losses", least=1, whole=True, samples=value)
 
 
 def test_the_line_says_what_would_be_right():
-    with pytest.raises(BadInput, match=r"^clip 0 in loop: it must be above 0; leave it out for none$"):
+    with pytest.raises(
+        BadInput, match=r"^clip 0 in loop: it must be above 0; leave it out for none$"
+    ):
         check_range("loop", above=0, hint="leave it out for none", clip=0)
     with pytest.raises(BadInput, match=r"^low nan in loop: it must be a finite number$"):
         check_range("loop", low=math.nan)
-    with pytest.raises(BadInput, match=r"^p True in loop: it must be a finite number, above 0 and at most 1$"):
+    with pytest.raises(
+        BadInput, match=r"^p True in loop: it must be a finite number, above 0 and at most 1$"
+    ):
         check_range("loop", above=0, most=1, p=True)
 
 
 def unbuilt_elsewhere() -> list[list[str]]:
-    """Shipped configs of checkpoints from the network, and those to be added to others: test_cli builds neither."""
-    targets = {name: given.get("model", {}).get("init_args", {}).get("target") for name, given, _ in configs.shipped()}
-    checkpoints = [[name] for name, target in targets.items() if str(target).startswith(("hf:", "decoder:"))]
+    """Shipped configs of checkpoints from the network, and those to be added to others: test_cli
+    builds neither.
+    """
+    targets = {
+        name: given.get("model", {}).get("init_args", {}).get("target")
+        for name, given, _ in configs.shipped()
+    }
+    checkpoints = [
+        [name] for name, target in targets.items() if str(target).startswith(("hf:", "decoder:"))
+    ]
     added = [["tms.yaml", "paper.yaml"], ["tms.yaml", "random-components.yaml"]]
     return [*checkpoints, *added, ["resid_mlp1.yaml", "paper-resid_mlp.yaml"]]
 
@@ -180,19 +251,30 @@ def test_shipped_configs_are_within_the_ranges(names):
         settings = Settings(given)
         settings.built("data")
         module = settings.built("model", target=TMS(5, 2), sites={"linear1": 3}, tied=None)
-    assert module.losses.minimality.coeff == given["model"]["init_args"]["losses"]["minimality"]["coeff"]
+    assert (
+        module.losses.minimality.coeff
+        == given["model"]["init_args"]["losses"]["minimality"]["coeff"]
+    )
 
 
 def test_the_command_line_names_the_setting():
-    """Whatever depth it has in a config; every value was once taken in silence, or ended in a traceback."""
+    """Whatever depth it has in a config; every value was once taken in silence, or ended in a
+    traceback.
+    """
     for option, said in {
         "losses.reconstruction.all.samples=0": "samples 0 in reconstruction: it must be at least 1",
         "losses.smooth_l0.gamma=0": "gamma 0.0 in smooth_l0: it must be above 0",
-        "losses.minimality.ramp=.nan": "ramp nan in minimality: it must be a finite number, at least 0 and at most 1",
+        "losses.minimality.ramp=.nan": (
+            "ramp nan in minimality: it must be a finite number, at least 0 and at most 1"
+        ),
         "warm_up.steps=-1": "steps -1 in warm_up: it must be at least 0",
-        "optimizer.betas=[2,2]": "betas [2.0, 2.0] in optimizer: each must be at least 0 and below 1",
+        "optimizer.betas=[2,2]": (
+            "betas [2.0, 2.0] in optimizer: each must be at least 0 and below 1"
+        ),
         "evaluation.ladder=[0]": "ladder [0] in evaluation: each must be at least 1",
     }.items():
         with quiet(), pytest.raises(BadInput) as caught:
-            Settings(config.load("tms.yaml"), [f"--model.{option}"]).built("model", target=TMS(5, 2))
+            Settings(config.load("tms.yaml"), [f"--model.{option}"]).built(
+                "model", target=TMS(5, 2)
+            )
         assert str(caught.value) == said

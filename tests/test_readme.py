@@ -14,7 +14,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def tracked() -> set[str]:
     """Every file of the repository that git knows, and those about to be added."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
     return {name for name in listed if name and (ROOT / name).exists()}
 
 
@@ -22,7 +24,8 @@ def mapped() -> list[str]:
     """The paths that the map names, folders with a slash at their end."""
     block = re.search(r"## Map.*?```text\n(.*?)```", README, re.DOTALL)
     assert block, "the README has no map"
-    paths, folders = [], []
+    paths = []
+    folders = []
     for line in block[1].splitlines():
         name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 2
@@ -32,12 +35,19 @@ def mapped() -> list[str]:
 
 
 def test_map_equals_the_tree():
-    """Every source file has its line, or lies in a folder whose line speaks for it; and nothing else is named."""
-    paths, files = mapped(), tracked()
+    """Every source file has its line, or lies in a folder whose line speaks for it; and nothing
+    else is named.
+    """
+    paths = mapped()
+    files = tracked()
     assert len(paths) == len(set(paths))
     for path in paths:
-        assert any(file.startswith(path) if path.endswith("/") else file == path for file in files), path
-    whole = {p for p in paths if p.endswith("/") and not any(q != p and q.startswith(p) for q in paths)}
+        assert any(
+            file.startswith(path) if path.endswith("/") else file == path for file in files
+        ), path
+    whole = {
+        p for p in paths if p.endswith("/") and not any(q != p and q.startswith(p) for q in paths)
+    }
     named = {p for p in paths if not p.endswith("/")}
     missing = {f for f in files if f not in named and not any(f.startswith(p) for p in whole)}
     assert not {f for f in missing if not Path(f).name.startswith(("__init__", "."))}, missing

@@ -1,4 +1,6 @@
-"""Killed work goes on: the same command again ends in what an undisturbed one would have ended in, bit for bit."""
+"""Killed work goes on: the same command again ends in what an undisturbed one would have ended in,
+bit for bit.
+"""
 
 import json
 import os
@@ -18,7 +20,8 @@ from spd_lightning import files, runs
 from spd_lightning.store import TABLES, Store
 from spd_lightning.training.checkpoint import SafetensorsIO
 
-FIT, PREDICT = ["fit", "--config", "tiny"], ["predict", "--config", "tiny"]
+FIT = ["fit", "--config", "tiny"]
+PREDICT = ["predict", "--config", "tiny"]
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +51,24 @@ def same_run(folder: Path, other: Path) -> None:
     }
 
 
-# ---- fit ------------------------------------------------------------------------------------------------------------
+# ---- fit -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_fit_ends_as_if_never_killed(root, seed):
-    """Killed at a random step, twice; the weights, the log and the figures are those of the undisturbed run."""
-    words, folder = [*FIT, "--run", f"killed{seed}"], root / f"killed{seed}"
+    """Killed at a random step, twice; the weights, the log and the figures are those of the
+    undisturbed run.
+    """
+    words = [*FIT, "--run", f"killed{seed}"]
+    folder = root / f"killed{seed}"
     chance = random.Random(seed)
     for step in sorted(chance.sample(range(30, 100), 2)):
         killed(
-            root, words, lambda step=step: logged(folder) >= step and (folder / "checkpoints/last.safetensors").exists()
+            root,
+            words,
+            lambda step=step: (
+                logged(folder) >= step and (folder / "checkpoints/last.safetensors").exists()
+            ),
         )
         assert runs.Run(folder).state == "interrupted"
     done(root, words)
@@ -67,8 +77,15 @@ def test_a_killed_fit_ends_as_if_never_killed(root, seed):
 
 
 def test_a_killed_fit_in_micro_batches_with_muon(root):
-    """As above, with each batch split in two, each half with its own adversaries, and with Muon next to AdamW."""
-    words = [*FIT, "--model.init_args.micro_batches=2", "--model.init_args.optimizer.kind=muon", "--run"]
+    """As above, with each batch split in two, each half with its own adversaries, and with Muon
+    next to AdamW.
+    """
+    words = [
+        *FIT,
+        "--model.init_args.micro_batches=2",
+        "--model.init_args.optimizer.kind=muon",
+        "--run",
+    ]
     folder = root / "parts"
     done(root, [*words, "parts-plain"])
     killed(root, [*words, "parts"], lambda: logged(folder) >= 60)
@@ -78,7 +95,8 @@ def test_a_killed_fit_in_micro_batches_with_muon(root):
 
 
 def test_a_fit_killed_before_its_first_checkpoint_begins_anew(root):
-    words, folder = [*FIT, "--run", "early"], root / "early"
+    words = [*FIT, "--run", "early"]
+    folder = root / "early"
     killed(root, words, lambda: logged(folder) >= 0)
     done(root, words)
     same_run(folder, root / "plain")
@@ -86,23 +104,41 @@ def test_a_fit_killed_before_its_first_checkpoint_begins_anew(root):
 
 def test_a_fit_killed_in_its_last_moments(root):
     """All steps done, no summary yet: the end is repeated."""
-    words, folder = [*FIT, "--run", "late"], root / "late"
-    killed(root, words, lambda: (folder / "figures").exists() or (folder / "decomposition.safetensors").exists())
+    words = [*FIT, "--run", "late"]
+    folder = root / "late"
+    killed(
+        root,
+        words,
+        lambda: (folder / "figures").exists() or (folder / "decomposition.safetensors").exists(),
+    )
     done(root, words)
     same_run(folder, root / "plain")
 
 
 def test_a_command_of_the_shell_killed_and_stopped(root):
-    """`python -m spd_lightning fit` as a user runs it: killed; run again, and stopped by Ctrl-C; and run again."""
-    words, folder = [sys.executable, "-m", "spd_lightning", *FIT, "--run", "shell"], root / "shell"
+    """`python -m spd_lightning fit` as a user runs it: killed; run again, and stopped by Ctrl-C;
+    and run again.
+    """
+    words = [sys.executable, "-m", "spd_lightning", *FIT, "--run", "shell"]
+    folder = root / "shell"
     said = []
     for step, by, code in ((40, signal.SIGKILL, -signal.SIGKILL), (80, signal.SIGINT, 130)):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        kill_when(lambda step=step: logged(folder) >= step, lambda: process.poll() is None, process.pid, by)  # noqa: B023
+        process = subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        kill_when(
+            lambda step=step: logged(folder) >= step,
+            lambda process=process: process.poll() is None,
+            process.pid,
+            by,
+        )
         said.append(process.communicate(timeout=240)[1])
         assert process.returncode == code
     assert "run shell: resuming from where it was interrupted" in said[1]
-    line = r"Stopped by SIGINT at step \d+( \(saved at step \d+\))?; run the same command again to resume\.\n"
+    line = (
+        r"Stopped by SIGINT at step \d+( \(saved at step \d+\))?; run the same command again to "
+        r"resume\.\n"
+    )
     assert re.search(f"{line}$", said[1])
     assert "Traceback" not in said[1]
     done(root, [*FIT, "--run", "shell"])
@@ -132,7 +168,8 @@ def test_other_settings_continue_nothing(root):
 def test_a_stopped_fit_saves_where_it_is(root, by, code):
     """A signal in mid-training: the right exit code; resumed, bit for bit the same."""
     name = f"stopped-{by.name}"
-    words, folder = [*FIT, "--run", name], root / name
+    words = [*FIT, "--run", name]
+    folder = root / name
     process = begun(root, words)
     kill_when(lambda: logged(folder) >= 63, process.is_alive, process.pid, by)
     process.join()
@@ -143,8 +180,11 @@ def test_a_stopped_fit_saves_where_it_is(root, by, code):
 
 
 def test_a_bad_checkpoint_falls_back_to_the_one_before(root):
-    """Two checkpoints are kept: with the last one damaged, or missing, the fit still ends in the same weights."""
-    words, folder = [*FIT, "--run", "fallback"], root / "fallback"
+    """Two checkpoints are kept: with the last one damaged, or missing, the fit still ends in the
+    same weights.
+    """
+    words = [*FIT, "--run", "fallback"]
+    folder = root / "fallback"
     killed(root, words, lambda: logged(folder) >= 60)
     held = folder / "checkpoints"
     steps = [
@@ -158,7 +198,8 @@ def test_a_bad_checkpoint_falls_back_to_the_one_before(root):
 
 
 def test_temporary_files_of_the_dead_are_removed_and_those_of_the_living_stay(root):
-    words, folder = [*FIT, "--run", "swept"], root / "swept"
+    words = [*FIT, "--run", "swept"]
+    folder = root / "swept"
     killed(root, words, lambda: logged(folder) >= 50)
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -173,11 +214,16 @@ def test_temporary_files_of_the_dead_are_removed_and_those_of_the_living_stay(ro
     same_run(folder, root / "plain")
 
 
-# ---- predict --------------------------------------------------------------------------------------------------------
+# ---- predict -------------------------------------------------------------------------------------
 
 
 def harvest(name: str) -> list[str]:
-    graphs = [{"class_path": "spd_lightning.PromptGraphs", "init_args": {"mode": "unmasked", "name": name}}]
+    graphs = [
+        {
+            "class_path": "spd_lightning.PromptGraphs",
+            "init_args": {"mode": "unmasked", "name": name},
+        }
+    ]
     return [*PREDICT, "--run", "plain", "--trainer.callbacks", json.dumps(graphs)]
 
 
@@ -193,18 +239,25 @@ def committed(folder: Path) -> int:
 
 
 def rows(store: Store, table: str) -> pl.DataFrame:
-    """A table's rows in an order that does not depend on who wrote them, counts of components added up."""
+    """A table's rows in an order that does not depend on who wrote them, counts of components added
+    up.
+    """
     frame = store.collect(store.scan(table))
     if table == "components":
         counts = ["firings", "positions", "importance_sum", "activation_sum"]
-        frame = frame.group_by("layer", "component").agg(pl.col(counts).sum(), pl.col("norm", "alive").first())
-    return frame.sort([c for c in frame.columns if not isinstance(frame.schema[c], pl.List | pl.Float32)])
+        frame = frame.group_by("layer", "component").agg(
+            pl.col(counts).sum(), pl.col("norm", "alive").first()
+        )
+    return frame.sort(
+        [c for c in frame.columns if not isinstance(frame.schema[c], pl.List | pl.Float32)]
+    )
 
 
 def same_tables(store: Store, other: Store, exact: bool) -> None:
     unasked = ("dataset_edges", "dataset_nodes", "head_edges", "frontier")
     for table in TABLES.keys() - unasked:
-        one, two = rows(store, table), rows(other, table)
+        one = rows(store, table)
+        two = rows(other, table)
         assert one.height > 0
         assert_frame_equal(one, two, check_exact=exact, abs_tol=1e-6, rel_tol=1e-5)
 
@@ -225,7 +278,9 @@ def test_a_killed_predict_gives_the_same_tables(root, undisturbed, groups):
 
 
 def test_a_stopped_predict_says_so_and_resumes(root, undisturbed):
-    """SIGTERM between or inside batches: exit code 143; what was committed stays, and the rest follows."""
+    """SIGTERM between or inside batches: exit code 143; what was committed stays, and the rest
+    follows.
+    """
     folder = root / "plain/harvest/stopped"
     process = begun(root, harvest("stopped"))
     kill_when(lambda: committed(folder) >= 5, process.is_alive, process.pid, signal.SIGTERM)
@@ -250,5 +305,8 @@ def test_two_processes_give_the_rows_of_one(root, undisturbed):
     store = Store(root / "plain/harvest/two")
     assert store.manifest["complete"]
     assert store.manifest["world"] == 2
-    assert {path.name for path in store.path.glob("manifest-*.json")} == {"manifest-0.json", "manifest-1.json"}
+    assert {path.name for path in store.path.glob("manifest-*.json")} == {
+        "manifest-0.json",
+        "manifest-1.json",
+    }
     same_tables(store, undisturbed, exact=False)

@@ -1,4 +1,6 @@
-"""Run folders: nothing finished is overwritten, nothing interrupted is lost, and a pulled run is the run."""
+"""Run folders: nothing finished is overwritten, nothing interrupted is lost, and a pulled run is
+the run.
+"""
 
 import fcntl
 import json
@@ -40,10 +42,21 @@ def finish(claimed: runs.Claim, **summary: float) -> Path:
 def harvest(path: Path) -> None:
     """A harvest of two prompts."""
     writer = Writer(path, {"harvest": path.name, "layers": ["input", "output"]})
-    columns = {"token_ids": [[1], [2]], "tokens": [["a"], ["b"]], "source": ["x", "y"], "split": ["p", "p"]}
+    columns = {
+        "token_ids": [[1], [2]],
+        "tokens": [["a"], ["b"]],
+        "source": ["x", "y"],
+        "split": ["p", "p"],
+    }
     prompts = pl.DataFrame({"prompt_id": [prompt_hash(b"1"), prompt_hash(b"2")]} | columns)
     types_ = {"prompt_id": pl.UInt64, "token_ids": pl.List(pl.UInt32)}
-    writer.write({"prompts": prompts.with_columns(pl.col(name).cast(dtype) for name, dtype in types_.items())})
+    writer.write(
+        {
+            "prompts": prompts.with_columns(
+                pl.col(name).cast(dtype) for name, dtype in types_.items()
+            )
+        }
+    )
     writer.complete()
 
 
@@ -84,7 +97,9 @@ def test_an_interrupted_run_with_other_settings_is_left_alone(root):
     assert runs.claim("tms", SETTINGS).path == root / "tms"
 
 
-@pytest.mark.parametrize("reached", [None, "metrics.jsonl", "checkpoints", "decomposition.safetensors", "summary.json"])
+@pytest.mark.parametrize(
+    "reached", [None, "metrics.jsonl", "checkpoints", "decomposition.safetensors", "summary.json"]
+)
 def test_a_start_that_failed_leaves_no_folder_behind(root, reached):
     """Only a folder in which nothing was reached is taken away; the next try then has its name."""
     claimed = runs.claim("tms", SETTINGS)
@@ -98,12 +113,19 @@ def test_a_start_that_failed_leaves_no_folder_behind(root, reached):
 
 
 def test_further_devices_share_the_claim_of_the_first(root, monkeypatch):
-    """Lightning runs the command again for each device, with its LOCAL_RANK: they work on one run."""
+    """Lightning runs the command again for each device, with its LOCAL_RANK: they work on one
+    run.
+    """
     first = runs.claim("tms", SETTINGS)
-    code = "from spd_lightning import runs; c = runs.claim('tms', {'any': 1}); print(c.path); c.abandon()"
+    code = (
+        "from spd_lightning import runs; c = runs.claim('tms', {'any': 1}); print(c.path); "
+        "c.abandon()"
+    )
     for rank, path in (("1", root / "tms"), ("0", root / "tms-2")):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == str(path)
     assert first.run.state == "running"
     first.release()
@@ -134,7 +156,9 @@ def test_families_with_numbers_in_their_names_do_not_mix(root):
     assert runs.claim("tms_5-2", SETTINGS).resumed
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "../a", "..", ".hidden", "-x", "a b", "ü", "x" * 101, "targets", "a\n"])
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "../a", "..", ".hidden", "-x", "a b", "ü", "x" * 101, "targets", "a\n"]
+)
 def test_names_that_cannot_be(root, name):
     with pytest.raises(BadInput, match="run name"):
         runs.claim(name, SETTINGS)
@@ -183,7 +207,8 @@ def test_processes_that_race_get_a_folder_each(claimers, root):
 
 
 def test_newest_is_the_one_that_finished_last(root):
-    first, second = runs.claim("tms", SETTINGS), runs.claim("tms", SETTINGS | {"seed": 1})
+    first = runs.claim("tms", SETTINGS)
+    second = runs.claim("tms", SETTINGS | {"seed": 1})
     with pytest.raises(BadInput, match=r"none has finished \(tms is running, tms-2 is running\)"):
         runs.newest("tms")
     finish(second)
@@ -272,8 +297,14 @@ def test_a_runs_config_and_figures(root):
 
 def test_looking_imports_nothing_heavy():
     heavy = {"polars", "pyarrow", "mlflow", "wandb", "torch", "lightning", "numpy"}
-    code = f"import sys\nfrom spd_lightning import runs\nruns.runs()\nprint(sorted({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    code = (
+        f"import sys\nfrom spd_lightning import runs\nruns.runs()\nprint(sorted({heavy} & "
+        "set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "[]\n"
+    )
 
 
 # Files.
@@ -306,10 +337,19 @@ def test_a_disk_that_refuses(tmp_path, monkeypatch):
 
 
 def test_metrics_of_one_step_are_one_row_and_the_later_values_count(tmp_path):
-    for step, values in ((0, {"loss": 3}), (20, {"loss": 1.5}), (10, {"loss": 2.0}), (20, {"mmcs": 0.5, "loss": 1.0})):
+    for step, values in (
+        (0, {"loss": 3}),
+        (20, {"loss": 1.5}),
+        (10, {"loss": 2.0}),
+        (20, {"mmcs": 0.5, "loss": 1.0}),
+    ):
         runs.append_metrics(tmp_path, step, values)
     frame = runs.Run(tmp_path).metrics()
-    assert frame.to_dict(as_series=False) == {"step": [0, 10, 20], "loss": [3.0, 2.0, 1.0], "mmcs": [None, None, 0.5]}
+    assert frame.to_dict(as_series=False) == {
+        "step": [0, 10, 20],
+        "loss": [3.0, 2.0, 1.0],
+        "mmcs": [None, None, 0.5],
+    }
 
 
 @given(st.integers(0, 200), st.integers(1, 5000))
@@ -348,12 +388,16 @@ def test_an_unreachable_tracker_is_named_at_once(monkeypatch):
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        with pytest.raises(runs.NoAnswer, match="timed out"):  # it takes connections and says nothing
+        with pytest.raises(
+            runs.NoAnswer, match="timed out"
+        ):  # it takes connections and says nothing
             runs.reachable(address)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     assert runs.artifact_location() is None
     for ask in (lambda: runs.reachable(address), lambda: runs.find("mlflow:tms")):
-        with pytest.raises(BadInput, match=rf"tracker '{address}': no answer .*unset MLFLOW_TRACKING_URI"):
+        with pytest.raises(
+            BadInput, match=rf"tracker '{address}': no answer .*unset MLFLOW_TRACKING_URI"
+        ):
             ask()
     runs.reachable("sqlite:///nowhere.db")
     with pytest.raises(BadInput, match="no answer"):
@@ -404,7 +448,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in held}
 
 
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+@pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
+)  # MLflow's own
 def test_a_run_comes_back_from_mlflow_as_it_went(root, monkeypatch):
     path, tracked = logged(root)
     pulled = runs.find("mlflow:tms")
@@ -412,11 +458,16 @@ def test_a_run_comes_back_from_mlflow_as_it_went(root, monkeypatch):
     del wanted["checkpoints/last.ckpt"]
     got = files(pulled.path)
     assert pulled.path == root / "tms-pulled"
-    assert json_files.unsealed(json.loads(got.pop("pulled.json"))) == {"reference": "mlflow:tms", "origin": tracked}
+    assert json_files.unsealed(json.loads(got.pop("pulled.json"))) == {
+        "reference": "mlflow:tms",
+        "origin": tracked,
+    }
     assert got == wanted
     assert Store(pulled.harvests[0]).scan("prompts").collect().height == 2
     assert runs.newest("tms").path == path
-    assert [file.name for file in root.glob(".*")] == [".mlflow.db.lock"]  # held while the store is made
+    assert [file.name for file in root.glob(".*")] == [
+        ".mlflow.db.lock"
+    ]  # held while the store is made
     # By id it is the same run, and takes the place of the older copy.
     (pulled.path / "summary.json").unlink()
     assert runs.pull(f"mlflow:{tracked}") == pulled.path
@@ -485,13 +536,18 @@ def test_copies_of_different_things_lie_side_by_side(root, wandb, tmp_path):
     other = Artifact(tmp_path / "graphs")
     other.qualified_name = "you/spd/tms-graphs:v0"
     wandb.held["you/spd/tms-graphs:v0"] = other
-    names = [runs.pull(f"wandb:{name}").name for name in ("me/spd/tms-graphs:v3", "you/spd/tms-graphs:v0")]
+    names = [
+        runs.pull(f"wandb:{name}").name
+        for name in ("me/spd/tms-graphs:v3", "you/spd/tms-graphs:v0")
+    ]
     assert names == ["tms-graphs-pulled", "tms-graphs-pulled-2"]
     assert runs.pull("wandb:me/spd/tms-graphs:v3").name == "tms-graphs-pulled"
 
 
 def test_what_was_made_in_an_older_copy_is_kept(root, wandb, caplog):
-    """A harvest that `predict` left in the copy is not in the tracker, so the next copy lands next to it."""
+    """A harvest that `predict` left in the copy is not in the tracker, so the next copy lands next
+    to it.
+    """
     caplog.set_level("INFO")
     pulled = runs.pull("wandb:me/spd/tms-graphs:v3")
     harvest(pulled / "harvest" / "mine")
@@ -512,7 +568,9 @@ def test_an_older_copy_in_use_is_not_replaced(root, wandb, name):
     before = files(pulled)
     with open(pulled / name, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(BadInput, match=r"tms-graphs-pulled': another process is working on it; pull it again"):
+        with pytest.raises(
+            BadInput, match=r"tms-graphs-pulled': another process is working on it; pull it again"
+        ):
             runs.pull("wandb:me/spd/tms-graphs:v3")
     assert files(pulled) == before
     assert runs.pull("wandb:me/spd/tms-graphs:v3") == pulled

@@ -1,4 +1,6 @@
-"""Sizing: what a plan says of parameters, FLOPs and memory is what a real step of the same module has."""
+"""Sizing: what a plan says of parameters, FLOPs and memory is what a real step of the same module
+has.
+"""
 
 import gc
 from collections.abc import Callable
@@ -46,7 +48,9 @@ def tokens() -> Tensor:
     return torch.zeros(B, T, dtype=torch.long)
 
 
-def decomposition(*terms: Reconstruction, importance: Importance | None = None, fused: bool = False, **more):
+def decomposition(
+    *terms: Reconstruction, importance: Importance | None = None, fused: bool = False, **more
+):
     """What makes a module on a small decoder with these reconstructions."""
     named = {f"term {k}": term for k, term in enumerate(terms)}
     losses = Losses(Faithfulness(1.0), Minimality(1e-3, 2.0, 0.3), reconstruction=named)
@@ -55,7 +59,8 @@ def decomposition(*terms: Reconstruction, importance: Importance | None = None, 
     return lambda: Decomposition(decoder(fused), sites, importance=kind, losses=losses, **more)
 
 
-STOCHASTIC, LAYERWISE = Reconstruction("stochastic", "all", "kl"), Reconstruction("stochastic", "layerwise", "kl")
+STOCHASTIC = Reconstruction("stochastic", "all", "kl")
+LAYERWISE = Reconstruction("stochastic", "layerwise", "kl")
 SUBSET = Reconstruction("stochastic", "subset", "kl", 0.5)
 
 
@@ -70,7 +75,9 @@ MODULES: dict[str, Callable[[], Decomposition]] = {
     "mlp": decomposition(STOCHASTIC, importance=Importance("mlp", 8)),
     "vector_mlp": decomposition(STOCHASTIC, importance=Importance("vector_mlp", 4)),
     "global_mlp": decomposition(STOCHASTIC, importance=Importance("global_mlp", 8)),
-    "transformer": decomposition(STOCHASTIC, importance=Importance("transformer", d_model=16, layers=2, heads=2)),
+    "transformer": decomposition(
+        STOCHASTIC, importance=Importance("transformer", d_model=16, layers=2, heads=2)
+    ),
     "no delta": decomposition(STOCHASTIC, delta=False),
     "without reconstruction": decomposition(),
 }
@@ -86,15 +93,16 @@ def real_flops(module: Decomposition, batch: Tensor, precision: torch.dtype | No
     return counter.get_total_flops()
 
 
-# ---- FLOPs ----------------------------------------------------------------------------------------------------------
+# ---- FLOPs ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_flops_are_those_that_torch_counts(name):
     """Of a whole real step, forward and backward, to the last one.
 
-    The target's attention is written out. The importance transformer's is fused, which torch does not count on
-    processors: two products of [T, T, width] forward and five backward, in each of two layers.
+    The target's attention is written out. The importance transformer's is fused, which torch does
+    not count on processors: two products of [T, T, width] forward and five backward, in each of two
+    layers.
     """
     said = rehearse(MODULES[name], tokens, None).total.flops
     fused = 2 * (2 + 5) * 2 * B * T * T * 16 if name == "transformer" else 0
@@ -103,15 +111,23 @@ def test_flops_are_those_that_torch_counts(name):
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 def test_flops_of_random_routes_are_their_expectation(precision):
-    """How many positions are decomposed is drawn anew at each step: one real step is within 5 % of the plan."""
+    """How many positions are decomposed is drawn anew at each step: one real step is within 5 % of
+    the plan.
+    """
     make = decomposition(SUBSET, adversarial(1, "subset"))
     said = rehearse(make, lambda: torch.zeros(16, T, dtype=torch.long), precision).total.flops
-    assert said == pytest.approx(real_flops(make(), torch.zeros(16, T, dtype=torch.long), precision), rel=0.05)
+    assert said == pytest.approx(
+        real_flops(make(), torch.zeros(16, T, dtype=torch.long), precision), rel=0.05
+    )
 
 
 def test_fused_attention_counts_as_much_as_attention_written_out():
-    """torch does not count the fused kernel of processors; the plan does, its backward pass included."""
-    fused, plain = (rehearse(decomposition(STOCHASTIC, fused=f), tokens, None).parts for f in (True, False))
+    """torch does not count the fused kernel of processors; the plan does, its backward pass
+    included.
+    """
+    fused, plain = (
+        rehearse(decomposition(STOCHASTIC, fused=f), tokens, None).parts for f in (True, False)
+    )
     assert fused[CLEAN].forward == plain[CLEAN].forward
     term = "reconstruction/term 0"
     assert fused[term].forward == plain[term].forward
@@ -120,15 +136,22 @@ def test_fused_attention_counts_as_much_as_attention_written_out():
 
 
 def test_flops_of_every_part():
-    """By pencil: 2mkn for every product, once forward and once for each factor that needs a gradient."""
+    """By pencil: 2mkn for every product, once forward and once for each factor that needs a
+    gradient.
+    """
     parts = rehearse(decomposition(STOCHASTIC), tokens, None).parts
     module = decomposition(STOCHASTIC)()
-    sites = [(site.d_in, site.d_out, module.model.counts[name]) for name, site in module.model.sites.items()]
+    sites = [
+        (site.d_in, site.d_out, module.model.counts[name])
+        for name, site in module.model.sites.items()
+    ]
     assert parts[FAITHFULNESS].forward == sum(2 * i * c * o for i, o, c in sites)
     assert parts[FAITHFULNESS].backward == 2 * parts[FAITHFULNESS].forward
     first, last = (sum(2 * B * T * n * m for n, m in pairs) for pairs in _networks(sites))
     assert parts[IMPORTANCE].forward == first + last
-    assert parts[IMPORTANCE].backward == first + 2 * last  # nobody asks for the gradient of a site's clean input
+    assert (
+        parts[IMPORTANCE].backward == first + 2 * last
+    )  # nobody asks for the gradient of a site's clean input
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         decoder()(tokens())
     inner = sum(2 * B * T * i * c for i, _, c in sites)
@@ -136,15 +159,20 @@ def test_flops_of_every_part():
     assert set(parts) >= {CLEAN, IMPORTANCE, FAITHFULNESS, "reconstruction/term 0"}
 
 
-def _networks(sites: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _networks(
+    sites: list[tuple[int, int, int]],
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Input and output width of both layers of every shared_mlp."""
     return [(i, 12) for i, _, _ in sites], [(12, c) for _, _, c in sites]
 
 
 def test_every_ascent_costs_the_same():
-    """An adversary's ascents are forward work of its term, and its backward pass is that of one without ascents."""
+    """An adversary's ascents are forward work of its term, and its backward pass is that of one
+    without ascents.
+    """
     none, one, three = (
-        rehearse(decomposition(adversarial(n)), tokens, None).parts["reconstruction/term 0"] for n in (0, 1, 3)
+        rehearse(decomposition(adversarial(n)), tokens, None).parts["reconstruction/term 0"]
+        for n in (0, 1, 3)
     )
     assert none.forward < one.forward
     assert three.forward - none.forward == 3 * (one.forward - none.forward)
@@ -166,17 +194,21 @@ def test_positions_of_a_route_are_expected_or_all():
 
 def test_work_grows_with_the_batch():
     """Products of activations grow with the number of sequences, faithfulness does not."""
-    small, large = (rehearse(MODULES["two terms"], lambda n=n: tokens().repeat(n, 1), None).parts for n in (1, 5))
+    small, large = (
+        rehearse(MODULES["two terms"], lambda n=n: tokens().repeat(n, 1), None).parts
+        for n in (1, 5)
+    )
     for name, work in small.items():
         assert large[name].flops == (work.flops if name == FAITHFULNESS else 5 * work.flops), name
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def real_step(make: Callable[[], Decomposition]) -> tuple[Rehearsal, Decomposition]:
     """The ledger's reading of a step with real numbers."""
-    module, batch = make(), tokens()
+    module = make()
+    batch = tokens()
     with Ledger() as ledger:
         for tensor in (*module.parameters(), *module.buffers()):
             ledger._keep(tensor.untyped_storage())
@@ -185,7 +217,9 @@ def real_step(make: Callable[[], Decomposition]) -> tuple[Rehearsal, Decompositi
 
 @pytest.mark.parametrize("name", ["two terms", "one site at a time", "transformer", "mlp"])
 def test_memory_is_that_of_real_tensors(name):
-    """Gradients and the optimizer's state to the byte; what a step keeps, as the same step with numbers keeps it."""
+    """Gradients and the optimizer's state to the byte; what a step keeps, as the same step with
+    numbers keeps it.
+    """
     said = rehearse(MODULES[name], tokens, None)
     real, module = real_step(MODULES[name])
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -199,7 +233,9 @@ def test_memory_is_that_of_real_tensors(name):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_persistent_adversaries_stay_in_memory(parts):
-    """Per sample, position and site: C + 1 sources with two moments each; activations are a part's alone."""
+    """Per sample, position and site: C + 1 sources with two moments each; activations are a part's
+    alone.
+    """
     lasting = Reconstruction("persistent_pgd", "all", "kl", 0.5)
     build = decomposition(lasting)
 
@@ -208,7 +244,8 @@ def test_persistent_adversaries_stay_in_memory(parts):
         module.micro_batches = parts
         return module
 
-    said, once = rehearse(make, tokens, None), rehearse(decomposition(adversarial(3)), tokens, None)
+    said = rehearse(make, tokens, None)
+    once = rehearse(decomposition(adversarial(3)), tokens, None)
     sources = sum(B * T * (C + 1) for C in build().model.counts.values())
     assert said.adversaries == 3 * 4 * sources
     assert said.activations == pytest.approx(once.activations / parts, rel=0.25)
@@ -220,7 +257,8 @@ def test_activations_cover_what_autograd_saves():
 
     Without ascents, whose graphs are gone by then and whose storages may have been taken by others.
     """
-    module, saved = MODULES["samples"](), dict[int, int]()
+    module = MODULES["samples"]()
+    saved = dict[int, int]()
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -245,7 +283,9 @@ def test_nothing_is_allocated():
 
     def make() -> Decomposition:
         target = Decoder(V, 8192, 2, 64, T)
-        return Decomposition(target, {"h.*.mlp.*": 500_000}, importance=Importance("shared_mlp", 1000), losses=large)
+        return Decomposition(
+            target, {"h.*.mlp.*": 500_000}, importance=Importance("shared_mlp", 1000), losses=large
+        )
 
     said = rehearse(make, tokens, None)
     assert said.gradients > 100 * 2**30
@@ -260,7 +300,7 @@ def test_the_ledger_forgets_what_is_dropped():
         assert (ledger.alive, ledger.peak) == (0, 4000)
 
 
-# ---- configs --------------------------------------------------------------------------------------------------------
+# ---- configs -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -285,9 +325,9 @@ def test_parameters_are_those_of_the_module():
     assert [(s.name, s.C, s.parameters) for s in size.sites] == [
         (n, c, count(model[n])) for n, c in model.counts.items()
     ]
-    assert size.weights == 4 * (size.target + size.importance + sum(s.parameters for s in size.sites)) + sum(
-        buffer.numel() * buffer.element_size() for buffer in module.buffers()
-    )
+    assert size.weights == 4 * (
+        size.target + size.importance + sum(s.parameters for s in size.sites)
+    ) + sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
     assert size.memory["gradients"] == 4 * (size.importance + sum(s.parameters for s in size.sites))
     assert size.memory["optimizer"] == 2 * size.memory["gradients"]
     assert (size.steps, size.warm_up, size.mixed, size.tokens) == (300, 50, False, 8 * 32)
@@ -315,7 +355,9 @@ def test_of_a_checkpoint_its_configuration_is_enough(tmp_path, kind):
     network, _ = open_target(reference)
     (tmp_path / "model" / "model.safetensors").unlink()
     like = estimate.outline(reference)()
-    assert {n: p.shape for n, p in like.named_parameters()} == {n: p.shape for n, p in network.named_parameters()}
+    assert {n: p.shape for n, p in like.named_parameters()} == {
+        n: p.shape for n, p in network.named_parameters()
+    }
     pattern = "transformer.h.*.mlp.c_fc" if kind == "hf" else "h.*.mlp.c_fc"
     given = config.load("stories-1L-tiny")
     given["model"]["init_args"] |= {"target": reference, "sites": {pattern: 12}}
@@ -323,15 +365,19 @@ def test_of_a_checkpoint_its_configuration_is_enough(tmp_path, kind):
     assert site.parameters == 12 * (16 + 64)
 
 
-# ---- hours ----------------------------------------------------------------------------------------------------------
+# ---- hours ---------------------------------------------------------------------------------------
 
 
 def test_hours_are_work_over_speed():
-    device = estimate.Device("mine", half=4e12, single=1e12, bandwidth=1e9, memory=1e9, launch=1e-3, share=0.5)
+    device = estimate.Device(
+        "mine", half=4e12, single=1e12, bandwidth=1e9, memory=1e9, launch=1e-3, share=0.5
+    )
     work = Work(forward=3 * 10**12, backward=10**12, moved=5 * 10**9, operations=100)
     assert device.seconds(work, mixed=False) == pytest.approx(4 / 0.5 + 10 + 0.1)
     assert device.seconds(work, mixed=True) == pytest.approx(4 / 2 + 10 + 0.1)
-    size = estimate.Size(1, [], 1, 1, Rehearsal({FAITHFULNESS: work, CLEAN: work}, 0, 0, 0), 10, 20, True, 1)
+    size = estimate.Size(
+        1, [], 1, 1, Rehearsal({FAITHFULNESS: work, CLEAN: work}, 0, 0, 0), 10, 20, True, 1
+    )
     assert size.hours(device) == pytest.approx((10 * 2 * 12.1 + 20 * 18.1) / 3600)
 
 
@@ -344,12 +390,19 @@ def test_this_machine_is_measured():
 
 
 def test_plan_prints_what_it_will_take(capsys):
-    assert cli.run(["plan", "--config", "stories-1L-tiny", "--device", "h100", "--data.batch_size=16"]) == 0
+    assert (
+        cli.run(["plan", "--config", "stories-1L-tiny", "--device", "h100", "--data.batch_size=16"])
+        == 0
+    )
     out = capsys.readouterr().out
     given = config.load("stories-1L-tiny")
     given["data"]["init_args"]["batch_size"] = 16
     size = estimate.size_of(Settings(given), gpu=True)
-    rows = {line.split("  ")[1].strip(): line.split() for line in out.splitlines() if line.startswith("  ")}
+    rows = {
+        line.split("  ")[1].strip(): line.split()
+        for line in out.splitlines()
+        if line.startswith("  ")
+    }
     assert rows["target"][-1] == f"{size.target:,}"
     assert rows["h.0.mlp.c_fc"][-2:] == ["24", f"{24 * (32 + 128):,}"]
     assert rows["activations"][-1] == f"{size.memory['activations'] / 2**30:.3f}"
@@ -360,7 +413,9 @@ def test_plan_prints_what_it_will_take(capsys):
 
 
 def test_columns_of_a_plan_are_as_wide_as_its_names():
-    """Each part of a plan has its numbers below each other, however long the names of modules are."""
+    """Each part of a plan has its numbers below each other, however long the names of modules
+    are.
+    """
     size = estimate.size_of(Settings(config.load("stories-1L-tiny")))
     name = "model.layers.11.block_sparse_moe.experts.3.down_proj"
     long = replace(size, sites=[replace(size.sites[0], name=name), *size.sites[1:]])
@@ -380,7 +435,10 @@ def test_columns_of_a_plan_are_as_wide_as_its_names():
         ("--device h10", "--device 'h10': unknown value; did you mean 'h100'?"),
         ("--modle.x 3", "config: modle"),
         ("--model.sites={'nope':3}", "sites: pattern 'nope' matches no module of the target"),
-        ("--model.target pretrain/none", "target 'pretrain/none': config 'pretrain/none': no such file"),
+        (
+            "--model.target pretrain/none",
+            "target 'pretrain/none': config 'pretrain/none': no such file",
+        ),
     ],
 )
 def test_plan_refuses(words, said, capsys):
@@ -395,34 +453,56 @@ def test_a_target_has_no_plan(capsys):
     assert "no decomposition" in capsys.readouterr().err
 
 
-# ---- what does not fit ----------------------------------------------------------------------------------------------
+# ---- what does not fit ---------------------------------------------------------------------------
 
 
 def test_more_components_than_memory_allows(tmp_path, capsys):
     """Refused at once, with the plan's figure, before a target is trained or a folder is made."""
-    words = ["fit", "--config", "stories-1L-tiny", "--model.sites", "{h.*.mlp.c_fc: 400000000, h.*.attn.*_proj: 24}"]
+    words = [
+        "fit",
+        "--config",
+        "stories-1L-tiny",
+        "--model.sites",
+        "{h.*.mlp.c_fc: 400000000, h.*.attn.*_proj: 24}",
+    ]
     assert cli.run(words) == 2
     err = capsys.readouterr().err.strip()
     given = config.load("stories-1L-tiny")
     given["model"]["init_args"]["sites"] = {"h.*.mlp.c_fc": 400_000_000, "h.*.attn.*_proj": 24}
     needed = sum(estimate.size_of(Settings(given)).memory.values()) / 2**30
-    assert f"sites: 'h.0.mlp.c_fc: 400000000' and the others take {needed:.1f} GiB with batches of 8" in err
+    assert (
+        f"sites: 'h.0.mlp.c_fc: 400000000' and the others take {needed:.1f} GiB with batches of 8"
+        in err
+    )
     assert err.count("\n") == 0
     assert not (tmp_path / "runs").exists()
 
 
 def test_what_fits_just_so():
-    """The bound lies where the plan puts it; the rough one, which saves most fits the plan, lies above it."""
+    """The bound lies where the plan puts it; the rough one, which saves most fits the plan, lies
+    above it.
+    """
     settings = Settings(config.load("stories-2L"))
     needed = float(sum(estimate.size_of(settings).memory.values()))
     estimate.refuse_what_does_not_fit(settings, available=needed)
     with pytest.raises(BadInput, match="take fewer components or a smaller batch"):
         estimate.refuse_what_does_not_fit(settings, available=needed - 1)
-    for name in ("stories-2L", "stories-1L-tiny", "code-2L", "ss_llama_simple_mlp-2L", "resid_mlp1", "tms_40-10-id"):
+    for name in (
+        "stories-2L",
+        "stories-1L-tiny",
+        "code-2L",
+        "ss_llama_simple_mlp-2L",
+        "resid_mlp1",
+        "tms_40-10-id",
+    ):
         chosen = Settings(config.load(name))
         assert estimate.rough_bound(chosen) > sum(estimate.size_of(chosen).memory.values())
 
 
 def test_memory_of_this_machine():
     words = Path("/proc/meminfo").read_text().split()
-    assert 0 < devices.machine_memory(torch.device("cpu")) <= 1024 * int(words[words.index("MemTotal:") + 1])
+    assert (
+        0
+        < devices.machine_memory(torch.device("cpu"))
+        <= 1024 * int(words[words.index("MemTotal:") + 1])
+    )

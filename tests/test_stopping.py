@@ -1,4 +1,6 @@
-"""Signals end a process with one line and the code 128 + number; work that holds them ends where it can be resumed."""
+"""Signals end a process with one line and the code 128 + number; work that holds them ends where it
+can be resumed.
+"""
 
 import os
 import signal
@@ -56,7 +58,8 @@ def test_another_thread_leaves_signals_alone():
         with stopping.listening():
             seen.append(signal.getsignal(signal.SIGTERM))
 
-    seen, before = [], signal.getsignal(signal.SIGTERM)
+    seen = []
+    before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
@@ -67,7 +70,10 @@ def test_the_line(capsys, monkeypatch):
     stopped = stopping.Stopped(signal.SIGTERM)
     stopped.place = "at step 1200"
     assert stopping.report(stopped, "run the same command again to resume") == 143
-    assert capsys.readouterr().err == "Stopped by SIGTERM at step 1200; run the same command again to resume.\n"
+    assert (
+        capsys.readouterr().err
+        == "Stopped by SIGTERM at step 1200; run the same command again to resume.\n"
+    )
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert stopping.report(stopped) == 143
     assert capsys.readouterr().err == ""
@@ -80,10 +86,13 @@ def test_a_signal_while_modules_are_imported(number):
         "import os, sys\n"
         "from spd_lightning import __main__\n"
         f"sys.modules['spd_lightning.cli'] = type(sys)('half')\n"
-        f"sys.modules['spd_lightning.cli'].run = lambda words: os.kill(os.getpid(), {int(number)})\n"
+        "sys.modules['spd_lightning.cli'].run = lambda words: os.kill(os.getpid(), "
+        f"{int(number)})\n"
         "sys.argv = ['spd', 'runs']\n"
         "__main__.main()\n"
     )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 128 + number
     assert ended.stderr == f"Stopped by {number.name}.\n"

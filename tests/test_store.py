@@ -1,4 +1,6 @@
-"""The store: every row that went in comes out once, whatever the shards, the ranks, and the moment of death."""
+"""The store: every row that went in comes out once, whatever the shards, the ranks, and the moment
+of death.
+"""
 
 import errno
 import json
@@ -25,17 +27,28 @@ from spd_lightning.store import KINDS, SCHEMA_VERSION, TABLES, Store, Writer, pr
 from spd_lightning.store.tables import INDEX, SORTED
 
 LAYERS = ["input", "z.out", "a.in", "M", "output"]  # forward order is not alphabetical order
-MANIFEST = {"harvest": "graphs", "run": "tms", "kind": "vectors", "threshold": 0.1, "layers": LAYERS, "C": {"M": 5}}
+MANIFEST = {
+    "harvest": "graphs",
+    "run": "tms",
+    "kind": "vectors",
+    "threshold": 0.1,
+    "layers": LAYERS,
+    "C": {"M": 5},
+}
 WRITTEN = [table for table in TABLES if table != INDEX]
 
 # Frames of any content.
 
 floats = st.floats(width=32)
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
-u16, u32, count = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**40)
-layers, sums = st.sampled_from(LAYERS), st.floats(allow_nan=False)
+u16 = st.integers(0, 2**16 - 1)
+u32 = st.integers(0, 2**32 - 1)
+count = st.integers(0, 2**40)
+layers = st.sampled_from(LAYERS)
+sums = st.floats(allow_nan=False)
 NODE = st.tuples(u32, st.sampled_from(KINDS), layers, u16, u32, st.none() | floats, floats)
-CHECK, GRAPH = st.tuples(u32, u32, *[floats] * 3), st.tuples(u32, u32, u32, floats, u32, st.none() | floats, floats)
+CHECK = st.tuples(u32, u32, *[floats] * 3)
+GRAPH = st.tuples(u32, u32, u32, floats, u32, st.none() | floats, floats)
 OUTPUT = st.tuples(u16, u32, words, st.none() | floats, floats, st.none() | floats, floats)
 SHARE = st.none() | floats
 CIRCUIT = st.tuples(
@@ -61,12 +74,28 @@ def rows_of(draw: st.DrawFn, prompt_id: int) -> dict[str, list[tuple]]:
     def some(row: st.SearchStrategy) -> list[tuple]:
         return [(prompt_id, *values) for values in draw(st.lists(row, max_size=4))]
 
-    prompt = (prompt_id, draw(st.lists(u32, max_size=3)), draw(st.lists(words, max_size=3)), draw(words), draw(words))
-    tables = {"nodes": some(NODE), "edges": some(st.tuples(u32, u32, floats)), "outputs": some(OUTPUT)}
+    prompt = (
+        prompt_id,
+        draw(st.lists(u32, max_size=3)),
+        draw(st.lists(words, max_size=3)),
+        draw(words),
+        draw(words),
+    )
+    tables = {
+        "nodes": some(NODE),
+        "edges": some(st.tuples(u32, u32, floats)),
+        "outputs": some(OUTPUT),
+    }
     tables |= {"checks": some(CHECK), "graphs": some(GRAPH), "frontier": some(CIRCUIT)}
     tables["head_edges"] = some(st.tuples(u32, u32, u16, floats))
-    plain = zip(("components", "dataset_edges", "dataset_nodes"), (COMPONENT, PAIR, NODES), strict=True)
-    return {"prompts": [prompt], **tables, **{name: draw(st.lists(row, max_size=3)) for name, row in plain}}
+    plain = zip(
+        ("components", "dataset_edges", "dataset_nodes"), (COMPONENT, PAIR, NODES), strict=True
+    )
+    return {
+        "prompts": [prompt],
+        **tables,
+        **{name: draw(st.lists(row, max_size=3)) for name, row in plain},
+    }
 
 
 @st.composite
@@ -75,8 +104,17 @@ def harvests(draw: st.DrawFn) -> list[tuple[int, dict[str, list[tuple]]]]:
     ids = iter(draw(st.lists(st.integers(0, 2**64 - 1), unique=True, max_size=6)))
     batches = []
     for prompt_id in ids:
-        together = [rows_of(draw, i) for i in (prompt_id, *([next(ids, None)] * draw(st.booleans()))) if i is not None]
-        batches.append((draw(st.integers(0, 2)), {t: [row for one in together for row in one[t]] for t in WRITTEN}))
+        together = [
+            rows_of(draw, i)
+            for i in (prompt_id, *([next(ids, None)] * draw(st.booleans())))
+            if i is not None
+        ]
+        batches.append(
+            (
+                draw(st.integers(0, 2)),
+                {t: [row for one in together for row in one[t]] for t in WRITTEN},
+            )
+        )
     return batches
 
 
@@ -85,7 +123,9 @@ def frames(rows: dict[str, list[tuple]]) -> dict[str, pl.DataFrame]:
 
 
 def content(frame: pl.DataFrame) -> Counter:
-    return Counter(map(repr, frame.rows()))  # of f32 values, repr tells every two apart and NaN is NaN
+    return Counter(
+        map(repr, frame.rows())
+    )  # of f32 values, repr tells every two apart and NaN is NaN
 
 
 def batch(prompt_id: int, nodes: int = 3) -> dict[str, pl.DataFrame]:
@@ -94,7 +134,10 @@ def batch(prompt_id: int, nodes: int = 3) -> dict[str, pl.DataFrame]:
     return frames(
         {
             "prompts": [(prompt_id, [1, 2], ["f1=0.5", "f2=1"], "feature 1", "probe")],
-            "nodes": [(prompt_id, n, "component", LAYERS[1 + n % 3], 0, n, value, -value) for n in range(nodes)],
+            "nodes": [
+                (prompt_id, n, "component", LAYERS[1 + n % 3], 0, n, value, -value)
+                for n in range(nodes)
+            ],
             "edges": [(prompt_id, n, n + 1, value + n) for n in range(nodes)],
             "components": [("M", 0, 1, 1, value, value, 1.0, True)],
         }
@@ -160,9 +203,16 @@ def test_a_harvest_without_rows_has_every_table_and_its_columns(tmp_path):
 
 
 def test_frames_may_name_layers_and_kinds_in_words_and_columns_in_any_order(tmp_path):
-    writer, rows = opened(tmp_path / "graphs"), batch(7)
-    rows["nodes"] = rows["nodes"].with_columns(pl.col("layer", "kind").cast(pl.String)).select(sorted(TABLES["nodes"]))
-    rows["components"] = rows["components"].with_columns(pl.col("layer").cast(pl.String).cast(pl.Categorical))
+    writer = opened(tmp_path / "graphs")
+    rows = batch(7)
+    rows["nodes"] = (
+        rows["nodes"]
+        .with_columns(pl.col("layer", "kind").cast(pl.String))
+        .select(sorted(TABLES["nodes"]))
+    )
+    rows["components"] = rows["components"].with_columns(
+        pl.col("layer").cast(pl.String).cast(pl.Categorical)
+    )
     writer.write(rows)
     store = Store(writer.path)
     assert content(store.scan("nodes").collect()) == content(batch(7)["nodes"])
@@ -179,7 +229,10 @@ def test_shards_are_sorted_and_long_prompts_are_read_alone(tmp_path):
             keys = list(SORTED[table.name])
             assert not keys or frame.select(keys).equals(frame.select(keys).sort(keys))
     groups = pq.ParquetFile(writer.path / "nodes/part-0-0.parquet")
-    held = [sorted(set(groups.read_row_group(n)["prompt_id"].to_pylist())) for n in range(groups.num_row_groups)]
+    held = [
+        sorted(set(groups.read_row_group(n)["prompt_id"].to_pylist()))
+        for n in range(groups.num_row_groups)
+    ]
     assert held == [[1], [3, 5, 9]]  # cut between prompts once a group has 512 rows
     column = groups.metadata.row_group(0).column(groups.schema_arrow.names.index("activation"))
     assert "BYTE_STREAM_SPLIT" in column.encodings
@@ -187,14 +240,17 @@ def test_shards_are_sorted_and_long_prompts_are_read_alone(tmp_path):
 
 
 def test_the_index_finds_what_a_full_scan_finds(tmp_path):
-    writer, rows = opened(tmp_path / "graphs"), batch(1, 20_000)
+    writer = opened(tmp_path / "graphs")
+    rows = batch(1, 20_000)
     rows["nodes"] = rows["nodes"].with_columns(pl.col("component") % 50)
     writer.write(rows)
     store = Store(writer.path)
     for layer in LAYERS:
         for component in (0, 1, 2, 49):
             here = (pl.col("layer") == layer) & (pl.col("component") == component)
-            assert store.scan(INDEX).filter(here).collect().height == rows["nodes"].filter(here).height
+            assert (
+                store.scan(INDEX).filter(here).collect().height == rows["nodes"].filter(here).height
+            )
 
 
 def test_layers_sort_in_forward_order(harvest):
@@ -223,7 +279,9 @@ class Killed(BaseException):
 @contextmanager
 def killed_at(step: int, after: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Die before or after the step-th renaming, and touch no file from then on."""
-    seen, replace, unlink = [0], os.replace, Path.unlink
+    seen = [0]
+    replace = os.replace
+    unlink = Path.unlink
 
     def dying_replace(source, target):
         seen[0] += 1
@@ -253,7 +311,9 @@ def harvest_all(path: Path, wanted: list[int]) -> None:
 
 @pytest.mark.parametrize("after", [False, True])
 def test_killed_at_any_step_nothing_is_lost_or_repeated(tmp_path, monkeypatch, after):
-    wanted, step, died = [5, 3, 8], 0, True
+    wanted = [5, 3, 8]
+    step = 0
+    died = True
     while died:
         step, path = step + 1, tmp_path / f"graphs-{step}"
         with killed_at(step, after, monkeypatch) as seen:
@@ -270,9 +330,13 @@ def test_killed_at_any_step_nothing_is_lost_or_repeated(tmp_path, monkeypatch, a
         assert Store(path).manifest["complete"]
         assert ids(path) == sorted(wanted)
         assert ids(path, "nodes") == sorted(wanted * 3)
-        leftovers = [p for p in path.glob("*/*") if p.name not in {f"part-0-{n}.parquet" for n in range(3)}]
+        leftovers = [
+            p for p in path.glob("*/*") if p.name not in {f"part-0-{n}.parquet" for n in range(3)}
+        ]
         assert leftovers == []
-    assert step == 2 + 3 * 6 + 2  # manifest, ledger, three groups of five tables and a ledger, the last word
+    assert (
+        step == 2 + 3 * 6 + 2
+    )  # manifest, ledger, three groups of five tables and a ledger, the last word
 
 
 FOREVER = """
@@ -288,7 +352,9 @@ for n in range(10_000):
 
 def test_a_real_kill_leaves_what_was_committed(tmp_path):
     path = tmp_path / "graphs"
-    process = subprocess.Popen([sys.executable, "-c", FOREVER, str(path), str(Path(__file__).parent)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", FOREVER, str(path), str(Path(__file__).parent)]
+    )
     try:
         while not list(path.glob("prompts/part-0-[5-9].parquet")):
             assert process.poll() is None, "the writing process ended by itself"
@@ -342,7 +408,9 @@ def test_fewer_ranks_finish_what_more_began(tmp_path):
     assert Store(path).manifest["complete"]
 
 
-@pytest.mark.parametrize(("changed", "named"), [({"threshold": 0.2}, "threshold 0.1, not 0.2"), ({"seed": 1}, "seed")])
+@pytest.mark.parametrize(
+    ("changed", "named"), [({"threshold": 0.2}, "threshold 0.1, not 0.2"), ({"seed": 1}, "seed")]
+)
 def test_other_settings_do_not_mix(harvest, changed, named):
     with pytest.raises(BadInput, match=f"made with {named}"):
         opened(harvest, **changed)
@@ -369,9 +437,9 @@ def test_a_folder_without_manifest(tmp_path):
 @pytest.mark.parametrize("text", ["{", "", "[]", "3", "{}", "\ufffe", b"\xff\xfe"])
 def test_a_manifest_that_is_none(harvest, name, text):
     (harvest / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(
-        BadInput, match=rf"harvest manifest '.*{name}': (not JSON|no '|expected an object).*; delete it and run"
-    ) as error:
+    reason = "(not JSON|no '|expected an object)"
+    line = rf"harvest manifest '.*{name}': {reason}.*; delete it and run"
+    with pytest.raises(BadInput, match=line) as error:
         Store(harvest)
     assert "\n" not in str(error.value)
     (harvest / name).unlink()
@@ -391,9 +459,13 @@ def test_a_store_of_a_newer_program(harvest, version):
 
 def test_a_store_of_an_older_program(harvest):
     manifest = json.loads((harvest / "manifest.json").read_text())
-    (harvest / "manifest.json").write_text(json.dumps(manifest | {"schema_version": SCHEMA_VERSION - 1}))
+    (harvest / "manifest.json").write_text(
+        json.dumps(manifest | {"schema_version": SCHEMA_VERSION - 1})
+    )
     for open_it in (Store, opened):
-        with pytest.raises(BadInput, match=r"is older than .*; delete the folder and run the same predict again"):
+        with pytest.raises(
+            BadInput, match=r"is older than .*; delete the folder and run the same predict again"
+        ):
             open_it(harvest)
 
 
@@ -411,7 +483,9 @@ def blank(path: Path) -> None:
 
 
 def scramble(path: Path) -> None:
-    path.write_bytes(b"PAR1" + bytes(range(256)) + path.read_bytes()[260:])  # length and footer look right
+    path.write_bytes(
+        b"PAR1" + bytes(range(256)) + path.read_bytes()[260:]
+    )  # length and footer look right
 
 
 @pytest.mark.parametrize("harm", [cut, blank, Path.unlink, scramble])
@@ -440,7 +514,9 @@ def test_a_damaged_shard_is_named_and_the_others_are_readable(harvest, harm):
     assert ids(harvest, "edges") == sorted([10, 20, 30, 40] * 3)
     assert Store(harvest).manifest["complete"]
     for table in Store(harvest).tables:  # no file is left that no ledger names
-        assert {path.name for path in (harvest / table).iterdir()} == {f"part-0-{n}.parquet" for n in (0, 1, 3, 4)}
+        assert {path.name for path in (harvest / table).iterdir()} == {
+            f"part-0-{n}.parquet" for n in (0, 1, 3, 4)
+        }
 
 
 def test_a_wrong_query_is_not_called_damage(harvest):
@@ -458,7 +534,9 @@ def test_a_disk_that_refuses(harvest, monkeypatch, number):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
-        with pytest.raises(BadInput, match=f"cannot be written .{os.strerror(number)}.; what was committed stays"):
+        with pytest.raises(
+            BadInput, match=f"cannot be written .{os.strerror(number)}.; what was committed stays"
+        ):
             writer.write(batch(50))
     assert ids(harvest) == [10, 20, 30, 40]
     writer.write(batch(50))  # room was made
@@ -466,8 +544,11 @@ def test_a_disk_that_refuses(harvest, monkeypatch, number):
 
 
 def test_a_disk_that_is_full_halfway_through_a_file(harvest):
-    writer, limits = opened(harvest), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # as on a full disk, write() itself fails
+    writer = opened(harvest)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (5000, limits[1])
+    )  # as on a full disk, write() itself fails
     try:
         with pytest.raises(BadInput, match=r"cannot be written .File too large"):
             writer.write(batch(50, nodes=5000))
@@ -491,15 +572,21 @@ def changed(table: str, *columns: pl.Expr) -> dict[str, pl.DataFrame]:
 WRONG = {
     "table 'nodez': not one": lambda: batch(7) | {"nodez": batch(7)["nodes"]},
     "table 'nodes_by_component': not one": lambda: batch(7) | {INDEX: batch(7)["nodes"]},
-    "table 'edges', column 'target': missing": lambda: batch(7) | {"edges": batch(7)["edges"].drop("target")},
+    "table 'edges', column 'target': missing": lambda: (
+        batch(7) | {"edges": batch(7)["edges"].drop("target")}
+    ),
     "table 'edges', column 'extra': unknown": lambda: changed("edges", pl.lit(1).alias("extra")),
     "column 'attribution': Float64, where the store has Float32": lambda: changed(
         "edges", pl.col("attribution").cast(pl.Float64)
     ),
-    "column 'layer': 'h.9' is not one of its names": lambda: changed("components", pl.lit("h.9").alias("layer")),
+    "column 'layer': 'h.9' is not one of its names": lambda: changed(
+        "components", pl.lit("h.9").alias("layer")
+    ),
     "column 'kind': Int32, where": lambda: changed("nodes", pl.lit(1).alias("kind")),
     "table 'prompts': every batch needs its prompts": lambda: {"edges": batch(7)["edges"]},
-    "column 'prompt_id': a prompt is there twice": lambda: batch(7) | {"prompts": pl.concat([batch(7)["prompts"]] * 2)},
+    "column 'prompt_id': a prompt is there twice": lambda: (
+        batch(7) | {"prompts": pl.concat([batch(7)["prompts"]] * 2)}
+    ),
     "table 'edges', column 'prompt_id': a prompt that is not in this batch": lambda: (
         batch(7) | {"edges": batch(8)["edges"]}
     ),

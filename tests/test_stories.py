@@ -13,15 +13,27 @@ from spd_lightning.data.stories.templates import BEATS, PLOTS
 from spd_lightning.data.stories.vocabulary import ADULTS, BOYS, GIRLS, PLACES, WORDS
 
 SLOTS = {"A", "B", "G", "they", "them", "their", "at", "place", *WORDS}
-FORMS = {"A": {"he", "him", "his", "child"}, "B": {"he", "him", "his"}, "toy": {"it"}, "animal": {"it"}}
+FORMS = {
+    "A": {"he", "him", "his", "child"},
+    "B": {"he", "him", "his"},
+    "toy": {"it"},
+    "animal": {"it"},
+}
 GENDERS = {**dict.fromkeys(GIRLS, "female"), **dict.fromkeys(BOYS, "male"), **ADULTS}
 FORM_OF = {  # what English asks for, written down once more
-    ("female", "subject"): "she", ("female", "object"): "her", ("female", "possessive"): "her",
-    ("male", "subject"): "he", ("male", "object"): "him", ("male", "possessive"): "his",
-    ("neuter", "object"): "it", ("plural", "subject"): "they", ("plural", "object"): "them",
-}  # fmt: skip
+    ("female", "subject"): "she",
+    ("female", "object"): "her",
+    ("female", "possessive"): "her",
+    ("male", "subject"): "he",
+    ("male", "object"): "him",
+    ("male", "possessive"): "his",
+    ("neuter", "object"): "it",
+    ("plural", "subject"): "they",
+    ("plural", "object"): "them",
+}
 
-seeds, numbers = st.integers(0, 5), st.integers(0, 10**9)
+seeds = st.integers(0, 5)
+numbers = st.integers(0, 10**9)
 
 
 def facts(told, name):
@@ -35,7 +47,8 @@ def test_facts_hold_the_words_they_speak_of(seed, index):
         shown = told.text[fact.start : fact.end]
         if fact.name not in ("gender", "case"):
             assert shown.lower() == fact.value.lower()
-            before, after = told.text[: fact.start][-1:], told.text[fact.end :][:1]
+            before = told.text[: fact.start][-1:]
+            after = told.text[fact.end :][:1]
             assert not before.isalnum()
             assert not after.isalnum()
 
@@ -60,9 +73,14 @@ def test_pronouns_agree_with_the_last_one_named_of_that_gender(seed, index):
     for fact in facts(told, "pronoun"):
         assert fact.value == FORM_OF[gender[fact.start], case[fact.start]]
         if gender[fact.start] == "plural":
-            assert fact.about == f"{facts(told, 'subject')[0].value} and {facts(told, 'friend')[0].value}"
+            assert (
+                fact.about
+                == f"{facts(told, 'subject')[0].value} and {facts(told, 'friend')[0].value}"
+            )
         elif gender[fact.start] != "neuter":
-            earlier = [n for n in named if n.start < fact.start and GENDERS[n.value] == gender[fact.start]]
+            earlier = [
+                n for n in named if n.start < fact.start and GENDERS[n.value] == gender[fact.start]
+            ]
             assert earlier[-1].value == fact.about
 
 
@@ -103,9 +121,12 @@ def test_stories_depend_on_seed_and_index_alone():
 
 
 def test_stories_are_those_of_every_version_of_python():
-    """A network trained on them elsewhere has read the same ones; change the words below only with the stories."""
+    """A network trained on them elsewhere has read the same ones; change the words below only with
+    the stories.
+    """
     first = (
-        "There once was a curious boy named Luke. He had a friend named Kate. One lovely day, they went to the market."
+        "There once was a curious boy named Luke. He had a friend named Kate. One lovely day, they "
+        "went to the market."
     )
     assert story(0, 50).text.startswith(first)
 
@@ -117,7 +138,9 @@ def test_hardly_a_story_is_told_twice_and_all_plots_and_words_occur():
     assert plots.keys() == PLOTS.keys()
     assert min(plots.values()) > 4000 / len(PLOTS) * 0.75
     words = {word.lower() for t in told for word in re.findall(r"\w+", t.text)}
-    assert {w.lower() for w in (*GIRLS, *BOYS, *ADULTS, *PLACES, *itertools.chain(*WORDS.values()))} <= words
+    assert {
+        w.lower() for w in (*GIRLS, *BOYS, *ADULTS, *PLACES, *itertools.chain(*WORDS.values()))
+    } <= words
     assert 400 < len(words) < 800
 
 
@@ -141,12 +164,18 @@ def test_ways_to_tell_a_beat_mark_the_same(name):
     """Else an effect could be told without its cause."""
     for beat in re.split(r"\n(?!\| )", PLOTS[name].strip()):
         marks = [re.findall(r"\[(cause|effect):", way) for way in beat.split("\n")]
-        assert all("effect" in way for way in marks) or not any("effect" in way for way in marks), beat
-        assert all("cause" in way for way in marks) or not any("cause" in way for way in marks), beat
+        assert all("effect" in way for way in marks) or not any("effect" in way for way in marks), (
+            beat
+        )
+        assert all("cause" in way for way in marks) or not any("cause" in way for way in marks), (
+            beat
+        )
 
 
 def test_every_shared_beat_is_told_somewhere():
-    used = {line[1:] for text in PLOTS.values() for line in text.split("\n") if line.startswith("@")}
+    used = {
+        line[1:] for text in PLOTS.values() for line in text.split("\n") if line.startswith("@")
+    }
     assert used == BEATS.keys()
 
 
@@ -159,7 +188,8 @@ def test_pronoun_prompts_end_right_before_a_pronoun():
     for prompt in prompts:
         assert any(text.startswith(prompt.text + prompt.right) for text in texts)
         assert prompt.text[-1] != " "
-        right, wrong = prompt.right.strip().lower(), prompt.wrong.strip().lower()
+        right = prompt.right.strip().lower()
+        wrong = prompt.wrong.strip().lower()
         assert (right, wrong) in pairs or (wrong, right) in pairs
         assert prompt.right[1].isupper() == prompt.wrong[1].isupper()
         assert (right in ("she", "her")) == (GENDERS[prompt.referent] == "female")

@@ -1,4 +1,6 @@
-"""The whole story once, for real: a target is trained, decomposed and harvested; what comes out is the known truth."""
+"""The whole story once, for real: a target is trained, decomposed and harvested; what comes out is
+the known truth.
+"""
 
 import math
 import os
@@ -18,12 +20,25 @@ from spd_lightning.training.decompose import Decomposition
 def run(tmp_path_factory):
     """TMS 5-2 by the commands of the README, without a tracker.
 
-    In processes of their own: checking the shapes of every call, as tests do, takes ten times as long as the training.
+    In processes of their own: checking the shapes of every call, as tests do, takes ten times as
+    long as the training.
     """
     root = tmp_path_factory.mktemp("story")
     for words in (["fit"], ["predict", "--config", "frozen.yaml"], ["predict"]):
-        command = [sys.executable, "-m", "spd_lightning", words[0], "--config", "tms.yaml", *words[1:]]
-        subprocess.run([*command, "--trainer.logger", "false"], env=os.environ | {"SPD_RUNS": str(root)}, check=True)
+        command = [
+            sys.executable,
+            "-m",
+            "spd_lightning",
+            words[0],
+            "--config",
+            "tms.yaml",
+            *words[1:],
+        ]
+        subprocess.run(
+            [*command, "--trainer.logger", "false"],
+            env=os.environ | {"SPD_RUNS": str(root)},
+            check=True,
+        )
     return runs.Run(root / "tms")
 
 
@@ -38,7 +53,10 @@ def graph(run):
             "prompt_id", "node", "kind", pl.col("layer").cast(pl.String), "component", "activation"
         )
         ends = {
-            end: nodes.rename({c: f"{end}_{c}" for c in ("kind", "layer", "component", "activation")} | {"node": end})
+            end: nodes.rename(
+                {c: f"{end}_{c}" for c in ("kind", "layer", "component", "activation")}
+                | {"node": end}
+            )
             for end in ("source", "target")
         }
         edges = store.scan("edges").join(
@@ -52,7 +70,9 @@ def graph(run):
 
 
 def test_every_feature_has_its_component(run):
-    """Table 1 of the SPD paper for TMS 5-2: MMCS, ML2R, five components alive, identity error 0 (E)."""
+    """Table 1 of the SPD paper for TMS 5-2: MMCS, ML2R, five components alive, identity error 0
+    (E).
+    """
     summary = run.summary
     assert summary["mmcs/linear1"] >= 0.999
     assert 0.97 <= summary["ml2r/linear1"] <= 1.04
@@ -64,22 +84,34 @@ def test_every_feature_has_its_component(run):
 
 
 def test_graphs_show_five_components_for_five_features(graph):
-    """Of each feature alone, one component of linear1 carries nearly all to its own output, another one each time."""
+    """Of each feature alone, one component of linear1 carries nearly all to its own output, another
+    one each time.
+    """
     edges = graph("graphs-unmasked").filter(pl.col("target_layer") == "linear1")
-    best = edges.sort(pl.col("attribution").abs(), descending=True).group_by("shown", maintain_order=True).first()
+    best = (
+        edges.sort(pl.col("attribution").abs(), descending=True)
+        .group_by("shown", maintain_order=True)
+        .first()
+    )
     assert best.height == 5
     assert best["target_component"].n_unique() == 5
     outputs = graph("graphs-unmasked").filter(pl.col("target_layer") == "output")
-    top = outputs.sort("attribution", descending=True).group_by("shown", maintain_order=True).first()
+    top = (
+        outputs.sort("attribution", descending=True).group_by("shown", maintain_order=True).first()
+    )
     assert {f"feature {k}" for k in top["target_component"]} == set(top["shown"])
     own = pl.col("shown") == "feature " + pl.col("target_component").cast(pl.String)
     assert top.filter(own).height == 5
 
 
 def test_frozen_graphs_add_up(graph):
-    """A6: in frozen mode the in-edges of every component and output sum to its value (stored in float32)."""
+    """A6: in frozen mode the in-edges of every component and output sum to its value (stored in
+    float32).
+    """
     edges = graph("graphs-frozen")
-    sums = edges.group_by("prompt_id", "target").agg(pl.col("attribution").sum(), pl.col("target_activation").first())
+    sums = edges.group_by("prompt_id", "target").agg(
+        pl.col("attribution").sum(), pl.col("target_activation").first()
+    )
     assert sums.height > 25
     for total, value in zip(sums["attribution"], sums["target_activation"], strict=True):
         assert math.isclose(total, value, rel_tol=1e-4, abs_tol=1e-6)

@@ -1,4 +1,6 @@
-"""The toy targets and their data, against hand-written loops, hand-built solutions and the data's stated law."""
+"""The toy targets and their data, against hand-written loops, hand-built solutions and the data's
+stated law.
+"""
 
 import copy
 from itertools import islice
@@ -15,7 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from spd_lightning.data.modules import InductionTokens, Prompts, SparseFeatures
 from spd_lightning.errors import BadInput
-from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP, induced_token, induction_tokens
+from spd_lightning.targets.toy import (
+    TMS,
+    InductionHead,
+    ResidualMLP,
+    induced_token,
+    induction_tokens,
+)
 
 # --- TMS
 
@@ -23,9 +31,12 @@ from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP, induced_t
 @torch.no_grad()
 @pytest.mark.parametrize("n_identity", [0, 2])
 def test_tms_forward_is_the_formula_written_out(n_identity):
-    model, x = TMS(4, 3, n_identity).double(), torch.rand(5, 4).double()
+    model = TMS(4, 3, n_identity).double()
+    x = torch.rand(5, 4).double()
     nn.init.normal_(model.linear2.bias)
-    W, b, out = model.linear1.weight, model.linear2.bias, model(x)
+    W = model.linear1.weight
+    b = model.linear2.bias
+    out = model(x)
     for row in range(5):
         hidden = [sum(W[h, f] * x[row, f] for f in range(4)) for h in range(3)]
         for f in range(4):
@@ -35,17 +46,25 @@ def test_tms_forward_is_the_formula_written_out(n_identity):
 
 
 def test_tms_has_one_tied_weight_and_its_gradient_is_the_sum_of_both_uses():
-    model, x = TMS(5, 2, n_identity=1).double(), torch.rand(64, 5).double()
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["linear1.weight", "linear2.bias"]
+    model = TMS(5, 2, n_identity=1).double()
+    x = torch.rand(64, 5).double()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "linear1.weight",
+        "linear2.bias",
+    ]
     read, write = (model.linear1.weight.detach().clone().requires_grad_() for _ in range(2))
     (torch.relu(x @ read.T @ write) - x).square().mean().backward()
     model.loss(x).backward()
-    torch.testing.assert_close(model.linear1.weight.grad, read.grad + write.grad, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        model.linear1.weight.grad, read.grad + write.grad, rtol=1e-12, atol=1e-14
+    )
 
 
 def test_the_tie_survives_copies_and_state_dicts_and_keeps_them_apart():
-    model, x = TMS(5, 2), torch.rand(8, 5)
-    twin, loaded = copy.deepcopy(model), TMS(5, 2)
+    model = TMS(5, 2)
+    x = torch.rand(8, 5)
+    twin = copy.deepcopy(model)
+    loaded = TMS(5, 2)
     loaded.load_state_dict(model.state_dict())
     assert sorted(model.state_dict()) == ["linear1.weight", "linear2.bias"]
     for other in (twin, loaded):
@@ -60,7 +79,9 @@ def test_site_names_and_kinds():
         return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
     assert linears(TMS(5, 2, 2)) == ["linear1", "hidden.0", "hidden.1", "linear2"]
-    assert linears(ResidualMLP(6, 8, 3, 2)) == [f"layers.{i}.mlp_{end}" for i in (0, 1) for end in ("in", "out")]
+    assert linears(ResidualMLP(6, 8, 3, 2)) == [
+        f"layers.{i}.mlp_{end}" for i in (0, 1) for end in ("in", "out")
+    ]
     attention = [f"h.{i}.attn.{p}_proj" for i in (0, 1) for p in "qkvo"]
     assert linears(InductionHead(8, 4, 6)) == [*attention, "unembed"]
 
@@ -87,7 +108,8 @@ def test_tms_names_the_features_it_lost():
 
 
 def test_tms_crowded_features_may_return_weaker():
-    sparse, crowded = TMS(3, 2), TMS(4, 1)
+    sparse = TMS(3, 2)
+    crowded = TMS(4, 1)
     for model in (sparse, crowded):
         nn.init.zeros_(model.linear1.weight)
         nn.init.constant_(model.linear2.bias, 0.46)
@@ -97,7 +119,8 @@ def test_tms_crowded_features_may_return_weaker():
 
 def test_a_trained_tms_represents_everything_and_an_untrained_one_does_not():
     torch.manual_seed(0)
-    model, data = TMS(5, 2), SparseFeatures(5, 0.05, 1024)
+    model = TMS(5, 2)
+    data = SparseFeatures(5, 0.05, 1024)
     assert model.unrepresented()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
@@ -114,17 +137,21 @@ def test_a_trained_tms_represents_everything_and_an_untrained_one_does_not():
 
 @torch.no_grad()
 def test_residual_mlp_forward_is_the_formula_written_out():
-    model, x = ResidualMLP(4, 6, [2, 3], n_layers=2).double(), torch.randn(5, 4).double()
+    model = ResidualMLP(4, 6, [2, 3], n_layers=2).double()
+    x = torch.randn(5, 4).double()
     for row, out in zip(x, model(x), strict=True):
         stream = sum(row[f] * model.embedding[f] for f in range(4))
         for layer in model.layers:
             neurons = [max(0.0, float(weights @ stream)) for weights in layer.mlp_in.weight]
-            stream = stream + sum(n * column for n, column in zip(neurons, layer.mlp_out.weight.T, strict=True))
+            stream = stream + sum(
+                n * column for n, column in zip(neurons, layer.mlp_out.weight.T, strict=True)
+            )
         torch.testing.assert_close(out, torch.stack([stream @ e for e in model.embedding]))
 
 
 def test_residual_mlp_loss_and_gradients_are_those_of_its_forward():
-    model, x = ResidualMLP(7, 30, [4, 5], n_layers=2).double(), torch.randn(16, 7).double()
+    model = ResidualMLP(7, 30, [4, 5], n_layers=2).double()
+    x = torch.randn(16, 7).double()
     model.loss(x).backward()
     quick = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -168,15 +195,21 @@ def test_residual_mlp_refuses_widths_that_do_not_fit():
 
 
 def test_attention_is_causal_softmax_attention():
-    attention, x = InductionHead(8, 12, 6, n_heads=3).double().h[0].attn, torch.randn(2, 6, 12).double()
+    attention = InductionHead(8, 12, 6, n_heads=3).double().h[0].attn
+    x = torch.randn(2, 6, 12).double()
     q, k, v = (x @ getattr(attention, f"{p}_proj").weight.T for p in "qkv")
     q, k, v = (t.view(2, 6, 3, 4).transpose(1, 2) for t in (q, k, v))
-    mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 6, 12)
+    mixed = (
+        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        .transpose(1, 2)
+        .reshape(2, 6, 12)
+    )
     torch.testing.assert_close(attention(x), mixed @ attention.o_proj.weight.T)
 
 
 def test_induction_head_sees_no_future_and_reads_shorter_rows():
-    model, tokens = InductionHead(9, 8, 7), torch.randint(0, 9, (3, 7))
+    model = InductionHead(9, 8, 7)
+    tokens = torch.randint(0, 9, (3, 7))
     torch.testing.assert_close(model(tokens)[:, :4], model(tokens[:, :4]))
 
 
@@ -224,7 +257,8 @@ def test_induction_head_names_the_tokens_it_does_not_recall(vocab, lost):
 
 
 def test_induction_loss_is_the_log_probability_of_the_last_answer():
-    model, rows = InductionHead(9, 8, 7), InductionTokens(9, 7, 5).batch(0)
+    model = InductionHead(9, 8, 7)
+    rows = InductionTokens(9, 7, 5).batch(0)
     log_p = torch.log_softmax(model(rows), dim=-1)
     expected = -sum(log_p[i, -1, token] for i, token in enumerate(induced_token(rows))) / 5
     torch.testing.assert_close(model.loss(rows), expected)
@@ -245,8 +279,11 @@ MAKERS = {
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_a_batch_is_a_pure_function_of_seed_split_step_and_rank(make):
-    places = [(step, rank, split) for step in range(4) for rank in range(3) for split in ("train", "val")]
-    one, two = make(), make()
+    places = [
+        (step, rank, split) for step in range(4) for rank in range(3) for split in ("train", "val")
+    ]
+    one = make()
+    two = make()
     forward = {place: one.batch(*place) for place in places}
     torch.manual_seed(99)
     backward = {place: two.batch(*place) for place in reversed(places)}
@@ -256,11 +293,14 @@ def test_a_batch_is_a_pure_function_of_seed_split_step_and_rank(make):
     assert len(distinct) == 2 * len(places)
 
 
-@pytest.mark.parametrize(("low", "high", "probability"), [(0.0, 1.0, 0.05), (-1.0, 1.0, 0.01), (0.5, 2.0, 1.0)])
+@pytest.mark.parametrize(
+    ("low", "high", "probability"), [(0.0, 1.0, 0.05), (-1.0, 1.0, 0.01), (0.5, 2.0, 1.0)]
+)
 def test_features_are_active_as_often_and_as_strongly_as_asked(low, high, probability):
     x = SparseFeatures(20, probability, 50_000, low, high).batch(0)
     active = x[x != 0]
-    expected, spread = x.numel() * probability, (x.numel() * probability * (1 - probability)) ** 0.5
+    expected = x.numel() * probability
+    spread = (x.numel() * probability * (1 - probability)) ** 0.5
     assert abs(len(active) - expected) <= 4 * spread + 1
     assert stats.kstest(active.numpy(), stats.uniform(low, high - low).cdf).pvalue > 1e-3
     if probability < 1:
@@ -277,7 +317,9 @@ def test_the_probe_set_is_every_feature_alone_then_random_rows():
     prompts = SparseFeatures(6, 0.05, 4, n_prompts=40).prompts()
     assert isinstance(prompts, Prompts)
     assert torch.equal(prompts.inputs[:6], 0.75 * torch.eye(6))
-    assert prompts.sources == [f"feature {i}" for i in range(6)] + [f"random {i}" for i in range(40)]
+    assert prompts.sources == [f"feature {i}" for i in range(6)] + [
+        f"random {i}" for i in range(40)
+    ]
     assert prompts.splits == ["probe"] * 6 + ["random"] * 40
     assert prompts.inputs[6:].any(dim=1).all()
     assert len(prompts.inputs[6:].unique(dim=0)) == 40
@@ -291,7 +333,9 @@ def test_token_probes_repeat_every_token():
 
 
 def on_trainer(data, **fields):
-    data.trainer = SimpleNamespace(**{"global_rank": 0, "world_size": 1, "lightning_module": None} | fields)
+    data.trainer = SimpleNamespace(
+        **{"global_rank": 0, "world_size": 1, "lightning_module": None} | fields
+    )
     return data
 
 
@@ -316,11 +360,15 @@ def test_ranks_share_the_prompts_without_padding_or_repetition(world, size, coun
 
 
 @given(first=st.integers(0, 30), last=st.integers(0, 40), inner=st.integers(1, 9))
-def test_training_lists_go_from_the_first_to_the_last_step_and_break_at_multiples(first, last, inner):
+def test_training_lists_go_from_the_first_to_the_last_step_and_break_at_multiples(
+    first, last, inner
+):
     data = SparseFeatures(3, 0.5, 2)
     module = SimpleNamespace(inner_steps=inner)
     lists = list(
-        on_trainer(data, global_step=first, max_steps=last, lightning_module=module, global_rank=2).train_dataloader()
+        on_trainer(
+            data, global_step=first, max_steps=last, lightning_module=module, global_rank=2
+        ).train_dataloader()
     )
     flat = [batch for batches in lists for batch in batches]
     assert len(flat) == max(0, last - first)
@@ -341,7 +389,8 @@ def test_without_a_trainer_training_batches_never_end():
 def test_validation_batches_are_fixed_and_each_rank_has_its_own():
     data = SparseFeatures(3, 0.5, 2, validation_batches=3)
     loader = data.val_dataloader()
-    first, again = list(loader), list(loader)
+    first = list(loader)
+    again = list(loader)
     assert len(loader) == len(first) == 3
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     other = list(on_trainer(SparseFeatures(3, 0.5, 64), global_rank=1).val_dataloader())
@@ -356,7 +405,10 @@ def test_validation_batches_are_fixed_and_each_rank_has_its_own():
         (lambda: SparseFeatures(3, 0.5, 0), "batch_size 0 in SparseFeatures"),
         (lambda: SparseFeatures(3, 0.5, 2, low=1.0), "low 1.0 in SparseFeatures"),
         (lambda: InductionTokens(2, 8, 2), "vocab 2 and seq_len 8 in InductionTokens"),
-        (lambda: on_trainer(SparseFeatures(3, 0.5, 2), max_steps=-1).train_dataloader(), "max_steps -1 in trainer"),
+        (
+            lambda: on_trainer(SparseFeatures(3, 0.5, 2), max_steps=-1).train_dataloader(),
+            "max_steps -1 in trainer",
+        ),
     ],
 )
 def test_bad_settings_are_named_in_one_line(make, message):
@@ -368,7 +420,9 @@ def test_bad_settings_are_named_in_one_line(make, message):
 # --- under Lightning, where every warning is an error
 
 
-their_treespec = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Lightning's own
+their_treespec = pytest.mark.filterwarnings(
+    "ignore:.isinstance.treespec, LeafSpec:FutureWarning"
+)  # Lightning's own
 
 
 class Recorder(LightningModule):
@@ -376,7 +430,9 @@ class Recorder(LightningModule):
 
     def __init__(self, inner_steps):
         super().__init__()
-        self.inner_steps, self.seen, self.validated = inner_steps, [], []
+        self.inner_steps = inner_steps
+        self.seen = []
+        self.validated = []
         self.automatic_optimization = False
         self.weight = nn.Parameter(torch.zeros(1))
 
@@ -398,7 +454,12 @@ class Recorder(LightningModule):
 
 
 def trainer(folder, **settings):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
     return Trainer(default_root_dir=folder, **quiet | {"enable_checkpointing": False} | settings)
 
 
@@ -409,7 +470,9 @@ def test_a_resumed_fit_sees_the_batches_that_an_unbroken_one_sees(tmp_path):
     broken = trainer(tmp_path, max_steps=10)
     broken.fit(first, SparseFeatures(3, 0.5, 2))
     broken.save_checkpoint(tmp_path / "half.ckpt")
-    trainer(tmp_path, max_steps=23).fit(second, SparseFeatures(3, 0.5, 2), ckpt_path=tmp_path / "half.ckpt")
+    trainer(tmp_path, max_steps=23).fit(
+        second, SparseFeatures(3, 0.5, 2), ckpt_path=tmp_path / "half.ckpt"
+    )
     seen = first.seen + second.seen
     assert len(first.seen) == 10
     assert len(whole.seen) == len(seen) == 23
@@ -418,7 +481,8 @@ def test_a_resumed_fit_sees_the_batches_that_an_unbroken_one_sees(tmp_path):
 
 @their_treespec
 def test_validation_and_prediction_run_through_the_trainer(tmp_path):
-    model, data = Recorder(inner_steps=1), SparseFeatures(3, 0.5, 2, n_prompts=6, predict_batch_size=4)
+    model = Recorder(inner_steps=1)
+    data = SparseFeatures(3, 0.5, 2, n_prompts=6, predict_batch_size=4)
     trainer(tmp_path, max_steps=4, num_sanity_val_steps=0, val_check_interval=2).fit(model, data)
     assert len(model.validated) == 2 * 4
     parts = trainer(tmp_path).predict(model, data)

@@ -13,7 +13,11 @@ from spd_lightning import cli, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 ASCII = {"PYTHONIOENCODING": "ascii"}
-C_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # Python's own remedies switched off
+C_LOCALE = {
+    "LC_ALL": "C",
+    "PYTHONCOERCECLOCALE": "0",
+    "PYTHONUTF8": "0",
+}  # Python's own remedies switched off
 LATIN = {"PYTHONIOENCODING": "latin-1"}
 
 
@@ -52,7 +56,9 @@ def test_stand_ins(text, in_ascii, in_latin, monkeypatch):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_quick_verbs_print_in_ascii(environment, words, code, tmp_path):
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))
+    }
     settings = {"SPD_RUNS": str(tmp_path), "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-m", "spd_lightning", *words]
     ended = subprocess.run(command, env=inherited | settings, capture_output=True, check=False)

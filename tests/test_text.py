@@ -47,7 +47,9 @@ def fresh(root, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def tales(root):
     def make(**settings):
-        return Text(str(root / "tales.txt"), **{"vocab": 300, "seq_len": 16, "batch_size": 5} | settings)
+        return Text(
+            str(root / "tales.txt"), **{"vocab": 300, "seq_len": 16, "batch_size": 5} | settings
+        )
 
     return make
 
@@ -73,15 +75,24 @@ def test_windows_tile_the_stream_once_an_epoch(tales, split, file):
     stream = written(data, file)
     count = len(stream) // 16
     expected = sorted(stream[16 * i : 16 * i + 16] for i in range(count))
-    epochs = [[data.batch(e * count + i, 0, split)[0].tolist() for i in range(count)] for e in range(2)]
+    epochs = [
+        [data.batch(e * count + i, 0, split)[0].tolist() for i in range(count)] for e in range(2)
+    ]
     assert count > 2
     assert [sorted(epoch) for epoch in epochs] == [expected, expected]
     assert epochs[0] != epochs[1]
 
 
 def test_a_batch_is_a_pure_function_of_seed_split_step_rank_and_world(tales):
-    places = [(step, rank, split, 3) for step in (0, 7, 300) for rank in range(3) for split in ("train", "val")]
-    one, two, other = tales(), tales(), tales(seed=1)
+    places = [
+        (step, rank, split, 3)
+        for step in (0, 7, 300)
+        for rank in range(3)
+        for split in ("train", "val")
+    ]
+    one = tales()
+    two = tales()
+    other = tales(seed=1)
     forward = {place: one.batch(*place) for place in places}
     torch.manual_seed(99)
     assert all(torch.equal(two.batch(*place), forward[place]) for place in reversed(places))
@@ -93,21 +104,28 @@ def test_a_batch_is_a_pure_function_of_seed_split_step_rank_and_world(tales):
 @given(step=st.integers(0, 400), world=st.integers(1, 4), split=st.sampled_from(["train", "val"]))
 def test_many_devices_see_together_what_one_with_a_larger_batch_sees(tales, step, world, split):
     together = tales(batch_size=2 * world).batch(step, 0, split, 1)
-    assert torch.equal(torch.cat([tales(batch_size=2).batch(step, r, split, world) for r in range(world)]), together)
+    assert torch.equal(
+        torch.cat([tales(batch_size=2).batch(step, r, split, world) for r in range(world)]),
+        together,
+    )
 
 
 def test_loaders_know_the_number_of_devices(tales):
-    one, two = tales(batch_size=4), [on_trainer(tales(batch_size=2), rank, 2) for rank in range(2)]
+    one = tales(batch_size=4)
+    two = [on_trainer(tales(batch_size=2), rank, 2) for rank in range(2)]
     for step, *halves in zip(range(3), *(data.train_dataloader() for data in two), strict=False):
         assert torch.equal(torch.cat([half[0] for half in halves]), one.batch(step))
-    for whole, *halves in zip(one.val_dataloader(), *(data.val_dataloader() for data in two), strict=True):
+    for whole, *halves in zip(
+        one.val_dataloader(), *(data.val_dataloader() for data in two), strict=True
+    ):
         assert torch.equal(torch.cat(halves), whole)
 
 
 def test_validation_batches_have_a_size_of_their_own(tales):
-    assert [tuple(b.shape) for b in tales(validation_batches=2, validation_batch_size=3).val_dataloader()] == [
-        (3, 16)
-    ] * 2
+    assert [
+        tuple(b.shape)
+        for b in tales(validation_batches=2, validation_batch_size=3).val_dataloader()
+    ] == [(3, 16)] * 2
 
 
 # --- tokens
@@ -122,13 +140,19 @@ def test_streams_are_the_documents_one_after_another(tales):
     assert written(data) == expected[False]
     assert written(data, "validation.bin") == expected[True]
     facts = json.loads((data.streams.folder / "facts.json").read_text())
-    assert (facts["tokens"], facts["validation_tokens"]) == (len(expected[False]), len(expected[True]))
+    assert (facts["tokens"], facts["validation_tokens"]) == (
+        len(expected[False]),
+        len(expected[True]),
+    )
     assert facts["documents"] + facts["validation_documents"] == len(DOCUMENTS)
     assert data.vocab_size == facts["vocab"] == 300
 
 
 def test_validation_is_apart_from_training(tales):
-    train, validation = (tales().decode(written(tales(), f)).split(END)[:-1] for f in ("tokens.bin", "validation.bin"))
+    train, validation = (
+        tales().decode(written(tales(), f)).split(END)[:-1]
+        for f in ("tokens.bin", "validation.bin")
+    )
     assert sorted(train + validation) == sorted(DOCUMENTS)
     assert not set(train) & set(validation)
     assert sum(map(held_out, range(20_000))) == pytest.approx(400, abs=80)
@@ -149,7 +173,11 @@ def test_names_are_the_text_in_pieces(tales, text):
 def test_names_of_parts_of_characters_and_of_no_token(tales):
     data = tales()
     assert data.names(data.encode("☃")) == ["<0xE2>", "<0x98>", "<0x83>"]
-    assert data.names([data.encode(" the")[0], 300, data.streams.tokenizer.end]) == [" the", "<300>", END]
+    assert data.names([data.encode(" the")[0], 300, data.streams.tokenizer.end]) == [
+        " the",
+        "<300>",
+        END,
+    ]
 
 
 def test_training_a_tokenizer_twice_gives_the_same_one(root):
@@ -160,7 +188,8 @@ def test_training_a_tokenizer_twice_gives_the_same_one(root):
 
 
 def test_max_tokens_are_the_first_ones(tales):
-    whole, part = tales(), tales(max_tokens=500)
+    whole = tales()
+    part = tales(max_tokens=500)
     assert written(part) == written(whole)[:500]
     assert part.streams.facts["max_tokens"] == 500
 
@@ -181,7 +210,9 @@ def test_large_vocabularies_take_four_bytes(fresh):
 def test_a_tokenizer_puts_its_own_tokens_around_prompts_and_an_end_after_documents(fresh):
     inner = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "one": 2, "two": 3}, unk_token="one"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     inner.enable_truncation(1)
     inner.save(str(fresh / "tokenizer.json"))
     (fresh / "x.txt").write_text("one two\n\ntwo two")
@@ -208,7 +239,10 @@ def test_what_is_tokenized_is_not_tokenized_again(fresh, root, monkeypatch):
 def test_a_damaged_folder_is_made_anew(fresh, root, name, cut):
     whole = Text(str(root / "tales.txt"), vocab=300).streams
     path = whole.folder / name
-    before = {file: (whole.folder / file).read_bytes() for file in ("facts.json", "tokens.bin", "tokenizer.json")}
+    before = {
+        file: (whole.folder / file).read_bytes()
+        for file in ("facts.json", "tokens.bin", "tokenizer.json")
+    }
     if cut == "gone":
         path.unlink()
     else:
@@ -233,10 +267,13 @@ def test_a_killed_tokenization_leaves_nothing_that_is_taken_for_whole(fresh, roo
 
 
 def test_who_comes_second_waits_for_the_first(fresh, root, monkeypatch):
-    made, make = [], tokenized._make
+    made = []
+    make = tokenized._make
     monkeypatch.setattr(tokenized, "_make", lambda *args: (made.append(args[0]), make(*args)))
     with ThreadPoolExecutor(3) as pool:
-        batches = list(pool.map(lambda _: Text(str(root / "tales.txt"), vocab=300).batch(0), range(3)))
+        batches = list(
+            pool.map(lambda _: Text(str(root / "tales.txt"), vocab=300).batch(0), range(3))
+        )
     assert len(made) == 1
     assert all(torch.equal(batch, batches[0]) for batch in batches)
 
@@ -256,7 +293,9 @@ def test_a_changed_file_is_another_corpus(fresh):
 
 
 def write_table(path, column="text"):
-    rows = [{"n": index, column: text} for index, text in enumerate(DOCUMENTS[:7])] + [{"n": 7, column: None}]
+    rows = [{"n": index, column: text} for index, text in enumerate(DOCUMENTS[:7])] + [
+        {"n": 7, column: None}
+    ]
     if path.suffix == ".jsonl":
         path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     else:
@@ -303,7 +342,9 @@ def test_documents_of_plain_text(tmp_path, content, expected):
 def test_a_glob_takes_its_files_in_order(tmp_path):
     for name in "cab":
         (tmp_path / f"{name}.txt").write_text(f"{name} 1\n\n{name} 2")
-    assert list(Corpus(str(tmp_path / "*.txt")).documents()) == [f"{n} {i}" for n in "abc" for i in (1, 2)]
+    assert list(Corpus(str(tmp_path / "*.txt")).documents()) == [
+        f"{n} {i}" for n in "abc" for i in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize("name", ["a[1]", "x*y", "what?", "[ab]"])
@@ -314,7 +355,9 @@ def test_a_folder_may_be_named_like_a_pattern(tmp_path, name):
         (tmp_path / folder / "c[2].txt").write_text(folder)
     assert list(Corpus(str(tmp_path / name / "c[2].txt")).documents()) == [name]
     assert list(Corpus(str(tmp_path / name / "*.txt")).documents()) == [name]
-    assert list(Corpus(str(tmp_path / "a?*" / "*.txt")).documents()) == [n for n in ("a1", "a[1]") if n in ("a1", name)]
+    assert list(Corpus(str(tmp_path / "a?*" / "*.txt")).documents()) == [
+        n for n in ("a1", "a[1]") if n in ("a1", name)
+    ]
 
 
 def test_a_dataset_in_a_folder_named_like_a_pattern_is_read_as_files(tmp_path):
@@ -338,7 +381,10 @@ def test_a_byte_order_mark_is_no_part_of_a_corpus(tmp_path, suffix):
 
 def test_the_standard_library_is_sources_without_tests():
     documents = list(Corpus("stdlib").documents())
-    assert [Path(module.__file__).read_text() in documents for module in (json.decoder, glob, statistics)] == [True] * 3
+    assert [
+        Path(module.__file__).read_text() in documents
+        for module in (json.decoder, glob, statistics)
+    ] == [True] * 3
     assert documents[:20] == list(islice(Corpus("stdlib").documents(), 20))
     assert 3e6 < sum(map(len, documents)) < 3e7
     assert not any("class TestCase1_" in text or "import jaxtyping" in text for text in documents)
@@ -373,18 +419,31 @@ def test_given_prompts_come_by_length_and_else_in_order(tales, fresh):
     assert given_back == ["abc", "☃", "abc", "xyz!", "x", "ab"]
 
 
-@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=12), world=st.integers(1, 4), size=st.integers(1, 3))
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    world=st.integers(1, 4),
+    size=st.integers(1, 3),
+)
 def test_ranks_share_ragged_prompts_without_padding_or_repetition(tales, lengths, world, size):
     texts = [chr(97 + index) * length for index, length in enumerate(lengths)]
     loaders = [
-        on_trainer(tales(prompts=texts, vocab=257, predict_batch_size=size), rank, world).predict_dataloader()
+        on_trainer(
+            tales(prompts=texts, vocab=257, predict_batch_size=size), rank, world
+        ).predict_dataloader()
         for rank in range(world)
     ]
     batches = [list(loader) for loader in loaders]
     assert [len(loader) for loader in loaders] == [len(found) for found in batches]
-    rows = [row for found in batches for batch in found for row in zip(batch.sources, batch.tokens, strict=True)]
+    rows = [
+        row
+        for found in batches
+        for batch in found
+        for row in zip(batch.sources, batch.tokens, strict=True)
+    ]
     assert sorted(rows) == sorted((f"given {i}", list(text)) for i, text in enumerate(texts))
-    assert all(len(batch.sources) == len(batch.inputs) <= size for found in batches for batch in found)
+    assert all(
+        len(batch.sources) == len(batch.inputs) <= size for found in batches for batch in found
+    )
     shares = [sum(len(batch.sources) for batch in found) for found in batches]
     assert max(shares) - min(shares) <= 1
 
@@ -414,7 +473,9 @@ def prompts_file(path, column):
 def test_prompts_of_any_file_skip_and_count_blank_lines(tales, fresh, caplog, suffix, blank):
     """Their column is their own; a byte-order mark is no part of the first prompt."""
     file = prompts_file(fresh / f"p[1]*{suffix}", "question")
-    data = tales(prompts_file=file, prompts_column="question", column="story", tokenizer=tokenizer_of(tales))
+    data = tales(
+        prompts_file=file, prompts_column="question", column="story", tokenizer=tokenizer_of(tales)
+    )
     held = {
         source: data.decode(row.tolist())
         for group in data.groups()
@@ -439,9 +500,13 @@ def in_context(data, context):
 
 def test_prompts_that_are_too_long_are_listed_all_at_once(tales, fresh):
     (fresh / "p.txt").write_text("ok\n\n" + "abcdefgh\n" * 12)
-    data = in_context(tales(prompts=["a" * 7, "b"], prompts_file=str(fresh / "p.txt"), vocab=257), 5)
+    data = in_context(
+        tales(prompts=["a" * 7, "b"], prompts_file=str(fresh / "p.txt"), vocab=257), 5
+    )
     said = complaint(data.groups)
-    assert said.startswith("prompts in Text: 13 cannot be used: given 0: 7 tokens, and the target's context holds 5; ")
+    assert said.startswith(
+        "prompts in Text: 13 cannot be used: given 0: 7 tokens, and the target's context holds 5; "
+    )
     assert "line 3 of 'p.txt': 8 tokens, and the target's context holds 5; line 4 of" in said
     assert said.endswith("and 3 more; shorten it, or set too_long to skip or truncate")
     assert said.count("tokens, and") == 10
@@ -450,13 +515,25 @@ def test_prompts_that_are_too_long_are_listed_all_at_once(tales, fresh):
 @pytest.mark.parametrize(
     ("choice", "expected", "line"),
     [
-        ("skip", {"given 0": "abc", "file 1": "de"}, "1 prompt was skipped for having more than the 5 tokens"),
-        ("truncate", {"given 0": "abc", "file 0": "12345", "file 1": "de"}, "1 prompt was truncated to the 5 tokens"),
+        (
+            "skip",
+            {"given 0": "abc", "file 1": "de"},
+            "1 prompt was skipped for having more than the 5 tokens",
+        ),
+        (
+            "truncate",
+            {"given 0": "abc", "file 0": "12345", "file 1": "de"},
+            "1 prompt was truncated to the 5 tokens",
+        ),
     ],
 )
-def test_prompts_that_are_too_long_can_be_skipped_or_truncated(tales, fresh, caplog, choice, expected, line):
+def test_prompts_that_are_too_long_can_be_skipped_or_truncated(
+    tales, fresh, caplog, choice, expected, line
+):
     (fresh / "p.txt").write_text("12345678\nde\n")
-    data = in_context(tales(prompts=["abc"], prompts_file=str(fresh / "p.txt"), vocab=257, too_long=choice), 5)
+    data = in_context(
+        tales(prompts=["abc"], prompts_file=str(fresh / "p.txt"), vocab=257, too_long=choice), 5
+    )
     held = {
         source: data.decode(row.tolist())
         for group in data.groups()
@@ -472,10 +549,13 @@ def test_when_all_prompts_are_skipped_that_is_said(tales):
 
 
 def test_a_file_with_several_kinds_of_faults_lists_them_all(tales, fresh):
-    (fresh / "p.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n[1]\n\n{"text": "\\udc00"}\n{"t": "x"}\nno\n')
+    (fresh / "p.jsonl").write_text(
+        '{"text": "fine"}\n{"text": 3}\n[1]\n\n{"text": "\\udc00"}\n{"t": "x"}\nno\n'
+    )
     said = complaint(tales(prompts_file=str(fresh / "p.jsonl")).groups)
     assert said.startswith(
-        "prompts in Text: 5 cannot be used: line 2 of 'p.jsonl': column 'text' holds int, not text; "
+        "prompts in Text: 5 cannot be used: line 2 of 'p.jsonl': column 'text' holds int, not "
+        "text; "
     )
     for part in (
         "line 3 of 'p.jsonl': it holds list",
@@ -496,7 +576,9 @@ def with_marks(fresh):
     inner = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     inner.add_special_tokens(["<s>", "</s>"])
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     inner.save(str(fresh / "marks.json"))
     return str(fresh / "marks.json")
 
@@ -518,12 +600,15 @@ def test_a_mark_that_the_tokenizer_adds_stands_there_once(with_marks, caplog, te
     data = Text(tokenizer=with_marks, prompts=[text])
     assert data.groups()[0].inputs.tolist() == [ids]
     for name in ("<s>", "</s>"):
-        assert (f"1 prompt brings '{name}', which the tokenizer adds itself" in caplog.text) == (name in twice)
+        assert (f"1 prompt brings '{name}', which the tokenizer adds itself" in caplog.text) == (
+            name in twice
+        )
     assert data.encode(text) == ids  # intervene's
 
 
 def test_without_prompts_windows_of_validation_text_are_taken(tales):
-    data, other = tales(n_prompts=4, n_ctx=11), tales(n_prompts=4, n_ctx=11, seed=1)
+    data = tales(n_prompts=4, n_ctx=11)
+    other = tales(n_prompts=4, n_ctx=11, seed=1)
     (group,) = data.groups()
     stream = written(data, "validation.bin")
     for row, source in zip(group.inputs, group.sources, strict=True):
@@ -539,14 +624,19 @@ def test_without_prompts_windows_of_validation_text_are_taken(tales):
 
 def test_fewer_windows_than_prompts_are_said(tales, caplog):
     (group,) = tales(n_prompts=9999).groups()
-    assert f"n_prompts 9999 in Text: the validation text has {len(group.sources)} windows" in caplog.text
+    assert (
+        f"n_prompts 9999 in Text: the validation text has {len(group.sources)} windows"
+        in caplog.text
+    )
     assert len(set(group.sources)) == len(written(tales(), "validation.bin")) // 16
 
 
 def test_a_config_names_its_settings(tales):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Text, "data")
-    parsed = parser.parse_args(['--data.prompts=["Mia said", "Tom"]', "--data.corpus=stdlib", "--data.n_ctx=7"])
+    parsed = parser.parse_args(
+        ['--data.prompts=["Mia said", "Tom"]', "--data.corpus=stdlib", "--data.n_ctx=7"]
+    )
     data = Text(**vars(parsed.data))
     assert (data.given, data.corpus.name, data.n_ctx) == (["Mia said", "Tom"], "stdlib", 7)
     assert Text(prompts="Mia said").given == ["Mia said"]
@@ -603,8 +693,19 @@ def files(folder):
         ("empty.txt", ["there is no text in it"]),
         ("short.txt", ["training tokens, and a window needs 64", "more text", "seq_len"]),
         ("odd.csv", ["odd.csv", "not a .txt, .jsonl or .parquet file"]),
-        ("latin.txt", ["latin.txt", "not UTF-8 at byte 2", "may be Latin-1", "iconv -f WINDOWS-1252 -t UTF-8"]),
-        ("wide.txt", ["wide.txt", "not UTF-8 at byte 0", "looks like UTF-16", "iconv -f UTF-16 -t UTF-8"]),
+        (
+            "latin.txt",
+            [
+                "latin.txt",
+                "not UTF-8 at byte 2",
+                "may be Latin-1",
+                "iconv -f WINDOWS-1252 -t UTF-8",
+            ],
+        ),
+        (
+            "wide.txt",
+            ["wide.txt", "not UTF-8 at byte 0", "looks like UTF-16", "iconv -f UTF-16 -t UTF-8"],
+        ),
         ("zeros.txt", ["looks like UTF-16"]),
         ("late.txt", [f"not UTF-8 at byte {2**20 + 5}"]),
         ("half.txt", ["not UTF-8 at byte 5"]),
@@ -631,12 +732,16 @@ def test_too_little_validation_text_is_said(fresh):
     data = Text(str(fresh / "x.txt"), vocab=257, batch_size=1)
     assert data.batch(0).shape == (1, 64)
     for make in (lambda: data.batch(0, 0, "val"), data.groups):
-        assert "2 validation tokens, and a window needs 64; give it more documents" in complaint(make)
+        assert "2 validation tokens, and a window needs 64; give it more documents" in complaint(
+            make
+        )
 
 
 def test_misspelt_corpora_and_tokenizers(fresh):
     assert "did you mean 'stories'?" in complaint(lambda: Text("storys").batch(0))
-    assert "no such tokenizer.json; leave tokenizer out" in complaint(lambda: Text(tokenizer="./none").vocab_size)
+    assert "no such tokenizer.json; leave tokenizer out" in complaint(
+        lambda: Text(tokenizer="./none").vocab_size
+    )
     (fresh / "bad.json").write_text("{}")
     assert "cannot be read" in complaint(lambda: Text(tokenizer=str(fresh / "bad.json")).vocab_size)
 
@@ -655,7 +760,9 @@ def test_the_hub_without_a_network(fresh, monkeypatch):
 def test_without_the_extra(fresh, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     corpus = "hf:x/y" if package == "datasets" else "stories"
-    assert f"needs {package}; pip install 'spd_lightning[lm]'" in complaint(lambda: Text(corpus).batch(0))
+    assert f"needs {package}; pip install 'spd_lightning[lm]'" in complaint(
+        lambda: Text(corpus).batch(0)
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from support.tiny_run import done, killed
 from test_resume import committed
 
 from spd_lightning import cli
-from spd_lightning.attribution.graph import MODES, known_mode
+from spd_lightning.attribution.graph import MODES, check_mode
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.dataset_edges import DatasetEdges
 from spd_lightning.harvest.graphs import PromptGraphs
@@ -25,7 +25,9 @@ from spd_lightning.viewer.library import Library
 CONFIG = """\
 base: stories-1L-tiny.yaml
 trainer: {logger: false}
-data: {init_args: {corpus: HERE/corpus.txt, vocab: 270, seq_len: 12, n_prompts: 45, predict_batch_size: 2}}
+data:
+  init_args:
+    {corpus: HERE/corpus.txt, vocab: 270, seq_len: 12, n_prompts: 45, predict_batch_size: 2}
 """
 DECODER = {"vocab": 270, "d_model": 8, "n_layers": 1, "n_heads": 2, "context": 16}
 HARVESTS = ("graphs", "sums")
@@ -33,7 +35,9 @@ HARVESTS = ("graphs", "sums")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A working directory with runs/text in it, a decoder of 16 positions that was never trained."""
+    """A working directory with runs/text in it, a decoder of 16 positions that was never
+    trained.
+    """
     here = tmp_path_factory.mktemp("text")
     words = (f"Mia went to the park {k} times and saw {k % 7} dogs ." for k in range(1500))
     (here / "corpus.txt").write_text("\n\n".join(words))
@@ -73,8 +77,12 @@ def rows(store: Store, table: str) -> pl.DataFrame:
     frame = store.scan(table).collect().with_columns(pl.col(pl.Enum).cast(pl.String))
     more = (c for c in ("token_id", "node") if c in frame.columns)
     keys = list(dict.fromkeys([*SORTED[table], *more])) or ["prompt_id"]
-    if table == "dataset_nodes":  # rows of embeddings are there in some groups only, and count those groups' positions
-        frame = frame.with_columns(positions=pl.when(pl.col("kind") == "component").then("positions").otherwise(0))
+    if (
+        table == "dataset_nodes"
+    ):  # rows of embeddings are there in some groups only, and count those groups' positions
+        frame = frame.with_columns(
+            positions=pl.when(pl.col("kind") == "component").then("positions").otherwise(0)
+        )
     if table == "components":
         counts = ["firings", "positions", "importance_sum", "activation_sum"]
         frame = frame.group_by(keys).agg(pl.col(counts).sum(), pl.col("norm", "alive").first())
@@ -86,14 +94,19 @@ def assert_same(found: list[Store], whole: list[Store], exact: bool) -> None:
     for one, other in zip(found, whole, strict=True):
         assert one.manifest["complete"]
         assert (
-            one.manifest["prompts"] == other.manifest["prompts"] == one.scan("prompts").collect().n_unique("prompt_id")
+            one.manifest["prompts"]
+            == other.manifest["prompts"]
+            == one.scan("prompts").collect().n_unique("prompt_id")
         )
         assert 25 < one.manifest["prompts"] < 45  # equal windows count once
         assert one.tables == other.tables
         for table in one.tables:
             sums = table == "components" or table.startswith("dataset_")
-            close = {"check_exact": True} if exact and not sums else {"abs_tol": 1e-5, "rel_tol": 1e-4}
-            mine, theirs = rows(one, table), rows(other, table)
+            close = (
+                {"check_exact": True} if exact and not sums else {"abs_tol": 1e-5, "rel_tol": 1e-4}
+            )
+            mine = rows(one, table)
+            theirs = rows(other, table)
             assert mine.height > 0
             assert_frame_equal(mine, theirs, **close)
 
@@ -106,7 +119,9 @@ def undisturbed(root) -> list[Store]:
 
 @pytest.mark.parametrize("groups", [2, 13])
 def test_killed_and_run_again(root, undisturbed, groups):
-    """Killed between batches, the two harvests at different places; no row is lost, none is there twice."""
+    """Killed between batches, the two harvests at different places; no row is lost, none is there
+    twice.
+    """
     name = f"killed{groups}"
     killed(root, predict(name), lambda: committed(root / f"text/harvest/{name}-graphs") >= groups)
     graphs, sums = (store.manifest for store in harvests(root, name))
@@ -119,14 +134,21 @@ def test_killed_and_run_again(root, undisturbed, groups):
 
 
 def test_two_devices_write_what_one_writes(root, undisturbed):
-    words = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp_fork"]
+    words = [
+        "--trainer.devices",
+        "2",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.strategy",
+        "ddp_fork",
+    ]
     done(root, [*predict("two"), *words])
     found = harvests(root, "two")
     assert [store.manifest["world"] for store in found] == [2, 2]
     assert_same(found, undisturbed, exact=False)
 
 
-# ---- what cannot be -------------------------------------------------------------------------------------------------
+# ---- what cannot be ------------------------------------------------------------------------------
 
 LONG = json.dumps(["Mia", "Mia went to the park " * 9])
 BAD = {
@@ -134,9 +156,18 @@ BAD = {
         ["--data.prompts", LONG],
         r"given 1: \d+ tokens, and the target's context holds 16; shorten it",
     ),
-    "windows too long": (["--data.n_ctx", "20"], r"prompt 'validation \d+': it has 20 tokens.* 16; lower data.n_ctx"),
-    "empty": (["--data.prompts", '["Mia", ""]'], "given 1: it is empty; give it a text or leave it out"),
-    "another vocabulary": (["--data.vocab", "300"], r"token \d+ is outside the target's vocabulary of 270; take the"),
+    "windows too long": (
+        ["--data.n_ctx", "20"],
+        r"prompt 'validation \d+': it has 20 tokens.* 16; lower data.n_ctx",
+    ),
+    "empty": (
+        ["--data.prompts", '["Mia", ""]'],
+        "given 1: it is empty; give it a text or leave it out",
+    ),
+    "another vocabulary": (
+        ["--data.vocab", "300"],
+        r"token \d+ is outside the target's vocabulary of 270; take the",
+    ),
 }
 
 
@@ -167,7 +198,10 @@ def test_prompts_that_cannot_be(root, capsys, what):
         ({"nodes": ["h.0.mpl.*"]}, "nodes 'h.0.mpl.*': no such layer"),
         ({"nodes": ["h.0.mlp.c_fc:12:1"]}, "there is no position 12; a prompt has 12"),
         ({"outputs": {"positions": [12]}}, "position 12 in outputs: a prompt has 12"),
-        ({"outputs": {"tokens": [270]}}, "token 270 in outputs: the vocabulary has 270; take 0 to 269"),
+        (
+            {"outputs": {"tokens": [270]}},
+            "token 270 in outputs: the vocabulary has 270; take 0 to 269",
+        ),
         ({"mode": "frozn"}, "did you mean 'frozen'?"),
     ],
 )
@@ -178,9 +212,11 @@ def test_questions_that_cannot_be(root, capsys, more, told):
 
 @pytest.mark.parametrize("kind", [PromptGraphs, DatasetEdges])
 def test_a_mode_that_there_is_not(kind):
-    assert all(known_mode(mode, "x") == mode for mode in MODES)
-    with pytest.raises(ValueError, match=f"mode 'ci_mask' in {kind.__name__}: .*; did you mean 'ci_masked'?"):
-        known_mode("ci_mask", kind.__name__)
+    assert all(check_mode(mode, "x") == mode for mode in MODES)
+    with pytest.raises(
+        ValueError, match=f"mode 'ci_mask' in {kind.__name__}: .*; did you mean 'ci_masked'?"
+    ):
+        check_mode("ci_mask", kind.__name__)
 
 
 def test_the_long_way_is_told_once(root, capsys):
@@ -196,6 +232,8 @@ def test_a_run_with_sums_alone_says_where_they_show(root, undisturbed, tmp_path)
     library = Library(str(tmp_path))
     _, harvest = library.choose("text", "whole-sums")
     assert harvest is None
-    with pytest.raises(BadInput, match=r"its harvests are sums, .*--config graphs\.yaml; .* edges text LAYER:"):
+    with pytest.raises(
+        BadInput, match=r"its harvests are sums, .*--config graphs\.yaml; .* edges text LAYER:"
+    ):
         library.store("text", harvest)
     assert Library(str(root)).choose("text", None)[1].endswith("-graphs")

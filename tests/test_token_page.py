@@ -1,4 +1,6 @@
-"""The tokens page and what it reads: beside naive loops over the tables, with hostile tokens, and in a browser."""
+"""The tokens page and what it reads: beside naive loops over the tables, with hostile tokens, and
+in a browser.
+"""
 
 import json
 import math
@@ -15,7 +17,12 @@ from test_viewer import CHROMIUM, JSON, _arrive, served
 
 from spd_lightning.analysis.components import importance_matrix
 from spd_lightning.analysis.prompts import prompt_label
-from spd_lightning.analysis.tokens import component_places, component_spread, token_components, token_outputs
+from spd_lightning.analysis.tokens import (
+    component_places,
+    component_spread,
+    token_components,
+    token_outputs,
+)
 from spd_lightning.errors import BadInput
 from spd_lightning.store import TABLES, Store, Writer, prompt_hash
 from spd_lightning.viewer import component_page, graph_page, plots, token_page
@@ -24,19 +31,46 @@ from spd_lightning.viewer.graph_page import GraphSelection
 from spd_lightning.viewer.library import Library
 from spd_lightning.viewer.token_page import TokenSelection, component_answer, place_answer
 
-LAYERS, COUNTS = ["wte", "h.0.fc", "h.0.down", "output"], {"h.0.fc": 6, "h.0.down": 4}
+LAYERS = ["wte", "h.0.fc", "h.0.down", "output"]
+COUNTS = {"h.0.fc": 6, "h.0.down": 4}
 EVIL = "<img src=x onerror=alert(1)>"
-VOCAB = ["Once", " upon", " a", "\n", "\t", " ", EVIL, "<b>bold</b>", "&amp;", "\u202e", "é", "", "\x00", "'\"`${x}"]
+VOCAB = [
+    "Once",
+    " upon",
+    " a",
+    "\n",
+    "\t",
+    " ",
+    EVIL,
+    "<b>bold</b>",
+    "&amp;",
+    "\u202e",
+    "é",
+    "",
+    "\x00",
+    "'\"`${x}",
+]
 TEXTS = [(0, 1, 2, 3, 6), (5, 7, 8, 9, 10, 11, 3, 12), (13, 4, 0), (0,)]
 WIDEST = ("h.0.down", 2)
 
 
 def make_text_run(folder: Path, mode: str = "nodes") -> Path:
-    """A run with a harvest of four texts of different lengths, made of tokens that browsers take for something else."""
+    """A run with a harvest of four texts of different lengths, made of tokens that browsers take
+    for something else.
+    """
     (folder / "harvest").mkdir(parents=True)
     (folder / "config.yaml").write_text("seed_everything: 0\n")
-    manifest = {"harvest": mode, "run": folder.name, "kind": "tokens", "mode": mode, "threshold": 0.1}
-    writer = Writer(folder / "harvest" / mode, manifest | {"layers": LAYERS, "C": COUNTS, "checkpoint_digest": "0"})
+    manifest = {
+        "harvest": mode,
+        "run": folder.name,
+        "kind": "tokens",
+        "mode": mode,
+        "threshold": 0.1,
+    }
+    writer = Writer(
+        folder / "harvest" / mode,
+        manifest | {"layers": LAYERS, "C": COUNTS, "checkpoint_digest": "0"},
+    )
     rng = np.random.default_rng(0)
     for group in (TEXTS[:2], TEXTS[2:]):
         writer.write(_tables(group, rng, edges=mode != "nodes"))
@@ -49,27 +83,42 @@ def _tables(texts, rng: np.random.Generator, edges: bool) -> dict[str, pl.DataFr
     for ids in texts:
         prompt = {"prompt_id": prompt_hash(bytes(ids))}
         own = {"token_ids": list(ids), "tokens": [VOCAB[i] for i in ids]}
-        rows["prompts"].append(prompt | own | {"source": f"text {TEXTS.index(ids)} {EVIL}", "split": "given"})
+        rows["prompts"].append(
+            prompt | own | {"source": f"text {TEXTS.index(ids)} {EVIL}", "split": "given"}
+        )
         places = [("embedding", "wte", p, 0, None) for p in range(len(ids))]
         for layer, count in COUNTS.items():
             for p, c in np.ndindex(len(ids), count):
-                g = float((ids[p] + p) % 2) if (layer, c) == WIDEST else round(rng.random() * 0.6, 3)
+                g = (
+                    float((ids[p] + p) % 2)
+                    if (layer, c) == WIDEST
+                    else round(rng.random() * 0.6, 3)
+                )
                 if g > 0.1 and (layer, c) != ("h.0.fc", 5):  # a component that is a node nowhere
                     places.append(("component", layer, p, c, g))
-        likely = [(p, t) for p in range(len(ids)) for t in rng.choice(len(VOCAB), 3, replace=False).tolist()]
+        likely = [
+            (p, t)
+            for p in range(len(ids))
+            for t in rng.choice(len(VOCAB), 3, replace=False).tolist()
+        ]
         places += [("output", "output", p, t, None) for p, t in likely]
         names = ("kind", "layer", "pos", "component", "importance")
         nodes = [
-            prompt | {"node": n, **dict(zip(names, place, strict=True)), "activation": float(rng.normal())}
+            prompt
+            | {"node": n, **dict(zip(names, place, strict=True)), "activation": float(rng.normal())}
             for n, place in enumerate(places)
         ]
         rows["nodes"] += nodes
         for p, t in likely:
-            values = dict(zip(("ci_probability", "target_probability"), rng.random(2) / 4, strict=True))
+            values = dict(
+                zip(("ci_probability", "target_probability"), rng.random(2) / 4, strict=True)
+            )
             rows["outputs"].append(prompt | {"pos": p, "token_id": t, "token": VOCAB[t], **values})
         if edges:
             end = len(nodes) - 1
-            rows["edges"] += [prompt | {"source": n, "target": end, "attribution": 1.0 + n} for n in range(3)]
+            rows["edges"] += [
+                prompt | {"source": n, "target": end, "attribution": 1.0 + n} for n in range(3)
+            ]
     rows["outputs"] = [row | {"ci_logit": 1.0, "target_logit": 2.0} for row in rows["outputs"]]
     words = {"layer": pl.String, "kind": pl.String}
     return {
@@ -101,7 +150,7 @@ def prompt_of(ids: tuple[int, ...]) -> int:
     return prompt_hash(bytes(ids))
 
 
-# ---- readings -------------------------------------------------------------------------------------------------------
+# ---- readings ------------------------------------------------------------------------------------
 
 
 def test_spread_is_the_standard_deviation_over_all_positions(store, nodes):
@@ -123,7 +172,9 @@ def test_spread_is_the_standard_deviation_over_all_positions(store, nodes):
 
 
 def test_places_of_a_component_and_components_of_a_place(store, nodes):
-    """Both directions are the same rows: all of a component, all of a token; the most important first."""
+    """Both directions are the same rows: all of a component, all of a token; the most important
+    first.
+    """
     for layer, count in COUNTS.items():
         for c in range(count):
             own = [row for row in nodes if (row["layer"], row["component"]) == (layer, c)]
@@ -165,7 +216,7 @@ def test_labels_of_texts_are_one_line():
     assert prompt_label({"source": "random 1", "tokens": []}) == "random 1 · no active feature"
 
 
-# ---- pages ----------------------------------------------------------------------------------------------------------
+# ---- pages ---------------------------------------------------------------------------------------
 
 
 def test_the_page_arrives_at_the_widest_component(store, nodes):
@@ -193,7 +244,9 @@ def test_a_place_tells_what_is_in_use_and_what_follows(store):
     page = token_page.place_data(store, prompt_of(ids), 3)
     assert (page.token, page.follows, page.pos) == (VOCAB[ids[3]], VOCAB[ids[4]], 3)
     likely = token_outputs(store, prompt_of(ids), 3)
-    assert [(row["token"], row["ci"], row["target"]) for row in page.outputs] == likely.drop("token_id").rows()
+    assert [(row["token"], row["ci"], row["target"]) for row in page.outputs] == likely.drop(
+        "token_id"
+    ).rows()
     assert [row["next"] for row in page.outputs] == [t == ids[4] for t in likely["token_id"]]
     assert page.rest[0] == pytest.approx(1 - likely["ci_probability"].sum())
     assert page.count == len(page.components) == token_components(store, prompt_of(ids), 3).height
@@ -239,12 +292,16 @@ def test_graph_page_names_tokens(root):
 
 def test_harvests_of_another_kind_are_told_in_one_line(root):
     library = Library(str(root))
-    with pytest.raises(BadInput, match=r"it has no graphs\. Choose another harvest above, or harvest graphs"):
+    with pytest.raises(
+        BadInput, match=r"it has no graphs\. Choose another harvest above, or harvest graphs"
+    ):
         graph_page.contents(library, "lm", "nodes")
     with pytest.raises(BadInput, match="vectors; see pages Graph and Components"):
         token_page.contents(library, "tms_5-2", "probe")
     held = token_page.contents(library, "graphs", "unmasked")
-    assert [prompt["tokens"] for prompt in held["prompts"]] == [[VOCAB[i] for i in ids] for ids in TEXTS]
+    assert [prompt["tokens"] for prompt in held["prompts"]] == [
+        [VOCAB[i] for i in ids] for ids in TEXTS
+    ]
 
 
 FIELDS = ["run", "harvest", "layer", "component", "prompt", "pos"]
@@ -265,7 +322,7 @@ def test_whatever_a_browser_asks_gets_an_answer_or_one_line(root, changes, other
     assert "problem" not in place_answer(library, sane)
 
 
-# ---- in a browser ---------------------------------------------------------------------------------------------------
+# ---- in a browser --------------------------------------------------------------------------------
 
 
 def test_tokens_in_a_browser(root, tmp_path):
@@ -279,7 +336,9 @@ def test_tokens_in_a_browser(root, tmp_path):
         browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         complaints: list[str] = []
-        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+        page.on(
+            "console", lambda said: complaints.append(said.text) if said.type == "error" else None
+        )
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
         _arrive(page, address)
@@ -290,17 +349,29 @@ def test_tokens_in_a_browser(root, tmp_path):
 
 
 def _look(page, expect) -> None:
-    tokens, panel = page.locator(".spd-tokens .text .token"), page.locator(".spd-tokens .panel")
-    expect(page.locator(".spd-tokens .summary")).to_contain_text("h.0.down:2")  # in front, at the widest component
+    tokens = page.locator(".spd-tokens .text .token")
+    panel = page.locator(".spd-tokens .panel")
+    expect(page.locator(".spd-tokens .summary")).to_contain_text(
+        "h.0.down:2"
+    )  # in front, at the widest component
     assert page.locator(".spd-tokens img, .spd-tokens .text b b").count() == 0
     expect(tokens).to_have_count(sum(map(len, TEXTS)))
-    whole = ["".join(VOCAB[i] for i in ids if VOCAB[i] not in ("\t", "\u202e", "\x00", "")) for ids in TEXTS]
-    shown = page.locator(".spd-tokens .text > div").evaluate_all("rows => rows.map((row) => row.textContent)")
+    whole = [
+        "".join(VOCAB[i] for i in ids if VOCAB[i] not in ("\t", "\u202e", "\x00", ""))
+        for ids in TEXTS
+    ]
+    shown = page.locator(".spd-tokens .text > div").evaluate_all(
+        "rows => rows.map((row) => row.textContent)"
+    )
     assert [text.replace("∅", "") for text in shown] == whole
-    glyphs = page.locator(".spd-tokens .text .blank").evaluate_all("all => all.map((one) => one.dataset.glyph)")
+    glyphs = page.locator(".spd-tokens .text .blank").evaluate_all(
+        "all => all.map((one) => one.dataset.glyph)"
+    )
     assert {"·", "↵", "→", "\\u202e", "\\u0000"} <= set(glyphs)
 
-    dark = tokens.evaluate_all("all => all.map((one) => Number(one.style.getPropertyValue('--g') || 0))")
+    dark = tokens.evaluate_all(
+        "all => all.map((one) => Number(one.style.getPropertyValue('--g') || 0))"
+    )
     assert dark == [float((i + p) % 2) for ids in TEXTS for p, i in enumerate(ids)]
     tokens.nth(1).hover()
     expect(page.locator(".spd-tokens .tip")).to_contain_text("importance≤ 0.1")
@@ -323,4 +394,6 @@ def _look(page, expect) -> None:
     page.locator(".spd-tokens .find").fill("bold")
     expect(page.locator(".spd-tokens .text:visible")).to_have_count(1)
     page.get_by_role("tab", name="Graph").click()
-    expect(page.locator(".spd-graph .problem")).to_contain_text("The page Tokens shows this harvest")
+    expect(page.locator(".spd-graph .problem")).to_contain_text(
+        "The page Tokens shows this harvest"
+    )

@@ -24,10 +24,14 @@ NOWHERE = "http://127.0.0.1:9"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A run fitted and harvested with both trackers, killed once on the way, where no network can be reached."""
+    """A run fitted and harvested with both trackers, killed once on the way, where no network can
+    be reached.
+    """
     here = tmp_path_factory.mktemp("tracking")
     root = lay_out(here, steps=120, batch=32)
-    alone = {f"WANDB_{kind}_DIR": str(here / "wandb" / kind) for kind in ("CACHE", "DATA", "CONFIG")}
+    alone = {
+        f"WANDB_{kind}_DIR": str(here / "wandb" / kind) for kind in ("CACHE", "DATA", "CONFIG")
+    }
     alone |= {"HTTP_PROXY": NOWHERE, "HTTPS_PROXY": NOWHERE, "WANDB_SILENT": "true"}
     checkpoint = root / "tiny/checkpoints/last.safetensors"
     killed(root, ["fit", *BOTH, "--run", "tiny"], checkpoint.exists, **alone)
@@ -82,10 +86,15 @@ def test_mlflow_holds_the_settings(client, root):
 
 def test_mlflow_holds_the_metrics(client, root):
     """The same curves as the run's own metrics.jsonl, and the figures of its summary."""
-    run, logged = tracked(client), runs.files.read_metrics(root / "tiny")
+    run = tracked(client)
+    logged = runs.files.read_metrics(root / "tiny")
     for name in ("train/loss", "l0/linear1", "mse/ci"):
-        held = {point.step: point.value for point in client.get_metric_history(run.info.run_id, name)}
-        assert held == pytest.approx({values["step"]: values[name] for values in logged if name in values})
+        held = {
+            point.step: point.value for point in client.get_metric_history(run.info.run_id, name)
+        }
+        assert held == pytest.approx(
+            {values["step"]: values[name] for values in logged if name in values}
+        )
         assert len(held) > 3
     summary = runs.Run(root / "tiny").summary
     assert run.data.metrics["l0/linear1"] == pytest.approx(summary["l0/linear1"])
@@ -100,7 +109,13 @@ def test_mlflow_holds_the_files(client, root):
             yield from files(item.path) if item.is_dir else [item.path]
 
     held = set(files())
-    assert {"config.yaml", "decomposition.safetensors", "decomposition.json", "summary.json", "metrics.jsonl"} <= held
+    assert {
+        "config.yaml",
+        "decomposition.safetensors",
+        "decomposition.json",
+        "summary.json",
+        "metrics.jsonl",
+    } <= held
     assert {"figures/mean_importance.png", "harvest/graphs-unmasked/manifest.json"} <= held
     here = {str(p.relative_to(root / "tiny")) for p in (root / "tiny").rglob("*") if p.is_file()}
     ours = ("checkpoints", "wandb", "mlflow", "sent", ".")
@@ -109,8 +124,11 @@ def test_mlflow_holds_the_files(client, root):
 
 
 def test_a_pulled_run_is_the_run(client, root, tmp_path, monkeypatch, capsys):
-    """Fetched to another machine it opens there: tables, weights, figures; asking twice fetches once."""
-    whole, weights = Store(root / "tiny/harvest/graphs-unmasked"), Decomposition.from_pretrained(root / "tiny")
+    """Fetched to another machine it opens there: tables, weights, figures; asking twice fetches
+    once.
+    """
+    whole = Store(root / "tiny/harvest/graphs-unmasked")
+    weights = Decomposition.from_pretrained(root / "tiny")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", runs.tracking_uri())
     monkeypatch.setenv("SPD_RUNS", str(tmp_path / "elsewhere"))
     assert cli.run(["pull", "mlflow:tiny"]) == 0
@@ -147,13 +165,21 @@ def test_pulling_what_is_not_there(client, capsys):
 
 
 def test_wandb_keeps_its_files_in_the_run(root):
-    """Offline, each command leaves one record, all of the same W&B run, with settings, curves and artifacts in it."""
+    """Offline, each command leaves one record, all of the same W&B run, with settings, curves and
+    artifacts in it.
+    """
     records = sorted((root / "tiny/wandb").glob("offline-run-*/run-*.wandb"))
     name = json.loads((root / "tiny/wandb.json").read_text())["id"]
     assert len(records) == 3
     assert {record.name for record in records} == {f"run-{name}.wandb"}
     fitted, harvested = (record.read_bytes() for record in records[1:])
-    for held in (b"train/loss", b"l0/linear1", b"minimality", b"tiny-run", b"decomposition.safetensors"):
+    for held in (
+        b"train/loss",
+        b"l0/linear1",
+        b"minimality",
+        b"tiny-run",
+        b"decomposition.safetensors",
+    ):
         assert held in fitted
     for held in (b"tiny-harvest-graphs-unmasked", b"manifest.json"):
         assert held in harvested
@@ -165,9 +191,15 @@ def test_patterns_of_sites_are_logged_as_text():
     from mlflow.exceptions import MlflowException
     from mlflow.utils.validation import _validate_param_name
 
-    settings = {"model": {"sites": {"h.*.attn.*_proj": 3}, "lr": 0.1}, "data": {"a b/c-d:e.f_1": {}}}
+    settings = {
+        "model": {"sites": {"h.*.attn.*_proj": 3}, "lr": 0.1},
+        "data": {"a b/c-d:e.f_1": {}},
+    }
     taken = acceptable(settings)
-    assert taken == {"model": {"sites": '{"h.*.attn.*_proj": 3}', "lr": 0.1}, "data": {"a b/c-d:e.f_1": {}}}
+    assert taken == {
+        "model": {"sites": '{"h.*.attn.*_proj": 3}', "lr": 0.1},
+        "data": {"a b/c-d:e.f_1": {}},
+    }
     for name in ("model/sites", "model/lr"):
         _validate_param_name(name)
     with pytest.raises(MlflowException):
@@ -189,7 +221,10 @@ def test_a_store_that_is_killed_while_it_is_made_leaves_nothing(tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlflow.store.tracking.sqlalchemy_store.mlflow.store.db.utils._initialize_tables", killed)
+        patch.setattr(
+            "mlflow.store.tracking.sqlalchemy_store.mlflow.store.db.utils._initialize_tables",
+            killed,
+        )
         with pytest.raises(KeyboardInterrupt):
             trackers.mlflow_client(trackers.embedded_uri())
     assert made

@@ -1,4 +1,6 @@
-"""The decoder: its logits are those of HuggingFace's models, and its parts do what their names say."""
+"""The decoder: its logits are those of HuggingFace's models, and its parts do what their names
+say.
+"""
 
 import math
 
@@ -15,7 +17,9 @@ from spd_lightning.targets.transformer import attend, attention_pattern, rotary_
 
 def tiny(**switches) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(**{"vocab": 61, "d_model": 24, "n_layers": 2, "n_heads": 6, "context": 24, **switches})
+    return Decoder(
+        **{"vocab": 61, "d_model": 24, "n_layers": 2, "n_heads": 6, "context": 24, **switches}
+    )
 
 
 STYLES = {
@@ -32,11 +36,19 @@ STYLES = {
 in_every_style = pytest.mark.parametrize("style", STYLES)
 
 
-# ---- HuggingFace's logits -------------------------------------------------------------------------------------------
+# ---- HuggingFace's logits ------------------------------------------------------------------------
 
 SAME = [
     ("gpt2", {}),
-    ("gpt2", {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "relu", "layer_norm_epsilon": 1e-3}),
+    (
+        "gpt2",
+        {
+            "tie_word_embeddings": False,
+            "n_inner": 40,
+            "activation_function": "relu",
+            "layer_norm_epsilon": 1e-3,
+        },
+    ),
     ("llama", {}),
     ("llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-2}),
     ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True, "hidden_act": "gelu"}),
@@ -50,26 +62,38 @@ SAME = [
 
 @pytest.mark.parametrize(("kind", "settings"), SAME, ids=lambda value: str(value)[:40])
 def test_logits_are_transformers_own(tmp_path, kind, settings):
-    """To 1e-5 of the largest, with every parameter random; and so after a rebuild from plain values and weights."""
+    """To 1e-5 of the largest, with every parameter random; and so after a rebuild from plain values
+    and weights.
+    """
     model = tiny_checkpoints.write(tmp_path, kind, **settings)
-    decoder, tokens = decoder_from(str(tmp_path)), tiny_checkpoints.tokens()
+    decoder = decoder_from(str(tmp_path))
+    tokens = tiny_checkpoints.tokens()
     wanted = model(tokens).logits
     assert wanted.std() > 0.3
-    torch.testing.assert_close(decoder(tokens), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    torch.testing.assert_close(
+        decoder(tokens), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item()
+    )
     again = Decoder(**decoder.init_args)
     again.load_state_dict(decoder.state_dict())
     assert torch.equal(again(tokens), decoder(tokens))
 
 
 def test_loss_is_transformers_own(tmp_path):
-    model, tokens = tiny_checkpoints.write(tmp_path, "gpt2"), tiny_checkpoints.tokens()
-    torch.testing.assert_close(decoder_from(str(tmp_path)).loss(tokens), model(tokens, labels=tokens).loss)
+    model = tiny_checkpoints.write(tmp_path, "gpt2")
+    tokens = tiny_checkpoints.tokens()
+    torch.testing.assert_close(
+        decoder_from(str(tmp_path)).loss(tokens), model(tokens, labels=tokens).loss
+    )
 
 
 REFUSED = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
     ("gpt2", {"activation_function": "tanh"}, "activation_function 'tanh'"),
-    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters {"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_parameters {",
+    ),
     ("llama", {"head_dim": 8}, "head_dim 8"),
     ("mistral", {"sliding_window": 8}, "sliding_window 8"),
     ("gpt_neox", {}, "model_type 'gpt_neox'"),
@@ -85,13 +109,15 @@ def test_what_it_has_no_switch_for_is_refused_by_name(tmp_path, kind, settings, 
     assert "\n" not in str(caught.value)
 
 
-# ---- parts ----------------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 @in_every_style
 def test_fused_attention_is_written_out_attention(style):
     """The same logits and the same gradients, in fp64."""
-    fused, written = (tiny(**STYLES[style], fused_attention=flag).double() for flag in (True, False))
+    fused, written = (
+        tiny(**STYLES[style], fused_attention=flag).double() for flag in (True, False)
+    )
     tokens = tiny_checkpoints.tokens()
     torch.testing.assert_close(fused(tokens), written(tokens), rtol=0, atol=1e-12)
     for model in (fused, written):
@@ -103,7 +129,8 @@ def test_fused_attention_is_written_out_attention(style):
 def test_attention_is_a_weighted_mean_of_what_came_before():
     """Against a loop over every query."""
     q, k, v = torch.randn(3, 2, 3, 5, 4, dtype=torch.float64)
-    gathered, pattern = attend(q, k, v, fused=False), attention_pattern(q, k)
+    gathered = attend(q, k, v, fused=False)
+    pattern = attention_pattern(q, k)
     for b, h, t in ((b, h, t) for b in range(2) for h in range(3) for t in range(5)):
         weights = [math.exp(float(q[b, h, t] @ k[b, h, s]) / 2) for s in range(t + 1)]
         mean = sum(w * v[b, h, s] for s, w in enumerate(weights)) / sum(weights)
@@ -112,7 +139,9 @@ def test_attention_is_a_weighted_mean_of_what_came_before():
 
 
 def test_rotary_scores_depend_on_distance_alone():
-    q, k, rotary = torch.randn(8).double(), torch.randn(8).double(), rotary_tables(12, 8, 100.0)
+    q = torch.randn(8).double()
+    k = torch.randn(8).double()
+    rotary = rotary_tables(12, 8, 100.0)
     turned = [rotate(x.expand(1, 1, 12, 8), rotary)[0, 0] for x in (q, k)]
     scores = turned[0] @ turned[1].T
     for distance in range(-11, 12):
@@ -124,7 +153,8 @@ def test_rotary_scores_depend_on_distance_alone():
 
 @in_every_style
 def test_the_future_is_not_seen(style):
-    model, tokens = tiny(**STYLES[style]), tiny_checkpoints.tokens()
+    model = tiny(**STYLES[style])
+    tokens = tiny_checkpoints.tokens()
     other = tokens.clone()
     other[:, 10:] = (other[:, 10:] + 1) % 61
     assert torch.equal(model(tokens)[:, :10], model(other)[:, :10])
@@ -133,7 +163,11 @@ def test_the_future_is_not_seen(style):
 
 @in_every_style
 def test_module_names(style):
-    names = {name for name, module in tiny(**STYLES[style]).named_modules() if isinstance(module, nn.Linear)}
+    names = {
+        name
+        for name, module in tiny(**STYLES[style]).named_modules()
+        if isinstance(module, nn.Linear)
+    }
     mlp = {"gate_proj", "up_proj", "down_proj"} if style == "llama" else {"c_fc", "down_proj"}
     parts = {f"attn.{m}_proj" for m in "qkvo"} | {f"mlp.{m}" for m in mlp}
     assert names == {f"h.{i}.{part}" for i in range(2) for part in parts} | {"lm_head"}
@@ -149,7 +183,9 @@ def test_tied_unembedding_is_one_parameter():
 
 
 def test_initial_weights_are_gpt2s():
-    """N(0, 0.02), smaller by √(2 layers) where they write into the residual stream; drawn from torch's own state."""
+    """N(0, 0.02), smaller by √(2 layers) where they write into the residual stream; drawn from
+    torch's own state.
+    """
     model = tiny(d_model=96, n_layers=8, bias=True)
     for name, parameter in model.named_parameters():
         std = 0.02 / 4 if "o_proj" in name or "down_proj" in name else 0.02
@@ -165,7 +201,7 @@ def test_rotary_tables_are_no_part_of_the_weights():
     assert not {"cos", "sin"} & set(tiny().state_dict())
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 def test_a_sequence_longer_than_the_context_is_refused():
@@ -188,11 +224,12 @@ def test_sizes_that_cannot_be(switches, said):
     assert said in str(caught.value)
 
 
-# ---- loss and sampling ----------------------------------------------------------------------------------------------
+# ---- loss and sampling ---------------------------------------------------------------------------
 
 
 def test_loss_is_the_mean_surprise_at_the_next_token():
-    model, tokens = tiny(), tiny_checkpoints.tokens()
+    model = tiny()
+    tokens = tiny_checkpoints.tokens()
     surprise = -model(tokens).double().log_softmax(dim=-1)
     each = [surprise[b, t, tokens[b, t + 1]] for b in range(3) for t in range(23)]
     torch.testing.assert_close(model.loss(tokens).double(), torch.stack(each).mean())
@@ -200,7 +237,8 @@ def test_loss_is_the_mean_surprise_at_the_next_token():
 
 
 def test_greedy_samples_are_the_likeliest_tokens():
-    model, tokens = tiny(), tiny_checkpoints.tokens(length=5)
+    model = tiny()
+    tokens = tiny_checkpoints.tokens(length=5)
     longer = sample(model, tokens, 8, temperature=0.0)
     assert torch.equal(longer[:, :5], tokens)
     assert torch.equal(longer[:, 5:], model(longer)[:, 4:-1].argmax(-1))
@@ -219,7 +257,8 @@ def test_samples_follow_the_distribution_and_the_generator():
 
 
 def test_samples_beyond_the_context_see_its_last_tokens():
-    model, tokens = tiny(), tiny_checkpoints.tokens()
+    model = tiny()
+    tokens = tiny_checkpoints.tokens()
     longer = sample(model, tokens, 3, temperature=0.0)
     assert longer.shape == (3, 27)
     assert torch.equal(longer[:, -1], model(longer[:, 2:26])[:, -1].argmax(-1))

@@ -7,7 +7,7 @@ from test_closed_form import CLOSED, assert_equal, dictionary
 
 from spd_lightning.attribution.autograd import cut_run, oracle
 from spd_lightning.attribution.checks import Graphs, Inflow
-from spd_lightning.attribution.graph import MODES, Subject
+from spd_lightning.attribution.graph import MODES, GraphSpec
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.harvest.twins import twin_of
 from spd_lightning.targets.conversion import decoder_from
@@ -25,9 +25,12 @@ KINDS = {
 
 
 def decomposed(target, sites):
-    """In double precision, with random components, importances at random, and half the tokens as outputs."""
+    """In double precision, with random components, importances at random, and half the tokens as
+    outputs.
+    """
     torch.manual_seed(0)
-    model, tokens = ComponentModel(target, sites).double(), tiny_checkpoints.tokens(2, 4)
+    model = ComponentModel(target, sites).double()
+    tokens = tiny_checkpoints.tokens(2, 4)
     inner = model.clean(tokens).inner
     g = {name: (1.8 * torch.rand(a.shape).double() - 0.6).clamp(0, 1) for name, a in inner.items()}
     return model, tokens, g
@@ -39,8 +42,12 @@ def odd_tokens(output):
 
 @pytest.mark.parametrize("mode", CLOSED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a7_a_model_of_transformers_has_the_oracles_graph_without_a_backward_pass(tmp_path, kind, mode):
-    """To single precision: transformers' norms, angles and patterns are, whatever the model's weights are."""
+def test_a7_a_model_of_transformers_has_the_oracles_graph_without_a_backward_pass(
+    tmp_path, kind, mode
+):
+    """To single precision: transformers' norms, angles and patterns are, whatever the model's
+    weights are.
+    """
     settings, sites = KINDS[kind]
     tiny_checkpoints.write(tmp_path, kind.split(",")[0], **settings)
     target = HuggingFaceLM.from_pretrained(str(tmp_path))
@@ -48,16 +55,20 @@ def test_a7_a_model_of_transformers_has_the_oracles_graph_without_a_backward_pas
     model, tokens, g = decomposed(target, sites)
     quick = twin_of(model, CLOSED[mode])
     assert quick.model is not model
-    of = Subject(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
-    layers, found = quick.graphs(of)
+    spec = GraphSpec(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
+    layers, found = quick.graphs(spec)
     found = list(found)
     for p in range(len(tokens)):
-        cut = cut_run(of.alone(p, layers[-1].nodes))
-        assert [(layer.kind, layer.name) for layer in layers] == [(layer.kind, layer.name) for layer in cut]
+        cut = cut_run(spec.alone(p, layers[-1].nodes))
+        assert [(layer.kind, layer.name) for layer in layers] == [
+            (layer.kind, layer.name) for layer in cut
+        ]
         assert_equal(dictionary(layers, found, p), oracle(cut), rtol=1e-4, atol=1e-5)
-    heads = list(quick.heads(of, found))
+    heads = list(quick.heads(spec, found))
     for p, table in enumerate(found):
-        through = torch.cat([t.attribution[t.prompt == p] for t in heads] or [torch.zeros(0).double()]).sum()
+        through = torch.cat(
+            [t.attribution[t.prompt == p] for t in heads] or [torch.zeros(0).double()]
+        ).sum()
         ends = [key[1][3] for key in dictionary(layers, found, p)]
         o = torch.tensor([name.endswith("o_proj") for name in ends])
         torch.testing.assert_close(through, table.attribution[o].sum(), rtol=1e-5, atol=1e-9)
@@ -66,39 +77,50 @@ def test_a7_a_model_of_transformers_has_the_oracles_graph_without_a_backward_pas
 @pytest.mark.parametrize("mode", CLOSED)
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
 def test_a7_checkpoints_as_a_decoder(tmp_path, kind, mode):
-    """GPT-2, Llama, Qwen2 on our decoder: closed form and oracle agree to 1e-9; the logits are transformers' own."""
+    """GPT-2, Llama, Qwen2 on our decoder: closed form and oracle agree to 1e-9; the logits are
+    transformers' own.
+    """
     theirs = tiny_checkpoints.write(tmp_path, kind).double()
-    model, tokens, g = decomposed(decoder_from(str(tmp_path)), {"h.*.attn.*_proj": 5, "h.*.mlp.*": 6})
+    model, tokens, g = decomposed(
+        decoder_from(str(tmp_path)), {"h.*.attn.*_proj": 5, "h.*.mlp.*": 6}
+    )
     torch.testing.assert_close(model.target(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
     quick = twin_of(model, CLOSED[mode])
-    of = Subject(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
-    layers, found = quick.graphs(of)
+    spec = GraphSpec(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
+    layers, found = quick.graphs(spec)
     found = list(found)
     for p in range(len(tokens)):
-        cut = cut_run(of.alone(p, layers[-1].nodes))
+        cut = cut_run(spec.alone(p, layers[-1].nodes))
         assert_equal(dictionary(layers, found, p), oracle(cut), atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 def test_a6_a_twin_made_in_inference_mode_has_graphs(tmp_path, kind):
-    """As `Trainer.predict` makes it: frozen sums, edges against interventions, and gradients through it."""
-    tiny_checkpoints.write(tmp_path, kind, **({"sliding_window": None} if kind == "mistral" else {}))
+    """As `Trainer.predict` makes it: frozen sums, edges against interventions, and gradients
+    through it.
+    """
+    tiny_checkpoints.write(
+        tmp_path, kind, **({"sliding_window": None} if kind == "mistral" else {})
+    )
     model, tokens, g = decomposed(HuggingFaceLM.from_pretrained(str(tmp_path)), MAPS)
     mode = MODES["frozen"]
     with torch.inference_mode():
         quick = twin_of(model, mode)
     assert quick.model is not model
     assert not any(parameter.is_inference() for parameter in quick.model.parameters())
-    of = Subject(model, tokens, g, mode, 0.3, odd_tokens)
-    layers, found = quick.graphs(of)
+    spec = GraphSpec(model, tokens, g, mode, 0.3, odd_tokens)
+    layers, found = quick.graphs(spec)
     found = list(found)
-    inflow, graphs = Inflow(model, layers), Graphs(layers)
+    inflow = Inflow(model, layers)
+    graphs = Graphs(layers)
     for table in found:
         inflow.add(table)
     assert inflow.gaps().max() < 1e-4
     some = graphs.drawn(found[0], 10, torch.Generator().manual_seed(0))
-    lost = -quick.changes(of, graphs.checks(some), 0.0)
-    torch.testing.assert_close(lost, some.attribution, rtol=1e-4, atol=1e-5 * some.attribution.abs().max().item())
+    lost = -quick.changes(spec, graphs.checks(some), 0.0)
+    torch.testing.assert_close(
+        lost, some.attribution, rtol=1e-4, atol=1e-5 * some.attribution.abs().max().item()
+    )
 
 
 def test_what_has_no_twin_stays_itself(tmp_path):
@@ -108,7 +130,7 @@ def test_what_has_no_twin_stays_itself(tmp_path):
     model, tokens, g = decomposed(target, {"transformer.h.*.attn.*": 5, "transformer.h.*.mlp.*": 6})
     quick = twin_of(model, MODES["unmasked"])
     assert quick.model is model
-    layers, found = quick.graphs(Subject(model, tokens, g, MODES["unmasked"], 0.3, odd_tokens))
+    layers, found = quick.graphs(GraphSpec(model, tokens, g, MODES["unmasked"], 0.3, odd_tokens))
     assert sum(len(table.source) for table in found)
     assert {layer.name for layer in layers if layer.kind == "component"} == set(model.sites)
 
@@ -116,18 +138,22 @@ def test_what_has_no_twin_stays_itself(tmp_path):
 @pytest.mark.parametrize("mode", CLOSED)
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
 def test_maps_that_are_no_sites_need_no_place_but_their_biases_do(tmp_path, kind, mode):
-    """Frozen graphs have them as nodes; GPT-2's are those of one map, and the decoder has some that Qwen2 has not."""
+    """Frozen graphs have them as nodes; GPT-2's are those of one map, and the decoder has some that
+    Qwen2 has not.
+    """
     tiny_checkpoints.write(tmp_path, kind)
     target = HuggingFaceLM.from_pretrained(str(tmp_path))
     target.model.set_attn_implementation("eager")
     model, tokens, g = decomposed(target, {"*.mlp.*": 6} if kind == "gpt2" else MLPS)
     quick = twin_of(model, CLOSED[mode])
     assert (quick.model is model) == (CLOSED[mode].linearization == "frozen")
-    of = Subject(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
-    layers, found = quick.graphs(of)
+    spec = GraphSpec(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
+    layers, found = quick.graphs(spec)
     found = list(found)
-    cut = cut_run(of.alone(0, layers[-1].nodes))
-    assert [(layer.kind, layer.name) for layer in layers] == [(layer.kind, layer.name) for layer in cut]
+    cut = cut_run(spec.alone(0, layers[-1].nodes))
+    assert [(layer.kind, layer.name) for layer in layers] == [
+        (layer.kind, layer.name) for layer in cut
+    ]
     assert_equal(dictionary(layers, found, 0), oracle(cut), rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,6 @@
-"""The table of verbs: what is read is what is shown, and what is wrong is found before torch is loaded."""
+"""The table of verbs: what is read is what is shown, and what is wrong is found before torch is
+loaded.
+"""
 
 import importlib
 import os
@@ -24,19 +26,24 @@ from spd_lightning.training.parsing import TOPICS, settings_of
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# ---- help -----------------------------------------------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------------
 
 
 def test_every_verb_is_in_the_table():
     for name, verb in verbs.VERBS.items():
-        assert callable(importlib.import_module(f"spd_lightning.commands.{verb.module or name}").main)
+        assert callable(
+            importlib.import_module(f"spd_lightning.commands.{verb.module or name}").main
+        )
         assert re.search(rf"^  {name} .*\.$", options.overview(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", verbs.VERBS)
 def test_help_shows_every_option_that_is_read(name):
-    """Usage, purpose, each option with its default, and an example of that verb, from whose words it can be read."""
-    verb, page = verbs.VERBS[name], options.page(name)
+    """Usage, purpose, each option with its default, and an example of that verb, from whose words
+    it can be read.
+    """
+    verb = verbs.VERBS[name]
+    page = options.page(name)
     assert page.startswith(f"usage: python -m spd_lightning {name}")
     assert verb.purpose in page
     actions = options.Reader(verb)._actions
@@ -44,7 +51,9 @@ def test_help_shows_every_option_that_is_read(name):
     for action in actions:
         shown = action.option_strings[0] if action.option_strings else str(action.metavar)
         (line,) = [line for line in page.splitlines() if re.match(rf"  {shown}( |$)", line)]
-        assert action.default in (None, False) or f"default: {action.default}" in " ".join(page.split())
+        assert action.default in (None, False) or f"default: {action.default}" in " ".join(
+            page.split()
+        )
         assert line
     assert verb.example.split()[0] == name
     assert verb.example in page
@@ -118,7 +127,7 @@ def test_settings_of_a_class(capsys):
     assert "did you mean 'PromptGraphs'?" in capsys.readouterr().err
 
 
-# ---- words ----------------------------------------------------------------------------------------------------------
+# ---- words ---------------------------------------------------------------------------------------
 
 
 def test_settings_pass_in_their_order():
@@ -134,7 +143,13 @@ def test_settings_pass_in_their_order():
     ]
     found, rest = options.read_some("plan", [*words, "--device", "t4"])
     assert (found.config, found.device) == (["a", "b"], "t4")
-    assert rest == ["--trainer.max_steps", "5", '--model.sites={"x y": 3}', "--seed_everything", "-1"]
+    assert rest == [
+        "--trainer.max_steps",
+        "5",
+        '--model.sites={"x y": 3}',
+        "--seed_everything",
+        "-1",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -151,10 +166,16 @@ def test_settings_pass_in_their_order():
         ),
         ("edges r", "edges: COMPONENT is missing"),
         ("edges", "edges: RUN is missing"),
-        ("export r --nodes x", "export: --nodes 'x': a share; take a number from 0 to 1; for example: --nodes 0.8"),
+        (
+            "export r --nodes x",
+            "export: --nodes 'x': a share; take a number from 0 to 1; for example: --nodes 0.8",
+        ),
         ("export r --to", "export: '--to' needs a value; for example: --to graph.json"),
         ("export r --tos=3", "export: unknown option '--tos=3'; did you mean '--to'?"),
-        ("plan --config a --device h10", "plan: --device 'h10': unknown value; did you mean 'h100'?"),
+        (
+            "plan --config a --device h10",
+            "plan: --device 'h10': unknown value; did you mean 'h100'?",
+        ),
     ],
 )
 def test_wrong_words(words, line):
@@ -164,7 +185,7 @@ def test_wrong_words(words, line):
         read(verb, rest)
 
 
-# ---- before torch is loaded -----------------------------------------------------------------------------------------
+# ---- before torch is loaded ----------------------------------------------------------------------
 
 REJECTED = {
     "weights toy": "weights: run 'toy': TMS is not a supported decoder",
@@ -172,8 +193,12 @@ REJECTED = {
     "weights empty": "holds no decomposition",
     "weights tyo": "did you mean 'toy'?",
     "intervene toy --text Mia": "run 'toy' takes no texts",
-    "intervene toy --input 1 --ablate linear3:1": "site 'linear3': not one of the decomposition; did you mean 'linear",
-    "intervene toy --input 1 --ablate linear1:20": "component 20 of 'linear1': it has 20; take one from 0 to 19",
+    "intervene toy --input 1 --ablate linear3:1": (
+        "site 'linear3': not one of the decomposition; did you mean 'linear"
+    ),
+    "intervene toy --input 1 --ablate linear1:20": (
+        "component 20 of 'linear1': it has 20; take one from 0 to 19"
+    ),
     "predict --config tms": "run 'tms': not in",
     "validate --config nope": "config 'nope': no such file",
     "fit --config nope": "config 'nope': no such file",
@@ -187,25 +212,39 @@ def test_runs_of_the_wrong_kind_are_rejected_without_torch(tmp_path):
     """Each in one line, and none of them loads torch."""
     targets = {
         "toy": '{"class_path": "spd_lightning.TMS", "init_args": {}}',
-        "bert": '{"class_path": "spd_lightning.HuggingFaceLM", "init_args": {"config": {"model_type": "bert"}}}',
+        "bert": (
+            '{"class_path": "spd_lightning.HuggingFaceLM", "init_args": {"config": {"model_type": '
+            '"bert"}}}'
+        ),
     }
     for name, target in targets.items():
         (tmp_path / name).mkdir()
-        facts = f'{{"target": {target}, "sites": {{"linear1": {{"C": 20}}, "linear2": {{"C": 20}}}}}}'
+        facts = (
+            f'{{"target": {target}, "sites": {{"linear1": {{"C": 20}}, "linear2": {{"C": 20}}}}}}'
+        )
         (tmp_path / name / "decomposition.json").write_text(facts)
         (tmp_path / name / "decomposition.safetensors").write_text("")
-        (tmp_path / name / "config.yaml").write_text("data: {class_path: spd_lightning.SparseFeatures}")
+        (tmp_path / name / "config.yaml").write_text(
+            "data: {class_path: spd_lightning.SparseFeatures}"
+        )
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/config.yaml").write_text("")
     code = (
         "import sys; from spd_lightning.cli import run\n"
         f"for words in {list(REJECTED)!r}: assert run(words.split()) == 2, words\n"
-        "assert not {'torch', 'lightning', 'mlflow', 'wandb', 'gradio', 'matplotlib'} & set(sys.modules)"
+        "assert not {'torch', 'lightning', 'mlflow', 'wandb', 'gradio', 'matplotlib'} & "
+        "set(sys.modules)"
     )
     surroundings = os.environ | {"SPD_RUNS": str(tmp_path), "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", code]
     done = subprocess.run(
-        words, env=surroundings, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        words,
+        env=surroundings,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     lines = done.stderr.splitlines()
     assert done.returncode == 0, done.stderr
@@ -216,27 +255,34 @@ def test_runs_of_the_wrong_kind_are_rejected_without_torch(tmp_path):
 
 
 def test_a_python_without_the_packages_gives_one_line(tmp_path):
-    """As the system's Python in a checkout: help is there, and the line names the package and the remedy."""
+    """As the system's Python in a checkout: help is there, and the line names the package and the
+    remedy.
+    """
     venv.create(tmp_path / "bare", with_pip=False)
     python = tmp_path / "bare/bin/python"
 
     def command(*words):
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         return subprocess.run(
-            [python, "-m", "spd_lightning", *words], cwd=ROOT, env=clean, capture_output=True, text=True
+            [python, "-m", "spd_lightning", *words],
+            cwd=ROOT,
+            env=clean,
+            capture_output=True,
+            text=True,
         )
 
     done = command("fit", "--config", "tms.yaml")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: package 'pyyaml' is not installed for {python}; activate the environment that holds it (make install, "
+        f"error: package 'pyyaml' is not installed for {python}; activate the environment that "
+        "holds it (make install, "
         "then: source .venv/bin/activate)\n"
     )
     assert "Traceback" in command("fit", "--config", "tms.yaml", "--debug").stderr
     assert command("fit", "--help").stdout == options.page("fit")
 
 
-# ---- loading --------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def test_threads_sleep_while_they_wait(monkeypatch):
@@ -251,9 +297,12 @@ def test_threads_sleep_while_they_wait(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("terminal", "seconds", "said"), [(True, 0.0, "loading torch ...\n"), (True, 9.0, ""), (False, 0.0, "")]
+    ("terminal", "seconds", "said"),
+    [(True, 0.0, "loading torch ...\n"), (True, 9.0, ""), (False, 0.0, "")],
 )
-def test_loading_is_announced_on_a_terminal_once_it_takes_long(monkeypatch, capsys, terminal, seconds, said):
+def test_loading_is_announced_on_a_terminal_once_it_takes_long(
+    monkeypatch, capsys, terminal, seconds, said
+):
     import time
 
     monkeypatch.setattr(loading, "LONG", seconds)

@@ -1,4 +1,6 @@
-"""The viewer: what each page holds, beside naive loops over the tables; and one walk through it with a browser."""
+"""The viewer: what each page holds, beside naive loops over the tables; and one walk through it
+with a browser.
+"""
 
 import base64
 import contextlib
@@ -67,15 +69,22 @@ def test_graph_page_holds_the_rows_of_the_tables(store):
         prompt = prompt_hash(source.encode())
         page = graph_page.page_data(store, GraphSelection(prompt, top_k=1000))
         json.dumps(page.__dict__, allow_nan=False)
-        nodes, edges = rows(store, "nodes", prompt), rows(store, "edges", prompt)
+        nodes = rows(store, "nodes", prompt)
+        edges = rows(store, "edges", prompt)
         outputs = {row["token_id"]: row for row in rows(store, "outputs", prompt)}
         assert len(page.nodes) == len(nodes)
         for shown, row in zip(page.nodes, nodes, strict=True):
             assert page.layers[shown["layer"]] == row["layer"]
-            assert all(shown[name] == row[name] for name in ("node", "kind", "pos", "component", "activation"))
+            assert all(
+                shown[name] == row[name]
+                for name in ("node", "kind", "pos", "component", "activation")
+            )
             if row["kind"] == "output":
                 values = outputs[row["component"]]
-                assert list(shown["outputs"].values()) == [values["ci_logit"], values["target_logit"]]
+                assert list(shown["outputs"].values()) == [
+                    values["ci_logit"],
+                    values["target_logit"],
+                ]
         assert {tuple(edge.values()) for edge in page.edges} == {
             (row["source"], row["target"], row["attribution"]) for row in edges
         }
@@ -86,7 +95,10 @@ def test_graph_page_holds_the_rows_of_the_tables(store):
 def test_node_page_names_both_ends_of_every_edge(store):
     """Everything that meets in a node is listed by name, whatever the graph's filters hide."""
     prompt = prompt_hash(b"random 4")
-    nodes = {row["node"]: f"{row['layer']}:{row['pos']}:{row['component']}" for row in rows(store, "nodes", prompt)}
+    nodes = {
+        row["node"]: f"{row['layer']}:{row['pos']}:{row['component']}"
+        for row in rows(store, "nodes", prompt)
+    }
     edges = rows(store, "edges", prompt)
     for node in nodes:
         page = graph_page.node_data(store, prompt, node)
@@ -100,11 +112,18 @@ def test_node_page_names_both_ends_of_every_edge(store):
 
 
 def test_values_that_are_not_finite_reach_the_browser_as_nothing(store, tmp_path):
-    """JSON knows no infinity: such an attribution is shown as missing, and the others keep their scale."""
-    prompt, path = prompt_hash(b"one"), tmp_path / "odd"
+    """JSON knows no infinity: such an attribution is shown as missing, and the others keep their
+    scale.
+    """
+    prompt = prompt_hash(b"one")
+    path = tmp_path / "odd"
     keep = ("harvest", "run", "kind", "mode", "threshold", "layers", "C")
-    tables = {t: store.scan(t, int(PROBE)).collect() for t in ("prompts", "nodes", "edges", "outputs")}
-    tables = {t: frame.with_columns(prompt_id=pl.lit(prompt, pl.UInt64)) for t, frame in tables.items()}
+    tables = {
+        t: store.scan(t, int(PROBE)).collect() for t in ("prompts", "nodes", "edges", "outputs")
+    }
+    tables = {
+        t: frame.with_columns(prompt_id=pl.lit(prompt, pl.UInt64)) for t, frame in tables.items()
+    }
     values = pl.Series("attribution", [np.inf, np.nan, 0.5, -2.0, 0.0, 0.0, 0.0], pl.Float32)
     tables["edges"] = tables["edges"].with_columns(values)
     Writer(path, {key: store.manifest[key] for key in keep}).write(tables)
@@ -117,21 +136,31 @@ def test_values_that_are_not_finite_reach_the_browser_as_nothing(store, tmp_path
 
 
 def test_what_is_no_component_has_a_name_of_its_own():
-    """In frozen graphs (A6) a site has a rest and a bias beside its components, all numbered from 0."""
+    """In frozen graphs (A6) a site has a rest and a bias beside its components, all numbered from
+    0.
+    """
     kinds = ["component", "rest", "bias"]
     nodes = [{"layer": "linear1", "pos": 2, "component": 0, "kind": kind} for kind in kinds]
-    assert [graph_page.node_name(node) for node in nodes] == ["linear1:2:0", "linear1:2:rest", "linear1:2:bias"]
+    assert [graph_page.node_name(node) for node in nodes] == [
+        "linear1:2:0",
+        "linear1:2:rest",
+        "linear1:2:bias",
+    ]
 
 
 def test_component_page_shows_one_component_a_feature(root, store):
     """The permuted importances of single features are diagonal, and V has the same columns."""
-    page = component_page.page_data(store, root / "tms_5-2", ComponentSelection("linear1", permuted=True))
+    page = component_page.page_data(
+        store, root / "tms_5-2", ComponentSelection("linear1", permuted=True)
+    )
     assert page.order[:FEATURES].tolist() == ALIVE
     assert np.array_equal(page.importances, np.eye(FEATURES, C, dtype=np.float32))
     assert page.weights is not None
     assert np.allclose(page.weights.V[:, :FEATURES], np.eye(FEATURES))
     assert page.prompts == [f"feature {f} = 0.75" for f in range(FEATURES)]
-    plain = component_page.page_data(store, root / "tms_5-2", ComponentSelection("linear1", permuted=False))
+    plain = component_page.page_data(
+        store, root / "tms_5-2", ComponentSelection("linear1", permuted=False)
+    )
     assert np.array_equal(plain.importances[:, page.order], page.importances)
     assert [drawn is not None for drawn in component_page.figures(page)] == [True] * 4
 
@@ -161,8 +190,12 @@ def test_run_page_tells_what_the_files_hold(root, store):
     assert page.results == [("seed", "0")]
     assert [grid.things for grid in page.grids] == [["linear1", "linear2"]]
     assert page.grids[0].measures == {"mmcs": ["0.9998", "0.9997"], "alive": ["5", "5"]}
-    assert dict(page.harvest) | {"prompts": "69", "complete": "yes", "mode": "unmasked"} == dict(page.harvest)
-    logged = [json.loads(line) for line in (root / "tms_5-2" / "metrics.jsonl").read_text().splitlines()]
+    assert dict(page.harvest) | {"prompts": "69", "complete": "yes", "mode": "unmasked"} == dict(
+        page.harvest
+    )
+    logged = [
+        json.loads(line) for line in (root / "tms_5-2" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert set(page.losses) == {"train/loss", "train/faithfulness"}
     losses = {line["step"]: line["train/loss"] for line in logged if "train/loss" in line}
     assert dict(page.losses["train/loss"].rows()) == losses
@@ -178,7 +211,10 @@ def test_a_run_that_diverged_is_drawn_too(tmp_path):
     """Infinite and missing losses leave a gap, no error."""
     run = make_run(tmp_path / "run", harvests=())
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3000, "train/loss": Infinity, "l0/linear1": NaN}\n{"step": 3001, "train/loss": NaN}\n')
+        file.write(
+            '{"step": 3000, "train/loss": Infinity, "l0/linear1": NaN}\n{"step": 3001, '
+            '"train/loss": NaN}\n'
+        )
     page = run_page.page_data(Run(run), None)
     assert page.losses["train/loss"]["value"].is_infinite().any()
     for figure in run_page.figures(page):
@@ -231,7 +267,10 @@ def test_a_library_opens_names_and_never_paths(root):
 
 def test_what_is_wished_for_is_chosen_if_it_is_there(root, tmp_path):
     library = Library(str(root))
-    chosen = {wish: library.choose(*wish) for wish in [("tms_5-2", "probe"), ("broken", "second"), ("bare", "probe")]}
+    chosen = {
+        wish: library.choose(*wish)
+        for wish in [("tms_5-2", "probe"), ("broken", "second"), ("bare", "probe")]
+    }
     assert {wish: (run.name, harvest) for wish, (run, harvest) in chosen.items()} == {
         ("tms_5-2", "probe"): ("tms_5-2", "probe"),
         ("broken", "second"): ("broken", "probe"),
@@ -258,7 +297,9 @@ def test_a_store_is_read_anew_when_it_grows(tmp_path):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=4,
 )
 FIELDS = ["run", "harvest", "prompt", "top_k", "threshold", "min_importance", "influence", "node"]
@@ -267,9 +308,18 @@ FIELDS = ["run", "harvest", "prompt", "top_k", "threshold", "min_importance", "i
 @settings(max_examples=100, deadline=None)
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3), other=JSON)
 def test_whatever_a_browser_asks_gets_an_answer_or_one_line(root, changes, other):
-    """Server functions can be called by any client: wrong types, unknown names and numbers out of range are refused."""
+    """Server functions can be called by any client: wrong types, unknown names and numbers out of
+    range are refused.
+    """
     library = Library(str(root))
-    sane = {"run": "tms_5-2", "harvest": "probe", "prompt": PROBE, "top_k": 50, "threshold": 0, "min_importance": 0}
+    sane = {
+        "run": "tms_5-2",
+        "harvest": "probe",
+        "prompt": PROBE,
+        "top_k": 50,
+        "threshold": 0,
+        "min_importance": 0,
+    }
     sane["influence"] = 0.8
     for question in (sane | {"node": 0} | changes, other):
         for answer in (graph_answer(library, question), node_answer(library, question)):
@@ -283,14 +333,25 @@ def test_broken_harvests_are_told_in_one_line(root):
     question = {"run": "broken", "harvest": "probe", "prompt": PROBE}
     assert "not JSON" in graph_answer(Library(str(root)), question)["problem"]
     question = {"run": "bare", "harvest": None, "prompt": PROBE}
-    assert "spd_lightning predict --config bare.yaml" in graph_answer(Library(str(root)), question)["problem"]
+    assert (
+        "spd_lightning predict --config bare.yaml"
+        in graph_answer(Library(str(root)), question)["problem"]
+    )
 
 
 def test_app_needs_neither_torch_nor_lightning(root):
-    program = "import app, sys; print(type(app.demo).__name__, sorted({'torch', 'lightning'} & set(sys.modules)))"
+    program = (
+        "import app, sys; print(type(app.demo).__name__, sorted({'torch', 'lightning'} & "
+        "set(sys.modules)))"
+    )
     environment = os.environ | {"SPD_RUNS": str(root)}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPO, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.split("\n")[0] == "Blocks []"
 
@@ -317,7 +378,9 @@ def served(root: Path, log: Path) -> Iterator["Served"]:
         port = free.getsockname()[1]
     environment = os.environ | {"SPD_RUNS": str(root), "GRADIO_SERVER_PORT": str(port)}
     with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, "app.py"], cwd=REPO, env=environment, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=REPO, env=environment, stdout=out, stderr=out
+        )
     try:
         yield Served(f"http://127.0.0.1:{port}", process.pid)
     finally:
@@ -337,11 +400,18 @@ def test_a_walk_through_the_viewer(root, tmp_path):
         browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         complaints: list[str] = []
-        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+        page.on(
+            "console", lambda said: complaints.append(said.text) if said.type == "error" else None
+        )
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda asked: None if _local(asked.url, address) else complaints.append(asked.url))
+        page.on(
+            "request",
+            lambda asked: None if _local(asked.url, address) else complaints.append(asked.url),
+        )
         _arrive(page, address)
-        expect(page.locator(".spd-empty")).to_contain_text("python -m spd_lightning predict --config")
+        expect(page.locator(".spd-empty")).to_contain_text(
+            "python -m spd_lightning predict --config"
+        )
         shutil.copytree(root, runs)
         page.get_by_role("button", name="Refresh").click()
         _walk(page, expect, root)
@@ -371,7 +441,8 @@ def _arrive(page, address: str) -> None:
 
 
 def _walk(page, expect, root: Path) -> None:
-    summary, panel = page.locator(".spd-graph .summary"), page.locator(".spd-graph .panel")
+    summary = page.locator(".spd-graph .summary")
+    panel = page.locator(".spd-graph .panel")
     _choose_run(page, "tms_5-2")
     page.locator(".spd-graph select.prompt").select_option(label="feature 3 = 0.75")
     expect(summary).to_contain_text("7 of 7 edges, 10 of 10 nodes")
@@ -424,17 +495,25 @@ def _choose_run(page, name: str) -> None:
 
 
 def _refuse(address: str, root: Path) -> None:
-    """Files are not served, not even those of the runs that are shown; nor is anything to other names and sites."""
+    """Files are not served, not even those of the runs that are shown; nor is anything to other
+    names and sites.
+    """
     for path in (root / "tms_5-2" / "config.yaml", REPO / "app.py", Path("/etc/hostname")):
         assert _status(f"{address}/gradio_api/file={path}") == 404
     assert _status(f"{address}/gradio_api/upload", b"x") == 404
     assert _status_of_length(address, 2 * 10**6) == 413
-    assert _status(address, Host="evil.example") == _status(address, Origin="http://evil.example") == 403
+    assert (
+        _status(address, Host="evil.example")
+        == _status(address, Origin="http://evil.example")
+        == 403
+    )
 
 
 def _status_of_length(address: str, length: int) -> int:
     """The status that a body of this length gets; the gate answers before a byte of it is sent."""
-    with contextlib.closing(http.client.HTTPConnection(address.removeprefix("http://"))) as connection:
+    with contextlib.closing(
+        http.client.HTTPConnection(address.removeprefix("http://"))
+    ) as connection:
         connection.putrequest("POST", "/gradio_api/component_server/")
         connection.putheader("Content-Length", str(length))
         connection.endheaders()

@@ -1,4 +1,6 @@
-"""Graphs of weights alone: against edges of prompts, naive loops, and changes of scale (laws A5, A6, A8)."""
+"""Graphs of weights alone: against edges of prompts, naive loops, and changes of scale (laws A5,
+A6, A8).
+"""
 
 import polars as pl
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 from spd_lightning import cli
 from spd_lightning.attribution.closed_form.trace import trace
 from spd_lightning.attribution.closed_form.weights import links, weight_graph
-from spd_lightning.attribution.graph import MODES, Subject
+from spd_lightning.attribution.graph import MODES, GraphSpec
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
@@ -29,7 +31,9 @@ REFUSED = {
     "txet": "run 'txet': not in",
     "toy": "weights: run 'toy': TMS is not a supported decoder",
     "text --at_least 2": "--at_least '2': a share",
-    "text --to table.csv": "--to 'table.csv': not a kind of file that is written; end it in .parquet",
+    "text --to table.csv": (
+        "--to 'table.csv': not a kind of file that is written; end it in .parquet"
+    ),
     "text --to no/where.parquet": "there is no folder 'no'",
 }
 
@@ -51,21 +55,35 @@ def norm_before(reader):
 
 @pytest.mark.parametrize(
     ("style", "mode"),
-    [*((style, "frozen") for style in WHOLE), ("without norm", "unmasked"), ("without norm", "ci_masked")],
+    [
+        *((style, "frozen") for style in WHOLE),
+        ("without norm", "unmasked"),
+        ("without norm", "ci_masked"),
+    ],
 )
 def test_edges_through_the_residual_stream_are_weights_times_activations(style, mode):
-    """A6, rule 2: frozen norms are constants, so an edge is w_i M_ij over the denominator; without norms, always."""
+    """A6, rule 2: frozen norms are constants, so an edge is w_i M_ij over the denominator; without
+    norms, always.
+    """
     model, tokens, g = made(style, prompts=1)
-    layers, found = attribution_graphs(Subject(model, tokens, g, MODES[mode], THRESHOLD, some_outputs))
+    layers, found = attribution_graphs(
+        GraphSpec(model, tokens, g, MODES[mode], THRESHOLD, some_outputs)
+    )
     edges = dictionary(layers, list(found), 0)
-    run = trace(Subject(model, tokens, g, MODES[mode], THRESHOLD))
-    M = {(link.source, link.target): w for link, w in weight_graph(model, normalized=False) if link.kind == "residual"}
+    run = trace(GraphSpec(model, tokens, g, MODES[mode], THRESHOLD))
+    M = {
+        (link.source, link.target): w
+        for link, w in weight_graph(model, normalized=False)
+        if link.kind == "residual"
+    }
     checked = set()
     for (kind, (source, _, i, target, pos, j)), value in edges.items():
         if kind == "component" and (source, target) in M:
             norm = model.target.get_submodule(norm_before(target))
             expected = (
-                run.weight[source][0, pos, i] * M[source, target][i, j] / denominator(norm, run.into[norm])[0, pos]
+                run.weight[source][0, pos, i]
+                * M[source, target][i, j]
+                / denominator(norm, run.into[norm])[0, pos]
             )
             assert value == pytest.approx(expected.item(), rel=1e-9, abs=1e-14)
             checked.add((source, target))
@@ -74,20 +92,29 @@ def test_edges_through_the_residual_stream_are_weights_times_activations(style, 
 
 @pytest.mark.parametrize("style", ["llama", "one key head", "gpt"])
 def test_weights_of_heads_and_neurons_are_those_of_a_naive_loop(style):
-    """Every head reads and writes its own slice; where heads share keys and values, neighbors share them."""
+    """Every head reads and writes its own slice; where heads share keys and values, neighbors share
+    them.
+    """
     model, _, _ = made(style)
     seen = set()
     for link, found in weight_graph(model, normalized=False):
         if link.kind == "residual":
             continue
-        attn, source, target = model.target.h[0].attn, *(model[site].requires_grad_(False) for site in link[:2])
-        d_head, shared = 8 // attn.n_heads, attn.n_heads // attn.n_kv_heads
+        attn, source, target = (
+            model.target.h[0].attn,
+            *(model[site].requires_grad_(False) for site in link[:2]),
+        )
+        d_head = 8 // attn.n_heads
+        shared = attn.n_heads // attn.n_kv_heads
         for i in range(source.U.shape[0]):
             for j in range(target.V.shape[1]):
                 if link.kind == "mlp":
-                    expected = sum(source.U[i, f] * target.V[f, j] for f in range(source.U.shape[1]))
+                    expected = sum(
+                        source.U[i, f] * target.V[f, j] for f in range(source.U.shape[1])
+                    )
                 else:
-                    ours, theirs = link.head * d_head, link.head // shared * d_head
+                    ours = link.head * d_head
+                    theirs = link.head // shared * d_head
                     read = target.V[:, j] if link.kind == "ov" else target.U[j] / d_head**0.5
                     expected = sum(source.U[i, theirs + e] * read[ours + e] for e in range(d_head))
                 assert found[i, j].item() == pytest.approx(float(expected), rel=1e-9, abs=1e-14)
@@ -96,11 +123,15 @@ def test_weights_of_heads_and_neurons_are_those_of_a_naive_loop(style):
 
 
 def test_scores_at_the_querys_own_position_need_no_angle():
-    """Rotary angles cancel there: what queries and keys write gives the same scores turned to any one position."""
+    """Rotary angles cancel there: what queries and keys write gives the same scores turned to any
+    one position.
+    """
     model, _, _ = made("llama")
-    attn, rotary = model.target.h[1].attn, model.target.rotary(6)
+    attn = model.target.h[1].attn
+    rotary = model.target.rotary(6)
     q, k = (model[f"h.1.attn.{x}_proj"].U[:, None].expand(-1, 6, -1) for x in "qk")
-    q, k = attn.turned(q, 4, rotary), attn.turned(k, 2, rotary).repeat_interleave(2, dim=1)
+    q = attn.turned(q, 4, rotary)
+    k = attn.turned(k, 2, rotary).repeat_interleave(2, dim=1)
     for link, found in weight_graph(model, normalized=False):
         if link.kind == "qk" and link.target == "h.1.attn.q_proj":
             scores = k[:, link.head, 4] @ q[:, link.head, 4].T / 2**0.5
@@ -135,7 +166,10 @@ def test_only_some_maps_need_be_sites():
 
 
 def test_other_models_are_refused():
-    with pytest.raises(BadInput, match=r"^weights: TMS is not a supported decoder; decompose a GPT-2, Llama, Mistral"):
+    with pytest.raises(
+        BadInput,
+        match=r"^weights: TMS is not a supported decoder; decompose a GPT-2, Llama, Mistral",
+    ):
         weight_table(ComponentModel(TMS(5, 2), {"*": 3}))
 
 
@@ -147,7 +181,8 @@ def test_the_table_holds_the_strongest_into_each_target(at_least):
         model["h.0.attn.o_proj"].U[2] *= 1e-3
         model["h.1.attn.v_proj"].V[:, 3] *= 1e-3
     remnants = {("h.0.attn.o_proj", 2), ("h.1.attn.v_proj", 3)}
-    expected, largest = {}, {}
+    expected = {}
+    largest = {}
     for link, values in weight_graph(model):
         for i, row in enumerate(values.tolist()):
             for j, value in enumerate(row):
@@ -168,17 +203,22 @@ def test_a_model_of_transformers_has_its_twins_weights_under_its_own_names(tmp_p
     tiny_checkpoints.write(tmp_path, "llama", num_key_value_heads=2)
     torch.manual_seed(0)
     model = ComponentModel(HuggingFaceLM.from_pretrained(str(tmp_path)), {"model.layers.*proj": 5})
-    found, twin = weight_table(model), twin_of(model, MODES["unmasked"])
+    found = weight_table(model)
+    twin = twin_of(model, MODES["unmasked"])
     assert len(found)
     assert twin.model is not model
     ends = pl.col("source_layer", "target_layer").cast(pl.String)
     assert set(found.select(ends).unpivot()["value"]) <= set(model.sites)
-    ours = weight_table(twin.model).with_columns(ends.replace({our: own for own, our in twin.names.items()}))
+    ours = weight_table(twin.model).with_columns(
+        ends.replace({our: own for own, our in twin.names.items()})
+    )
     assert_frame_equal(found.with_columns(ends), ours)
 
 
 def test_the_verb_writes_the_table(tmp_path, monkeypatch, capsys):
-    """One file, whole, of a run that was never trained; whatever else is asked for is refused in one line."""
+    """One file, whole, of a run that was never trained; whatever else is asked for is refused in
+    one line.
+    """
     settings = {"vocab": 7, "d_model": 8, "n_layers": 1, "n_heads": 2, "context": 6}
     networks = {"text": (Decoder, settings), "toy": (TMS, {"n_features": 5, "n_hidden": 2})}
     torch.manual_seed(0)
@@ -191,7 +231,9 @@ def test_the_verb_writes_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPD_RUNS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert cli.run(["weights", "text", "--at_least", "0"]) == 0
-    assert capsys.readouterr().out.startswith("weights: weights.parquet    16 rows, at least 0 of the largest")
+    assert capsys.readouterr().out.startswith(
+        "weights: weights.parquet    16 rows, at least 0 of the largest"
+    )
     assert len(pl.read_parquet("weights.parquet")) == 16
     for words, said in REFUSED.items():
         assert cli.run(["weights", *words.split()]) == 2

@@ -33,7 +33,9 @@ def wheel(tmp_path_factory) -> Path:
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, clone / name)
     made = tmp_path_factory.mktemp("wheel")
-    done = subprocess.run([sys.executable, "-c", BUILD, made], cwd=clone, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, made], cwd=clone, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     (found,) = made.glob("*.whl")
     return found
@@ -41,8 +43,14 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_every_file_of_the_package_and_every_config(wheel):
     files = set(zipfile.ZipFile(wheel).namelist())
-    own = {str(path.relative_to(ROOT)) for path in (ROOT / "spd_lightning").rglob("*") if path.is_file()}
-    own |= {f"spd_lightning/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
+    own = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "spd_lightning").rglob("*")
+        if path.is_file()
+    }
+    own |= {
+        f"spd_lightning/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")
+    }
     own = {name for name in own if "__pycache__" not in name}
     assert own == {name for name in files if ".dist-info/" not in name}
     assert {
@@ -54,14 +62,18 @@ def test_the_wheel_holds_every_file_of_the_package_and_every_config(wheel):
 
 @pytest.fixture(scope="module")
 def spd(wheel, tmp_path_factory):
-    """The installed command, in an environment that holds the wheel and sees the packages that it needs."""
+    """The installed command, in an environment that holds the wheel and sees the packages that it
+    needs.
+    """
     place = tmp_path_factory.mktemp("installed")
     venv.create(place / "env", with_pip=False)
     python = place / "env/bin/python"
     paths = {"base": str(place / "env"), "platbase": str(place / "env")}
     site = Path(sysconfig.get_path("purelib", "venv", vars=paths))
     zipfile.ZipFile(wheel).extractall(site)
-    (site / "needed.pth").write_text(sysconfig.get_path("purelib"))  # the path alone: its own .pth files are not read
+    (site / "needed.pth").write_text(
+        sysconfig.get_path("purelib")
+    )  # the path alone: its own .pth files are not read
     empty = place / "empty"
     empty.mkdir()
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -69,7 +81,11 @@ def spd(wheel, tmp_path_factory):
 
     def command(*words: str) -> str:
         done = subprocess.run(
-            [python, "-m", "spd_lightning", *words], cwd=empty, env=clean, capture_output=True, text=True
+            [python, "-m", "spd_lightning", *words],
+            cwd=empty,
+            env=clean,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -79,7 +95,9 @@ def spd(wheel, tmp_path_factory):
 
 
 def test_the_first_commands_work_in_an_empty_folder(spd):
-    """As after `pip install`: its configs are found, a fit leaves a run, and a harvest its tables."""
+    """As after `pip install`: its configs are found, a fit leaves a run, and a harvest its
+    tables.
+    """
     assert "tms.yaml" in spd("list")
     assert "linear1" in spd("plan", "--config", "tms.yaml", "--device", "laptop")
     lay_out(spd.empty, steps=5, batch=160)

@@ -1,4 +1,6 @@
-"""How well the graphs of a harvest hold up: edges against interventions, and how far in-edges add up."""
+"""How well the graphs of a harvest hold up: edges against interventions, and how far in-edges add
+up.
+"""
 
 from dataclasses import dataclass
 
@@ -11,9 +13,10 @@ from spd_lightning.store import AGREEMENT, Store
 class Fidelity:
     """Figures of some graphs; None where the harvest holds nothing to tell them from.
 
-    `gap` is the mean over prompts of Σ|activation − Σ in-edges| / Σ|activation|, of all edges, written or not. Of the
-    `checked` edges, whose sources were switched off while all other sites stood still, `correlation` is Pearson's
-    between edge and loss of the target, and `relative_error` is ‖loss − edge‖ / ‖edge‖, over all prompts together.
+    `gap` is the mean over prompts of Σ|activation − Σ in-edges| / Σ|activation|, of all edges,
+    written or not. Of the `checked` edges, whose sources were switched off while all other sites
+    stood still, `correlation` is Pearson's between edge and loss of the target, and
+    `relative_error` is ‖loss − edge‖ / ‖edge‖, over all prompts together.
     """
 
     prompts: int
@@ -30,7 +33,13 @@ def fidelity(store: Store, prompt: int | None = None) -> Fidelity:
     Raises:
         BadInput: a file is damaged.
     """
-    graphs, checks = store.scan("graphs", prompt), store.scan("checks", prompt)
-    sums = {"prompts": pl.len(), "edges": pl.col("edges").cast(pl.Int64).sum(), "gap": pl.col("gap").mean()}
-    facts, tried = store.collect(graphs.select(**sums)), store.collect(checks.select(**AGREEMENT))
+    graphs = store.scan("graphs", prompt)
+    checks = store.scan("checks", prompt)
+    sums = {
+        "prompts": pl.len(),
+        "edges": pl.col("edges").cast(pl.Int64).sum(),
+        "gap": pl.col("gap").mean(),
+    }
+    facts = store.collect(graphs.select(**sums))
+    tried = store.collect(checks.select(**AGREEMENT))
     return Fidelity(**facts.row(0, named=True), **tried.row(0, named=True))

@@ -1,4 +1,6 @@
-"""Components across prompts: who answers to which input, how often each fires, how important it is on average."""
+"""Components across prompts: who answers to which input, how often each fires, how important it is
+on average.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,16 +19,25 @@ def importance_matrix(
 ) -> Float32[np.ndarray, "prompt C"]:
     """Causal importance of every component of a site on the given prompts, one row a prompt.
 
-    A component that is not a node at a position has importance 0 there; of several positions the largest counts, or
-    the mean over all. Rows follow the order of `prompts`.
+    A component that is not a node at a position has importance 0 there; of several positions the
+    largest counts, or the mean over all. Rows follow the order of `prompts`.
 
     Raises:
         BadInput: the harvest has no such site, or a file is damaged.
     """
-    rows = pl.LazyFrame({"prompt_id": prompts}, schema={"prompt_id": pl.UInt64}).with_row_index("row")
-    own = store.scan("nodes_by_component").filter(pl.col("layer") == site(store, layer), pl.col("kind") == "component")
-    largest, total = pl.col("importance").max(), pl.col("importance").sum()
-    cells = own.join(rows, on="prompt_id").group_by("row", "component").agg(largest if over == "largest" else total)
+    rows = pl.LazyFrame({"prompt_id": prompts}, schema={"prompt_id": pl.UInt64}).with_row_index(
+        "row"
+    )
+    own = store.scan("nodes_by_component").filter(
+        pl.col("layer") == site(store, layer), pl.col("kind") == "component"
+    )
+    largest = pl.col("importance").max()
+    total = pl.col("importance").sum()
+    cells = (
+        own.join(rows, on="prompt_id")
+        .group_by("row", "component")
+        .agg(largest if over == "largest" else total)
+    )
     held = store.collect(cells)
     matrix = np.zeros((len(prompts), store.manifest["C"][layer]), dtype=np.float32)
     matrix[held["row"].to_numpy(), held["component"].to_numpy()] = held["importance"].to_numpy()
@@ -38,14 +49,18 @@ def _positions(store: Store, rows: pl.LazyFrame) -> Float32[np.ndarray, " prompt
     if store.manifest["kind"] == "vectors":
         return np.ones(store.collect(rows.select(pl.len())).item(), dtype=np.float32)
     held = store.scan("prompts").select("prompt_id", length=pl.col("token_ids").list.len())
-    return store.collect(rows.join(held, on="prompt_id", how="left").sort("row"))["length"].to_numpy().astype("f4")
+    return (
+        store.collect(rows.join(held, on="prompt_id", how="left").sort("row"))["length"]
+        .to_numpy()
+        .astype("f4")
+    )
 
 
 def identity_order(matrix: Float32[np.ndarray, "prompt C"]) -> Int64[np.ndarray, " C"]:
     """The order of columns that makes a matrix look most like the identity (Hungarian assignment).
 
-    Each row in turn gets a column of its own such that the sum along the diagonal is largest; columns that no row
-    claims, or claims with importance 0 only, follow: first those of larger sum.
+    Each row in turn gets a column of its own such that the sum along the diagonal is largest;
+    columns that no row claims, or claims with importance 0 only, follow: first those of larger sum.
     """
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     claimed = columns[matrix[rows, columns] > 0]
@@ -59,10 +74,12 @@ def size_order(matrix: Float32[np.ndarray, "prompt C"]) -> Int64[np.ndarray, " C
 
 
 def component_summary(store: Store, layer: str) -> pl.DataFrame:
-    """Density, mean causal importance, norm and aliveness of a site's components, one row each, in order of component.
+    """Density, mean causal importance, norm and aliveness of a site's components, one row each, in
+    order of component.
 
-    The store's counts are additive, so shards are summed before anything is divided: `density` = firings/positions,
-    `mean_importance` = importance_sum/positions. `norm` is the Frobenius norm of U[c] V[:,c]ᵀ.
+    The store's counts are additive, so shards are summed before anything is divided: `density` =
+    firings/positions, `mean_importance` = importance_sum/positions. `norm` is the Frobenius norm of
+    U[c] V[:,c]ᵀ.
 
     Raises:
         BadInput: the harvest has no such site, or a file is damaged.
@@ -74,7 +91,9 @@ def component_summary(store: Store, layer: str) -> pl.DataFrame:
         "density": pl.col("firings") / pl.col("positions"),
         "mean_importance": pl.col("importance_sum") / pl.col("positions"),
     }
-    return store.collect(merged.select("component", **shares, norm="norm", alive="alive").sort("component"))
+    return store.collect(
+        merged.select("component", **shares, norm="norm", alive="alive").sort("component")
+    )
 
 
 def sites(store: Store) -> list[str]:
@@ -89,5 +108,7 @@ def site(store: Store, layer: str) -> str:
         BadInput: it is not.
     """
     if layer not in sites(store):
-        raise BadInput(f"site '{layer}' is not in harvest '{store.path}'; {nearest(layer, sites(store))}")
+        raise BadInput(
+            f"site '{layer}' is not in harvest '{store.path}'; {nearest(layer, sites(store))}"
+        )
     return layer

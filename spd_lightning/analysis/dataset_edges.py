@@ -1,19 +1,23 @@
 """The strongest sums of edges into and out of a component over a whole corpus, with their signs.
 
-A harvest of sums has two for each pair of components: of the attributions to the target's activation, and of those to
-its size |activation|. The first cancels where the target is driven up here and down there; the second says whether
-the source makes it larger. What they are divided by is chosen here (section A of docs/method.md):
+A harvest of sums has two for each pair of components: of the attributions to the target's
+activation, and of those to its size |activation|. The first cancels where the target is driven up
+here and down there; the second says whether the source makes it larger. What they are divided by is
+chosen here (section A of docs/method.md):
 
     sum           nothing: totals over the corpus
     mean          the positions at which the source is a node
-    normalized    Σ g of the source and RMS of the target: per full firing, in units of the target's usual size
+    normalized    Σ g of the source and RMS of the target: per full firing, in units of the
+                  target's usual size
 
-A sum over few edges is mostly chance, so each comes with a 95 % interval, and rows are ranked by the end of it that is
-nearer to 0. With P prompts, a sum S and the sum Q of the squares of each prompt's own sum, the interval is
+A sum over few edges is mostly chance, so each comes with a 95 % interval, and rows are ranked by
+the end of it that is nearer to 0. With P prompts, a sum S and the sum Q of the squares of each
+prompt's own sum, the interval is
 
     S ± 1.96 √( P/(P−1) · (Q − S²/P) )
 
-that is, how far the sum would vary over as many other prompts of the kind. What it is divided by counts as known.
+that is, how far the sum would vary over as many other prompts of the kind. What it is divided by
+counts as known.
 """
 
 from collections.abc import Iterable
@@ -40,7 +44,9 @@ BESIDE = ("rest", "bias")
 
 
 def corpus_harvests(harvests: Iterable[Path]) -> list[Path]:
-    """Return the folders, among those of some harvests, that hold sums over a corpus, newest first."""
+    """Return the folders, among those of some harvests, that hold sums over a corpus, newest
+    first.
+    """
     from spd_lightning.store.manifest import read_settings
 
     found = []
@@ -65,9 +71,10 @@ def strongest(
 ) -> pl.DataFrame:
     """Return the strongest sources or targets of a component over the corpus.
 
-    Columns kind, layer, component, edges (how many), to_activation, to_size (both metrics, on the scale), low, high (a
-    95 % interval of the metric; null if the corpus is a single prompt). Rows are in order of how far the interval of
-    |metric| stays above 0, then of |metric|, then of layer and component.
+    Columns kind, layer, component, edges (how many), to_activation, to_size (both metrics, on the
+    scale), low, high (a 95 % interval of the metric; null if the corpus is a single prompt). Rows
+    are in order of how far the interval of |metric| stays above 0, then of |metric|, then of layer
+    and component.
 
     Args:
         store: a harvest of sums.
@@ -80,7 +87,8 @@ def strongest(
         at_least: pairs with fewer edges than this are left out.
 
     Raises:
-        BadInput: the harvest has no sums, no such layer, or no such component; or a file is damaged.
+        BadInput: the harvest has no sums, no such layer, or no such component; or a file is
+            damaged.
     """
     check(store, layer, component)
     here, there = ("target", "source") if side == "sources" else ("source", "target")
@@ -88,8 +96,12 @@ def strongest(
     if here == "source":
         mine &= ~pl.col("source_kind").is_in(BESIDE)
     ends = ["source_kind", "source_layer", "source", "target_layer", "target"]
-    sums = store.scan("dataset_edges").filter(mine).group_by(ends).agg(pl.col("edges", *_SUMS).sum())
-    with_intervals = _with_half_widths(sums.filter(pl.col("edges") >= at_least), store.manifest["prompts"])
+    sums = (
+        store.scan("dataset_edges").filter(mine).group_by(ends).agg(pl.col("edges", *_SUMS).sum())
+    )
+    with_intervals = _with_half_widths(
+        sums.filter(pl.col("edges") >= at_least), store.manifest["prompts"]
+    )
     divided = _scaled(store, with_intervals, scale)
     half = pl.col("half" if metric == "activation" else "half_abs_target")
     rows = divided.select(
@@ -103,14 +115,21 @@ def strongest(
     )
     value = pl.col(METRICS[metric])
     certain = (value.abs() - pl.col("half")).clip(0).fill_null(0)
-    order: list[pl.Expr | str] = [-certain, -value.abs(), pl.col("layer").to_physical(), "component"]
+    order: list[pl.Expr | str] = [
+        -certain,
+        -value.abs(),
+        pl.col("layer").to_physical(),
+        "component",
+    ]
     ranked = rows.filter(value != 0).sort(order).head(most)
     interval = ranked.with_columns(low=value - pl.col("half"), high=value + pl.col("half"))
     return store.collect(interval.drop("half"))
 
 
 def _with_half_widths(sums: pl.LazyFrame, prompts: int) -> pl.LazyFrame:
-    """Sums with half the width of their 95 % intervals over prompts; null if there is one prompt."""
+    """Sums with half the width of their 95 % intervals over prompts; null if there is one
+    prompt.
+    """
 
     def half(total: str, squares: str) -> pl.Expr:
         if prompts < 2:
@@ -129,10 +148,16 @@ def _scaled(store: Store, sums: pl.LazyFrame, scale: Scale) -> pl.LazyFrame:
     if scale == "sum":
         return sums
     keys = ["kind", "layer", "component"]
-    counts = [pl.col(c).sum() for c in ("firings", "positions", "importance_sum", "activation_square_sum")]
+    counts = [
+        pl.col(c).sum() for c in ("firings", "positions", "importance_sum", "activation_square_sum")
+    ]
     nodes = store.scan("dataset_nodes").group_by(keys).agg(counts)
     source = nodes.select(
-        source_kind="kind", source_layer="layer", source="component", firings="firings", g="importance_sum"
+        source_kind="kind",
+        source_layer="layer",
+        source="component",
+        firings="firings",
+        g="importance_sum",
     )
     rms = (pl.col("activation_square_sum") / pl.col("positions")).sqrt()
     targets = nodes.filter(~pl.col("kind").is_in(BESIDE))
@@ -151,22 +176,36 @@ def check(store: Store, layer: str, component: int) -> None:
     """
     if "dataset_nodes" not in store.tables:
         raise BadInput(
-            f"harvest '{store.path}': it holds no sums over a corpus; predict with --config dataset_edges.yaml"
+            f"harvest '{store.path}': it holds no sums over a corpus; predict with --config "
+            "dataset_edges.yaml"
         )
-    own = store.scan("dataset_nodes").filter(pl.col("layer") == layer, ~pl.col("kind").is_in(BESIDE))
-    known = store.collect(own.select(pl.col("component").unique().sort()))["component"] if layer in store.layers else []
+    own = store.scan("dataset_nodes").filter(
+        pl.col("layer") == layer, ~pl.col("kind").is_in(BESIDE)
+    )
+    known = (
+        store.collect(own.select(pl.col("component").unique().sort()))["component"]
+        if layer in store.layers
+        else []
+    )
     if not len(known):
-        held = store.collect(store.scan("dataset_nodes").select(pl.col("layer").cast(pl.String).unique()))["layer"]
+        held = store.collect(
+            store.scan("dataset_nodes").select(pl.col("layer").cast(pl.String).unique())
+        )["layer"]
         raise BadInput(f"layer '{layer}' is not in harvest '{store.path}'; {nearest(layer, held)}")
     if component not in known:
         near = min(known, key=lambda c: (abs(c - component), c))
-        raise BadInput(f"component {component} of '{layer}' is not in harvest '{store.path}'; the nearest is {near}")
+        raise BadInput(
+            f"component {component} of '{layer}' is not in harvest '{store.path}'; the nearest is "
+            f"{near}"
+        )
 
 
 def named(store: Store, rows: pl.DataFrame) -> list[str]:
     """Name the rows of `strongest`: layer:component, a token with its text, a rest by its kind."""
     looks = _tokens(store) if set(rows["layer"]) & set(store.manifest["token_layers"]) else {}
-    return [_name(store, looks, *row) for row in rows.select("kind", "layer", "component").iter_rows()]
+    return [
+        _name(store, looks, *row) for row in rows.select("kind", "layer", "component").iter_rows()
+    ]
 
 
 def _name(store: Store, looks: dict[int, str], kind: str | None, layer: str, component: int) -> str:
@@ -178,5 +217,10 @@ def _name(store: Store, looks: dict[int, str], kind: str | None, layer: str, com
 
 def _tokens(store: Store) -> dict[int, str]:
     """Return the text of every token of the corpus."""
-    both = store.scan("prompts").select("token_ids", "tokens").explode("token_ids", "tokens").unique("token_ids")
+    both = (
+        store.scan("prompts")
+        .select("token_ids", "tokens")
+        .explode("token_ids", "tokens")
+        .unique("token_ids")
+    )
     return dict(store.collect(both).iter_rows())

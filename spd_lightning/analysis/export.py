@@ -1,9 +1,11 @@
-"""Prompt graphs for other tools: circuit-tracer's JSON, which its viewer opens, NetworkX, and GraphML.
+"""Prompt graphs for other tools: circuit-tracer's JSON, which its viewer opens, NetworkX, and
+GraphML.
 
-In circuit-tracer's format a row of the picture is a layer of ours: embeddings are the row `E`, sites count from 0,
-outputs stand above the last. A component is what a transcoder's feature is there, a rest or a bias what an error is. A
-node's `influence` is cumulative, the share that it and all nodes of more influence make up: what the viewer's slider
-cuts at. Models on vectors have no positions, so each input gets a column of its own there, and all else the last.
+In circuit-tracer's format a row of the picture is a layer of ours: embeddings are the row `E`,
+sites count from 0, outputs stand above the last. A component is what a transcoder's feature is
+there, a rest or a bias what an error is. A node's `influence` is cumulative, the share that it and
+all nodes of more influence make up: what the viewer's slider cuts at. Models on vectors have no
+positions, so each input gets a column of its own there, and all else the last.
 """
 
 import re
@@ -43,7 +45,8 @@ class Export:
         prompt: The prompt's id.
         whole: Its graph, which influence is counted in.
         graph: What of it is exported.
-        outputs: Whose influence is shown: of these nodes, as in `influence`; of all outputs if omitted.
+        outputs: Whose influence is shown: of these nodes, as in `influence`; of all outputs if
+            omitted.
     """
 
     store: Store
@@ -55,7 +58,11 @@ class Export:
     @property
     def label(self) -> str:
         """The name of the prompt."""
-        return prompt_label(self._row, most=10**6) if self._row else together_label(len(probes(self.store)))
+        return (
+            prompt_label(self._row, most=10**6)
+            if self._row
+            else together_label(len(probes(self.store)))
+        )
 
     @property
     def tokens(self) -> list[str]:
@@ -73,14 +80,25 @@ class Export:
         return rows[0] if rows and self.prompt != ALL_PROBES else {}
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Its nodes as rows, with their name, token (of inputs and outputs), influence and cumulative influence."""
+        """Its nodes as rows, with their name, token (of inputs and outputs), influence and
+        cumulative influence.
+        """
         found = influence(self.whole, self.outputs)["influence"].to_numpy()
-        columns = {"node": self.whole.nodes["node"], "influence": found, "cumulative": cumulative(found)}
-        outputs = self.store.scan("outputs", self.prompt).select("pos", "token", component="token_id")
-        nodes = self.graph.nodes.join(pl.DataFrame(columns), on="node", how="left", maintain_order="left").join(
+        columns = {
+            "node": self.whole.nodes["node"],
+            "influence": found,
+            "cumulative": cumulative(found),
+        }
+        outputs = self.store.scan("outputs", self.prompt).select(
+            "pos", "token", component="token_id"
+        )
+        nodes = self.graph.nodes.join(
+            pl.DataFrame(columns), on="node", how="left", maintain_order="left"
+        ).join(
             self.store.collect(outputs), on=["pos", "component"], how="left", maintain_order="left"
         )
-        vectors, tokens = self.store.manifest["kind"] == "vectors", self.tokens
+        vectors = self.store.manifest["kind"] == "vectors"
+        tokens = self.tokens
         rows = []
         for row in nodes.to_dicts():
             own = row["token"] if row["kind"] == "output" else None
@@ -94,13 +112,15 @@ class Export:
         return self.graph.edges.filter(pl.col("attribution").is_finite()).to_dicts()
 
 
-# ---- NetworkX and GraphML -------------------------------------------------------------------------------------------
+# ---- NetworkX and GraphML ------------------------------------------------------------------------
 
 
 def digraph(export: Export) -> "networkx.DiGraph":
-    """The graph in NetworkX: nodes go by their numbers, an edge's `weight` is its attribution, with its sign.
+    """The graph in NetworkX: nodes go by their numbers, an edge's `weight` is its attribution, with
+    its sign.
 
-    Nodes have name, kind, layer, pos, component, activation, influence and, where there is one, importance and token.
+    Nodes have name, kind, layer, pos, component, activation, influence and, where there is one,
+    importance and token.
     """
     import networkx
 
@@ -109,8 +129,13 @@ def digraph(export: Export) -> "networkx.DiGraph":
     made.graph |= {"prompt": _xml(export.label), "prompt_id": str(export.prompt)}
     for row in export.nodes():
         held = {name: row[name] for name in _HELD if row[name] is not None}
-        made.add_node(row["node"], **held | ({"token": _xml(row["token"])} if row["token"] is not None else {}))
-    made.add_weighted_edges_from((row["source"], row["target"], row["attribution"]) for row in export.edges())
+        made.add_node(
+            row["node"],
+            **held | ({"token": _xml(row["token"])} if row["token"] is not None else {}),
+        )
+    made.add_weighted_edges_from(
+        (row["source"], row["target"], row["attribution"]) for row in export.edges()
+    )
     return made
 
 
@@ -134,11 +159,12 @@ def _xml(text: str) -> str:
     return _NO_XML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-# ---- circuit-tracer -------------------------------------------------------------------------------------------------
+# ---- circuit-tracer ------------------------------------------------------------------------------
 
 
 def write_circuit_tracer(export: Export, path: Path) -> None:
-    """The graph as JSON under the slug `path.stem`, and its line in the folder's graph-metadata.json.
+    """The graph as JSON under the slug `path.stem`, and its line in the folder's
+    graph-metadata.json.
 
     The viewer of circuit-tracer, served from that folder, lists and opens it.
 
@@ -148,7 +174,9 @@ def write_circuit_tracer(export: Export, path: Path) -> None:
     content = circuit_tracer(export, path.stem)
     listing = path.with_name("graph-metadata.json")
     if path == listing:
-        raise BadInput(f"'{path}': circuit-tracer's list of graphs has that name; choose another for the graph")
+        raise BadInput(
+            f"'{path}': circuit-tracer's list of graphs has that name; choose another for the graph"
+        )
     graphs = [one for one in _listed(listing) if one.get("slug") != path.stem]
     write_json(path, content, seal=False)
     write_json(listing, {"graphs": [*graphs, content["metadata"]]}, seal=False)
@@ -167,15 +195,25 @@ def _listed(listing: Path) -> list[dict[str, Any]]:
     try:
         return parsed(listing.read_bytes(), Listing)["graphs"]
     except (OSError, ValueError) as error:
-        raise BadInput(f"'{listing}': no list of graphs; move it away, or export elsewhere") from error
+        raise BadInput(
+            f"'{listing}': no list of graphs; move it away, or export elsewhere"
+        ) from error
 
 
 def circuit_tracer(export: Export, slug: str) -> dict[str, Any]:
-    """The graph in circuit-tracer's format, as JSON values; `slug` names it there and must be its file's name."""
-    nodes, columns = export.nodes(), _Columns(export)
+    """The graph in circuit-tracer's format, as JSON values; `slug` names it there and must be its
+    file's name.
+    """
+    nodes = export.nodes()
+    columns = _Columns(export)
     likeliest = _likeliest(nodes)
-    made = {row["node"]: columns.node(row) | {"is_target_logit": row["node"] in likeliest} for row in nodes}
-    cut = max((row["cumulative"] for row in nodes if row["kind"] not in (*TOKENS, "output")), default=1.0)
+    made = {
+        row["node"]: columns.node(row) | {"is_target_logit": row["node"] in likeliest}
+        for row in nodes
+    }
+    cut = max(
+        (row["cumulative"] for row in nodes if row["kind"] not in (*TOKENS, "output")), default=1.0
+    )
     return {
         "metadata": {
             "slug": slug,
@@ -186,28 +224,41 @@ def circuit_tracer(export: Export, slug: str) -> dict[str, Any]:
             "node_threshold": cut,
             "schema_version": SCHEMA,
         },
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "qParams": {
+            "pinnedIds": [],
+            "supernodes": [],
+            "linkType": "both",
+            "clickedId": "",
+            "sg_pos": "",
+        },
         "nodes": list(made.values()),
         "links": [
-            {"source": made[e["source"]]["node_id"], "target": made[e["target"]]["node_id"], "weight": e["attribution"]}
+            {
+                "source": made[e["source"]]["node_id"],
+                "target": made[e["target"]]["node_id"],
+                "weight": e["attribution"],
+            }
             for e in export.edges()
         ],
     }
 
 
 def local_scan(run: str) -> str:
-    """Return the name of a run's components for circuit-tracer's viewer, as a folder beside its own page.
+    """Return the name of a run's components for circuit-tracer's viewer, as a folder beside its own
+    page.
 
-    For a clicked component the viewer asks a hub for examples under this name, unless it begins with "./": then it
-    looks on its own server alone. (It fetches ./features/, ./data/ and ./graph_data/ from elsewhere too.) There are
-    none, so it shows the component without examples.
+    For a clicked component the viewer asks a hub for examples under this name, unless it begins
+    with "./": then it looks on its own server alone. (It fetches ./features/, ./data/ and
+    ./graph_data/ from elsewhere too.) There are none, so it shows the component without examples.
     """
     return f"./components/{quote(run, safe='')}"
 
 
 def _likeliest(nodes: list[dict[str, Any]]) -> set[int]:
     """The output of most weight at each position."""
-    outputs = sorted((row for row in nodes if row["kind"] == "output"), key=lambda row: row["weight"])
+    outputs = sorted(
+        (row for row in nodes if row["kind"] == "output"), key=lambda row: row["weight"]
+    )
     return set({row["pos"]: row["node"] for row in outputs}.values())
 
 
@@ -217,10 +268,17 @@ class _Columns:
     def __init__(self, export: Export):
         kinds = export.whole.nodes.select(pl.col("layer", "kind").cast(pl.String)).unique().rows()
         ends = {"input", "output"} | {layer for layer, kind in kinds if kind in TOKENS}
-        self.rows = {layer: row for row, layer in enumerate(one for one in export.store.layers if one not in ends)}
+        self.rows = {
+            layer: row
+            for row, layer in enumerate(one for one in export.store.layers if one not in ends)
+        }
         self.embeddings = [layer for layer in export.store.layers if layer in ends]
         vectors = export.store.manifest["kind"] == "vectors"
-        inputs = export.whole.nodes.filter(pl.col("kind") == "input")["component"].to_list() if vectors else []
+        inputs = (
+            export.whole.nodes.filter(pl.col("kind") == "input")["component"].to_list()
+            if vectors
+            else []
+        )
         self.inputs = {component: column for column, component in enumerate(inputs)}
         tokens = [f"f{component}" for component in inputs] if vectors else list(export.tokens)
         tokens += [""] * vectors
@@ -253,16 +311,30 @@ class _Columns:
 
     def _place(self, row: Mapping[str, Any]) -> tuple[str, int, str, str]:
         """Row, number within it, type, and what it is called."""
-        kind, layer, component = row["kind"], row["layer"], row["component"]
+        kind = row["kind"]
+        layer = row["layer"]
+        component = row["component"]
         if kind == "output":
-            token = str(row["token"] if row["token"] is not None else component).replace('"', "″")  # it ends at a quote
-            return str(len(self.rows) + 1), component, "logit", f'Output "{token}" (p={row["weight"]:.3f})'
+            token = str(row["token"] if row["token"] is not None else component).replace(
+                '"', "″"
+            )  # it ends at a quote
+            return (
+                str(len(self.rows) + 1),
+                component,
+                "logit",
+                f'Output "{token}" (p={row["weight"]:.3f})',
+            )
         if kind in TOKENS:
             nth = self.embeddings.index(layer)  # of positions, say; tokens' own come first
             number = component if kind == "input" else -nth if nth else self.ids[row["pos"]]
             return "E", number, "embedding", f'Emb: "{row["token"]}"'
         if kind == "component":
-            return str(self.rows[layer]), component, "cross layer transcoder", f"{layer} {component}"
+            return (
+                str(self.rows[layer]),
+                component,
+                "cross layer transcoder",
+                f"{layer} {component}",
+            )
         number = -1 if kind == "rest" else -2
         return str(self.rows[layer]), number, "mlp reconstruction error", f"{kind} of {layer}"
 

@@ -1,12 +1,16 @@
-"""Influence: how much of the outputs hangs on each node of a prompt's graph, and the small graph that carries most.
+"""Influence: how much of the outputs hangs on each node of a prompt's graph, and the small graph
+that carries most.
 
-1. *Shares.* |attribution| over the sum of all that enters the same target: Ã[target, source], rows adding up to 1.
-2. *Influence.* What the outputs weigh flows back along the shares, over all paths: `p (Ã + Ã² + …)`. An edge always
-   leads to a later layer, so the sum ends by itself.
-3. *Selection.* `pruned` keeps the nodes, then the edges, that make up a share of all influence; `expanded` starts from
-   the outputs and adds one node after the other; `scores` says how much of a frozen graph is explained at all.
+1. *Shares.* |attribution| over the sum of all that enters the same target: Ã[target, source], rows
+   adding up to 1.
+2. *Influence.* What the outputs weigh flows back along the shares, over all paths: `p (Ã + Ã² +
+   …)`. An edge always leads to a later layer, so the sum ends by itself.
+3. *Selection.* `pruned` keeps the nodes, then the edges, that make up a share of all influence;
+   `expanded` starts from the outputs and adds one node after the other; `scores` says how much of a
+   frozen graph is explained at all.
 
-The idea and the two scores are those of circuit-tracer; here every graph is sparse and may have a million edges.
+The idea and the two scores are those of circuit-tracer; here every graph is sparse and may have a
+million edges.
 """
 
 from collections.abc import Sequence
@@ -28,10 +32,10 @@ TOKENS = ("input", "embedding")
 class Graph:
     """The attribution graph of one prompt, or what a selection has left of it.
 
-    `nodes`, in order of their numbers, has the columns of the table `nodes` and `weight`: what an output counts for
-    (its probability under CI masks; 1 where outputs are not tokens), 0 for all else. `edges` has source, target,
-    attribution.
-    `frozen`: in-edges add up (A6), so rest and bias nodes stand for all that no component explains.
+    `nodes`, in order of their numbers, has the columns of the table `nodes` and `weight`: what an
+    output counts for (its probability under CI masks; 1 where outputs are not tokens), 0 for all
+    else. `edges` has source, target, attribution. `frozen`: in-edges add up (A6), so rest and bias
+    nodes stand for all that no component explains.
     """
 
     nodes: pl.DataFrame
@@ -46,11 +50,13 @@ class Graph:
 
 @dataclass(frozen=True)
 class Scores:
-    """How much of a graph is explained, from 0 to 1; None where nothing stands for what is not (all but frozen graphs).
+    """How much of a graph is explained, from 0 to 1; None where nothing stands for what is not (all
+    but frozen graphs).
 
-    `replacement`: of the influence of all leaves, the share that tokens have and not rests and biases. `completeness`:
-    the share of a node's in-edges that comes from neither, averaged over nodes by influence, outputs by their weight;
-    a leaf, which has none, counts as 1, as in circuit-tracer.
+    `replacement`: of the influence of all leaves, the share that tokens have and not rests and
+    biases. `completeness`: the share of a node's in-edges that comes from neither, averaged over
+    nodes by influence, outputs by their weight; a leaf, which has none, counts as 1, as in
+    circuit-tracer.
     """
 
     replacement: float | None
@@ -62,17 +68,20 @@ def influence(graph: Graph, outputs: Sequence[int] | None = None) -> pl.DataFram
 
     Args:
         graph: The graph.
-        outputs: Nodes that it is asked about: outputs count by their weight, any other node as 1. All outputs where
-            left out.
+        outputs: Nodes that it is asked about: outputs count by their weight, any other node as 1.
+            All outputs if omitted.
 
     Raises:
         BadInput: one of `outputs` is not in the graph.
     """
-    return pl.DataFrame({"node": graph.nodes["node"], "influence": graph.shares.swept(_weights(graph, outputs))})
+    return pl.DataFrame(
+        {"node": graph.nodes["node"], "influence": graph.shares.swept(_weights(graph, outputs))}
+    )
 
 
 def outputs_at(graph: Graph, pos: int | None = None, token: int | None = None) -> list[int]:
-    """The output nodes at a position, of a token (an output's entry), or of both: for `outputs` of the other functions.
+    """The output nodes at a position, of a token (an output's entry), or of both: for `outputs` of
+    the other functions.
 
     Raises:
         BadInput: there is none.
@@ -84,21 +93,28 @@ def outputs_at(graph: Graph, pos: int | None = None, token: int | None = None) -
     if own.is_empty():
         named = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
         places = graph.nodes.filter(pl.col("kind") == "output")["pos"]
-        raise BadInput(f"{named}: the graph has no output there; it has some from pos {places.min()} to {places.max()}")
+        raise BadInput(
+            f"{named}: the graph has no output there; it has some from pos {places.min()} to "
+            f"{places.max()}"
+        )
     return own["node"].to_list()
 
 
-def pruned(graph: Graph, nodes: float = 0.8, edges: float = 0.98, outputs: Sequence[int] | None = None) -> Graph:
-    """The nodes that make up a share of all influence, then the edges between them that make up a share of theirs.
+def pruned(
+    graph: Graph, nodes: float = 0.8, edges: float = 0.98, outputs: Sequence[int] | None = None
+) -> Graph:
+    """The nodes that make up a share of all influence, then the edges between them that make up a
+    share of theirs.
 
-    Outputs asked about stay, and so do tokens with any influence. An edge's influence is its share times that of its
-    target in what is left. A node whose in-edges, or whose out-edges, have all been cut goes too. A share of 1 cuts
-    nothing.
+    Outputs asked about stay, and so do tokens with any influence. An edge's influence is its share
+    times that of its target in what is left. A node whose in-edges, or whose out-edges, have all
+    been cut goes too. A share of 1 cuts nothing.
 
     Raises:
         BadInput: a share lies outside 0 to 1, or one of `outputs` is not in the graph.
     """
-    weights, shares = _weights(graph, outputs), graph.shares
+    weights = _weights(graph, outputs)
+    shares = graph.shares
     found = shares.swept(weights)
     always = (weights > 0) | (_is(graph, TOKENS) & (found > 0))
     kept = _part(graph, top(found, nodes, "nodes") | always)
@@ -107,18 +123,26 @@ def pruned(graph: Graph, nodes: float = 0.8, edges: float = 0.98, outputs: Seque
     return _alive(left, always[mine], ~shares.ends("target")[mine], ~shares.ends("source")[mine])
 
 
-def expanded(graph: Graph, budget: int, edges: float = 1.0, outputs: Sequence[int] | None = None) -> Graph:
-    """The outputs asked about and, one after the other, the `budget` nodes of most influence on what is there already.
+def expanded(
+    graph: Graph, budget: int, edges: float = 1.0, outputs: Sequence[int] | None = None
+) -> Graph:
+    """The outputs asked about and, one after the other, the `budget` nodes of most influence on
+    what is there already.
 
-    A node's influence on what is there runs along paths that visit nothing else. Then edges, as in `pruned`.
+    A node's influence on what is there runs along paths that visit nothing else. Then edges, as in
+    `pruned`.
 
     Raises:
-        BadInput: `budget` is negative, a share lies outside 0 to 1, or one of `outputs` is not in the graph.
+        BadInput: `budget` is negative, a share lies outside 0 to 1, or one of `outputs` is not in
+            the graph.
     """
     if budget < 0:
         raise BadInput(f"budget {budget}: a number of nodes; take one from 0 up")
-    weights, shares = _weights(graph, outputs), graph.shares
-    kept, reach, added = weights > 0, weights.copy(), np.flatnonzero(weights)
+    weights = _weights(graph, outputs)
+    shares = graph.shares
+    kept = weights > 0
+    reach = weights.copy()
+    added = np.flatnonzero(weights)
     flow = weights
     for left in range(budget, -1, -1):
         while len(added):  # what a new node brings flows on through those that are there
@@ -128,7 +152,9 @@ def expanded(graph: Graph, budget: int, edges: float = 1.0, outputs: Sequence[in
         best = int(np.argmax(np.where(kept, 0, reach)))
         if not left or kept[best] or not reach[best]:
             break
-        kept[best], added, flow = True, np.array([best]), reach
+        kept[best] = True
+        added = np.array([best])
+        flow = reach
     part = _part(graph, kept)
     return _strongest(part, weights[kept], edges)
 
@@ -141,9 +167,12 @@ def scores(graph: Graph, outputs: Sequence[int] | None = None) -> Scores:
     """
     if not graph.frozen:
         return Scores(None, None)
-    weights, shares = _weights(graph, outputs), graph.shares
-    found, unexplained = shares.swept(weights), _is(graph, UNEXPLAINED)
-    tokens, rest = found[_token_leaves(graph, shares)].sum(), found[unexplained].sum()
+    weights = _weights(graph, outputs)
+    shares = graph.shares
+    found = shares.swept(weights)
+    unexplained = _is(graph, UNEXPLAINED)
+    tokens = found[_token_leaves(graph, shares)].sum()
+    rest = found[unexplained].sum()
     from_rest = np.bincount(shares.target, shares.share * unexplained[shares.source], len(weights))
     reached = found + weights
     return Scores(
@@ -161,7 +190,8 @@ def cumulative(found: np.ndarray) -> np.ndarray:
 
 
 def top(found: np.ndarray, share: float, name: str) -> np.ndarray:
-    """Return the indices of the largest scores that make up a share of their sum; all if the share is 1.
+    """Return the indices of the largest scores that make up a share of their sum; all if the share
+    is 1.
 
     Scores that are equal up to rounding, as along a chain, stay together.
 
@@ -180,13 +210,18 @@ def top(found: np.ndarray, share: float, name: str) -> np.ndarray:
 
 
 class _Shares:
-    """Every edge's share of what enters its target: `share`, and both ends as rows of the graph's nodes."""
+    """Every edge's share of what enters its target: `share`, and both ends as rows of the graph's
+    nodes.
+    """
 
     def __init__(self, graph: Graph):
-        numbers, self.size = _numbers(graph), len(graph.nodes)
+        numbers = _numbers(graph)
+        self.size = len(graph.nodes)
         row = np.zeros(int(numbers.max(initial=0)) + 1, dtype=np.int32)
         row[numbers] = np.arange(self.size)
-        self.source, self.target = (row[graph.edges[end].to_numpy()] for end in ("source", "target"))
+        self.source, self.target = (
+            row[graph.edges[end].to_numpy()] for end in ("source", "target")
+        )
         strength = np.abs(graph.edges["attribution"].to_numpy().astype(np.float64))
         strength[~np.isfinite(strength)] = 0
         into = np.bincount(self.target, strength, self.size)
@@ -199,7 +234,8 @@ class _Shares:
 
     def swept(self, weights: np.ndarray) -> np.ndarray:
         """`weights (Ã + Ã² + …)`."""
-        flow, total = weights, np.zeros(self.size)
+        flow = weights
+        total = np.zeros(self.size)
         for _ in range(self.size):  # a path has no more steps; far fewer in truth
             if not flow.any():
                 break
@@ -226,7 +262,10 @@ def _weights(graph: Graph, outputs: Sequence[int] | None) -> np.ndarray:
         return weights
     chosen = np.isin(_numbers(graph), list(outputs))
     if strange := set(outputs) - set(_numbers(graph)[chosen].tolist()):
-        raise BadInput(f"node {min(strange)}: not in the graph, which has {len(weights)} nodes; see its outputs")
+        raise BadInput(
+            f"node {min(strange)}: not in the graph, which has {len(weights)} nodes; see its "
+            "outputs"
+        )
     return np.where(chosen, np.where(_is(graph, ["output"]), weights, 1.0), 0.0)
 
 
@@ -246,18 +285,25 @@ def _strongest(graph: Graph, weights: np.ndarray, share: float) -> Graph:
 
 
 def _alive(graph: Graph, always: np.ndarray, first: np.ndarray, last: np.ndarray) -> Graph:
-    """The graph without nodes that have lost all in-edges or all out-edges; `first`, `last` never had any."""
+    """The graph without nodes that have lost all in-edges or all out-edges; `first`, `last` never
+    had any.
+    """
     while True:
         shares = graph.shares
         alive = always | ((shares.ends("target") | first) & (shares.ends("source") | last))
         if alive.all():
             return graph
         graph = _part(graph, alive)
-        always, first, last = always[alive], first[alive], last[alive]
+        always = always[alive]
+        first = first[alive]
+        last = last[alive]
 
 
 def _token_leaves(graph: Graph, shares: _Shares) -> np.ndarray:
-    """Inputs and embeddings; where an embedding is a site, its components, to which nothing leads."""
-    component, layer = _is(graph, ["component"]), graph.nodes["layer"].cast(pl.String).to_numpy()
+    """Inputs and embeddings; where an embedding is a site, its components, to which nothing
+    leads.
+    """
+    component = _is(graph, ["component"])
+    layer = graph.nodes["layer"].cast(pl.String).to_numpy()
     reading = set(layer[component & shares.ends("target")])
     return _is(graph, TOKENS) | (component & ~np.isin(layer, list(reading)))

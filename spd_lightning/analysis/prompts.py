@@ -25,16 +25,28 @@ def probes(store: Store) -> pl.DataFrame:
 
 
 def prompt_list(store: Store) -> pl.DataFrame:
-    """All prompts with a readable label: columns prompt_id, label, split; probes first, then by number in `source`."""
+    """All prompts with a readable label: columns prompt_id, label, split; probes first, then by
+    number in `source`.
+    """
     number = pl.col("source").str.extract(r"(\d+)").cast(pl.UInt64, strict=False)
-    order = [pl.col("split") != "probe", pl.col("split"), number, pl.col("source"), pl.col("prompt_id")]
+    order = [
+        pl.col("split") != "probe",
+        pl.col("split"),
+        number,
+        pl.col("source"),
+        pl.col("prompt_id"),
+    ]
     prompts = store.collect(store.scan("prompts").sort(order, nulls_last=True))
     labels = [prompt_label(row) for row in prompts.iter_rows(named=True)]
-    return prompts.select("prompt_id", label=pl.Series("label", labels, dtype=pl.String), split="split")
+    return prompts.select(
+        "prompt_id", label=pl.Series("label", labels, dtype=pl.String), split="split"
+    )
 
 
 def graph_list(store: Store) -> pl.DataFrame:
-    """List the graphs of a harvest: for probes that are vectors, all of them together first; then every prompt."""
+    """List the graphs of a harvest: for probes that are vectors, all of them together first; then
+    every prompt.
+    """
     listed = prompt_list(store)
     count = int((listed["split"] == "probe").sum())
     if count < 2 or store.manifest["kind"] != "vectors":
@@ -44,7 +56,8 @@ def graph_list(store: Store) -> pl.DataFrame:
 
 
 def find_prompt(store: Store, asked: str) -> int:
-    """Return the prompt that a person means: by its id, its number in `graph_list`, its source, or a part of its text.
+    """Return the prompt that a person means: by its id, its number in `graph_list`, its source, or
+    a part of its text.
 
     Raises:
         BadInput: no prompt matches, or several do.
@@ -65,7 +78,9 @@ def find_prompt(store: Store, asked: str) -> int:
     exact = [one for one in order if wanted in keys[one]]
     if wanted and exact:
         return exact[0]
-    by_text = bool(wanted) and not asked.isdecimal()  # a number that is not a prompt would be found in many values
+    by_text = (
+        bool(wanted) and not asked.isdecimal()
+    )  # a number that is not a prompt would be found in many values
     matches = [one for one in order if by_text and any(wanted in key for key in keys[one])]
     if len(matches) == 1:
         return matches[0]
@@ -73,11 +88,13 @@ def find_prompt(store: Store, asked: str) -> int:
         shown = _numbered(matches[:MOST_LISTED], ids, names)
         more = f" and {len(matches) - MOST_LISTED} more" if len(matches) > MOST_LISTED else ""
         raise BadInput(
-            f"prompt '{asked[:80]}': {len(matches)} contain it, {shown}{more}; write more of it, or a number"
+            f"prompt '{asked[:80]}': {len(matches)} contain it, {shown}{more}; write more of it, "
+            "or a number"
         )
     closest = sorted(order, key=lambda one: -_resemblance(wanted[:200], search_key(names[one])))[:3]
     raise BadInput(
-        f"prompt '{asked[:80]}': not in harvest '{store.path}', where numbers go to {len(ids) - 1}; the nearest are "
+        f"prompt '{asked[:80]}': not in harvest '{store.path}', where numbers go to "
+        f"{len(ids) - 1}; the nearest are "
         f"{_numbered(closest, ids, names)}"
     )
 
@@ -95,8 +112,8 @@ def _numbered(chosen: list[int], ids: list[int], names: Mapping[int, str]) -> st
 def _resemblance(wanted: str, name: str) -> float:
     """Return how similar a prompt's name is to the wanted text, from 0 to 2.
 
-    It is the share of the wanted text's runs of three characters that the name contains, plus the similarity of the two
-    beginnings.
+    It is the share of the wanted text's runs of three characters that the name contains, plus the
+    similarity of the two beginnings.
     """
     starts = range(max(1, len(wanted) - 2))
     runs = {wanted[start : start + 3] for start in starts}
@@ -119,10 +136,11 @@ def _names(prompt: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def prompt_text(prompt: Mapping[str, Any]) -> str:
-    """Return the text of a row of the table `prompts`, with its blanks; of vectors, the features with a blank between.
+    """Return the text of a row of the table `prompts`, with its blanks; of vectors, the features
+    with a blank between.
 
-    The tokens of a text bring their own blanks, and bytes of one character that are several tokens become that
-    character again. Token ids without a text are listed with a blank between.
+    The tokens of a text bring their own blanks, and bytes of one character that are several tokens
+    become that character again. Token ids without a text are listed with a blank between.
     """
     tokens = prompt["tokens"]
     of_text = prompt["source"].startswith(TEXT_SOURCES)
@@ -133,9 +151,10 @@ def prompt_text(prompt: Mapping[str, Any]) -> str:
 def search_key(text: str) -> str:
     """Return the form in which texts are compared when a person looks for one.
 
-    Tokenizers drop or add blanks, fold case and compose characters before they make tokens. Two texts with the same
-    key differ in nothing else, so that a prompt is found by the text that was given. To find prompts that contain
-    some words, look for `search_key(words) in search_key(prompt_text(row))`.
+    Tokenizers drop or add blanks, fold case and compose characters before they make tokens. Two
+    texts with the same key differ in nothing else, so that a prompt is found by the text that was
+    given. To find prompts that contain some words, look for `search_key(words) in
+    search_key(prompt_text(row))`.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(unicodedata.normalize("NFKC", folded).split())
@@ -144,8 +163,8 @@ def search_key(text: str) -> str:
 def prompt_label(prompt: Mapping[str, Any], most: int = 80) -> str:
     """Return the label of a row of the table `prompts`.
 
-    A probe of one feature is "feature 3 = 0.75"; other vectors go by their source and non-zero features; a text by its
-    source and its first `most` characters, each run of blanks as one.
+    A probe of one feature is "feature 3 = 0.75"; other vectors go by their source and non-zero
+    features; a text by its source and its first `most` characters, each run of blanks as one.
     """
     source: str = prompt["source"]
     tokens: list[str] = prompt["tokens"]

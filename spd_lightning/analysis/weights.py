@@ -26,7 +26,8 @@ def factors(run: Path, site: str) -> Factors | None:
     Raises:
         BadInput: the files are unreadable, or the site is not in them.
     """
-    tensors, description = run / "decomposition.safetensors", run / "decomposition.json"
+    tensors = run / "decomposition.safetensors"
+    description = run / "decomposition.json"
     if not (tensors.exists() and description.exists()):
         return None
     try:
@@ -35,7 +36,9 @@ def factors(run: Path, site: str) -> Factors | None:
     except (ValueError, OSError) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"{tensors}: cannot be read ({error}); run fit again, or pull the run again") from error
+        raise BadInput(
+            f"{tensors}: cannot be read ({error}); run fit again, or pull the run again"
+        ) from error
     return Factors(U.T, V.T) if partner else Factors(V, U)
 
 
@@ -47,7 +50,11 @@ def _stored(path: Path, site: str) -> tuple[np.ndarray, np.ndarray]:
         with safe_open(path, framework="numpy") as file:
             stored = set(file.keys())
             if not stored.issuperset(names):
-                sites = {name.removeprefix("components.")[:-2] for name in stored if name.endswith((".V", ".U"))}
+                sites = {
+                    name.removeprefix("components.")[:-2]
+                    for name in stored
+                    if name.endswith((".V", ".U"))
+                }
                 raise BadInput(f"site '{site}' is not in {path}; {nearest(site, sites)}")
             return file.get_tensor(names[0]), file.get_tensor(names[1])
     except SafetensorError as error:

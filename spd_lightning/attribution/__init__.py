@@ -1,1 +1,3 @@
-"""Attribution: which component drives which. Builds on `decomposition`, which knows nothing of it."""
+"""Attribution: which component drives which. Builds on `decomposition`, which knows nothing of
+it.
+"""

@@ -1,18 +1,22 @@
 """Prompt attributions: which component drives which, on one input (section A of docs/method.md).
 
-1. *Cut.* Run the decomposed model with every site's inner activation cut from the graph: `a = x V` is the value that
-   readers are asked about, `â` a leaf of the same value that writers are asked about, and
-   `y = (m ∘ â) U + δ·(x Δᵀ) + b`. Inputs are leaves too; in `frozen` mode so are each site's rest and its bias.
-2. *Differentiate.* The edge from component i of S to component j of T is `∂a_T[s,j]/∂â_S[s',i] · â_S[s',i]` (A1): only
-   direct paths carry it, since every other site is cut.
-3. *Collect* the edges between nodes: components whose importance exceeds a threshold, inputs, outputs (A3).
+1. *Cut.* Run the decomposed model with the inner activation of every site cut from the autograd
+   graph. The value `a = x V` is what gradients are taken of; a leaf `â` of the same value is what
+   they are taken with respect to; and `y = (m ∘ â) U + δ·(x Δᵀ) + b`. Inputs are leaves too; in
+   `frozen` mode so are each site's rest and its bias.
+2. *Differentiate.* The edge from component i of S to component j of T is `∂a_T[s,j]/∂â_S[s',i] ·
+   â_S[s',i]` (A1). Only direct paths carry it, since every other site is cut.
+3. *Collect* the edges between nodes: components whose importance exceeds a threshold, inputs,
+   outputs (A3).
 
-`oracle` does this by definition, one gradient a target node; `edges` by batched vector-Jacobian products, many targets
-and prompts at once. Which sites are connected is found out by asking (a gradient that does not exist), never by name.
+`oracle` follows this definition, with one gradient for each target node. `vjp_edges` uses batched
+vector-Jacobian products, for many targets and prompts at once. Whether two sites are connected
+follows from whether a gradient exists, never from their names.
+
 Not here: closed forms without a backward pass (`closed_form`), pruning.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,113 +24,184 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spd_lightning.attribution.graph import EdgeTable, Layer, NodeKind, Subject, node_numbers, shape3
+from spd_lightning.attribution.graph import (
+    EdgeTable,
+    GraphSpec,
+    Layer,
+    NodeKind,
+    node_numbers,
+    shape3,
+)
 from spd_lightning.attribution.linearize import Frozen
 from spd_lightning.decomposition.components import Site, available
 from spd_lightning.decomposition.model import ComponentModel, Map, flattened
 
-CHUNK = 1 << 20
-"""Numbers held at once by one batched product: few enough to stay near the processor."""
+MAX_VJP_NUMBERS = 1 << 20
+"""The count of numbers that one batched product holds; few enough to stay in the processor's cache.
+"""
 
 
-# ---- the cut run ----------------------------------------------------------------------------------------------------
-
-
-def _whole(name: str, kind: NodeKind, leaf: Tensor) -> Layer:
-    b, p, _ = shape3(leaf)
-    ones = torch.ones(b, p, 1, dtype=torch.bool, device=leaf.device)
-    return Layer(name, kind, leaf, leaf.detach().reshape(b, p, -1).norm(dim=-1, keepdim=True), ones, whole=True)
-
-
-def _leaf(value: Tensor) -> Tensor:
-    return value.detach().clone().requires_grad_()
+# ---- step 1: the cut run -------------------------------------------------------------------------
 
 
 def biased(model: ComponentModel) -> dict[str, nn.Module]:
-    """The norms and maps that are not sites and add a bias: in frozen graphs a node of its own (A6, rule 1)."""
+    """Return the norms and maps that add a bias and are not sites; in frozen graphs each is a node
+    (A6, rule 1).
+    """
     sites = {site.module for site in model.sites.values()}
-    adds = {site.module for site in available(model.target).values()} - sites
-    adds |= {module for module in model.target.modules() if isinstance(module, nn.LayerNorm)}
-    return {n: m for n, m in model.target.named_modules() if m in adds and getattr(m, "bias", None) is not None}
+    adding = {site.module for site in available(model.target).values()} - sites
+    adding |= {module for module in model.target.modules() if isinstance(module, nn.LayerNorm)}
+    return {
+        name: module
+        for name, module in model.target.named_modules()
+        if module in adding and bias_of(module) is not None
+    }
 
 
-def cut_run(of: Subject) -> list[Layer]:
-    """The layers of the graphs of a batch of prompts, in forward order, joined by one autograd graph."""
-    model, inputs = of.model, of.inputs
-    layers: list[Layer] = []
-    sites = {site.module for site in model.sites.values()}
-    embeddings = [(m, name) for name, m in model.target.named_modules() if isinstance(m, nn.Embedding)]
-    named: dict[nn.Module, str] = {m: name for m, name in embeddings if m not in sites}
-    biases = {m: name for name, m in biased(model).items()} if of.frozen else {}
+def bias_of(module: nn.Module) -> Tensor | None:
+    """Return the bias that a map or a norm adds, or None."""
+    return dict(module.named_parameters(recurse=False)).get("bias")
 
-    def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
-        site_layers, y = _cut_site(of, site, x, own)
-        layers.extend(site_layers)
-        return y
 
-    def with_bias(module: nn.Module, own: Map) -> Map:
+def cut_run(spec: GraphSpec) -> list[Layer]:
+    """Return the layers of the graphs of a batch of prompts in forward order, joined by one
+    autograd graph.
+    """
+    return _CutRun(spec).run()
+
+
+class _CutRun:
+    """Runs a decomposed model with every site cut, and collects the layers on the way."""
+
+    def __init__(self, spec: GraphSpec):
+        self.spec, self.model = spec, spec.model
+        self.layers: list[Layer] = []
+        sites = {site.module for site in self.model.sites.values()}
+        self.embeddings: dict[nn.Module, str] = {
+            module: name
+            for name, module in self.model.target.named_modules()
+            if isinstance(module, nn.Embedding) and module not in sites
+        }
+        self.biases: dict[nn.Module, str] = {}
+        if spec.frozen:
+            self.biases = {module: name for name, module in biased(self.model).items()}
+
+    def run(self) -> list[Layer]:
+        spec, inputs = self.spec, self.spec.inputs
+        x = inputs
+        if inputs.is_floating_point():
+            leaf = _leaf(inputs)
+            shaped = inputs.reshape(shape3(inputs))
+            self.layers.append(Layer("input", "input", leaf, shaped, shaped != 0))
+            x = leaf.clone()
+        linear = Frozen() if spec.frozen else nullcontext()
+        recorded = [*self.embeddings, *self.biases]
+        with (
+            torch.enable_grad(),
+            linear,
+            self.model.replaced(self._at_site, self._at_module, recorded),
+        ):
+            out = spec.reading(self.model.target(x))
+        shaped = out.reshape(shape3(out))
+        nodes = spec.outputs(shaped.detach())
+        return [*self.layers, Layer("output", "output", None, shaped, nodes)]
+
+    def _at_module(self, module: nn.Module, own: Map) -> Map:
+        return self._add_bias(module, own) if module in self.biases else self._embed(module, own)
+
+    def _add_bias(self, module: nn.Module, own: Map) -> Map:
+        """Make the bias of a norm or of a map that is not a site a layer of its own."""
+        bias = bias_of(module)
+        assert bias is not None
+
         def forward(x: Tensor) -> Tensor:
             out = own(x)
-            folded = model.folded(out)
-            leaf = _leaf(module.bias.expand_as(folded))  # pyright: ignore[reportCallIssue]
-            layers.append(_whole(biases[module], "bias", leaf))
+            folded = self.model.folded(out)
+            leaf = _leaf(bias.expand_as(folded))
+            self.layers.append(_whole_layer(self.biases[module], "bias", leaf))
             return out + flattened(leaf - leaf.detach(), folded.ndim - out.ndim)
 
         return forward
 
-    def at_module(module: nn.Module, own: Map) -> Map:
-        if module in biases:
-            return with_bias(module, own)
+    def _embed(self, module: nn.Module, own: Map) -> Map:
+        """Make an embedding that is not a site a layer of its own."""
 
         def forward(*args, **kwargs):
             out = own(*args, **kwargs)
-            leaf = _leaf(model.folded(out))
+            leaf = _leaf(self.model.folded(out))
             added = leaf.ndim - out.ndim
-            batched = leaf.expand(len(inputs), *leaf.shape[-2:]) if leaf.ndim == 2 or len(leaf) == 1 else leaf
-            leaf = leaf if batched is leaf else _leaf(batched)
-            layers.append(_whole(named[module], "embedding", leaf))
+            if leaf.ndim == 2 or len(leaf) == 1:  # the same for all prompts, as positions are
+                leaf = _leaf(leaf.expand(len(self.spec.inputs), *leaf.shape[-2:]))
+            self.layers.append(_whole_layer(self.embeddings[module], "embedding", leaf))
             return flattened(leaf.clone(), added)  # a clone, since the model may change it in place
 
         return forward
 
-    x = _leaf(inputs) if inputs.is_floating_point() else inputs
-    if inputs.is_floating_point():
-        shaped = inputs.reshape(shape3(inputs))
-        layers.append(Layer("input", "input", x, shaped, shaped != 0))
-    linear = Frozen() if of.frozen else nullcontext()
-    with torch.enable_grad(), linear, model.replaced(at_site, at_module, [*named, *biases]):
-        out = of.reading(model.target(x.clone() if inputs.is_floating_point() else x))
-    shaped = out.reshape(shape3(out))
-    return [*layers, Layer("output", "output", None, shaped, of.outputs(shaped.detach()))]
+    def _at_site(self, site: Site, x: Tensor, own: Map) -> Tensor:
+        """Cut a site, and return its output."""
+        spec = self.spec
+        mode = self.spec.mode
+        components = self.model[site.name]
+        V = components.V.detach()
+        U = components.U.detach()
+        a = site.inner(x, V)
+        g = spec.importances[site.name]
+        leaf = _leaf(a)
+        nodes = spec.is_node(site.name, g)
+        mask = g.detach() if mode.mask == "ci" else torch.ones_like(g)
+        shape = shape3(a)
+        self.layers.append(
+            Layer(
+                name=site.name,
+                kind="component",
+                leaf=leaf,
+                value=a.reshape(shape),
+                nodes=nodes.reshape(shape),
+                importance=g.detach().reshape(shape),
+            )
+        )
+        bias = torch.zeros_like(U[0]) if site.bias is None else site.bias
+        written = (mask * leaf * nodes) @ U
+        others = (mask * a * ~nodes) @ U  # by components that are not nodes
+        if mode.delta == "off":
+            delta, rest = 0.0, others
+        else:
+            delta = own(x) - bias - a @ U
+            rest = others + delta
+        if spec.frozen:
+            rest, added = _leaf(rest), _leaf(bias.expand_as(rest))
+            self.layers.append(_whole_layer(site.name, "rest", rest))
+            self.layers.append(_whole_layer(site.name, "bias", added))
+            return written + rest + added
+        if (
+            mode.delta == "flow"
+        ):  # components that are not nodes are cut too; only Δ carries gradient
+            return written + others.detach() + delta + bias
+        return written + rest.detach() + bias
 
 
-def _cut_site(of: Subject, site: Site, x: Tensor, own: Map) -> tuple[list[Layer], Tensor]:
-    """A site under the cut: its layers (components; in frozen mode also rest and bias) and its output."""
-    V, U = of.model[site.name].V.detach(), of.model[site.name].U.detach()
-    a, g, mode = site.inner(x, V), of.importances[site.name], of.mode
-    leaf, nodes = _leaf(a), of.held(site.name, g)
-    mask = g.detach() if mode.mask == "ci" else torch.ones_like(g)
-    shape = shape3(a)
-    layers = [Layer(site.name, "component", leaf, a.reshape(shape), nodes.reshape(shape), g.detach().reshape(shape))]
-    bias = torch.zeros_like(U[0]) if site.bias is None else site.bias
-    y = (mask * leaf * nodes) @ U
-    rest = (mask * a * ~nodes) @ U
-    if mode.delta != "off":
-        rest = rest + (own(x) - bias - a @ U)
-    if of.frozen:
-        kept, added = _leaf(rest), _leaf(bias.expand_as(rest))
-        return [*layers, _whole(site.name, "rest", kept), _whole(site.name, "bias", added)], y + kept + added
-    if mode.delta == "flow":  # what is not a node is cut like every component; only Δ carries gradient
-        others = ((mask * a * ~nodes) @ U).detach()
-        return layers, y + others + (own(x) - bias - a @ U) + bias
-    return layers, y + rest.detach() + bias
+def _leaf(value: Tensor) -> Tensor:
+    """Return a leaf of the same value."""
+    return value.detach().clone().requires_grad_()
 
 
-# ---- edges ----------------------------------------------------------------------------------------------------------
+def _whole_layer(name: str, kind: NodeKind, leaf: Tensor) -> Layer:
+    """Return a layer with a single node at each position, which stands for the whole vector
+    there.
+    """
+    batch, positions, _ = shape3(leaf)
+    size = leaf.detach().reshape(batch, positions, -1).norm(dim=-1, keepdim=True)
+    nodes = torch.ones(batch, positions, 1, dtype=torch.bool, device=leaf.device)
+    return Layer(name, kind, leaf, size, nodes, whole=True)
 
 
-class Edges(NamedTuple):
-    """Edges from one layer to another: per edge its prompt, both ends as (pos, component), and its attribution."""
+# ---- steps 2 and 3: edges ------------------------------------------------------------------------
+
+
+class LayerEdges(NamedTuple):
+    """Edges from one layer to another: for each its prompt, both ends as (pos, component), and its
+    attribution.
+    """
 
     source: int
     target: int
@@ -135,62 +210,96 @@ class Edges(NamedTuple):
     target_at: Tensor
     attribution: Tensor
 
+    def within_position(self) -> "LayerEdges":
+        """Return the edges that stay at their position."""
+        stays = self.source_at[:, 0] == self.target_at[:, 0]
+        return LayerEdges(self.source, self.target, *(column[stays] for column in self[2:]))
 
-def tabled(layers: list[Layer], found: Iterable[Edges]) -> Iterator[EdgeTable]:
-    """Edges between layers as flat tables."""
+
+def as_tables(layers: list[Layer], edges: Iterable[LayerEdges]) -> Iterator[EdgeTable]:
+    """Turn edges between layers into flat tables."""
     numbers = node_numbers(layers)
-    for e in found:
-        ends = ((e.source, e.source_at), (e.target, e.target_at))
-        source, target = (numbers[layer][e.prompt, at[:, 0], at[:, 1]] for layer, at in ends)
+    for e in edges:
+        source = numbers[e.source][e.prompt, e.source_at[:, 0], e.source_at[:, 1]]
+        target = numbers[e.target][e.prompt, e.target_at[:, 0], e.target_at[:, 1]]
         yield EdgeTable(e.prompt, source, target, e.attribution)
 
 
-def edges(layers: list[Layer], pairs: set[tuple[int, int]] | None = None) -> Iterator[Edges]:
-    """All edges between nodes of a cut run by batched vector-Jacobian products, or those of some pairs of layers.
+def vjp_edges(
+    layers: list[Layer], pairs: set[tuple[int, int]] | None = None
+) -> Iterator[LayerEdges]:
+    """Compute the edges between nodes of a cut run by batched vector-Jacobian products.
 
-    Edges across positions are given where they are not exactly zero (no direct path moves there otherwise).
+    Edges across positions are included only where they are not exactly zero: elsewhere no direct
+    path moves between positions.
+
+    pairs: the pairs of layers (source, target) to include; all if omitted.
     """
     sources = [k for k, layer in enumerate(layers) if layer.leaf is not None]
     for t, target in enumerate(layers):
-        if target.kind not in ("component", "output") or not target.value.requires_grad:
+        if not _is_target(target):
             continue
         before = [s for s in sources if s < t and (pairs is None or (s, t) in pairs)]
-        for where, gradients in _products(target, [layers[s].leaf for s in before]):
+        for where, gradients in _vjps(target, [layers[s].leaf for s in before]):
             for s, gradient in zip(before, gradients, strict=True):
                 if gradient is not None:
-                    yield _select(layers[s], s, target, t, where, gradient)
+                    yield _select_edges(layers[s], s, target, t, where, gradient)
 
 
-def _products(target: Layer, leaves: list) -> Iterator[tuple[Tensor, tuple[Tensor | None, ...]]]:
-    """Chunks of target entries (pos, component) that are nodes in some prompt, with their gradients to all leaves."""
-    where = target.nodes.any(0).nonzero() if leaves else target.nodes.nonzero()[:0]
-    widest = max((leaf.numel() for leaf in leaves), default=1)
-    size = max(1, CHUNK // max(widest, target.value.numel()))
+def _is_target(layer: Layer) -> bool:
+    """Return whether edges can end in a layer."""
+    return layer.kind in ("component", "output") and layer.value.requires_grad
+
+
+def _vjps(target: Layer, leaves: list) -> Iterator[tuple[Tensor, tuple[Tensor | None, ...]]]:
+    """Yield chunks of target entries (pos, component) that are nodes in a prompt, and their
+    gradients.
+    """
+    if not leaves:
+        return
+    value = target.value
+    where = target.nodes.any(0).nonzero()  # [entries, 2]
+    widest = max(leaf.numel() for leaf in leaves)
+    size = max(1, MAX_VJP_NUMBERS // max(widest, value.numel()))
     for chunk in where.split(size) if len(where) else ():
-        cotangents = torch.zeros(len(chunk), *target.value.shape, dtype=target.value.dtype, device=target.value.device)
+        cotangents = value.new_zeros(len(chunk), *value.shape)
         cotangents[torch.arange(len(chunk)), :, chunk[:, 0], chunk[:, 1]] = 1
-        yield (
-            chunk,
-            torch.autograd.grad(
-                target.value, leaves, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
-            ),
+        gradients = torch.autograd.grad(
+            value, leaves, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
+        yield chunk, gradients
 
 
-def _select(source: Layer, s: int, target: Layer, t: int, where: Tensor, gradient: Tensor) -> Edges:
-    """The products of one chunk that join two nodes."""
-    values = source.contributions(gradient)
-    live = target.nodes[:, where[:, 0], where[:, 1]].T[:, :, None, None] & source.nodes
-    here = where[:, 0, None] == torch.arange(values.shape[2], device=values.device)
-    live = live & (here[:, None, :, None] | (values != 0))
-    index = live.nonzero()
-    return Edges(s, t, index[:, 1], index[:, 2:], where[index[:, 0]], values[tuple(index.T)])
+def _select_edges(
+    source: Layer, s: int, target: Layer, t: int, where: Tensor, gradient: Tensor
+) -> LayerEdges:
+    """Select from the products of one chunk those that join two nodes."""
+    values = source.contributions(gradient)  # [targets, batch, pos, K]
+    target_is_node = target.nodes[:, where[:, 0], where[:, 1]].T  # [targets, batch]
+    both = target_is_node[:, :, None, None] & source.nodes
+    positions = torch.arange(values.shape[2], device=values.device)
+    same_position = where[:, 0, None] == positions  # [targets, pos]
+    exists = both & (same_position[:, None, :, None] | (values != 0))
+    index = exists.nonzero()  # [edges, 4]
+    return LayerEdges(
+        source=s,
+        target=t,
+        prompt=index[:, 1],
+        source_at=index[:, 2:],
+        target_at=where[index[:, 0]],
+        attribution=values[tuple(index.T)],
+    )
+
+
+# ---- which layers are connected ------------------------------------------------------------------
 
 
 def connected(layers: list[Layer]) -> set[tuple[int, int]]:
-    """The pairs of layers joined by a direct path (A4), found by asking for gradients."""
+    """Return the pairs of layers joined by a direct path (A4): those between which a gradient
+    exists.
+    """
     pairs = set()
-    for t, target, leaves in _readers(layers):
+    for t, target, leaves in _targets_with_leaves(layers):
         for s, gradient in _gradients(target.value.sum(), leaves):
             if gradient is not None:
                 pairs.add((s, t))
@@ -198,97 +307,116 @@ def connected(layers: list[Layer]) -> set[tuple[int, int]]:
 
 
 def crossing(layers: list[Layer]) -> set[tuple[int, int]]:
-    """The pairs of layers joined by a direct path that moves between positions (A4), found by asking for gradients.
+    """Return the pairs of layers joined by a direct path that moves between positions (A4).
 
-    Targets at even positions are asked about sources at odd ones, and the other way around: whatever can be read from
-    another position is read by some target of its opposite parity, since causal attention reaches the next position.
+    The gradient of targets at even positions is taken with respect to sources at odd ones, and the
+    reverse. If anything can be read from another position, some target reads it from a position of
+    the opposite parity, because causal attention reaches the next position.
     """
     pairs = set()
-    for t, target, leaves in _readers(layers):
+    for t, target, leaves in _targets_with_leaves(layers):
         if target.value.shape[1] == 1:
             continue
         for parity in (0, 1):
             for s, gradient in _gradients(target.value[:, parity::2].sum(), leaves):
-                if gradient is not None and gradient.reshape(shape3(gradient))[:, 1 - parity :: 2].any():
+                if gradient is None:
+                    continue
+                elsewhere = gradient.reshape(shape3(gradient))[:, 1 - parity :: 2]
+                if elsewhere.any():
                     pairs.add((s, t))
     return pairs
 
 
-def _readers(layers: list[Layer]) -> Iterator[tuple[int, Layer, dict[int, Tensor]]]:
-    """Yield every layer that can be a target, with its number and the leaves of the layers before it, by number."""
+def _targets_with_leaves(layers: list[Layer]) -> Iterator[tuple[int, Layer, dict[int, Tensor]]]:
+    """Yield every layer that can be a target, with its number and the leaves of earlier layers, by
+    number.
+    """
     for t, target in enumerate(layers):
         leaves = {s: layer.leaf for s, layer in enumerate(layers[:t]) if layer.leaf is not None}
-        if target.kind in ("component", "output") and target.value.requires_grad and leaves:
+        if _is_target(target) and leaves:
             yield t, target, leaves
 
 
 def _gradients(total: Tensor, leaves: dict[int, Tensor]) -> Iterator[tuple[int, Tensor | None]]:
-    """The gradient of a number to each leaf, by the leaf's key; None where no path leads."""
-    found = torch.autograd.grad(total, list(leaves.values()), retain_graph=True, allow_unused=True)
-    return zip(leaves, found, strict=True)
-
-
-def prompt_edges(of: Subject) -> tuple[list[Layer], list[Edges]]:
-    """The graphs of a batch of prompts: their layers and all edges between their nodes.
-
-    Where delta carries gradient (mode `reference`, A5), edges are kept to the direct pairs of the cut run; and to one
-    position, except between pairs that cross positions there.
+    """Return the gradient of a number at each leaf, by the leaf's key; None where there is no
+    path.
     """
-    products = Products(of)
-    return products.layers, list(products.edges())
+    gradients = torch.autograd.grad(
+        total, list(leaves.values()), retain_graph=True, allow_unused=True
+    )
+    return zip(leaves, gradients, strict=True)
 
 
-class Products:
-    """The graphs of a batch of prompts by batched products. Their edges are recomputed at each iteration.
+# ---- graphs --------------------------------------------------------------------------------------
+
+
+def prompt_edges(spec: GraphSpec) -> tuple[list[Layer], list[LayerEdges]]:
+    """Return the layers of the graphs of a batch of prompts, and all edges between their nodes.
+
+    If delta carries gradient (mode `reference`, A5), only the pairs of layers that are direct in
+    the cut run are included. Edges between them stay within a position, except for pairs that cross
+    positions in the cut run.
+    """
+    graphs = VectorJacobianEdges(spec)
+    return graphs.layers, list(graphs.layer_edges())
+
+
+class VectorJacobianEdges:
+    """The edges of a batch of prompts by batched vector-Jacobian products; computed again each
+    time.
 
     Attributes:
-        layers: those of the graphs.
+        layers: the layers of the graphs.
     """
 
-    def __init__(self, of: Subject):
-        self.layers = cut_run(of)
+    def __init__(self, spec: GraphSpec):
+        self.layers = cut_run(spec)
         self._direct: set[tuple[int, int]] | None = None
         self._crossing: set[tuple[int, int]] = set()
-        if of.mode.delta == "flow":
-            cut = cut_run(of._replace(mode=replace(of.mode, delta="cut")))
-            self._direct, self._crossing = connected(cut), crossing(cut)
+        if spec.mode.delta == "flow":
+            cut = cut_run(spec._replace(mode=replace(spec.mode, delta="cut")))
+            self._direct = connected(cut)
+            self._crossing = crossing(cut)
 
-    def edges(self) -> Iterator[Edges]:
-        """Compute the edges between layers, those of one pair of layers and one chunk of targets at a time."""
-        for found in edges(self.layers, self._direct):
-            one_position = self._direct is not None and (found.source, found.target) not in self._crossing
-            yield _own_position(found) if one_position else found
+    def layer_edges(self) -> Iterator[LayerEdges]:
+        """Compute the edges between layers, for one pair of layers and one chunk of targets at a
+        time.
+        """
+        for edges in vjp_edges(self.layers, self._direct):
+            pair = edges.source, edges.target
+            stays = self._direct is not None and pair not in self._crossing
+            yield edges.within_position() if stays else edges
 
-    def __iter__(self) -> Iterator[EdgeTable]:
-        return tabled(self.layers, self.edges())
-
-
-def _own_position(e: Edges) -> Edges:
-    keep = e.source_at[:, 0] == e.target_at[:, 0]
-    return Edges(e.source, e.target, e.prompt[keep], e.source_at[keep], e.target_at[keep], e.attribution[keep])
+    def for_each(self, visit: Callable[[EdgeTable], None]) -> None:
+        """Compute all edges, and pass each piece to `visit`."""
+        for table in as_tables(self.layers, self.layer_edges()):
+            visit(table)
 
 
 EdgeKey = tuple[str, int, int, str, int, int]
 
 
 def oracle(layers: list[Layer]) -> dict[tuple[NodeKind, EdgeKey], float]:
-    """Every edge of one prompt by definition: one `autograd.grad` for each target node, read entry by entry (A7).
+    """Compute every edge of one prompt by definition: one `autograd.grad` for each target node
+    (A7).
 
     layers: a cut run of a batch of one. Returns {(source kind, (S, s', i, T, s, j)): attribution}.
     """
-    found = {}
+    edges = {}
     for t, target in enumerate(layers):
         sources = [layer for layer in layers[:t] if layer.leaf is not None]
         leaves = [layer.leaf for layer in sources if layer.leaf is not None]
-        if target.kind not in ("component", "output") or not target.value.requires_grad:
+        if not _is_target(target):
             continue
         for pos, j in target.nodes[0].nonzero().tolist():
-            gradients = torch.autograd.grad(target.value[0, pos, j], leaves, retain_graph=True, allow_unused=True)
+            value = target.value[0, pos, j]
+            gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
             for layer, gradient in zip(sources, gradients, strict=True):
                 if gradient is None:
                     continue
-                values = layer.contributions(gradient[None])[0, 0]
+                values = layer.contributions(gradient[None])[0, 0]  # [pos, K]
                 for q, i in layer.nodes[0].nonzero().tolist():
                     if q == pos or values[q, i] != 0:
-                        found[layer.kind, (layer.name, q, i, target.name, pos, j)] = values[q, i].item()
-    return found
+                        key = layer.name, q, i, target.name, pos, j
+                        edges[layer.kind, key] = values[q, i].item()
+    return edges

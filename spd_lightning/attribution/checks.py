@@ -1,10 +1,12 @@
-"""Checks of a graph: its edges against interventions, its nodes against the sum of what enters them (section A).
+"""Checks of a graph: its edges against interventions, its nodes against the sum of what enters them
+(section A).
 
-An edge states what its target would lose if its source were ablated and every other site kept its output (A1). An
-intervention tests this. In a batch of copies of one prompt, every site returns its output from the graph's own run,
-except that each copy scales one component at one position. Everything between the sites is recomputed, and the target
-is read. If the maps of a graph are linear (`linearize`, A6), the change equals the edge. In `jacobian` modes this holds
-for small changes, and a full ablation shows how far the model is from linear.
+An edge states what its target would lose if its source were ablated and every other site kept its
+output (A1). An intervention tests this. In a batch of copies of one prompt, every site returns its
+output from the graph's own run, except that each copy scales one component at one position.
+Everything between the sites is recomputed, and the target is read. If the maps of a graph are
+linear (`linearize`, A6), the change equals the edge. In `jacobian` modes this holds for small
+changes, and a full ablation shows how far the model is from linear.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spd_lightning.attribution.graph import EdgeTable, Layer, NodeKind, Subject, node_numbers
+from spd_lightning.attribution.graph import EdgeTable, GraphSpec, Layer, NodeKind, node_numbers
 from spd_lightning.attribution.linearize import Frozen
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map, flattened
@@ -22,14 +24,15 @@ from spd_lightning.decomposition.model import ComponentModel, Map, flattened
 CHUNK = 1 << 24
 """Numbers held at once by one run of trials."""
 
-# ---- which edges ----------------------------------------------------------------------------------------------------
+# ---- which edges ---------------------------------------------------------------------------------
 
 Key = tuple[NodeKind, str]
 """A layer of a graph: what its nodes are, and its name."""
 
 
 class Checks(NamedTuple):
-    """Edges to try: of each its prompt in the batch, and both ends as (number of the layer, position, component).
+    """Edges to try: of each its prompt in the batch, and both ends as (number of the layer,
+    position, component).
 
     layers: what those numbers stand for. Sources are components; targets are components or outputs.
     """
@@ -68,16 +71,22 @@ class Graphs:
         return self._places[prompt.long() * self._width + number]
 
     def drawn(self, table: EdgeTable, count: int, generator: torch.Generator) -> EdgeTable:
-        """Up to `count` of the edges of a prompt that start at components, the stronger the likelier.
+        """Up to `count` of the edges of a prompt that start at components, the stronger the
+        likelier.
 
-        The sizes of these edges are laid end to end and cut into `count` equal parts, and at a random place of each
-        part an edge is taken. So an edge is expected as often as its share of them all, and a dominant one is certain.
+        The sizes of these edges are laid end to end and cut into `count` equal parts, and at a
+        random place of each part an edge is taken. So an edge is expected as often as its share of
+        them all, and a dominant one is certain.
         """
         writes = self._writes[table.prompt.long() * self._width + table.source]
-        reach = (table.attribution.abs().nan_to_num(0.0, 0.0) * writes).cumsum(0, dtype=torch.float64)
+        reach = (table.attribution.abs().nan_to_num(0.0, 0.0) * writes).cumsum(
+            0, dtype=torch.float64
+        )
         found = table.source.new_zeros(0, dtype=torch.long)
         if len(reach) and reach[-1]:
-            places = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+            places = (
+                torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)
+            ) / count
             found = torch.searchsorted(reach, places.to(reach.device) * reach[-1], right=True)
         return EdgeTable(*(column[found.clamp(max=len(reach) - 1).unique()] for column in table))
 
@@ -92,41 +101,54 @@ def _most(layers: list[Layer]) -> int:
     return int(torch.stack([layer.nodes.flatten(1).sum(1) for layer in layers]).sum(0).max())
 
 
-# ---- edges ----------------------------------------------------------------------------------------------------------
+# ---- edges ---------------------------------------------------------------------------------------
 
 
-def changes(of: Subject, checks: Checks, factor: float = 0.0) -> Float[Tensor, " checks"]:
-    """Return how much the target of each edge gains when its source is scaled and all other sites are held fixed.
+def changes(spec: GraphSpec, checks: Checks, factor: float = 0.0) -> Float[Tensor, " checks"]:
+    """Return how much the target of each edge gains when its source is scaled and all other sites
+    are held fixed.
 
     An edge that is exact (A6), or a factor near 1, gives (factor − 1) · attribution.
     """
-    inputs, length = of.inputs, of.inputs.shape[1]
-    widest = 1 if inputs.is_floating_point() else max(length, int(getattr(of.model.target, "vocab", 0)))
-    parts = torch.arange(len(checks.prompt), device=inputs.device).split(max(1, CHUNK // max(1, length * widest)))
-    found = [_Trial(of, checks.rows(part), factor)() for part in parts if len(part)]
-    return torch.cat(found) if found else next(iter(of.importances.values())).new_zeros(0)
+    inputs = spec.inputs
+    length = spec.inputs.shape[1]
+    widest = (
+        1
+        if inputs.is_floating_point()
+        else max(length, int(getattr(spec.model.target, "vocab", 0)))
+    )
+    parts = torch.arange(len(checks.prompt), device=inputs.device).split(
+        max(1, CHUNK // max(1, length * widest))
+    )
+    found = [_Trial(spec, checks.rows(part), factor)() for part in parts if len(part)]
+    return torch.cat(found) if found else next(iter(spec.importances.values())).new_zeros(0)
 
 
 class _Trial:
     """One forward pass: a row for each prompt as it is, then a row for each check."""
 
-    def __init__(self, of: Subject, checks: Checks, factor: float):
-        self.of, self.model, self.mode, self.checks, self.factor = of, of.model, of.mode, checks, factor
+    def __init__(self, spec: GraphSpec, checks: Checks, factor: float):
+        self.spec = spec
+        self.model = spec.model
+        self.mode = spec.mode
+        self.checks = checks
+        self.factor = factor
         prompts, slots = checks.prompt.unique(return_inverse=True)
         self.plain = len(prompts)
         self.rows = torch.cat([torch.arange(self.plain, device=slots.device), slots])
         """For each row, that of its prompt as it is."""
-        self.inputs = of.inputs[prompts][self.rows]
-        self.g = {name: g[prompts].detach() for name, g in of.importances.items()}
+        self.inputs = spec.inputs[prompts][self.rows]
+        self.g = {name: g[prompts].detach() for name, g in spec.importances.items()}
         self.change = next(iter(self.g.values())).new_zeros(len(slots))
 
     def __call__(self) -> Tensor:
-        if not self.of.frozen:
+        if not self.spec.frozen:
             self._run(nullcontext())
             return self.change
         # First every row as it is, which gives the constants of the graph's run; then the changes,
         # with these constants.
-        constants, factor = list[Tensor](), self.factor
+        constants = list[Tensor]()
+        factor = self.factor
 
         def keep(value: Tensor) -> Tensor:
             constants.append(value.detach().clone())  # the model may overwrite the value itself
@@ -134,7 +156,8 @@ class _Trial:
 
         self.factor = 1.0
         self._run(Frozen(keep))
-        self.factor, kept = factor, iter(constants)
+        self.factor = factor
+        kept = iter(constants)
         self._run(Frozen(lambda value: next(kept)))
         return self.change
 
@@ -143,16 +166,19 @@ class _Trial:
         vectors = self.inputs.is_floating_point()
         x = self.inputs.detach().clone().requires_grad_() if vectors else self.inputs
         sites = {site.module for site in self.model.sites.values()}
-        tables = [m for m in self.model.target.modules() if isinstance(m, nn.Embedding) and m not in sites]
-        # No gradient is asked for, but which values would carry one tells the rules of A6 what is a path.
+        tables = [
+            m for m in self.model.target.modules() if isinstance(m, nn.Embedding) and m not in sites
+        ]
+        # No gradient is asked for, but which values would carry one tells the rules of A6 what is a
+        # path.
         with (
-            torch.set_grad_enabled(self.of.frozen),
+            torch.set_grad_enabled(self.spec.frozen),
             linear,
             self.model.replaced(self._at_site, self._at_table, tables),
         ):
             out = self.model.target(x)
         with torch.no_grad():
-            self._read(("output", "output"), self.of.reading(out), None)
+            self._read(("output", "output"), self.spec.reading(out), None)
 
     def _at_site(self, site: Site, x: Tensor, own: Map) -> Tensor:
         key: Key = ("component", site.name)
@@ -173,27 +199,35 @@ class _Trial:
         """Return the site's output in the graph's own run, one row a prompt."""
         if self.mode.mask == "ones" and self.mode.delta != "off":
             return own(x)  # D5
-        V, U = self.model[site.name].V.detach(), self.model[site.name].U.detach()
+        V = self.model[site.name].V.detach()
+        U = self.model[site.name].U.detach()
         bias = 0.0 if site.bias is None else site.bias
         a = site.inner(x, V)
         w = a if self.mode.mask == "ones" else self.g[site.name] * a
         y = w @ U + bias
         return y if self.mode.delta == "off" else y + own(x) - bias - a @ U
 
-    def _weight(self, site: Site, x: Tensor, row: Tensor, pos: Tensor, i: Tensor) -> Float[Tensor, " nodes"]:
+    def _weight(
+        self, site: Site, x: Tensor, row: Tensor, pos: Tensor, i: Tensor
+    ) -> Float[Tensor, " nodes"]:
         """w = m a of some nodes."""
-        V, ids = self.model[site.name].V.detach(), site.kind == "embedding"
+        V = self.model[site.name].V.detach()
+        ids = site.kind == "embedding"
         x = (x if ids else _by_position(x))[row, pos]
         a = V[x, i] if ids else (x * V.T[i]).sum(-1)
         return a if self.mode.mask == "ones" else a * _by_position(self.g[site.name])[row, pos, i]
 
     def _moved(self, site: Site, x: Tensor, own: Map) -> Tensor:
-        """Return the delta's contribution where a site's input has changed, in graphs whose delta carries gradient."""
+        """Return the delta's contribution where a site's input has changed, in graphs whose delta
+        carries gradient.
+        """
         moved = own(x) - site.inner(x, self.model[site.name].V) @ self.model[site.name].U
         return moved - moved[self.rows]
 
     def _mine(self, key: Key, ends: Int[Tensor, "checks 3"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Select the checks that have an end in a layer: their rows, and that end's position and component."""
+        """Select the checks that have an end in a layer: their rows, and that end's position and
+        component.
+        """
         same = torch.tensor([layer == key for layer in self.checks.layers], device=ends.device)
         found = same[ends[:, 0]].nonzero()[:, 0]
         return self.plain + found, ends[found, 1], ends[found, 2]
@@ -217,7 +251,9 @@ class _Trial:
 
 
 def _path(y: Tensor) -> Tensor:
-    """Make a tensor carry a gradient, as a copy that the model may change in place (a leaf it may not)."""
+    """Make a tensor carry a gradient, as a copy that the model may change in place (a leaf it may
+    not).
+    """
     return y.requires_grad_().clone() if torch.is_grad_enabled() else y
 
 
@@ -226,7 +262,7 @@ def _by_position(x: Tensor) -> Tensor:
     return x if x.ndim == 3 else x[:, None]
 
 
-# ---- nodes ----------------------------------------------------------------------------------------------------------
+# ---- nodes ---------------------------------------------------------------------------------------
 
 
 class Inflow:
@@ -240,24 +276,30 @@ class Inflow:
     def __init__(self, model: ComponentModel, layers: list[Layer]):
         fed = {name for name, site in model.sites.items() if site.kind != "embedding"} | {"output"}
         held = zip(layers, node_numbers(layers), strict=True)
-        self._targets = [(t, n) for t, n in held if t.name in fed and t.kind in ("component", "output")]
+        self._targets = [
+            (t, n) for t, n in held if t.name in fed and t.kind in ("component", "output")
+        ]
         self._width = _most(layers)
         self._batch = len(layers[0].nodes)
         self._sums = layers[-1].value.new_zeros(self._batch * self._width)
 
     def add(self, table: EdgeTable) -> None:
         """Takes some of the edges."""
-        self._sums.index_add_(0, table.prompt.long() * self._width + table.target, table.attribution)
+        self._sums.index_add_(
+            0, table.prompt.long() * self._width + table.target, table.attribution
+        )
 
     def gaps(self) -> Float[Tensor, " batch"]:
-        """By how much the in-edges of each prompt's targets miss their values: Σ_T |a_T − Σ in-edges| / Σ_T |a_T|.
+        """By how much the in-edges of each prompt's targets miss their values: Σ_T |a_T − Σ
+        in-edges| / Σ_T |a_T|.
 
-        Targets are outputs, and components but those of embeddings, which nothing enters. Zero for frozen graphs (A6)
-        when all edges have been taken; NaN where all values are zero.
+        Targets are outputs, and components but those of embeddings, which nothing enters. Zero for
+        frozen graphs (A6) when all edges have been taken; NaN where all values are zero.
         """
         missed, size = (self._sums.new_zeros(self._batch) for _ in range(2))
         for layer, numbers in self._targets:
-            prompt, value = layer.nodes.nonzero()[:, 0], layer.value.detach()[layer.nodes]
+            prompt = layer.nodes.nonzero()[:, 0]
+            value = layer.value.detach()[layer.nodes]
             entered = self._sums[prompt * self._width + numbers[layer.nodes]]
             missed.index_add_(0, prompt, (value - entered).abs())
             size.index_add_(0, prompt, value.abs())

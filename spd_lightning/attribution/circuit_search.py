@@ -1,19 +1,22 @@
-"""Optimized importance: the smallest circuit that answers one question about one prompt (section A of docs/method.md).
+"""Optimized importance: the smallest circuit that answers one question about one prompt (section A
+of docs/method.md).
 
-The importance function answers for every input and every output at once. For one prompt and one position its answer can
-be made smaller:
+The importance function answers for every input and every output at once. For one prompt and one
+position its answer can be made smaller:
 
     loss of a row = D under stochastic and ci masks [+ D under an adversary's] + λ · minimality (L2)
 
-1. *Ask.* What the target says at one position; D is the cross-entropy of a label there, or the KL from the target.
-2. *Descend.* AdamW on the pre-sigmoid values of the components with g > 0, from where the importance function puts
-   them; all others stay at importance 0, and the model stands still. A *row* is one prompt under one λ. Rows share
-   nothing but the random draws of their prompt, so in a batch each ends where it would have ended alone; a row whose
-   loss has settled is left as it is.
-3. *Judge.* How many components are left, and how probable the label is under ci, stochastic and adversarial masks. A
-   small circuit that an adversary can break is not a circuit.
+1. *Ask.* What the target says at one position; D is the cross-entropy of a label there, or the KL
+   from the target.
+2. *Descend.* AdamW on the pre-sigmoid values of the components with g > 0, from where the
+   importance function puts them; all others stay at importance 0, and the model stands still. A
+   *row* is one prompt under one λ. Rows share nothing but the random draws of their prompt, so in a
+   batch each ends where it would have ended alone; a row whose loss has settled is left as it is.
+3. *Judge.* How many components are left, and how probable the label is under ci, stochastic and
+   adversarial masks. A small circuit that an adversary can break is not a circuit.
 
-Not here: which λ to take is up to the caller (`chosen` has a rule), graphs of the result are in `prompt_graphs`.
+Not here: which λ to take is up to the caller (`chosen` has a rule), graphs of the result are in
+`prompt_graphs`.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,12 +36,12 @@ from spd_lightning.errors import Diverged
 class Frontier(NamedTuple):
     """The result of every row: how small, and how accurate.
 
-    prompt, lambdas, steps [rows]: which prompt under which λ, steps taken; the first row of every prompt has no λ (NaN)
-    and is what the importance function says itself. nodes: components with g > 0 at all
-    positions; important: those above the threshold. loss: D [rows] under ci, stochastic and adversarial masks.
-    probability: the label's [rows] under these and under the target; None on vectors. label [rows]: that token.
-    kept: the share of the target's answer that the adversary leaves: of the label's probability, or on vectors of the
-    outputs' mean square.
+    prompt, lambdas, steps [rows]: which prompt under which λ, steps taken; the first row of every
+    prompt has no λ (NaN) and is what the importance function says itself. nodes: components with g
+    > 0 at all positions; important: those above the threshold. loss: D [rows] under ci, stochastic
+    and adversarial masks. probability: the label's [rows] under these and under the target; None on
+    vectors. label [rows]: that token. kept: the share of the target's answer that the adversary
+    leaves: of the label's probability, or on vectors of the outputs' mean square.
     """
 
     prompt: Int[Tensor, " rows"]
@@ -53,7 +56,8 @@ class Frontier(NamedTuple):
 
 
 class Circuits(NamedTuple):
-    """Importances of every row, prompt by prompt and λ by λ: {site: [rows, (pos,) C]}, and the frontier.
+    """Importances of every row, prompt by prompt and λ by λ: {site: [rows, (pos,) C]}, and the
+    frontier.
 
     The first row of every prompt is not optimized.
     """
@@ -62,13 +66,17 @@ class Circuits(NamedTuple):
     frontier: Frontier
 
 
-def optimize(model: ComponentModel, inputs: Tensor, search: CircuitSearch | None = None) -> Circuits:
-    """The importances that keep what the target says at one position with as few components as λ makes worth while.
+def optimize(
+    model: ComponentModel, inputs: Tensor, search: CircuitSearch | None = None
+) -> Circuits:
+    """The importances that keep what the target says at one position with as few components as λ
+    makes worth while.
 
     inputs: [prompts, features] floating point, or [prompts, pos] token ids.
 
     Raises:
-        BadInput: a position or a label that the model does not have, or a loss that does not suit it.
+        BadInput: a position or a label that the model does not have, or a loss that does not suit
+            it.
     """
     search = search or CircuitSearch()
     question = Question(model, inputs, search)
@@ -93,11 +101,15 @@ def optimize(model: ComponentModel, inputs: Tensor, search: CircuitSearch | None
 
 
 def chosen(frontier: Frontier, share: float) -> list[int]:
-    """Choose one optimized row per prompt: the smallest whose answer keeps a given share under the adversary.
+    """Choose one optimized row per prompt: the smallest whose answer keeps a given share under the
+    adversary.
 
-    Where none does, the one that keeps most, to a hundredth; of equals, the one with the least loss under ci masks.
+    Where none does, the one that keeps most, to a hundredth; of equals, the one with the least loss
+    under ci masks.
     """
-    kept, nodes, loss = (column.tolist() for column in (frontier.kept, frontier.nodes, frontier.loss["ci"]))
+    kept, nodes, loss = (
+        column.tolist() for column in (frontier.kept, frontier.nodes, frontier.loss["ci"])
+    )
 
     def rank(row: int) -> tuple[bool, float, float]:
         enough = kept[row] >= share
@@ -109,7 +121,7 @@ def chosen(frontier: Frontier, share: float) -> list[int]:
     return [max(rows, key=rank) for rows in of_prompt.values()]
 
 
-# ---- the descent ----------------------------------------------------------------------------------------------------
+# ---- the descent ---------------------------------------------------------------------------------
 
 
 class Descent:
@@ -124,22 +136,28 @@ class Descent:
 
     def __init__(self, question: Question):
         self.question, search = question, question.search
-        z, prompts, lambdas = question.z, len(question.inputs), [nan, *search.lambdas]
+        z = question.z
+        prompts = len(question.inputs)
+        lambdas = [nan, *search.lambdas]
         self.importance = question.model.importance
         self.shapes = {name: v.shape[1:] for name, v in z.items()}
         flat = torch.cat([v.flatten(1) for v in z.values()], dim=1)
-        self.width, self.positions = flat.shape[1], next(iter(z.values()))[0, ..., 0].numel()
+        self.width = flat.shape[1]
+        self.positions = next(iter(z.values()))[0, ..., 0].numel()
         alive = self._lower(flat) > 0
         self.at = alive.repeat_interleave(len(lambdas), 0).flatten().nonzero()[:, 0]
         self.row = self.at // self.width
         self.prompt = torch.arange(prompts, device=flat.device).repeat_interleave(len(lambdas))
-        self.lambdas = torch.tensor(lambdas, dtype=torch.float64, device=flat.device).repeat(prompts)
+        self.lambdas = torch.tensor(lambdas, dtype=torch.float64, device=flat.device).repeat(
+            prompts
+        )
         self.values = nn.Parameter(self._capped(flat)[self.prompt].flatten()[self.at])
         self.optimizer = torch.optim.AdamW([self.values], lr=search.lr, weight_decay=0.0)
         self.running = ~self.lambdas.isnan()
         self.taken = torch.zeros_like(self.prompt)
         self.loss = torch.zeros_like(self.lambdas)  # of each row's newest step
-        self.sum, self.last = torch.zeros_like(self.lambdas), torch.full_like(self.lambdas, inf)
+        self.sum = torch.zeros_like(self.lambdas)
+        self.last = torch.full_like(self.lambdas, inf)
         self.generators = question.generators("descent")
 
     def _lower(self, z: Tensor) -> Tensor:
@@ -152,13 +170,18 @@ class Descent:
 
     def importances(self, rows: Int[Tensor, " rows"]) -> dict[str, Tensor]:
         """g of some rows [rows, (pos,) C], by site; 0 where no value is."""
-        place = torch.full_like(self.prompt, -1).index_copy(0, rows, torch.arange(len(rows), device=rows.device))
+        place = torch.full_like(self.prompt, -1).index_copy(
+            0, rows, torch.arange(len(rows), device=rows.device)
+        )
         mine = place[self.row] >= 0
         at = self.at[mine] + (place[self.row[mine]] - self.row[mine]) * self.width
         g = self._lower(self.values[mine])
         flat = g.new_zeros(len(rows) * self.width).index_put((at,), g).view(len(rows), self.width)
         parts = flat.split([shape.numel() for shape in self.shapes.values()], dim=1)
-        return {n: part.view(-1, *shape) for (n, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return {
+            n: part.view(-1, *shape)
+            for (n, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
     def step(self) -> None:
         """One update of all rows that are running; afterwards some of them may be finished."""
@@ -175,7 +198,10 @@ class Descent:
         self._finish(rows, losses.detach())
 
     def _losses(self, rows: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        question, search, prompt, g = self.question, self.question.search, self.prompt[rows], self.importances(rows)
+        question = self.question
+        search = self.question.search
+        prompt = self.prompt[rows]
+        g = self.importances(rows)
         masks = [question.under(kind, g, prompt, self.generators) for kind in search.masks]
         loss = torch.stack([question.apart(each, prompt) for each in masks]).mean(0)
         if search.adversary is not None:
@@ -195,12 +221,13 @@ class Descent:
         self.loss[rows] = losses.double()
         if int(self.taken.max()) % search.patience:
             return
-        mean, self.sum = self.sum / search.patience, torch.zeros_like(self.sum)
+        mean = self.sum / search.patience
+        self.sum = torch.zeros_like(self.sum)
         self.running &= (mean - self.last).abs() > search.tolerance * mean.abs()
         self.last = mean
 
 
-# ---- the judgment --------------------------------------------------------------------------------------------------
+# ---- the judgment --------------------------------------------------------------------------------
 
 
 def _frontier(question: Question, descent: Descent, g: Mapping[str, Tensor]) -> Frontier:
@@ -209,29 +236,45 @@ def _frontier(question: Question, descent: Descent, g: Mapping[str, Tensor]) -> 
     loss = _means(answers, lambda answer: question.distance(answer, prompt))
     label, probability = None, None
     if question.label is not None:
-        label, answers = question.label[prompt], {"target": [question.answer[prompt]], **answers}
+        label = question.label[prompt]
+        answers = {"target": [question.answer[prompt]], **answers}
         probability = _means(answers, lambda answer: question.log_probability(answer, prompt).exp())
     if probability is None:
         kept = 1 - loss["adversarial"] / question.answer.square().mean(1).clamp(min=1e-30)[prompt]
     else:
         kept = probability["adversarial"] / probability["target"]
-    nodes, important = (sum((v > t).flatten(1).sum(1) for v in g.values()) for t in (0.0, search.threshold))
+    nodes, important = (
+        sum((v > t).flatten(1).sum(1) for v in g.values()) for t in (0.0, search.threshold)
+    )
     assert isinstance(nodes, Tensor)
     assert isinstance(important, Tensor)
-    return Frontier(prompt, descent.lambdas, descent.taken, nodes, important, loss, probability, label, kept)
+    return Frontier(
+        prompt, descent.lambdas, descent.taken, nodes, important, loss, probability, label, kept
+    )
 
 
-def _answers(question: Question, g: Mapping[str, Tensor], prompt: Int[Tensor, " rows"]) -> dict[str, list[Tensor]]:
+def _answers(
+    question: Question, g: Mapping[str, Tensor], prompt: Int[Tensor, " rows"]
+) -> dict[str, list[Tensor]]:
     """The answers [rows, K] of every row under each kind of masks, as many as there are draws."""
-    search, generators = question.search, question.generators("judge")
+    search = question.search
+    generators = question.generators("judge")
     masks = {  # the adversary draws last: the others do not depend on it
         "ci": [question.under("ci", g, prompt, generators)],
-        "stochastic": [question.under("stochastic", g, prompt, generators) for _ in range(search.draws)],
+        "stochastic": [
+            question.under("stochastic", g, prompt, generators) for _ in range(search.draws)
+        ],
         "adversarial": [question.worst(search.judge, g, prompt, generators)],
     }
     with torch.no_grad():
-        return {kind: [question.ask(each, prompt) for each in drawn] for kind, drawn in masks.items()}
+        return {
+            kind: [question.ask(each, prompt) for each in drawn] for kind, drawn in masks.items()
+        }
 
 
-def _means(answers: Mapping[str, list[Tensor]], of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    return {name: torch.stack([of(answer) for answer in each]).mean(0) for name, each in answers.items()}
+def _means(
+    answers: Mapping[str, list[Tensor]], of: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    return {
+        name: torch.stack([of(answer) for answer in each]).mean(0) for name, each in answers.items()
+    }

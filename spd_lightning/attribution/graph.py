@@ -1,22 +1,29 @@
 """The specification of attribution graphs, and their parts (section A of docs/method.md).
 
-A `Subject` says what is asked: a decomposed model on some prompts, in which kind of graph (`Mode`), and what its nodes
-are. The answer is a list of `Layer`s, whose nodes are numbered within each prompt, and `EdgeTable`s between them.
+A `GraphSpec` says which graphs to compute: a decomposed model on some prompts, the kind of graph
+(`Mode`), and which entries are nodes. The result is a list of `Layer`s, whose nodes are numbered
+within each prompt, and `EdgeTable`s between them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spd_lightning.attribution.outputs import OutputNodes, Outputs, Reading, every_output, reading_of
+from spd_lightning.attribution.outputs import (
+    OutputNodes,
+    Outputs,
+    Reading,
+    every_output,
+    reading_of,
+)
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, nearest
 
-# ---- the question ---------------------------------------------------------------------------------------------------
+# ---- which graphs to compute ---------------------------------------------------------------------
 
 ModeName = Literal["unmasked", "ci_masked", "frozen", "reference"]
 
@@ -38,11 +45,11 @@ MODES: dict[ModeName, Mode] = {
 }
 
 
-def known_mode(name: str, place: str) -> ModeName:
-    """A kind of graph by its name, given to something.
+def check_mode(name: str, place: str) -> ModeName:
+    """Return the name of a mode, once it is known to exist.
 
     Raises:
-        BadInput: there is none.
+        BadInput: there is no such mode; the message names the place where it was given.
     """
     if name not in MODES:
         raise BadInput(f"mode '{name}' in {place}: no such kind of graph; {nearest(name, MODES)}")
@@ -50,14 +57,20 @@ def known_mode(name: str, place: str) -> ModeName:
 
 
 Threshold = float | Mapping[str, Tensor]
-"""Importance above which a component is a node: one for all, or of every site a tensor that broadcasts with its g."""
+"""The importance above which a component is a node.
+
+Either one number, or for each site a tensor that broadcasts with its g.
+"""
 
 
-class Subject(NamedTuple):
-    """The specification of graphs: a decomposed model, a batch of prompts, a mode, and which nodes to include.
+class GraphSpec(NamedTuple):
+    """The specification of graphs: a decomposed model, a batch of prompts, a mode, and which nodes
+    to include.
 
-    inputs: [batch, features] floating point, or [batch, pos] token ids. importances: g of their clean run, by site.
-    threshold: above which importance a component is a node. outputs: which outputs are nodes, and what they stand for.
+    inputs: [batch, features] floating point, or [batch, pos] token ids.
+    importances: g of the clean run on these prompts, by site.
+    threshold: the importance above which a component is a node.
+    outputs: which outputs are nodes, and which quantity each stands for.
     """
 
     model: ComponentModel
@@ -69,7 +82,7 @@ class Subject(NamedTuple):
 
     @property
     def frozen(self) -> bool:
-        """Whether maps are made to add up (A6)."""
+        """Whether non-linear maps are replaced by linear ones, so that edges add up (A6)."""
         return self.mode.linearization == "frozen"
 
     @property
@@ -77,15 +90,20 @@ class Subject(NamedTuple):
         """Return the quantity that output nodes stand for."""
         return reading_of(self.outputs)
 
-    def held(self, site: str, g: Tensor) -> Tensor:
+    def is_node(self, site: str, g: Tensor) -> Tensor:
         """Mark the components of a site that are nodes, by their importance g (A3)."""
-        return g > (self.threshold[site] if isinstance(self.threshold, Mapping) else self.threshold)
+        threshold = self.threshold
+        return g > (threshold[site] if isinstance(threshold, Mapping) else threshold)
 
-    def alone(self, prompt: int, outputs: Bool[Tensor, "batch pos K"]) -> "Subject":
-        """One prompt of the batch, whose output nodes are given."""
-        one, threshold = slice(prompt, prompt + 1), self.threshold
+    def single_prompt(self, prompt: int, outputs: Bool[Tensor, "batch pos K"]) -> "GraphSpec":
+        """Return the specification for one prompt of the batch, with the given output nodes."""
+        one = slice(prompt, prompt + 1)
+        threshold = self.threshold
         if isinstance(threshold, Mapping):
-            threshold = {site: t.expand_as(self.importances[site])[one] for site, t in threshold.items()}
+            threshold = {
+                site: above.expand_as(self.importances[site])[one]
+                for site, above in threshold.items()
+            }
         return self._replace(
             inputs=self.inputs[one],
             importances={site: g[one] for site, g in self.importances.items()},
@@ -94,22 +112,24 @@ class Subject(NamedTuple):
         )
 
 
-# ---- the answer -----------------------------------------------------------------------------------------------------
+# ---- layers and edges ----------------------------------------------------------------------------
 
 NodeKind = Literal["component", "input", "embedding", "output", "rest", "bias"]
 
 
 def shape3(x: Tensor) -> tuple[int, int, int]:
-    """[batch, K] and [batch, pos, K] alike as (batch, pos, K)."""
+    """Return the shape of [batch, K] or [batch, pos, K] as (batch, pos, K)."""
     return x.shape[0], x.shape[1] if x.ndim == 3 else 1, x.shape[-1]
 
 
 class Layer(NamedTuple):
-    """One row of the graph on a batch of prompts, as a source, a target, or both.
+    """One layer of the graphs of a batch of prompts: a source of edges, a target, or both.
 
-    leaf: what gradients are taken to, or None for a pure target. value [batch, pos, K]: what gradients are taken of.
-    nodes [batch, pos, K]: which entries are nodes. importance: of components. whole: the leaf is one node a position,
-    whatever its width.
+    leaf: the tensor with respect to which gradients are taken; None if the layer is only a target.
+    value: the tensor whose gradients are taken.
+    nodes: which entries are nodes.
+    importance: g of components; None in other layers.
+    whole: whether the leaf is a single node at each position, whatever its width.
     """
 
     name: str
@@ -121,31 +141,61 @@ class Layer(NamedTuple):
     whole: bool = False
 
     def contributions(self, gradient: Tensor) -> Float[Tensor, "targets batch pos K"]:
-        """gradient × value of every node: the edges from this layer to some targets (A1, A2)."""
+        """Return gradient × value of every node: the edges from this layer to some targets (A1,
+        A2).
+        """
         assert self.leaf is not None
-        product = (gradient * self.leaf.detach()).reshape(len(gradient), *shape3(self.leaf))
+        product = gradient * self.leaf.detach()
+        product = product.reshape(len(gradient), *shape3(self.leaf))
         return product.sum(-1, keepdim=True) if self.whole else product
 
 
 class EdgeTable(NamedTuple):
-    """Edges as a flat table: per edge its prompt in the batch, the numbers of both nodes there, and its attribution."""
+    """Edges as a flat table: for each its prompt in the batch, the numbers of both nodes, and its
+    attribution.
+    """
 
     prompt: Tensor
     source: Tensor
     target: Tensor
     attribution: Tensor
 
+    def select(self, rows: Tensor) -> "EdgeTable":
+        """Return some of the edges, by their row numbers."""
+        return EdgeTable(*(column.index_select(0, rows) for column in self))
+
+
+@runtime_checkable
+class LazyEdges(Protocol):
+    """The edges of some prompts, computed piece by piece each time they are asked for."""
+
+    def for_each(self, visit: Callable[[EdgeTable], None]) -> None:
+        """Compute all edges, and pass each piece to `visit`."""
+        ...
+
 
 def node_numbers(layers: list[Layer]) -> list[Int[Tensor, "batch pos K"]]:
-    """The number of every node within its prompt, in order of layer, position and component; elsewhere nonsense."""
-    start, found = 0, []
+    """Number the nodes within each prompt, in order of layer, position and component.
+
+    Entries that are not nodes get meaningless numbers.
+    """
+    start: int | Tensor = 0
+    numbers = []
     for layer in layers:
-        counted = layer.nodes.flatten(1).cumsum(1)
-        found.append((counted - 1 + start).view(layer.nodes.shape))
+        counted = layer.nodes.flatten(1).cumsum(1)  # [batch, pos * K]
+        numbers.append((counted - 1 + start).view(layer.nodes.shape))
         start = counted[:, -1:] + start
-    return found
+    return numbers
 
 
 def joined(tables: Sequence[EdgeTable]) -> EdgeTable:
-    """Several tables as one."""
-    return tables[0] if len(tables) == 1 else EdgeTable(*(torch.cat(column) for column in zip(*tables, strict=True)))
+    """Join several tables into one."""
+    if len(tables) == 1:
+        return tables[0]
+    return EdgeTable(*(torch.cat(column) for column in zip(*tables, strict=True)))
+
+
+def no_edges() -> EdgeTable:
+    """Return an empty table."""
+    none = torch.zeros(0, dtype=torch.int32)
+    return EdgeTable(none, none, none, torch.zeros(0))

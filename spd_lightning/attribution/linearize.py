@@ -1,9 +1,10 @@
 """The frozen linearization: maps that add up (law A6 of docs/method.md).
 
-A function mode changes what torch's own functions mean while it is open, so that any model can be frozen as it is.
-It goes by what is computed and not by the names of modules: an activation may be a module, a function, or a formula
-written out in a forward pass. A tensor that depends on a leaf of the graph is called a *path* here; it is one that
-requires a gradient. Whatever no rule covers keeps its true derivative, and the gap of the graph shows it.
+A function mode changes what torch's own functions mean while it is open, so that any model can be
+frozen as it is. It goes by what is computed and not by the names of modules: an activation may be a
+module, a function, or a formula written out in a forward pass. A tensor that depends on a leaf of
+the graph is called a *path* here; it is one that requires a gradient. Whatever no rule covers keeps
+its true derivative, and the gap of the graph shows it.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 Hold = Callable[[Tensor], Tensor]
-"""Turns a value into a constant: it is detached, or the value of another run is taken in its place."""
+"""Turns a value into a constant: it is detached, or the value of another run is taken in its place.
+"""
 
 
 def gelu_secant(h: Tensor, approximate: str = "none") -> Tensor:
@@ -54,12 +56,14 @@ _KEEP_CURVED = {"mul", "div", "neg"}
 
 
 class Frozen(TorchFunctionMode):
-    """While open, maps are linear and add up (A6): constants stand for what scales, patterns, secants and choices.
+    """While open, maps are linear and add up (A6): constants stand for what scales, patterns,
+    secants and choices.
 
-    Rule 2: a norm's denominator is a constant, and so is every other denominator. Rule 3: so is an attention pattern,
-    fused or not, and a choice: which experts a router takes, what a comparison gives. Rule 4: a non-linearity
-    multiplies by its secant where φ(0) = 0, and is a constant where it is not: a gate, such as `sigmoid(h)` or
-    `1 + tanh(h)`. Rule 5: of a product of two paths each has half.
+    Rule 2: a norm's denominator is a constant, and so is every other denominator. Rule 3: so is an
+    attention pattern, fused or not, and a choice: which experts a router takes, what a comparison
+    gives. Rule 4: a non-linearity multiplies by its secant where φ(0) = 0, and is a constant where
+    it is not: a gate, such as `sigmoid(h)` or `1 + tanh(h)`. Rule 5: of a product of two paths each
+    has half.
 
     Args:
         hold: what makes a constant of a value.
@@ -69,7 +73,9 @@ class Frozen(TorchFunctionMode):
         super().__init__()
         self._hold = hold
         self._curved = WeakIdKeyDictionary()
-        """Paths that come out of a non-linearity, or are a number times one: 1 + such a path is a gate."""
+        """Paths that come out of a non-linearity, or are a number times one: 1 + such a path is a
+        gate.
+        """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs = _operands_first(func, args, dict(kwargs or {}))
@@ -83,7 +89,9 @@ class Frozen(TorchFunctionMode):
         return self._natural(func, name, args, kwargs) if out is None else out
 
     def _in_place(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Apply a function that overwrites its first argument: by the same rules, then copied into it."""
+        """Apply a function that overwrites its first argument: by the same rules, then copied into
+        it.
+        """
         target = args[0]
         like = func if "inplace" in kwargs else getattr(Tensor, name, func)
         settings = {key: value for key, value in kwargs.items() if key != "inplace"}
@@ -98,12 +106,16 @@ class Frozen(TorchFunctionMode):
         assert isinstance(out, Tensor)
         target.copy_(out)
         if not _is_path(out):
-            return out  # `y += 1` goes on with what is returned: a constant, where y itself is still a path
+            # `y += 1` continues with the returned value, a constant; y itself is still a path.
+            return out
         return self._marked(target)
 
-    def _by_rule(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | tuple | None:
+    def _by_rule(
+        self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor | tuple | None:
         """Return the result of a function by the rules of A6; None if no rule covers it."""
-        hold, others = self._hold, args[1:]
+        hold = self._hold
+        others = args[1:]
         x: Any = args[0] if args else None
         other: Any = others[0] if others else None
         if own := _FUSED.get(name):
@@ -126,7 +138,9 @@ class Frozen(TorchFunctionMode):
         return None
 
     def _natural(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Return the true result of a function. Choices are held; a number times a curved path is curved."""
+        """Return the true result of a function. Choices are held; a number times a curved path is
+        curved.
+        """
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and not out.is_floating_point():
             return self._hold(out)
@@ -148,8 +162,12 @@ _OPERANDS = {
 """Names of the operands of functions that do not call them `input`, `other` and `exponent`."""
 
 
-def _operands_first(func: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Put operands that were given by name, as in `torch.mul(x, other=y)`, into the places where the rules look."""
+def _operands_first(
+    func: Callable, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Put operands that were given by name, as in `torch.mul(x, other=y)`, into the places where
+    the rules look.
+    """
     operands = _OPERANDS.get(func.__name__, ("input", "other", "exponent"))
     return args + tuple(kwargs.pop(name) for name in operands if name in kwargs), kwargs
 
@@ -158,10 +176,12 @@ def _is_path(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
-# ---- rules of single functions --------------------------------------------------------------------------------------
+# ---- rules of single functions -------------------------------------------------------------------
 
 
-def _elementwise(hold: Hold, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def _elementwise(
+    hold: Hold, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]
+) -> Tensor:
     """φ(h) as h · secant where φ(0) = 0, else as a constant (rule 4)."""
     h, *numbers = args
     held = hold(h)
@@ -175,14 +195,20 @@ def _elementwise(hold: Hold, func: Callable, name: str, args: tuple, kwargs: dic
     return h * torch.where(held == 0, beside / step, value / held)
 
 
-def _topk(hold: Hold, x: Tensor, k: int, dim: int = -1, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
+def _topk(
+    hold: Hold, x: Tensor, k: int, dim: int = -1, *rest: Any, **more: Any
+) -> tuple[Tensor, Tensor]:
     """The entries that were chosen, whatever they are now."""
     chosen = hold(torch.topk(x, k, dim, *rest, **more).indices)
     return torch.return_types.topk((x.gather(dim, chosen), chosen))
 
 
 def _rms_norm(
-    hold: Hold, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    hold: Hold,
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
 ) -> Tensor:
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     mean_square = x.square().mean(-1, keepdim=True)
@@ -191,7 +217,13 @@ def _rms_norm(
 
 
 def _layer_norm(
-    hold: Hold, x: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+    hold: Hold,
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
 ) -> Tensor:
     x = x - x.mean(-1, keepdim=True)
     scaled = x * hold((x.square().mean(-1, keepdim=True) + eps).rsqrt())

@@ -1,8 +1,8 @@
 """Output nodes of a graph: which logits they are, or which function of the logits (A2, A3).
 
-A node of a token model is a token at a position. It stands for the token's logit, for how far that lies above the mean
-over the vocabulary, or for how far it lies above another token's: all of them linear in the logits, so that graphs add
-up alike. Models on vectors have one node an output entry.
+A node of a token model is a token at a position. It stands for the token's logit, for how far that
+lies above the mean over the vocabulary, or for how far it lies above another token's: all of them
+linear in the logits, so that graphs add up alike. Models on vectors have one node an output entry.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,9 @@ def logits(x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
 
 
 def centered(x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
-    """Every node is its token's logit above the mean of all: what a softmax makes of it does not see the mean."""
+    """Every node is its token's logit above the mean of all: what a softmax makes of it does not
+    see the mean.
+    """
     return x - x.mean(-1, keepdim=True)
 
 
@@ -50,7 +52,9 @@ class Outputs:
 
 
 def reading_of(nodes: OutputNodes) -> Reading:
-    """Return the function of the logits that output nodes stand for; the logits themselves by default."""
+    """Return the function of the logits that output nodes stand for; the logits themselves by
+    default.
+    """
     return nodes.reading if isinstance(nodes, Outputs) else logits
 
 
@@ -59,10 +63,16 @@ def every_output(output: Float[Tensor, "batch pos K"]) -> Bool[Tensor, "batch po
     return torch.ones_like(output, dtype=torch.bool)
 
 
-def likely_tokens(probability: Float[Tensor, "batch pos vocab"], floor: float = 0.01, most: int = 15) -> OutputNodes:
-    """Output nodes of token models: at most 15 tokens a position with CI-masked probability above 0.01 (A3)."""
+def likely_tokens(
+    probability: Float[Tensor, "batch pos vocab"], floor: float = 0.01, most: int = 15
+) -> OutputNodes:
+    """Output nodes of token models: at most 15 tokens a position with CI-masked probability above
+    0.01 (A3).
+    """
     top = probability.topk(min(most, probability.shape[-1]), dim=-1)
-    chosen = torch.zeros_like(probability, dtype=torch.bool).scatter(-1, top.indices, top.values > floor)
+    chosen = torch.zeros_like(probability, dtype=torch.bool).scatter(
+        -1, top.indices, top.values > floor
+    )
     return lambda output: chosen
 
 

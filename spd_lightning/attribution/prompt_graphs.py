@@ -1,60 +1,73 @@
-"""Attribution graphs of a batch of prompts in the quickest way that the model and the mode allow.
+"""Attribution graphs of a batch of prompts, in the fastest way that the model and the mode allow.
 
-Decoders take closed forms (`closed_form`), everything else batched vector-Jacobian products (`autograd`). The numbers
-are the same.
+Decoders use closed forms (`closed_form`), everything else batched vector-Jacobian products
+(`autograd`). The numbers are the same.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spd_lightning.attribution.autograd import Products
-from spd_lightning.attribution.closed_form.trace import why_not
-from spd_lightning.attribution.closed_form.walk import closed_form
-from spd_lightning.attribution.graph import EdgeTable, Layer, Subject
-from spd_lightning.attribution.pruning import MOST, bounded
+from spd_lightning.attribution.autograd import VectorJacobianEdges
+from spd_lightning.attribution.closed_form.trace import closed_form_obstacle
+from spd_lightning.attribution.closed_form.walk import closed_form_graphs
+from spd_lightning.attribution.graph import EdgeTable, GraphSpec, Layer, LazyEdges
+from spd_lightning.attribution.pruning import MAX_EDGES, prune_edges
 
 
-def attribution_graphs(of: Subject, at_least: float = 0.0) -> tuple[list[Layer], Iterator[EdgeTable]]:
-    """The graphs of a batch of prompts in the quickest way that the model and the mode allow; the numbers are the same.
+def attribution_graphs(
+    spec: GraphSpec, min_share: float = 0.0
+) -> tuple[list[Layer], Iterator[EdgeTable]]:
+    """Return the layers of the graphs of a batch of prompts, and their edges in one or several
+    tables.
 
-    at_least: edges below this share of all that enters their target, sizes added up, are left out.
+    min_share: edges that carry less than this share of all |attribution| into their target are left
+    out.
     """
-    layers, graphs = graphs_in_parts(of)
-    return layers, (bounded(parts, at_least).table for parts in graphs)
+    layers, graphs = lazy_graphs(spec)
+    return layers, (prune_edges(edges, min_share).table for edges in graphs)
 
 
-class Alone:
+@dataclass(frozen=True)
+class SinglePromptEdges:
     """The edges of one prompt of a batch whose graphs are too large to be computed together.
 
-    Args:
-        of: the batch.
-        nodes: its output nodes [batch, pos, K].
-        prompt: which prompt of the batch.
+    spec: the batch. output_nodes: its output nodes [batch, pos, K]. prompt: the number of the
+    prompt in the batch.
     """
 
-    def __init__(self, of: Subject, nodes: Tensor, prompt: int):
-        self._of, self._prompt = of.alone(prompt, nodes), prompt
+    spec: GraphSpec
+    output_nodes: Tensor
+    prompt: int
 
-    def __iter__(self) -> Iterator[EdgeTable]:
-        for table in Products(self._of):
-            yield table._replace(prompt=table.prompt + self._prompt)
+    def for_each(self, visit: Callable[[EdgeTable], None]) -> None:
+        """Compute all edges, and pass each piece to `visit`."""
+        spec = self.spec.single_prompt(self.prompt, self.output_nodes)
+        edges = VectorJacobianEdges(spec)
+        edges.for_each(lambda table: visit(table._replace(prompt=table.prompt + self.prompt)))
 
 
-def graphs_in_parts(of: Subject, most: int | None = None) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
-    """Like `attribution_graphs`, but lazy: for each prompt, an iterable that recomputes its edges when iterated.
+def lazy_graphs(
+    spec: GraphSpec, max_edges: int | None = None
+) -> tuple[list[Layer], Iterator[LazyEdges]]:
+    """Return the layers of the graphs of a batch of prompts, and edges that are computed when they
+    are asked for.
 
-    most: prompts are computed together only if they cannot have more edges than this; `pruning.MOST` if omitted.
+    max_edges: prompts are computed together only if they cannot have more edges than this;
+        `pruning.MAX_EDGES` if omitted.
     """
-    if why_not(of.model, of.mode) is None:
-        return closed_form(of)
-    most = MOST if most is None else most
-    together = Products(of)
-    nodes_by_layer = [layer.nodes.flatten(1).sum(1) for layer in together.layers]  # [prompt] each
+    if closed_form_obstacle(spec.model, spec.mode) is None:
+        return closed_form_graphs(spec)
+    max_edges = MAX_EDGES if max_edges is None else max_edges
+    together = VectorJacobianEdges(spec)
+    layers = together.layers
+    nodes_by_layer = [layer.nodes.flatten(1).sum(1) for layer in layers]  # [prompt] each
     count = torch.stack(nodes_by_layer).sum(0)  # nodes of each prompt
-    fits = int(count.square().sum()) <= 2 * most  # a prompt of n nodes has at most n²/2 edges
-    if len(of.inputs) == 1 or fits:
-        return together.layers, iter([together])
-    outputs = together.layers[-1].nodes
-    return together.layers, (Alone(of, outputs, prompt) for prompt in range(len(of.inputs)))
+    fits = int(count.square().sum()) <= 2 * max_edges  # a prompt of n nodes has at most n²/2 edges
+    prompts = len(spec.inputs)
+    if prompts == 1 or fits:
+        return layers, iter([together])
+    output_nodes = layers[-1].nodes
+    return layers, (SinglePromptEdges(spec, output_nodes, prompt) for prompt in range(prompts))

@@ -1,93 +1,146 @@
-"""The edges of graphs that stay: a share of all that enters their target at least, and no more than memory holds."""
+"""Edge pruning: keep an edge if it carries at least a given share of the total |attribution| that
+enters its target.
 
-from collections.abc import Callable, Iterable, Sequence
+A graph of more than `max_edges` edges is never held whole. Its edges are computed twice:
+
+1. *First pass*: collect the edges. Once they are too many, drop them and only add up |attribution|
+   by target.
+2. *Second pass*: keep the edges that are large enough. If they are still too many, raise the share
+   so far that at most `max_edges` can stay.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lightning.attribution.graph import EdgeTable, joined
+from spd_lightning.attribution.graph import EdgeTable, LazyEdges, joined, no_edges
 
-MOST = 1 << 25
-"""Edges of one prompt that are held together."""
-
-
-def strong(tables: Sequence[EdgeTable], at_least: float) -> EdgeTable:
-    """The edges of some graphs as one table; of each node's in-edges those that make up a share of all their sizes."""
-    whole = joined(tables)
-    if not at_least or not len(whole.source):
-        return whole
-    size = whole.attribution.abs()
-    node = whole.prompt.long() * (int(whole.target.max()) + 1) + whole.target
-    total = size.new_zeros(int(node.max()) + 1).index_add(0, node, size)
-    keep = (size >= at_least * total[node]).nonzero()[:, 0]
-    return EdgeTable(*(column.index_select(0, keep) for column in whole))
+MAX_EDGES = 1 << 25
+"""The largest number of edges of one prompt that are held in memory."""
 
 
-def no_edges() -> EdgeTable:
-    """An empty table."""
-    none = torch.zeros(0, dtype=torch.int32)
-    return EdgeTable(none, none, none, torch.zeros(0))
-
-
-class Bounded(NamedTuple):
-    """The edges of some graphs that stay, and the share of all that enters their target that they had to be."""
+class PrunedEdges(NamedTuple):
+    """The edges that stay, and the share of what enters their target that was asked of them in the
+    end.
+    """
 
     table: EdgeTable
     share: float
 
 
-def unseen(table: EdgeTable) -> None:
-    """Nobody looks at the edges that are left out."""
+def ignore(table: EdgeTable) -> None:
+    """Do nothing: the default observer."""
 
 
-def bounded(
-    parts: Iterable[EdgeTable], at_least: float = 0.0, most: int = MOST, seen: Callable[[EdgeTable], None] = unseen
-) -> Bounded:
-    """The edges of some graphs as one table, of each node's in-edges those that make up a share of all their sizes.
-
-    More than `most` edges, then of one prompt, are never held: they are computed twice, first to add up what enters
-    every node, then to keep what is at least a share of it; the share is as large as it takes to keep `most` at most.
+def prune_edges(
+    edges: LazyEdges,
+    min_share: float = 0.0,
+    max_edges: int = MAX_EDGES,
+    observe: Callable[[EdgeTable], None] = ignore,
+) -> PrunedEdges:
+    """Keep the strong edges of some graphs as one table.
 
     Args:
-        parts: gives all edges whenever it is gone through.
-        at_least: that share.
-        most: so many edges are held together.
-        seen: is shown all edges once.
+        edges: the edges; several prompts may come together if they have at most `max_edges`.
+        min_share: the least share of all |attribution| into its target that an edge must carry.
+        max_edges: the largest number of edges that are held in memory; the share is raised if
+            necessary.
+        observe: is called once with every piece, before anything is dropped.
     """
-    held, count, sizes = list[EdgeTable](), 0, None
-    for table in parts:
-        seen(table)
-        held.append(table)
-        count += len(table.source)
-        if count > most:
-            sizes, held = _sizes(held, sizes), []
-    if sizes is None:
-        return Bounded(strong(held, at_least) if held else no_edges(), at_least)
-    share, bounds, kept = at_least, at_least * sizes, list[EdgeTable]()
-    for table in parts:
-        kept.append(_above(table, bounds))
-        if share == at_least and sum(len(part.source) for part in kept) > most:
-            share = int((sizes > 0).sum()) / most  # so a node has 1/share in-edges, all together `most`
-            bounds = (share * sizes).clamp(min=torch.finfo(sizes.dtype).tiny)
-            kept = [_above(part, bounds) for part in kept]
-    return Bounded(joined(kept), share)
+    first = _FirstPass(max_edges, observe)
+    edges.for_each(first.add)
+    if first.inflow is None:
+        table = keep_strong_edges(first.tables, min_share) if first.tables else no_edges()
+        return PrunedEdges(table, min_share)
+    second = _SecondPass(first.inflow, min_share, max_edges)
+    edges.for_each(second.add)
+    return PrunedEdges(joined(second.kept), second.share)
 
 
-def _sizes(tables: Sequence[EdgeTable], before: Tensor | None) -> Float[Tensor, " nodes"]:
-    """Sum the sizes of the in-edges of every node of one prompt."""
-    for table in tables:
-        found = torch.bincount(table.target, table.attribution.abs(), 0 if before is None else len(before))
-        found = found.to(table.attribution.dtype)  # of no edges it counts in whole numbers
-        if before is not None:
-            found[: len(before)] += before
-        before = found
-    assert before is not None
-    return before
+def keep_strong_edges(tables: Sequence[EdgeTable], min_share: float) -> EdgeTable:
+    """Join tables, and drop each edge that carries less than a share of all |attribution| into its
+    target.
+    """
+    whole = joined(tables)
+    if not min_share or not len(whole.source):
+        return whole
+    size = whole.attribution.abs()
+    nodes_per_prompt = int(whole.target.max()) + 1
+    target = whole.prompt.long() * nodes_per_prompt + whole.target  # distinct among all prompts
+    inflow = size.new_zeros(int(target.max()) + 1).index_add(0, target, size)
+    strong = size >= min_share * inflow[target]
+    return whole.select(strong.nonzero()[:, 0])
 
 
-def _above(table: EdgeTable, bounds: Tensor) -> EdgeTable:
-    """The edges that are at least as large as their target asks."""
-    keep = (table.attribution.abs() >= bounds[table.target.long()]).nonzero()[:, 0]
-    return EdgeTable(*(column.index_select(0, keep) for column in table))
+class _FirstPass:
+    """Collects edges while they fit; beyond that, only the total |attribution| into every node.
+
+    Attributes:
+        tables: the edges, while they fit.
+        inflow: the totals by the target's number, once the edges do not fit; None before.
+    """
+
+    def __init__(self, max_edges: int, observe: Callable[[EdgeTable], None]):
+        self.max_edges, self.observe = max_edges, observe
+        self.tables: list[EdgeTable] = []
+        self.inflow: Float[Tensor, " nodes"] | None = None
+        self._count = 0
+
+    def add(self, table: EdgeTable) -> None:
+        self.observe(table)
+        self.tables.append(table)
+        self._count += len(table.source)
+        if self._count > self.max_edges:
+            for held in self.tables:
+                self.inflow = _add_inflow(held, self.inflow)
+            self.tables = []
+
+
+def _add_inflow(table: EdgeTable, before: Tensor | None) -> Float[Tensor, " nodes"]:
+    """Add the |attribution| of some edges of one prompt to the totals into every node."""
+    nodes = 0 if before is None else len(before)
+    inflow = torch.bincount(table.target, table.attribution.abs(), nodes)
+    inflow = inflow.to(table.attribution.dtype)  # bincount counts no edges in whole numbers
+    if before is not None:
+        inflow[:nodes] += before
+    return inflow
+
+
+class _SecondPass:
+    """Keeps the edges that are large enough, and raises the share once if these are too many.
+
+    Attributes:
+        kept: the edges that stay.
+        share: the share that was asked of them in the end.
+    """
+
+    def __init__(self, inflow: Float[Tensor, " nodes"], min_share: float, max_edges: int):
+        self.max_edges, self._inflow = max_edges, inflow
+        self.kept: list[EdgeTable] = []
+        self.share = min_share
+        self._bounds = min_share * inflow  # the smallest |attribution| that stays, by target
+        self._raised = False
+
+    def add(self, table: EdgeTable) -> None:
+        self.kept.append(_at_least(table, self._bounds))
+        if not self._raised and sum(len(part.source) for part in self.kept) > self.max_edges:
+            self._raise_share()
+
+    def _raise_share(self) -> None:
+        """Raise the share to (number of targets) / max_edges: then 1/share edges can stay at each
+        target.
+        """
+        self._raised = True
+        self.share = int((self._inflow > 0).sum()) / self.max_edges
+        tiny = torch.finfo(self._inflow.dtype).tiny  # an edge of exactly 0 never stays
+        self._bounds = (self.share * self._inflow).clamp(min=tiny)
+        self.kept = [_at_least(part, self._bounds) for part in self.kept]
+
+
+def _at_least(table: EdgeTable, bounds: Float[Tensor, " nodes"]) -> EdgeTable:
+    """Return the edges that reach the bound of their target."""
+    large = table.attribution.abs() >= bounds[table.target.long()]
+    return table.select(large.nonzero()[:, 0])

@@ -28,7 +28,10 @@ class RunArguments:
         """
         found, rest = options.read_some(verb, argv)
         if not found.config:
-            raise BadInput(f"{verb}: --config is missing; for example: --config tms.yaml ('list' shows the configs)")
+            raise BadInput(
+                f"{verb}: --config is missing; for example: --config tms.yaml ('list' shows the "
+                "configs)"
+            )
         return cls(found.config, found.run, rest)
 
     @property
@@ -39,7 +42,9 @@ class RunArguments:
     @property
     def name(self) -> str:
         """The run's name: as asked for, or the first config's."""
-        return runs.check_name(Path(self.names[0]).name.removesuffix(".yaml") if self.run is None else self.run)
+        return runs.check_name(
+            Path(self.names[0]).name.removesuffix(".yaml") if self.run is None else self.run
+        )
 
     def finished_run(self) -> runs.Run:
         """Return the run that is asked for by name, or the newest that finished.
@@ -51,8 +56,11 @@ class RunArguments:
 
     @property
     def config(self) -> dict[str, Any]:
-        """All configs, merged; what several laid over the first say of callbacks, harvesters above all, adds up."""
-        merged, laid = configs.load(self.names[0]), []
+        """All configs, merged; what several laid over the first say of callbacks, harvesters above
+        all, adds up.
+        """
+        merged = configs.load(self.names[0])
+        laid = []
         for name in self.names[1:]:
             over = configs.load(name)
             merged = configs.merge(merged, over)

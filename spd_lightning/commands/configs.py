@@ -31,7 +31,9 @@ def listing() -> str:
 
 
 def shipped() -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every shipped config: its name, its content with all it builds on, and the first line of its header."""
+    """Every shipped config: its name, its content with all it builds on, and the first line of its
+    header.
+    """
     for path in sorted(configs.SHIPPED.rglob("*.yaml")):
         first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
         yield str(path.relative_to(configs.SHIPPED)), configs.load(str(path)), first
@@ -39,9 +41,12 @@ def shipped() -> Iterator[tuple[str, dict[str, Any], str]]:
 
 def group_of(config: Mapping[str, Any]) -> str:
     """Return the purpose of a config, judged by its content."""
-    model, data = _part(config, "model"), _part(config, "data")
+    model = _part(config, "model")
+    data = _part(config, "data")
     given = _part(model, "init_args")
-    if str(model.get("class_path")).endswith("TargetTraining") and _part(given, "target").get("class_path"):
+    if str(model.get("class_path")).endswith("TargetTraining") and _part(given, "target").get(
+        "class_path"
+    ):
         return GROUPS[3]
     if not model.get("class_path") or not given.get("sites"):
         return GROUPS[4]
@@ -51,11 +56,20 @@ def group_of(config: Mapping[str, Any]) -> str:
 
 
 def needs_network(config: Mapping[str, Any]) -> bool:
-    """Whether its data, its tokenizer or its target come from the hub, where they are not on this machine already."""
-    target, data = _part(_part(config, "model"), "init_args").get("target"), _part(_part(config, "data"), "init_args")
+    """Whether its data, its tokenizer or its target come from the hub, where they are not on this
+    machine already.
+    """
+    target = _part(_part(config, "model"), "init_args").get("target")
+    data = _part(_part(config, "data"), "init_args")
     named = [target] if str(target).startswith(("hf:", "decoder:")) else []
-    named += [data[key] for key in ("corpus", "tokenizer") if data.get(key) and (key, data[key]) not in _LOCAL]
-    return any(not Path(str(name).partition(":")[2] or str(name)).expanduser().exists() for name in named)
+    named += [
+        data[key]
+        for key in ("corpus", "tokenizer")
+        if data.get(key) and (key, data[key]) not in _LOCAL
+    ]
+    return any(
+        not Path(str(name).partition(":")[2] or str(name)).expanduser().exists() for name in named
+    )
 
 
 _LOCAL = {("corpus", "stories"), ("corpus", "stdlib")}

@@ -15,25 +15,37 @@ from spd_lightning.store import Store
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the strongest sources and targets of one component over the corpus that a run's harvest summed."""
+    """Prints the strongest sources and targets of one component over the corpus that a run's
+    harvest summed.
+    """
     asked = options.read("edges", argv)
     layer, component = _component(asked.component)
     store = _store(asked.run, asked.harvest)
-    sides: list[Side] = [side for side in ("sources", "targets") if getattr(asked, side)] or ["sources", "targets"]
+    sides: list[Side] = [side for side in ("sources", "targets") if getattr(asked, side)] or [
+        "sources",
+        "targets",
+    ]
     found = {
-        side: strongest(store, layer, component, side, asked.scale, asked.metric, asked.most, asked.at_least)
+        side: strongest(
+            store, layer, component, side, asked.scale, asked.metric, asked.most, asked.at_least
+        )
         for side in sides
     }
     names = {side: named(store, frame) for side, frame in found.items()}
     if asked.json:
-        print(json.dumps({side: _rows(names[side], frame) for side, frame in found.items()}, indent=1))
+        print(
+            json.dumps({side: _rows(names[side], frame) for side, frame in found.items()}, indent=1)
+        )
         return
     corpus = f"{store.manifest['prompts']} prompts, {store.manifest['mode']}, {asked.scale}"
     print(f"{layer}:{component} over {corpus}; pairs with at least {asked.at_least} edges")
     width = max(map(len, [*names.get("sources", []), *names.get("targets", []), "sources"])) + 2
     interval = f"95 % of {'activation' if asked.metric == 'activation' else '|activation|'}"
     for side, frame in found.items():
-        print(f"\n{side:<{width + 2}} {'edges':>10} {'to activation':>14} {'to |activation|':>16} {interval:>24}")
+        print(
+            f"\n{side:<{width + 2}} {'edges':>10} {'to activation':>14} {'to |activation|':>16} "
+            f"{interval:>24}"
+        )
         for row in _rows(names[side], frame):
             values = f"{row['edges']:>10,} {row['to_activation']:>+14.4g} {row['to_size']:>+16.4g}"
             ends = "–" if row["low"] is None else f"{row['low']:+.4g} to {row['high']:+.4g}"
@@ -41,7 +53,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _rows(names: list[str], frame: pl.DataFrame) -> list[dict[str, Any]]:
-    return [{"name": name, **row} for name, row in zip(names, frame.iter_rows(named=True), strict=True)]
+    return [
+        {"name": name, **row} for name, row in zip(names, frame.iter_rows(named=True), strict=True)
+    ]
 
 
 def _component(name: str) -> tuple[str, int]:
@@ -57,8 +71,14 @@ def _store(run: str, harvest: str | None) -> Store:
     found = runs.find(run)
     held = {path.name: path for path in corpus_harvests(found.harvests)}
     if not held:
-        command = f"predict --config {found.record.get('family', found.name)}.yaml --config dataset_edges.yaml"
+        family = found.record.get("family", found.name)
+        command = f"predict --config {family}.yaml --config dataset_edges.yaml"
         raise BadInput(f"run '{found.name}': no harvest of sums over a corpus; make one: {command}")
     if harvest is not None and harvest not in held:
-        raise BadInput(f"harvest '{harvest}': run '{found.name}' has no sums of this name; {nearest(harvest, held)}")
-    return Store(held[harvest] if harvest else next(iter(held.values()))).require("mode", "token_layers")
+        raise BadInput(
+            f"harvest '{harvest}': run '{found.name}' has no sums of this name; "
+            f"{nearest(harvest, held)}"
+        )
+    return Store(held[harvest] if harvest else next(iter(held.values()))).require(
+        "mode", "token_layers"
+    )

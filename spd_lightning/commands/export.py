@@ -1,4 +1,6 @@
-"""export: the graph of one prompt as a file for other tools, whole or without what hardly matters."""
+"""export: the graph of one prompt as a file for other tools, whole or without what hardly
+matters.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -22,7 +24,10 @@ def main(argv: Sequence[str]) -> None:
     asked = options.read("export", argv)
     path = Path(asked.to)
     if path.suffix not in WRITERS:
-        raise BadInput(f"--to '{asked.to}': not a kind of file that is written; end it in {' or '.join(WRITERS)}")
+        raise BadInput(
+            f"--to '{asked.to}': not a kind of file that is written; end it in "
+            f"{' or '.join(WRITERS)}"
+        )
     if not path.parent.is_dir():
         raise BadInput(f"--to '{asked.to}': there is no folder '{path.parent}'; make it first")
     store = harvest(asked.run, asked.harvest)
@@ -30,7 +35,10 @@ def main(argv: Sequence[str]) -> None:
     whole = whole_graph(store, prompt)
     attributions = whole.edges["attribution"]
     if len(attributions) and not attributions.is_finite().any():
-        raise BadInput(f"harvest '{store.path}': no attribution of this prompt is finite; fit and harvest again")
+        raise BadInput(
+            f"harvest '{store.path}': no attribution of this prompt is finite; fit and harvest "
+            "again"
+        )
     outputs = None if asked.position is None else outputs_at(whole, asked.position)
     kept = _kept(whole, asked, outputs)
     made = Export(store, prompt, whole, kept, outputs)
@@ -41,7 +49,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def harvest(run: str, name: str | None) -> Store:
-    """Return a run's harvest of graphs: the one of this name, or the one that the viewer shows first.
+    """Return a run's harvest of graphs: the one of this name, or the one that the viewer shows
+    first.
 
     Raises:
         BadInput: the run has no such harvest, or it cannot be read.
@@ -55,7 +64,9 @@ def harvest(run: str, name: str | None) -> Store:
         if store.manifest["rows"]["edges"]:
             return store
     named = f"harvest '{name}' of run '{found.name}'" if name else f"run '{found.name}'"
-    raise BadInput(f"{named}: it has no graphs; harvest them: predict with spd_lightning.PromptGraphs")
+    raise BadInput(
+        f"{named}: it has no graphs; harvest them: predict with spd_lightning.PromptGraphs"
+    )
 
 
 def _kept(whole: Graph, asked: argparse.Namespace, outputs: list[int] | None) -> Graph:
@@ -65,12 +76,16 @@ def _kept(whole: Graph, asked: argparse.Namespace, outputs: list[int] | None) ->
         edges = 0.98 if asked.edges is None else asked.edges
         return pruned(whole, nodes, edges, outputs)
     if asked.nodes is not None:
-        raise BadInput("export: --nodes and --budget are two ways to choose nodes; leave one of them out")
+        raise BadInput(
+            "export: --nodes and --budget are two ways to choose nodes; leave one of them out"
+        )
     return expanded(whole, asked.budget, 1.0 if asked.edges is None else asked.edges, outputs)
 
 
 def _facts(whole: Graph, kept: Graph, outputs: list[int] | None) -> str:
-    counts = f"{len(kept.nodes):,} of {len(whole.nodes):,} nodes, {len(kept.edges):,} of {len(whole.edges):,} edges"
+    nodes = f"{len(kept.nodes):,} of {len(whole.nodes):,} nodes"
+    edges = f"{len(kept.edges):,} of {len(whole.edges):,} edges"
     found = scores(whole, outputs)
     said = {"replacement": found.replacement, "completeness": found.completeness}
-    return ", ".join([counts, *(f"{name} {value:.3f}" for name, value in said.items() if value is not None)])
+    shares = [f"{name} {value:.3f}" for name, value in said.items() if value is not None]
+    return ", ".join([nodes, edges, *shares])

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def finished(request: RunArguments, tracked: bool) -> Iterator["Session"]:
-    """Open a session on the finished run that is asked for: its weights, the config's data and trainer."""
+    """Open a session on the finished run that is asked for: its weights, the config's data and
+    trainer.
+    """
     config = request.config
     run = None if request.prints_only else request.finished_run()
     with loading.trainer():
@@ -22,6 +24,8 @@ def finished(request: RunArguments, tracked: bool) -> Iterator["Session"]:
 
         def plan(settings: dict[str, Any]) -> Plan:
             assert run is not None  # printing settings ends before there is a plan
-            return Plan(run.path, run.name, Decomposition.from_pretrained(run.path), tracked=tracked)
+            return Plan(
+                run.path, run.name, Decomposition.from_pretrained(run.path), tracked=tracked
+            )
 
         yield Session(config, request.overrides, plan)

@@ -20,7 +20,9 @@ log = logging.getLogger("spd_lightning")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train a target, or decompose one, and leave a run: its summary, its figures, and a copy in the tracker."""
+    """Train a target, or decompose one, and leave a run: its summary, its figures, and a copy in
+    the tracker.
+    """
     request = RunArguments.parse("fit", argv)
     config = request.config
     with loading.trainer():
@@ -50,7 +52,8 @@ def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
             _complete_copy(claim.run, settings)
         return
     refuse_what_does_not_fit(settings)
-    started, claims = time.perf_counter(), []
+    started = time.perf_counter()
+    claims = []
 
     def plan(settings: dict[str, Any]) -> Plan:
         claim = runs.claim(request.name, settings)
@@ -68,7 +71,10 @@ def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
             if session.trainer.is_global_zero:
                 _finish(session, started)
         if session.trainer.is_global_zero:
-            print(f"run: {session.plan.folder}    next: python -m spd_lightning predict --config {request.names[0]}")
+            print(
+                f"run: {session.plan.folder}    next: python -m spd_lightning predict --config "
+                f"{request.names[0]}"
+            )
     finally:
         for claim in claims:
             claim.abandon()
@@ -88,14 +94,18 @@ def _train_missing_target(model: dict[str, Any]) -> None:
 
 
 def _complete_copy(run: runs.Run, settings: "Settings") -> None:
-    """Send a finished run to the trackers that did not get all of it, in place of making it again."""
+    """Send a finished run to the trackers that did not get all of it, in place of making it
+    again.
+    """
     from spd_lightning.training.tracking import send
 
     log.info("run %s: it is finished; sending what a tracker is still missing", run.name)
     try:
         send(settings.trackers, run.path, settings.settings)
     except BadInput as error:
-        raise BadInput(f"{error}. The run itself is complete; to start another one, name it: --run NAME") from error
+        raise BadInput(
+            f"{error}. The run itself is complete; to start another one, name it: --run NAME"
+        ) from error
     print(f"sent: {run.path}")
 
 
@@ -116,7 +126,9 @@ def _train(session: "Session") -> None:
     session.copies.begin(session.settings)
     trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=resumable(folder))
     trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
-    session.model.adopt(trainer.callback_metrics)  # forked devices evaluate in processes of their own
+    session.model.adopt(
+        trainer.callback_metrics
+    )  # forked devices evaluate in processes of their own
 
 
 def _finish(session: "Session", started: float) -> None:
@@ -127,7 +139,9 @@ def _finish(session: "Session", started: float) -> None:
     module.save(folder)
     summary = _summary(session, time.perf_counter() - started)
     if module.warning:
-        log.warning("run %s: ended in a local minimum; try another seed. %s", folder.name, module.warning)
+        log.warning(
+            "run %s: ended in a local minimum; try another seed. %s", folder.name, module.warning
+        )
     runs.write_json(folder / "summary.json", summary)
     print(results.table([(folder.name, summary)]))
     publish(session.copies)
@@ -136,7 +150,11 @@ def _finish(session: "Session", started: float) -> None:
 def _summary(session: "Session", seconds: float) -> dict[str, float | str]:
     """The flat map that a run is judged by: figures, seconds, steps, seed, versions."""
     module: Decomposition = session.model  # pyright: ignore[reportAssignmentType]
-    return {**module.figures, "verdict": _verdict(module), **_facts(session, seconds, session.trainer.max_steps)}
+    return {
+        **module.figures,
+        "verdict": _verdict(module),
+        **_facts(session, seconds, session.trainer.max_steps),
+    }
 
 
 def _facts(session: "Session", seconds: float, steps: int) -> dict[str, float | str]:
@@ -155,7 +173,9 @@ def _note(session: "Session", error: Diverged, started: float) -> None:
     """Writes the summary of a training that diverged: what happened, when, and no figures."""
     if session.trainer.is_global_zero:
         facts = _facts(session, time.perf_counter() - started, session.trainer.global_step)
-        runs.write_json(session.plan.folder / "summary.json", {"verdict": f"diverged: {error.reason}", **facts})
+        runs.write_json(
+            session.plan.folder / "summary.json", {"verdict": f"diverged: {error.reason}", **facts}
+        )
 
 
 def _verdict(module: "Decomposition") -> str:

@@ -1,4 +1,6 @@
-"""Interventions as users write them: the words of `intervene`, or the rows of a .jsonl or .yaml file."""
+"""Interventions as users write them: the words of `intervene`, or the rows of a .jsonl or .yaml
+file.
+"""
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +27,8 @@ class Row:
     Attributes:
         text: the prompt, or None.
         input: the prompt as numbers, or None.
-        ablate, scale, set, keep: edits by the names of their components; keep is None if nothing else is ablated.
+        ablate, scale, set, keep: edits by the names of their components; keep is None if nothing
+            else is ablated.
         base: the model that is edited.
         name: a label.
         line: where it stands in its file; None for the command's own.
@@ -53,7 +56,8 @@ def each(rows: Sequence[Row], work: Callable[[int], Any]) -> list[Any]:
     Raises:
         BadInput: it rejects some; all that are of a file are named by their lines.
     """
-    results, wrong = [], []
+    results = []
+    wrong = []
     for number, row in enumerate(rows):
         try:
             results.append(work(number))
@@ -72,21 +76,28 @@ def _offenders(wrong: Sequence[str]) -> BadInput:
     return BadInput(f"--file: {'; '.join(wrong[:MOST_TOLD])}{more}")
 
 
-# ---- what is asked --------------------------------------------------------------------------------------------------
+# ---- what is asked -------------------------------------------------------------------------------
 
 
 def rows_of(asked: argparse.Namespace) -> list[Row]:
     """Return the command's own intervention, or those of its file."""
     given = [name for name in ("text", "input") if getattr(asked, name) is not None]
     if len(given) > 1:
-        raise BadInput("intervene: --text and --input are two ways to give a prompt; leave one of them out")
+        raise BadInput(
+            "intervene: --text and --input are two ways to give a prompt; leave one of them out"
+        )
     edits = [f"--{name}" for name in ("ablate", "scale", "set", "keep") if getattr(asked, name)]
     if asked.file is not None:
         if edits:
-            raise BadInput(f"intervene: {edits[0]} and --file; write the edits into the rows of the file")
+            raise BadInput(
+                f"intervene: {edits[0]} and --file; write the edits into the rows of the file"
+            )
         return _file(Path(asked.file), Row(text=asked.text, input=asked.input, base=asked.base))
     if not given:
-        raise BadInput('intervene: the prompt is missing; for example: --text "Mia went", --input 0,1,0, or --file')
+        raise BadInput(
+            'intervene: the prompt is missing; for example: --text "Mia went", --input 0,1,0, or '
+            "--file"
+        )
     row = Row(
         asked.text,
         asked.input,
@@ -109,17 +120,26 @@ def _pairs(option: str, words: Sequence[str] | None) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not equals or not abs(found[name]) <= LARGEST:
-            raise BadInput(f"{option} '{word}': write a component and a number; for example: {option} h.0.mlp.c_fc:5=2")
+            raise BadInput(
+                f"{option} '{word}': write a component and a number; for example: {option} "
+                "h.0.mlp.c_fc:5=2"
+            )
     return found
 
 
 def _kept(words: Sequence[str] | None) -> list[str] | None:
-    """The names in words and in .json files: a list of names, or an object that has one under `nodes`."""
+    """The names in words and in .json files: a list of names, or an object that has one under
+    `nodes`.
+    """
     if words is None:
         return None
     found: list[str] = []
     for word in words:
-        found += _listed(Path(word)) if word.endswith(".json") else [name for name in word.split(",") if name]
+        found += (
+            _listed(Path(word))
+            if word.endswith(".json")
+            else [name for name in word.split(",") if name]
+        )
     return found
 
 
@@ -128,14 +148,18 @@ def _listed(path: Path) -> list[str]:
         held = json_files.parsed(path.read_bytes(), dict[str, Any] | list[Any])
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "not JSON"
-        raise BadInput(f"--keep '{path}': cannot be read ({why}); name a file with a list of components") from error
+        raise BadInput(
+            f"--keep '{path}': cannot be read ({why}); name a file with a list of components"
+        ) from error
     names = held.get("nodes") if isinstance(held, dict) else held
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise BadInput(f"--keep '{path}': it holds no list of names; write [\"h.0.mlp.c_fc:3:7\", …]")
+        raise BadInput(
+            f"--keep '{path}': it holds no list of names; write [\"h.0.mlp.c_fc:3:7\", …]"
+        )
     return names
 
 
-# ---- files of interventions -----------------------------------------------------------------------------------------
+# ---- files of interventions ----------------------------------------------------------------------
 
 KEYS = ("text", "input", "ablate", "scale", "set", "keep", "base", "name")
 
@@ -147,9 +171,12 @@ def _file(path: Path, default: Row) -> list[Row]:
         BadInput: the file cannot be read, or rows are wrong; all of them are named.
     """
     if path.suffix not in (".jsonl", ".yaml", ".yml"):
-        raise BadInput(f"--file '{path}': not a kind of file that is read; end it in .jsonl or .yaml")
+        raise BadInput(
+            f"--file '{path}': not a kind of file that is read; end it in .jsonl or .yaml"
+        )
     text = read_text(path)
-    found, wrong = [], []
+    found = []
+    wrong = []
     is_json = path.suffix == ".jsonl"
     for line, entry in _filled_lines(text) if is_json else configs.items(path, text):
         try:
@@ -180,13 +207,16 @@ def _parsed(words: str) -> Any:
 def _row(held: Any, default: Row, line: int) -> Row:
     """Return one row of a file."""
     if not isinstance(held, dict):
-        raise BadInput(f'expected keys and values, found {type(held).__name__}; for example: {{"text": "Mia"}}')
+        raise BadInput(
+            f'expected keys and values, found {type(held).__name__}; for example: {{"text": "Mia"}}'
+        )
     for key in held:
         if key not in KEYS:
             raise BadInput(f"'{key}': no such key; {nearest(str(key), KEYS)}")
     if "text" in held and "input" in held:
         raise BadInput("'text' and 'input' are two ways to give a prompt; leave one of them out")
-    text, numbers = held.get("text"), held.get("input")
+    text = held.get("text")
+    numbers = held.get("input")
     if text is None and numbers is None:
         text, numbers = default.text, default.input
     if text is None and numbers is None:
@@ -197,7 +227,11 @@ def _row(held: Any, default: Row, line: int) -> Row:
     if base not in BASES:
         raise BadInput(f"'base': '{base}' is unknown; {nearest(str(base), BASES)}")
     keep = _names("keep", held["keep"]) if "keep" in held else None
-    edits = _names("ablate", held.get("ablate", [])), _numbers_of("scale", held), _numbers_of("set", held)
+    edits = (
+        _names("ablate", held.get("ablate", [])),
+        _numbers_of("scale", held),
+        _numbers_of("set", held),
+    )
     return Row(text, _numbers_in(numbers), *edits, keep, base, str(held.get("name", "")), line)
 
 
@@ -211,7 +245,9 @@ def _names(key: str, value: Any) -> list[str]:
 def _numbers_of(key: str, held: Mapping[str, Any]) -> dict[str, float]:
     value = held.get(key, {})
     if not isinstance(value, dict) or not all(map(_number, value.values())):
-        raise BadInput(f"'{key}': not a map from components to numbers; for example: {{\"h.0.mlp.c_fc:5\": 2}}")
+        raise BadInput(
+            f"'{key}': not a map from components to numbers; for example: {{\"h.0.mlp.c_fc:5\": 2}}"
+        )
     return {str(name): float(number) for name, number in value.items()}
 
 
@@ -220,6 +256,10 @@ def _number(value: Any) -> bool:
 
 
 def _numbers_in(value: Any) -> Sequence[float | int] | str | None:
-    if value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_number, value))):
+    if (
+        value is None
+        or isinstance(value, str)
+        or (isinstance(value, list) and all(map(_number, value)))
+    ):
         return value
     raise BadInput("'input': not a list of numbers; for example: [0, 0.75, 0]")

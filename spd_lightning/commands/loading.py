@@ -1,6 +1,8 @@
-"""Loading torch and Lightning: what must be set before, what is printed meanwhile, and which advice is kept quiet.
+"""Loading torch and Lightning: what must be set before, what is printed meanwhile, and which advice
+is kept quiet.
 
-Verbs check their input first and open `trainer` after, so that a typo never waits for seconds of imports.
+Verbs check their input first and open `trainer` after, so that a typo never waits for seconds of
+imports.
 """
 
 import os
@@ -16,10 +18,12 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def share_processors() -> None:
-    """Let torch's threads sleep while they wait for each other; to be called before torch is loaded.
+    """Let torch's threads sleep while they wait for each other; to be called before torch is
+    loaded.
 
-    OpenMP's threads spin by default. Where other processes are busy, the thread that is waited for may not be running,
-    and spinning keeps it from running: a training step then takes 5 to 20 times as long. A user's own choice is kept.
+    OpenMP's threads spin by default. Where other processes are busy, the thread that is waited for
+    may not be running, and spinning keeps it from running: a training step then takes 5 to 20 times
+    as long. A user's own choice is kept.
     """
     if not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # GNU OpenMP, which torch's own wheels hold
@@ -45,7 +49,9 @@ def announced(what: str = "torch") -> Iterator[None]:
 
 @contextmanager
 def trainer() -> Iterator[None]:
-    """Load torch and Lightning; while open, libraries' advice on settings that are ours is kept from the user."""
+    """Load torch and Lightning; while open, libraries' advice on settings that are ours is kept
+    from the user.
+    """
     share_processors()
     with announced():
         from spd_lightning.training.session import quiet

@@ -1,4 +1,5 @@
-"""The words of the command line and its help, both from the table of `verbs`: so the two cannot differ.
+"""The words of the command line and its help, both from the table of `verbs`: so the two cannot
+differ.
 
 Importing this costs nothing but argparse: help is there at once.
 """
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 from spd_lightning.commands.verbs import ALLOW, CONFIG, DEBUG, HELP, PROGRAM, VERBS, Option, Verb
 from spd_lightning.errors import BadInput, nearest
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 class Reader(argparse.ArgumentParser):
@@ -28,7 +29,9 @@ class Reader(argparse.ArgumentParser):
 
     def _take(self, option: Option) -> None:
         if not option.name.startswith("-"):
-            self.add_argument(option.dest, metavar=option.name, nargs=None if option.needed else "?")
+            self.add_argument(
+                option.dest, metavar=option.name, nargs=None if option.needed else "?"
+            )
             return
         if option.value is None:
             self.add_argument(option.name, action="store_true")
@@ -64,14 +67,17 @@ def read(name: str, words: Sequence[str]) -> argparse.Namespace:
     """Read the words of a verb that takes no settings of configs.
 
     Raises:
-        BadInput: an option is unknown or has a value that it cannot take, an argument is missing or one too many.
+        BadInput: an option is unknown or has a value that it cannot take, an argument is missing or
+            one too many.
     """
     verb = VERBS[name]
     found, rest = read_some(name, words)
     for word in rest:
         if word.startswith("-"):
             known = [option.name for option in verb.options if option.name.startswith("-")]
-            raise BadInput(f"{name}: unknown option '{word}'; {nearest(word.partition('=')[0], known)}")
+            raise BadInput(
+                f"{name}: unknown option '{word}'; {nearest(word.partition('=')[0], known)}"
+            )
         raise BadInput(f"{name}: unexpected argument '{word}'; see: {PROGRAM} {name} --help")
     return found
 
@@ -87,13 +93,19 @@ def read_some(name: str, words: Sequence[str]) -> tuple[argparse.Namespace, list
     for option in verb.options:
         value = getattr(found, option.dest, None)
         if option.choices and value is not None and value not in option.choices:
-            raise BadInput(f"{name}: {option.name} '{value}': unknown value; {nearest(value, option.choices)}")
+            raise BadInput(
+                f"{name}: {option.name} '{value}': unknown value; {nearest(value, option.choices)}"
+            )
     return found, rest
 
 
 def _with_negative_numbers(verb: Verb, words: Sequence[str]) -> list[str]:
-    """Return the words with `--input -0.5,0` as `--input=-0.5,0`: argparse takes such a value for an option."""
-    valued = {option.name for option in verb.options if option.value is not None and not option.passed}
+    """Return the words with `--input -0.5,0` as `--input=-0.5,0`: argparse takes such a value for
+    an option.
+    """
+    valued = {
+        option.name for option in verb.options if option.value is not None and not option.passed
+    }
     joined = list[str]()
     for word in words:
         if joined and joined[-1] in valued and re.match(r"-[.\d]", word):
@@ -103,13 +115,15 @@ def _with_negative_numbers(verb: Verb, words: Sequence[str]) -> list[str]:
     return joined
 
 
-# ---- help -----------------------------------------------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------------
 
 HELP_WORDS = ("-h", "--help")
 
 
 def asked_for(words: Sequence[str]) -> str | None:
-    """Return the page of help that a command line asks for; None if it asks for none that is known without torch."""
+    """Return the page of help that a command line asks for; None if it asks for none that is known
+    without torch.
+    """
     if not words or words[0] in (*HELP_WORDS, "help"):
         return page(words[1]) if words[1:] and words[1] in VERBS else overview()
     if words[0] in VERBS and topic(words) is None and any(word in HELP_WORDS for word in words):
@@ -129,7 +143,9 @@ def page(name: str) -> str:
     """Return the help of one verb: usage, purpose, options with their defaults, an example."""
     verb = VERBS[name]
     words = [option.name if option.needed else f"[{option.name}]" for option in verb.arguments]
-    words += [option.shown for option in verb.options if option.needed and option not in verb.arguments]
+    words += [
+        option.shown for option in verb.options if option.needed and option not in verb.arguments
+    ]
     usage = " ".join([f"usage: {PROGRAM} {name}", *words, "[options]"])
     lines = [usage, "", verb.purpose]
     if verb.arguments:
@@ -170,7 +186,10 @@ def overview() -> str:
 
 
 _HEAD = (
-    "Stochastic Parameter Decomposition on PyTorch Lightning: take a neural network apart, see which parts each input",
+    (
+        "Stochastic Parameter Decomposition on PyTorch Lightning: take a neural network apart, see "
+        "which parts each input"
+    ),
     "needs.",
     "",
     f"usage: {PROGRAM} VERB [options]",
@@ -181,6 +200,9 @@ _FOOT = (
     f"Options and an example of a verb: {PROGRAM} VERB --help",
     f"All settings of configs:          {PROGRAM} fit --help model (or data, trainer, or a class)",
     "",
-    "Runs are kept in ./runs, or in $SPD_RUNS. Every config says at its top what it does, how long it takes, and what",
+    (
+        "Runs are kept in ./runs, or in $SPD_RUNS. Every config says at its top what it does, how "
+        "long it takes, and what"
+    ),
     "comes out. After `pip install`, `spd VERB` is the same as `python -m spd_lightning VERB`.",
 )

@@ -17,13 +17,16 @@ GiB = 2**30
 
 def main(argv: Sequence[str]) -> None:
     """Prints what the fit of a config will take: parameters, memory, FLOPs of a step, hours."""
-    device, request = options.read_some("plan", argv)[0].device, RunArguments.parse("plan", argv)
+    device = options.read_some("plan", argv)[0].device
+    request = RunArguments.parse("plan", argv)
     config = request.config
     with loading.trainer():
         print("\n".join(_lines(config, request.overrides, device)))
 
 
-def _lines(config: Mapping[str, Any], overrides: Sequence[str], device: str | None) -> Iterator[str]:
+def _lines(
+    config: Mapping[str, Any], overrides: Sequence[str], device: str | None
+) -> Iterator[str]:
     from spd_lightning.planning.devices import DEVICES, device_named, measured
     from spd_lightning.planning.estimate import size_of
     from spd_lightning.training.session import Settings
@@ -52,7 +55,9 @@ def table(sizes: Sequence[tuple[Device, Size]]) -> Iterator[str]:
 
 
 LEAST_WIDTH = 32
-"""The least width of the column of names. Longer names widen it in all parts of a plan, so that numbers line up."""
+"""The least width of the column of names. Longer names widen it in all parts of a plan, so that
+numbers line up.
+"""
 
 
 def _parameters(size: Size, width: int) -> Iterator[str]:
@@ -78,7 +83,8 @@ def _work(size: Size, width: int) -> Iterator[str]:
     for name, work in rows.items():
         share = work.flops / max(1, size.step.total.flops)
         yield (
-            f"  {name:<{width}} {work.forward / per:>15,.3f} {work.backward / per:>16,.3f} {work.moved / 1e9:>9,.2f}"
+            f"  {name:<{width}} {work.forward / per:>15,.3f} {work.backward / per:>16,.3f} "
+            f"{work.moved / 1e9:>9,.2f}"
             f" {share:>6.1%}"
         )
 
@@ -100,7 +106,8 @@ def _hours(sizes: Sequence[tuple[Device, Size]], width: int) -> Iterator[str]:
         peak = device.half if size.mixed else device.single
         fits = "fits" if sum(size.memory.values()) <= device.memory else "too small"
         yield (
-            f"  {device.name:<{width}} {1000 * size.seconds(device):>10,.1f} {_span(size.hours(device)):>9} {fits:>9}"
+            f"  {device.name:<{width}} {1000 * size.seconds(device):>10,.1f} "
+            f"{_span(size.hours(device)):>9} {fits:>9}"
             f"   {device.share:.0%} of {_per_second(peak)}, {device.bandwidth / 1e9:,.3g} GB/s,"
             f" {1e6 * device.launch:,.0f} µs an operation, {device.memory / GiB:,.0f} GiB"
         )

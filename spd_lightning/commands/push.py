@@ -11,9 +11,14 @@ def main(argv: Sequence[str]) -> None:
     """Send a finished run, with its harvests, to the trackers that its config names."""
     found = runs.find(options.read("push", argv).run)
     if found.state != "finished":
-        raise BadInput(f"run '{found.name}': it is {found.state}; let its fit finish, which also sends it")
+        raise BadInput(
+            f"run '{found.name}': it is {found.state}; let its fit finish, which also sends it"
+        )
     if not (found.path / "config.yaml").exists():
-        raise BadInput(f"run '{found.name}': it has no config.yaml, so it was not made by fit; 'runs' lists the runs")
+        raise BadInput(
+            f"run '{found.name}': it has no config.yaml, so it was not made by fit; 'runs' lists "
+            "the runs"
+        )
     runs.check_whole(found.path)
     settings = found.checked_config()
     trainer = settings.get("trainer")

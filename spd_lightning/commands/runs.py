@@ -13,12 +13,21 @@ def main(argv: Sequence[str]) -> None:
     found = runs.runs()
     if asked.json:
         facts = [
-            {"name": r.name, "path": str(r.path), "state": r.state, "summary": r.summary, "problem": r.problem}
+            {
+                "name": r.name,
+                "path": str(r.path),
+                "state": r.state,
+                "summary": r.summary,
+                "problem": r.problem,
+            }
             for r in found
         ]
         print(json.dumps(facts, indent=1))
     elif not found:
-        print(f"no runs in '{runs.root()}' yet; make one: python -m spd_lightning fit --config tms.yaml")
+        print(
+            f"no runs in '{runs.root()}' yet; make one: python -m spd_lightning fit --config "
+            "tms.yaml"
+        )
     elif asked.table:
         print(results.table([(r.name, r.summary) for r in reversed(found) if r.summary]))
     else:

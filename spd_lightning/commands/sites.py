@@ -1,12 +1,13 @@
-"""sites: the maps of a target that can be decomposed, as patterns, and a first config for one's own target.
+"""sites: the maps of a target that can be decomposed, as patterns, and a first config for one's own
+target.
 
-Maps whose names differ in numbers alone are one group, and a pattern names the group: `model.layers.*.mlp.up_proj`.
-No weights are loaded: a checkpoint's shapes are in its configuration.
+Maps whose names differ in numbers alone are one group, and a pattern names the group:
+`model.layers.*.mlp.up_proj`. No weights are loaded: a checkpoint's shapes are in its configuration.
 
-The number of components that is suggested is twice the rank that the map can have, since with fewer than its rank
-components cannot add up to the weight. A map in superposition carries more features than its rank: so it is at least
-the larger width of the map, up to 1000. Published recipes take one to five times the rank. Memory and time grow with
-it.
+The number of components that is suggested is twice the rank that the map can have, since with fewer
+than its rank components cannot add up to the weight. A map in superposition carries more features
+than its rank: so it is at least the larger width of the map, up to 1000. Published recipes take one
+to five times the rank. Memory and time grow with it.
 """
 
 from __future__ import annotations  # sites are of a module that loads torch
@@ -31,7 +32,8 @@ KINDS = {"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding"}
 SUPERPOSED = 1000
 """How many features, at most, a map is assumed to carry beyond its rank."""
 FEW_LAYERS = 4
-"""Up to so many layers, a first config decomposes all of them; of deeper models, one in the middle."""
+"""Up to so many layers, a first config decomposes all of them; of deeper models, one in the middle.
+"""
 CONTEXT = 512
 """How many tokens a window of a first config has at most."""
 
@@ -77,11 +79,15 @@ def main(argv: Sequence[str]) -> None:
         network = _network(asked.target)
         groups = grouped(network, apart=asked.all)
         if not groups:
-            raise BadInput(f"target '{asked.target}': no Linear, Conv1D or Embedding in it; take another")
+            raise BadInput(
+                f"target '{asked.target}': no Linear, Conv1D or Embedding in it; take another"
+            )
         print(_as_json(groups) if asked.json else "\n".join([*table(groups), *_left_out(network)]))
         if path is not None:
             with runs.write_whole(path) as temporary:
-                temporary.write_text(first_config(asked.target, network, grouped(network)), encoding="utf-8")
+                temporary.write_text(
+                    first_config(asked.target, network, grouped(network)), encoding="utf-8"
+                )
             if not asked.json:
                 print(f"\nconfig: {path}    next: python -m spd_lightning plan --config {path}")
 
@@ -96,7 +102,9 @@ def _check_file(path: Path) -> None:
 
 
 def _network(reference: str) -> nn.Module:
-    """Return an untrained network like the one that a reference means, without memory for its weights."""
+    """Return an untrained network like the one that a reference means, without memory for its
+    weights.
+    """
     from spd_lightning.planning.dry_run import fakes
     from spd_lightning.planning.estimate import outline
 
@@ -106,7 +114,9 @@ def _network(reference: str) -> nn.Module:
 
 
 def _left_out(network: nn.Module) -> Iterator[str]:
-    """Yield a line on the matrices of a network that cannot be sites, such as experts and routers of their own kind."""
+    """Yield a line on the matrices of a network that cannot be sites, such as experts and routers
+    of their own kind.
+    """
     from spd_lightning.decomposition.components import available
 
     maps = available(network)
@@ -118,10 +128,11 @@ def _left_out(network: nn.Module) -> Iterator[str]:
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         yield ""
-        yield f"cannot be decomposed (no Linear, Conv1D or Embedding): {', '.join(others[:3])}{more}"
+        some = ", ".join(others[:3])
+        yield f"cannot be decomposed (no Linear, Conv1D or Embedding): {some}{more}"
 
 
-# ---- groups ---------------------------------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------------------
 
 
 def grouped(network: nn.Module, apart: bool = False) -> list[Group]:
@@ -151,21 +162,31 @@ def grouped(network: nn.Module, apart: bool = False) -> list[Group]:
 def table(groups: Sequence[Group]) -> Iterator[str]:
     """Yield the groups as lines."""
     width = max(len("pattern"), *(len(group.pattern) for group in groups))
-    yield f"{'pattern':<{width}}  {'maps':>5}  {'kind':<9}  {'d_in':>7}  {'d_out':>7}  {'components':>10}"
+    yield (
+        f"{'pattern':<{width}}  {'maps':>5}  {'kind':<9}  {'d_in':>7}  {'d_out':>7}  "
+        f"{'components':>10}"
+    )
     for group in groups:
         shape = f"{group.d_in:>7}  {group.d_out:>7}"
-        yield f"{group.pattern:<{width}}  {len(group.names):>5}  {group.kind:<9}  {shape}  {group.components:>10}"
+        yield (
+            f"{group.pattern:<{width}}  {len(group.names):>5}  {group.kind:<9}  {shape}  "
+            f"{group.components:>10}"
+        )
 
 
 def _as_json(groups: Sequence[Group]) -> str:
-    return json.dumps([{**asdict(group), "components": group.components} for group in groups], indent=1)
+    return json.dumps(
+        [{**asdict(group), "components": group.components} for group in groups], indent=1
+    )
 
 
-# ---- a first config -------------------------------------------------------------------------------------------------
+# ---- a first config ------------------------------------------------------------------------------
 
 
 def chosen(groups: Sequence[Group]) -> dict[str, int]:
-    """Return patterns to begin with: of a shallow network all maps in layers, of a deep one those of a middle layer."""
+    """Return patterns to begin with: of a shallow network all maps in layers, of a deep one those
+    of a middle layer.
+    """
     layered = [group for group in groups if group.layered and group.kind != "Embedding"]
     if not layered:
         return {group.pattern: group.components for group in groups if group.kind != "Embedding"}
@@ -188,13 +209,18 @@ def _of_checkpoint(reference: str, name: str, network: nn.Module, patterns: dict
     shallow = any("*" in pattern for pattern in patterns)
     folder = Path(name).expanduser()
     if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZERS):
-        tokens = f"vocab: {network.vocab}  # no tokenizer in the folder: one is trained here; better name its own"
+        tokens = (
+            f"vocab: {network.vocab}  # no tokenizer in the folder: one is trained here; better "
+            "name its own"
+        )
     else:
         tokens = f"tokenizer: {json.dumps(name)}"
     return _LANGUAGE.format(
         reference=json.dumps(reference),
         base="lm-subset.yaml" if shallow else "lm-layerwise.yaml",
-        sites="\n".join(f"      {json.dumps(pattern)}: {count}" for pattern, count in patterns.items()),
+        sites="\n".join(
+            f"      {json.dumps(pattern)}: {count}" for pattern, count in patterns.items()
+        ),
         tokens=tokens,
         seq_len=min(int(getattr(network, "context", CONTEXT)), CONTEXT),
     )
@@ -218,14 +244,18 @@ def _of_config(reference: str, network: nn.Module, patterns: dict[str, int]) -> 
         "data": data,
         "trainer": {"max_steps": 4000 if text else 2500},
     }
-    return f"# A first decomposition of {reference}, written by `sites --write`.\n{configs.dump(whole)}"
+    return (
+        f"# A first decomposition of {reference}, written by `sites "
+        f"--write`.\n{configs.dump(whole)}"
+    )
 
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Files by which a checkpoint's folder shows that it holds a tokenizer."""
 
 _LANGUAGE = """\
-# A first decomposition of {reference}, written by `sites --write`. my-checkpoint.yaml explains each key.
+# A first decomposition of {reference}, written by `sites --write`. my-checkpoint.yaml explains each
+# key.
 base: {base}
 model:
   init_args:

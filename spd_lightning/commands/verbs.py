@@ -1,4 +1,5 @@
-"""The verbs of the command line: one table, from which `options` reads their words and prints their help.
+"""The verbs of the command line: one table, from which `options` reads their words and prints their
+help.
 
 Not here: what a verb does. Each verb is a module of this package.
 """
@@ -12,7 +13,7 @@ from typing import Any
 PROGRAM = "python -m spd_lightning"
 
 
-# ---- kinds of values ------------------------------------------------------------------------------------------------
+# ---- kinds of values -----------------------------------------------------------------------------
 
 
 LARGEST = 2**31 - 1
@@ -45,7 +46,7 @@ def share(word: str) -> float:
     return value
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,13 @@ class Verb:
         return [option for option in self.options if not option.name.startswith("-")]
 
 
-RUN = Option("RUN", "a run's name, its folder, or a tracker's reference; 'runs' lists the names", needed=True)
+RUN = Option(
+    "RUN", "a run's name, its folder, or a tracker's reference; 'runs' lists the names", needed=True
+)
 CONFIG = Option(
     "--config",
-    "a config: a path, or a name that 'list' shows; several are merged, later ones win (callbacks add up)",
+    "a config: a path, or a name that 'list' shows; several are merged, later ones win (callbacks "
+    "add up)",
     "NAME",
     many=True,
     needed=True,
@@ -128,23 +132,41 @@ CONFIG = Option(
 )
 CHOSEN = (
     CONFIG,
-    Option("--run", "the run's name (default: the name of the first config)", "NAME", example="mine"),
-    Option("--KEY", "any setting, as --trainer.max_steps 500 or --seed_everything 7", "VALUE", passed=True),
+    Option(
+        "--run", "the run's name (default: the name of the first config)", "NAME", example="mine"
+    ),
+    Option(
+        "--KEY",
+        "any setting, as --trainer.max_steps 500 or --seed_everything 7",
+        "VALUE",
+        passed=True,
+    ),
     Option("--print_config", "print the merged settings without running anything", passed=True),
 )
-ALLOW = Option("--allow_classes", "let configs and files name classes of this package", "PACKAGE", passed=True)
+ALLOW = Option(
+    "--allow_classes", "let configs and files name classes of this package", "PACKAGE", passed=True
+)
 DEBUG = Option("--debug", "show where an error came from", passed=True)
 HELP = Option("--help", "print this page", passed=True)
 SETTINGS = (
-    f"All settings with their defaults: {PROGRAM} fit --help model, or --help data, --help trainer,",
+    (
+        f"All settings with their defaults: {PROGRAM} fit --help model, or --help data, --help "
+        "trainer,"
+    ),
     "--help reconstruction, --help CLASS (for example --help PromptGraphs).",
 )
 
 FORMATS = (
-    "Components are named layer:pos:component (pos a number or a range, 3-5), or layer:component at all positions.",
+    (
+        "Components are named layer:pos:component (pos a number or a range, 3-5), or "
+        "layer:component at all positions."
+    ),
     "A file of interventions has one row each, as JSON lines (.jsonl) or a YAML list (.yaml):",
     '  {"text": "Mia went", "ablate": ["h.0.mlp.c_fc:5"], "scale": {"h.1.attn.o_proj:3:7": 2}}',
-    "Its keys: text or input; ablate and keep (lists), scale and set (maps), base, name (a label of yours).",
+    (
+        "Its keys: text or input; ablate and keep (lists), scale and set (maps), base, name (a "
+        "label of yours)."
+    ),
 )
 
 _ALL = (
@@ -183,11 +205,14 @@ _ALL = (
         (
             Option(
                 "TARGET",
-                "hf:FOLDER or hf:NAME (a HuggingFace model as it is), decoder:FOLDER (on our decoder), or a config "
+                "hf:FOLDER or hf:NAME (a HuggingFace model as it is), decoder:FOLDER (on our "
+                "decoder), or a config "
                 "that trains a target",
                 needed=True,
             ),
-            Option("--write", "write a first config that decomposes it", "FILE", example="mine.yaml"),
+            Option(
+                "--write", "write a first config that decomposes it", "FILE", example="mine.yaml"
+            ),
             Option("--all", "list every map by itself, not groups of alike ones"),
             Option("--json", "print JSON"),
         ),
@@ -195,7 +220,8 @@ _ALL = (
     Verb(
         "predict",
         "--config tms.yaml",
-        "Run the harvesters of a config on the newest run of that name: graphs, importances, sums, as Parquet tables.",
+        "Run the harvesters of a config on the newest run of that name: graphs, importances, sums, "
+        "as Parquet tables.",
         "predict --config tms.yaml --config frozen.yaml",
         CHOSEN,
         True,
@@ -218,20 +244,44 @@ _ALL = (
         (
             RUN,
             Option("--text", "the prompt", "TEXT", example="Mia"),
-            Option("--input", "the prompt as numbers with commas: features, or token ids", "NUMBERS", example="0,1"),
-            Option("--file", "many interventions, one a row (see below)", "FILE", example="edits.jsonl"),
-            Option("--ablate", "components to switch off", "NAME", many=True, example="h.0.mlp.c_fc:5"),
-            Option("--scale", "components to multiply", "NAME=X", many=True, example="h.0.mlp.c_fc:5=2"),
-            Option("--set", "components and inner activations to set", "NAME=X", many=True, example="h.0.mlp.c_fc:5=1"),
+            Option(
+                "--input",
+                "the prompt as numbers with commas: features, or token ids",
+                "NUMBERS",
+                example="0,1",
+            ),
+            Option(
+                "--file", "many interventions, one a row (see below)", "FILE", example="edits.jsonl"
+            ),
+            Option(
+                "--ablate", "components to switch off", "NAME", many=True, example="h.0.mlp.c_fc:5"
+            ),
+            Option(
+                "--scale", "components to multiply", "NAME=X", many=True, example="h.0.mlp.c_fc:5=2"
+            ),
+            Option(
+                "--set",
+                "components and inner activations to set",
+                "NAME=X",
+                many=True,
+                example="h.0.mlp.c_fc:5=1",
+            ),
             Option(
                 "--keep",
-                "components to keep while all others are switched off; names, or a .json file with a list of them",
+                "components to keep while all others are switched off; names, or a .json file with "
+                "a list of them",
                 "NAMES",
                 many=True,
                 example="h.0.mlp.c_fc:5",
             ),
-            Option("--base", "the model to edit: the target itself, or under its importances", "BASE", "unmasked",
-                   choices=("unmasked", "ci"), example="ci"),
+            Option(
+                "--base",
+                "the model to edit: the target itself, or under its importances",
+                "BASE",
+                "unmasked",
+                choices=("unmasked", "ci"),
+                example="ci",
+            ),
             Option("--top", "how many predictions to show", "N", 3, whole(1), example="5"),
             Option("--json", "print JSON; of a file, one line a row"),
         ),
@@ -244,10 +294,21 @@ _ALL = (
         "view --port 7860",
         (
             Option("PATH", "a folder of runs, a run or a harvest (default: all runs)"),
-            Option("--port", "the port to listen on (default: the first free one from 7860)", "N", None, whole(1),
-                   example="7860"),
-            Option("--host", "the name or address to listen on; others than this machine can then open it", "NAME",
-                   "127.0.0.1", example="127.0.0.1"),
+            Option(
+                "--port",
+                "the port to listen on (default: the first free one from 7860)",
+                "N",
+                None,
+                whole(1),
+                example="7860",
+            ),
+            Option(
+                "--host",
+                "the name or address to listen on; others than this machine can then open it",
+                "NAME",
+                "127.0.0.1",
+                example="127.0.0.1",
+            ),
             Option("--no_browser", "open no browser"),
         ),
     ),
@@ -259,15 +320,39 @@ _ALL = (
         (
             RUN,
             Option("COMPONENT", "layer:number", needed=True),
-            Option("--harvest", "a harvest of sums (default: the latest)", "NAME", example="dataset_edges-unmasked"),
+            Option(
+                "--harvest",
+                "a harvest of sums (default: the latest)",
+                "NAME",
+                example="dataset_edges-unmasked",
+            ),
             Option("--sources", "print only what drives it"),
             Option("--targets", "print only what it drives"),
-            Option("--scale", "what sums are divided by", "SCALE", "normalized",
-                   choices=("sum", "mean", "normalized"), example="mean"),
-            Option("--metric", "what edges go to: the activation, or its size", "METRIC", "activation",
-                   choices=("activation", "size"), example="size"),
+            Option(
+                "--scale",
+                "what sums are divided by",
+                "SCALE",
+                "normalized",
+                choices=("sum", "mean", "normalized"),
+                example="mean",
+            ),
+            Option(
+                "--metric",
+                "what edges go to: the activation, or its size",
+                "METRIC",
+                "activation",
+                choices=("activation", "size"),
+                example="size",
+            ),
             Option("--most", "how many to print of each", "N", 20, whole(1), example="20"),
-            Option("--at_least", "leave out pairs with fewer edges than this", "N", 10, whole(1), example="3"),
+            Option(
+                "--at_least",
+                "leave out pairs with fewer edges than this",
+                "N",
+                10,
+                whole(1),
+                example="3",
+            ),
             Option("--json", "print JSON"),
         ),
     ),
@@ -278,9 +363,17 @@ _ALL = (
         "weights stories-2L --to weights.parquet",
         (
             RUN,
-            Option("--at_least", "the share of the largest weight into a component that others must reach", "S", 0.3,
-                   share, example="0.3"),
-            Option("--to", "the file to write", "FILE", "weights.parquet", example="weights.parquet"),
+            Option(
+                "--at_least",
+                "the share of the largest weight into a component that others must reach",
+                "S",
+                0.3,
+                share,
+                example="0.3",
+            ),
+            Option(
+                "--to", "the file to write", "FILE", "weights.parquet", example="weights.parquet"
+            ),
         ),
     ),
     Verb(
@@ -290,19 +383,54 @@ _ALL = (
         "export tms --to graph.graphml",
         (
             RUN,
-            Option("--prompt", "its id, its number in the viewer's list from 0 up, or a part of its text", "P", "0",
-                   example="0"),
-            Option("--harvest", "a harvest of graphs (default: the newest, as in the viewer)", "NAME",
-                   example="graphs-unmasked"),
+            Option(
+                "--prompt",
+                "its id, its number in the viewer's list from 0 up, or a part of its text",
+                "P",
+                "0",
+                example="0",
+            ),
+            Option(
+                "--harvest",
+                "a harvest of graphs (default: the newest, as in the viewer)",
+                "NAME",
+                example="graphs-unmasked",
+            ),
             Option("--to", "the file to write", "FILE", "graph.json", example="graph.json"),
-            Option("--position", "ask about the outputs at one position, from 0 up (default: all)", "N", None,
-                   whole(0), example="12"),
-            Option("--nodes", "keep the nodes that make up this share of the influence on the outputs (default: 0.8)",
-                   "S", None, share, example="0.8"),
-            Option("--edges", "keep the edges that make up this share of theirs (default: 0.98; with --budget 1)",
-                   "S", None, share, example="0.98"),
-            Option("--budget", "instead of --nodes: all outputs and tokens, and the N other nodes with most influence",
-                   "N", None, whole(0), example="100"),
+            Option(
+                "--position",
+                "ask about the outputs at one position, from 0 up (default: all)",
+                "N",
+                None,
+                whole(0),
+                example="12",
+            ),
+            Option(
+                "--nodes",
+                "keep the nodes that make up this share of the influence on the outputs (default: "
+                "0.8)",
+                "S",
+                None,
+                share,
+                example="0.8",
+            ),
+            Option(
+                "--edges",
+                "keep the edges that make up this share of theirs (default: 0.98; with --budget 1)",
+                "S",
+                None,
+                share,
+                example="0.98",
+            ),
+            Option(
+                "--budget",
+                "instead of --nodes: all outputs and tokens, and the N other nodes with most "
+                "influence",
+                "N",
+                None,
+                whole(0),
+                example="100",
+            ),
         ),
     ),
     Verb(
@@ -315,7 +443,13 @@ _ALL = (
             Option("--json", "print JSON"),
         ),
     ),
-    Verb("list", "", "List the configs there are: what they do, and what they reach.", "list", module="configs"),
+    Verb(
+        "list",
+        "",
+        "List the configs there are: what they do, and what they reach.",
+        "list",
+        module="configs",
+    ),
     Verb("push", "RUN", "Send a finished run to its trackers again.", "push tms", (RUN,)),
     Verb(
         "pull",
@@ -330,5 +464,5 @@ _ALL = (
             ),
         ),
     ),
-)  # fmt: skip
+)
 VERBS = {verb.name: verb for verb in _ALL}

@@ -1,4 +1,6 @@
-"""weights: which component can drive which by the weights of a run alone, as one Parquet file; no prompt is run."""
+"""weights: which component can drive which by the weights of a run alone, as one Parquet file; no
+prompt is run.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +37,12 @@ def _write(found: runs.Run, path: Path, at_least: float) -> None:
     from spd_lightning.training.decompose import Decomposition
 
     model = Decomposition.from_pretrained(found.path).model
-    table = weight_table(model, at_least, lambda groups: tqdm(groups, "weights", unit=" targets", leave=False))
+    table = weight_table(
+        model, at_least, lambda groups: tqdm(groups, "weights", unit=" targets", leave=False)
+    )
     with runs.write_whole(path) as temporary:
         table.write_parquet(temporary)
-    print(f"weights: {path}    {len(table):,} rows, at least {at_least:g} of the largest into their target")
+    print(
+        f"weights: {path}    {len(table):,} rows, at least {at_least:g} of the largest into their "
+        "target"
+    )

@@ -2,10 +2,11 @@
 
     stories        tiny stories whose hidden variables are known, without end (stories.py)
     stdlib         the sources of Python's own standard library, one file a document
-    PATH or GLOB   .txt (a document ends at <|endoftext|>, or at a blank line where there is none), .jsonl, .parquet
+    PATH or GLOB   .txt (documents end at <|endoftext|>, or else at blank lines), .jsonl, .parquet
     hf:NAME        a HuggingFace dataset, by its name on the hub or its folder
 
-The first two are on every machine and need no network. Files are in UTF-8; a byte-order mark is not part of the text.
+The first two are on every machine and need no network. Files are in UTF-8; a byte-order mark is not
+part of the text.
 """
 
 import glob
@@ -31,8 +32,26 @@ END = "<|endoftext|>"
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _PEEK = 1 << 20  # characters of a .txt file that are searched for END
 _NOT_PROSE = {  # tests, tables, bundled tools and what else is not a library's source
-    *("test", "tests", "idlelib", "idle_test", "lib2to3", "pydoc_data", "encodings", "turtledemo", "ensurepip"),
-    *("site-packages", "dist-packages", "distutils", "__pycache__", "__phello__", "_vendor", "lib-dynload"),
+    *(
+        "test",
+        "tests",
+        "idlelib",
+        "idle_test",
+        "lib2to3",
+        "pydoc_data",
+        "encodings",
+        "turtledemo",
+        "ensurepip",
+    ),
+    *(
+        "site-packages",
+        "dist-packages",
+        "distutils",
+        "__pycache__",
+        "__phello__",
+        "_vendor",
+        "lib-dynload",
+    ),
 }
 
 
@@ -76,7 +95,9 @@ class Corpus:
         if not self.name.startswith("hf:"):
             return digest([self.column, *map(_facts, self._files())])
         folder = Path(self.name[3:])
-        inside = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        inside = (
+            sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        )
         return digest([self.name, self.column, self.split, self.config_name, *map(_facts, inside)])
 
     def _all(self) -> Iterator[str]:
@@ -85,7 +106,9 @@ class Corpus:
         elif self.name == "stdlib":
             yield from _standard_library(Path(sysconfig.get_path("stdlib")))
         elif self.name.startswith("hf:"):
-            yield from texts(enumerate(self._dataset(), 1), self.column, f"corpus '{self.name}'", "row")
+            yield from texts(
+                enumerate(self._dataset(), 1), self.column, f"corpus '{self.name}'", "row"
+            )
         else:
             for path in self._files():
                 yield from _READERS[path.suffix](path, self.column)
@@ -93,29 +116,51 @@ class Corpus:
     def _files(self) -> list[Path]:
         paths = matching(Path(self.name).expanduser())
         if not paths:
-            given = "" if {"/", ".", "*"} & set(self.name) else nearest(self.name, ["stories", "stdlib"]) + " or "
-            raise BadInput(f"corpus '{self.name}': no such file; {given}give stories, stdlib, a path, or hf:NAME")
-        if odd := next((path for path in paths if path.suffix not in _SUFFIXES or not path.is_file()), None):
+            given = (
+                ""
+                if {"/", ".", "*"} & set(self.name)
+                else nearest(self.name, ["stories", "stdlib"]) + " or "
+            )
             raise BadInput(
-                f"corpus '{odd}': not a .txt, .jsonl or .parquet file; give such files, as in 'folder/*.txt'"
+                f"corpus '{self.name}': no such file; {given}give stories, stdlib, a path, or "
+                "hf:NAME"
+            )
+        if odd := next(
+            (path for path in paths if path.suffix not in _SUFFIXES or not path.is_file()), None
+        ):
+            raise BadInput(
+                f"corpus '{odd}': not a .txt, .jsonl or .parquet file; give such files, as in "
+                "'folder/*.txt'"
             )
         return paths
 
     def _dataset(self) -> Iterable[Any]:
-        datasets, name = library("datasets", f"corpus '{self.name}'"), self.name[3:]
+        datasets = library("datasets", f"corpus '{self.name}'")
+        name = self.name[3:]
         local = Path(name).exists()
         if local and set("*?[") & set(str(Path(name).resolve())):
             raise BadInput(
-                f"corpus '{self.name}': the package datasets takes '*', '?' and '[' in a folder's name for a pattern; "
+                f"corpus '{self.name}': the package datasets takes '*', '?' and '[' in a folder's "
+                "name for a pattern; "
                 f"name its files instead, for example: {name}/*.parquet"
             )
         reachable = local or hub_answers()
         try:
             with _hub_left_alone(not reachable):
-                return datasets.load_dataset(name, self.config_name, split=self.split, streaming=self.streaming)
-        except Exception as error:  # of datasets, the hub's client, pyarrow and what they are built on
-            why = " ".join(str(error).split())[:200] if reachable else "not on this machine, and no network to fetch it"
-            raise BadInput(f"corpus '{self.name}': {why}; the corpora stories and stdlib need no network") from error
+                return datasets.load_dataset(
+                    name, self.config_name, split=self.split, streaming=self.streaming
+                )
+        except (
+            Exception
+        ) as error:  # of datasets, the hub's client, pyarrow and what they are built on
+            why = (
+                " ".join(str(error).split())[:200]
+                if reachable
+                else "not on this machine, and no network to fetch it"
+            )
+            raise BadInput(
+                f"corpus '{self.name}': {why}; the corpora stories and stdlib need no network"
+            ) from error
 
 
 def library(name: str, what: str) -> Any:
@@ -128,14 +173,16 @@ def library(name: str, what: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise BadInput(
-            f"{what}: needs {name}; pip install 'spd_lightning[lm]' (in a checkout: pip install -e '.[lm]')"
+            f"{what}: needs {name}; pip install 'spd_lightning[lm]' (in a checkout: pip install -e "
+            "'.[lm]')"
         ) from error
 
 
 def matching(path: Path) -> list[Path]:
     """Return the files that a path or a glob means, in order.
 
-    A file or folder that is there is meant as it is written, brackets, stars and question marks included.
+    A file or folder that is there is meant as it is written, brackets, stars and question marks
+    included.
     """
     literal = path
     while not literal.exists() and literal != literal.parent:
@@ -146,7 +193,9 @@ def matching(path: Path) -> list[Path]:
 
 
 class Unusable(NamedTuple):
-    """Why a row of a table of texts has no text, and what to do about it, in the words of an error message."""
+    """Why a row of a table of texts has no text, and what to do about it, in the words of an error
+    message.
+    """
 
     why: str
     remedy: str
@@ -181,19 +230,25 @@ def text_of(row: Any, column: str, option: str = "column") -> str | Unusable | N
     if isinstance(row, Unusable):
         return row
     if column not in row:
-        return Unusable(f"no column '{column}'", f"set {option}; choose from: {', '.join(map(str, row))}")
+        return Unusable(
+            f"no column '{column}'", f"set {option}; choose from: {', '.join(map(str, row))}"
+        )
     value = row[column]
     if value is None:
         return None
     if not isinstance(value, str):
-        return Unusable(f"column '{column}' holds {type(value).__name__}, not text", f"set {option}")
+        return Unusable(
+            f"column '{column}' holds {type(value).__name__}, not text", f"set {option}"
+        )
     if half := lone_surrogate(value):
         return Unusable(f"{half} is half of a character", "write the whole character")
     return value
 
 
 def jsonl_rows(path: Path, keep_blank: bool = False) -> Iterator[Row]:
-    """Yield the objects of a file with a JSON object a line, by line; a blank line is left out, or None."""
+    """Yield the objects of a file with a JSON object a line, by line; a blank line is left out, or
+    None.
+    """
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             yield number, _object(line)
@@ -216,7 +271,8 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[Row]:
-    """Yield the rows of a Parquet file with this column alone, or with all columns if there is no such one.
+    """Yield the rows of a Parquet file with this column alone, or with all columns if there is no
+    such one.
 
     Raises:
         BadInput: the file cannot be read.
@@ -236,7 +292,9 @@ def parquet_rows(path: Path, column: str) -> Iterator[Row]:
                     yield number, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         why = " ".join(str(error).split())[:160]
-        raise BadInput(f"file '{path}': cannot be read as Parquet ({why}); give a whole Parquet file") from error
+        raise BadInput(
+            f"file '{path}': cannot be read as Parquet ({why}); give a whole Parquet file"
+        ) from error
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
@@ -244,8 +302,12 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
 
 
 def _plain(path: Path, _: str) -> Iterator[str]:
-    """Documents between END marks or, in a file that has none in its beginning, between blank lines."""
-    document, marked, seen = list[str](), False, 0
+    """Documents between END marks or, in a file that has none in its beginning, between blank
+    lines.
+    """
+    document = list[str]()
+    marked = False
+    seen = 0
     for line in read_lines(path):
         if seen >= _PEEK:
             break
@@ -263,7 +325,9 @@ def _plain(path: Path, _: str) -> Iterator[str]:
 def _standard_library(root: Path) -> Iterator[str]:
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
         inside = path.relative_to(root).parts
-        if _NOT_PROSE.isdisjoint(inside) and not inside[0].startswith(("config-", "_sysconfigdata")):
+        if _NOT_PROSE.isdisjoint(inside) and not inside[0].startswith(
+            ("config-", "_sysconfigdata")
+        ):
             with tokenize.open(path) as file:  # in the encoding that the source declares
                 yield file.read()
 
@@ -275,11 +339,16 @@ def _facts(path: Path) -> list[Any]:
 
 @contextmanager
 def _hub_left_alone(wanted: bool) -> Iterator[None]:
-    """Has the hub's client look on this machine only; without a network it would try for most of a minute."""
+    """Has the hub's client look on this machine only; without a network it would try for most of a
+    minute.
+    """
     if not wanted:
         yield
         return
-    places = [library("datasets", "a dataset").config, importlib.import_module("huggingface_hub").constants]
+    places = [
+        library("datasets", "a dataset").config,
+        importlib.import_module("huggingface_hub").constants,
+    ]
     before = [place.HF_HUB_OFFLINE for place in places]
     try:
         for place in places:

@@ -1,8 +1,8 @@
 """LightningDataModules for training, decomposing and probing targets, and those of the toy targets.
 
-Every batch is a pure function of (seed, split, step, rank, world). No random state has to be saved, a resumed run sees
-exactly the batches it would have seen, and no two devices see the same one. To Lightning there is one epoch: it lasts
-from the trainer's `global_step` to its `max_steps`.
+Every batch is a pure function of (seed, split, step, rank, world). No random state has to be saved,
+a resumed run sees exactly the batches it would have seen, and no two devices see the same one. To
+Lightning there is one epoch: it lasts from the trainer's `global_step` to its `max_steps`.
 """
 
 import hashlib
@@ -28,13 +28,18 @@ class Prompts(NamedTuple):
     inputs: Shaped[Tensor, "batch _"]
     sources: list[str]  # "feature 3", "random 17"
     splits: list[str]  # "probe" or "random"; of text "given" or "validation"
-    tokens: list[list[str]] | None = None  # what each token id stands for; None where inputs are not text
+    tokens: list[list[str]] | None = (
+        None  # what each token id stands for; None where inputs are not text
+    )
 
     def take(self, rows: slice | list[int]) -> "Prompts":
         """The same, of these rows only."""
         at = range(len(self.sources))[rows] if isinstance(rows, slice) else rows
-        sources, splits = [self.sources[i] for i in at], [self.splits[i] for i in at]
-        return Prompts(self.inputs[rows], sources, splits, self.tokens and [self.tokens[i] for i in at])
+        sources = [self.sources[i] for i in at]
+        splits = [self.splits[i] for i in at]
+        return Prompts(
+            self.inputs[rows], sources, splits, self.tokens and [self.tokens[i] for i in at]
+        )
 
 
 def _once(prompts: Prompts) -> Prompts:
@@ -47,8 +52,8 @@ def _once(prompts: Prompts) -> Prompts:
 class Batches(Generic[T]):
     """An iterable that makes its items again each time.
 
-    Lightning takes any iterable. To a DataLoader without workers it objects that it has none, and they would not pay:
-    a batch takes less time to make than to hand over.
+    Lightning takes any iterable. To a DataLoader without workers it objects that it has none, and
+    they would not pay: a batch takes less time to make than to hand over.
     """
 
     def __init__(self, make: Callable[[], Iterator[T]], length: int | None = None) -> None:
@@ -68,25 +73,36 @@ class Batches(Generic[T]):
 
 
 def generator_for(seed: int, split: str, step: int, rank: int) -> torch.Generator:
-    """A fresh CPU generator for one batch; a hash mixes the four, so that neighboring steps share nothing."""
+    """A fresh CPU generator for one batch; a hash mixes the four, so that neighboring steps share
+    nothing.
+    """
     key = hashlib.blake2b(f"{seed} {split} {step} {rank}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(key))
 
 
 class StepData(LightningDataModule, ABC):
-    """Batches by step number; a subclass says what is in each, and which inputs `predict` runs on."""
+    """Batches by step number; a subclass says what is in each, and which inputs `predict` runs
+    on.
+    """
 
-    def __init__(self, batch_size: int, seed: int, validation_batches: int, predict_batch_size: int) -> None:
+    def __init__(
+        self, batch_size: int, seed: int, validation_batches: int, predict_batch_size: int
+    ) -> None:
         super().__init__()
         place = type(self).__name__
-        check_range(place, least=1, whole=True, batch_size=batch_size, predict_batch_size=predict_batch_size)
+        check_range(
+            place, least=1, whole=True, batch_size=batch_size, predict_batch_size=predict_batch_size
+        )
         check_range(place, least=0, whole=True, validation_batches=validation_batches)
         self.batch_size, self.seed, self.validation_batches = batch_size, seed, validation_batches
         self.predict_batch_size = predict_batch_size
 
     @abstractmethod
-    def batch(self, step: int, rank: int = 0, split: str = "train", world: int = 1) -> Shaped[Tensor, "batch _"]:
-        """The batch of one step on one of `world` devices, the same whenever and wherever it is asked for.
+    def batch(
+        self, step: int, rank: int = 0, split: str = "train", world: int = 1
+    ) -> Shaped[Tensor, "batch _"]:
+        """The batch of one step on one of `world` devices, the same whenever and wherever it is
+        asked for.
 
         Args:
             step: counts batches from 0.
@@ -104,32 +120,51 @@ class StepData(LightningDataModule, ABC):
         return [str(i) for i in ids]
 
     def train_dataloader(self) -> Batches[list[Tensor]]:
-        """Lists of consecutive batches, as many as the module takes optimizer steps in one `training_step`.
+        """Lists of consecutive batches, as many as the module takes optimizer steps in one
+        `training_step`.
 
-        Lists start at multiples of the module's `inner_steps` (1 if it has none), so that a run resumed in between
-        falls back into the same lists. They end with the trainer's `max_steps`; without a trainer they start at
-        step 0 and never end.
+        Lists start at multiples of the module's `inner_steps` (1 if it has none), so that a run
+        resumed in between falls back into the same lists. They end with the trainer's `max_steps`;
+        without a trainer they start at step 0 and never end.
         """
         if self.trainer is not None and self.trainer.max_steps < 0:
-            raise BadInput("max_steps -1 in trainer: data that are drawn on demand never end; set trainer.max_steps")
+            raise BadInput(
+                "max_steps -1 in trainer: data that are drawn on demand never end; set "
+                "trainer.max_steps"
+            )
         return Batches(self._train_lists)
 
     def val_dataloader(self) -> Batches[Tensor]:
-        """The first batches of the split "val": each device its own, the same at every validation."""
-        (rank, world), count = self._rank_and_world(), self.validation_batches
-        return Batches(lambda: (self.batch(step, rank, "val", world) for step in range(count)), count)
+        """The first batches of the split "val": each device its own, the same at every
+        validation.
+        """
+        (rank, world) = self._rank_and_world()
+        count = self.validation_batches
+        return Batches(
+            lambda: (self.batch(step, rank, "val", world) for step in range(count)), count
+        )
 
     def predict_dataloader(self) -> Batches[Prompts]:
-        """All prompts in batches of one length, dealt to the devices in turn: none left out, and equal ones once."""
-        (rank, world), before, batches = self._rank_and_world(), 0, list[Prompts]()
+        """All prompts in batches of one length, dealt to the devices in turn: none left out, and
+        equal ones once.
+        """
+        (rank, world) = self._rank_and_world()
+        before = 0
+        batches = list[Prompts]()
         for group in map(_once, self.groups()):
-            mine, size = group.take(slice((rank - before) % world, None, world)), self.predict_batch_size
-            batches += [mine.take(slice(start, start + size)) for start in range(0, len(mine.sources), size)]
+            mine = group.take(slice((rank - before) % world, None, world))
+            size = self.predict_batch_size
+            batches += [
+                mine.take(slice(start, start + size)) for start in range(0, len(mine.sources), size)
+            ]
             before += len(group.sources)
         return Batches(lambda: iter(batches), len(batches))
 
     def _train_lists(self) -> Iterator[list[Tensor]]:
-        (rank, world), step, last, size = self._rank_and_world(), 0, sys.maxsize, 1
+        (rank, world) = self._rank_and_world()
+        step = 0
+        last = sys.maxsize
+        size = 1
         if self.trainer is not None:
             step, last = self.trainer.global_step, self.trainer.max_steps
             size = getattr(self.trainer.lightning_module, "inner_steps", 1)
@@ -139,14 +174,23 @@ class StepData(LightningDataModule, ABC):
             step = stop
 
     def _rank_and_world(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return (
+            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )
 
 
 class SampledData(StepData):
-    """Batches drawn on demand; a subclass says how to draw rows, and which inputs show one thing each."""
+    """Batches drawn on demand; a subclass says how to draw rows, and which inputs show one thing
+    each.
+    """
 
     def __init__(
-        self, batch_size: int, seed: int, validation_batches: int, n_prompts: int, predict_batch_size: int
+        self,
+        batch_size: int,
+        seed: int,
+        validation_batches: int,
+        n_prompts: int,
+        predict_batch_size: int,
     ) -> None:
         super().__init__(batch_size, seed, validation_batches, predict_batch_size)
         check_range(type(self).__name__, least=0, whole=True, n_prompts=n_prompts)
@@ -160,12 +204,16 @@ class SampledData(StepData):
     def probes(self) -> tuple[Shaped[Tensor, "probes _"], list[str]]:
         """Inputs that show one thing each, and the names of what they show."""
 
-    def batch(self, step: int, rank: int = 0, split: str = "train", world: int = 1) -> Shaped[Tensor, "batch _"]:
+    def batch(
+        self, step: int, rank: int = 0, split: str = "train", world: int = 1
+    ) -> Shaped[Tensor, "batch _"]:
         """The batch of one step on one device, whatever the number of devices."""
         return self.sample(self.batch_size, generator_for(self.seed, split, step, rank))
 
     def prompts(self) -> Prompts:
-        """All inputs that `predict` runs on: the probes, then random inputs that are not all zero."""
+        """All inputs that `predict` runs on: the probes, then random inputs that are not all
+        zero.
+        """
         probes, sources = self.probes()
         random = self._random_prompts()
         return Prompts(
@@ -179,15 +227,19 @@ class SampledData(StepData):
         return [self.prompts()]
 
     def _random_prompts(self) -> Tensor:
-        found, step = self.probes()[0][:0], 0
+        found = self.probes()[0][:0]
+        step = 0
         while len(found) < self.n_prompts:
             drawn = self.sample(self.n_prompts, generator_for(self.seed, "predict", step, 0))
-            found, step = torch.cat([found, drawn[drawn.any(dim=1)]]), step + 1
+            found = torch.cat([found, drawn[drawn.any(dim=1)]])
+            step = step + 1
         return found[: self.n_prompts]
 
 
 class SparseFeatures(SampledData):
-    """Vectors in which each feature is active now and then, independently of the others, and zero otherwise."""
+    """Vectors in which each feature is active now and then, independently of the others, and zero
+    otherwise.
+    """
 
     def __init__(
         self,
@@ -201,17 +253,12 @@ class SparseFeatures(SampledData):
         n_prompts: int = 64,
         predict_batch_size: int = 64,
     ) -> None:
-        """
-        Args:
-            n_features: the length of a vector.
-            probability: how often a feature is active, above 0 and up to 1.
-            batch_size: vectors in a batch, on each device.
-            low: an active feature's value is uniform from here ...
-            high: ... to here.
-            seed: chooses all batches.
-            validation_batches: how many batches each device validates on.
-            n_prompts: how many random vectors `predict` runs on, in addition to every feature alone at 0.75.
-            predict_batch_size: vectors in a batch of `predict`.
+        """Args: n_features: the length of a vector. probability: how often a feature is active,
+        above 0 and up to 1. batch_size: vectors in a batch, on each device. low: an active
+        feature's value is uniform from here ... high: ... to here. seed: chooses all batches.
+        validation_batches: how many batches each device validates on. n_prompts: how many random
+        vectors `predict` runs on, in addition to every feature alone at 0.75. predict_batch_size:
+        vectors in a batch of `predict`.
         """
         super().__init__(batch_size, seed, validation_batches, n_prompts, predict_batch_size)
         check_range("SparseFeatures", least=1, whole=True, n_features=n_features)
@@ -222,14 +269,18 @@ class SparseFeatures(SampledData):
         self.n_features, self.probability, self.low, self.high = n_features, probability, low, high
 
     def sample(self, rows: int, generator: torch.Generator) -> Float[Tensor, "rows features"]:
-        """Draw vectors with one random number a feature: whether it is active, and how strongly if so."""
+        """Draw vectors with one random number a feature: whether it is active, and how strongly if
+        so.
+        """
         drawn = torch.rand(rows, self.n_features, generator=generator)
         value = self.low + (self.high - self.low) / self.probability * drawn
         return torch.where(drawn < self.probability, value, 0.0)
 
     def probes(self) -> tuple[Float[Tensor, "features features"], list[str]]:
         """Every feature alone at 0.75."""
-        return PROBE * torch.eye(self.n_features), [f"feature {index}" for index in range(self.n_features)]
+        return PROBE * torch.eye(self.n_features), [
+            f"feature {index}" for index in range(self.n_features)
+        ]
 
 
 class InductionTokens(SampledData):
@@ -245,20 +296,17 @@ class InductionTokens(SampledData):
         n_prompts: int = 64,
         predict_batch_size: int = 64,
     ) -> None:
-        """
-        Args:
-            vocab: how many tokens there are, BOS included; at least 3.
-            seq_len: how many positions a sequence has; at least 4.
-            batch_size: sequences in a batch, on each device.
-            seed: chooses all batches.
-            validation_batches: how many batches each device validates on.
-            n_prompts: how many random sequences `predict` runs on, beside one that repeats each token.
-            predict_batch_size: sequences in a batch of `predict`.
+        """Args: vocab: how many tokens there are, BOS included; at least 3. seq_len: how many
+        positions a sequence has; at least 4. batch_size: sequences in a batch, on each device.
+        seed: chooses all batches. validation_batches: how many batches each device validates on.
+        n_prompts: how many random sequences `predict` runs on, beside one that repeats each token.
+        predict_batch_size: sequences in a batch of `predict`.
         """
         super().__init__(batch_size, seed, validation_batches, n_prompts, predict_batch_size)
         if vocab < 3 or seq_len < 4:
             raise BadInput(
-                f"vocab {vocab} and seq_len {seq_len} in InductionTokens: `BOS S M S` needs 3 tokens and 4 positions"
+                f"vocab {vocab} and seq_len {seq_len} in InductionTokens: `BOS S M S` needs 3 "
+                "tokens and 4 positions"
             )
         self.vocab, self.seq_len = vocab, seq_len
 
@@ -270,5 +318,7 @@ class InductionTokens(SampledData):
     def probes(self) -> tuple[Int[Tensor, "tokens pos"], list[str]]:
         """One sequence for every token but BOS, in which that token is the repeated one."""
         repeated = torch.arange(1, self.vocab).unsqueeze(1)
-        tokens = induction_tokens(repeated, self.vocab, self.seq_len, generator_for(self.seed, "probe", 0, 0))
+        tokens = induction_tokens(
+            repeated, self.vocab, self.seq_len, generator_for(self.seed, "probe", 0, 0)
+        )
         return tokens, [f"token {index}" for index in range(1, self.vocab)]

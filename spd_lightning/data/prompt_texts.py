@@ -1,4 +1,6 @@
-"""Prompts as people give them, in a list or in a file, and everything that is wrong with them in one message."""
+"""Prompts as people give them, in a list or in a file, and everything that is wrong with them in
+one message.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +26,11 @@ def given_texts(prompts: Sequence[str]) -> list[PromptText]:
     found = []
     for index, text in enumerate(prompts):
         half = lone_surrogate(text)
-        usable = Unusable(f"{half} is half of a character", "write the whole character") if half else text
+        usable = (
+            Unusable(f"{half} is half of a character", "write the whole character")
+            if half
+            else text
+        )
         found.append(PromptText(f"given {index}", f"given {index}", usable))
     return found
 
@@ -33,13 +39,15 @@ def texts_in_file(path: Path, column: str) -> tuple[list[PromptText], int]:
     """Return the prompts of a file, and how many blank lines or rows were skipped.
 
     Args:
-        path: a .jsonl or .parquet file with prompts in a column, or a text file with one prompt a line.
+        path: a .jsonl or .parquet file with prompts in a column, or a text file with one prompt a
+            line.
         column: that column.
 
     Raises:
         BadInput: the file cannot be read, or holds no prompt.
     """
-    found, blank = list[PromptText](), 0
+    found = list[PromptText]()
+    blank = 0
     for place, text in _places(path, column):
         if text is None or (isinstance(text, str) and not text.strip()):
             blank += 1
@@ -64,7 +72,8 @@ def _places(path: Path, column: str) -> Iterator[tuple[str, str | Unusable | Non
 
 
 def rejection(offenses: Mapping[str, Unusable]) -> BadInput:
-    """Return the error that names every prompt that cannot be used, or the first ten and how many more there are.
+    """Return the error that names every prompt that cannot be used, or the first ten and how many
+    more there are.
 
     Args:
         offenses: what is wrong with each, by its place.
@@ -75,4 +84,6 @@ def rejection(offenses: Mapping[str, Unusable]) -> BadInput:
         listed.append(f"and {len(places) - _MOST_LISTED} more")
     count = "one" if len(places) == 1 else str(len(places))
     remedies = dict.fromkeys(each.remedy for each in offenses.values())
-    return BadInput(f"prompts in Text: {count} cannot be used: {'; '.join([*listed, *list(remedies)[:3]])}")
+    return BadInput(
+        f"prompts in Text: {count} cannot be used: {'; '.join([*listed, *list(remedies)[:3]])}"
+    )

@@ -1,8 +1,9 @@
 """Text as a LightningDataModule: windows of a corpus's tokens to train on, prompts to look at.
 
-A stream of tokens is cut into consecutive windows that do not overlap. Rows of batches go through the windows in an
-order that is drawn again for every epoch. Row r of epoch e is a pure function of (seed, e, r), and the batches of one
-step on all devices together are consecutive rows. So one device with batch 2B sees the same rows as two with batch B.
+A stream of tokens is cut into consecutive windows that do not overlap. Rows of batches go through
+the windows in an order that is drawn again for every epoch. Row r of epoch e is a pure function of
+(seed, e, r), and the batches of one step on all devices together are consecutive rows. So one
+device with batch 2B sees the same rows as two with batch B.
 """
 
 import logging
@@ -52,36 +53,33 @@ class Text(StepData):
         n_ctx: int | None = None,
         predict_batch_size: int = 64,
     ) -> None:
-        """
-        Args:
-            corpus: `stories` or `stdlib` (on every machine), a path or glob of .txt, .jsonl or .parquet files, or
-                `hf:NAME`, a HuggingFace dataset.
-            column: the column that holds the text, of .jsonl, .parquet and datasets.
-            split: the split of a dataset.
-            config_name: the configuration of a dataset that has several.
-            streaming: read a dataset as it arrives rather than download it first.
-            max_tokens: training tokens to take of the corpus; all if omitted, of the endless stories 4 million.
-            tokenizer: a tokenizer.json, the folder that holds it, or a hub name; left out, a byte-level BPE is trained.
-            vocab: tokens of a tokenizer that is trained; at least 257.
-            seq_len: tokens in a window.
-            batch_size: windows in a batch, on each device.
-            seed: chooses the order of the windows, not the corpus.
-            validation_batches: how many batches each device validates on.
-            validation_batch_size: windows in such a batch; batch_size if omitted.
-            prompts: texts that `predict` runs on.
-            prompts_file: more of them: a text file with one a line, or a .jsonl or .parquet file; blank lines are
-                skipped.
-            prompts_column: the column of a .jsonl or .parquet file that holds the prompts.
-            too_long: what to do with given prompts that have more tokens than the target's context holds: stop with an
-                error, skip them, or truncate them to their first tokens.
-            n_prompts: where neither is given, how many windows of validation text `predict` runs on.
-            n_ctx: tokens of such a window; seq_len if omitted.
-            predict_batch_size: prompts in a batch of `predict`.
+        """Args: corpus: `stories` or `stdlib` (on every machine), a path or glob of .txt, .jsonl
+        or .parquet files, or `hf:NAME`, a HuggingFace dataset. column: the column that holds the
+        text, of .jsonl, .parquet and datasets. split: the split of a dataset. config_name: the
+        configuration of a dataset that has several. streaming: read a dataset as it arrives rather
+        than download it first. max_tokens: training tokens to take of the corpus; all if omitted,
+        of the endless stories 4 million. tokenizer: a tokenizer.json, the folder that holds it, or
+        a hub name; left out, a byte-level BPE is trained. vocab: tokens of a tokenizer that is
+        trained; at least 257. seq_len: tokens in a window. batch_size: windows in a batch, on each
+        device. seed: chooses the order of the windows, not the corpus. validation_batches: how many
+        batches each device validates on. validation_batch_size: windows in such a batch; batch_size
+        if omitted. prompts: texts that `predict` runs on. prompts_file: more of them: a text file
+        with one a line, or a .jsonl or .parquet file; blank lines are skipped. prompts_column: the
+        column of a .jsonl or .parquet file that holds the prompts. too_long: what to do with given
+        prompts that have more tokens than the target's context holds: stop with an error, skip
+        them, or truncate them to their first tokens. n_prompts: where neither is given, how many
+        windows of validation text `predict` runs on. n_ctx: tokens of such a window; seq_len if
+        omitted. predict_batch_size: prompts in a batch of `predict`.
         """
         super().__init__(batch_size, seed, validation_batches, predict_batch_size)
         self.corpus = Corpus(corpus, column, split, config_name, streaming)
-        self.max_tokens, self.tokenizer_name, self.vocab, self.seq_len = max_tokens, tokenizer, vocab, seq_len
-        self.validation_batch_size = batch_size if validation_batch_size is None else validation_batch_size
+        self.max_tokens = max_tokens
+        self.tokenizer_name = tokenizer
+        self.vocab = vocab
+        self.seq_len = seq_len
+        self.validation_batch_size = (
+            batch_size if validation_batch_size is None else validation_batch_size
+        )
         self.given = [prompts] if isinstance(prompts, str) else list(prompts)
         self.prompts_file, self.prompts_column = prompts_file, prompts_column
         self.too_long, self.n_prompts = too_long, n_prompts
@@ -91,12 +89,18 @@ class Text(StepData):
 
     def _check_sizes(self) -> None:
         """Reject sizes that are too small for windows of text."""
-        least = {"seq_len": 2, "validation_batch_size": 1, "n_prompts": 0, "n_ctx": 1, "max_tokens": 1}
+        least = {
+            "seq_len": 2,
+            "validation_batch_size": 1,
+            "n_prompts": 0,
+            "n_ctx": 1,
+            "max_tokens": 1,
+        }
         least |= {"vocab": ALPHABET} if self.tokenizer_name is None else {}
         for name, bound in least.items():
             check_range("Text", least=bound, whole=True, **{name: getattr(self, name)})
 
-    # ---- tokens ---------------------------------------------------------------------------------------------------
+    # ---- tokens ----------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Tokenizes the corpus unless that has been done."""
@@ -114,7 +118,9 @@ class Text(StepData):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; a corpus is touched only where it has to be trained."""
-        return self.streams.tokenizer if self.tokenizer_name is None else opened(self.tokenizer_name)
+        return (
+            self.streams.tokenizer if self.tokenizer_name is None else opened(self.tokenizer_name)
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -122,16 +128,23 @@ class Text(StepData):
         return self.tokenizer.size
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with those that the tokenizer itself puts around one; none of these stands twice.
+        """The tokens of a text, with those that the tokenizer itself puts around one; none of these
+        stands twice.
 
         Raises:
-            BadInput: there is half of a character in it, as a terminal gives it that is not in UTF-8.
+            BadInput: there is half of a character in it, as a terminal gives it that is not in
+                UTF-8.
         """
         if half := lone_surrogate(text):
-            raise BadInput(f"text '{text[:40]}': {half} is half of a character; write it in UTF-8, whole")
+            raise BadInput(
+                f"text '{text[:40]}': {half} is half of a character; write it in UTF-8, whole"
+            )
         ids, repeated = self.tokenizer.encode_prompt(text)
         for name in repeated:
-            self._say("the text already contains '%s', which the tokenizer also adds; only one is kept", name)
+            self._say(
+                "the text already contains '%s', which the tokenizer also adds; only one is kept",
+                name,
+            )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -139,19 +152,25 @@ class Text(StepData):
         return self.tokenizer.decode(list(ids))
 
     def names(self, ids: Sequence[int]) -> list[str]:
-        """Each token's text; spaces and line ends stand as they are, parts of a character as `<0xE2>`."""
+        """Each token's text; spaces and line ends stand as they are, parts of a character as
+        `<0xE2>`.
+        """
         return [self.tokenizer.name(i) for i in ids]
 
-    # ---- windows --------------------------------------------------------------------------------------------------
+    # ---- windows ---------------------------------------------------------------------------------
 
-    def batch(self, step: int, rank: int = 0, split: str = "train", world: int = 1) -> Int[Tensor, "batch pos"]:
-        """The windows of one step on one of `world` devices, the same whenever and wherever they are asked for.
+    def batch(
+        self, step: int, rank: int = 0, split: str = "train", world: int = 1
+    ) -> Int[Tensor, "batch pos"]:
+        """The windows of one step on one of `world` devices, the same whenever and wherever they
+        are asked for.
 
         Raises:
             BadInput: the corpus cannot be had, or is shorter than a window.
         """
         rows = self.validation_batch_size if split == "val" else self.batch_size
-        windows, first = self._windows(split, self.seq_len), (step * world + rank) * rows
+        windows = self._windows(split, self.seq_len)
+        first = (step * world + rank) * rows
         chosen = [self._window(split, row, len(windows)) for row in range(first, first + rows)]
         return torch.from_numpy(windows[chosen].astype(np.int64))
 
@@ -163,17 +182,21 @@ class Text(StepData):
         """All windows of a split [windows, length], as a view of the stream."""
         stream = self.streams.train if split == "train" else self.streams.validation
         if len(stream) < length:
-            part, remedy = ("training", "more text") if split == "train" else ("validation", "more documents")
+            part, remedy = (
+                ("training", "more text") if split == "train" else ("validation", "more documents")
+            )
             raise BadInput(
-                f"corpus '{self.corpus.name}' in Text: {len(stream)} {part} tokens, and a window needs {length}; "
+                f"corpus '{self.corpus.name}' in Text: {len(stream)} {part} tokens, and a window "
+                f"needs {length}; "
                 f"give it {remedy}, or make seq_len and n_ctx smaller"
             )
         return stream[: len(stream) // length * length].reshape(-1, length)
 
-    # ---- prompts --------------------------------------------------------------------------------------------------
+    # ---- prompts ---------------------------------------------------------------------------------
 
     def groups(self) -> list[Prompts]:
-        """All that `predict` runs on, by length: the texts given, or else windows of validation text.
+        """All that `predict` runs on, by length: the texts given, or else windows of validation
+        text.
 
         Raises:
             BadInput: a prompt cannot be used, or the file cannot be read.
@@ -184,8 +207,12 @@ class Text(StepData):
             found.setdefault(len(ids), []).append((source, split, ids))
         return [self._group(*zip(*group, strict=True)) for group in found.values()]
 
-    def _group(self, sources: Sequence[str], splits: Sequence[str], ids: Sequence[list[int]]) -> Prompts:
-        return Prompts(torch.tensor(ids), list(sources), list(splits), [self.names(row) for row in ids])
+    def _group(
+        self, sources: Sequence[str], splits: Sequence[str], ids: Sequence[list[int]]
+    ) -> Prompts:
+        return Prompts(
+            torch.tensor(ids), list(sources), list(splits), [self.names(row) for row in ids]
+        )
 
     def _prompts(self) -> Iterator[tuple[str, list[int]]]:
         """Every prompt's source and tokens."""
@@ -196,7 +223,11 @@ class Text(StepData):
             return
         windows = self._windows("val", self.n_ctx)
         if len(windows) < self.n_prompts:
-            log.warning("n_prompts %d in Text: the validation text has %d windows", self.n_prompts, len(windows))
+            log.warning(
+                "n_prompts %d in Text: the validation text has %d windows",
+                self.n_prompts,
+                len(windows),
+            )
         for index in _order(self.seed, "predict", 0, len(windows))[: self.n_prompts]:
             yield f"validation {index}", windows[index].tolist()
 
@@ -209,7 +240,9 @@ class Text(StepData):
             found += in_file
             if blank:
                 self._say(
-                    "prompts_file '%s' in Text: %s skipped", path, _count(blank, "blank line was", "blank lines were")
+                    "prompts_file '%s' in Text: %s skipped",
+                    path,
+                    _count(blank, "blank line was", "blank lines were"),
                 )
         return found
 
@@ -247,16 +280,27 @@ class Text(StepData):
         if long:
             done = "truncated to" if self.too_long == "truncate" else "skipped for having more than"
             which = _count(long, "prompt was", "prompts were")
-            self._say("too_long in Text: %s %s the %d tokens that the target's context holds", which, done, context)
+            self._say(
+                "too_long in Text: %s %s the %d tokens that the target's context holds",
+                which,
+                done,
+                context,
+            )
         if not found:
-            raise BadInput("prompts in Text: none is left; give shorter ones, or set too_long to truncate")
+            raise BadInput(
+                "prompts in Text: none is left; give shorter ones, or set too_long to truncate"
+            )
         for name in dict.fromkeys(repeated):
             which = _count(repeated.count(name), "prompt brings", "prompts bring")
-            self._say("%s '%s', which the tokenizer adds itself; one of the two is kept", which, name)
+            self._say(
+                "%s '%s', which the tokenizer adds itself; one of the two is kept", which, name
+            )
         return found
 
     def _context(self) -> int | None:
-        """How many tokens the trainer's model takes; None where there is no trainer, or no such limit."""
+        """How many tokens the trainer's model takes; None where there is no trainer, or no such
+        limit.
+        """
         module = None if self.trainer is None else self.trainer.lightning_module
         return getattr(getattr(module, "network", None), "context", None)
 
@@ -275,4 +319,6 @@ def _count(number: int, one: str, many: str) -> str:
 @lru_cache(maxsize=4)
 def _order(seed: int, split: str, epoch: int, count: int) -> np.ndarray:
     """A permutation of that many windows."""
-    return torch.randperm(count, generator=generator_for(seed, f"{split} windows", epoch, 0)).numpy()
+    return torch.randperm(
+        count, generator=generator_for(seed, f"{split} windows", epoch, 0)
+    ).numpy()

@@ -6,7 +6,8 @@
 
     <root>/data/<digest>/    tokenizer.json, tokens.bin, validation.bin, facts.json (written last)
 
-The digest stands for all that the streams depend on; a folder without its facts, or at odds with them, is made again.
+The digest stands for all that the streams depend on; a folder without its facts, or at odds with
+them, is made again.
 """
 
 import fcntl
@@ -33,12 +34,19 @@ ENDLESS = 4_000_000  # training tokens of a corpus that has no end
 ALPHABET = 257  # tokens of the smallest byte-level BPE: the bytes and the end of a text
 TRAINED_ON = 10_000_000  # characters that suffice for a BPE
 AT_ONCE = 200_000  # characters tokenized together
-ENDS = (END, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")  # by which tokenizers mark a document's end
+ENDS = (
+    END,
+    "</s>",
+    "<eos>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "[SEP]",
+)  # by which tokenizers mark a document's end
 _HELD_OUT = 50
 _HELD = ("tokenizer.json", "tokens.bin", "validation.bin")
 
 
-# ---- tokenizers -----------------------------------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -62,17 +70,20 @@ class Tokenizer:
     @cached_property
     def end(self) -> int | None:
         """The token after a document; None where the tokenizer has none."""
-        return next((found for name in ENDS if (found := self.inner.token_to_id(name)) is not None), None)
+        return next(
+            (found for name in ENDS if (found := self.inner.token_to_id(name)) is not None), None
+        )
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, with those that the tokenizer itself puts around one."""
         return self.inner.encode(text).ids
 
     def encode_prompt(self, text: str) -> tuple[list[int], list[str]]:
-        """The tokens of a prompt, and the names of those that it brought itself although the tokenizer adds them.
+        """The tokens of a prompt, and the names of those that it brought itself although the
+        tokenizer adds them.
 
-        Of a beginning-of-text token that stands there twice, once by the tokenizer and once by the prompt, one is kept;
-        so it is at the end. A model sees two of them nowhere in its training.
+        Of a beginning-of-text token that stands there twice, once by the tokenizer and once by the
+        prompt, one is kept; so it is at the end. A model sees two of them nowhere in its training.
         """
         ids = self.encode(text)
         own = self.inner.encode(text, add_special_tokens=False).ids
@@ -95,14 +106,18 @@ class Tokenizer:
         return self.inner.decode(ids, skip_special_tokens=False)
 
     def name(self, token: int) -> str:
-        """The label of one token, as `labels` explains it: its text, or `<0xE2>` for a part of a character."""
+        """The label of one token, as `labels` explains it: its text, or `<0xE2>` for a part of a
+        character.
+        """
         if token not in self._names:
             self._names[token] = self._name(token)
         return self._names[token]
 
     @cached_property
     def _fallback(self) -> dict[str, int]:
-        """The tokens by which SentencePiece writes single bytes; empty in a vocabulary without one for each byte."""
+        """The tokens by which SentencePiece writes single bytes; empty in a vocabulary without one
+        for each byte.
+        """
         named = {f"<0x{byte:02X}>": byte for byte in range(256)}
         whole = all(self.inner.token_to_id(piece) is not None for piece in named)
         return named if whole else {}
@@ -128,10 +143,14 @@ def _added_in_front(ids: list[int], own: list[int]) -> int:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters by which byte-level BPE writes bytes (GPT-2's): printable ones stand for themselves."""
+    """The letters by which byte-level BPE writes bytes (GPT-2's): printable ones stand for
+    themselves.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 _BYTES = _byte_letters()
@@ -148,36 +167,60 @@ def opened(reference: str) -> Tokenizer:
     if not path.exists():
         path = _fetched(reference)
     try:
-        return Tokenizer(library("tokenizers", f"tokenizer '{reference}'").Tokenizer.from_file(str(path)))
+        return Tokenizer(
+            library("tokenizers", f"tokenizer '{reference}'").Tokenizer.from_file(str(path))
+        )
     except BadInput:
         raise
     except Exception as error:  # of tokenizers, which raises no other kind
-        raise BadInput(f"tokenizer '{path}': cannot be read ({error}); give a tokenizer.json") from error
+        raise BadInput(
+            f"tokenizer '{path}': cannot be read ({error}); give a tokenizer.json"
+        ) from error
 
 
 def _fetched(reference: str) -> Path:
-    if reference.startswith((".", "/", "~")) or reference.endswith(".json") or reference.count("/") > 1:
+    if (
+        reference.startswith((".", "/", "~"))
+        or reference.endswith(".json")
+        or reference.count("/") > 1
+    ):
         raise BadInput(
-            f"tokenizer '{reference}': no such tokenizer.json; leave tokenizer out to train one on the corpus"
+            f"tokenizer '{reference}': no such tokenizer.json; leave tokenizer out to train one on "
+            "the corpus"
         )
     hub = library("huggingface_hub", f"tokenizer '{reference}'")
     reachable = hub_answers()
     try:
         with quietly():
-            return Path(hub.hf_hub_download(reference, "tokenizer.json", local_files_only=not reachable))
+            return Path(
+                hub.hf_hub_download(reference, "tokenizer.json", local_files_only=not reachable)
+            )
     except Exception as error:  # of the hub's client and what it is built on
-        why = " ".join(str(error).split())[:160] if reachable else "not on this machine, and no network to fetch it"
-        raise BadInput(f"tokenizer '{reference}': {why}; leave tokenizer out to train one on the corpus") from error
+        why = (
+            " ".join(str(error).split())[:160]
+            if reachable
+            else "not on this machine, and no network to fetch it"
+        )
+        raise BadInput(
+            f"tokenizer '{reference}': {why}; leave tokenizer out to train one on the corpus"
+        ) from error
 
 
 def trained(corpus: Corpus, vocab: int) -> Tokenizer:
-    """A byte-level BPE of that many tokens, trained on the first ten million characters that are not for validation."""
+    """A byte-level BPE of that many tokens, trained on the first ten million characters that are
+    not for validation.
+    """
     tokenizers = library("tokenizers", f"corpus '{corpus.name}'")
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    options = {"vocab_size": vocab, "special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
+    options = {
+        "vocab_size": vocab,
+        "special_tokens": [END],
+        "initial_alphabet": alphabet,
+        "show_progress": False,
+    }
     texts = (text for index, text in enumerate(corpus.documents()) if not held_out(index))
     inner.train_from_iterator(_first(texts, TRAINED_ON), tokenizers.trainers.BpeTrainer(**options))
     return Tokenizer(inner)
@@ -191,11 +234,13 @@ def _first(texts: Iterator[str], characters: int) -> Iterator[str]:
             return
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 
 def held_out(index: int) -> bool:
-    """Whether the document of this number is for validation: one in fifty, and the second, for the sake of few."""
+    """Whether the document of this number is for validation: one in fifty, and the second, for the
+    sake of few.
+    """
     key = hashlib.blake2b(f"held out {index}".encode(), digest_size=8).digest()
     return index == 1 or (index > 0 and int.from_bytes(key) % _HELD_OUT == 0)
 
@@ -218,7 +263,8 @@ def tokenized(corpus: Corpus, tokenizer: str | None, vocab: int, max_tokens: int
         corpus: the text.
         tokenizer: file, folder or hub name of a tokenizer; None trains one.
         vocab: how many tokens one that is trained gets.
-        max_tokens: training tokens to stop at; None takes the whole corpus, and four million of an endless one.
+        max_tokens: training tokens to stop at; None takes the whole corpus, and four million of an
+            endless one.
 
     Raises:
         BadInput: the corpus or the tokenizer cannot be had, or there is no text in the corpus.
@@ -251,13 +297,21 @@ def _read(folder: Path) -> Streams | None:
             return None
         sizes = {"tokens.bin": facts["tokens"], "validation.bin": facts["validation_tokens"]}
         kind = np.dtype(facts["dtype"])
-        if any((folder / name).stat().st_size != size * kind.itemsize for name, size in sizes.items()):
+        if any(
+            (folder / name).stat().st_size != size * kind.itemsize for name, size in sizes.items()
+        ):
             return None
         train, validation = (
-            np.memmap(folder / name, kind, "r") if n else np.empty(0, kind) for name, n in sizes.items()
+            np.memmap(folder / name, kind, "r") if n else np.empty(0, kind)
+            for name, n in sizes.items()
         )
         return Streams(opened(str(folder / "tokenizer.json")), train, validation, facts, folder)
-    except (OSError, ValueError, KeyError, TypeError):  # BadInput of an unreadable tokenizer is a ValueError
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # BadInput of an unreadable tokenizer is a ValueError
         return None
 
 
@@ -268,27 +322,51 @@ def _make(folder: Path, corpus: Corpus, tokenizer: Tokenizer, limit: int | None)
     with files.whole(folder / "tokenizer.json") as path:
         tokenizer.inner.save(str(path))
     kind = np.dtype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
-    with files.whole(folder / "tokens.bin") as train, files.whole(folder / "validation.bin") as validation:
+    with (
+        files.whole(folder / "tokens.bin") as train,
+        files.whole(folder / "validation.bin") as validation,
+    ):
         with open(train, "wb") as train_file, open(validation, "wb") as validation_file:
             counts = _write(corpus, tokenizer, limit, kind, train_file, validation_file)
         if not counts["tokens"]:
-            raise BadInput(f"corpus '{corpus.name}': there is no text in it; give one that has some")
+            raise BadInput(
+                f"corpus '{corpus.name}': there is no text in it; give one that has some"
+            )
     facts = {"dtype": kind.name, "vocab": tokenizer.size, "end": tokenizer.end, "max_tokens": limit}
-    facts |= {"corpus": asdict(corpus), "digests": {name: file_digest(folder / name) for name in _HELD}}
+    facts |= {
+        "corpus": asdict(corpus),
+        "digests": {name: file_digest(folder / name) for name in _HELD},
+    }
     with files.whole(folder / "facts.json") as path:
         path.write_text(json_files.dumped(counts | facts, indent=1), encoding="utf-8")
 
 
 def _write(
-    corpus: Corpus, tokenizer: Tokenizer, limit: int | None, kind: np.dtype, train: BinaryIO, validation: BinaryIO
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    limit: int | None,
+    kind: np.dtype,
+    train: BinaryIO,
+    validation: BinaryIO,
 ) -> dict[str, int]:
     """Both streams; returns how many documents and tokens went into each."""
-    counts: dict[str, int] = dict.fromkeys(("documents", "tokens", "validation_documents", "validation_tokens"), 0)
+    counts: dict[str, int] = dict.fromkeys(
+        ("documents", "tokens", "validation_documents", "validation_tokens"), 0
+    )
     end = [] if tokenizer.end is None else [tokenizer.end]
-    bar = tqdm(desc=f"tokenize {corpus.name}", unit="tok", unit_scale=True, total=limit, delay=1, dynamic_ncols=True)
+    bar = tqdm(
+        desc=f"tokenize {corpus.name}",
+        unit="tok",
+        unit_scale=True,
+        total=limit,
+        delay=1,
+        dynamic_ncols=True,
+    )
     with bar:
         for numbered in _batches(enumerate(corpus.documents())):
-            encoded = tokenizer.inner.encode_batch_fast([text for _, text in numbered], add_special_tokens=False)
+            encoded = tokenizer.inner.encode_batch_fast(
+                [text for _, text in numbered], add_special_tokens=False
+            )
             for (index, _), found in zip(numbered, encoded, strict=True):
                 prefix, file = ("validation_", validation) if held_out(index) else ("", train)
                 left = None if limit is None or prefix else limit - counts["tokens"]

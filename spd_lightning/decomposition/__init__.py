@@ -1,1 +1,3 @@
-"""The method: tensors in, tensors out. Nothing here reads a file, logs, draws, or knows a particular model."""
+"""The method: tensors in, tensors out. Nothing here reads a file, logs, draws, or knows a
+particular model.
+"""

@@ -36,8 +36,9 @@ class Adversary:
         """Reject a start from which no gradient leads away.
 
         Args:
-            delta: whether the model has the delta component. With it on, sources of 1 make the target itself (D5):
-                the loss is 0, its gradient too, and an adversary that stays there would read as robustness.
+            delta: whether the model has the delta component. With it on, sources of 1 make the
+                target itself (D5): the loss is 0, its gradient too, and an adversary that stays
+                there would read as robustness.
             place: where the adversary was asked for, for the message.
 
         Raises:
@@ -45,7 +46,8 @@ class Adversary:
         """
         if self.init == "ones" and delta:
             raise BadInput(
-                f"adversary init 'ones' in {place}: with the delta component on, the search starts at the target "
+                f"adversary init 'ones' in {place}: with the delta component on, the search starts "
+                "at the target "
                 "itself and never leaves it; use init 'random' or 'zeros'"
             )
 
@@ -57,19 +59,23 @@ def pgd_sources(
     generator: torch.Generator | None,
     start: Sources | None = None,
 ) -> Sources:
-    """Sources an adversary finds by ascending `loss`; the delta's source is one more entry of each vector.
+    """Sources an adversary finds by ascending `loss`; the delta's source is one more entry of each
+    vector.
 
-    loss: maps sources to the scalar to be raised; its parameters need no gradient and should carry none.
-    start: sources to go on from, instead of fresh ones.
+    loss: maps sources to the scalar to be raised; its parameters need no gradient and should carry
+    none. start: sources to go on from, instead of fresh ones.
     """
     names = list(importances)
     vectors = [
-        _initial(adversary, g, generator) if start is None else _joined(*start[n]) for n, g in importances.items()
+        _initial(adversary, g, generator) if start is None else _joined(*start[n])
+        for n, g in importances.items()
     ]
     for _ in range(adversary.steps):
         leaves = [v.detach().requires_grad_() for v in vectors]
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(split(dict(zip(names, leaves, strict=True)), importances)), leaves)
+            gradients = torch.autograd.grad(
+                loss(split(dict(zip(names, leaves, strict=True)), importances)), leaves
+            )
         vectors = [
             (v.detach() + adversary.step_size * _shared(g).sign()).clamp(0, 1)
             for v, g in zip(vectors, gradients, strict=True)
@@ -77,7 +83,9 @@ def pgd_sources(
     return split(dict(zip(names, vectors, strict=True)), importances)
 
 
-def _initial(adversary: Adversary, g: Float[Tensor, "... C"], generator: torch.Generator | None) -> Tensor:
+def _initial(
+    adversary: Adversary, g: Float[Tensor, "... C"], generator: torch.Generator | None
+) -> Tensor:
     g = g.to(torch.promote_types(g.dtype, torch.float32))  # steps may be finer than half precision
     shape = (g.shape[:-1] if adversary.scope == "per_position" else ()) + (g.shape[-1] + 1,)
     match adversary.init:
@@ -95,19 +103,27 @@ def _joined(s: Tensor, delta: Tensor) -> Tensor:
 
 
 def _shared(gradient: Tensor) -> Tensor:
-    """Sources shared by a batch are shared by its devices too: their gradients are summed before the sign is taken."""
-    if gradient.ndim == 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+    """Sources shared by a batch are shared by its devices too: their gradients are summed before
+    the sign is taken.
+    """
+    if (
+        gradient.ndim == 1
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+    ):
         torch.distributed.all_reduce(gradient)
     return gradient
 
 
 def split(vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> Sources:
-    """Vectors [..., C+1] as the sources of components and of the delta, in the importances' precision."""
+    """Vectors [..., C+1] as the sources of components and of the delta, in the importances'
+    precision.
+    """
     like = {name: v.to(importances[name].dtype) for name, v in vectors.items()}
     return {n: (v[..., :-1], v[..., -1].expand(importances[n].shape[:-1])) for n, v in like.items()}
 
 
-# ---- the persistent adversary ---------------------------------------------------------------------------------------
+# ---- the persistent adversary --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -118,9 +134,10 @@ class Persistent:
         lr: Adam's, once warmed up.
         warmup: fraction of training over which it rises from 0.
         betas: of Adam.
-        ascents: climbs a step with all else at rest; one more follows from the gradient of the training loss.
-        particles: a pool of so many sources, dealt out to the samples of a batch and the same at all positions of one;
-            left out, every sample and position has its own.
+        ascents: climbs a step with all else at rest; one more follows from the gradient of the
+            training loss.
+        particles: a pool of so many sources, dealt out to the samples of a batch and the same at
+            all positions of one; left out, every sample and position has its own.
     """
 
     lr: float = 0.01
@@ -134,7 +151,13 @@ class Persistent:
         check_range("persistent", least=0, most=1, warmup=self.warmup)
         check_range("persistent", least=0, below=1, betas=self.betas)
         check_range("persistent", least=0, whole=True, ascents=self.ascents)
-        check_range("persistent", least=1, whole=True, hint="leave it out for no pool", particles=self.particles)
+        check_range(
+            "persistent",
+            least=1,
+            whole=True,
+            hint="leave it out for no pool",
+            particles=self.particles,
+        )
 
 
 State = dict[str, Tensor]
@@ -161,27 +184,39 @@ class PersistentAdversary:
         world: int = 1,
         parts: int = 1,
     ):
-        self.settings, self.rank, self.world, self.parts, self.updates = settings, rank, world, parts, 0
+        self.settings = settings
+        self.rank = rank
+        self.world = world
+        self.parts = parts
+        self.updates = 0
         self.vectors: State = {}
         for name, g in importances.items():
             g = g.detach().to(torch.promote_types(g.dtype, torch.float32))
             rows = len(g)
             kept = (settings.particles,) if settings.particles else (world * rows, *g.shape[1:-1])
             drawn = uniform(g, (*kept, g.shape[-1] + 1), generator)
-            self.vectors[name] = drawn if settings.particles else drawn[rank * rows : (rank + 1) * rows].clone()
+            self.vectors[name] = (
+                drawn if settings.particles else drawn[rank * rows : (rank + 1) * rows].clone()
+            )
         self.first = {name: torch.zeros_like(v) for name, v in self.vectors.items()}
         self.second = {name: torch.zeros_like(v) for name, v in self.vectors.items()}
         self._leaves: State = {}
         self._coeff = 1.0
 
-    def spread(self, vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The vector of every sample and position ([..., C+1]); sample b of all devices' has particle b mod K."""
+    def spread(
+        self, vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The vector of every sample and position ([..., C+1]); sample b of all devices' has
+        particle b mod K.
+        """
         if not self.settings.particles:
             return dict(vectors)
         spread = {}
         for name, v in vectors.items():
             shape = importances[name].shape[:-1]
-            mine = (torch.arange(shape[0], device=v.device) + self.rank * shape[0]) % self.settings.particles
+            mine = (
+                torch.arange(shape[0], device=v.device) + self.rank * shape[0]
+            ) % self.settings.particles
             spread[name] = v[mine].view(shape[0], *[1] * (len(shape) - 1), -1).expand(*shape, -1)
         return spread
 
@@ -194,14 +229,19 @@ class PersistentAdversary:
             self._climb(dict(zip(leaves, gradients, strict=True)), progress)
 
     def leaves(self, coeff: float) -> State:
-        """Vectors that the training loss's backward pass leaves its gradient in. coeff: the loss's, divided out."""
-        self._leaves, self._coeff = self._fresh(), coeff
+        """Vectors that the training loss's backward pass leaves its gradient in. coeff: the loss's,
+        divided out.
+        """
+        self._leaves = self._fresh()
+        self._coeff = coeff
         return self._leaves
 
     def finish(self, progress: float) -> None:
         """The last climb of a step, from that gradient, of the mean loss over all parts."""
         share = self._coeff / self.parts
-        gradients = {name: leaf.grad / share for name, leaf in self._leaves.items() if leaf.grad is not None}
+        gradients = {
+            name: leaf.grad / share for name, leaf in self._leaves.items() if leaf.grad is not None
+        }
         if gradients:
             self._climb(gradients, progress)
         self._leaves = {}
@@ -219,20 +259,26 @@ class PersistentAdversary:
             own: State = getattr(self, part)
             for name, v in state[part].items():
                 rows = len(own[name])
-                mine = v if self.settings.particles else v[self.rank * rows : (self.rank + 1) * rows]
+                mine = (
+                    v if self.settings.particles else v[self.rank * rows : (self.rank + 1) * rows]
+                )
                 own[name] = mine.to(own[name].device, copy=True)
         self.updates = state["updates"]
 
     @property
     def bytes(self) -> int:
         """Memory that it takes from step to step."""
-        return sum(v.nbytes for part in (self.vectors, self.first, self.second) for v in part.values())
+        return sum(
+            v.nbytes for part in (self.vectors, self.first, self.second) for v in part.values()
+        )
 
     def _fresh(self) -> State:
         return {name: v.detach().clone().requires_grad_() for name, v in self.vectors.items()}
 
     def _climb(self, gradients: Mapping[str, Tensor], progress: float) -> None:
-        """One update of Adam, upwards, kept within [0, 1]; from gradients of the mean over one part of one device."""
+        """One update of Adam, upwards, kept within [0, 1]; from gradients of the mean over one part
+        of one device.
+        """
         (b1, b2), warmup = self.settings.betas, self.settings.warmup
         lr = self.settings.lr * (min(1.0, progress / warmup) if warmup else 1.0)
         self.updates += 1
@@ -244,7 +290,9 @@ class PersistentAdversary:
             self.second[name].mul_(b2).addcmul_(g, g, value=1 - b2)
             size = (self.second[name] / (1 - b2**self.updates)).sqrt_().add_(1e-8)
             self.vectors[name] = (
-                self.vectors[name].addcdiv(self.first[name], size, value=lr / (1 - b1**self.updates)).clamp_(0, 1)
+                self.vectors[name]
+                .addcdiv(self.first[name], size, value=lr / (1 - b1**self.updates))
+                .clamp_(0, 1)
             )
 
     def _whole(self, v: Tensor) -> Tensor:

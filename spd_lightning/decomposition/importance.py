@@ -1,8 +1,9 @@
 """Causal importance: which components does this input need? (laws G1–G5 of docs/method.md)
 
-An importance function looks at the site inputs of the clean target run and gives one pre-activation z per component;
-a sigmoid turns z into the importance. Two of them are used: the *lower-leaky* one makes masks (G2), the *upper-leaky*
-one feeds the minimality losses (G3), so that training keeps a gradient on both sides of [0, 1].
+An importance function looks at the site inputs of the clean target run and gives one pre-activation
+z per component; a sigmoid turns z into the importance. Two of them are used: the *lower-leaky* one
+makes masks (G2), the *upper-leaky* one feeds the minimality losses (G3), so that training keeps a
+gradient on both sides of [0, 1].
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +21,9 @@ LEAK = 0.01
 
 
 def _between(grad: Tensor, z: Tensor) -> Tensor:
-    """The gradient where 0 < z ≤ 1, else 0; one pass over memory, fifteen times quicker than `torch.where`."""
+    """The gradient where 0 < z ≤ 1, else 0; one pass over memory, fifteen times quicker than
+    `torch.where`.
+    """
     return torch.ops.aten.hardtanh_backward(grad, z, 0.0, 1.0 + torch.finfo(z.dtype).eps)
 
 
@@ -91,7 +94,9 @@ SIGMOIDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
 
 
 class Importances(NamedTuple):
-    """Importances of every site: `lower` [..., C] makes masks, `upper` [..., C] feeds the minimality losses."""
+    """Importances of every site: `lower` [..., C] makes masks, `upper` [..., C] feeds the
+    minimality losses.
+    """
 
     lower: dict[str, Tensor]
     upper: dict[str, Tensor]
@@ -102,11 +107,13 @@ class Importance:
     """How causal importances are computed.
 
     Args:
-        kind: mlp (one tiny MLP per component on its own inner activation), vector_mlp (one per component on the site's
-            input), shared_mlp (one per site, all components at once), global_mlp (one for all sites), transformer (one
-            for all sites, which sees all positions). Embedding sites get `mlp` under every kind.
+        kind: mlp (one tiny MLP per component on its own inner activation), vector_mlp (one per
+            component on the site's input), shared_mlp (one per site, all components at once),
+            global_mlp (one for all sites), transformer (one for all sites, which sees all
+            positions). Embedding sites get `mlp` under every kind.
         hidden: width of the hidden layer of an MLP.
-        sigmoid: leaky_hard is the paper's pair, lower-leaky for masks (G2) and upper-leaky for minimality (G3).
+        sigmoid: leaky_hard is the paper's pair, lower-leaky for masks (G2) and upper-leaky for
+            minimality (G3).
         sampling: continuous sources in [0, 1], or binomial ones in {0, 1} (G5).
         embedding_hidden: width of the hidden layer at embedding sites, where the kind is not `mlp`.
         d_model: width of the transformer.
@@ -114,9 +121,10 @@ class Importance:
         heads: attention heads of a block.
         d_mlp: width of a block's MLP; 4 × d_model if omitted.
         causal: whether a position sees only itself and earlier ones.
-        chunk_layers: layers of the target that share a transformer, by the first number in a site's name; sites without
-            one go with the first. One transformer for all if omitted.
-        checkpoint_activations: blocks are run again in the backward pass instead of kept: less memory, more time.
+        chunk_layers: layers of the target that share a transformer, by the first number in a site's
+            name; sites without one go with the first. One transformer for all if omitted.
+        checkpoint_activations: blocks are run again in the backward pass instead of kept: less
+            memory, more time.
     """
 
     kind: Kind = "mlp"
@@ -133,17 +141,32 @@ class Importance:
     checkpoint_activations: bool = False
 
     def __post_init__(self):
-        names = ("hidden", "embedding_hidden", "d_model", "layers", "heads", "d_mlp", "chunk_layers")
-        check_range("importance", least=1, whole=True, **{name: getattr(self, name) for name in names})
+        names = (
+            "hidden",
+            "embedding_hidden",
+            "d_model",
+            "layers",
+            "heads",
+            "d_mlp",
+            "chunk_layers",
+        )
+        check_range(
+            "importance", least=1, whole=True, **{name: getattr(self, name) for name in names}
+        )
         if self.kind == "transformer" and self.d_model % (2 * self.heads):
             fitting = 2 * self.heads * max(1, round(self.d_model / (2 * self.heads)))
             raise BadInput(
-                f"importance: d_model {self.d_model} with heads {self.heads}; rotary attention needs heads of an even "
+                f"importance: d_model {self.d_model} with heads {self.heads}; rotary attention "
+                "needs heads of an even "
                 f"width, so take d_model {fitting}"
             )
 
-    def __call__(self, z: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Importances:
-        """Pre-activations to importances; a generator samples the binomial jitter (training only, G5)."""
+    def __call__(
+        self, z: Mapping[str, Tensor], generator: torch.Generator | None = None
+    ) -> Importances:
+        """Pre-activations to importances; a generator samples the binomial jitter (training only,
+        G5).
+        """
         lower, upper = SIGMOIDS[self.sigmoid]
         jitter = self.sampling == "binomial" and generator is not None
         return Importances(
@@ -158,7 +181,11 @@ def _jittered(z: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class ImportanceFunction(nn.Module, ABC):
-    """Maps clean site inputs x and inner activations a to pre-activations z [..., C] of every site (G1)."""
+    """Maps clean site inputs x and inner activations a to pre-activations z [..., C] of every site
+    (G1).
+    """
 
     @abstractmethod
-    def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]: ...
+    def forward(
+        self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]
+    ) -> dict[str, Tensor]: ...

@@ -1,7 +1,9 @@
-"""Importance functions of every kind but the transformer, and the one that a config names (law G1 of docs/method.md).
+"""Importance functions of every kind but the transformer, and the one that a config names (law G1
+of docs/method.md).
 
-`mlp`, `vector_mlp` and `shared_mlp` look at each site on its own, `global_mlp` at all of them together. A site's own
-network reads the site's input x or its inner activation a = x V; no other is computed for it.
+`mlp`, `vector_mlp` and `shared_mlp` look at each site on its own, `global_mlp` at all of them
+together. A site's own network reads the site's input x or its inner activation a = x V; no other is
+computed for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,10 @@ from torch.nn.functional import gelu
 
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.importance import Importance, ImportanceFunction
-from spd_lightning.decomposition.importance_transformer import ImportanceTransformer, chunks_of_layers
+from spd_lightning.decomposition.importance_transformer import (
+    ImportanceTransformer,
+    chunks_of_layers,
+)
 from spd_lightning.decomposition.products import Linear
 
 
@@ -26,11 +31,14 @@ def _normal(*shape: int, gain: float, fan_in: int) -> nn.Parameter:
 class _ScalarMLPs(torch.autograd.Function):
     """C tiny MLPs 1 → hidden → 1 at once, in blocks of components that stay in cache.
 
-    The layout is (C, hidden, batch): the first layer is a broadcast multiply and GELU runs over contiguous memory. The
-    hidden layer is rebuilt in the backward pass, so that nothing of its size is ever stored.
+    The layout is (C, hidden, batch): the first layer is a broadcast multiply and GELU runs over
+    contiguous memory. The hidden layer is rebuilt in the backward pass, so that nothing of its size
+    is ever stored.
     """
 
-    BLOCK = 1 << 16  # hidden activations worked on at once on a CPU: 256 KiB of float32, measured best
+    BLOCK = (
+        1 << 16
+    )  # hidden activations worked on at once on a CPU: 256 KiB of float32, measured best
     CUDA_BLOCK = 1 << 28  # 1 GiB of float32
 
     @staticmethod
@@ -45,7 +53,9 @@ class _ScalarMLPs(torch.autograd.Function):
         return torch.addcmul(b1[k, :, None], W1[k, :, None], a[k, None, :])
 
     @staticmethod
-    def forward(ctx, a, W1, b1, W2, b2):  # a [C, batch], W1 b1 W2 [C, hidden], b2 [C] → z [C, batch]
+    def forward(
+        ctx, a, W1, b1, W2, b2
+    ):  # a [C, batch], W1 b1 W2 [C, hidden], b2 [C] → z [C, batch]
         z = torch.empty_like(a)
         for k in _ScalarMLPs._blocks(a, W1.shape[1]):
             z[k] = torch.bmm(W2[k, None, :], gelu(_ScalarMLPs._hidden(a, W1, b1, k)))[:, 0]
@@ -56,7 +66,10 @@ class _ScalarMLPs(torch.autograd.Function):
     def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
         a, W1, b1, W2 = ctx.saved_tensors
         dz = dz.contiguous()
-        da, dW1, db1, dW2 = torch.empty_like(a), torch.empty_like(W1), torch.empty_like(b1), torch.empty_like(W2)
+        da = torch.empty_like(a)
+        dW1 = torch.empty_like(W1)
+        db1 = torch.empty_like(b1)
+        dW2 = torch.empty_like(W2)
         for k in _ScalarMLPs._blocks(a, W1.shape[1]):
             h = _ScalarMLPs._hidden(a, W1, b1, k)
             dW2[k] = torch.bmm(gelu(h), dz[k, :, None])[..., 0]
@@ -74,12 +87,16 @@ class _ScalarMLP(nn.Module):
 
     def __init__(self, site: Site, C: int, hidden: int):
         super().__init__()
-        self.W1, self.b1 = _normal(C, hidden, gain=2.0, fan_in=1), nn.Parameter(torch.zeros(C, hidden))
-        self.W2, self.b2 = _normal(C, hidden, gain=1.0, fan_in=hidden), nn.Parameter(torch.zeros(C))
+        self.W1 = _normal(C, hidden, gain=2.0, fan_in=1)
+        self.b1 = nn.Parameter(torch.zeros(C, hidden))
+        self.W2 = _normal(C, hidden, gain=1.0, fan_in=hidden)
+        self.b2 = nn.Parameter(torch.zeros(C))
 
     def forward(self, a: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         flat = a.reshape(-1, a.shape[-1]).T.to(self.W1.dtype).contiguous()
-        with torch.autocast(a.device.type, enabled=False):  # its backward pass knows one precision only
+        with torch.autocast(
+            a.device.type, enabled=False
+        ):  # its backward pass knows one precision only
             z = _ScalarMLPs.apply(flat, self.W1, self.b1, self.W2, self.b2)
         return z.T.contiguous().reshape(a.shape)  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -93,7 +110,8 @@ class _VectorMLP(nn.Module):
         super().__init__()
         self.W1 = _normal(C, site.d_in, hidden, gain=2.0, fan_in=site.d_in)
         self.b1 = nn.Parameter(torch.zeros(C, hidden))
-        self.W2, self.b2 = _normal(C, hidden, gain=1.0, fan_in=hidden), nn.Parameter(torch.zeros(C))
+        self.W2 = _normal(C, hidden, gain=1.0, fan_in=hidden)
+        self.b2 = nn.Parameter(torch.zeros(C))
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... C"]:
         h = gelu(einsum(x, self.W1, "... d_in, C d_in hidden -> ... C hidden") + self.b1)
@@ -101,7 +119,8 @@ class _VectorMLP(nn.Module):
 
 
 def _shared_network(d_in: int, hidden: int, d_out: int) -> nn.Sequential:
-    first, last = Linear(d_in, hidden), Linear(hidden, d_out)
+    first = Linear(d_in, hidden)
+    last = Linear(hidden, d_out)
     for layer, gain in ((first, 2.0), (last, 1.0)):
         nn.init.normal_(layer.weight, std=(gain / layer.in_features) ** 0.5)
         nn.init.zeros_(layer.bias)
@@ -125,7 +144,9 @@ SITE_NETWORKS = {"mlp": _ScalarMLP, "vector_mlp": _VectorMLP, "shared_mlp": _Sha
 
 
 class PerSite(ImportanceFunction):
-    """An importance function that looks at each site on its own (`mlp`, `vector_mlp`, `shared_mlp`)."""
+    """An importance function that looks at each site on its own (`mlp`, `vector_mlp`,
+    `shared_mlp`).
+    """
 
     def __init__(self, networks: Mapping[str, nn.Module]):
         super().__init__()
@@ -134,16 +155,23 @@ class PerSite(ImportanceFunction):
 
     def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
         pairs = zip(self.names, self.networks, strict=True)
-        return {name: network((inner if network.reads_inner else inputs)[name]) for name, network in pairs}
+        return {
+            name: network((inner if network.reads_inner else inputs)[name])
+            for name, network in pairs
+        }
 
 
 class GlobalMLP(ImportanceFunction):
-    """`global_mlp`: one MLP from the concatenated inputs of all sites to all of their components."""
+    """`global_mlp`: one MLP from the concatenated inputs of all sites to all of their
+    components.
+    """
 
     def __init__(self, sites: Mapping[str, tuple[Site, int]], hidden: int):
         super().__init__()
         self.counts = {name: C for name, (_, C) in sites.items()}
-        self.network = _shared_network(sum(s.d_in for s, _ in sites.values()), hidden, sum(self.counts.values()))
+        self.network = _shared_network(
+            sum(s.d_in for s, _ in sites.values()), hidden, sum(self.counts.values())
+        )
 
     def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
         z = self.network(torch.cat([inputs[name] for name in self.counts], dim=-1))
@@ -155,21 +183,28 @@ class Together(ImportanceFunction):
 
     def __init__(self, names: Sequence[str], parts: Sequence[ImportanceFunction]):
         super().__init__()
-        self.names, self.parts = list(names), nn.ModuleList(parts)
+        self.names = list(names)
+        self.parts = nn.ModuleList(parts)
 
     def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
         z = {name: value for part in self.parts for name, value in part(inputs, inner).items()}
         return {name: z[name] for name in self.names}
 
 
-def importance_function(config: Importance, sites: Mapping[str, tuple[Site, int]]) -> ImportanceFunction:
+def importance_function(
+    config: Importance, sites: Mapping[str, tuple[Site, int]]
+) -> ImportanceFunction:
     """Builds the importance function that a config names for sites with their component counts.
 
     Embedding sites get `mlp` whatever the kind: their input is a token id, not a vector.
     """
     if config.kind in SITE_NETWORKS:
         return PerSite({name: _network(config, site, C) for name, (site, C) in sites.items()})
-    tokens = {name: _network(config, site, C) for name, (site, C) in sites.items() if site.kind == "embedding"}
+    tokens = {
+        name: _network(config, site, C)
+        for name, (site, C) in sites.items()
+        if site.kind == "embedding"
+    }
     vectors = {name: held for name, held in sites.items() if name not in tokens}
     parts = ([PerSite(tokens)] if tokens else []) + (_joint(config, vectors) if vectors else [])
     return parts[0] if len(parts) == 1 else Together(list(sites), parts)
@@ -177,7 +212,9 @@ def importance_function(config: Importance, sites: Mapping[str, tuple[Site, int]
 
 def _network(config: Importance, site: Site, C: int) -> nn.Module:
     if site.kind == "embedding":
-        return _ScalarMLP(site, C, config.hidden if config.kind == "mlp" else config.embedding_hidden)
+        return _ScalarMLP(
+            site, C, config.hidden if config.kind == "mlp" else config.embedding_hidden
+        )
     return SITE_NETWORKS[config.kind](site, C, config.hidden)
 
 
@@ -186,4 +223,6 @@ def _joint(config: Importance, sites: Mapping[str, tuple[Site, int]]) -> list[Im
     if config.kind == "global_mlp":
         return [GlobalMLP(sites, config.hidden)]
     chunks = chunks_of_layers(list(sites), config.chunk_layers)
-    return [ImportanceTransformer({name: sites[name] for name in chunk}, config) for chunk in chunks]
+    return [
+        ImportanceTransformer({name: sites[name] for name in chunk}, config) for chunk in chunks
+    ]

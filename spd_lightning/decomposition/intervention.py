@@ -1,12 +1,13 @@
-"""Interventions: what a model says when chosen components are set, scaled, switched off, or all that is left.
+"""Interventions: what a model says when chosen components are set, scaled, switched off, or all
+that is left.
 
 1. *Name* components as graphs do: `layer:pos:component`, or `layer:component` at all positions.
-2. *Run* the target with every site in its decomposed form (D3), where a component writes `w U` with `w = m a`; an edit
-   changes w, everything behind it sees the change.
+2. *Run* the target with every site in its decomposed form (D3), where a component writes `w U` with
+   `w = m a`; an edit changes w, everything behind it sees the change.
 
-Two bases. `unmasked`: all masks one and the delta in place, so that without edits the output is the target's (D5).
-`ci`: the importances of the clean run as masks, no delta. What does not belong here: attributions, whose checks hold
-all other sites still (`checks`).
+Two bases. `unmasked`: all masks one and the delta in place, so that without edits the output is the
+target's (D5). `ci`: the importances of the clean run as masks, no delta. What does not belong here:
+attributions, whose checks hold all other sites still (`checks`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,14 +36,16 @@ class Edit(NamedTuple):
 
 
 class Intervened(NamedTuple):
-    """Outputs [batch, (pos,) K] of the target as it is, of the base without edits, and with them."""
+    """Outputs [batch, (pos,) K] of the target as it is, of the base without edits, and with
+    them.
+    """
 
     target: Tensor
     base: Tensor
     edited: Tensor
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def place(model: ComponentModel, name: str) -> Place:
@@ -55,15 +58,22 @@ def place(model: ComponentModel, name: str) -> Place:
 
 
 def places(model: ComponentModel, nodes: Iterable[str]) -> list[Place]:
-    """The places that names of a graph's nodes mean; what is not a component (inputs, outputs, rests, biases) has none.
+    """The places that names of a graph's nodes mean; what is not a component (inputs, outputs,
+    rests, biases) has none.
 
     Raises:
         BadInput: a name names nothing.
     """
-    fixed = {n for n, m in model.target.named_modules() if isinstance(m, nn.Embedding)} - set(model.sites)
+    fixed = {n for n, m in model.target.named_modules() if isinstance(m, nn.Embedding)} - set(
+        model.sites
+    )
     fixed |= {"input", "output"}
     split = [(name, name.strip().split(":")) for name in nodes]
-    return [place(model, name) for name, (layer, *at) in split if layer not in fixed and at[-1:] not in _NO_COMPONENT]
+    return [
+        place(model, name)
+        for name, (layer, *at) in split
+        if layer not in fixed and at[-1:] not in _NO_COMPONENT
+    ]
 
 
 _NO_COMPONENT = (["rest"], ["bias"])
@@ -81,11 +91,15 @@ def named_edits(
         BadInput: a name names nothing.
     """
     edits = [Edit(place(model, name)) for name in ablate]
-    edits += [Edit(place(model, name), factor=float(factor)) for name, factor in (scale or {}).items()]
-    return edits + [Edit(place(model, name), value=float(value)) for name, value in (set or {}).items()]
+    edits += [
+        Edit(place(model, name), factor=float(factor)) for name, factor in (scale or {}).items()
+    ]
+    return edits + [
+        Edit(place(model, name), value=float(value)) for name, value in (set or {}).items()
+    ]
 
 
-# ---- running --------------------------------------------------------------------------------------------------------
+# ---- running -------------------------------------------------------------------------------------
 
 
 def intervene(
@@ -97,9 +111,9 @@ def intervene(
 ) -> Intervened:
     """Runs inputs through the target, through the base, and through the base with edits.
 
-    inputs: [batch, features] floating point, or [batch, pos] token ids. keep: where given, all components elsewhere are
-    ablated, and so is the delta, which is one of them (D1). Edits of one component act in their order. Importances
-    are those of the clean run (G1), whatever is edited.
+    inputs: [batch, features] floating point, or [batch, pos] token ids. keep: where given, all
+    components elsewhere are ablated, and so is the delta, which is one of them (D1). Edits of one
+    component act in their order. Importances are those of the clean run (G1), whatever is edited.
 
     Raises:
         BadInput: no such base, site, component or position.
@@ -157,7 +171,9 @@ def _at(view: Tensor, at: Place) -> tuple:
     return (..., slice(None) if at.positions is None else list(at.positions), at.component)
 
 
-def _kept(site: Site, view: Float[Tensor, "... pos C"], keep: Sequence[Place]) -> Float[Tensor, "... pos C"]:
+def _kept(
+    site: Site, view: Float[Tensor, "... pos C"], keep: Sequence[Place]
+) -> Float[Tensor, "... pos C"]:
     """One where a component is kept, zero elsewhere."""
     mask = torch.zeros_like(view)
     for at in keep:
@@ -167,6 +183,7 @@ def _kept(site: Site, view: Float[Tensor, "... pos C"], keep: Sequence[Place]) -
 
 
 def _edited(view: Float[Tensor, "... pos C"], edit: Edit) -> Float[Tensor, "... pos C"]:
-    index, out = _at(view, edit.place), view.clone()
+    index = _at(view, edit.place)
+    out = view.clone()
     out[index] = edit.factor * out[index] + edit.value
     return out

@@ -1,11 +1,15 @@
-"""The losses that make a decomposition: faithful, minimal, and sufficient (section L of docs/method.md).
+"""The losses that make a decomposition: faithful, minimal, and sufficient (section L of
+docs/method.md).
 
-Every loss reads one `Pass`: a batch, its clean run, its importances and the random draws of this step. What two losses
-need alike is computed once: the clean run, the importances, and the stochastic masks.
+Every loss reads one `Pass`: a batch, its clean run, its importances and the random draws of this
+step. What two losses need alike is computed once: the clean run, the importances, and the
+stochastic masks.
 
-    total = Σ coeff · loss        faithfulness · minimality · frequency · smooth_l0 · reconstructions       (L7)
+    total = Σ coeff · loss    (L7)
 
-A reconstruction is a source × a route × a divergence: how the masks are made, where they act, what is compared.
+The sum is over faithfulness, minimality, frequency, smooth_l0 and the reconstructions.
+A reconstruction is a source × a route × a divergence: how the masks are made, where they act, what
+is compared.
 """
 
 from collections.abc import Mapping
@@ -24,7 +28,7 @@ from spd_lightning.errors import BadInput, check_range
 EPSILON = 1e-12
 
 
-# ---- penalties on weights and importances ---------------------------------------------------------------------------
+# ---- penalties on weights and importances --------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,25 @@ class Faithfulness:
         check_range("faithfulness", least=0, coeff=self.coeff)
 
     def __call__(self, model: ComponentModel) -> Float[Tensor, ""]:
-        """`(1/N) Σ_l ‖Δ_l‖²`, N the number of decomposed weights, in the parameters' own precision."""
+        """`(1/N) Σ_l ‖Δ_l‖²`, N the number of decomposed weights, in the parameters' own
+        precision.
+        """
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             squares = [model.delta_weight(name).square().sum() for name in model.sites]
             if self.relative:
-                shares = [s / site.weight.square().sum() for s, site in zip(squares, model.sites.values(), strict=True)]
+                shares = [
+                    s / site.weight.square().sum()
+                    for s, site in zip(squares, model.sites.values(), strict=True)
+                ]
                 return torch.stack(shares).mean()
-            return torch.stack(squares).sum() / sum(site.d_in * site.d_out for site in model.sites.values())
+            return torch.stack(squares).sum() / sum(
+                site.d_in * site.d_out for site in model.sites.values()
+            )
 
 
-def anneal(start: float, final: float, progress: float, begin: float = 0.0, end: float = 1.0) -> float:
+def anneal(
+    start: float, final: float, progress: float, begin: float = 0.0, end: float = 1.0
+) -> float:
     """Linear from `start` to `final` between two fractions of training, constant outside."""
     share = (progress - begin) / (end - begin) if end > begin else float(progress >= end)
     return start + (final - start) * min(max(share, 0.0), 1.0)
@@ -83,11 +96,15 @@ class Minimality:
         check_range("minimality", above=0, p=self.p, p_final=self.p_final)
         check_range("minimality", least=0, most=1, start=self.start, end=self.end, ramp=self.ramp)
         if self.start > self.end:
-            raise BadInput(f"start {self.start} in minimality: it must be at most end, which is {self.end}")
+            raise BadInput(
+                f"start {self.start} in minimality: it must be at most end, which is {self.end}"
+            )
 
     def coefficient(self, progress: float) -> float:
         """The coefficient at a fraction of training."""
-        return self.coeff * anneal(0.0, 1.0, progress, end=self.ramp) if self.ramp > 0 else self.coeff
+        return (
+            self.coeff * anneal(0.0, 1.0, progress, end=self.ramp) if self.ramp > 0 else self.coeff
+        )
 
     def means(
         self, upper: Mapping[str, Tensor], progress: float, weights: Float[Tensor, " batch"] | None
@@ -113,11 +130,14 @@ SiteMeans = dict[str, Float[Tensor, " C"]]
 
 
 class _Power(torch.autograd.Function):
-    """x^p of positive x, whose derivative p x^p / x takes no second power: the dearest operation of its size."""
+    """x^p of positive x, whose derivative p x^p / x takes no second power: the dearest operation of
+    its size.
+    """
 
     @staticmethod
     def forward(ctx, x, p):
-        ctx.p, powered = p, x**p
+        ctx.p = p
+        powered = x**p
         ctx.save_for_backward(x, powered)
         return powered
 
@@ -129,7 +149,13 @@ class _Power(torch.autograd.Function):
 
 def powered(g: Float[Tensor, "..."], p: float) -> Float[Tensor, "..."]:
     """`(ĝ + ε)^p`, what one importance costs."""
-    return g + EPSILON if p == 1 else (g + EPSILON).square() if p == 2 else _Power.apply(g + EPSILON, p)
+    return (
+        g + EPSILON
+        if p == 1
+        else (g + EPSILON).square()
+        if p == 2
+        else _Power.apply(g + EPSILON, p)
+    )
 
 
 def component_means(
@@ -165,13 +191,15 @@ class Frequency:
         """Return the coefficient at a fraction of training."""
         return self.coeff if progress <= self.until else 0.0
 
-    def __call__(self, means: SiteMeans, whole: Float[Tensor, " components"] | None = None) -> Float[Tensor, ""]:
+    def __call__(
+        self, means: SiteMeans, whole: Float[Tensor, " components"] | None = None
+    ) -> Float[Tensor, ""]:
         """`Σ_l Σ_c f_c log2(1 + a f_c)`, where f_c is the mean over the batches of all devices.
 
         Args:
             means: f_c on this device's batch, or on one of its equal parts (`Minimality.means`).
-            whole: f_c of the whole batch, if `means` are of one part. The gradients of all parts then have the same
-                mean as the gradient of the whole batch.
+            whole: f_c of the whole batch, if `means` are of one part. The gradients of all parts
+                then have the same mean as the gradient of the whole batch.
         """
         f = joined_means(means)
         if whole is not None:
@@ -213,10 +241,12 @@ class SmoothL0:
         """`Σ_l Σ_c mean g² / (g² + γ²)`."""
         gamma = anneal(self.gamma, self.gamma_final, progress, end=self.end)
         counts = {name: g.square() / (g.square() + gamma**2) for name, g in lower.items()}
-        return torch.stack([component_means(count, 1.0, weights).sum() for count in counts.values()]).sum()
+        return torch.stack(
+            [component_means(count, 1.0, weights).sum() for count in counts.values()]
+        ).sum()
 
 
-# ---- the total ------------------------------------------------------------------------------------------------------
+# ---- the total -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -236,7 +266,10 @@ class Losses:
     frequency: Frequency = field(default_factory=Frequency)
     smooth_l0: SmoothL0 = field(default_factory=SmoothL0)
     reconstruction: dict[str, Reconstruction] = field(
-        default_factory=lambda: {"all": Reconstruction(route="all"), "layerwise": Reconstruction(route="layerwise")}
+        default_factory=lambda: {
+            "all": Reconstruction(route="all"),
+            "layerwise": Reconstruction(route="layerwise"),
+        }
     )
 
     @property
@@ -255,7 +288,9 @@ class Losses:
             if reconstruction.source == "pgd":
                 reconstruction.adversary.check_start(delta, f"reconstruction '{name}'")
 
-    def __call__(self, run: Pass, progress: float = 0.0) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def __call__(
+        self, run: Pass, progress: float = 0.0
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The total (L7) and every term raw. progress: fraction of training, for what anneals."""
         terms: dict[str, tuple[float, Tensor]] = {}
         if self.faithfulness.coeff:
@@ -263,11 +298,20 @@ class Losses:
         if self.minimality.coeff or self.frequency.coeff:
             means = self.minimality.means(run.importances.upper, progress, run.weights)
             if self.minimality.coeff:
-                terms["minimality"] = (self.minimality.coefficient(progress), self.minimality(means))
+                terms["minimality"] = (
+                    self.minimality.coefficient(progress),
+                    self.minimality(means),
+                )
             if self.frequency.coeff:
-                terms["frequency"] = (self.frequency.coefficient(progress), self.frequency(means, run.frequencies))
+                terms["frequency"] = (
+                    self.frequency.coefficient(progress),
+                    self.frequency(means, run.frequencies),
+                )
         if self.smooth_l0.coeff:
-            terms["smooth_l0"] = (self.smooth_l0.coeff, self.smooth_l0(run.importances.lower, progress, run.weights))
+            terms["smooth_l0"] = (
+                self.smooth_l0.coeff,
+                self.smooth_l0(run.importances.lower, progress, run.weights),
+            )
         run.progress = progress
         for name, reconstruction in self.reconstruction.items():
             if not reconstruction.counts:

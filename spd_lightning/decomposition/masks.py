@@ -1,9 +1,11 @@
-"""Masks: what is switched off, and where. A mask is a source × a route (section M of docs/method.md).
+"""Masks: what is switched off, and where. A mask is a source × a route (section M of
+docs/method.md).
 
     m = g + (1 − g)·s        g: causal importance, s in [0, 1]: the source            m_Δ = s_Δ
 
-A *source* says how far what is not needed is switched off: not at all, fully, at random, or by an adversary. A *route*
-says which sites and positions are decomposed in a forward pass, the others running as in the target.
+A *source* says how far what is not needed is switched off: not at all, fully, at random, or by an
+adversary. A *route* says which sites and positions are decomposed in a forward pass, the others
+running as in the target.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,30 +16,46 @@ from torch import Tensor
 
 from spd_lightning.decomposition.components import Mask
 
-SourceKind = Literal["ones", "ci", "stochastic", "pgd", "persistent_pgd", "mixed", "zeros", "random", "rounded"]
+SourceKind = Literal[
+    "ones", "ci", "stochastic", "pgd", "persistent_pgd", "mixed", "zeros", "random", "rounded"
+]
 RouteKind = Literal["all", "layerwise", "subset", "static"]
 Sources = dict[str, tuple[Tensor, Tensor]]
 """Component source s [..., C] and delta source s_Δ [...] of every site."""
 Routes = dict[str, Tensor | None]
 """The sites decomposed in one forward pass, each with its positions (None: all of them)."""
 Rows = dict[str, Tensor]
-"""The flat numbers of positions at each site, among them all that are decomposed; empty for whole batches."""
+"""The flat numbers of positions at each site, among them all that are decomposed; empty for whole
+batches.
+"""
 SIZES = 16
 """So many different numbers of them there are at most."""
 
 
-def uniform(like: Tensor, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None) -> Tensor:
+def uniform(
+    like: Tensor, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None
+) -> Tensor:
     """Numbers in [0, 1) of that shape, of the kind and place of `like`."""
-    if like.dtype == torch.bfloat16 and like.device.type == "cpu":  # torch draws 64 bits for each of these
+    if (
+        like.dtype == torch.bfloat16 and like.device.type == "cpu"
+    ):  # torch draws 64 bits for each of these
         count = torch.Size(shape).numel()
-        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-        halves = bits.view(torch.int16)[:count].bitwise_and_(255)  # its 8 bits are all that they hold below 1
+        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(
+            -(2**63), None, generator=generator
+        )
+        halves = bits.view(torch.int16)[:count].bitwise_and_(
+            255
+        )  # its 8 bits are all that they hold below 1
         return halves.to(torch.bfloat16).mul_(2.0**-8).view(shape)
     return torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
-def masks_from_sources(importances: Mapping[str, Tensor], sources: Sources, delta: bool = True) -> dict[str, Mask]:
-    """`m = g + (1 − g)·s` and `m_Δ = s_Δ` at every site; without a delta component m_Δ is 0 (G6)."""
+def masks_from_sources(
+    importances: Mapping[str, Tensor], sources: Sources, delta: bool = True
+) -> dict[str, Mask]:
+    """`m = g + (1 − g)·s` and `m_Δ = s_Δ` at every site; without a delta component m_Δ is 0
+    (G6).
+    """
     masks = {}
     for name, g in importances.items():
         s, s_delta = sources[name]
@@ -48,7 +66,9 @@ def masks_from_sources(importances: Mapping[str, Tensor], sources: Sources, delt
 def stochastic_sources(
     importances: Mapping[str, Tensor], generator: torch.Generator | None, binomial: bool = False
 ) -> Sources:
-    """Fresh uniform sources per position and component; in {0, 1} when binomial, the delta's uniform still (G5)."""
+    """Fresh uniform sources per position and component; in {0, 1} when binomial, the delta's
+    uniform still (G5).
+    """
     drawn = {}
     for name, g in importances.items():
         s = uniform(g, g.shape, generator)
@@ -64,9 +84,9 @@ def fixed_masks(
 ) -> dict[str, Mask]:
     """Masks of the sources that need neither a fresh stochastic draw nor an adversary.
 
-    ones: every component on. ci: m = g. zeros: nothing on. random: uniform masks, whatever the importance.
-    rounded: m = 1 where g exceeds the threshold, else 0. All of them switch the delta component off: with it on,
-    `ones` would be the target itself (D5).
+    ones: every component on. ci: m = g. zeros: nothing on. random: uniform masks, whatever the
+    importance. rounded: m = 1 where g exceeds the threshold, else 0. All of them switch the delta
+    component off: with it on, `ones` would be the target itself (D5).
     """
     match kind:
         case "ones":
@@ -76,7 +96,9 @@ def fixed_masks(
         case "zeros":
             return {name: Mask(torch.zeros_like(g), 0.0) for name, g in importances.items()}
         case "random":
-            return {name: Mask(uniform(g, g.shape, generator), 0.0) for name, g in importances.items()}
+            return {
+                name: Mask(uniform(g, g.shape, generator), 0.0) for name, g in importances.items()
+            }
         case "rounded":
             return {name: Mask((g > threshold).to(g.dtype), 0.0) for name, g in importances.items()}
         case _:
@@ -91,11 +113,12 @@ def draw_routes(
 ) -> Iterator[Routes]:
     """The forward passes a route asks for, each as the sites it decomposes and where.
 
-    all: one pass, everything decomposed. layerwise: one pass a site, that site alone. subset: one pass, at each
-    position a uniformly random number of sites, chosen uniformly (M1). static: one pass, each site and position with a
-    given probability.
+    all: one pass, everything decomposed. layerwise: one pass a site, that site alone. subset: one
+    pass, at each position a uniformly random number of sites, chosen uniformly (M1). static: one
+    pass, each site and position with a given probability.
     """
-    names, like = list(importances), next(iter(importances.values()))
+    names = list(importances)
+    like = next(iter(importances.values()))
     positions = like.shape[:-1]
     match kind:
         case "all":
@@ -105,16 +128,20 @@ def draw_routes(
                 yield {name: None}
         case "subset":
             rank = uniform(like, (len(names), *positions), generator).argsort(0).argsort(0)
-            size = torch.randint(1, len(names) + 1, positions, generator=generator, device=like.device)
+            size = torch.randint(
+                1, len(names) + 1, positions, generator=generator, device=like.device
+            )
             yield dict(zip(names, rank < size, strict=True))
         case "static":
             yield {name: uniform(like, positions, generator) < probability for name in names}
 
 
 def decomposed_rows(route: Routes) -> Rows:
-    """The positions that a route decomposes, by number, so that the others cost nothing; and a few of these.
+    """The positions that a route decomposes, by number, so that the others cost nothing; and a few
+    of these.
 
-    Empty where it decomposes all, and on other devices than a processor: they would have to wait for the numbers.
+    Empty where it decomposes all, and on other devices than a processor: they would have to wait
+    for the numbers.
     """
     if any(where is None or where.device.type != "cpu" for where in route.values()):
         return {}
@@ -124,7 +151,8 @@ def decomposed_rows(route: Routes) -> Rows:
 def _rounded(where: Tensor) -> Tensor:
     """The positions where that is true, and others up to a round number, one of 16.
 
-    Kernels of matrix products are rebuilt for every new size, which takes longer than such a product.
+    Kernels of matrix products are rebuilt for every new size, which takes longer than such a
+    product.
     """
     found = where.nonzero()[:, 0]
     missing = -len(found) % max(1, len(where) // SIZES)
@@ -136,7 +164,10 @@ def gathered(values: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
 
     `index_select` and not an index: on a processor its backward pass takes a fifth of the time.
     """
-    return {n: v if n not in rows else v.flatten(0, -2).index_select(0, rows[n]) for n, v in values.items()}
+    return {
+        n: v if n not in rows else v.flatten(0, -2).index_select(0, rows[n])
+        for n, v in values.items()
+    }
 
 
 def widened(route: Routes, samples: Tensor) -> Routes:

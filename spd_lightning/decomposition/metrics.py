@@ -1,7 +1,8 @@
 """Figures that say how good a decomposition is (section E of docs/method.md).
 
-Three kinds: against known truth (MMCS, ML2R, identity and dense error), about importances (L0, firing, mean), and about
-the output under the maskings of section M. All are pure functions; sums over batches and devices are the caller's.
+Three kinds: against known truth (MMCS, ML2R, identity and dense error), about importances (L0,
+firing, mean), and about the output under the maskings of section M. All are pure functions; sums
+over batches and devices are the caller's.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ REMNANT = 0.05
 """The share of its site's largest norm up to which a component is but a remnant."""
 
 
-# ---- against known truth --------------------------------------------------------------------------------------------
+# ---- against known truth -------------------------------------------------------------------------
 
 
 def component_norms(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> Float[Tensor, " C"]:
@@ -35,17 +36,20 @@ def component_norms(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> 
 def sizeable(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> Bool[Tensor, " C"]:
     """Mark the components whose norm is above 5 % of the site's largest."""
     norms = component_norms(V, U)
-    return ~(norms <= REMNANT * norms.max()) | ~(norms.max() > 0)  # all, where all are zero or not a number
+    return ~(norms <= REMNANT * norms.max()) | ~(
+        norms.max() > 0
+    )  # all, where all are zero or not a number
 
 
 def column_match(
     W: Float[Tensor, "d_out d_in"], V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """MMCS and ML2R: does one component write each column of W, in direction and in size? (SPD, section 3)
+    """MMCS and ML2R: does one component write each column of W, in direction and in size? (SPD,
+    section 3)
 
-    For column j, the component whose column `U[c] V[j, c]` has the highest cosine with `W[:, j]`; returns the mean
-    cosine and the mean ratio of norms. Only sizeable components compete, or a remnant could win the cosine and spoil
-    the ratio. Columns of W that are zero are left out.
+    For column j, the component whose column `U[c] V[j, c]` has the highest cosine with `W[:, j]`;
+    returns the mean cosine and the mean ratio of norms. Only sizeable components compete, or a
+    remnant could win the cosine and spoil the ratio. Columns of W that are zero are left out.
     """
     alive = sizeable(V, U)
     directions = torch.nn.functional.normalize(U[alive], dim=1)
@@ -59,22 +63,29 @@ def column_match(
 
 
 def identity_order(importances: Float[Tensor, "features C"]) -> Int[Tensor, " C"]:
-    """The order of components that makes a matrix of importances look most like the identity (Hungarian assignment).
+    """The order of components that makes a matrix of importances look most like the identity
+    (Hungarian assignment).
 
     Components that match no feature follow, the most important first.
     """
     given = importances.detach().cpu().nan_to_num()
     rows, columns = linear_sum_assignment(given.numpy(), maximize=True)
     first = torch.as_tensor(columns[rows.argsort()])
-    rest = torch.tensor([c for c in range(importances.shape[1]) if c not in set(first.tolist())], dtype=torch.long)
+    rest = torch.tensor(
+        [c for c in range(importances.shape[1]) if c not in set(first.tolist())], dtype=torch.long
+    )
     total = given.sum(0)
     return torch.cat([first, rest[total[rest].argsort(descending=True)]])
 
 
 def identity_error(importances: Float[Tensor, "features C"]) -> int:
-    """How many importances, features fed alone and components permuted, are off the identity by more than 0.1."""
+    """How many importances, features fed alone and components permuted, are off the identity by
+    more than 0.1.
+    """
     features, C = importances.shape
-    padded = torch.nn.functional.pad(importances.detach().cpu(), (0, max(0, features - C)))  # idle ones where few
+    padded = torch.nn.functional.pad(
+        importances.detach().cpu(), (0, max(0, features - C))
+    )  # idle ones where few
     ordered = padded[:, identity_order(padded)]
     return int((~((ordered - torch.eye(*ordered.shape)).abs() <= TOLERANCE)).sum())
 
@@ -82,15 +93,15 @@ def identity_error(importances: Float[Tensor, "features C"]) -> int:
 def dense_error(importances: Float[Tensor, "features C"], k: int) -> int:
     """How far importances are from k components that serve all features together and none besides.
 
-    Columns are ordered by their sums: each of the first k without an entry of at least 0.9 counts one, and so does
-    every entry above 0.1 after them.
+    Columns are ordered by their sums: each of the first k without an entry of at least 0.9 counts
+    one, and so does every entry above 0.1 after them.
     """
     ordered = importances[:, importances.sum(0).argsort(descending=True)]
     idle = (ordered[:, :k].amax(0) < 1 - TOLERANCE).sum() + max(0, k - ordered.shape[1])
     return int(idle + (ordered[:, k:] > TOLERANCE).sum())
 
 
-# ---- importances ----------------------------------------------------------------------------------------------------
+# ---- importances ---------------------------------------------------------------------------------
 
 
 def firings(importances: Float[Tensor, "... C"], threshold: float) -> Bool[Tensor, "... C"]:
@@ -103,7 +114,7 @@ def l0(importances: Float[Tensor, "... C"], threshold: float) -> Float[Tensor, "
     return firings(importances, threshold).sum(-1).double().mean()
 
 
-# ---- output under the maskings --------------------------------------------------------------------------------------
+# ---- output under the maskings -------------------------------------------------------------------
 
 
 class Part(NamedTuple):
@@ -126,12 +137,14 @@ def masked_outputs(
     threshold: float,
     part: Part = Part(),  # noqa: B008
 ) -> Iterator[tuple[Masking, Tensor]]:
-    """The model's output under each of the six maskings of section E, everything decomposed; one at a time.
+    """The model's output under each of the six maskings of section E, everything decomposed; one at
+    a time.
 
-    `unmasked` has every component on and the delta component off; with that on too, it would be the target (D5).
+    `unmasked` has every component on and the delta component off; with that on too, it would be the
+    target (D5).
 
-    generator: where two devices hold parts of a batch, the same on both; draws are made for the whole batch, so that
-        they do not depend on how it is cut.
+    generator: where two devices hold parts of a batch, the same on both; draws are made for the
+        whole batch, so that they do not depend on how it is cut.
     """
     for masking in MASKINGS:
         masks = _masks(masking, importances, generator, threshold, model.delta, part)

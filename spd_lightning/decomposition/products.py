@@ -1,8 +1,9 @@
 """Matrix products in training: the same numbers as `x @ w`, by the quickest kernel at hand.
 
-On processors torch hands single precision to MKL, which keeps to half-width vectors on chips of other makers; oneDNN,
-which comes with torch too, uses the whole width: 2.2 times the speed on an AMD EPYC, the same on Intel's. What its
-kernel does not know (other precisions and devices, autocast, batched gradients, tiny matrices) goes the plain way.
+On processors torch hands single precision to MKL, which keeps to half-width vectors on chips of
+other makers; oneDNN, which comes with torch too, uses the whole width: 2.2 times the speed on an
+AMD EPYC, the same on Intel's. What its kernel does not know (other precisions and devices,
+autocast, batched gradients, tiny matrices) goes the plain way.
 """
 
 from typing import Any
@@ -14,7 +15,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 SMALL = 1 << 20
 """Multiplications below which the detour costs more than it saves."""
-KERNEL = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+KERNEL = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,7 +39,12 @@ class Linear(nn.Linear):
 
 def _plain(x: Tensor, w: Tensor) -> bool:
     single = x.dtype == w.dtype == torch.float32 and x.device.type == "cpu"
-    if KERNEL is None or not single or x.numel() * w.shape[-1] < SMALL or torch.is_autocast_enabled("cpu"):
+    if (
+        KERNEL is None
+        or not single
+        or x.numel() * w.shape[-1] < SMALL
+        or torch.is_autocast_enabled("cpu")
+    ):
         return True
     return is_in_torch_dispatch_mode()  # whoever counts operations should see one that it knows
 

@@ -1,1 +1,3 @@
-"""`trainer.predict` to rows: each harvester is a Lightning callback, and several share one pass over the prompts."""
+"""`trainer.predict` to rows: each harvester is a Lightning callback, and several share one pass
+over the prompts.
+"""

@@ -1,4 +1,6 @@
-"""Checks of harvested graphs as rows: some edges tried by intervention, and what each prompt's graph is worth."""
+"""Checks of harvested graphs as rows: some edges tried by intervention, and what each prompt's
+graph is worth.
+"""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor
 
 from spd_lightning.attribution.checks import Checks, Graphs, Inflow
-from spd_lightning.attribution.graph import EdgeTable, Layer, joined
-from spd_lightning.attribution.pruning import MOST, bounded, no_edges
+from spd_lightning.attribution.graph import EdgeTable, Layer, LazyEdges, joined, no_edges
+from spd_lightning.attribution.pruning import MAX_EDGES, prune_edges
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.harvest.rows import array
 from spd_lightning.store import AGREEMENT, TABLES, finite
@@ -22,34 +24,45 @@ FACTOR = 0.0
 """Sources are switched off."""
 
 
-class Weighed(NamedTuple):
-    """The graphs of a batch of prompts: the edges that stay, how many there were, and the gap of each prompt."""
+class PrunedGraphs(NamedTuple):
+    """The graphs of a batch of prompts: the edges that stay, the number before pruning, and the gap
+    of each prompt.
+    """
 
     tables: list[EdgeTable]
     total: Tensor
     gaps: Tensor
 
 
-def weighed(
-    model: ComponentModel, layers: list[Layer], graphs: Iterable[Iterable[EdgeTable]], at_least: float, most: int = MOST
-) -> Weighed:
-    """Leaves weak edges out, and counts and adds up all of them before that; `most` edges of a prompt stay at most."""
-    inflow, total = Inflow(model, layers), torch.zeros(len(layers[0].nodes), dtype=torch.long)
+def prune_and_count(
+    model: ComponentModel,
+    layers: list[Layer],
+    graphs: Iterable[LazyEdges],
+    min_share: float,
+    max_edges: int = MAX_EDGES,
+) -> PrunedGraphs:
+    """Prune the graphs of a batch of prompts; before that, count all edges, and add them up for the
+    gap.
+    """
+    inflow = Inflow(model, layers)
+    total = torch.zeros(len(layers[0].nodes), dtype=torch.long)
 
-    def seen(table: EdgeTable) -> None:
+    def observe(table: EdgeTable) -> None:
         inflow.add(table)
-        total.add_(counted(table, len(total)))
+        total.add_(edges_per_prompt(table, len(total)))
 
-    kept = list[EdgeTable]()
-    for parts in graphs:
-        table, share = bounded(parts, at_least, most, seen)
-        kept.append(table)
-        if share > at_least:
+    tables = list[EdgeTable]()
+    for edges in graphs:
+        table, share = prune_edges(edges, min_share, max_edges, observe)
+        tables.append(table)
+        if share > min_share:
             log.warning(
-                "a graph has too many edges for the memory: those below %.2g of all that enters their target are left "
-                "out; choose at_least or threshold higher yourself", share,
-            )  # fmt: skip
-    return Weighed(kept, total, inflow.gaps())
+                "a graph has too many edges to hold in memory; edges below a share of %.2g of what "
+                "enters their "
+                "target are left out. Raise min_share or threshold to choose this yourself.",
+                share,
+            )
+    return PrunedGraphs(tables, total, inflow.gaps())
 
 
 def largest_gap(gaps: Tensor) -> float:
@@ -57,8 +70,8 @@ def largest_gap(gaps: Tensor) -> float:
     return float(gaps.detach().nan_to_num(0.0).max())
 
 
-def counted(table: EdgeTable, prompts: int) -> Tensor:
-    """How many edges each prompt has."""
+def edges_per_prompt(table: EdgeTable, prompts: int) -> Tensor:
+    """Count the edges of each prompt."""
     return torch.bincount(table.prompt, minlength=prompts).cpu()
 
 
@@ -71,10 +84,13 @@ class Drawn(NamedTuple):
 
 def drawn(layers: list[Layer], tables: list[EdgeTable], ids: list[int], count: int) -> Drawn:
     """Up to `count` edges of each prompt; which ones is a function of the prompt alone."""
-    graphs, found = Graphs(layers), list[EdgeTable]()
+    graphs = Graphs(layers)
+    found = list[EdgeTable]()
     for table in tables:
         for prompt, part in apart(table):
-            found.append(graphs.drawn(part, count, torch.Generator().manual_seed(ids[prompt] % 2**63)))
+            found.append(
+                graphs.drawn(part, count, torch.Generator().manual_seed(ids[prompt] % 2**63))
+            )
     table = joined(found) if found else no_edges()
     return Drawn(table, graphs.checks(table))
 
@@ -101,23 +117,35 @@ def apart(table: EdgeTable) -> Iterator[tuple[int, EdgeTable]]:
     if first == last:
         yield first, table
         return
-    order, counts = table.prompt.argsort(stable=True), counted(table, last + 1).tolist()
+    order = table.prompt.argsort(stable=True)
+    counts = edges_per_prompt(table, last + 1).tolist()
     for prompt, rows in enumerate(order.split(counts)):
         if len(rows):
             yield prompt, EdgeTable(*(column[rows] for column in table))
 
 
-def graph_rows(layers: list[Layer], graphs: Weighed, checks: pl.DataFrame, ids: list[int]) -> pl.DataFrame:
-    """One row a prompt: how large its graph is, by how much it misses what it explains, how its checks went."""
-    written = sum((counted(table, len(ids)) for table in graphs.tables), torch.zeros(len(ids), dtype=torch.long))
+def graph_rows(
+    layers: list[Layer], graphs: PrunedGraphs, checks: pl.DataFrame, ids: list[int]
+) -> pl.DataFrame:
+    """One row a prompt: how large its graph is, by how much it misses what it explains, how its
+    checks went.
+    """
+    written = sum(
+        (edges_per_prompt(table, len(ids)) for table in graphs.tables),
+        torch.zeros(len(ids), dtype=torch.long),
+    )
     frame = pl.DataFrame(
         {
             "prompt_id": pl.Series(ids, dtype=pl.UInt64),
-            "nodes": array(torch.stack([layer.nodes.flatten(1).sum(1) for layer in layers]).sum(0), np.uint32),
+            "nodes": array(
+                torch.stack([layer.nodes.flatten(1).sum(1) for layer in layers]).sum(0), np.uint32
+            ),
             "edges": array(written, np.uint32),
             "edges_total": array(graphs.total, np.uint32),
             "gap": array(graphs.gaps, np.float64),
         }
     ).with_columns(gap=finite(pl.col("gap")))
     tried = checks.group_by("prompt_id").agg(**AGREEMENT)
-    return frame.join(tried, on="prompt_id", how="left").with_columns(pl.col("checked").fill_null(0))
+    return frame.join(tried, on="prompt_id", how="left").with_columns(
+        pl.col("checked").fill_null(0)
+    )

@@ -1,8 +1,10 @@
-"""Sparse circuits: for every prompt the smallest graph that answers one question, and how small against how good.
+"""Sparse circuits: for every prompt the smallest graph that answers one question, and how small
+against how good.
 
-For each batch of prompts: importances are optimized under every λ (section A of docs/method.md); of each prompt one λ
-is taken, and its graph written as `PromptGraphs` writes one, with the optimized importances for masks and nodes and
-the outputs of the asked position alone. The table `frontier` has all λs, chosen or not.
+For each batch of prompts: importances are optimized under every λ (section A of docs/method.md); of
+each prompt one λ is taken, and its graph written as `PromptGraphs` writes one, with the optimized
+importances for masks and nodes and the outputs of the asked position alone. The table `frontier`
+has all λs, chosen or not.
 """
 
 from collections.abc import Mapping
@@ -16,12 +18,12 @@ from torch import Tensor
 
 from spd_lightning.attribution.circuit_objective import CircuitSearch, suited
 from spd_lightning.attribution.circuit_search import Frontier, chosen, optimize
-from spd_lightning.attribution.graph import MODES, ModeName, Subject, known_mode
+from spd_lightning.attribution.graph import MODES, GraphSpec, ModeName, check_mode
 from spd_lightning.attribution.outputs import OutputNodes, every_output
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import check_range
-from spd_lightning.harvest.checks import largest_gap, weighed
+from spd_lightning.harvest.checks import largest_gap, prune_and_count
 from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.rows import (
     Names,
@@ -45,18 +47,20 @@ HELD = 4
 
 
 class SparseCircuits(Harvester):
-    """Writes the optimized graph of every prompt: tables prompts, nodes, edges, outputs, components, frontier.
+    """Writes the optimized graph of every prompt: tables prompts, nodes, edges, outputs,
+    components, frontier.
 
-    Of the λs that are tried, the one with the fewest nodes is taken whose label probability under adversarial masks is
-    at least a share of the target's; where none is, the one with the highest. (On vectors: the share of the outputs'
-    mean square.)
+    Of the λs that are tried, the one with the fewest nodes is taken whose label probability under
+    adversarial masks is at least a share of the target's; where none is, the one with the highest.
+    (On vectors: the share of the outputs' mean square.)
 
     Args:
         search: how circuits are looked for; its adversary's steps stand in the table.
         share: of the target's answer that the adversary has to leave.
         mode: the graph's kind (A5).
         threshold: importance above which a component is a node of the graph.
-        at_least: edges below this share of all that enters their target, sizes added up, are not written.
+        at_least: edges below this share of all that enters their target, sizes added up, are not
+            written.
         name: the harvest's folder below `<run>/harvest/`.
     """
 
@@ -72,17 +76,27 @@ class SparseCircuits(Harvester):
         super().__init__(name)
         check_range("SparseCircuits", least=0, below=1, share=share, at_least=at_least)
         check_range("SparseCircuits", least=0, most=1, threshold=threshold)
-        self.search, self.share = search or CircuitSearch(), share
-        self.mode: ModeName = known_mode(mode, "SparseCircuits")
+        self.search = search or CircuitSearch()
+        self.share = share
+        self.mode: ModeName = check_mode(mode, "SparseCircuits")
         self.threshold, self.at_least = threshold, at_least
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
         """Everything that the rows depend on."""
         own = {"harvest": self.name, "mode": self.mode, "choices": asdict(MODES[self.mode])}
-        settings = {"mode": self.mode, "threshold": self.threshold, "at_least": self.at_least, "share": self.share}
+        settings = {
+            "mode": self.mode,
+            "threshold": self.threshold,
+            "at_least": self.at_least,
+            "share": self.share,
+        }
         own |= {"threshold": self.threshold, "at_least": self.at_least}
         own |= {"config": settings | {"search": asdict(self.search)}}
-        return about(module) | own | {"layers": layer_names(module.model, MODES[self.mode].linearization == "frozen")}
+        return (
+            about(module)
+            | own
+            | {"layers": layer_names(module.model, MODES[self.mode].linearization == "frozen")}
+        )
 
     def refuse(self, module: Decomposition, prompts: Prompts) -> None:
         """Also the search has to suit the prompts."""
@@ -93,18 +107,21 @@ class SparseCircuits(Harvester):
         """Every λ of every prompt is a row of one batch."""
         return max(1, super().at_once(model, inputs) // (HELD * (1 + len(self.search.lambdas))))
 
-    def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
+    def rows(
+        self, module: Decomposition, prompts: Prompts, ids: list[int]
+    ) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the circuits of a batch of prompts."""
-        inputs, (importances, frontier) = prompts.inputs, optimize(module.model, prompts.inputs, self.search)
+        inputs = prompts.inputs
+        (importances, frontier) = optimize(module.model, prompts.inputs, self.search)
         best = chosen(frontier, self.share)
         g = {site: held[best] for site, held in importances.items()}
         runs = both_runs(module.model, inputs, g)
         label = None if frontier.label is None else frontier.label[best]
         runs = runs._replace(nodes=asked(runs, self.search.position, label))
-        of = Subject(module.model, inputs, g, MODES[self.mode], self.threshold, runs.nodes)
-        layers, parts = twin_of(module.model, of.mode).parts(of)
-        graphs = weighed(module.model, layers, parts, self.at_least)
-        if of.frozen:
+        spec = GraphSpec(module.model, inputs, g, MODES[self.mode], self.threshold, runs.nodes)
+        layers, parts = twin_of(module.model, spec.mode).parts(spec)
+        graphs = prune_and_count(module.model, layers, parts, self.at_least)
+        if spec.frozen:
             self.missed(largest_gap(graphs.gaps))
         pos = 0 if inputs.is_floating_point() else self.search.position % inputs.shape[1]
         return {
@@ -113,12 +130,16 @@ class SparseCircuits(Harvester):
             "edges": edge_rows(graphs.tables, ids),
             "outputs": output_rows(runs, ids, self.names),
             "components": component_rows(module, layers, self.threshold),
-            "frontier": frontier_rows(frontier, best, ids, pos, self.search.judge.steps, self.names),
+            "frontier": frontier_rows(
+                frontier, best, ids, pos, self.search.judge.steps, self.names
+            ),
         }
 
 
 def asked(runs: Runs, position: int, label: Tensor | None) -> OutputNodes:
-    """The outputs in question: at one position the label and what else is likely there; on vectors all of them."""
+    """The outputs in question: at one position the label and what else is likely there; on vectors
+    all of them.
+    """
     if label is None:
         return every_output
     likely = runs.nodes(runs.ci)
@@ -129,7 +150,12 @@ def asked(runs: Runs, position: int, label: Tensor | None) -> OutputNodes:
 
 
 def frontier_rows(
-    frontier: Frontier, best: list[int], ids: list[int], pos: int, adversary_steps: int, names: Names
+    frontier: Frontier,
+    best: list[int],
+    ids: list[int],
+    pos: int,
+    adversary_steps: int,
+    names: Names,
 ) -> pl.DataFrame:
     """One row a prompt and λ; that of the importance function itself has none."""
     rows = len(frontier.prompt)
@@ -148,6 +174,10 @@ def frontier_rows(
     }
     columns |= {f"loss_{masks}": array(loss) for masks, loss in frontier.loss.items()}
     for masks in ("target", "ci", "stochastic", "adversarial"):
-        columns[f"p_{masks}"] = None if frontier.probability is None else array(frontier.probability[masks])
-    types = {"label": pl.UInt32, "token": pl.String} | {n: pl.Float32 for n in columns if n.startswith("p_")}
+        columns[f"p_{masks}"] = (
+            None if frontier.probability is None else array(frontier.probability[masks])
+        )
+    types = {"label": pl.UInt32, "token": pl.String} | {
+        n: pl.Float32 for n in columns if n.startswith("p_")
+    }
     return pl.DataFrame(columns, schema_overrides=types)

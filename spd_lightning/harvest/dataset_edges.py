@@ -1,7 +1,9 @@
-"""Dataset edges: what the edges of prompt graphs add up to over a corpus, as tables that add up further.
+"""Dataset edges: what the edges of prompt graphs add up to over a corpus, as tables that add up
+further.
 
-For each batch of prompts: importances of the clean run choose the nodes, closed forms or batched products are summed by
-pairs of components (section A of docs/method.md). No graph is kept. What the sums are divided by, readers decide.
+For each batch of prompts: importances of the clean run choose the nodes, closed forms or batched
+products are summed by pairs of components (section A of docs/method.md). No graph is kept. What the
+sums are divided by, readers decide.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +15,9 @@ import numpy as np
 import polars as pl
 from torch import Tensor
 
-from spd_lightning.attribution.closed_form.trace import why_not
+from spd_lightning.attribution.closed_form.trace import closed_form_obstacle
 from spd_lightning.attribution.dataset_edges import NodeSums, PairSums, sums_gap
-from spd_lightning.attribution.graph import MODES, ModeName, Subject, known_mode
+from spd_lightning.attribution.graph import MODES, GraphSpec, ModeName, check_mode
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, check_range, nearest
@@ -33,7 +35,8 @@ class DatasetEdges(Harvester):
         mode: whose edges (A5): of graphs unmasked, ci_masked, frozen, or reference.
         threshold: importance above which a component is a node; readers cannot raise it.
         layers: patterns of the layers between which edges are wanted: sites, embeddings, `output`.
-        group: prompts that are summed before they are written; a killed harvest loses the work of fewer than these.
+        group: prompts that are summed before they are written; a killed harvest loses the work of
+            fewer than these.
         name: the harvest's folder below `<run>/harvest/`; "dataset-<mode>" if omitted.
     """
 
@@ -47,8 +50,9 @@ class DatasetEdges(Harvester):
     ):
         super().__init__(name or f"dataset-{mode}", group)
         check_range("DatasetEdges", least=0, most=1, threshold=threshold)
-        self.mode: ModeName = known_mode(mode, "DatasetEdges")
-        self.threshold, self.layers = threshold, list(layers)
+        self.mode: ModeName = check_mode(mode, "DatasetEdges")
+        self.threshold = threshold
+        self.layers = list(layers)
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
         """Everything that the rows depend on.
@@ -57,28 +61,43 @@ class DatasetEdges(Harvester):
             BadInput: a pattern matches no layer.
         """
         settings = {"mode": self.mode, "threshold": self.threshold, "layers": self.layers}
-        own = {"harvest": self.name, "mode": self.mode, "choices": asdict(MODES[self.mode]), "corpus": True}
+        own = {
+            "harvest": self.name,
+            "mode": self.mode,
+            "choices": asdict(MODES[self.mode]),
+            "corpus": True,
+        }
         names = layer_names(module.model, MODES[self.mode].linearization == "frozen")
         for pattern in self.layers:
             if not any(fnmatch(name, pattern) for name in names):
-                raise BadInput(f"layers '{pattern}' in DatasetEdges: no such layer; {nearest(pattern, names)}")
+                raise BadInput(
+                    f"layers '{pattern}' in DatasetEdges: no such layer; {nearest(pattern, names)}"
+                )
         own |= {"threshold": self.threshold, "config": settings, "layers": names}
         return about(module) | own | {"token_layers": token_layers(module.model)}
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
         """Where edges have no closed form, those across positions are all held at once."""
         mode = MODES[self.mode]
-        if inputs.is_floating_point() or why_not(twin_of(model, mode).model, mode) is None:
+        if (
+            inputs.is_floating_point()
+            or closed_form_obstacle(twin_of(model, mode).model, mode) is None
+        ):
             return super().at_once(model, inputs)
         return min(super().at_once(model, inputs), max(1, PAIRS // inputs.shape[1] ** 2))
 
-    def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
+    def rows(
+        self, module: Decomposition, prompts: Prompts, ids: list[int]
+    ) -> Mapping[str, pl.DataFrame]:
         """The sums over a batch of prompts."""
-        runs, mode = both_runs(module.model, prompts.inputs), MODES[self.mode]
-        of = Subject(module.model, prompts.inputs, runs.importances, mode, self.threshold, runs.nodes)
-        nodes, pairs = twin_of(module.model, mode).sums(of, self._wanted)
-        names = layer_names(module.model, of.frozen)
-        if of.frozen and all(self._wanted(layer) for layer in names):
+        runs = both_runs(module.model, prompts.inputs)
+        mode = MODES[self.mode]
+        spec = GraphSpec(
+            module.model, prompts.inputs, runs.importances, mode, self.threshold, runs.nodes
+        )
+        nodes, pairs = twin_of(module.model, mode).sums(spec, self._wanted)
+        names = layer_names(module.model, spec.frozen)
+        if spec.frozen and all(self._wanted(layer) for layer in names):
             self.missed(sums_gap(module.model, nodes, pairs))
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
@@ -91,9 +110,15 @@ class DatasetEdges(Harvester):
 
 
 def token_layers(model: ComponentModel) -> list[str]:
-    """The layers whose components are tokens: embeddings of the whole vocabulary that are not sites, and the output."""
+    """The layers whose components are tokens: embeddings of the whole vocabulary that are not
+    sites, and the output.
+    """
     vocab = getattr(model.target, "vocab", None)
-    found = [name for module, name in embeddings(model).items() if getattr(module, "num_embeddings", None) == vocab]
+    found = [
+        name
+        for module, name in embeddings(model).items()
+        if getattr(module, "num_embeddings", None) == vocab
+    ]
     return [*found, "output"] if vocab else []
 
 
@@ -102,10 +127,16 @@ def pair_rows(pairs: Sequence[PairSums], names: list[str]) -> pl.DataFrame:
     frames = [
         pl.DataFrame(
             {
-                "source_kind": pl.repeat(pair.kind, len(pair.edges), dtype=pl.Enum(KINDS), eager=True),
-                "source_layer": pl.repeat(pair.source_layer, len(pair.edges), dtype=pl.Enum(names), eager=True),
+                "source_kind": pl.repeat(
+                    pair.kind, len(pair.edges), dtype=pl.Enum(KINDS), eager=True
+                ),
+                "source_layer": pl.repeat(
+                    pair.source_layer, len(pair.edges), dtype=pl.Enum(names), eager=True
+                ),
                 "source": array(pair.source, np.uint32),
-                "target_layer": pl.repeat(pair.target_layer, len(pair.edges), dtype=pl.Enum(names), eager=True),
+                "target_layer": pl.repeat(
+                    pair.target_layer, len(pair.edges), dtype=pl.Enum(names), eager=True
+                ),
                 "target": array(pair.target, np.uint32),
                 "edges": array(pair.edges, np.uint64),
                 "sum": array(pair.total, np.float64),

@@ -1,8 +1,8 @@
 """Prompt graphs: the attribution graph of every prompt, as tables.
 
-For each batch of prompts: importances of the clean run choose the nodes, closed forms or one cut run give all edges
-between them (section A of docs/method.md), and a run under the importances themselves gives the outputs. Some edges are
-tried by intervention.
+For each batch of prompts: importances of the clean run choose the nodes, closed forms or one cut
+run give all edges between them (section A of docs/method.md), and a run under the importances
+themselves gives the outputs. Some edges are tried by intervention.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,21 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.attribution.closed_form.heads import no_heads
-from spd_lightning.attribution.graph import MODES, ModeName, Subject, Threshold, known_mode
+from spd_lightning.attribution.closed_form.heads import head_edges_obstacle
+from spd_lightning.attribution.graph import MODES, GraphSpec, ModeName, Threshold, check_mode
 from spd_lightning.attribution.outputs import OutputNodes, every_output
-from spd_lightning.attribution.pruning import MOST
+from spd_lightning.attribution.pruning import MAX_EDGES
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, check_range
-from spd_lightning.harvest.checks import FACTOR, check_rows, drawn, graph_rows, largest_gap, weighed
+from spd_lightning.harvest.checks import (
+    FACTOR,
+    check_rows,
+    drawn,
+    graph_rows,
+    largest_gap,
+    prune_and_count,
+)
 from spd_lightning.harvest.explained import Explained, thresholds
 from spd_lightning.harvest.module import PAIRS, Harvester
 from spd_lightning.harvest.rows import (
@@ -46,19 +53,24 @@ TOGETHER = 1 << 27
 
 
 class PromptGraphs(Harvester):
-    """Writes the attribution graph of every prompt: tables prompts, nodes, edges, checks, graphs, outputs, components.
+    """Writes the attribution graph of every prompt: tables prompts, nodes, edges, checks, graphs,
+    outputs, components.
 
     Args:
         mode: the graph's kind (A5): unmasked, ci_masked, frozen (in-edges add up), or reference.
-        threshold: importance above which a component is a node; 0 keeps all that matter at all, readers may raise it.
-        at_least: edges below this share of all that enters their target, sizes added up, are not written.
-        outputs: which outputs of a language model are nodes, standing for what; likely tokens' logits if left out.
-        nodes: only these components, `layer:component`, `layer:pos:component` or a pattern of layers; all if left out.
-        checks: how many written edges of each prompt to try by switching their source off, drawn by their size; 0 for
-            none.
-        heads: whether to write the table `head_edges` too: what each head adds to each written edge through attention;
-            weak heads of an edge stay, so that they add up. Only where graphs have a closed form and all attention is
-            decomposed.
+        threshold: importance above which a component is a node; 0 keeps all that matter at all,
+            readers may raise it.
+        at_least: edges below this share of all that enters their target, sizes added up, are not
+            written.
+        outputs: which outputs of a language model are nodes, standing for what; likely tokens'
+            logits if left out.
+        nodes: only these components, `layer:component`, `layer:pos:component` or a pattern of
+            layers; all if left out.
+        checks: how many written edges of each prompt to try by switching their source off, drawn by
+            their size; 0 for none.
+        heads: whether to write the table `head_edges` too: what each head adds to each written edge
+            through attention; weak heads of an edge stay, so that they add up. Only where graphs
+            have a closed form and all attention is decomposed.
         name: the harvest's folder below `<run>/harvest/`; "graphs-<mode>" if omitted.
     """
 
@@ -78,7 +90,7 @@ class PromptGraphs(Harvester):
         check_range("PromptGraphs", least=0, most=1, threshold=threshold)
         check_range("PromptGraphs", least=0, whole=True, checks=checks)
         self.at_least, self.checks, self.heads = at_least, checks, heads
-        self.mode: ModeName = known_mode(mode, "PromptGraphs")
+        self.mode: ModeName = check_mode(mode, "PromptGraphs")
         self.threshold, self.outputs, self.nodes = threshold, outputs, nodes
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
@@ -88,14 +100,28 @@ class PromptGraphs(Harvester):
             BadInput: heads are asked for, and edges cannot be taken apart by them.
         """
         mode = MODES[self.mode]
-        if self.heads and (why := no_heads(twin_of(module.model, mode).model, mode)):
-            raise BadInput(f"heads in PromptGraphs: attention needs its closed form, and {why}; leave them out")
+        if self.heads and (why := head_edges_obstacle(twin_of(module.model, mode).model, mode)):
+            raise BadInput(
+                f"heads in PromptGraphs: attention needs its closed form, and {why}; leave them out"
+            )
         own = {"harvest": self.name, "mode": self.mode, "choices": asdict(mode)}
-        settings = {"mode": self.mode, "threshold": self.threshold, "at_least": self.at_least, "checks": self.checks}
-        settings |= {"outputs": self.outputs and asdict(self.outputs), "nodes": self.nodes and list(self.nodes)}
+        settings = {
+            "mode": self.mode,
+            "threshold": self.threshold,
+            "at_least": self.at_least,
+            "checks": self.checks,
+        }
+        settings |= {
+            "outputs": self.outputs and asdict(self.outputs),
+            "nodes": self.nodes and list(self.nodes),
+        }
         settings |= {"heads": self.heads}
         own |= {"threshold": self.threshold, "at_least": self.at_least, "config": settings}
-        return about(module) | own | {"layers": layer_names(module.model, mode.linearization == "frozen")}
+        return (
+            about(module)
+            | own
+            | {"layers": layer_names(module.model, mode.linearization == "frozen")}
+        )
 
     def refuse(self, module: Decomposition, prompts: Prompts) -> None:
         """Also what is asked for has to be there: components, tokens, positions."""
@@ -109,24 +135,31 @@ class PromptGraphs(Harvester):
             self._outputs(inputs, every_output, output)
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
-        """Edges across positions grow with the square of the length, and are all held until they are written."""
+        """Edges across positions grow with the square of the length, and are all held until they
+        are written.
+        """
         length = 1 if inputs.is_floating_point() else inputs.shape[1]
         each = HEADS if self.heads else 1
         return min(super().at_once(model, inputs), max(1, PAIRS // (each * length**2)))
 
-    def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
+    def rows(
+        self, module: Decomposition, prompts: Prompts, ids: list[int]
+    ) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the graphs of a batch of prompts."""
-        runs, mode = self._runs(module.model, prompts.inputs), MODES[self.mode]
+        runs = self._runs(module.model, prompts.inputs)
+        mode = MODES[self.mode]
         threshold = self._threshold(module.model, runs)
-        of = Subject(module.model, prompts.inputs, runs.importances, mode, threshold, runs.nodes)
+        spec = GraphSpec(
+            module.model, prompts.inputs, runs.importances, mode, threshold, runs.nodes
+        )
         twin = twin_of(module.model, mode)
-        most = min(MOST, TOGETHER // len(ids))
-        layers, parts = twin.parts(of, most)
-        graphs = weighed(module.model, layers, parts, self.at_least, most)
-        if of.frozen:
+        most = min(MAX_EDGES, TOGETHER // len(ids))
+        layers, parts = twin.parts(spec, most)
+        graphs = prune_and_count(module.model, layers, parts, self.at_least, most)
+        if spec.frozen:
             self.missed(largest_gap(graphs.gaps))
         tried = drawn(layers, graphs.tables, ids, self.checks)
-        checks = check_rows(tried, twin.changes(of, tried.checks, FACTOR), ids)
+        checks = check_rows(tried, twin.changes(spec, tried.checks, FACTOR), ids)
         rows = {
             "prompts": prompt_rows(prompts, ids, self.names),
             "nodes": node_rows(layers, ids),
@@ -137,7 +170,7 @@ class PromptGraphs(Harvester):
             "components": component_rows(module, layers, self.threshold),
         }
         if self.heads:
-            rows["head_edges"] = head_rows(twin.heads(of, graphs.tables), ids)
+            rows["head_edges"] = head_rows(twin.heads(spec, graphs.tables), ids)
         return rows
 
     def _runs(self, model: ComponentModel, inputs: Tensor) -> Runs:
@@ -149,7 +182,10 @@ class PromptGraphs(Harvester):
         if self.outputs is None:
             return likely
         if inputs.is_floating_point():
-            raise BadInput("outputs in PromptGraphs: a model on vectors has no tokens, all its outputs are nodes")
+            raise BadInput(
+                "outputs in PromptGraphs: a model on vectors has no tokens, all its outputs are "
+                "nodes"
+            )
         return self.outputs.outputs(likely, output, self.names)
 
     def _threshold(self, model: ComponentModel, runs: Runs) -> Threshold:

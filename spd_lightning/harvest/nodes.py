@@ -1,7 +1,9 @@
-"""Prompt nodes: which components every token of every prompt needs, as tables; no edges, so no backward pass.
+"""Prompt nodes: which components every token of every prompt needs, as tables; no edges, so no
+backward pass.
 
-Two forward passes a batch: a clean one gives importances and inner activations, one under the importances the outputs.
-Activations are those of the clean run, as in graphs of mode `unmasked` (A5), whose nodes are the same.
+Two forward passes a batch: a clean one gives importances and inner activations, one under the
+importances the outputs. Activations are those of the clean run, as in graphs of mode `unmasked`
+(A5), whose nodes are the same.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,10 +35,12 @@ from spd_lightning.training.decompose import Decomposition
 
 
 class PromptNodes(Harvester):
-    """Writes which components every prompt needs, and where: tables prompts, nodes, outputs, components.
+    """Writes which components every prompt needs, and where: tables prompts, nodes, outputs,
+    components.
 
     Args:
-        threshold: importance above which a component is a node; 0 keeps all that matter at all, readers may raise it.
+        threshold: importance above which a component is a node; 0 keeps all that matter at all,
+            readers may raise it.
         name: the harvest's folder below `<run>/harvest/`.
     """
 
@@ -50,7 +54,9 @@ class PromptNodes(Harvester):
         own = {"harvest": self.name, "mode": "nodes", "threshold": self.threshold}
         return about(module) | own | {"config": {"threshold": self.threshold}}
 
-    def rows(self, module: Decomposition, prompts: Prompts, ids: list[int]) -> Mapping[str, pl.DataFrame]:
+    def rows(
+        self, module: Decomposition, prompts: Prompts, ids: list[int]
+    ) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the nodes of a batch of prompts."""
         with torch.no_grad(), embedded(module.model) as vectors:
             runs = both_runs(module.model, prompts.inputs)
@@ -65,7 +71,9 @@ class PromptNodes(Harvester):
 
 @contextmanager
 def embedded(model: ComponentModel) -> Iterator[dict[str, Tensor]]:
-    """While open, what the target's embeddings give in the latest run, by name; those that are sites are left out."""
+    """While open, what the target's embeddings give in the latest run, by name; those that are
+    sites are left out.
+    """
     given: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -74,7 +82,9 @@ def embedded(model: ComponentModel) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for module, name in embeddings(model).items()]
+    handles = [
+        module.register_forward_hook(keep(name)) for module, name in embeddings(model).items()
+    ]
     try:
         yield given
     finally:
@@ -82,10 +92,13 @@ def embedded(model: ComponentModel) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def clean_layers(runs: Runs, inputs: Tensor, vectors: Mapping[str, Tensor], threshold: float) -> list[Layer]:
+def clean_layers(
+    runs: Runs, inputs: Tensor, vectors: Mapping[str, Tensor], threshold: float
+) -> list[Layer]:
     """The layers of a batch of prompts with the values of the clean run, in forward order.
 
-    inputs: [batch, features] or [batch, pos] token ids. vectors: what embeddings give, [(batch,) pos, d].
+    inputs: [batch, features] or [batch, pos] token ids. vectors: what embeddings give, [(batch,)
+    pos, d].
     """
     layers = []
     if inputs.is_floating_point():

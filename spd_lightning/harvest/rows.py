@@ -1,8 +1,11 @@
-"""Rows of a batch of prompts: what every harvest of prompts writes, whatever else it finds out about them.
+"""Rows of a batch of prompts: what every harvest of prompts writes, whatever else it finds out
+about them.
 
-1. *Run* the prompts twice: clean, which gives the importances, and under those importances as masks.
+1. *Run* the prompts twice: clean, which gives the importances, and under those importances as
+   masks.
 2. *Layers* say which entries are nodes (A3) and what their values are; a harvester makes them.
-3. *Rows*: the tables prompts, nodes, edges, outputs and components are read off the two runs and the layers.
+3. *Rows*: the tables prompts, nodes, edges, outputs and components are read off the two runs and
+   the layers.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -31,9 +34,11 @@ Names = Callable[[list[int]], list[str]]
 
 
 class Runs(NamedTuple):
-    """A batch of prompts run clean and under its importances; `nodes` chooses which outputs are nodes (A3).
+    """A batch of prompts run clean and under its importances; `nodes` chooses which outputs are
+    nodes (A3).
 
-    target, ci: outputs [batch, pos, K] of the clean run and under the importances, in single precision or better.
+    target, ci: outputs [batch, pos, K] of the clean run and under the importances, in single
+    precision or better.
     """
 
     clean: Clean
@@ -44,9 +49,12 @@ class Runs(NamedTuple):
 
 
 def both_runs(
-    model: ComponentModel, inputs: Shaped[Tensor, "batch _"], importances: Mapping[str, Tensor] | None = None
+    model: ComponentModel,
+    inputs: Shaped[Tensor, "batch _"],
+    importances: Mapping[str, Tensor] | None = None,
 ) -> Runs:
-    """Run a batch of prompts clean and under importances, the clean run's lower-leaky ones unless told otherwise.
+    """Run a batch of prompts clean and under importances, the clean run's lower-leaky ones unless
+    told otherwise.
 
     inputs: [batch, features] floating point, or [batch, pos] token ids. No gradients.
 
@@ -58,7 +66,10 @@ def both_runs(
         g = model.importances(clean).lower if importances is None else dict(importances)
         places = inputs.shape[:1] if inputs.is_floating_point() else inputs.shape
         if alike := [site for site, values in g.items() if values.shape[:-1] != places]:
-            raise BadInput(f"site '{alike[0]}': it reads the same for all prompts, so none has its own; leave it out")
+            raise BadInput(
+                f"site '{alike[0]}': it reads the same for all prompts, so none has its own; leave "
+                "it out"
+            )
         masked = model.masked(inputs, {site: Mask(v, 0.0) for site, v in g.items()}, clean)
         target, ci = (full(shape3(out)) for out in (clean.output, masked))
         nodes = every_output if inputs.is_floating_point() else likely_tokens(ci.softmax(-1))
@@ -75,17 +86,23 @@ def full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-# ---- what a harvest says of itself ----------------------------------------------------------------------------------
+# ---- what a harvest says of itself ---------------------------------------------------------------
 
 
 def embeddings(model: ComponentModel) -> dict[nn.Module, str]:
     """The embeddings of the target that are not sites, with their names."""
     sites = {site.module for site in model.sites.values()}
-    return {m: n for n, m in model.target.named_modules() if isinstance(m, nn.Embedding) and m not in sites}
+    return {
+        m: n
+        for n, m in model.target.named_modules()
+        if isinstance(m, nn.Embedding) and m not in sites
+    }
 
 
 def about(module: Decomposition) -> dict[str, Any]:
-    """Return the metadata that every harvest of prompts has: the weights' digest, and the layers in forward order."""
+    """Return the metadata that every harvest of prompts has: the weights' digest, and the layers in
+    forward order.
+    """
     tokens = any(isinstance(m, nn.Embedding) for m in module.model.target.modules())
     return {
         "run": module.origin,
@@ -97,11 +114,15 @@ def about(module: Decomposition) -> dict[str, Any]:
 
 
 def layer_names(model: ComponentModel, frozen: bool = False) -> list[str]:
-    """The names of all layers: inputs or embeddings, sites (in frozen graphs also what else adds a bias), output."""
+    """The names of all layers: inputs or embeddings, sites (in frozen graphs also what else adds a
+    bias), output.
+    """
     between = list(model.sites)
     if frozen and (adding := biased(model)):
         order = [name for name, _ in model.target.named_modules()]
-        between = sorted([*between, *adding], key=lambda name: order.index(name.removesuffix(IDENTITY)))
+        between = sorted(
+            [*between, *adding], key=lambda name: order.index(name.removesuffix(IDENTITY))
+        )
     return [*([*embeddings(model).values()] or ["input"]), *between, "output"]
 
 
@@ -110,13 +131,17 @@ def array(tensor: Tensor, dtype: Any = np.float32) -> np.ndarray:
     return full(tensor.detach()).cpu().numpy().astype(dtype, copy=False)
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def prompt_rows(prompts: Prompts, ids: list[int], names: Names) -> pl.DataFrame:
-    """One row a prompt: its token ids and how they look; of vectors, the features that are not zero."""
+    """One row a prompt: its token ids and how they look; of vectors, the features that are not
+    zero.
+    """
     vectors = prompts.inputs.is_floating_point()
-    token_ids = [row.nonzero().flatten().tolist() if vectors else row.tolist() for row in prompts.inputs]
+    token_ids = [
+        row.nonzero().flatten().tolist() if vectors else row.tolist() for row in prompts.inputs
+    ]
     if vectors:
         rows = zip(prompts.inputs.tolist(), token_ids, strict=True)
         tokens = [[f"f{i}={row[i]:.3g}" for i in held] for row, held in rows]
@@ -130,11 +155,14 @@ def prompt_rows(prompts: Prompts, ids: list[int], names: Names) -> pl.DataFrame:
 
 def node_rows(layers: list[Layer], ids: list[int]) -> pl.DataFrame:
     """One row a node."""
-    prompt_ids, names = np.array(ids, dtype=np.uint64), pl.Enum(list(dict.fromkeys(layer.name for layer in layers)))
+    prompt_ids = np.array(ids, dtype=np.uint64)
+    names = pl.Enum(list(dict.fromkeys(layer.name for layer in layers)))
     frames = []
     for layer, numbers in zip(layers, node_numbers(layers), strict=True):
         prompt, pos, component = layer.nodes.nonzero().cpu().numpy().T
-        importance = None if layer.importance is None else pl.Series(array(layer.importance[layer.nodes]))
+        importance = (
+            None if layer.importance is None else pl.Series(array(layer.importance[layer.nodes]))
+        )
         columns = {
             "prompt_id": prompt_ids[prompt],
             "node": array(numbers[layer.nodes], np.uint32),
@@ -170,7 +198,9 @@ def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
 
 
 def _owners(prompt: Tensor, ids: np.ndarray) -> np.ndarray:
-    """The ids of the prompts that edges belong to; closed forms give the edges of one prompt as one number, spread."""
+    """The ids of the prompts that edges belong to; closed forms give the edges of one prompt as one
+    number, spread.
+    """
     if len(prompt) and prompt.stride() == (0,):
         return np.full(len(prompt), ids[int(prompt[0])])
     return ids[prompt.cpu().numpy()]
@@ -185,7 +215,9 @@ def head_rows(tables: Iterable[HeadTable], ids: list[int]) -> pl.DataFrame:
 
 
 def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
-    """Return rows of the table `outputs`: the model's outputs under its importances next to the target's."""
+    """Return rows of the table `outputs`: the model's outputs under its importances next to the
+    target's.
+    """
     chosen = runs.nodes(runs.ci)
     prompt, pos, token = chosen.nonzero().cpu().numpy().T
     columns: dict[str, Any] = {
@@ -196,7 +228,9 @@ def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
     }
     tokens = runs.clean.output.ndim == 3
     for name, logits in (("ci", runs.ci), ("target", runs.target)):
-        probability = (logits - logits.logsumexp(-1, keepdim=True))[chosen].exp() if tokens else None
+        probability = (
+            (logits - logits.logsumexp(-1, keepdim=True))[chosen].exp() if tokens else None
+        )
         columns[f"{name}_probability"] = None if probability is None else array(probability)
         columns[f"{name}_logit"] = array(logits[chosen])
     types = {"token": pl.String, "ci_probability": pl.Float32, "target_probability": pl.Float32}
@@ -211,7 +245,9 @@ def looks(tokens: np.ndarray, names: Names) -> list[str]:
 
 
 def component_rows(module: Decomposition, layers: list[Layer], threshold: float) -> pl.DataFrame:
-    """Additive counts of this batch; norms, and whether they exceed 5 % of the site's largest, are the weights' own."""
+    """Additive counts of this batch; norms, and whether they exceed 5 % of the site's largest, are
+    the weights' own.
+    """
     frames = []
     for layer in layers:
         if layer.kind != "component" or layer.importance is None:

@@ -1,9 +1,11 @@
-"""Graphs of models that have a decoder's parts under other names: the same numbers, without a backward pass.
+"""Graphs of models that have a decoder's parts under other names: the same numbers, without a
+backward pass.
 
-A HuggingFace GPT-2, Llama, Mistral or Qwen2 taken as it is (`hf:`) has a twin, our own decoder with the same weights.
-Where the sites have their places in it, graphs are the twin's, and names stay those of the model. (GPT-2's one map for
-queries, keys and values has none: take such a checkpoint as `decoder:` to have closed forms. In frozen graphs biases of
-maps that are not sites are nodes, so they must have their places too.)
+A HuggingFace GPT-2, Llama, Mistral or Qwen2 taken as it is (`hf:`) has a twin, our own decoder with
+the same weights. Where the sites have their places in it, graphs are the twin's, and names stay
+those of the model. (GPT-2's one map for queries, keys and values has none: take such a checkpoint
+as `decoder:` to have closed forms. In frozen graphs biases of maps that are not sites are nodes, so
+they must have their places too.)
 """
 
 import logging
@@ -17,11 +19,11 @@ from torch import Tensor
 from spd_lightning.attribution.autograd import biased
 from spd_lightning.attribution.checks import Checks, Key, changes
 from spd_lightning.attribution.closed_form.heads import HeadTable, head_edges
-from spd_lightning.attribution.closed_form.trace import why_not
+from spd_lightning.attribution.closed_form.trace import closed_form_obstacle
 from spd_lightning.attribution.dataset_edges import NodeSums, PairSums, dataset_edges
-from spd_lightning.attribution.graph import EdgeTable, Layer, Mode, Subject
-from spd_lightning.attribution.prompt_graphs import graphs_in_parts
-from spd_lightning.attribution.pruning import bounded
+from spd_lightning.attribution.graph import EdgeTable, GraphSpec, Layer, LazyEdges, Mode
+from spd_lightning.attribution.prompt_graphs import lazy_graphs
+from spd_lightning.attribution.pruning import prune_edges
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.targets.conversion import twin
 from spd_lightning.targets.huggingface import HuggingFaceLM
@@ -30,48 +32,61 @@ log = logging.getLogger(__name__)
 
 
 class Twin(NamedTuple):
-    """A decomposed model as graphs are made of it; names: the twin's names of the model's own modules."""
+    """A decomposed model as graphs are made of it; names: the twin's names of the model's own
+    modules.
+    """
 
     model: ComponentModel
     names: dict[str, str]
 
-    def graphs(self, of: Subject, at_least: float = 0.0) -> tuple[list[Layer], Iterator[EdgeTable]]:
+    def graphs(
+        self, spec: GraphSpec, at_least: float = 0.0
+    ) -> tuple[list[Layer], Iterator[EdgeTable]]:
         """Compute `attribution_graphs` of the equivalent decoder, under the model's own names."""
-        layers, graphs = self.parts(of)
-        return layers, (bounded(parts, at_least).table for parts in graphs)
+        layers, graphs = self.parts(spec)
+        return layers, (prune_edges(parts, at_least).table for parts in graphs)
 
-    def parts(self, of: Subject, most: int | None = None) -> tuple[list[Layer], Iterator[Iterable[EdgeTable]]]:
-        """Compute `graphs_in_parts` of the equivalent decoder, under the model's own names."""
-        layers, graphs = graphs_in_parts(self._theirs(of), most)
+    def parts(
+        self, spec: GraphSpec, most: int | None = None
+    ) -> tuple[list[Layer], Iterator[LazyEdges]]:
+        """Compute `lazy_graphs` of the equivalent decoder, under the model's own names."""
+        layers, graphs = lazy_graphs(self._theirs(spec), most)
         return [layer._replace(name=self._own(layer.name)) for layer in layers], graphs
 
-    def heads(self, of: Subject, edges: Iterable[EdgeTable]) -> Iterator[HeadTable]:
+    def heads(self, spec: GraphSpec, edges: Iterable[EdgeTable]) -> Iterator[HeadTable]:
         """Compute `head_edges` for edges of such graphs."""
-        return head_edges(self._theirs(of), edges)
+        return head_edges(self._theirs(spec), edges)
 
     def sums(
-        self, of: Subject, wanted: Callable[[str], bool] = lambda layer: True
+        self, spec: GraphSpec, wanted: Callable[[str], bool] = lambda layer: True
     ) -> tuple[list[NodeSums], list[PairSums]]:
         """Compute `dataset_edges` of the equivalent decoder, under the model's own names."""
         own = self._own
-        nodes, pairs = dataset_edges(self._theirs(of), lambda layer: wanted(own(layer)))
-        ends = ({"source_layer": own(pair.source_layer), "target_layer": own(pair.target_layer)} for pair in pairs)
+        nodes, pairs = dataset_edges(self._theirs(spec), lambda layer: wanted(own(layer)))
+        ends = (
+            {"source_layer": own(pair.source_layer), "target_layer": own(pair.target_layer)}
+            for pair in pairs
+        )
         renamed = [pair._replace(**names) for pair, names in zip(pairs, ends, strict=True)]
         return [node._replace(layer=own(node.layer)) for node in nodes], renamed
 
-    def changes(self, of: Subject, checks: Checks, factor: float) -> Tensor:
+    def changes(self, spec: GraphSpec, checks: Checks, factor: float) -> Tensor:
         """Compute `checks.changes` for edges of such graphs."""
         theirs: list[Key] = [(kind, self.names.get(name, name)) for kind, name in checks.layers]
-        return changes(self._theirs(of), checks._replace(layers=theirs), factor)
+        return changes(self._theirs(spec), checks._replace(layers=theirs), factor)
 
-    def _theirs(self, of: Subject) -> Subject:
+    def _theirs(self, spec: GraphSpec) -> GraphSpec:
         """Return the specification of the same graphs for the equivalent decoder."""
 
         def renamed(sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {self.names.get(name, name): values for name, values in sites.items()}
 
-        threshold = renamed(of.threshold) if isinstance(of.threshold, Mapping) else of.threshold
-        return of._replace(model=self.model, importances=renamed(of.importances), threshold=threshold)
+        threshold = (
+            renamed(spec.threshold) if isinstance(spec.threshold, Mapping) else spec.threshold
+        )
+        return spec._replace(
+            model=self.model, importances=renamed(spec.importances), threshold=threshold
+        )
 
     def _own(self, name: str) -> str:
         return {theirs: own for own, theirs in self.names.items()}.get(name, name)
@@ -79,22 +94,36 @@ class Twin(NamedTuple):
 
 def tell_of_long_way(model: ComponentModel, mode: Mode, harvest: str) -> None:
     """Says why graphs of a language model have no closed form, if that is so."""
-    if hasattr(model.target, "vocab") and (why := why_not(twin_of(model, mode).model, mode)):
-        log.info("harvest %s: no closed forms (%s); edges by batched products: slower, the same numbers", harvest, why)
+    if hasattr(model.target, "vocab") and (
+        why := closed_form_obstacle(twin_of(model, mode).model, mode)
+    ):
+        log.info(
+            "harvest %s: no closed forms (%s); edges by batched products: slower, the same numbers",
+            harvest,
+            why,
+        )
 
 
 def twin_of(model: ComponentModel, mode: Mode) -> Twin:
-    """The quickest form of a decomposed model for graphs of a mode: itself, or a decoder's with the same components."""
-    with torch.inference_mode(False):  # a twin outlives the mode it is made in, and gradients may be asked of it
-        return _twin_of(model, mode, tuple((p.data_ptr(), p._version) for p in model.target.parameters()))
+    """The quickest form of a decomposed model for graphs of a mode: itself, or a decoder's with the
+    same components.
+    """
+    with torch.inference_mode(
+        False
+    ):  # a twin outlives the mode it is made in, and gradients may be asked of it
+        return _twin_of(
+            model, mode, tuple((p.data_ptr(), p._version) for p in model.target.parameters())
+        )
 
 
 @lru_cache(maxsize=2)
 def _twin_of(model: ComponentModel, mode: Mode, weights: tuple[tuple[int, int], ...]) -> Twin:
-    """The same, made once for each state of the target's weights: where they lie, and how often they were changed."""
+    """The same, made once for each state of the target's weights: where they lie, and how often
+    they were changed.
+    """
     del weights
     itself = Twin(model, {})
-    if why_not(model, mode) is None or not isinstance(model.target, HuggingFaceLM):
+    if closed_form_obstacle(model, mode) is None or not isinstance(model.target, HuggingFaceLM):
         return itself
     found = twin(model.target)
     if found is None or not all(name in found[1] for name in model.sites):
@@ -104,5 +133,7 @@ def _twin_of(model: ComponentModel, mode: Mode, weights: tuple[tuple[int, int], 
     other = ComponentModel(decoder, counts, delta=model.delta)
     for name in model.sites:
         other.components[names[name].replace(".", "/")] = model[name]
-    same = mode.linearization != "frozen" or {names.get(name) for name in biased(model)} == set(biased(other))
-    return Twin(other, names) if same and why_not(other, mode) is None else itself
+    same = mode.linearization != "frozen" or {names.get(name) for name in biased(model)} == set(
+        biased(other)
+    )
+    return Twin(other, names) if same and closed_form_obstacle(other, mode) is None else itself

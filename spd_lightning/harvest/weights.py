@@ -34,14 +34,17 @@ Groups = Iterable[list[Link]]
 
 
 def weight_table(
-    model: ComponentModel, at_least: float = AT_LEAST, bar: Callable[[Sequence[list[Link]]], Groups] = iter
+    model: ComponentModel,
+    at_least: float = AT_LEAST,
+    bar: Callable[[Sequence[list[Link]]], Groups] = iter,
 ) -> pl.DataFrame:
     """Return the strongest weights between components, strongest first, whatever the prompt.
 
     Args:
         model: a decoder decomposed, or a HuggingFace model that has a twin.
-        at_least: of the weights of a kind into a component, all sources and heads together, those that are at least
-            this share of the largest. Remnants (norm up to 5 % of their site's largest) have none.
+        at_least: of the weights of a kind into a component, all sources and heads together, those
+            that are at least this share of the largest. Remnants (norm up to 5 % of their site's
+            largest) have none.
         bar: what shows progress through the targets.
 
     Returns:
@@ -51,12 +54,19 @@ def weight_table(
         BadInput: the model is not a supported decoder.
     """
     twin = twin_of(model, MODES["unmasked"])
-    groups = [list(group) for _, group in groupby(links(twin.model), lambda link: (link.target, link.kind))]
+    groups = [
+        list(group)
+        for _, group in groupby(links(twin.model), lambda link: (link.target, link.kind))
+    ]
     frames = [frame for group in bar(groups) for frame in _rows(twin.model, group, at_least)]
     whole = pl.concat([pl.DataFrame(schema=COLUMNS), *frames])
     names = {theirs: own for own, theirs in twin.names.items()}
-    ends = pl.col("source_layer", "target_layer").cast(pl.String).replace(names).cast(pl.Categorical())
-    return whole.with_columns(ends).sort(pl.col("weight").abs(), descending=True, maintain_order=True)
+    ends = (
+        pl.col("source_layer", "target_layer").cast(pl.String).replace(names).cast(pl.Categorical())
+    )
+    return whole.with_columns(ends).sort(
+        pl.col("weight").abs(), descending=True, maintain_order=True
+    )
 
 
 def _rows(model: ComponentModel, group: list[Link], at_least: float) -> Iterator[pl.DataFrame]:
@@ -64,10 +74,17 @@ def _rows(model: ComponentModel, group: list[Link], at_least: float) -> Iterator
     found = [(link, _of_sizeable(model, link)) for link in group]
     largest = torch.stack([values.abs().amax(0) for _, values in found]).amax(0)
     for link, values in found:
-        source, target = ((values.abs() >= at_least * largest) & (values != 0)).nonzero(as_tuple=True)
+        source, target = ((values.abs() >= at_least * largest) & (values != 0)).nonzero(
+            as_tuple=True
+        )
         columns = {"source": array(source, np.uint32), "target": array(target, np.uint32)}
         columns["weight"] = array(values[source, target])
-        ends = {"source_layer": link.source, "target_layer": link.target, "kind": link.kind, "head": link.head}
+        ends = {
+            "source_layer": link.source,
+            "target_layer": link.target,
+            "kind": link.kind,
+            "head": link.head,
+        }
         same = [pl.lit(value, dtype=COLUMNS[name]).alias(name) for name, value in ends.items()]
         yield pl.DataFrame(columns).with_columns(same).select(*COLUMNS)
 

@@ -1,4 +1,6 @@
-"""Devices to plan for: those of a table by their makers' data sheets, and the one at hand by short measurements."""
+"""Devices to plan for: those of a table by their makers' data sheets, and the one at hand by short
+measurements.
+"""
 
 import os
 import time
@@ -13,7 +15,9 @@ from spd_lightning.errors import BadInput, nearest
 from spd_lightning.planning.dry_run import Work
 
 STREAM = 0.5
-"""The share of a memory's bandwidth that operations other than matrix products are assumed to reach."""
+"""The share of a memory's bandwidth that operations other than matrix products are assumed to
+reach.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Device:
         memory: in bytes.
         launch: seconds that one operation costs, however small.
         share: of the peak that matrix products of these shapes are assumed to reach.
-        gpu: whether it is one: they decompose whole batches, where a processor picks the routed positions.
+        gpu: whether it is one: they decompose whole batches, where a processor picks the routed
+            positions.
     """
 
     name: str
@@ -52,7 +57,9 @@ DEVICES = {
     "a100": Device("NVIDIA A100 80 GB", 312e12, 19.5e12, 2.0e12, 80e9),
     "rtx4090": Device("NVIDIA RTX 4090", 165e12, 82.6e12, 1.0e12, 24e9),
     "t4": Device("NVIDIA T4 (no bfloat16)", 8.1e12, 8.1e12, 0.32e12, 16e9),
-    "laptop": Device("laptop CPU, 8 cores", 0.4e12, 0.4e12, 40e9, 16e9, launch=5e-6, share=0.6, gpu=False),
+    "laptop": Device(
+        "laptop CPU, 8 cores", 0.4e12, 0.4e12, 40e9, 16e9, launch=5e-6, share=0.6, gpu=False
+    ),
 }
 """Peaks from the makers' data sheets, without sparsity; the laptop is a guess."""
 
@@ -66,7 +73,8 @@ def measured(threads: int | None = None) -> Device:
     torch.set_num_threads(threads or before)
     try:
         half, single = (_products(place, dtype) for dtype in (torch.bfloat16, torch.float32))
-        memory, launch = machine_memory(place), _launch(place)
+        memory = machine_memory(place)
+        launch = _launch(place)
         return Device(name, half, single, _bandwidth(place), memory, launch, share=0.7, gpu=cuda)
     finally:
         torch.set_num_threads(before)
@@ -84,7 +92,8 @@ def machine_memory(place: torch.device) -> float:
 
 def _quickest(work: Callable[[], Any], place: torch.device) -> float:
     """Seconds of the quickest of many runs, within a fifth of a second."""
-    best, begun = float("inf"), time.perf_counter()
+    best = float("inf")
+    begun = time.perf_counter()
     while (started := time.perf_counter()) < begun + 0.2:
         work()
         if place.type == "cuda":

@@ -1,13 +1,17 @@
-"""One training step with tensors that have shapes but no numbers: what it multiplies, moves and keeps.
+"""One training step with tensors that have shapes but no numbers: what it multiplies, moves and
+keeps.
 
-1. The module is built and run under torch's fake tensors: nothing is allocated, nothing computed, any size goes.
-2. A ledger sees every operation. It counts the FLOPs of matrix products, the bytes that all others read and write, and
-   the storage alive at each moment, and books them under the part of the step they belong to.
-3. An operation of the backward pass belongs to the part whose forward pass made its node: nodes are numbered in order.
+1. The module is built and run under torch's fake tensors: nothing is allocated, nothing computed,
+   any size goes.
+2. A ledger sees every operation. It counts the FLOPs of matrix products, the bytes that all others
+   read and write, and the storage alive at each moment, and books them under the part of the step
+   they belong to.
+3. An operation of the backward pass belongs to the part whose forward pass made its node: nodes are
+   numbered in order.
 
-How many positions a random route decomposes is known only once it is drawn: here it is the expected number, or all of
-them where asked for, as on GPUs, which would have to wait for the draw.
-What it leaves out: the trainer, the data, and what a device's own kernels allocate for themselves.
+How many positions a random route decomposes is known only once it is drawn: here it is the expected
+number, or all of them where asked for, as on GPUs, which would have to wait for the draw. What it
+leaves out: the trainer, the data, and what a device's own kernels allocate for themselves.
 """
 
 import weakref
@@ -37,7 +41,9 @@ PENALTIES, OPTIMISER = "penalties", "optimizer"
 
 @dataclass
 class Work:
-    """The cost of one part of a step: FLOPs of matrix products, bytes moved by other operations, their number."""
+    """The cost of one part of a step: FLOPs of matrix products, bytes moved by other operations,
+    their number.
+    """
 
     forward: int = 0
     backward: int = 0
@@ -82,7 +88,7 @@ class Rehearsal:
         return sum(self.parts.values(), Work())
 
 
-# ---- the ledger -----------------------------------------------------------------------------------------------------
+# ---- the ledger ----------------------------------------------------------------------------------
 
 
 class Ledger(TorchDispatchMode):
@@ -98,14 +104,18 @@ class Ledger(TorchDispatchMode):
         self.work: dict[str, Work] = {}
         self.alive = self.peak = 0
         self.routed = 1.0
-        self._part, self._begun, self._backward = PENALTIES, [(0, PENALTIES)], False
+        self._part = PENALTIES
+        self._begun = [(0, PENALTIES)]
+        self._backward = False
         self._known = weakref.WeakSet[torch.UntypedStorage]()
 
-    # ---- parts ----------------------------------------------------------------------------------------------
+    # ---- parts -----------------------------------------------------------------------------------
 
     @contextmanager
     def part(self, name: str, routed: float = 1.0) -> Iterator[None]:
-        """Count the operations inside under this part; `routed` is the share of positions that its routes decompose."""
+        """Count the operations inside under this part; `routed` is the share of positions that its
+        routes decompose.
+        """
         before = self._part, self.routed
         self._switch(name, routed)
         try:
@@ -130,9 +140,11 @@ class Ledger(TorchDispatchMode):
         node = torch._C._current_autograd_node() if self._backward else None
         if node is None:
             return self._part
-        return self._begun[bisect_right(self._begun, node._sequence_nr(), key=lambda begun: begun[0]) - 1][1]
+        return self._begun[
+            bisect_right(self._begun, node._sequence_nr(), key=lambda begun: begun[0]) - 1
+        ][1]
 
-    # ---- operations -----------------------------------------------------------------------------------------
+    # ---- operations ------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -147,22 +159,33 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _assumed(self, func: Any, args: Any) -> Any:
-        """Return stand-ins for values that depend on the content of tensors, which have none here."""
+        """Return stand-ins for values that depend on the content of tensors, which have none
+        here.
+        """
         if not args or not is_fake(args[0]):
             return None
         match func:
             case aten.nonzero.default:
-                self.gathered, share = True, 1.0 if self.whole else self.routed
-                return args[0].new_empty(round(args[0].numel() * share), args[0].ndim, dtype=torch.long)
+                self.gathered = True
+                share = 1.0 if self.whole else self.routed
+                return args[0].new_empty(
+                    round(args[0].numel() * share), args[0].ndim, dtype=torch.long
+                )
             case aten.equal.default:
                 return args[0].shape == args[1].shape
             case aten._local_scalar_dense.default:
                 return 1.0 if args[0].is_floating_point() else 1
         return None
 
-    def _book(self, func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor], made: list[Tensor]) -> None:
+    def _book(
+        self, func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor], made: list[Tensor]
+    ) -> None:
         inputs = {t.untyped_storage()._cdata for t in given}
-        if func.is_view or not made or (made[0].untyped_storage()._cdata in inputs and not func._schema.is_mutable):
+        if (
+            func.is_view
+            or not made
+            or (made[0].untyped_storage()._cdata in inputs and not func._schema.is_mutable)
+        ):
             return
         work = self.work.setdefault(self._owner(), Work())
         work.operations += 1
@@ -197,7 +220,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, out_val: Any = None, **
     return sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
-def _attention_back(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, out_val: Any = None, **__: Any) -> int:
+def _attention_back(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, out_val: Any = None, **__: Any
+) -> int:
     return sdpa_backward_flop_count(out.shape, q.shape, k.shape, v.shape)
 
 
@@ -216,12 +241,14 @@ def flops_of(func: Any) -> Callable[..., int] | None:
 
 @contextmanager
 def fakes(whole: bool = False) -> Iterator[Ledger]:
-    """While open, new tensors have shapes but no numbers, and a ledger sees what is done with them."""
+    """While open, new tensors have shapes but no numbers, and a ledger sees what is done with
+    them.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger(whole) as ledger:
         yield ledger
 
 
-# ---- the step -------------------------------------------------------------------------------------------------------
+# ---- the step ------------------------------------------------------------------------------------
 
 
 def rehearse(
@@ -239,19 +266,23 @@ def rehearse(
         whole: routes are taken to decompose every position.
     """
     with fakes(whole) as ledger:
-        module, inputs = build(), batch()
+        module = build()
+        inputs = batch()
         ledger.work.clear()
         held = ledger.alive
         ledger.peak = held
         return step(ledger, module, inputs, precision, held)
 
 
-def step(ledger: Ledger, module: Decomposition, batch: Tensor, precision: torch.dtype | None, held: int) -> Rehearsal:
+def step(
+    ledger: Ledger, module: Decomposition, batch: Tensor, precision: torch.dtype | None, held: int
+) -> Rehearsal:
     """One step of a module, booked by part; `held` are the bytes alive before it.
 
     Micro-batches are alike: one is rehearsed.
     """
-    trained, count = [p for p in module.parameters() if p.requires_grad], module.micro_batches
+    trained = [p for p in module.parameters() if p.requires_grad]
+    count = module.micro_batches
     with torch.autocast("cpu", precision, enabled=precision is not None):
         loss = total_loss(ledger, module, batch.chunk(count)[0])
     adversaries = module.lasting_bytes()
@@ -264,13 +295,16 @@ def step(ledger: Ledger, module: Decomposition, batch: Tensor, precision: torch.
     activations = max(forward, ledger.peak - held - gradients)
     with ledger.part(OPTIMISER):
         state = optimizer_state(module)
-    parts = {name: work if name == OPTIMISER else work * count for name, work in ledger.work.items()}
+    parts = {
+        name: work if name == OPTIMISER else work * count for name, work in ledger.work.items()
+    }
     return Rehearsal(parts, activations, gradients, state, adversaries * count, ledger.gathered)
 
 
 def total_loss(ledger: Ledger, module: Decomposition, batch: Tensor) -> Tensor:
     """The training loss of a batch, each part of it booked under its name."""
-    model, generator = module.model, torch.Generator().manual_seed(0)
+    model = module.model
+    generator = torch.Generator().manual_seed(0)
     with ledger.part(CLEAN):
         clean = model.clean(batch)
     with ledger.part(IMPORTANCE):
@@ -284,7 +318,11 @@ def optimizer_state(module: Decomposition) -> int:
     """Bytes that the module's optimizer keeps between two steps."""
     optimizer: Any = module.configure_optimizers()
     optimizer.step()
-    return sum(_bytes(t) for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor) and t.ndim)
+    return sum(
+        _bytes(t)
+        for t in tree_leaves(list(optimizer.state.values()))
+        if isinstance(t, Tensor) and t.ndim
+    )
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -297,7 +335,9 @@ def noted(ledger: Ledger, losses: Losses, sites: int) -> Losses:
         name: _noted(ledger, term, f"reconstruction/{name}", _routed(term, sites))
         for name, term in losses.reconstruction.items()
     }
-    return replace(losses, faithfulness=_noted(ledger, losses.faithfulness, FAITHFULNESS), reconstruction=terms)
+    return replace(
+        losses, faithfulness=_noted(ledger, losses.faithfulness, FAITHFULNESS), reconstruction=terms
+    )
 
 
 def _routed(term: Reconstruction, sites: int) -> float:

@@ -1,10 +1,13 @@
 """Estimates for a decomposition before anything is trained: parameters, memory, FLOPs, hours.
 
-    memory  = weights + gradients + optimizer state + adversaries + what a step keeps until its backward pass
-    seconds = FLOPs / (peak · share) + bytes moved / (bandwidth / 2) + operations · launch        for one step
+    memory  = weights + gradients + optimizer state + adversaries
+            + what a step keeps until its backward pass
+    seconds = FLOPs / (peak · share) + bytes moved / (bandwidth / 2)
+            + operations · launch, for one step
 
-Weights are counted, and the rest is measured in a dry run of one step (`dry_run`). The target is not trained. Of a
-target on the hub only its configuration is fetched. Evaluations, checkpoints and the target's own training come on top.
+Weights are counted, and the rest is measured in a dry run of one step (`dry_run`). The target is
+not trained. Of a target on the hub only its configuration is fetched. Evaluations, checkpoints and
+the target's own training come on top.
 """
 
 from collections.abc import Callable
@@ -25,15 +28,19 @@ from spd_lightning.training.session import Settings
 GiB = 2**30
 MOST_STEPS = 10**12
 MODEST = 0.25
-"""The share of a machine's memory up to which a rough bound on the need makes a closer look unnecessary."""
+"""The share of a machine's memory up to which a rough bound on the need makes a closer look
+unnecessary.
+"""
 
 
-# ---- what a config asks for -----------------------------------------------------------------------------------------
+# ---- what a config asks for ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Site:
-    """A site's name, its number of components, and the parameters of them all (0 where they are another site's)."""
+    """A site's name, its number of components, and the parameters of them all (0 where they are
+    another site's).
+    """
 
     name: str
     C: int
@@ -70,8 +77,16 @@ class Size:
     def memory(self) -> dict[str, int]:
         """Bytes by what they are for."""
         step = self.step
-        kept = {"gradients": step.gradients, "optimizer": step.state, "activations": step.activations}
-        return {"weights": self.weights, **kept, **({"adversaries": step.adversaries} if step.adversaries else {})}
+        kept = {
+            "gradients": step.gradients,
+            "optimizer": step.state,
+            "activations": step.activations,
+        }
+        return {
+            "weights": self.weights,
+            **kept,
+            **({"adversaries": step.adversaries} if step.adversaries else {}),
+        }
 
     def seconds(self, device: Device) -> float:
         """Estimate the seconds of one step."""
@@ -93,8 +108,10 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
     Raises:
         BadInput: it is not a decomposition, or something in it is refused.
     """
-    make, batch = _module(settings), _batch(settings)
-    trainer, mixed = settings.config["trainer"], _mixed(settings)
+    make = _module(settings)
+    batch = _batch(settings)
+    trainer = settings.config["trainer"]
+    mixed = _mixed(settings)
     if trainer["max_steps"] > MOST_STEPS:
         raise BadInput(f"trainer.max_steps: at most {MOST_STEPS:,} can be planned for")
     with fakes():
@@ -104,7 +121,9 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
         target=_parameters(module.model.target),
         sites=_sites(module),
         importance=_parameters(module.model.importance_function),
-        weights=sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())),
+        weights=sum(
+            t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())
+        ),
         step=rehearse(make, batch, torch.bfloat16 if mixed else None, whole=gpu),
         steps=max(0, trainer["max_steps"]),
         warm_up=module.warm_up.steps,
@@ -137,9 +156,15 @@ def _batch(settings: Settings) -> Callable[[], Tensor]:
 def _module(settings: Settings) -> Callable[[], Decomposition]:
     """Makes the config's module on an untrained target; to be called where tensors are fake."""
     chosen = settings.config["model"]
-    target = chosen["init_args"].get("target") if chosen["class_path"].endswith("Decomposition") else None
+    target = (
+        chosen["init_args"].get("target")
+        if chosen["class_path"].endswith("Decomposition")
+        else None
+    )
     if not isinstance(target, str):
-        raise BadInput("config: model: no decomposition of a target that a config or a checkpoint names")
+        raise BadInput(
+            "config: model: no decomposition of a target that a config or a checkpoint names"
+        )
     network = outline(target)
     return lambda: settings.built("model", target=network())
 
@@ -156,7 +181,11 @@ def outline(reference: str) -> Callable[[], nn.Module]:
 
         kind, name = reference.split(":", 1)
         found = configuration(name)
-        return (lambda: HuggingFaceLM(found.to_dict())) if kind == "hf" else (lambda: decoder_like(name, found))
+        return (
+            (lambda: HuggingFaceLM(found.to_dict()))
+            if kind == "hf"
+            else (lambda: decoder_like(name, found))
+        )
     try:
         given = configs.load(reference)
     except BadInput as error:
@@ -164,11 +193,13 @@ def outline(reference: str) -> Callable[[], nn.Module]:
     for key in ("model", "init_args", "target"):
         given = given.get(key) if isinstance(given, dict) else None
     if not isinstance(given, dict) or "class_path" not in given:
-        raise BadInput(f"target '{reference}': does not train a target; its model must be a TargetTraining")
+        raise BadInput(
+            f"target '{reference}': does not train a target; its model must be a TargetTraining"
+        )
     return lambda: build(given)
 
 
-# ---- what does not fit ----------------------------------------------------------------------------------------------
+# ---- what does not fit ---------------------------------------------------------------------------
 
 
 def refuse_what_does_not_fit(settings: Settings, available: float | None = None) -> None:
@@ -189,25 +220,33 @@ def refuse_what_does_not_fit(settings: Settings, available: float | None = None)
         return
     largest = max(size.sites, key=lambda site: site.C)
     raise BadInput(
-        f"sites: '{largest.name}: {largest.C}' and the others take {needed / GiB:.1f} GiB with batches of "
-        f"{settings.built('data').batch_size}, and there are {available / GiB:.1f} GiB; take fewer components or a "
+        f"sites: '{largest.name}: {largest.C}' and the others take {needed / GiB:.1f} GiB with "
+        "batches of "
+        f"{settings.built('data').batch_size}, and there are {available / GiB:.1f} GiB; take fewer "
+        "components or a "
         "smaller batch ('plan' shows what takes how much)"
     )
 
 
 def _place(settings: Settings) -> torch.device:
     chosen = settings.config["trainer"].get("accelerator", "auto")
-    return torch.device("cuda" if chosen in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu")
+    return torch.device(
+        "cuda" if chosen in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+    )
 
 
 def rough_bound(settings: Settings) -> float:
-    """More bytes than a fit can take, without rehearsing it: sixteen copies of every tensor of each masked pass."""
+    """More bytes than a fit can take, without rehearsing it: sixteen copies of every tensor of each
+    masked pass.
+    """
     with fakes():
         module = _module(settings)()
         tokens = _batch(settings)().numel()
     trained = sum(p.numel() for p in module.parameters())
     width = sum(module.model.counts.values()) + int(getattr(module.network, "vocab", 0))
     width += sum(site.d_in + site.d_out for site in module.model.sites.values())
-    passes = 1 + sum(term.samples * (len(module.model.sites) if term.route == "layerwise" else 1)
-                     for term in module.losses.reconstruction.values())  # fmt: skip
+    passes = 1 + sum(
+        term.samples * (len(module.model.sites) if term.route == "layerwise" else 1)
+        for term in module.losses.reconstruction.values()
+    )
     return 16.0 * trained + 64.0 * passes * tokens * width

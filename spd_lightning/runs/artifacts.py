@@ -1,4 +1,6 @@
-"""Check run folders that come from a tracker or go to one: only known files, each with the digest on record."""
+"""Check run folders that come from a tracker or go to one: only known files, each with the digest
+on record.
+"""
 
 import logging
 import re
@@ -20,9 +22,11 @@ _KNOWN = re.compile(
 
 
 def keep_known(folder: Path, what: str) -> None:
-    """Remove from a downloaded folder whatever is not a file of a run or a harvest; links among them.
+    """Remove from a downloaded folder whatever is not a file of a run or a harvest; links among
+    them.
 
-    A tracker holds what anybody put there: only data is taken, under the names that this tool itself gives.
+    A tracker holds what anybody put there: only data is taken, under the names that this tool
+    itself gives.
     """
     strange = []
     for path in sorted(folder.rglob("*"), reverse=True):
@@ -51,7 +55,8 @@ def factorization(folder: Path) -> Factorization:
     Raises:
         BadInput: decomposition.json is damaged, or the weights are not those that it describes.
     """
-    weights, remedy = folder / "decomposition.safetensors", "run the fit again, or pull the run again"
+    weights = folder / "decomposition.safetensors"
+    remedy = "run the fit again, or pull the run again"
     facts = json_files.read(folder / "decomposition.json", Factorization, remedy)
     if digest(weights) != facts["digest"]:
         raise BadInput(f"'{weights}': not the weights that decomposition.json describes; {remedy}")
@@ -59,7 +64,8 @@ def factorization(folder: Path) -> Factorization:
 
 
 def check_whole(folder: Path) -> None:
-    """Compare every file of a run with its digest: before it is sent to a tracker, and after it came from one.
+    """Compare every file of a run with its digest: before it is sent to a tracker, and after it
+    came from one.
 
     Raises:
         BadInput: one is damaged; it is named.

@@ -1,4 +1,6 @@
-"""Claiming a run folder: one process works on it, a second one takes the next number, a killed one is continued."""
+"""Claiming a run folder: one process works on it, a second one takes the next number, a killed one
+is continued.
+"""
 
 import logging
 import os
@@ -46,7 +48,9 @@ class Claim:
         self._handle = None
 
     def abandon(self) -> None:
-        """Release it; a folder in which nothing was reached yet is taken away, so that the next try has its name."""
+        """Release it; a folder in which nothing was reached yet is taken away, so that the next try
+        has its name.
+        """
         if self._handle is not None and not any((self.path / sign).exists() for sign in _REACHED):
             shutil.rmtree(self.path, ignore_errors=True)
         self.release()
@@ -61,12 +65,14 @@ class Claim:
 def claim(name: str, settings: Mapping[str, Any]) -> Claim:
     """A folder to work in: the family's interrupted run with the same settings, or a fresh one.
 
-    A finished run is never touched, nor one that another process works on: the next number is taken (name, name-2 …).
-    The processes that Lightning starts for further devices share the claim of the first.
+    A finished run is never touched, nor one that another process works on: the next number is taken
+    (name, name-2 …). The processes that Lightning starts for further devices share the claim of the
+    first.
 
     Args:
         name: the run's family, usually the name of its config.
-        settings: all that decides what the run will be; runs with an equal digest may continue each other.
+        settings: all that decides what the run will be; runs with an equal digest may continue each
+            other.
 
     Raises:
         BadInput: the name cannot name a run, or the disk refuses.
@@ -90,7 +96,8 @@ def claim(name: str, settings: Mapping[str, Any]) -> Claim:
 
 
 def uncopied(name: str, settings: Mapping[str, Any]) -> Claim | None:
-    """Claim the family's finished run with the same settings of which a tracker lacks a part, if there is one.
+    """Claim the family's finished run with the same settings of which a tracker lacks a part, if
+    there is one.
 
     The command that made it was killed while it sent the copy, or its tracker did not answer.
 

@@ -1,4 +1,6 @@
-"""Files of a run folder: written whole or not at all, locked while somebody works, read even where torn."""
+"""Files of a run folder: written whole or not at all, locked while somebody works, read even where
+torn.
+"""
 
 import fcntl
 import json
@@ -28,12 +30,15 @@ def writable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or error
-        raise BadInput(f"'{path}': cannot be written ({why}); make room, or set SPD_RUNS to another folder") from error
+        raise BadInput(
+            f"'{path}': cannot be written ({why}); make room, or set SPD_RUNS to another folder"
+        ) from error
 
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: it becomes `path` at the end, or after an error nothing does.
+    """A name beside `path` to write to: it becomes `path` at the end, or after an error nothing
+    does.
 
     Raises:
         BadInput: the disk refuses.
@@ -54,9 +59,11 @@ def write_json(path: Path, value: Any, seal: bool = True) -> None:
 
 
 def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON object of the type `kind`; an empty one if the file is missing, or damaged (with a warning).
+    """Return a JSON object of the type `kind`; an empty one if the file is missing, or damaged
+    (with a warning).
 
-    This is for files that a caller can do without, as a listing can. Use `json_files.read` for all others.
+    This is for files that a caller can do without, as a listing can. Use `json_files.read` for all
+    others.
     """
     if not path.exists():
         return {}
@@ -68,7 +75,8 @@ def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
 
 
 def append_metrics(folder: Path, step: int, values: Mapping[str, float | int]) -> None:
-    """Add one logged step to a run's metrics.jsonl; half a line that a killed process left is cut off first.
+    """Add one logged step to a run's metrics.jsonl; half a line that a killed process left is cut
+    off first.
 
     Raises:
         BadInput: the disk refuses.
@@ -108,7 +116,9 @@ def cut_metrics(folder: Path, size: int) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the logged metrics, one entry per step, in order; those logged again after a resume replace earlier ones."""
+    """Read the logged metrics, one entry per step, in order; those logged again after a resume
+    replace earlier ones.
+    """
     path = folder / "metrics.jsonl"
     steps: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(

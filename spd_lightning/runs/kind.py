@@ -1,4 +1,6 @@
-"""The kind of a run, read from its JSON without torch, so that a verb can reject a run before it loads anything."""
+"""The kind of a run, read from its JSON without torch, so that a verb can reject a run before it
+loads anything.
+"""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +16,8 @@ DECODERS = ("gpt2", "llama", "mistral", "qwen2")
 
 @dataclass(frozen=True)
 class Kind:
-    """Facts about the model that a run decomposes. A fact that cannot be read is empty; loading the weights says why.
+    """Facts about the model that a run decomposes. A fact that cannot be read is empty; loading the
+    weights says why.
 
     Attributes:
         name: the run's name.
@@ -56,7 +59,8 @@ def kind(run: Run) -> Kind:
         facts = json.loads(described.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         facts = None
-    target, sites = _map(facts, "target"), _map(facts, "sites")
+    target = _map(facts, "target")
+    sites = _map(facts, "sites")
     counts = {name: count for name in sites if isinstance(count := _map(sites, name).get("C"), int)}
     return Kind(
         run.name,

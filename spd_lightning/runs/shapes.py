@@ -18,9 +18,11 @@ def read_summary(path: Path) -> Summary:
     """Read the results of a run.
 
     Raises:
-        BadInput: the file is damaged, or holds something else for a figure (`mmcs/linear1`, …) than a number.
+        BadInput: the file is damaged, or holds something else for a figure (`mmcs/linear1`, …) than
+            a number.
     """
-    summary, remedy = read(path, Summary, RESTORE), f"expected a number; {RESTORE}"
+    summary = read(path, Summary, RESTORE)
+    remedy = f"expected a number; {RESTORE}"
     for name, value in summary.items():
         figure = "/" in name and not name.startswith("version/")
         if figure and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -61,7 +63,9 @@ class SiteShape(TypedDict):
 
 
 class ModelSettings(TypedDict):
-    """The settings of a decomposition; `importance` and `evaluation` are checked by their classes."""
+    """The settings of a decomposition; `importance` and `evaluation` are checked by their
+    classes.
+    """
 
     sites: dict[str, int]
     tied: dict[str, str]

@@ -46,11 +46,13 @@ class NoAnswer(BadInput):
     """A tracker does not answer now; it may later."""
 
 
-# ---- where the records are ------------------------------------------------------------------------------------------
+# ---- where the records are -----------------------------------------------------------------------
 
 
 def tracking_uri() -> str:
-    """Where MLflow's records are: $MLFLOW_TRACKING_URI, or a sqlite file below the root, which needs no server."""
+    """Where MLflow's records are: $MLFLOW_TRACKING_URI, or a sqlite file below the root, which
+    needs no server.
+    """
     return os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri()
 
 
@@ -68,8 +70,12 @@ def embedded_uri() -> str:
 
 
 def artifact_location() -> str | None:
-    """Where a new experiment of the embedded store keeps its artifacts; a server decides for itself (None)."""
-    return None if os.environ.get("MLFLOW_TRACKING_URI") else (root().resolve() / ARTIFACTS).as_uri()
+    """Where a new experiment of the embedded store keeps its artifacts; a server decides for itself
+    (None).
+    """
+    return (
+        None if os.environ.get("MLFLOW_TRACKING_URI") else (root().resolve() / ARTIFACTS).as_uri()
+    )
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -78,7 +84,7 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(unquote(found[1])) if found else None
 
 
-# ---- whether they can be reached ------------------------------------------------------------------------------------
+# ---- whether they can be reached -----------------------------------------------------------------
 
 
 def reachable(uri: str, remedy: str = _START) -> None:
@@ -97,13 +103,17 @@ def reachable(uri: str, remedy: str = _START) -> None:
             _try_address(urlsplit(uri))
     except (OSError, ValueError, sqlite3.Error) as error:
         why = without_passwords(str(error)) or type(error).__name__
-        raise NoAnswer(f"tracker '{without_passwords(uri)}': no answer ({why}); {remedy}") from error
+        raise NoAnswer(
+            f"tracker '{without_passwords(uri)}': no answer ({why}); {remedy}"
+        ) from error
 
 
 def _try_sqlite(path: Path) -> None:
     if not path.exists():
         return
-    with contextlib.closing(sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)) as database:
+    with contextlib.closing(
+        sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
+    ) as database:
         database.execute("BEGIN IMMEDIATE")
         database.execute("ROLLBACK")
 
@@ -115,7 +125,8 @@ def _try_address(parts: SplitResult) -> None:
     scheme = parts.scheme.partition("+")[0]
     if scheme not in _PORTS:
         return
-    host, port = parts.hostname or "", parts.port or _PORTS[scheme]
+    host = parts.hostname or ""
+    port = parts.port or _PORTS[scheme]
     if scheme not in ("http", "https"):
         socket.create_connection((host, port), timeout=_PATIENCE).close()
         return
@@ -131,7 +142,9 @@ def _try_http(parts: SplitResult, scheme: str, host: str, port: int) -> None:
         return  # the client goes through the proxy, which this check does not
     connection = HTTPConnection(host, port, timeout=_PATIENCE)
     if scheme == "https":
-        unverified = ssl.create_default_context()  # nothing secret is sent; the client itself verifies
+        unverified = (
+            ssl.create_default_context()
+        )  # nothing secret is sent; the client itself verifies
         unverified.check_hostname = False
         unverified.verify_mode = ssl.CERT_NONE
         connection = HTTPSConnection(host, port, timeout=_PATIENCE, context=unverified)
@@ -144,7 +157,7 @@ def _try_http(parts: SplitResult, scheme: str, host: str, port: int) -> None:
         connection.close()
 
 
-# ---- MLflow's client ------------------------------------------------------------------------------------------------
+# ---- MLflow's client -----------------------------------------------------------------------------
 
 
 def mlflow_client(uri: str) -> Any:
@@ -168,7 +181,9 @@ def mlflow_client(uri: str) -> Any:
 
 
 def _make_store(path: Path) -> None:
-    """Make an empty sqlite store, whole or not at all: a process killed between its tables would leave a broken one."""
+    """Make an empty sqlite store, whole or not at all: a process killed between its tables would
+    leave a broken one.
+    """
     from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -188,7 +203,9 @@ def _be_brief() -> None:
 
 @contextmanager
 def _made_by_one(uri: str) -> Iterator[None]:
-    """Hold a lock next to a sqlite store, which breaks if two processes create or migrate it at once."""
+    """Hold a lock next to a sqlite store, which breaks if two processes create or migrate it at
+    once.
+    """
     path = _sqlite_file(uri)
     if path is None:
         yield
@@ -217,7 +234,10 @@ def trouble(error: BaseException, uri: str, remedy: str = _CHECK) -> BadInput:
         if password := urlsplit(uri).password:
             text = text.replace(password, "***").replace(unquote(password), "***")
     if "already exists" in text and (path := _sqlite_file(uri)):
-        remedy = f"a process was killed while it changed the tables: move '{path.name}' away, and push the runs"
+        remedy = (
+            f"a process was killed while it changed the tables: move '{path.name}' away, and push "
+            "the runs"
+        )
     said = f"tracker '{without_passwords(uri)}': {without_passwords(text)[:200]}; {remedy}"
     later = getattr(error, "error_code", None) in _LATER or "API request to" in text
     later = later or type(error).__name__ == "OperationalError" or isinstance(error, OSError)
@@ -239,7 +259,7 @@ def _mlflow(uri: str) -> Iterator[Any]:
         raise trouble(error, uri, "check the reference and MLFLOW_TRACKING_URI") from None
 
 
-# ---- files up and down ----------------------------------------------------------------------------------------------
+# ---- files up and down ---------------------------------------------------------------------------
 
 
 def log_artifacts(
@@ -255,7 +275,8 @@ def log_artifacts(
     Args:
         folder: the run's folder.
         mlflow_run: the id of the MLflow run.
-        names: which files and folders, relative to the folder (`harvest/graphs`, …); missing ones are passed over.
+        names: which files and folders, relative to the folder (`harvest/graphs`, …); missing ones
+            are passed over.
         uri: the tracker; the usual one if omitted.
         before: called with every file that is about to be copied.
 
@@ -312,7 +333,8 @@ def pull_mlflow(what: str, folder: Path) -> tuple[str, str]:
         The run's name and its id.
 
     Raises:
-        BadInput: no such run, no artifacts, no answer, or an artifact that points outside the folder.
+        BadInput: no such run, no artifacts, no answer, or an artifact that points outside the
+            folder.
     """
     with _mlflow(tracking_uri()) as client:
         info = _mlflow_run(client, what).info
@@ -340,11 +362,15 @@ def _mlflow_run(client: Any, what: str) -> Any:
         if run.info.run_name == what:
             return run
     names = {run.info.run_name for run in client.search_runs(held, **latest)}
-    raise BadInput(f"run 'mlflow:{what}': not in {without_passwords(tracking_uri())}; {nearest(what, names)}")
+    raise BadInput(
+        f"run 'mlflow:{what}': not in {without_passwords(tracking_uri())}; {nearest(what, names)}"
+    )
 
 
 def _files_below(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [
+        path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()
+    ]
 
 
 def _mlflow_files(client: Any, run_id: str, folder: str | None) -> Iterator[str]:
@@ -362,7 +388,10 @@ def check_inside(path: str, what: str) -> None:
         BadInput: this one would.
     """
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path:
-        raise BadInput(f"artifact '{path}' of '{what}': it points outside the run's folder; do not trust this tracker")
+        raise BadInput(
+            f"artifact '{path}' of '{what}': it points outside the run's folder; do not trust this "
+            "tracker"
+        )
 
 
 def pull_wandb(what: str, folder: Path) -> tuple[str, str]:
@@ -376,10 +405,13 @@ def pull_wandb(what: str, folder: Path) -> tuple[str, str]:
         The artifact's name and its qualified name.
 
     Raises:
-        BadInput: no such artifact, no answer, not logged in, or a file that points outside the folder.
+        BadInput: no such artifact, no answer, not logged in, or a file that points outside the
+            folder.
     """
     if not re.fullmatch(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+", what):
-        raise BadInput(f"reference 'wandb:{what}': write wandb:<entity>/<project>/<artifact>:<version>")
+        raise BadInput(
+            f"reference 'wandb:{what}': write wandb:<entity>/<project>/<artifact>:<version>"
+        )
     import wandb
 
     try:
@@ -391,5 +423,7 @@ def pull_wandb(what: str, folder: Path) -> tuple[str, str]:
         raise
     except (wandb.Error, ValueError, OSError) as error:
         why = " ".join(str(error).split())[:200]
-        raise BadInput(f"artifact 'wandb:{what}': {why}; check the name, and log in with `wandb login`") from error
+        raise BadInput(
+            f"artifact 'wandb:{what}': {why}; check the name, and log in with `wandb login`"
+        ) from error
     return what.split("/")[-1].partition(":")[0], artifact.qualified_name

@@ -24,7 +24,9 @@ class Piece(TypedDict):
 
 
 class Shard(TypedDict):
-    """One committed group: {"rank": 0, "n": 3, "tables": {"nodes": {"rows": 120, "bytes": 4711, …}, …}}."""
+    """One committed group: {"rank": 0, "n": 3, "tables": {"nodes": {"rows": 120, "bytes": 4711, …},
+    …}}.
+    """
 
     rank: int
     n: int
@@ -58,17 +60,23 @@ class Settings(TypedDict):
 
 
 ADDS_UP = 1e-4
-"""The largest gap at which in-edges of frozen graphs add up to the activations, in single precision (law A6)."""
+"""The largest gap at which in-edges of frozen graphs add up to the activations, in single precision
+(law A6).
+"""
 
 
 def gap_warning(manifest: Mapping[str, Any]) -> str:
-    """One line about a harvest of frozen graphs whose in-edges do not add up (A6); empty if they do."""
+    """One line about a harvest of frozen graphs whose in-edges do not add up (A6); empty if they
+    do.
+    """
     gap = manifest.get("gap")
     if gap is None or gap <= ADDS_UP:
         return ""
     return (
-        f"in-edges do NOT add up: they miss up to {100 * gap:.2g} % of a prompt's activations, where frozen graphs "
-        f"should miss at most {100 * ADDS_UP:.2g} %. The target computes something that no rule covers. Do not "
+        f"in-edges do NOT add up: they miss up to {100 * gap:.2g} % of a prompt's activations, "
+        "where frozen graphs "
+        f"should miss at most {100 * ADDS_UP:.2g} %. The target computes something that no rule "
+        "covers. Do not "
         "rely on sums of edges here; mode unmasked does not claim them"
     )
 
@@ -91,7 +99,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     if not path.exists():
-        raise BadInput(f"harvest '{folder}': no manifest.json there; name a folder that `predict` wrote")
+        raise BadInput(
+            f"harvest '{folder}': no manifest.json there; name a folder that `predict` wrote"
+        )
 
     def this_version(held: Mapping[str, Any]) -> None:
         if "schema_version" in held:
@@ -105,12 +115,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def _check_version(folder: Path, version: Any) -> None:
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise BadInput(
-            f"harvest '{folder}': schema_version {version!r} is newer than {SCHEMA_VERSION}, the newest that this "
+            f"harvest '{folder}': schema_version {version!r} is newer than {SCHEMA_VERSION}, the "
+            "newest that this "
             "program reads; update spd_lightning"
         )
     if version < SCHEMA_VERSION:
         raise BadInput(
-            f"harvest '{folder}': schema_version {version} is older than {SCHEMA_VERSION}, the one that this program "
+            f"harvest '{folder}': schema_version {version} is older than {SCHEMA_VERSION}, the one "
+            "that this program "
             "reads; delete the folder and run the same predict again"
         )
 
@@ -120,11 +132,14 @@ def _check_settings(path: Path, settings: Settings) -> None:
     layers = settings["layers"]
     if len(set(layers)) < len(layers):
         twice = next(name for name in layers if layers.count(name) > 1)
-        raise BadInput(f"harvest manifest '{path}': layers: '{twice[:60]}' appears twice; {_REMEDY}")
+        raise BadInput(
+            f"harvest manifest '{path}': layers: '{twice[:60]}' appears twice; {_REMEDY}"
+        )
     for layer, count in settings.get("C", {}).items():
         if not 0 <= count <= LARGEST_C:
             raise BadInput(
-                f"harvest manifest '{path}': C.{layer[:60]}: {count} is not a number of components, which is from 0 to "
+                f"harvest manifest '{path}': C.{layer[:60]}: {count} is not a number of "
+                "components, which is from 0 to "
                 f"{LARGEST_C}; {_REMEDY}"
             )
 
@@ -145,30 +160,46 @@ def _read_ledger(path: Path, rank: int) -> Ledger:
     seen = set[int]()
     for k, shard in enumerate(ledger["shards"]):
         if shard["rank"] != rank or shard["n"] < 0:
-            raise BadInput(f"harvest manifest '{path}': shards[{k}]: not a group of rank {rank}; {_REMEDY}")
+            raise BadInput(
+                f"harvest manifest '{path}': shards[{k}]: not a group of rank {rank}; {_REMEDY}"
+            )
         if shard["n"] in seen:
-            raise BadInput(f"harvest manifest '{path}': shards[{k}]: group {shard['n']} appears twice; {_REMEDY}")
+            raise BadInput(
+                f"harvest manifest '{path}': shards[{k}]: group {shard['n']} appears twice; "
+                f"{_REMEDY}"
+            )
         seen.add(shard["n"])
         for table, piece in shard["tables"].items():
             if table not in TABLES or piece["rows"] < 0 or piece["bytes"] < 0:
                 raise BadInput(
-                    f"harvest manifest '{path}': shards[{k}].tables.{table[:60]}: not the file of a table; {_REMEDY}"
+                    f"harvest manifest '{path}': shards[{k}].tables.{table[:60]}: not the file of "
+                    f"a table; {_REMEDY}"
                 )
     return ledger
 
 
 def totals(world: int, ledgers: Mapping[int, Ledger], shards: Sequence[Shard]) -> dict[str, Any]:
-    """Rows, prompts and groups of these shards; complete where every rank has said so and none is left out.
+    """Rows, prompts and groups of these shards; complete where every rank has said so and none is
+    left out.
 
     gap: of frozen graphs, the largest of any group.
     """
-    rows = {table: sum(s["tables"][table]["rows"] for s in shards if table in s["tables"]) for table in TABLES}
+    rows = {
+        table: sum(s["tables"][table]["rows"] for s in shards if table in s["tables"])
+        for table in TABLES
+    }
     committed = sum(len(ledger["shards"]) for ledger in ledgers.values())
     said = all(rank in ledgers and ledgers[rank]["complete"] for rank in range(world))
     complete = said and committed == len(shards)
     gaps = [shard["gap"] for shard in shards if "gap" in shard]
     sums = {"gap": max(gaps)} if gaps else {}
-    return {"rows": rows, "prompts": rows["prompts"], "shards": len(shards), "complete": complete, **sums}
+    return {
+        "rows": rows,
+        "prompts": rows["prompts"],
+        "shards": len(shards),
+        "complete": complete,
+        **sums,
+    }
 
 
 def check_same(folder: Path, held: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -184,5 +215,6 @@ def check_same(folder: Path, held: Mapping[str, Any], asked: Mapping[str, Any]) 
         elif was != now:
             was, now = (json.dumps(value)[:60] for value in (was, now))
             raise BadInput(
-                f"harvest '{folder}': made with {key} {was}, not {now}; give this one another name or delete the folder"
+                f"harvest '{folder}': made with {key} {was}, not {now}; give this one another name "
+                "or delete the folder"
             )

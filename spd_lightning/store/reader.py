@@ -20,11 +20,12 @@ class Store:
 
     Args:
         path: a harvest's folder, the one with manifest.json.
-        skip_damaged: leave out every group of shards that has a damaged file, instead of refusing to read it.
+        skip_damaged: leave out every group of shards that has a damaged file, instead of refusing
+            to read it.
 
     Attributes:
-        manifest: the settings, and `rows` by table, `prompts`, `shards` (groups), `complete`; of frozen
-            graphs the largest `gap` between an activation and the sum of what enters it.
+        manifest: the settings, and `rows` by table, `prompts`, `shards` (groups), `complete`; of
+            frozen graphs the largest `gap` between an activation and the sum of what enters it.
         layers: the names of all layers in forward order.
 
     Raises:
@@ -33,9 +34,12 @@ class Store:
 
     def __init__(self, path: str | Path, skip_damaged: bool = False):
         self.path = Path(path)
-        settings, ledgers = read_settings(self.path), read_ledgers(self.path)
+        settings = read_settings(self.path)
+        ledgers = read_ledgers(self.path)
         shards: list[Shard] = [shard for ledger in ledgers.values() for shard in ledger["shards"]]
-        self._shards = [shard for shard in shards if not (skip_damaged and damaged(self.path, shard))]
+        self._shards = [
+            shard for shard in shards if not (skip_damaged and damaged(self.path, shard))
+        ]
         self._scans: dict[str, pl.LazyFrame] = {}
         self.manifest: dict[str, Any] = settings | totals(settings["world"], ledgers, self._shards)
         self.layers: list[str] = settings["layers"]
@@ -44,10 +48,14 @@ class Store:
         """Return the store, if its manifest has all of these.
 
         Raises:
-            BadInput: one is missing: the harvest was not written by `predict`, or somebody changed it.
+            BadInput: one is missing: the harvest was not written by `predict`, or somebody changed
+                it.
         """
         if lacking := [name for name in facts if name not in self.manifest]:
-            raise BadInput(f"harvest '{self.path}': its manifest has no '{lacking[0]}'; harvest again with `predict`")
+            raise BadInput(
+                f"harvest '{self.path}': its manifest has no '{lacking[0]}'; harvest again with "
+                "`predict`"
+            )
         return self
 
     @property
@@ -56,7 +64,8 @@ class Store:
         return [table for table in TABLES if self.manifest["rows"][table]]
 
     def scan(self, table: str, prompt_id: int | None = None) -> pl.LazyFrame:
-        """A table's rows, lazily; with `prompt_id` those of one prompt, for which one file is opened.
+        """A table's rows, lazily; with `prompt_id` those of one prompt, for which one file is
+        opened.
 
         Raises:
             BadInput: no such table, or one of its files is damaged.
@@ -97,9 +106,13 @@ class Store:
         files = self._files("prompts", self._shards)
         if not files:
             return {}
-        ids = pl.scan_parquet(files, glob=False, include_file_paths="file").select("prompt_id", "file")
+        ids = pl.scan_parquet(files, glob=False, include_file_paths="file").select(
+            "prompt_id", "file"
+        )
         shards = {part(shard): [shard] for shard in self._shards}
-        return {prompt_id: shards[Path(file).name] for prompt_id, file in self.collect(ids).iter_rows()}
+        return {
+            prompt_id: shards[Path(file).name] for prompt_id, file in self.collect(ids).iter_rows()
+        }
 
     def _frame(self, table: str, shards: Sequence[Shard]) -> pl.LazyFrame:
         columns = schema(table, self.layers)
@@ -118,10 +131,14 @@ class Store:
             raise self._refusal(path, " ".join(str(error).split())[:120]) from error
         for name in {**columns, **found}:
             if found.get(name) != columns.get(name):
-                raise self._refusal(path, f"its column '{name}' is not one that the table '{table}' has")
+                raise self._refusal(
+                    path, f"its column '{name}' is not one that the table '{table}' has"
+                )
 
     def _files(self, table: str, shards: Sequence[Shard]) -> list[Path]:
-        held = {self.path / table / part(s): s["tables"][table] for s in shards if table in s["tables"]}
+        held = {
+            self.path / table / part(s): s["tables"][table] for s in shards if table in s["tables"]
+        }
         for path, piece in held.items():
             if why := damage(path, piece):
                 raise self._refusal(path, why)
@@ -135,6 +152,8 @@ class Store:
 
     def _refusal(self, path: Path, why: str) -> BadInput:
         return BadInput(
-            f"harvest '{self.path}': the file {path.relative_to(self.path)} is damaged ({why}); the others are readable"
-            " with Store(path, skip_damaged=True); to mend it, delete the file and run the same predict again"
+            f"harvest '{self.path}': the file {path.relative_to(self.path)} is damaged ({why}); "
+            "the others are readable"
+            " with Store(path, skip_damaged=True); to mend it, delete the file and run the same "
+            "predict again"
         )

@@ -1,4 +1,6 @@
-"""The tables of a harvest: their columns, how their rows are ordered, and what a frame must be to become one."""
+"""The tables of a harvest: their columns, how their rows are ordered, and what a frame must be to
+become one.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -32,7 +34,12 @@ _PROMPTS = {
     "source": pl.String,
     "split": pl.String,
 }
-_EDGES = {"prompt_id": pl.UInt64, "source": pl.UInt32, "target": pl.UInt32, "attribution": pl.Float32}
+_EDGES = {
+    "prompt_id": pl.UInt64,
+    "source": pl.UInt32,
+    "target": pl.UInt32,
+    "attribution": pl.Float32,
+}
 _HEAD_EDGES = {
     "prompt_id": pl.UInt64,
     "source": pl.UInt32,
@@ -130,20 +137,23 @@ TABLES: dict[str, pl.Schema] = {
     "dataset_nodes": pl.Schema(_DATASET_NODES),
     "frontier": pl.Schema(_FRONTIER),
 }
-"""Columns of every table. Layers are categorical here; in a store they are an Enum over the manifest's, in forward
-order. `components` holds additive counts, one row a component and group; `norm` and `alive` are the same in each.
-`dataset_edges` and `dataset_nodes` hold sums over a group's prompts: a component there may be the row of an embedding,
-and `sum_abs_target` is the sum of edges to |activation|. `prompt_square_sum` and `prompt_square_sum_abs_target` are
-sums over prompts of the squares of each prompt's own two sums, from which readers make intervals.
-`tokens` of `prompts` are labels: the text of a token, or `<0xC3>` for each byte of a token that holds only a part of a
-character. `labels.joined` gives the text back.
-`head_edges` holds what each attention head adds to an edge through attention: its rows of an edge add up to it.
-`checks` holds edges that were tried: what their target gained when their source was multiplied by a factor. `graphs`
-says of each prompt how many edges were written, of how many; how far in-edges are from adding up; how checks agree.
-`frontier` holds circuits of several sizes for each prompt, of which the chosen one is its graph, and in a row without
-λ what the importance function says itself: the components left (`important`: above a stated importance), how far the
-answer at `pos` is from the target's, and the probability of a label under the target, ci, stochastic and adversarial
-masks (null on vectors); `kept` is the share of the target's answer that the adversary leaves."""
+"""Columns of every table. Layers are categorical here; in a store they are an Enum over the
+manifest's, in forward order. `components` holds additive counts, one row a component and group;
+`norm` and `alive` are the same in each. `dataset_edges` and `dataset_nodes` hold sums over a
+group's prompts: a component there may be the row of an embedding, and `sum_abs_target` is the sum
+of edges to |activation|. `prompt_square_sum` and `prompt_square_sum_abs_target` are sums over
+prompts of the squares of each prompt's own two sums, from which readers make intervals. `tokens` of
+`prompts` are labels: the text of a token, or `<0xC3>` for each byte of a token that holds only a
+part of a character. `labels.joined` gives the text back. `head_edges` holds what each attention
+head adds to an edge through attention: its rows of an edge add up to it. `checks` holds edges that
+were tried: what their target gained when their source was multiplied by a factor. `graphs` says of
+each prompt how many edges were written, of how many; how far in-edges are from adding up; how
+checks agree. `frontier` holds circuits of several sizes for each prompt, of which the chosen one is
+its graph, and in a row without λ what the importance function says itself: the components left
+(`important`: above a stated importance), how far the answer at `pos` is from the target's, and the
+probability of a label under the target, ci, stochastic and adversarial masks (null on vectors);
+`kept` is the share of the target's answer that the adversary leaves.
+"""
 
 SORTED: dict[str, tuple[str, ...]] = {
     "prompts": (),
@@ -159,11 +169,15 @@ SORTED: dict[str, tuple[str, ...]] = {
     "dataset_nodes": ("layer", "kind", "component"),
     "frontier": ("prompt_id", "lambda"),
 }
-"""The order of a shard's rows; prompts stay as they came, and so do rows that the order does not tell apart."""
+"""The order of a shard's rows; prompts stay as they came, and so do rows that the order does not
+tell apart.
+"""
 
 
 _EDGE = pl.col("attribution").cast(pl.Float64)
-_TRIED = pl.col("change").cast(pl.Float64) / (pl.col("factor").cast(pl.Float64) - 1)  # what the edge predicts
+_TRIED = pl.col("change").cast(pl.Float64) / (
+    pl.col("factor").cast(pl.Float64) - 1
+)  # what the edge predicts
 
 
 def finite(value: pl.Expr) -> pl.Expr:
@@ -176,16 +190,21 @@ AGREEMENT: dict[str, pl.Expr] = {
     "correlation": finite(pl.corr(_EDGE, _TRIED)),
     "relative_error": finite(((_TRIED - _EDGE).pow(2).sum() / _EDGE.pow(2).sum()).sqrt()),
 }
-"""How far the rows of `checks` bear their edges out: ‖change/(factor − 1) − edge‖/‖edge‖, and Pearson's correlation of
-the two (null where there are not two different edges)."""
+"""How far the rows of `checks` bear their edges out: ‖change/(factor − 1) − edge‖/‖edge‖, and
+Pearson's correlation of the two (null where there are not two different edges).
+"""
 
 
 def prompt_hash(content: bytes) -> int:
-    """The id of a prompt: 64 bits of its content's BLAKE2b hash, the same on every machine and in every sitting."""
+    """The id of a prompt: 64 bits of its content's BLAKE2b hash, the same on every machine and in
+    every sitting.
+    """
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def schema(table: str, layers: Sequence[str]) -> dict[str, Any]:  # beartype cannot read pl.Schema, nor pl.DataType
+def schema(
+    table: str, layers: Sequence[str]
+) -> dict[str, Any]:  # beartype cannot read pl.Schema, nor pl.DataType
     """A table's columns and their polars types in a store with these layers.
 
     Raises:
@@ -194,11 +213,15 @@ def schema(table: str, layers: Sequence[str]) -> dict[str, Any]:  # beartype can
     if table not in TABLES:
         raise BadInput(f"table '{table}': not a table of a harvest; {nearest(table, TABLES)}")
     names = pl.Enum(list(layers))
-    return {name: names if dtype == pl.Categorical else dtype for name, dtype in TABLES[table].items()}
+    return {
+        name: names if dtype == pl.Categorical else dtype for name, dtype in TABLES[table].items()
+    }
 
 
 def added(table: str, frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """Frames of one table as one; rows of the same two ends, or of the same node, are added up where they are sums."""
+    """Frames of one table as one; rows of the same two ends, or of the same node, are added up
+    where they are sums.
+    """
     whole = pl.concat(frames)
     if len(frames) == 1 or not table.startswith("dataset_"):
         return whole
@@ -215,19 +238,27 @@ def checked(tables: Mapping[str, pl.DataFrame], layers: Sequence[str]) -> dict[s
     """One batch's frames in the store's types and orders, the index among them.
 
     Raises:
-        ValueError: a frame is not what its table holds, or speaks of a prompt that is not in the batch.
+        ValueError: a frame is not what its table holds, or speaks of a prompt that is not in the
+            batch.
     """
-    frames = {table: ordered(table, _typed(table, frame, layers)) for table, frame in tables.items()}
+    frames = {
+        table: ordered(table, _typed(table, frame, layers)) for table, frame in tables.items()
+    }
     if "nodes" in frames:
         frames[INDEX] = ordered(INDEX, frames["nodes"])
     if "prompts" not in frames or frames["prompts"].is_empty():
-        raise ValueError("table 'prompts': every batch needs its prompts, they are what resuming goes by")
+        raise ValueError(
+            "table 'prompts': every batch needs its prompts, they are what resuming goes by"
+        )
     ids = frames["prompts"]["prompt_id"]
     if ids.is_duplicated().any():
         raise ValueError("table 'prompts', column 'prompt_id': a prompt is there twice")
     for table, frame in frames.items():
         if "prompt_id" in frame.columns and not frame["prompt_id"].is_in(ids.implode()).all():
-            raise ValueError(f"table '{table}', column 'prompt_id': a prompt that is not in this batch's 'prompts'")
+            raise ValueError(
+                f"table '{table}', column 'prompt_id': a prompt that is not in this batch's "
+                "'prompts'"
+            )
     return frames
 
 
@@ -237,7 +268,9 @@ def _typed(table: str, frame: pl.DataFrame, layers: Sequence[str]) -> pl.DataFra
     wanted = schema(table, layers)
     for name in sorted({*wanted, *frame.columns}):
         if name not in wanted or name not in frame.columns:
-            raise ValueError(f"table '{table}', column '{name}': {'missing' if name in wanted else 'unknown'}")
+            raise ValueError(
+                f"table '{table}', column '{name}': {'missing' if name in wanted else 'unknown'}"
+            )
     return frame.select(_column(table, frame[name], wanted) for name in wanted)
 
 
@@ -248,6 +281,11 @@ def _column(table: str, column: pl.Series, wanted: Mapping[str, Any]) -> pl.Seri
     if isinstance(dtype, pl.Enum) and column.dtype in (pl.String, pl.Categorical, pl.Enum):
         words = column.cast(pl.String)
         if unknown := set(words.unique()).difference(dtype.categories):
-            raise ValueError(f"table '{table}', column '{column.name}': {unknown.pop()!r} is not one of its names")
+            raise ValueError(
+                f"table '{table}', column '{column.name}': {unknown.pop()!r} is not one of its "
+                "names"
+            )
         return words.cast(dtype)
-    raise ValueError(f"table '{table}', column '{column.name}': {column.dtype}, where the store has {dtype}")
+    raise ValueError(
+        f"table '{table}', column '{column.name}': {column.dtype}, where the store has {dtype}"
+    )

@@ -1,7 +1,8 @@
 """HuggingFace checkpoints on our own decoder: the same logits from parts that can be read.
 
-GPT-2 keeps queries, keys and values in one map and its weights transposed; both are undone. Llama, Mistral and Qwen2
-share one layout. What the decoder has no switch for is refused by name: `hf:` takes any model as it is.
+GPT-2 keeps queries, keys and values in one map and its weights transposed; both are undone. Llama,
+Mistral and Qwen2 share one layout. What the decoder has no switch for is refused by name: `hf:`
+takes any model as it is.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -39,8 +40,8 @@ def decoder_from(reference: str) -> Decoder:
 def _converted(reference: str, model: Any) -> Decoder:
     """A model of transformers as a decoder, on the same device and in the same precision.
 
-    The weights decide and not the configuration: whether the unembedding is the embedding's own is read off the
-    parameters, every weight needs a place, and in the end the logits have to agree.
+    The weights decide and not the configuration: whether the unembedding is the embedding's own is
+    read off the parameters, every weight needs a place, and in the end the logits have to agree.
 
     Raises:
         BadInput: it needs what the decoder does not have.
@@ -57,18 +58,26 @@ def _fill(reference: str, decoder: Decoder, model: Any) -> None:
     given = dict(_FAMILIES[model.config.model_type].weights(model.state_dict(), model.config))
     own = decoder.state_dict()
     if surplus := sorted(set(given) - set(own)):
-        raise BadInput(f"decoder:{reference}: no place for its '{surplus[0]}'; take it as it is: hf:{reference}")
+        raise BadInput(
+            f"decoder:{reference}: no place for its '{surplus[0]}'; take it as it is: "
+            f"hf:{reference}"
+        )
     for name, tensor in own.items():
         if name in given:
             tensor.copy_(given[name])
         elif name.endswith("bias"):
             tensor.zero_()
         else:
-            raise BadInput(f"decoder:{reference}: its checkpoint has no '{name}'; take it as it is: hf:{reference}")
+            raise BadInput(
+                f"decoder:{reference}: its checkpoint has no '{name}'; take it as it is: "
+                f"hf:{reference}"
+            )
 
 
 SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
-"""How far the logits of model and decoder may be apart, as a share of the largest; norms are always in float32."""
+"""How far the logits of model and decoder may be apart, as a share of the largest; norms are always
+in float32.
+"""
 
 
 @torch.no_grad()
@@ -81,31 +90,37 @@ def _compare_logits(reference: str, decoder: Decoder, model: Any) -> None:
     apart, largest = (float(x.abs().max()) for x in (decoder(tokens) - theirs, theirs))
     if apart > SAME[theirs.dtype] * largest:
         raise BadInput(
-            f"decoder:{reference}: our decoder gives other logits than the checkpoint, by {apart:.2g} "
+            f"decoder:{reference}: our decoder gives other logits than the checkpoint, by "
+            f"{apart:.2g} "
             f"where the largest is {largest:.2g}; take it as it is: hf:{reference}"
         )
 
 
 def twin(target: HuggingFaceLM) -> tuple[Decoder, dict[str, str]] | None:
-    """A model taken as it is, and the decoder that computes the same; None where the decoder has no switch for it.
+    """A model taken as it is, and the decoder that computes the same; None where the decoder has no
+    switch for it.
 
-    Returns the decoder, in the model's precision, and its names of the model's modules. GPT-2's one map for queries,
-    keys and values has no name there: the decoder has three.
+    Returns the decoder, in the model's precision, and its names of the model's modules. GPT-2's one
+    map for queries, keys and values has no name there: the decoder has three.
     """
     model = target.model
     try:
         decoder = _converted("", model)
     except BadInput:
         return None
-    parts, theirs = _FAMILIES[model.config.model_type].parts, dict(decoder.named_modules())
-    names = {name: _renamed(f"{name}.", parts).removesuffix(".") for name, _ in model.named_modules()}
+    parts = _FAMILIES[model.config.model_type].parts
+    theirs = dict(decoder.named_modules())
+    names = {
+        name: _renamed(f"{name}.", parts).removesuffix(".") for name, _ in model.named_modules()
+    }
     return decoder, {name: own for name, own in names.items() if own in theirs}
 
 
 def decoder_like(reference: str, config: Any, tied: bool | None = None) -> Decoder:
     """An untrained `Decoder` of the shape that a checkpoint's configuration describes.
 
-    tied: whether the unembedding is the embedding's own, if the weights have shown it; if omitted, as configured.
+    tied: whether the unembedding is the embedding's own, if the weights have shown it; if omitted,
+    as configured.
 
     Raises:
         BadInput: it needs what the decoder does not have.
@@ -119,7 +134,10 @@ def decoder_like(reference: str, config: Any, tied: bool | None = None) -> Decod
 
 
 def _unsupported(reference: str, name: str, value: Any) -> BadInput:
-    return BadInput(f"decoder:{reference}: {name} {value!r} is not for our decoder; take it as it is: hf:{reference}")
+    return BadInput(
+        f"decoder:{reference}: {name} {value!r} is not for our decoder; take it as it is: "
+        f"hf:{reference}"
+    )
 
 
 def _refuse(reference: str, config: Any, wanted: Mapping[str, tuple[Any, ...]]) -> None:
@@ -129,7 +147,7 @@ def _refuse(reference: str, config: Any, wanted: Mapping[str, tuple[Any, ...]]) 
             raise _unsupported(reference, name, value)
 
 
-# ---- GPT-2 ----------------------------------------------------------------------------------------------------------
+# ---- GPT-2 ---------------------------------------------------------------------------------------
 
 
 def _gpt2_settings(reference: str, config: Any) -> dict[str, Any]:
@@ -169,8 +187,11 @@ _GPT2_PARTS = {
 
 def _gpt2_weights(weights: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in weights.items():
-        mapped = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # Conv1D: [d_in, d_out]
-        own, tensor = _renamed(name, _GPT2_PARTS), tensor.T if mapped else tensor
+        mapped = name.endswith(
+            ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        )  # Conv1D: [d_in, d_out]
+        own = _renamed(name, _GPT2_PARTS)
+        tensor = tensor.T if mapped else tensor
         if ".attn.c_attn." not in own:
             yield own, tensor
             continue
@@ -178,17 +199,22 @@ def _gpt2_weights(weights: Mapping[str, Tensor], config: Any) -> Iterator[tuple[
             yield own.replace("c_attn", f"{part}_proj"), piece
 
 
-# ---- Llama and its like ---------------------------------------------------------------------------------------------
+# ---- Llama and its like --------------------------------------------------------------------------
 
 
 def _llama_settings(reference: str, config: Any) -> dict[str, Any]:
     rotary = dict(getattr(config, "rope_parameters", None) or {})
     base = rotary.pop("rope_theta", 10000.0)
-    if rotary.pop("rope_type", "default") != "default" or rotary.pop("partial_rotary_factor", 1.0) != 1.0:
+    if (
+        rotary.pop("rope_type", "default") != "default"
+        or rotary.pop("partial_rotary_factor", 1.0) != 1.0
+    ):
         raise _unsupported(reference, "rope_parameters", config.rope_parameters)
     d_head = config.hidden_size // config.num_attention_heads
     _refuse(reference, config, {"hidden_act": tuple(ACTIVATIONS), "head_dim": (d_head, None)})
-    if getattr(config, "use_sliding_window", True):  # Mistral slides by its window alone, Qwen2 has a switch
+    if getattr(
+        config, "use_sliding_window", True
+    ):  # Mistral slides by its window alone, Qwen2 has a switch
         _refuse(reference, config, {"sliding_window": (None,)})
     biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
     return {
@@ -203,7 +229,8 @@ def _llama_settings(reference: str, config: Any) -> dict[str, Any]:
         "norm": "rms",
         "mlp": "gated",
         "activation": ACTIVATIONS[config.hidden_act],
-        "bias": bool(biased) or config.model_type == "qwen2",  # where only some maps have one, the others' are zero
+        "bias": bool(biased)
+        or config.model_type == "qwen2",  # where only some maps have one, the others' are zero
         "tied_unembedding": bool(config.tie_word_embeddings),
         "rotary_base": float(base),
         "norm_eps": config.rms_norm_eps,
@@ -232,7 +259,9 @@ def _renamed(name: str, parts: Mapping[str, str]) -> str:
 
 
 class _Family(NamedTuple):
-    """How models of one family become decoders: their settings, their weights, and what their modules are called."""
+    """How models of one family become decoders: their settings, their weights, and what their
+    modules are called.
+    """
 
     settings: Callable[[str, Any], dict[str, Any]]
     weights: Callable[[Mapping[str, Tensor], Any], Iterator[tuple[str, Tensor]]]

@@ -1,6 +1,7 @@
-"""Any causal language model of HuggingFace transformers as a target, its modules under their own names.
+"""Any causal language model of HuggingFace transformers as a target, its modules under their own
+names.
 
-HuggingFaceLM.from_pretrained("gpt2")                     # a hub name, or the folder of a checkpoint
+HuggingFaceLM.from_pretrained("gpt2")              # a hub name, or the folder of a checkpoint
 Decomposition(target="hf:gpt2", sites={"transformer.h.*.mlp.c_fc": 1000})
 """
 
@@ -36,7 +37,8 @@ class HuggingFaceLM(LanguageModel):
     The model itself stays outside the tree of modules; its parts are the parts of this one.
 
     Args:
-        config: the model's configuration as plain values, `model_type` among them. Weights are drawn at random.
+        config: the model's configuration as plain values, `model_type` among them. Weights are
+            drawn at random.
         dtype: what its weights are held in.
     """
 
@@ -50,7 +52,9 @@ class HuggingFaceLM(LanguageModel):
                     settings, dtype=getattr(torch, dtype), trust_remote_code=False
                 )
         except Exception as error:  # of transformers, for a configuration that may be a stranger's
-            raise BadInput(f"config in HuggingFaceLM: {_line(error)}; take it from a causal language model") from error
+            raise BadInput(
+                f"config in HuggingFaceLM: {_line(error)}; take it from a causal language model"
+            ) from error
         self._adopt(model)
 
     @classmethod
@@ -59,26 +63,37 @@ class HuggingFaceLM(LanguageModel):
 
         Args:
             reference: the checkpoint's folder, or its name on the hub.
-            dtype: what its weights are held in; bfloat16 where there is a CUDA device, else float32, if left out.
+            dtype: what its weights are held in; bfloat16 where there is a CUDA device, else
+                float32, if left out.
 
         Raises:
             BadInput: there is no such causal language model, or it cannot be fetched.
         """
         own = cls.__new__(cls)
         super(HuggingFaceLM, own).__init__()
-        own._adopt(checkpoint(reference, dtype or ("bfloat16" if torch.cuda.is_available() else "float32")))
+        own._adopt(
+            checkpoint(reference, dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
+        )
         return own
 
     def _adopt(self, model: Any) -> None:
-        self._model = (model.eval(),)  # a tuple keeps the model from being a module of this one, and adding to names
-        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self._model = (
+            model.eval(),
+        )  # a tuple keeps the model from being a module of this one, and adding to names
+        self._parameters = model._parameters
+        self._buffers = model._buffers
+        self._modules = model._modules
         config = json.loads(model.config.to_json_string(use_diff=False))
         config.pop("_name_or_path", None)
-        config["tie_word_embeddings"] = is_tied(model)  # by the weights: a configuration may say otherwise
+        config["tie_word_embeddings"] = is_tied(
+            model
+        )  # by the weights: a configuration may say otherwise
         self.init_args = {"config": config, "dtype": str(model.dtype).removeprefix("torch.")}
         text = model.config.get_text_config()
         self.vocab = int(text.vocab_size)
-        self.context = int(next((n for n in (getattr(text, name, None) for name in _CONTEXT) if n), _UNBOUNDED))
+        self.context = int(
+            next((n for n in (getattr(text, name, None) for name in _CONTEXT) if n), _UNBOUNDED)
+        )
 
     @property
     def model(self) -> Any:
@@ -97,33 +112,46 @@ class HuggingFaceLM(LanguageModel):
 
 def is_tied(model: Any) -> bool:
     """Whether a model of transformers has one parameter for its embedding and its unembedding."""
-    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    first = model.get_input_embeddings()
+    last = model.get_output_embeddings()
     return first is not None and last is not None and first.weight is last.weight
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def checkpoint(reference: str, dtype: Precision) -> Any:
     """A causal language model of transformers with its weights, from a folder or from the hub.
 
     Raises:
-        BadInput: there is none, its weights do not belong to its configuration, or the hub is out of reach.
+        BadInput: there is none, its weights do not belong to its configuration, or the hub is out
+            of reach.
     """
-    options = {"dtype": getattr(torch, dtype), "output_loading_info": True, "trust_remote_code": False}
+    options = {
+        "dtype": getattr(torch, dtype),
+        "output_loading_info": True,
+        "trust_remote_code": False,
+    }
     auto = library(f"'{reference}'").AutoModelForCausalLM
     refuse_adapter(reference)
     model, found = _taken(reference, lambda place: auto.from_pretrained(place, **options))
-    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: transformers loads its base and lays it over
+    if getattr(
+        model, "_hf_peft_config_loaded", False
+    ):  # of the hub: transformers loads its base and lays it over
         raise _adapter(reference, str(model.config.name_or_path))
-    if lacking := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
+    if lacking := sorted(
+        [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    ):
         raise BadInput(
-            f"model '{reference}': its checkpoint has no fitting '{lacking[0]}'; take a causal language model"
+            f"model '{reference}': its checkpoint has no fitting '{lacking[0]}'; take a causal "
+            "language model"
         )
     if unused := sorted(name for name in found["unexpected_keys"] if not name.endswith(_CONSTANTS)):
         raise BadInput(
-            f"model '{reference}': its checkpoint holds '{unused[0]}', which the model that its config.json describes "
-            "does not have; correct config.json, or take the weight out of the checkpoint if it is not needed"
+            f"model '{reference}': its checkpoint holds '{unused[0]}', which the model that its "
+            "config.json describes "
+            "does not have; correct config.json, or take the weight out of the checkpoint if it is "
+            "not needed"
         )
     return model
 
@@ -142,8 +170,10 @@ def refuse_adapter(reference: str) -> None:
 
 def _adapter(reference: str, base: str) -> BadInput:
     return BadInput(
-        f"model '{reference}': it is an adapter of {base}, and not a model; merge the adapter first, with peft: "
-        f"AutoPeftModelForCausalLM.from_pretrained('{reference}').merge_and_unload().save_pretrained(FOLDER), "
+        f"model '{reference}': it is an adapter of {base}, and not a model; merge the adapter "
+        "first, with peft: "
+        f"AutoPeftModelForCausalLM.from_pretrained('{reference}')"
+        ".merge_and_unload().save_pretrained(FOLDER), "
         "and take FOLDER"
     )
 
@@ -167,17 +197,26 @@ def _taken(reference: str, take: Callable[[str], Any]) -> Any:
     """
     folder = Path(reference).expanduser()
     local = folder.is_dir()
-    if not local and (folder.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1):
-        raise BadInput(f"model '{reference}': no such folder; give the folder of a checkpoint, or a name on the hub")
+    if not local and (
+        folder.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1
+    ):
+        raise BadInput(
+            f"model '{reference}': no such folder; give the folder of a checkpoint, or a name on "
+            "the hub"
+        )
     try:
         with quietly():
             return take(str(folder) if local else reference if hub_answers() else _kept(reference))
-    except Exception as error:  # of transformers, the hub's client, safetensors and what they are built on
+    except (
+        Exception
+    ) as error:  # of transformers, the hub's client, safetensors and what they are built on
         raise BadInput(_unavailable(reference, local, error)) from error
 
 
 def hub_answers() -> bool:
-    """Whether the hub's address is known here; its own client takes most of a minute to find out that it is not."""
+    """Whether the hub's address is known here; its own client takes most of a minute to find out
+    that it is not.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -199,8 +238,15 @@ def _kept(reference: str) -> str:
 
 def _unavailable(reference: str, local: bool, error: Exception) -> str:
     if local:
-        return f"model '{reference}': cannot be loaded ({_line(error)}); give the folder of a causal language model"
-    why = _line(error) if hub_answers() else "neither on this machine nor, without a network, to be had from the hub"
+        return (
+            f"model '{reference}': cannot be loaded ({_line(error)}); give the folder of a causal "
+            "language model"
+        )
+    why = (
+        _line(error)
+        if hub_answers()
+        else "neither on this machine nor, without a network, to be had from the hub"
+    )
     return f"model '{reference}': {why}; stories-2L.yaml and code-2L.yaml need no network"
 
 
@@ -223,9 +269,13 @@ def library(what: str) -> Any:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """transformers keeps its progress bars and its advice to itself, and is then as talkative as before."""
-    own, client = library("a checkpoint").utils.logging, logging.getLogger("huggingface_hub")
-    levels, bars = (own.get_verbosity(), client.level), own.is_progress_bar_enabled()
+    """transformers keeps its progress bars and its advice to itself, and is then as talkative as
+    before.
+    """
+    own = library("a checkpoint").utils.logging
+    client = logging.getLogger("huggingface_hub")
+    levels = (own.get_verbosity(), client.level)
+    bars = own.is_progress_bar_enabled()
     own.set_verbosity(logging.CRITICAL)
     client.setLevel(logging.CRITICAL)
     own.disable_progress_bar()

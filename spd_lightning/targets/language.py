@@ -1,7 +1,8 @@
 """The interface of language models here: a loss, a vocabulary, a context, and sampling.
 
-A language model is a module whose `forward` turns tokens [batch pos] into the logits [batch pos vocab] of the token
-that comes next at every position. Reading it out, scoring and sampling need nothing else.
+A language model is a module whose `forward` turns tokens [batch pos] into the logits [batch pos
+vocab] of the token that comes next at every position. Reading it out, scoring and sampling need
+nothing else.
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +35,9 @@ class LanguageModel(nn.Module, ABC):
         """How badly it predicts these tokens: mean cross-entropy of all but the first, in nats."""
         return self.score(self(tokens), tokens)
 
-    def score(self, output: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    def score(
+        self, output: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, ""]:
         """The loss of any logits on these tokens, in float32 or better."""
         return next_token_loss(output, tokens)
 
@@ -43,7 +46,9 @@ class LanguageModel(nn.Module, ABC):
         return []
 
 
-def next_token_loss(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+def next_token_loss(
+    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, ""]:
     """Mean cross-entropy, in nats, of the token that follows each position but the last."""
     predicted = logits[:, :-1].flatten(0, 1)
     if predicted.dtype in (torch.float16, torch.bfloat16):
@@ -54,7 +59,10 @@ def next_token_loss(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor
 def fits(positions: int, context: int, model: str) -> None:
     """Raises BadInput where a sequence is longer than a model's context."""
     if positions > context:
-        raise BadInput(f"a sequence of {positions} tokens in {model}: its context holds {context}; lower data.seq_len")
+        raise BadInput(
+            f"a sequence of {positions} tokens in {model}: its context holds {context}; lower "
+            "data.seq_len"
+        )
 
 
 @torch.no_grad()
@@ -65,7 +73,8 @@ def sample(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "batch longer"]:
-    """Lets a language model go on from given tokens; beyond its context it sees the last `context` tokens only.
+    """Lets a language model go on from given tokens; beyond its context it sees the last `context`
+    tokens only.
 
     Args:
         model: any language model with a `context`.
@@ -75,12 +84,17 @@ def sample(
         generator: draws the tokens; torch's global one if omitted.
     """
     if temperature < 0 or not tokens.shape[1]:
-        raise BadInput(f"temperature {temperature} and {tokens.shape[1]} tokens in sample: give at least 0 and 1")
+        raise BadInput(
+            f"temperature {temperature} and {tokens.shape[1]} tokens in sample: give at least 0 "
+            "and 1"
+        )
     for _ in range(steps):
         logits = model(tokens[:, -int(model.context) :])[:, -1].float()  # pyright: ignore[reportArgumentType]
         if temperature == 0:
             following = logits.argmax(dim=-1, keepdim=True)
         else:
-            following = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            following = torch.multinomial(
+                torch.softmax(logits / temperature, dim=-1), 1, generator=generator
+            )
         tokens = torch.cat([tokens, following.to(tokens.dtype)], dim=1)
     return tokens

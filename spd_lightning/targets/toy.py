@@ -1,9 +1,9 @@
 """Small networks whose mechanisms are known, so that a decomposition of them can be judged.
 
-They are plain modules that have never heard of decomposition. Each has `forward`, the `loss` that it is trained on
-(labels follow from the inputs) with the `score` behind it, and `unrepresented`: what it has failed to learn. Some seeds
-end in a local minimum which the loss hardly shows; a target that leaves something unrepresented is to be trained again
-from another seed.
+They are plain modules that have never heard of decomposition. Each has `forward`, the `loss` that
+it is trained on (labels follow from the inputs) with the `score` behind it, and `unrepresented`:
+what it has failed to learn. Some seeds end in a local minimum which the loss hardly shows; a target
+that leaves something unrepresented is to be trained again from another seed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,9 @@ PROBE = 0.75  # the height at which a feature is shown alone
 
 
 class TransposedLinear(nn.Linear):
-    """A linear map whose weight is another map's, transposed: one parameter, two uses, gradients summed."""
+    """A linear map whose weight is another map's, transposed: one parameter, two uses, gradients
+    summed.
+    """
 
     def __init__(self, partner: nn.Linear) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a second weight
@@ -40,10 +42,12 @@ class TransposedLinear(nn.Linear):
 
 
 class TMS(nn.Module):
-    """The toy model of superposition: more features than hidden dimensions, `relu(linear2(hidden(linear1(x))))`.
+    """The toy model of superposition: more features than hidden dimensions,
+    `relu(linear2(hidden(linear1(x))))`.
 
-    `linear2` is the transpose of `linear1`, with a bias that starts at zero; `hidden` holds fixed identity maps.
-    Source: Elhage et al. 2022, "Toy models of superposition"; SPD (arXiv 2506.20790) section 3.1.
+    `linear2` is the transpose of `linear1`, with a bias that starts at zero; `hidden` holds fixed
+    identity maps. Source: Elhage et al. 2022, "Toy models of superposition"; SPD (arXiv 2506.20790)
+    section 3.1.
     """
 
     def __init__(self, n_features: int, n_hidden: int, n_identity: int = 0) -> None:
@@ -56,7 +60,9 @@ class TMS(nn.Module):
         super().__init__()
         self.n_features, self.n_hidden = n_features, n_hidden
         self.linear1 = nn.Linear(n_features, n_hidden, bias=False)
-        self.hidden = nn.ModuleList(nn.Linear(n_hidden, n_hidden, bias=False) for _ in range(n_identity))
+        self.hidden = nn.ModuleList(
+            nn.Linear(n_hidden, n_hidden, bias=False) for _ in range(n_identity)
+        )
         self.linear2 = TransposedLinear(self.linear1)
         for weight in self.hidden.parameters():
             nn.init.eye_(weight.requires_grad_(False))
@@ -82,9 +88,9 @@ class TMS(nn.Module):
     def unrepresented(self) -> list[int]:
         """The features that do not come back when shown alone at 0.75.
 
-        A lost feature returns below 0.15. What a kept one returns depends on how often others disturb it: 0.71 where
-        5 features share 2 dimensions, 0.61 where 40 share 10. Hence 0.1 of tolerance up to 3 features a dimension,
-        and 0.3 beyond.
+        A lost feature returns below 0.15. What a kept one returns depends on how often others
+        disturb it: 0.71 where 5 features share 2 dimensions, 0.61 where 40 share 10. Hence 0.1 of
+        tolerance up to 3 features a dimension, and 0.3 beyond.
         """
         tolerance = 0.1 if self.n_features <= 3 * self.n_hidden else 0.3
         returned = self(PROBE * torch.eye(self.n_features).to(self.linear1.weight)).diagonal()
@@ -94,9 +100,10 @@ class TMS(nn.Module):
 class ResidualBlock(nn.Module):
     """One residual step of an MLP, `x + mlp_out(relu(mlp_in(x)))`, without biases.
 
-    Its weights start at a tenth of PyTorch's usual size. Training hardly touches what a start leaves outside the
-    directions of the features; it serves nothing, yet a decomposition would have to reproduce it. Of the trained
-    mlp_out's squared norm (one layer) that is 65 % from the usual start, 7 % from this one, at the same loss.
+    Its weights start at a tenth of PyTorch's usual size. Training hardly touches what a start
+    leaves outside the directions of the features; it serves nothing, yet a decomposition would have
+    to reproduce it. Of the trained mlp_out's squared norm (one layer) that is 65 % from the usual
+    start, 7 % from this one, at the same loss.
     """
 
     def __init__(self, d_embed: int, d_mlp: int) -> None:
@@ -113,16 +120,22 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """A residual MLP that computes `x + relu(x)` for more features than it has neurons, across one or more layers.
+    """A residual MLP that computes `x + relu(x)` for more features than it has neurons, across one
+    or more layers.
 
-    Features enter through fixed random directions of unit norm and are read out along the same directions.
-    Source: SPD (arXiv 2506.20790) section 3.3; APD (arXiv 2501.14926).
+    Features enter through fixed random directions of unit norm and are read out along the same
+    directions. Source: SPD (arXiv 2506.20790) section 3.3; APD (arXiv 2501.14926).
     """
 
     embedding: Float[Tensor, "features d_embed"]
 
     def __init__(
-        self, n_features: int, d_embed: int, d_mlp: int | Sequence[int], n_layers: int = 1, seed: int = 0
+        self,
+        n_features: int,
+        d_embed: int,
+        d_mlp: int | Sequence[int],
+        n_layers: int = 1,
+        seed: int = 0,
     ) -> None:
         """
         Args:
@@ -136,7 +149,8 @@ class ResidualMLP(nn.Module):
         widths = [d_mlp] * n_layers if isinstance(d_mlp, int) else list(d_mlp)
         if len(widths) != n_layers:
             raise BadInput(
-                f"d_mlp {widths} in ResidualMLP: n_layers is {n_layers}; give one width a layer, or one number"
+                f"d_mlp {widths} in ResidualMLP: n_layers is {n_layers}; give one width a layer, "
+                "or one number"
             )
         directions = torch.randn(n_features, d_embed, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("embedding", directions / directions.norm(dim=1, keepdim=True))
@@ -160,10 +174,12 @@ class ResidualMLP(nn.Module):
         return (output - inputs - torch.relu(inputs)).square().mean()
 
     def _forward_in_few_directions(self, inputs: Tensor) -> Tensor:
-        """`forward`, for much less work where the batch is large and d_embed exceeds features and neurons together.
+        """`forward`, for much less work where the batch is large and d_embed exceeds features and
+        neurons together.
 
-        The residual stream is a sum of few directions (features and neurons written so far), so their coefficients
-        stand for it, and only the directions' inner products with the readers are needed.
+        The residual stream is a sum of few directions (features and neurons written so far), so
+        their coefficients stand for it, and only the directions' inner products with the readers
+        are needed.
         """
         coefficients, directions = inputs, self.embedding
         for layer in cast("Iterable[ResidualBlock]", self.layers):
@@ -174,10 +190,11 @@ class ResidualMLP(nn.Module):
 
     @torch.no_grad()
     def unrepresented(self) -> list[int]:
-        """The features whose output, shown alone at 0.75, is off `x + relu(x)` = 1.5 by more than 0.5.
+        """The features whose output, shown alone at 0.75, is off `x + relu(x)` = 1.5 by more than
+        0.5.
 
-        With half as many neurons as features none can be exact: trained models give 1.1 to 1.35, the embedding
-        without any neuron 0.75.
+        With half as many neurons as features none can be exact: trained models give 1.1 to 1.35,
+        the embedding without any neuron 0.75.
         """
         returned = self(PROBE * torch.eye(len(self.embedding)).to(self.embedding)).diagonal()
         return torch.nonzero((returned - 2 * PROBE).abs() > 0.5).flatten().tolist()
@@ -197,13 +214,17 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Compute the heads' contribution to the residual stream."""
         q, k, v = (
-            rearrange(project(x), "batch pos (head d_head) -> batch head pos d_head", head=self.n_heads)
+            rearrange(
+                project(x), "batch pos (head d_head) -> batch head pos d_head", head=self.n_heads
+            )
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
         pattern = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
-        return self.o_proj(rearrange(pattern @ v, "batch head pos d_head -> batch pos (head d_head)"))
+        return self.o_proj(
+            rearrange(pattern @ v, "batch head pos d_head -> batch pos (head d_head)")
+        )
 
 
 class AttentionBlock(nn.Module):
@@ -221,11 +242,13 @@ class AttentionBlock(nn.Module):
 class InductionHead(nn.Module):
     """An attention-only transformer that completes `BOS T* S M T* S` with M, as induction heads do.
 
-    Its first layer must write into each position which token came before, its second must look that up.
-    Source: Olsson et al. 2022, "In-context learning and induction heads".
+    Its first layer must write into each position which token came before, its second must look that
+    up. Source: Olsson et al. 2022, "In-context learning and induction heads".
     """
 
-    def __init__(self, vocab: int, d_model: int, seq_len: int, n_layers: int = 2, n_heads: int = 1) -> None:
+    def __init__(
+        self, vocab: int, d_model: int, seq_len: int, n_layers: int = 2, n_heads: int = 1
+    ) -> None:
         """
         Args:
             vocab: how many tokens there are; token 0 is BOS.
@@ -236,7 +259,9 @@ class InductionHead(nn.Module):
         """
         super().__init__()
         if d_model % n_heads:
-            raise BadInput(f"n_heads {n_heads} in InductionHead: it must divide d_model, which is {d_model}")
+            raise BadInput(
+                f"n_heads {n_heads} in InductionHead: it must divide d_model, which is {d_model}"
+            )
         self.vocab, self.seq_len = vocab, seq_len
         self.embed = nn.Embedding(vocab, d_model)
         self.pos_embed = nn.Embedding(seq_len, d_model)
@@ -254,7 +279,9 @@ class InductionHead(nn.Module):
         """Cross-entropy of the induced token at the last position, in nats."""
         return self.score(self(inputs), inputs)
 
-    def score(self, output: Float[Tensor, "batch pos vocab"], inputs: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    def score(
+        self, output: Float[Tensor, "batch pos vocab"], inputs: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, ""]:
         """The loss of any logits on these inputs."""
         return nn.functional.cross_entropy(output[:, -1], induced_token(inputs))
 
@@ -278,7 +305,8 @@ class InductionHead(nn.Module):
 def induction_tokens(
     repeated: Int[Tensor, "batch 1"], vocab: int, seq_len: int, generator: torch.Generator
 ) -> Int[Tensor, "batch seq_len"]:
-    """Random sequences `BOS T* S M T* S` for given S: it ends the sequence and occurs once before, where M follows.
+    """Random sequences `BOS T* S M T* S` for given S: it ends the sequence and occurs once before,
+    where M follows.
 
     S is any token but BOS (0); M and the filling T are drawn from all others.
     """

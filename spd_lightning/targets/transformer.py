@@ -4,9 +4,10 @@
     x = x + attn(norm_1(x));  x = x + mlp(norm_2(x))        for every block h.{i}
     logits = lm_head(norm_f(x))
 
-Every linear map is an `nn.Linear` of its own (q, k and v too), every norm and activation a module, the attention core
-a function, so that each part can be decomposed, replaced, or read. What it leaves out: dropout, caches of keys and
-values, scaled rotary positions, sliding windows. `targets/conversion.py` fills one from a HuggingFace checkpoint.
+Every linear map is an `nn.Linear` of its own (q, k and v too), every norm and activation a module,
+the attention core a function, so that each part can be decomposed, replaced, or read. What it
+leaves out: dropout, caches of keys and values, scaled rotary positions, sliding windows.
+`targets/conversion.py` fills one from a HuggingFace checkpoint.
 
 Source: Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama); Su et al. 2021 (rotary positions).
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from spd_lightning.errors import BadInput
+from spd_lightning.targets.decoder_layout import decoder_layout
 from spd_lightning.targets.language import LanguageModel, fits
 
 Positions = Literal["rotary", "learned", "none"]
@@ -28,17 +30,21 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 Rotary = tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]]
 
 
-# ---- attention ------------------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 
 def rotary_tables(context: int, d_head: int, base: float) -> Rotary:
-    """Cosine and sine of the angle by which each position turns each pair of a head's dimensions."""
+    """Cosine and sine of the angle by which each position turns each pair of a head's
+    dimensions.
+    """
     frequencies = 1.0 / base ** (torch.arange(0, d_head, 2).float() / d_head)
     angles = torch.outer(torch.arange(context).float(), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Float[Tensor, "batch head pos d_head"], rotary: Rotary) -> Float[Tensor, "batch head pos d_head"]:
+def rotate(
+    x: Float[Tensor, "batch head pos d_head"], rotary: Rotary
+) -> Float[Tensor, "batch head pos d_head"]:
     """Turns dimension i of a head against dimension i + d_head/2 by the position's angle."""
     cos, sin = (table.to(x.dtype) for table in rotary)
     first, second = x.chunk(2, dim=-1)
@@ -48,7 +54,9 @@ def rotate(x: Float[Tensor, "batch head pos d_head"], rotary: Rotary) -> Float[T
 def attention_pattern(
     q: Float[Tensor, "batch head pos d_head"], k: Float[Tensor, "batch head pos d_head"]
 ) -> Float[Tensor, "batch head pos pos"]:
-    """How much each position attends to itself and to each one before it: a softmax, each row adds up to 1."""
+    """How much each position attends to itself and to each one before it: a softmax, each row adds
+    up to 1.
+    """
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.shape[-1] ** 0.5
     future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
     return torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
@@ -60,19 +68,29 @@ def attend(
     v: Float[Tensor, "batch head pos d_head"],
     fused: bool,
 ) -> Float[Tensor, "batch head pos d_head"]:
-    """The values that the heads gather: by torch's fused kernel, or written out; the same numbers either way."""
-    if fused and q.device.type == "cpu" and q.dtype == torch.bfloat16:  # its backward pass takes four times as long
+    """The values that the heads gather: by torch's fused kernel, or written out; the same numbers
+    either way.
+    """
+    if (
+        fused and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    ):  # its backward pass takes four times as long
         with torch.autocast("cpu", enabled=False):
-            return scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).bfloat16()
+            return scaled_dot_product_attention(
+                q.float(), k.float(), v.float(), is_causal=True
+            ).bfloat16()
     if fused:
         return scaled_dot_product_attention(q, k, v, is_causal=True)
     return torch.einsum("bhqk,bhkd->bhqd", attention_pattern(q, k), v)
 
 
 class Attention(nn.Module):
-    """Causal attention; where there are fewer key heads than query heads, neighboring queries share one."""
+    """Causal attention; where there are fewer key heads than query heads, neighboring queries share
+    one.
+    """
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, bias: bool, fused: bool) -> None:
+    def __init__(
+        self, d_model: int, n_heads: int, n_kv_heads: int, bias: bool, fused: bool
+    ) -> None:
         super().__init__()
         d_kv = d_model // n_heads * n_kv_heads
         self.n_heads, self.n_kv_heads, self.fused = n_heads, n_kv_heads, fused
@@ -88,12 +106,18 @@ class Attention(nn.Module):
         x = rearrange(x, "batch pos (head d_head) -> batch head pos d_head", head=count)
         return x if rotary is None else rotate(x, rotary)
 
-    def heads_of(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections as queries, keys and values [batch head pos d_head], turned, shared keys repeated."""
-        q, k = self.turned(q, self.n_heads, rotary), self.turned(k, self.n_kv_heads, rotary)
+    def heads_of(
+        self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections as queries, keys and values [batch head pos d_head], turned, shared keys
+        repeated.
+        """
+        q = self.turned(q, self.n_heads, rotary)
+        k = self.turned(k, self.n_kv_heads, rotary)
         v = self.turned(v, self.n_kv_heads, None)
         if (shared := self.n_heads // self.n_kv_heads) > 1:
-            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+            k = k.repeat_interleave(shared, dim=1)
+            v = v.repeat_interleave(shared, dim=1)
         return q, k, v
 
     @staticmethod
@@ -110,7 +134,7 @@ class Attention(nn.Module):
         return self.o_proj(rearrange(gathered, "batch head pos d_head -> batch pos (head d_head)"))
 
 
-# ---- the rest of a block --------------------------------------------------------------------------------------------
+# ---- the rest of a block -------------------------------------------------------------------------
 
 
 def activation_module(kind: Activation) -> nn.Module:
@@ -169,7 +193,9 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """One residual step of attention and one of an MLP, each behind its norm."""
 
-    def __init__(self, norm_1: nn.Module, attn: Attention, norm_2: nn.Module, mlp: nn.Module) -> None:
+    def __init__(
+        self, norm_1: nn.Module, attn: Attention, norm_2: nn.Module, mlp: nn.Module
+    ) -> None:
         super().__init__()
         self.norm_1, self.attn, self.norm_2, self.mlp = norm_1, attn, norm_2, mlp
 
@@ -181,7 +207,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
-# ---- the decoder ----------------------------------------------------------------------------------------------------
+# ---- the decoder ---------------------------------------------------------------------------------
 
 
 class Decoder(LanguageModel):
@@ -194,7 +220,8 @@ class Decoder(LanguageModel):
         n_heads: query heads of each block; they share d_model evenly.
         context: how many positions a sequence has at most.
         d_mlp: neurons of each block; four times d_model if omitted.
-        n_kv_heads: key and value heads; as many as n_heads if omitted, fewer where queries share them.
+        n_kv_heads: key and value heads; as many as n_heads if omitted, fewer where queries share
+            them.
         positions: rotary (Llama), learned (GPT-2), or none.
         norm: rms (Llama), layer (GPT-2), or none.
         mlp: plain (GPT-2), or gated (Llama).
@@ -203,11 +230,10 @@ class Decoder(LanguageModel):
         tied_unembedding: whether lm_head's weight is wte's own.
         rotary_base: the slowest rotary pair turns once in about 2π times this many positions.
         norm_eps: added inside the root of a norm.
-        fused_attention: torch's fused kernel; false writes attention out, which higher derivatives need.
+        fused_attention: torch's fused kernel; false writes attention out, which higher derivatives
+            need.
     """
 
-    closed_forms = True
-    """Its graphs need no backward pass: `attribution.closed_form` knows these parts by name."""
     cos: Float[Tensor, "pos d_head"] | None
     sin: Float[Tensor, "pos d_head"]
 
@@ -230,23 +256,32 @@ class Decoder(LanguageModel):
         norm_eps: float = 1e-5,
         fused_attention: bool = True,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        given = {
+            name: value for name, value in locals().items() if name not in ("self", "__class__")
+        }
         super().__init__()
         _check(given)
         self.init_args, self.vocab, self.context = given, vocab, context
+        self.layout = decoder_layout(n_layers, gated=mlp == "gated")
 
         def block() -> Block:
             norms = [norm_module(norm, d_model, norm_eps, bias) for _ in range(2)]
             attn = Attention(d_model, n_heads, n_kv_heads or n_heads, bias, fused_attention)
             kind = PlainMLP if mlp == "plain" else GatedMLP
-            return Block(norms[0], attn, norms[1], kind(d_model, d_mlp or 4 * d_model, activation, bias))
+            return Block(
+                norms[0], attn, norms[1], kind(d_model, d_mlp or 4 * d_model, activation, bias)
+            )
 
         self.wte = nn.Embedding(vocab, d_model)
         self.wpe = nn.Embedding(context, d_model) if positions == "learned" else None
         self.h = nn.ModuleList(block() for _ in range(n_layers))
         self.norm_f = norm_module(norm, d_model, norm_eps, bias)
         self.lm_head = nn.Linear(d_model, vocab, bias=False)
-        tables = rotary_tables(context, d_model // n_heads, rotary_base) if positions == "rotary" else (None, None)
+        tables = (
+            rotary_tables(context, d_model // n_heads, rotary_base)
+            if positions == "rotary"
+            else (None, None)
+        )
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
         if tied_unembedding:
@@ -254,7 +289,9 @@ class Decoder(LanguageModel):
         self._draw(n_layers)
 
     def _draw(self, n_layers: int) -> None:
-        """Initial weights as in GPT-2: N(0, 0.02), what writes into the residual stream smaller by √(2 n_layers)."""
+        """Initial weights as in GPT-2: N(0, 0.02), what writes into the residual stream smaller by
+        √(2 n_layers).
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -287,10 +324,17 @@ def _check(given: dict) -> None:
     for name in ("vocab", "d_model", "n_layers", "n_heads", "context"):
         if given[name] < 1:
             raise BadInput(f"{name} {given[name]} in Decoder: it must be at least 1")
-    d_model, n_heads, shared = given["d_model"], given["n_heads"], given["n_kv_heads"] or given["n_heads"]
+    d_model = given["d_model"]
+    n_heads = given["n_heads"]
+    shared = given["n_kv_heads"] or given["n_heads"]
     if d_model % n_heads:
         raise BadInput(f"n_heads {n_heads} in Decoder: it must divide d_model, which is {d_model}")
     if n_heads % shared:
-        raise BadInput(f"n_kv_heads {shared} in Decoder: it must divide n_heads, which is {n_heads}")
+        raise BadInput(
+            f"n_kv_heads {shared} in Decoder: it must divide n_heads, which is {n_heads}"
+        )
     if given["positions"] == "rotary" and d_model // n_heads % 2:
-        raise BadInput(f"d_model {d_model} and n_heads {n_heads} in Decoder: rotary positions need an even d_head")
+        raise BadInput(
+            f"d_model {d_model} and n_heads {n_heads} in Decoder: rotary positions need an even "
+            "d_head"
+        )

@@ -1,1 +1,3 @@
-"""Lightning: modules that train targets and decompose them, their checkpoints, figures and progress."""
+"""Lightning: modules that train targets and decompose them, their checkpoints, figures and
+progress.
+"""

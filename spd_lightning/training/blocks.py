@@ -1,7 +1,8 @@
-"""Several optimizer steps in one `training_step`, and a processor that is not wasted on small models.
+"""Several optimizer steps in one `training_step`, and a processor that is not wasted on small
+models.
 
-Lightning spends about 0.3 ms around each `training_step`. A toy's whole optimizer step takes little more, so modules
-here receive a list of batches and take one step for each.
+Lightning spends about 0.3 ms around each `training_step`. A toy's whole optimizer step takes little
+more, so modules here receive a list of batches and take one step for each.
 """
 
 import ctypes
@@ -18,7 +19,9 @@ from spd_lightning.errors import BadInput, Diverged, check_range
 from spd_lightning.training.schedule import Schedule
 
 MOST_UNCHECKED = 100
-"""Losses that are collected on the device before it is looked whether they are finite: looking waits for the device."""
+"""Losses that are collected on the device before it is looked whether they are finite: looking
+waits for the device.
+"""
 LOWER = "lower the learning rate, or bound the gradients"
 """What to do about a training that diverges."""
 
@@ -26,7 +29,8 @@ LOWER = "lower the learning rate, or bound the gradients"
 class BlockModule(L.LightningModule, ABC):
     """A LightningModule whose `training_step` takes one optimizer step for each batch of a list.
 
-    Its optimizer has one parameter group or more; a group's `peak` is the learning rate that the schedule scales.
+    Its optimizer has one parameter group or more; a group's `peak` is the learning rate that the
+    schedule scales.
     """
 
     def __init__(
@@ -41,15 +45,28 @@ class BlockModule(L.LightningModule, ABC):
         super().__init__()
         place = type(self).__name__
         check_range(place, least=1, whole=True, inner_steps=inner_steps, log_every=log_every)
-        check_range(place, least=1, whole=True, checkpoint_every=checkpoint_every, micro_batches=micro_batches)
+        check_range(
+            place,
+            least=1,
+            whole=True,
+            checkpoint_every=checkpoint_every,
+            micro_batches=micro_batches,
+        )
         check_range(place, least=1, whole=True, threads=threads)
         self.automatic_optimization = False
         self.schedule, self.inner_steps = schedule, inner_steps
         self.log_every, self.checkpoint_every, self.threads = log_every, checkpoint_every, threads
         self.micro_batches = micro_batches
-        self.recorded: tuple[int, dict[str, float]] = (-1, {})  # the newest logged step and its losses and norms
-        self.say: Callable[[str], None] = _nobody_listens  # told how far a long part of an evaluation is
-        self._unchecked: list[tuple[int, Mapping[str, Tensor]]] = []  # steps and losses not yet known to be finite
+        self.recorded: tuple[int, dict[str, float]] = (
+            -1,
+            {},
+        )  # the newest logged step and its losses and norms
+        self.say: Callable[[str], None] = (
+            _nobody_listens  # told how far a long part of an evaluation is
+        )
+        self._unchecked: list[
+            tuple[int, Mapping[str, Tensor]]
+        ] = []  # steps and losses not yet known to be finite
 
     @property
     @abstractmethod
@@ -57,7 +74,9 @@ class BlockModule(L.LightningModule, ABC):
         """The network that batches go through."""
 
     @abstractmethod
-    def objective(self, batch: Tensor, step: int, part: int = 0) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def objective(
+        self, batch: Tensor, step: int, part: int = 0
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of a batch, or of a part of it by number, and what to log of it."""
 
     def before_parts(self, parts: Sequence[Tensor], step: int) -> None:
@@ -88,30 +107,41 @@ class BlockModule(L.LightningModule, ABC):
         except (RuntimeError, IndexError) as error:
             why = str(error).partition("\n")[0]
             raise BadInput(
-                f"data: a batch {list(inputs.shape)} does not go through the target ({why}); take data made for it"
+                f"data: a batch {list(inputs.shape)} does not go through the target ({why}); take "
+                "data made for it"
             ) from error
 
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(
+        self, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         if self.trainer.sanity_checking:
             self.try_on(batch)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        held, own = ({k: v.shape for k, v in state.items()} for state in (checkpoint["state_dict"], self.state_dict()))
+        held, own = (
+            {k: v.shape for k, v in state.items()}
+            for state in (checkpoint["state_dict"], self.state_dict())
+        )
         if held != own:
             name = min(k for k in {*held, *own} if held.get(k) != own.get(k))
             raise BadInput(
-                f"checkpoint: weights of another model ('{name}' differs); delete it, and run the same fit again to "
+                f"checkpoint: weights of another model ('{name}' differs); delete it, and run the "
+                "same fit again to "
                 "start over"
             )
 
     def setup(self, stage: str) -> None:
-        """The processor's settings for this module's work; `teardown` puts back what others may rely on."""
+        """The processor's settings for this module's work; `teardown` puts back what others may
+        rely on.
+        """
         self._threads_before = torch.get_num_threads()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         if self.trainer.strategy.root_device.type == "cpu":
             settle_allocator()
-            torch.set_flush_denormal(True)  # dying components are full of denormals, a hundred times slower than others
+            torch.set_flush_denormal(
+                True
+            )  # dying components are full of denormals, a hundred times slower than others
 
     def teardown(self, stage: str) -> None:
         torch.set_flush_denormal(False)
@@ -133,15 +163,22 @@ class BlockModule(L.LightningModule, ABC):
                 self.check_losses()
             if step % self.log_every == 0 or step == self.steps - 1:
                 self.check_losses()  # logging waits for the device anyway
-                means = {name: torch.stack([values[name] for values in found]).mean() for name in found[0]}
+                means = {
+                    name: torch.stack([values[name] for values in found]).mean()
+                    for name in found[0]
+                }
                 self._record({**means, **norms}, factor, step)
 
     def _accumulate(self, batch: Tensor, step: int) -> list[Mapping[str, Tensor]]:
-        """Leaves the gradient of a batch's loss, one part of the batch after the other; what to log of each part."""
-        count, found = self.micro_batches, list[Mapping[str, Tensor]]()
+        """Leaves the gradient of a batch's loss, one part of the batch after the other; what to log
+        of each part.
+        """
+        count = self.micro_batches
+        found = list[Mapping[str, Tensor]]()
         if len(batch) % count:
             raise BadInput(
-                f"micro_batches {count} in {type(self).__name__}: a batch of {len(batch)} cannot be cut so; take a "
+                f"micro_batches {count} in {type(self).__name__}: a batch of {len(batch)} cannot "
+                "be cut so; take a "
                 "divisor of data.batch_size"
             )
         parts = batch.chunk(count)
@@ -154,13 +191,17 @@ class BlockModule(L.LightningModule, ABC):
         return found
 
     def check_losses(self) -> None:
-        """Looks whether all losses since the last check are finite, in one exchange with the device.
+        """Looks whether all losses since the last check are finite, in one exchange with the
+        device.
 
         Raises:
             Diverged: one is not; it names the first such step and term.
         """
-        pending, self._unchecked = self._unchecked, []
-        named = [(step, name, value) for step, values in pending for name, value in _terms_first(values)]
+        pending = self._unchecked
+        self._unchecked = []
+        named = [
+            (step, name, value) for step, values in pending for name, value in _terms_first(values)
+        ]
         if not named:
             return
         finite = torch.stack([value.detach().isfinite().all() for _, _, value in named])
@@ -181,7 +222,9 @@ class BlockModule(L.LightningModule, ABC):
         """
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         if name := non_finite(trained):
-            raise Diverged(f"the weights '{name}' are not finite after {self.global_step} steps", LOWER)
+            raise Diverged(
+                f"the weights '{name}' are not finite after {self.global_step} steps", LOWER
+            )
 
     def on_validation_start(self) -> None:
         """The loss that diverged is named rather than a figure that follows from it."""
@@ -194,7 +237,10 @@ class BlockModule(L.LightningModule, ABC):
 
     def _record(self, values: Mapping[str, Tensor], factor: float, step: int) -> None:
         reduced = {f"train/{k}": float(self.trainer.strategy.reduce(v)) for k, v in values.items()}
-        self.recorded = (step, {name.removeprefix("train/"): value for name, value in reduced.items()})
+        self.recorded = (
+            step,
+            {name.removeprefix("train/"): value for name, value in reduced.items()},
+        )
         self.log("loss", reduced["train/loss"], prog_bar=True, logger=False)
         for logger in self.loggers:
             logger.log_metrics({**reduced, "train/lr_factor": factor}, step)
@@ -210,7 +256,9 @@ def _terms_first(values: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a number that is infinite or none; None if all are finite."""
+    """The name of the first tensor with a number that is infinite or none; None if all are
+    finite.
+    """
     if not tensors:
         return None
     finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors.values()])
@@ -223,7 +271,8 @@ def _known(inputs: Tensor, vocab: int | None) -> None:
         return
     if (token := int(inputs.max())) >= vocab:
         raise BadInput(
-            f"data: token {token} is outside the target's vocabulary of {vocab}; take the tokenizer it was trained with"
+            f"data: token {token} is outside the target's vocabulary of {vocab}; take the "
+            "tokenizer it was trained with"
         )
 
 
@@ -232,9 +281,11 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from malloc.h
 
 @cache
 def settle_allocator() -> None:
-    """Keeps glibc from giving big blocks back to the kernel at every step, only to fetch them again; once a process.
+    """Keeps glibc from giving big blocks back to the kernel at every step, only to fetch them
+    again; once a process.
 
-    That fetching is a third of a toy's step. Another C library has another allocator, and is left alone.
+    That fetching is a third of a toy's step. Another C library has another allocator, and is left
+    alone.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

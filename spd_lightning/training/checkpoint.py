@@ -1,7 +1,7 @@
 """Checkpoints: everything Lightning needs to resume a training, as safetensors files.
 
-A checkpoint (`checkpoints/last.safetensors`) is a tree of tensors and plain values. The tensors are the file's own; the
-rest of the tree is JSON in the file's header.
+A checkpoint (`checkpoints/last.safetensors`) is a tree of tensors and plain values. The tensors are
+the file's own; the rest of the tree is JSON in the file's header.
 
 Not here: the result of a training (`saved`).
 """
@@ -27,15 +27,20 @@ from spd_lightning.training.tensor_files import read_tensors, write_tensors
 log = logging.getLogger(__name__)
 
 LAST = Path("checkpoints") / "last.safetensors"
-NEXT, PREVIOUS = LAST.with_name("next.safetensors"), LAST.with_name("previous.safetensors")
-"""A checkpoint that is not `last` yet, and the one that was before: where `last` cannot be read, they are."""
+NEXT = LAST.with_name("next.safetensors")
+PREVIOUS = LAST.with_name("previous.safetensors")
+"""A checkpoint that is not `last` yet, and the one that was before: where `last` cannot be read,
+they are.
+"""
 SECONDS = 300.0
 """Most seconds between two checkpoints of a training."""
 WORTH_KEEPING = 10.0
-"""Seconds of training after which a checkpoint is due before an evaluation, or the end: both may last long."""
+"""Seconds of training after which a checkpoint is due before an evaluation, or the end: both may
+last long.
+"""
 
 
-# ---- trees of tensors -----------------------------------------------------------------------------------------------
+# ---- trees of tensors ----------------------------------------------------------------------------
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -53,7 +58,10 @@ def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
             return {kind: [pack(v, tensors, f"{path}/{k}") for k, v in enumerate(tree)]}
         case None | bool() | int() | float() | str():
             return tree
-    raise TypeError(f"a checkpoint cannot hold {type(tree).__name__} at '{path}': make it a number, string or tensor")
+    raise TypeError(
+        f"a checkpoint cannot hold {type(tree).__name__} at '{path}': make it a number, string or "
+        "tensor"
+    )
 
 
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -73,12 +81,15 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 class SafetensorsIO(CheckpointIO):
     """Lightning's checkpoints as one safetensors file each, renamed into place when whole.
 
-    Of a file called `last` the one before is kept as `previous`. Where `last` is missing or cannot be read, the newest
-    other one is, and a line says so.
+    Of a file called `last` the one before is kept as `previous`. Where `last` is missing or cannot
+    be read, the newest other one is, and a line says so.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path, tensors = Path(path), dict[str, Tensor]()
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        tensors = dict[str, Tensor]()
         header = {"tree": json.dumps(pack(checkpoint, tensors)), "training": _training(path)}
         with runs.writable(path):
             make_folder(path.parent)
@@ -92,9 +103,15 @@ class SafetensorsIO(CheckpointIO):
             os.replace(following, path)
             sync_folder(path.parent)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         path = Path(path)
-        others = [path.with_name(other.name) for other in (NEXT, PREVIOUS)] if path.name == LAST.name else []
+        others = (
+            [path.with_name(other.name) for other in (NEXT, PREVIOUS)]
+            if path.name == LAST.name
+            else []
+        )
         first, *rest = [path, *(other for other in others if other.exists())]
         for other in rest:
             try:
@@ -128,7 +145,8 @@ def _opened(path: Path) -> dict[str, Any]:
 
 
 def _training(path: Path) -> str:
-    """Return what identifies the training of a checkpoint: its run's settings and start, or its target's folder.
+    """Return what identifies the training of a checkpoint: its run's settings and start, or its
+    target's folder.
 
     It is empty for a checkpoint outside the folders of runs and targets.
     """
@@ -148,28 +166,36 @@ def resumable(folder: Path) -> Path | None:
 class Checkpoints(Callback):
     """Saves the newest state of a training, and ends it there when a signal asks for that.
 
-    A checkpoint is due every `checkpoint_every` optimizer steps of its module, every few minutes, and before an
-    evaluation or the last steps where training has gone on for a while: those may last long. It is written before a
-    `training_step`, when all that belongs to the one before has been logged, and only if all weights and losses are
-    finite. A killed training resumes from there as if nothing had been: what it had logged since is taken back, to be
-    logged again.
+    A checkpoint is due every `checkpoint_every` optimizer steps of its module, every few minutes,
+    and before an evaluation or the last steps where training has gone on for a while: those may
+    last long. It is written before a `training_step`, when all that belongs to the one before has
+    been logged, and only if all weights and losses are finite. A killed training resumes from there
+    as if nothing had been: what it had logged since is taken back, to be logged again.
 
     Args:
         folder: the run's folder.
         seconds: the most time between two checkpoints.
-        worth_keeping: seconds of training after which an evaluation, or the end, is preceded by a checkpoint.
+        worth_keeping: seconds of training after which an evaluation, or the end, is preceded by a
+            checkpoint.
     """
 
-    def __init__(self, folder: str | Path, seconds: float = SECONDS, worth_keeping: float = WORTH_KEEPING):
-        self.folder, self.seconds, self.worth_keeping = Path(folder), seconds, worth_keeping
+    def __init__(
+        self, folder: str | Path, seconds: float = SECONDS, worth_keeping: float = WORTH_KEEPING
+    ):
+        self.folder = Path(folder)
+        self.seconds = seconds
+        self.worth_keeping = worth_keeping
         self._saved, self._logged, self._since = 0, 0, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved, self._since = trainer.global_step, time.monotonic()
+        self._saved = trainer.global_step
+        self._since = time.monotonic()
         if trainer.is_global_zero:
             runs.cut_metrics(self.folder, self._logged)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
         assert isinstance(pl_module, BlockModule)
         agreed = trainer.strategy.reduce_boolean_decision
         stop = agreed(stopping.requested(), all=False)
@@ -180,7 +206,8 @@ class Checkpoints(Callback):
         stopping.hold()
 
     def _due(self, trainer: Trainer, module: BlockModule) -> bool:
-        every, seconds = module.checkpoint_every, time.monotonic() - self._since
+        every = module.checkpoint_every
+        seconds = time.monotonic() - self._since
         if trainer.global_step // every > self._saved // every or seconds > self.seconds:
             return True
         return seconds > self.worth_keeping and _last_before_long_work(trainer, module)
@@ -190,7 +217,8 @@ class Checkpoints(Callback):
             module.check_losses()
             module.check_weights()
             trainer.save_checkpoint(self.folder / LAST)
-        self._saved, self._since = trainer.global_step, time.monotonic()
+        self._saved = trainer.global_step
+        self._since = time.monotonic()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stopping.release()
@@ -202,15 +230,26 @@ class Checkpoints(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stopping.release()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         stopping.let_go()
-        if isinstance(exception, stopping.Stopped) and trainer.state.fn == "fit" and trainer.global_step:
+        if (
+            isinstance(exception, stopping.Stopped)
+            and trainer.state.fn == "fit"
+            and trainer.global_step
+        ):
             exception.place = f"at step {trainer.global_step}"
             if trainer.global_step > self._saved:
-                exception.place += f" (saved at step {self._saved})" if self._saved else " (nothing saved yet)"
+                exception.place += (
+                    f" (saved at step {self._saved})" if self._saved else " (nothing saved yet)"
+                )
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Lightning counts the coming training_step as begun; a resumed run would validate one too early.
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Lightning counts the coming training_step as begun; a resumed run would validate one too
+        # early.
         total = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
         if total["started"] == total["completed"]:
             total["ready"] = total["completed"]

@@ -5,9 +5,10 @@ reads what the file has gained and sends it, so that a tracker that is slow, loc
 training nothing. What could not be sent is sent by the next try, which is a few seconds later, or
 by the end of the command, or by `push`.
 
-    1. connect:  reach the tracker, before anything is built. One that can never work ends the command.
-    2. begin:    open the record and send the settings. From here on metrics are sent as they come, and
-                 no error ends the command: it is logged once.
+    1. connect:  reach the tracker, before anything is built. One that can never work ends
+                 the command.
+    2. begin:    open the record and send the settings. From here on metrics are sent as they
+                 come, and no error ends the command: it is logged once.
     3. complete: send the rest of the metrics and the files, and close the record.
 
 A run of which a tracker may not have everything holds `uncopied.json`, with the addresses of such
@@ -36,7 +37,7 @@ RETRY, RARELY = 10.0, 300.0  # seconds between two tries after a failure: at fir
 PATIENCE = 30.0  # seconds that one request may take at the end
 
 
-# ---- what there is to send ------------------------------------------------------------------------------------------
+# ---- what there is to send -----------------------------------------------------------------------
 
 
 class Tail:
@@ -82,7 +83,7 @@ def _row(line: bytes) -> Row | None:
         return None
 
 
-# ---- copies ---------------------------------------------------------------------------------------------------------
+# ---- copies --------------------------------------------------------------------------------------
 
 
 class Copy:
@@ -108,7 +109,9 @@ class Copy:
         self._names: Sequence[str] = ()
         self._status = "success"
         self._deadline = float("inf")
-        self._go, self._end, self._wake = threading.Event(), threading.Event(), threading.Event()
+        self._go = threading.Event()
+        self._end = threading.Event()
+        self._wake = threading.Event()
         self._tried = threading.Event()  # set after every try, successful or not
         self._tail: Tail | None = None
         tracker.allow = self._allow
@@ -176,12 +179,14 @@ class Copy:
         pause, next_pause = POLL, RETRY
         while True:
             self._wake.clear()
-            ending, going = self._end.is_set(), self._go.is_set()
+            ending = self._end.is_set()
+            going = self._go.is_set()
             try:
                 self._try(ending, going)
             except Exception as error:
                 self._failed(self.tracker.trouble(error))
-                pause, next_pause = next_pause, min(2 * next_pause, RARELY)
+                pause = next_pause
+                next_pause = min(2 * next_pause, RARELY)
             else:
                 self.error, pause, next_pause = None, POLL, RETRY
             self._tried.set()
@@ -220,7 +225,9 @@ class Copy:
             return
         if isinstance(error, runs.NoAnswer):
             if before is None:
-                log.warning("%s. The work continues without it; what it misses is sent later.", error)
+                log.warning(
+                    "%s. The work continues without it; what it misses is sent later.", error
+                )
         elif before is None or isinstance(before, runs.NoAnswer):
             again = f"python -m spd_lightning push {self.tracker.folder.name}"
             log.warning("%s. The work continues without it; send the copy later: %s", error, again)
@@ -236,7 +243,8 @@ class Copies:
     """
 
     def __init__(self, trackers: Sequence[Tracker], folder: Path, needed: bool = False):
-        self._copies, self.folder = [Copy(tracker, needed) for tracker in trackers], folder
+        self._copies = [Copy(tracker, needed) for tracker in trackers]
+        self.folder = folder
 
     def __len__(self) -> int:
         return len(self._copies)

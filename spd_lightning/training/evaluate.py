@@ -1,7 +1,8 @@
 """Evaluation of a decomposition over validation batches: sums in, figures of section E out.
 
-Rows of a batch (sequences; vectors) are independent, positions of one sequence are not: standard errors, `se/<figure>`,
-are taken over rows. All sums are additive, so that neither batches nor devices change a figure.
+Rows of a batch (sequences; vectors) are independent, positions of one sequence are not: standard
+errors, `se/<figure>`, are taken over rows. All sums are additive, so that neither batches nor
+devices change a figure.
 """
 
 import math
@@ -30,8 +31,10 @@ class Evaluation:
         identity: sites where every input feature should have a component of its own.
         dense: sites where k components should serve all features together, with their k.
         groups: named sums of L0 over sites, each an fnmatch pattern of site names.
-        ladder: numbers of ascents at which a fresh adversary is scored, on the first rows of the first batch.
-        ladder_rows: how many rows that are, on all devices together; as many as make 512 positions if omitted.
+        ladder: numbers of ascents at which a fresh adversary is scored, on the first rows of the
+            first batch.
+        ladder_rows: how many rows that are, on all devices together; as many as make 512 positions
+            if omitted.
         restarts: adversaries that restart; each rung states the worst of them.
         divergence: how outputs are compared: mse or kl.
     """
@@ -47,15 +50,20 @@ class Evaluation:
 
     def __post_init__(self):
         if self.divergence not in ROW_DIVERGENCES:
-            raise BadInput(f"evaluation: divergence '{self.divergence}'; {nearest(self.divergence, ROW_DIVERGENCES)}")
+            raise BadInput(
+                f"evaluation: divergence '{self.divergence}'; "
+                f"{nearest(self.divergence, ROW_DIVERGENCES)}"
+            )
         check_range("evaluation", least=0, most=1, threshold=self.threshold)
-        check_range("evaluation", least=1, whole=True, ladder=self.ladder, ladder_rows=self.ladder_rows)
+        check_range(
+            "evaluation", least=1, whole=True, ladder=self.ladder, ladder_rows=self.ladder_rows
+        )
         check_range("evaluation", least=1, whole=True, restarts=self.restarts)
         for site, k in self.dense.items():
             check_range(f"evaluation.dense, site '{site}'", least=1, whole=True, k=k)
 
 
-# ---- sums -----------------------------------------------------------------------------------------------------------
+# ---- sums ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -83,7 +91,8 @@ class Totals:
 
     def standard_error(self, name: str) -> float | None:
         """Return the standard error of the mean over rows; None for a single row."""
-        rows, mean = float(self.sums["rows"]), self.row_mean(name)
+        rows = float(self.sums["rows"])
+        mean = self.row_mean(name)
         if rows < 2:
             return None
         variance = (float(self.sums[f"squares/{name}"]) - rows * mean**2) / (rows - 1)
@@ -96,19 +105,30 @@ class Totals:
 
     def over_devices(self) -> "Totals":
         """The sums of all devices together, in one exchange."""
-        if not (self.sums and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not (
+            self.sums and torch.distributed.is_available() and torch.distributed.is_initialized()
+        ):
             return self
         flat = torch.cat([value.flatten() for value in self.sums.values()])
         torch.distributed.all_reduce(flat)
         pieces = flat.split([value.numel() for value in self.sums.values()])
-        return Totals({n: piece.view_as(v) for (n, v), piece in zip(self.sums.items(), pieces, strict=True)})
+        return Totals(
+            {n: piece.view_as(v) for (n, v), piece in zip(self.sums.items(), pieces, strict=True)}
+        )
 
 
-def count(model: ComponentModel, run: Pass, settings: Evaluation, totals: Totals, part: Part = Part()) -> None:  # noqa: B008
+def count(
+    model: ComponentModel,
+    run: Pass,
+    settings: Evaluation,
+    totals: Totals,
+    part: Part = Part(),  # noqa: B008  # a constant
+) -> None:
     """Adds one validation batch, or a device's part of it, to the totals."""
     importances = run.importances.lower
     _count_importances(importances, settings, totals)
-    compare, target = ROW_DIVERGENCES[settings.divergence], _task(model, run.batch, run.clean.output)
+    compare = ROW_DIVERGENCES[settings.divergence]
+    target = _task(model, run.batch, run.clean.output)
     totals.add_rows("task/target", target)
     for masking, output in masked_outputs(
         model, run.batch, run.clean, importances, run.generator, settings.threshold, part
@@ -120,7 +140,9 @@ def count(model: ComponentModel, run: Pass, settings: Evaluation, totals: Totals
         totals.add(f"hidden_size/{site}", size)
 
 
-def _count_importances(importances: Mapping[str, Tensor], settings: Evaluation, totals: Totals) -> None:
+def _count_importances(
+    importances: Mapping[str, Tensor], settings: Evaluation, totals: Totals
+) -> None:
     first = next(iter(importances.values()))
     totals.add("rows", first.new_tensor(len(first)))
     totals.add("positions", first.new_tensor(first[..., 0].numel()))
@@ -130,36 +152,51 @@ def _count_importances(importances: Mapping[str, Tensor], settings: Evaluation, 
         totals.add(f"fired/{site}", fired.flatten(0, -2).sum(0))
         totals.add(f"importance/{site}", g.flatten(0, -2).sum(0))
         totals.add(f"histogram/{site}", torch.histc(g.flatten().float(), BINS, 0, 1))
-        per_row[site] = fired.sum(-1).double().flatten(1).mean(1) if g.ndim > 2 else fired.sum(-1).double()
+        per_row[site] = (
+            fired.sum(-1).double().flatten(1).mean(1) if g.ndim > 2 else fired.sum(-1).double()
+        )
         totals.add_rows(f"l0/{site}", per_row[site])
     for group, pattern in settings.groups.items():
         held = [value for site, value in per_row.items() if fnmatchcase(site, pattern)]
-        totals.add_rows(f"l0/{group}", torch.stack(held).sum(0) if held else 0 * next(iter(per_row.values())))
+        totals.add_rows(
+            f"l0/{group}", torch.stack(held).sum(0) if held else 0 * next(iter(per_row.values()))
+        )
 
 
 def _task(model: ComponentModel, batch: Tensor, output: Tensor) -> Float[Tensor, " batch"]:
-    """The target's own loss of each row's output: the cross-entropy of a language model, a toy's squared error."""
+    """The target's own loss of each row's output: the cross-entropy of a language model, a toy's
+    squared error.
+    """
 
     def score(row: Tensor, own: Tensor) -> Tensor:
         return model.target.score(row[None], own[None])  # pyright: ignore[reportCallIssue]
 
     if batch.is_floating_point():
         return torch.vmap(score)(output, batch)
-    return torch.stack([score(row, own) for row, own in zip(output, batch, strict=True)])  # few rows, large ones
+    return torch.stack(
+        [score(row, own) for row, own in zip(output, batch, strict=True)]
+    )  # few rows, large ones
 
 
 def hidden_squares(model: ComponentModel, run: Pass) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per site: the squared error of its input inside the CI-masked model, and the square it is relative to."""
+    """Per site: the squared error of its input inside the CI-masked model, and the square it is
+    relative to.
+    """
     seen: dict[str, Tensor] = {}
     model.masked(run.batch, run.masks("ci", 0, 0.0), seen=seen)
     inputs = {site: x for site, x in run.clean.inputs.items() if x.is_floating_point()}
-    return {site: ((seen[site] - x).double().square().sum(), x.double().square().sum()) for site, x in inputs.items()}
+    return {
+        site: ((seen[site] - x).double().square().sum(), x.double().square().sum())
+        for site, x in inputs.items()
+    }
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 
 
-def figures_of(model: ComponentModel, totals: Totals, settings: Evaluation) -> dict[str, float | int]:
+def figures_of(
+    model: ComponentModel, totals: Totals, settings: Evaluation
+) -> dict[str, float | int]:
     """The scalar figures of section E from summed totals.
 
     A component is alive if some input needs it and it is more than a remnant.
@@ -179,7 +216,9 @@ def figures_of(model: ComponentModel, totals: Totals, settings: Evaluation) -> d
         found |= totals.stated(f"divergence/{masking}", f"{settings.divergence}/{masking}")
         found |= _recovered(totals, "divergence", masking, "recovered")
         found |= totals.stated(f"task_difference/{masking}", f"task_difference/{masking}")
-        if settings.divergence == "kl":  # outputs are logits, so that the task's loss is a cross-entropy
+        if (
+            settings.divergence == "kl"
+        ):  # outputs are logits, so that the task's loss is a cross-entropy
             found |= _recovered(totals, "task_difference", masking, "ce_recovered")
     return found | totals.stated("task/target", "task/target")
 
@@ -210,7 +249,9 @@ def with_errors(figures: Mapping[str, float | int]) -> dict[str, str]:
 
 
 def uncertain(value: float | int, error: float | None) -> str:
-    """A value to the last digit that its standard error leaves certain; to four where it has none."""
+    """A value to the last digit that its standard error leaves certain; to four where it has
+    none.
+    """
     if error is None or not error > 0 or not math.isfinite(error):
         return str(value) if isinstance(value, int) else f"{value:.4g}"
     digits = -math.floor(math.log10(error))

@@ -1,6 +1,7 @@
 """Plots of a decomposition, drawn when its final evaluation ends.
 
-A figure has a panel for each site, in a grid of several rows where there are many, so that it stays about a page wide.
+A figure has a panel for each site, in a grid of several rows where there are many, so that it stays
+about a page wide.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,15 +24,20 @@ from spd_lightning.training.progress import Progress
 MOST_MATRICES = 24
 """Sites whose V and U are drawn; the picture of more would be all frames."""
 MOST_ENTRIES = 1 << 24
-"""Entries up to which a site's V and U are drawn; one with a row for every token says little, and takes long."""
+"""Entries up to which a site's V and U are drawn; one with a row for every token says little, and
+takes long.
+"""
 MOST_CELLS = 400
-"""Rows and columns of a drawn matrix; of a larger one, each cell shows the largest entry of a block."""
+"""Rows and columns of a drawn matrix; of a larger one, each cell shows the largest entry of a
+block.
+"""
 
 
 class Figures(Callback):
     """Draws the figures of section E into `<folder>/figures/` after `trainer.validate`.
 
-    Before training begins all are drawn once and thrown away, so that what cannot be drawn fails at once.
+    Before training begins all are drawn once and thrown away, so that what cannot be drawn fails at
+    once.
 
     Args:
         folder: the run's folder.
@@ -48,7 +54,11 @@ class Figures(Callback):
                 _rehearse(figure)
         elif trainer.state.fn == "validate":
             bar = trainer.progress_bar_callback
-            with bar.stage("figures", "figure") if isinstance(bar, Progress) else nullcontext() as drawn:
+            with (
+                bar.stage("figures", "figure")
+                if isinstance(bar, Progress)
+                else nullcontext() as drawn
+            ):
                 for name, figure in draw(pl_module):
                     self._save(name, figure)
                     if drawn is not None:
@@ -73,14 +83,18 @@ def _rehearse(figure: Any) -> None:
 
 def draw(module: Decomposition) -> Iterator[tuple[str, Any]]:
     """All figures that a module's last evaluation allows, by name."""
-    model, arrays = module.model, {k: v.detach().cpu().float().numpy() for k, v in module.arrays.items()}
+    model = module.model
+    arrays = {k: v.detach().cpu().float().numpy() for k, v in module.arrays.items()}
     sites = list(model.sites)
     yield "mean_importance", _lines(sites, arrays, "mean_importance", "mean importance")
     yield "density", _lines(sites, arrays, "density", "share of positions where it fires")
     yield "importance_histogram", _histograms(sites, arrays)
     if f"alone/{sites[0]}" in arrays:
         yield "importance", _heat_maps(sites, {s: arrays[f"alone/{s}"] for s in sites})
-        permuted = {s: arrays[f"alone/{s}"][:, identity_order(module.arrays[f"alone/{s}"]).numpy()] for s in sites}
+        permuted = {
+            s: arrays[f"alone/{s}"][:, identity_order(module.arrays[f"alone/{s}"]).numpy()]
+            for s in sites
+        }
         yield "importance_permuted", _heat_maps(sites, permuted)
     if (matrices := _matrices(model)) is not None:
         yield "components", matrices
@@ -100,12 +114,21 @@ def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, An
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _panels(sites: Sequence[str], width: float, height: float, stacked: int = 1) -> tuple[Any, list[list[Any]]]:
-    """A figure with `stacked` axes above each other for each site, in a grid no wider than a page."""
+def _panels(
+    sites: Sequence[str], width: float, height: float, stacked: int = 1
+) -> tuple[Any, list[list[Any]]]:
+    """A figure with `stacked` axes above each other for each site, in a grid no wider than a
+    page.
+    """
     columns = min(len(sites), 4 if len(sites) <= 16 else 6)
     scale = min(1.0, 16 / (columns * width))
-    figure, axes = _axes(stacked * -(-len(sites) // columns), columns, scale * width, scale * height)
-    held = [[axes[stacked * (k // columns) + s, k % columns] for s in range(stacked)] for k in range(len(sites))]
+    figure, axes = _axes(
+        stacked * -(-len(sites) // columns), columns, scale * width, scale * height
+    )
+    held = [
+        [axes[stacked * (k // columns) + s, k % columns] for s in range(stacked)]
+        for k in range(len(sites))
+    ]
     for (top, *_), site in zip(held, sites, strict=True):
         top.set_title(site, fontsize=9)
     for axis in {*axes.flat} - {axis for panel in held for axis in panel}:
@@ -128,7 +151,12 @@ def _lines(sites: list[str], arrays: dict[str, np.ndarray], kind: str, label: st
     for panel, site in zip(panels, sites, strict=True):
         values = np.sort(arrays[f"{kind}/{site}"])[::-1]
         for axis, scale in zip(panel, ("linear", "log"), strict=True):
-            axis.plot(np.maximum(values, 1e-9) if scale == "log" else values, ".-", markersize=3, linewidth=0.8)
+            axis.plot(
+                np.maximum(values, 1e-9) if scale == "log" else values,
+                ".-",
+                markersize=3,
+                linewidth=0.8,
+            )
             axis.set_yscale(scale)
             _whole_numbers(axis.xaxis)
     figure.supxlabel("component, sorted", fontsize=9)
@@ -151,7 +179,9 @@ def _heat_maps(sites: list[str], maps: dict[str, np.ndarray]) -> Any:
     figure, panels = _panels(sites, 4.2, 3.4)
     image = None
     for (axis,), site in zip(panels, sites, strict=True):
-        image = axis.imshow(maps[site], vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
+        image = axis.imshow(
+            maps[site], vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest"
+        )
         _whole_numbers(axis.xaxis, axis.yaxis)
     figure.supxlabel("component", fontsize=9)
     figure.supylabel("input feature alone at 0.75", fontsize=9)
@@ -160,7 +190,9 @@ def _heat_maps(sites: list[str], maps: dict[str, np.ndarray]) -> Any:
 
 
 def _matrices(model: ComponentModel) -> Any | None:
-    """V above U of the first sites whose matrices are of a size that can be drawn; None where there is no such site."""
+    """V above U of the first sites whose matrices are of a size that can be drawn; None where there
+    is no such site.
+    """
     sizes = {site: max(model[site].V.numel(), model[site].U.numel()) for site in model.sites}
     sites = [site for site, size in sizes.items() if size <= MOST_ENTRIES][:MOST_MATRICES]
     if not sites:
@@ -169,10 +201,17 @@ def _matrices(model: ComponentModel) -> Any | None:
     for panel, site in zip(panels, sites, strict=True):
         for axis, name, rows in zip(panel, "VU", ("input", "output"), strict=True):
             matrix = _numpy(model[site].V if name == "V" else model[site].U.T)
-            cells, limit = _largest(matrix), np.abs(matrix).max()
+            cells = _largest(matrix)
+            limit = np.abs(matrix).max()
             extent = (-0.5, matrix.shape[1] - 0.5, matrix.shape[0] - 0.5, -0.5)
             image = axis.imshow(
-                cells, vmin=-limit, vmax=limit, cmap="RdBu", aspect="auto", interpolation="nearest", extent=extent
+                cells,
+                vmin=-limit,
+                vmax=limit,
+                cmap="RdBu",
+                aspect="auto",
+                interpolation="nearest",
+                extent=extent,
             )
             axis.set_ylabel(f"{name}: {rows}", fontsize=8)
             _whole_numbers(axis.xaxis, axis.yaxis)
@@ -182,10 +221,15 @@ def _matrices(model: ComponentModel) -> Any | None:
 
 
 def _largest(matrix: np.ndarray) -> np.ndarray:
-    """The matrix in at most 400 × 400 cells; each shows the entry of largest size among those it stands for."""
+    """The matrix in at most 400 × 400 cells; each shows the entry of largest size among those it
+    stands for.
+    """
     for axis in (0, 1):
-        starts = np.linspace(0, matrix.shape[axis], min(matrix.shape[axis], MOST_CELLS), endpoint=False).astype(int)
-        high, low = np.maximum.reduceat(matrix, starts, axis), np.minimum.reduceat(matrix, starts, axis)
+        starts = np.linspace(
+            0, matrix.shape[axis], min(matrix.shape[axis], MOST_CELLS), endpoint=False
+        ).astype(int)
+        high = np.maximum.reduceat(matrix, starts, axis)
+        low = np.minimum.reduceat(matrix, starts, axis)
         matrix = np.where(high >= -low, high, low)
     return matrix
 
@@ -199,7 +243,9 @@ def _vectors(model: ComponentModel, site: str) -> Any:
     limit = 1.15 * np.abs(columns[0][1]).max()
     for axis, (title, vectors) in zip(axes.flat, columns, strict=False):
         for number, (x, y) in enumerate(vectors):
-            axis.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": f"C{number % 10}"})
+            axis.annotate(
+                "", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": f"C{number % 10}"}
+            )
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     for axis in list(axes.flat)[len(columns) :]:
         axis.set_axis_off()
@@ -207,7 +253,9 @@ def _vectors(model: ComponentModel, site: str) -> Any:
 
 
 def _neurons(model: ComponentModel, site: str) -> Any:
-    """How strongly each neuron serves each input feature: in the target, and in the best component of the feature."""
+    """How strongly each neuron serves each input feature: in the target, and in the best component
+    of the feature.
+    """
     W_in, V, U = (_numpy(m) for m in (model.sites[site].weight, model[site].V, model[site].U))
     embedding = _numpy(model.target.embedding)  # pyright: ignore[reportArgumentType]
     target = embedding @ W_in.T
@@ -216,8 +264,13 @@ def _neurons(model: ComponentModel, site: str) -> Any:
     component = (embedding @ V)[np.arange(len(best)), best][:, None] * U[best]
     figure, axes = _axes(1, 2, 4.6, 4.2)
     limit = np.abs(target).max()
-    for axis, matrix, title in ((axes[0, 0], target, "target"), (axes[0, 1], component, "one component a feature")):
-        image = axis.imshow(matrix, vmin=-limit, vmax=limit, cmap="RdBu", aspect="auto", interpolation="nearest")
+    for axis, matrix, title in (
+        (axes[0, 0], target, "target"),
+        (axes[0, 1], component, "one component a feature"),
+    ):
+        image = axis.imshow(
+            matrix, vmin=-limit, vmax=limit, cmap="RdBu", aspect="auto", interpolation="nearest"
+        )
         axis.set(title=f"{site}: {title}", xlabel="neuron", ylabel="input feature")
     figure.colorbar(image, ax=axes[0].tolist(), label="input weight of the neuron")
     return figure

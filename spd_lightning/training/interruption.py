@@ -1,6 +1,8 @@
-"""Signals while Lightning is at work: its own handlers are put aside, and devices' processes stop together.
+"""Signals while Lightning is at work: its own handlers are put aside, and devices' processes stop
+together.
 
-Lightning notes a SIGTERM, ends without a word and with exit code 0, and talks to other devices from within the handler.
+Lightning notes a SIGTERM, ends without a word and with exit code 0, and talks to other devices from
+within the handler.
 """
 
 import contextlib
@@ -33,8 +35,12 @@ class Interruption(Callback):
     def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
         stopping.check()  # should a library have swallowed what the handler raised
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Passes a signal on to the processes of further devices that this one has started, and waits for them."""
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Passes a signal on to the processes of further devices that this one has started, and
+        waits for them.
+        """
         launcher = trainer.strategy.launcher
         if not isinstance(exception, stopping.Stopped) or launcher is None:
             return

@@ -1,4 +1,6 @@
-"""The PGD ladder: how badly a fresh adversary can hurt the output, by how many ascents it is given (section M)."""
+"""The PGD ladder: how badly a fresh adversary can hurt the output, by how many ascents it is given
+(section M).
+"""
 
 from collections.abc import Callable
 from itertools import count
@@ -13,15 +15,22 @@ from spd_lightning.decomposition.reconstruction import ROW_DIVERGENCES, Pass
 from spd_lightning.training.evaluate import Evaluation, Totals
 
 POSITIONS = 512
-"""What an adversary gets where the settings do not say: 160 ascents on a whole batch would outlast all else."""
+"""What an adversary gets where the settings do not say: 160 ascents on a whole batch would outlast
+all else.
+"""
 
 
 def adversarial_ladder(
-    model: ComponentModel, batch: Tensor, settings: Evaluation, say: Callable[[str], None] = lambda what: None
+    model: ComponentModel,
+    batch: Tensor,
+    settings: Evaluation,
+    say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, float]:
-    """`pgd/<steps>` and its standard error for every rung: one vector of sources for all rows and devices.
+    """`pgd/<steps>` and its standard error for every rung: one vector of sources for all rows and
+    devices.
 
-    Several adversaries, where restarts are asked for, start from different sources; each rung states the worst.
+    Several adversaries, where restarts are asked for, start from different sources; each rung
+    states the worst.
 
     say: told after every ascent how far the work is.
     """
@@ -36,7 +45,9 @@ def adversarial_ladder(
         say(f"adversary {next(ascents)}/{max(settings.ladder) * settings.restarts}")
 
     for seed in range(settings.restarts):
-        found = _climb(model, run, settings, total, torch.Generator(rows.device).manual_seed(seed), climbed)
+        found = _climb(
+            model, run, settings, total, torch.Generator(rows.device).manual_seed(seed), climbed
+        )
         for steps in sorted(settings.ladder):
             figure = f"pgd/{steps}"
             if not found[figure] <= worst.get(figure, -torch.inf):  # what is not a number is worst
@@ -52,7 +63,8 @@ def _climb(
     generator: torch.Generator,
     climbed: Callable[[], None],
 ) -> dict[str, float]:
-    compare, found = ROW_DIVERGENCES[settings.divergence], dict[str, float]()
+    compare = ROW_DIVERGENCES[settings.divergence]
+    found = dict[str, float]()
     fixed = {name: g.detach() for name, g in run.importances.lower.items()}
 
     def rows(sources: Sources) -> Tensor:
@@ -82,10 +94,13 @@ def _rows_of(batch: Tensor, positions: int) -> int:
 
 
 def _first_rows(batch: Tensor, rows: int) -> tuple[Tensor, int]:
-    """This device's share of the first rows of the batch that all devices hold together, and how many those are."""
+    """This device's share of the first rows of the batch that all devices hold together, and how
+    many those are.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return batch[:rows], min(rows, len(batch))
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
+    world = torch.distributed.get_world_size()
     parts = [torch.empty_like(batch) for _ in range(world)]
     torch.distributed.all_gather(parts, batch.contiguous())
     first = torch.cat(parts)[: max(rows, world)]  # at least one for each

@@ -1,11 +1,13 @@
-"""Networks that a file on disk may name: a closed list, looked up before anything is imported, and bounded in size.
+"""Networks that a file on disk may name: a closed list, looked up before anything is imported, and
+bounded in size.
 
-A decomposition or a target comes from disk, or from somebody else's tracker. Its JSON names the class of its network
-and the arguments. Only the classes of `NETWORKS` are built from such a name; a network of another class is passed as an
-object (`Decomposition.from_pretrained(run, target=…)`), or its package is named by the user (`--allow_classes`).
+A decomposition or a target comes from disk, or from somebody else's tracker. Its JSON names the
+class of its network and the arguments. Only the classes of `NETWORKS` are built from such a name; a
+network of another class is passed as an object (`Decomposition.from_pretrained(run, target=…)`), or
+its package is named by the user (`--allow_classes`).
 
-Sizes in JSON are not believed either: before anything is allocated, the network is built on torch's meta device, which
-holds shapes alone, and compared with the weights beside it.
+Sizes in JSON are not believed either: before anything is allocated, the network is built on torch's
+meta device, which holds shapes alone, and compared with the weights beside it.
 """
 
 import importlib
@@ -32,11 +34,17 @@ NETWORKS = {
     "Decoder": "spd_lightning.targets.transformer",
     "HuggingFaceLM": "spd_lightning.targets.huggingface",
 }
-"""Every network of ours, and where it is defined. HuggingFaceLM builds a model of transformers by its configuration."""
+"""Every network of ours, and where it is defined. HuggingFaceLM builds a model of transformers by
+its configuration.
+"""
 
 _BUFFERS = 1 << 28  # numbers in tables that a network computes for itself, such as rotary angles
-_LARGEST = 1 << 31  # of whole numbers among the arguments; configurations have this one for "no bound"
-_COUNTS = re.compile(r"layers?$|blocks?$|n_identity$", re.IGNORECASE)  # names of arguments that count modules
+_LARGEST = (
+    1 << 31
+)  # of whole numbers among the arguments; configurations have this one for "no bound"
+_COUNTS = re.compile(
+    r"layers?$|blocks?$|n_identity$", re.IGNORECASE
+)  # names of arguments that count modules
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -52,15 +60,21 @@ def network_class(path: str) -> Callable[..., nn.Module]:
     known = ", ".join(f"spd_lightning.{name}" for name in NETWORKS)
     if not classes.allowed_by_user(path):
         raise BadInput(
-            f"target '{path[:100]}': cannot be built: files may name {known}; pass another network as an object "
-            "(Decomposition.from_pretrained(run, target=…)), or name its package: --allow_classes PACKAGE"
+            f"target '{path[:100]}': cannot be built: files may name {known}; pass another network "
+            "as an object "
+            "(Decomposition.from_pretrained(run, target=…)), or name its package: --allow_classes "
+            "PACKAGE"
         )
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"target '{path}': cannot be built ({error}); install what defines it") from error
+        raise BadInput(
+            f"target '{path}': cannot be built ({error}); install what defines it"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise BadInput(f"target '{path}': cannot be built (it is not a torch.nn.Module); name a network")
+        raise BadInput(
+            f"target '{path}': cannot be built (it is not a torch.nn.Module); name a network"
+        )
     return found
 
 
@@ -69,13 +83,14 @@ def build(spec: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) 
 
     Args:
         spec: `class_path` and `init_args`, from a file.
-        weights: its parameters and buffers, from a file too; the network has to be as large as these. None for a
-            network from a config of the user's, which may be of any size.
+        weights: its parameters and buffers, from a file too; the network has to be as large as
+            these. None for a network from a config of the user's, which may be of any size.
 
     Raises:
         BadInput: it is not a network that may be built from a file, or not one with these weights.
     """
-    path, arguments = str(spec.get("class_path")), spec.get("init_args") or {}
+    path = str(spec.get("class_path"))
+    arguments = spec.get("init_args") or {}
     make = network_class(path)
 
     def built() -> nn.Module:
@@ -85,7 +100,9 @@ def build(spec: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) 
             raise
         except Exception as error:  # of whatever the class makes of arguments that are not its own
             why = " ".join(str(error).split())[:200]
-            raise BadInput(f"target '{path}': cannot be built ({why}); restore its JSON from a copy") from error
+            raise BadInput(
+                f"target '{path}': cannot be built ({why}); restore its JSON from a copy"
+            ) from error
 
     if weights is not None:
         _check_numbers(path, arguments, len(weights))
@@ -112,11 +129,16 @@ def check_shapes(make: Callable[[], nn.Module], weights: Mapping[str, Tensor], w
             raise BadInput(f"{what}: '{name}' would be {shapes}: {remedy}")
     tables = sum(buffer.numel() for name, buffer in module.named_buffers() if name not in own)
     if tables > _BUFFERS:
-        raise BadInput(f"{what}: it would make tables of {tables:,} numbers, at most {_BUFFERS:,} are made; {remedy}")
+        raise BadInput(
+            f"{what}: it would make tables of {tables:,} numbers, at most {_BUFFERS:,} are made; "
+            f"{remedy}"
+        )
 
 
 def _check_numbers(path: str, arguments: Any, tensors: int, name: str = "") -> None:
-    """No argument is larger than any network needs, and none counts more modules than there are weights."""
+    """No argument is larger than any network needs, and none counts more modules than there are
+    weights.
+    """
     if isinstance(arguments, dict):
         for key, value in arguments.items():
             _check_numbers(path, value, tensors, str(key))
@@ -128,21 +150,26 @@ def _check_numbers(path: str, arguments: Any, tensors: int, name: str = "") -> N
         whole = isinstance(arguments, int) or _COUNTS.search(name)
         if whole and math.isfinite(arguments) and abs(arguments) > most:
             raise BadInput(
-                f"target '{path}': {name[:60]} {arguments}: its weights are of a smaller network, in which it is at "
+                f"target '{path}': {name[:60]} {arguments}: its weights are of a smaller network, "
+                "in which it is at "
                 f"most {most}; restore its JSON from a copy"
             )
 
 
 @contextmanager
 def _at_most(count: int, what: str) -> Iterator[None]:
-    """While open, no more than `count` parameters and submodules are registered: a loop over layers comes to an end."""
+    """While open, no more than `count` parameters and submodules are registered: a loop over layers
+    comes to an end.
+    """
     seen = 0
 
     def counted(module: nn.Module, name: str, held: Any) -> None:
         nonlocal seen
         seen += 1
         if seen > count:
-            raise BadInput(f"{what}: it would have more parts than its weights; restore its JSON from a copy")
+            raise BadInput(
+                f"{what}: it would have more parts than its weights; restore its JSON from a copy"
+            )
 
     hooks = [
         register_module_parameter_registration_hook(counted),

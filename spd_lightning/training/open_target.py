@@ -32,8 +32,9 @@ def open_target(reference: str) -> tuple[nn.Module, dict[str, Any]]:
     """Open a target, and return it with a description from which a network like it can be built.
 
     Args:
-        reference: a config whose target has been trained; `hf:<folder or hub name>`, any causal language model of
-            HuggingFace as it is; or `decoder:<folder or hub name>`, one on our decoder.
+        reference: a config whose target has been trained; `hf:<folder or hub name>`, any causal
+            language model of HuggingFace as it is; or `decoder:<folder or hub name>`, one on our
+            decoder.
 
     Returns:
         The network, and its `class_path`, `init_args`, and the `seconds` that its training took.
@@ -48,9 +49,12 @@ def open_target(reference: str) -> tuple[nn.Module, dict[str, Any]]:
     except BadInput as error:
         raise BadInput(f"target '{reference}': {error}") from error
     if not (folder / "target.json").exists():
-        raise BadInput(f"target '{reference}': not trained yet; train it first: train_target('{reference}')")
+        raise BadInput(
+            f"target '{reference}': not trained yet; train it first: train_target('{reference}')"
+        )
     facts = described(folder)
-    path, remedy = folder / "target.safetensors", _remedy(folder)
+    path = folder / "target.safetensors"
+    remedy = _remedy(folder)
     tensors, _ = read_tensors(path, remedy)
     if digest(path) != facts["digest"]:
         raise BadInput(f"'{path}': not the weights that target.json describes; {remedy}")

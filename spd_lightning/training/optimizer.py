@@ -20,14 +20,16 @@ class Optimizer:
     Args:
         lr: full learning rate.
         importance_lr: that of the importance functions, where it differs.
-        kind: adamw; or muon, which makes the updates of matrices orthogonal, scaled so that AdamW's learning rates
-            suit it, and leaves biases and MLPs of single components to AdamW.
+        kind: adamw; or muon, which makes the updates of matrices orthogonal, scaled so that AdamW's
+            learning rates suit it, and leaves biases and MLPs of single components to AdamW.
         betas: of AdamW.
         momentum: of Muon.
         schedule: how the learning rate moves.
         clip_components: largest gradient norm of all V and U together; none if omitted.
-        clip_importance: largest gradient norm of all importance functions together; none if omitted.
-        components: whether V and U are trained at all; if not they stay as drawn, which makes a baseline.
+        clip_importance: largest gradient norm of all importance functions together; none if
+            omitted.
+        components: whether V and U are trained at all; if not they stay as drawn, which makes a
+            baseline.
     """
 
     lr: float = 1e-3
@@ -49,17 +51,27 @@ class Optimizer:
         check_range("optimizer", above=0, hint=hint, clip_importance=self.clip_importance)
 
     def over(self, model: ComponentModel) -> torch.optim.Optimizer:
-        """The optimizer of a model; each group's `peak` is the learning rate that the schedule scales."""
+        """The optimizer of a model; each group's `peak` is the learning rate that the schedule
+        scales.
+        """
         parts = [
             (model.components, self.lr if self.components else 0.0),
-            (model.importance_function, self.lr if self.importance_lr is None else self.importance_lr),
+            (
+                model.importance_function,
+                self.lr if self.importance_lr is None else self.importance_lr,
+            ),
         ]
         if self.kind == "adamw":
-            return self._adamw([{"params": list(part.parameters()), "peak": peak} for part, peak in parts])
+            return self._adamw(
+                [{"params": list(part.parameters()), "peak": peak} for part, peak in parts]
+            )
         split = [(matrices_of(part), list(part.parameters()), peak) for part, peak in parts]
         ids = {id(p) for matrices, _, _ in split for p in matrices}
         matrices = [{"params": found, "peak": peak} for found, _, peak in split if found]
-        rest = [{"params": [p for p in all_ if id(p) not in ids], "peak": peak} for _, all_, peak in split]
+        rest = [
+            {"params": [p for p in all_ if id(p) not in ids], "peak": peak}
+            for _, all_, peak in split
+        ]
         return Together(self._muon(matrices), *(self._adamw([g]) for g in rest if g["params"]))
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -67,7 +79,11 @@ class Optimizer:
 
     def _muon(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.Muon(
-            groups, lr=self.lr, weight_decay=0.0, momentum=self.momentum, adjust_lr_fn="match_rms_adamw"
+            groups,
+            lr=self.lr,
+            weight_decay=0.0,
+            momentum=self.momentum,
+            adjust_lr_fn="match_rms_adamw",
         )
 
 
@@ -78,7 +94,9 @@ def matrices_of(part: nn.Module) -> list[Tensor]:
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers that step as one: Lightning counts a step once, and a checkpoint holds one state."""
+    """Several optimizers that step as one: Lightning counts a step once, and a checkpoint holds one
+    state.
+    """
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts: Sequence[torch.optim.Optimizer] = parts
@@ -90,7 +108,9 @@ class Together(torch.optim.Optimizer):
         first = 0
         for part in self.parts:
             last = first + len(part.param_groups)
-            part.param_groups, part.state, first = self.param_groups[first:last], self.state, last
+            part.param_groups = self.param_groups[first:last]
+            part.state = self.state
+            first = last
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each."""

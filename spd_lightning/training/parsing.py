@@ -1,7 +1,8 @@
 """LightningCLI's parser, whose complaints are one line.
 
-jsonargparse wraps what is wrong in layers: the key of every level, each type that was tried and why it did not fit, the
-whole value. The layers are chained as causes: going down them gives the place key by key, and at the bottom the cause.
+jsonargparse wraps what is wrong in layers: the key of every level, each type that was tried and why
+it did not fit, the whole value. The layers are chained as causes: going down them gives the place
+key by key, and at the bottom the cause.
 """
 
 import importlib
@@ -33,7 +34,9 @@ _yaml_of_jsonargparse = get_loader("yaml")
 
 
 def _load_once_only(text: str) -> Any:
-    """jsonargparse's own reader of YAML, for files and values on the command line, which rejects a key given twice."""
+    """jsonargparse's own reader of YAML, for files and values on the command line, which rejects a
+    key given twice.
+    """
     check_keys(text)
     return _yaml_of_jsonargparse(text)
 
@@ -59,17 +62,26 @@ class Parser(LightningArgumentParser):
         key = re.match(r'Parser key "([^"]+)":', str(message))
         place = key[1] if key and key[1] != "config" else ""
         found = told(ex)
-        inner, why = (found.place, found.why) if isinstance(found, Complaint) else ("", str(found or ""))
+        inner, why = (
+            (found.place, found.why) if isinstance(found, Complaint) else ("", str(found or ""))
+        )
         if not found:
             inner, why = self._cause([str(layer) for layer in causes(ex)] or [str(message)])
         raise Complaint(".".join(filter(None, (place, inner))), why) from ex
 
     def _cause(self, layers: list[str]) -> tuple[str, str]:
-        """The setting within this parser, and what is wrong with it, from the layers of a complaint."""
-        union, leaf = layers[-2] if len(layers) > 1 else "", layers[-1]
+        """The setting within this parser, and what is wrong with it, from the layers of a
+        complaint.
+        """
+        union = layers[-2] if len(layers) > 1 else ""
+        leaf = layers[-1]
         if m := re.search(r"Importing '(.+?)' is not allowed", "\n".join(layers)):
             return "", _not_allowed(m[1])
-        if m := re.search(r"^Problem with given class_path '(.+?)':(.*)", "\n".join(layers), re.DOTALL | re.MULTILINE):
+        if m := re.search(
+            r"^Problem with given class_path '(.+?)':(.*)",
+            "\n".join(layers),
+            re.DOTALL | re.MULTILINE,
+        ):
             return "", _no_class(m[1], m[2].strip().partition("\n")[0])
         if m := re.match(r"Expected a dot import path string: (.+)", leaf):
             return "", _no_class(m[1], "names no package")
@@ -89,17 +101,25 @@ class Parser(LightningArgumentParser):
             return m[1], f"no value; for example: --{m[1]}=1"
         if m := re.match(r"Expected an? (.+)\. Got value: (.*)", leaf, re.DOTALL):
             types = re.findall(r"- Expected an? (.+)", union) or [m[1]]
-            value, wanted = " ".join(m[2].split())[:80], " or ".join(map(_readable, types))
+            value = " ".join(m[2].split())[:80]
+            wanted = " or ".join(map(_readable, types))
             near = nearest(value, re.findall(r"'(\w+)'", wanted))
-            return "", f"'{value}' is not {wanted}" + (f"; {near}" if near.startswith("did") else "")
+            return "", f"'{value}' is not {wanted}" + (
+                f"; {near}" if near.startswith("did") else ""
+            )
         return "", " ".join(leaf.split())[:300]
 
     def _unknown(self, name: str) -> tuple[str, str]:
-        """The first part of a dotted name that this parser does not have, and the nearest one beside it."""
-        known, parts = {action.dest for action in self._actions}, name.split(".")
+        """The first part of a dotted name that this parser does not have, and the nearest one
+        beside it.
+        """
+        known = {action.dest for action in self._actions}
+        parts = name.split(".")
         for depth in range(len(parts)):
             parent = "".join(f"{part}." for part in parts[:depth])
-            beside = {k.removeprefix(parent).split(".")[0] for k in known if k.startswith(parent)} - _NO_SETTINGS
+            beside = {
+                k.removeprefix(parent).split(".")[0] for k in known if k.startswith(parent)
+            } - _NO_SETTINGS
             if parts[depth] not in beside:
                 hint = nearest(parts[depth], beside) if beside else "is a class_path missing?"
                 return parent + parts[depth], f"no such setting; {hint}"
@@ -128,17 +148,25 @@ def _not_allowed(path: str) -> str:
         return "no class_path; name the class, for example class_path: spd_lightning.Decomposition"
     near = nearest(path, [f"spd_lightning.{name}" for name in spd_lightning.__all__])
     near = f"{near} " if near.startswith("did") else ""
-    remedy = f"{near}A package of your own is named on the command line: --allow_classes {path.partition('.')[0]}"
+    remedy = (
+        f"{near}A package of your own is named on the command line: --allow_classes "
+        f"{path.partition('.')[0]}"
+    )
     return f"class_path '{path}': not one that a config may name; {remedy}"
 
 
 def _no_class(path: str, why: str) -> str:
     near = nearest(path, [f"spd_lightning.{name}" for name in spd_lightning.__all__])
-    return f"class_path '{path}': {why}; {near if near.startswith('did') else 'write package.Class'}"
+    return (
+        f"class_path '{path}': {why}; {near if near.startswith('did') else 'write package.Class'}"
+    )
 
 
-def refuse_unknown(given: Mapping[str, Any], parsed: Mapping[str, Any], place: tuple[str, ...] = ()) -> None:
-    """jsonargparse passes over empty mappings, whatever their names: those that no setting has are refused here.
+def refuse_unknown(
+    given: Mapping[str, Any], parsed: Mapping[str, Any], place: tuple[str, ...] = ()
+) -> None:
+    """jsonargparse passes over empty mappings, whatever their names: those that no setting has are
+    refused here.
 
     Raises:
         BadInput: there is one.
@@ -154,7 +182,9 @@ def refuse_unknown(given: Mapping[str, Any], parsed: Mapping[str, Any], place: t
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it goes back to; a config given as text is first tried as a path, which is not a cause."""
+    """An exception and what it goes back to; a config given as text is first tried as a path, which
+    is not a cause.
+    """
     while error is not None and not str(error).startswith("File does not exist"):
         yield error
         error = error.__cause__ or error.__context__
@@ -168,25 +198,34 @@ def told(error: BaseException | None) -> BadInput | None:
 def complaint(error: Exception) -> BadInput:
     """Turn an error raised while building from a config into one line for the user."""
     inner = told(error)
-    return BadInput(str(inner)) if inner else Complaint("", " ".join(str(list(causes(error))[-1]).split())[:300])
+    return (
+        BadInput(str(inner))
+        if inner
+        else Complaint("", " ".join(str(list(causes(error))[-1]).split())[:300])
+    )
 
 
-# ---- what settings there are ----------------------------------------------------------------------------------------
+# ---- what settings there are ---------------------------------------------------------------------
 
 TOPICS = {
     "model": ("spd_lightning.Decomposition", "model"),
     "data": ("spd_lightning.Text", "data"),
     "trainer": ("lightning.pytorch.Trainer", "trainer"),
-    "reconstruction": ("spd_lightning.decomposition.reconstruction.Reconstruction", "model.losses.reconstruction.NAME"),
+    "reconstruction": (
+        "spd_lightning.decomposition.reconstruction.Reconstruction",
+        "model.losses.reconstruction.NAME",
+    ),
 }
 """The classes that whole parts of a config set up, and what options call them."""
 
 
 def settings_of(topic: str) -> str:
-    """Return the settings of a part of configs or of a public class, each with its type, its default, its docstring.
+    """Return the settings of a part of configs or of a public class, each with its type, its
+    default, its docstring.
 
     Args:
-        topic: `model`, `data`, `trainer`, `reconstruction`, or the name of a class, with or without `spd_lightning.`.
+        topic: `model`, `data`, `trainer`, `reconstruction`, or the name of a class, with or without
+            `spd_lightning.`.
 
     Raises:
         BadInput: there is no such part or class.
@@ -199,20 +238,31 @@ def settings_of(topic: str) -> str:
     if module == "spd_lightning" and name not in public:
         raise BadInput(f"--help {topic}: no such settings; {nearest(topic, [*TOPICS, *public])}")
     if not (topic in TOPICS or classes.allowed(path)):
-        raise BadInput(f"--help {shown(topic)}: not a class with settings; {nearest(topic, [*TOPICS, *public])}")
+        raise BadInput(
+            f"--help {shown(topic)}: not a class with settings; "
+            f"{nearest(topic, [*TOPICS, *public])}"
+        )
     try:
         kind = getattr(importlib.import_module(module), name)
         parser = LightningArgumentParser(prog="", usage="", add_help=False)
         parser.add_class_arguments(kind, prefix or None, fail_untyped=False)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise BadInput(f"--help {topic}: not a class with settings; {nearest(topic, [*TOPICS, *public])}") from error
+        raise BadInput(
+            f"--help {topic}: not a class with settings; {nearest(topic, [*TOPICS, *public])}"
+        ) from error
     lines = [f"{path}: its settings, as options and as keys of a config", ""]
     for action in parser._actions:
-        if action.dest.endswith("help") or not action.option_strings or "CONFIG" in str(action.metavar):
+        if (
+            action.dest.endswith("help")
+            or not action.option_strings
+            or "CONFIG" in str(action.metavar)
+        ):
             continue
         default = "" if action.required else f" (default: {_plain_default(action.default)})"
         lines.append(f"  {action.option_strings[0]}{' (required)' if action.required else default}")
-        lines += textwrap.wrap(action.help or "", 110, initial_indent="      ", subsequent_indent="      ")
+        lines += textwrap.wrap(
+            action.help or "", 110, initial_indent="      ", subsequent_indent="      "
+        )
     if topic == "data":
         lines += ["", "Settings of other data: --help SparseFeatures, --help InductionTokens"]
     return "\n".join([*lines, ""])

@@ -1,8 +1,9 @@
 """Target training: a network trained once, and kept for every decomposition that names it.
 
-    <root>/targets/<name>-<digest>/    target.safetensors, target.json (written last), metrics.jsonl, figures/loss.png,
-                                       samples.txt and tokenizer.json of a language model; until it is trained,
-                                       checkpoints/, attempt.json
+    <root>/targets/<name>-<digest>/    target.safetensors, metrics.jsonl, figures/loss.png,
+                                       and target.json, which is written last;
+                                       samples.txt and tokenizer.json of a language model;
+                                       checkpoints/ and attempt.json until it is trained
 
 A killed training resumes from its last checkpoint, and ends with the same weights, bit for bit.
 """
@@ -39,10 +40,12 @@ ATTEMPT = "attempt.json"
 SAMPLES, SAMPLE_PROMPT, TEMPERATURE = 6, 8, 0.8
 
 
-# ---- training one ---------------------------------------------------------------------------------------------------
+# ---- training one --------------------------------------------------------------------------------
 
 
-def train_target(name: str, config: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Path:
+def train_target(
+    name: str, config: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> Path:
     """Train a target unless that has been done, and return its folder.
 
     A target that leaves features unrepresented is trained again from the next seed.
@@ -68,7 +71,9 @@ def train_target(name: str, config: Mapping[str, Any] | None = None, overrides: 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Another process that trains the same target is waited for; those that Lightning starts for devices are one."""
+    """Another process that trains the same target is waited for; those that Lightning starts for
+    devices are one.
+    """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         yield
         return
@@ -95,12 +100,21 @@ def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folde
         shutil.rmtree(folder / LAST.parent, ignore_errors=True)
         runs.write_json(folder / ATTEMPT, {"seed": seed})
     if session.trainer.is_global_zero:
-        _keep(session, folder, {"seed": seed, "unrepresented": missed, "config": dict(config)}, started)
+        _keep(
+            session,
+            folder,
+            {"seed": seed, "unrepresented": missed, "config": dict(config)},
+            started,
+        )
     session.trainer.strategy.barrier()
 
 
-def _attempt(name: str, config: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> Session:
-    """One training to its end, from the last checkpoint if there is one; the target is then in eval mode."""
+def _attempt(
+    name: str, config: Mapping[str, Any], overrides: Sequence[str], folder: Path
+) -> Session:
+    """One training to its end, from the last checkpoint if there is one; the target is then in eval
+    mode.
+    """
     plan = Plan(folder, f"target {Path(name).stem}", callbacks=[Checkpoints(folder)], logged=True)
     session = Session(config, overrides, lambda _: plan)
     if not hasattr(session.model, "target"):
@@ -132,7 +146,7 @@ def _keep(session: Session, folder: Path, facts: dict[str, Any], started: float)
     (folder / ATTEMPT).unlink(missing_ok=True)
 
 
-# ---- what is shown of it --------------------------------------------------------------------------------------------
+# ---- what is shown of it -------------------------------------------------------------------------
 
 
 def report(folder: Path) -> str:
@@ -147,12 +161,17 @@ def report(folder: Path) -> str:
 
 def samples(network: LanguageModel, data: Any) -> str:
     """Beginnings of a few validation sequences, and how a language model goes on from them."""
-    device, batch = next(network.parameters()).device, next(iter(data.val_dataloader()))
+    device = next(network.parameters()).device
+    batch = next(iter(data.val_dataloader()))
     prompts = batch[:SAMPLES, : min(SAMPLE_PROMPT, batch.shape[1] // 2)].to(device)
-    steps, generator = network.context - prompts.shape[1], torch.Generator(device).manual_seed(0)
+    steps = network.context - prompts.shape[1]
+    generator = torch.Generator(device).manual_seed(0)
     longer = sample(network, prompts, min(steps, 200), TEMPERATURE, generator).tolist()
     parts = [(ids[: prompts.shape[1]], ids[prompts.shape[1] :]) for ids in longer]
-    lines = [f"({number}) {_text(data, given)}▸{_text(data, own)}\n" for number, (given, own) in enumerate(parts, 1)]
+    lines = [
+        f"({number}) {_text(data, given)}▸{_text(data, own)}\n"
+        for number, (given, own) in enumerate(parts, 1)
+    ]
     return "\n".join([f"From ▸ on the model speaks, at temperature {TEMPERATURE}.\n", *lines])
 
 
@@ -165,7 +184,8 @@ def draw_losses(folder: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    logged, figure = runs.Run(folder).metrics(), Figure(figsize=(6, 3.6), layout="constrained")
+    logged = runs.Run(folder).metrics()
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for name, label in (("train/loss", "training"), (VALIDATION, "validation")):

@@ -1,6 +1,8 @@
-"""Progress bars: of training in optimizer steps, whatever a `training_step` holds; of evaluation; of other long work.
+"""Progress bars: of training in optimizer steps, whatever a `training_step` holds; of evaluation;
+of other long work.
 
-An evaluation inside a training has a bar of its own below the training's, which says how far a long batch is, too.
+An evaluation inside a training has a bar of its own below the training's, which says how far a long
+batch is, too.
 """
 
 import sys
@@ -48,7 +50,8 @@ class Progress(ProgressBar):
             total=total,
             unit=unit,
             desc=f"{what} {self.name}".strip(),
-            disable=not self._enabled or not (keep or sys.stderr.isatty()),  # a bar that goes is for a terminal
+            disable=not self._enabled
+            or not (keep or sys.stderr.isatty()),  # a bar that goes is for a terminal
             dynamic_ncols=True,
             mininterval=INTERVAL,
             leave=keep,
@@ -62,31 +65,39 @@ class Progress(ProgressBar):
 
     @contextmanager
     def stage(self, what: str, unit: str, total: int | None = None) -> Iterator[Any]:
-        """A bar for other work, whose `update` is called after every unit of it; it is gone at the end."""
+        """A bar for other work, whose `update` is called after every unit of it; it is gone at the
+        end.
+        """
         bar = self._made(what, 0, total, unit, keep=False)
         try:
             yield bar
         finally:
             bar.close()
 
-    # ---- training -----------------------------------------------------------------------------------------------
+    # ---- training --------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open("fit", trainer.global_step, trainer.max_steps, "step")
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
         if self._bar is not None:
             if "loss" in trainer.progress_bar_metrics:
-                self._bar.set_postfix_str(f"loss={trainer.progress_bar_metrics['loss']:.3g}", refresh=False)
+                self._bar.set_postfix_str(
+                    f"loss={trainer.progress_bar_metrics['loss']:.3g}", refresh=False
+                )
             self._bar.update(trainer.global_step - self._bar.n)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._close()
 
-    # ---- evaluation, before, inside and after training ----------------------------------------------------------
+    # ---- evaluation, before, inside and after training -------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        counts = (
+            trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        )
         total = sum(counts)
         known = int(total) if total != float("inf") else None
         self._evaluation = self._made("evaluate", 0, known, "batch", keep=False)
@@ -109,7 +120,7 @@ class Progress(ProgressBar):
             self._evaluation.close()
             self._evaluation = None
 
-    # ---- harvests -----------------------------------------------------------------------------------------------
+    # ---- harvests --------------------------------------------------------------------------------
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = trainer.num_predict_batches[0]

@@ -3,7 +3,8 @@
     decomposition.safetensors    components.<site>.V and .U, importance.*, target.*
     decomposition.json           the settings, and the digest of the weights
 
-The target's weights are inside, so that a decomposition opens on a machine that has never seen the target.
+The target's weights are inside, so that a decomposition opens on a machine that has never seen the
+target.
 """
 
 from collections.abc import Mapping
@@ -31,14 +32,18 @@ SCHEMA = 1
 
 
 def save_decomposition(
-    model: ComponentModel, settings: Mapping[str, Any], target_spec: Mapping[str, Any] | None, folder: Path
+    model: ComponentModel,
+    settings: Mapping[str, Any],
+    target_spec: Mapping[str, Any] | None,
+    folder: Path,
 ) -> None:
     """Write `decomposition.safetensors` and `decomposition.json` into a folder.
 
     Args:
         model: the decomposed target.
         settings: the arguments it was built with.
-        target_spec: how to build the target (`class_path`, `init_args`); None for a target given as an object.
+        target_spec: how to build the target (`class_path`, `init_args`); None for a target given as
+            an object.
         folder: the run's folder.
     """
     path = folder / "decomposition.safetensors"
@@ -46,7 +51,10 @@ def save_decomposition(
     tensors |= {f"target.{k}": v for k, v in model.target.state_dict().items()}
     for site in model.sites:
         if site not in model.tied:
-            tensors |= {f"components.{site}.V": model[site].V, f"components.{site}.U": model[site].U}
+            tensors |= {
+                f"components.{site}.V": model[site].V,
+                f"components.{site}.U": model[site].U,
+            }
     write_tensors(tensors, path)
     shapes = {}
     for name, site in model.sites.items():
@@ -84,29 +92,37 @@ class SavedDecomposition:
 
     @classmethod
     def read(cls, reference: str | Path) -> "SavedDecomposition":
-        """Read the decomposition of a run: its name, its folder, or `mlflow:…` / `wandb:…` in a tracker.
+        """Read the decomposition of a run: its name, its folder, or `mlflow:…` / `wandb:…` in a
+        tracker.
 
         Raises:
             BadInput: the run holds no decomposition, or one whose files are damaged.
         """
         folder = runs.find(str(reference)).path
-        described, weights = folder / "decomposition.json", folder / "decomposition.safetensors"
+        described = folder / "decomposition.json"
+        weights = folder / "decomposition.safetensors"
         if not described.exists() or not weights.exists():
             if runs.Run(folder).state == "diverged":
                 verdict = runs.Run(folder).summary["verdict"]
-                raise BadInput(f"run '{folder}': its training {verdict}; it holds no decomposition, fit again")
+                raise BadInput(
+                    f"run '{folder}': its training {verdict}; it holds no decomposition, fit again"
+                )
             raise BadInput(f"run '{folder}': holds no decomposition (yet); let its fit finish")
 
         def check_schema(held: Mapping[str, Any]) -> None:
             if isinstance(schema := held.get("schema"), int) and schema > SCHEMA:
-                raise BadInput(f"'{described}': schema {schema} is newer than this tool's {SCHEMA}; upgrade the tool")
+                raise BadInput(
+                    f"'{described}': schema {schema} is newer than this tool's {SCHEMA}; upgrade "
+                    "the tool"
+                )
 
         description = json_files.read(described, Description, RESTORE, first=check_schema)
         settings = _settings(description, f"'{described}'")
         tensors, _ = read_tensors(weights)
         if digest(weights) != description["digest"]:
             raise BadInput(
-                f"'{weights}': not the weights that decomposition.json describes; restore both from one copy"
+                f"'{weights}': not the weights that decomposition.json describes; restore both "
+                "from one copy"
             )
         return cls(folder, description, tensors, settings)
 
@@ -125,15 +141,18 @@ class SavedDecomposition:
         """Return the target with its saved weights, in single precision at least.
 
         Args:
-            target: a network like the decomposed one, to load the weights into; built from `target_spec` if omitted.
+            target: a network like the decomposed one, to load the weights into; built from
+                `target_spec` if omitted.
 
         Raises:
-            BadInput: the target was an object and none is given, or the weights belong to another model.
+            BadInput: the target was an object and none is given, or the weights belong to another
+                model.
         """
         spec = self.target_spec
         if target is None and spec is None:
             raise BadInput(
-                f"'{self._weights}': its target was an object; use Decomposition.from_pretrained(path, target=…)"
+                f"'{self._weights}': its target was an object; use "
+                "Decomposition.from_pretrained(path, target=…)"
             )
         weights = _below("target.", self.tensors)
         network = target or build(spec or {}, weights)
@@ -144,7 +163,8 @@ class SavedDecomposition:
         return network
 
     def load_into(self, model: ComponentModel) -> None:
-        """Load the weights of components and importance function into a model that was built with `settings`.
+        """Load the weights of components and importance function into a model that was built with
+        `settings`.
 
         Raises:
             BadInput: they belong to another model, or are not finite.
@@ -155,7 +175,8 @@ class SavedDecomposition:
         _load(model.importance_function, _below("importance.", self.tensors), self._weights)
         if name := non_finite(dict(model.named_parameters())):
             raise BadInput(
-                f"'{self._weights}': the weights '{name}' are not finite; fit again, at a lower learning rate"
+                f"'{self._weights}': the weights '{name}' are not finite; fit again, at a lower "
+                "learning rate"
             )
 
     @property
@@ -163,7 +184,8 @@ class SavedDecomposition:
         return self.folder / "decomposition.safetensors"
 
     def _check_sizes(self, network: nn.Module) -> None:
-        """Check that the components and the importance function are as large as their weights, before allocating them.
+        """Check that the components and the importance function are as large as their weights,
+        before allocating them.
 
         Raises:
             BadInput: they are not.
@@ -177,11 +199,16 @@ class SavedDecomposition:
             shapes = [list(self.tensors[key].shape) for key in factors if key in self.tensors]
             if shapes != [[site.d_in, count], [count, site.d_out]]:
                 raise BadInput(
-                    f"{place}: model.sites: {count} components of '{name}', and V and U of {shapes or 'no size'} in "
+                    f"{place}: model.sites: {count} components of '{name}', and V and U of "
+                    f"{shapes or 'no size'} in "
                     f"the weights: weights of another model; {RESTORE}"
                 )
         importance = self.settings["importance"]
-        check_shapes(lambda: importance_function(importance, sites), _below("importance.", self.tensors), place)
+        check_shapes(
+            lambda: importance_function(importance, sites),
+            _below("importance.", self.tensors),
+            place,
+        )
 
 
 def _settings(description: Description, place: str) -> dict[str, Any]:
@@ -192,8 +219,12 @@ def _settings(description: Description, place: str) -> dict[str, Any]:
     """
     settings: dict[str, Any] = dict(description["model"])
     try:
-        settings["importance"] = json_files.conform(settings["importance"], Importance, "model.importance")
-        settings["evaluation"] = json_files.conform(settings["evaluation"], Evaluation, "model.evaluation")
+        settings["importance"] = json_files.conform(
+            settings["importance"], Importance, "model.importance"
+        )
+        settings["evaluation"] = json_files.conform(
+            settings["evaluation"], Evaluation, "model.evaluation"
+        )
     except ValueError as error:  # BadInput of their own checks among them
         raise BadInput(f"{place}: {error}; {RESTORE}") from error
     return settings
@@ -201,7 +232,11 @@ def _settings(description: Description, place: str) -> dict[str, Any]:
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names begin with a prefix, by the rest of their names."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Learning rates over training, as pure functions of the step: nothing to save, nothing to restore."""
+"""Learning rates over training, as pure functions of the step: nothing to save, nothing to
+restore.
+"""
 
 import math
 from dataclasses import dataclass
@@ -28,7 +30,9 @@ class Schedule:
         check_range("schedule", least=0, most=1, hold=self.hold, final=self.final)
 
     def factor(self, step: int, steps: int) -> float:
-        """The share of the full rate that update `step` of `steps` uses (both counted from 0; L7)."""
+        """The share of the full rate that update `step` of `steps` uses (both counted from 0;
+        L7).
+        """
         if step < self.warmup:
             return (step + 1) / self.warmup
         begin = max(self.warmup, self.hold * (steps - 1))

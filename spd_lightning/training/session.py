@@ -33,16 +33,18 @@ log = logging.getLogger(__name__)
 TRAINER = {
     "enable_checkpointing": False,  # ours are safetensors
     "enable_model_summary": False,
-    "num_sanity_val_steps": 1,  # an evaluation that fails should fail before the training, not after it
+    "num_sanity_val_steps": 1,  # an evaluation that fails should fail before the training
     "check_val_every_n_epoch": None,
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Additions of a session to its config: a folder, a name, and a module in place of the config's.
+    """Additions of a session to its config: a folder, a name, and a module in place of the
+    config's.
 
-    A logged session writes its folder's metrics; a tracked one also speaks to the trackers that its config chooses.
+    A logged session writes its folder's metrics; a tracked one also speaks to the trackers that its
+    config chooses.
     """
 
     folder: Path
@@ -64,7 +66,12 @@ class Session(LightningCLI):
         BadInput: a setting is unknown, of a wrong type, or refused by what it is for.
     """
 
-    def __init__(self, config: Mapping[str, Any], overrides: Sequence[str], plan: Callable[[dict[str, Any]], Plan]):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        overrides: Sequence[str],
+        plan: Callable[[dict[str, Any]], Plan],
+    ):
         self._plan, self._given = plan, config
         self.copies = Copies([], Path())
         forget_ranks()
@@ -108,7 +115,9 @@ class Session(LightningCLI):
             self.copies.connect()
 
     def _take_trackers(self) -> None:
-        """Trackers are not for Lightning: they get copies of what the run itself holds (see `copies`)."""
+        """Trackers are not for Lightning: they get copies of what the run itself holds (see
+        `copies`).
+        """
         trainer = self.config["trainer"]
         self.trackers = _dicts(trainer.get("logger"))
         trainer["logger"] = False
@@ -122,7 +131,8 @@ class Session(LightningCLI):
         own_file = [MetricsFile(self.plan.folder)] if self.plan.logged or self.plan.tracked else []
         if chosen.get("val_check_interval") == 0:
             raise BadInput(
-                "config: trainer.val_check_interval: it must be at least 1, the number of batches between evaluations"
+                "config: trainer.val_check_interval: it must be at least 1, the number of batches "
+                "between evaluations"
             )
         try:
             return super().instantiate_trainer(
@@ -132,12 +142,18 @@ class Session(LightningCLI):
                 default_root_dir=str(self.plan.folder),
                 **kwargs,
             )
-        except (RuntimeError, KeyError) as error:  # which is how Lightning rejects the variables of a launcher
-            raise BadInput(f"trainer: {error}; unset the variables of the launcher, or start with it") from error
+        except (
+            RuntimeError,
+            KeyError,
+        ) as error:  # which is how Lightning rejects the variables of a launcher
+            raise BadInput(
+                f"trainer: {error}; unset the variables of the launcher, or start with it"
+            ) from error
 
 
 class Settings(Session):
-    """A config parsed and checked, of which nothing is built unless asked for: no folder, no target, no trainer.
+    """A config parsed and checked, of which nothing is built unless asked for: no folder, no
+    target, no trainer.
 
     Args:
         config: a config (merged with all it builds on).
@@ -188,16 +204,22 @@ def _check_shape(config: Mapping[str, Any]) -> None:
 
 
 def _check_files(overrides: Sequence[str]) -> None:
-    """Read every YAML file that an override names, so that what is wrong with it is said with the file's name."""
+    """Read every YAML file that an override names, so that what is wrong with it is said with the
+    file's name.
+    """
     for word in overrides:
         path = Path(word.partition("=")[2] if word.startswith("--") else word)
         if path.suffix in (".yaml", ".yml") and path.is_file():
             configs.read_file(path)
     for option, value in _pairs(overrides):
-        # jsonargparse reads a file that the value of such an option names, and takes its text for the setting.
+        # jsonargparse reads a file that the value of such an option names, and takes its text for
+        # the setting.
         takes_class = option == "--data" or option.startswith(("--model", "--trainer"))
         if takes_class and _is_other_file(value):
-            raise BadInput(f"{option} '{shown(value)}': this is a file, not a setting; only .yaml files are read here")
+            raise BadInput(
+                f"{option} '{shown(value)}': this is a file, not a setting; only .yaml files are "
+                "read here"
+            )
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -212,13 +234,20 @@ def _is_other_file(value: str) -> bool:
     """Whether a value names something on the disk that is neither a folder nor a YAML file."""
     path = Path(value)
     try:
-        return value != "" and path.exists() and not path.is_dir() and path.suffix not in (".yaml", ".yml")
+        return (
+            value != ""
+            and path.exists()
+            and not path.is_dir()
+            and path.suffix not in (".yaml", ".yml")
+        )
     except (OSError, ValueError):  # not a possible name
         return False
 
 
 def _plain(value: Any) -> Any:
-    """Settings with dataclasses, as defaults have them, as maps: jsonargparse cannot write those inside a map."""
+    """Settings with dataclasses, as defaults have them, as maps: jsonargparse cannot write those
+    inside a map.
+    """
     if isinstance(value, Namespace):
         return Namespace(**{key: _plain(held) for key, held in vars(value).items()})
     if isinstance(value, dict):
@@ -233,7 +262,9 @@ def quiet() -> Iterator[None]:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's to heed
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # "not found. Creating it."
+    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(
+        logging.ERROR
+    )  # "not found. Creating it."
     with warnings.catch_warnings():
         for text in _OURS_TO_CHOOSE:
             warnings.filterwarnings("ignore", message=f".*{text}.*")
@@ -242,7 +273,7 @@ def quiet() -> Iterator[None]:
 
 _OURS_TO_CHOOSE = (
     "LeafSpec",
-    "args parameter is intended to run",  # LightningCLI: given words, it also sees those of the process
+    "args parameter is intended to run",  # LightningCLI, if it is given words
     "in eval mode at the start of training",  # the target is (D6)
     "max_epochs. was not set",  # steps count here
     "GPU available but not used",

@@ -1,6 +1,7 @@
 """Training the networks that are to be taken apart.
 
-A target is an ordinary network with `forward`, `loss(inputs)` and `unrepresented()`. Training one is an ordinary fit.
+A target is an ordinary network with `forward`, `loss(inputs)` and `unrepresented()`. Training one
+is an ordinary fit.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,8 @@ class TargetTraining(BlockModule):
         target: the network: a module with `loss(inputs) -> scalar`.
         lr: full learning rate.
         weight_decay: AdamW's.
-        decay: what decays: all parameters, or matrices alone (embeddings too, but no biases and gains).
+        decay: what decays: all parameters, or matrices alone (embeddings too, but no biases and
+            gains).
         betas: AdamW's.
         clip: largest gradient norm of all parameters together; none if omitted.
         schedule: how the learning rate moves.
@@ -31,8 +33,10 @@ class TargetTraining(BlockModule):
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
         threads: processor threads; as many as torch takes if omitted.
-        micro_batches: equal parts in which a batch is taken, one after the other: less memory, the same update.
-        retries: how many further seeds to try when the trained target leaves features unrepresented.
+        micro_batches: equal parts in which a batch is taken, one after the other: less memory, the
+            same update.
+        retries: how many further seeds to try when the trained target leaves features
+            unrepresented.
         seed: of the initial weights.
     """
 
@@ -67,7 +71,9 @@ class TargetTraining(BlockModule):
         """The target."""
         return self.target
 
-    def objective(self, batch: Tensor, step: int, part: int = 0) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def objective(
+        self, batch: Tensor, step: int, part: int = 0
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The target's own loss."""
         return self.target.loss(batch), {}  # pyright: ignore[reportCallIssue]
 
@@ -89,10 +95,12 @@ class TargetTraining(BlockModule):
         groups = [group | {"peak": self.lr} for group in groups if group["params"]]
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
 
-    # ---- validation ---------------------------------------------------------------------------------------------
+    # ---- validation ------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # their sum, and how many rows
+        self._losses = torch.zeros(
+            2, dtype=torch.float64, device=self.device
+        )  # their sum, and how many rows
 
     def validation_step(self, batch: Tensor) -> None:
         with torch.autocast(self.device.type, enabled=False):
@@ -102,7 +110,9 @@ class TargetTraining(BlockModule):
     def on_validation_epoch_end(self) -> None:
         total, rows = self.trainer.strategy.reduce(self._losses, reduce_op="sum")  # pyright: ignore[reportArgumentType]
         if not (total / rows).isfinite():
-            raise Diverged(f"the {VALIDATION} is {float(total / rows)} after {self.global_step} steps", LOWER)
+            raise Diverged(
+                f"the {VALIDATION} is {float(total / rows)} after {self.global_step} steps", LOWER
+            )
         self.log(VALIDATION, total / rows, logger=False, sync_dist=True)
         if not self.trainer.sanity_checking:
             for logger in self.loggers:

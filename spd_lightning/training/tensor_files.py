@@ -1,4 +1,6 @@
-"""Safetensors files: written whole, with a digest of their content in the header, never a pickle."""
+"""Safetensors files: written whole, with a digest of their content in the header, never a
+pickle.
+"""
 
 import hashlib
 import json
@@ -15,7 +17,9 @@ from spd_lightning.errors import BadInput
 from spd_lightning.runs.shapes import RESTORE
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, header: dict[str, str] | None = None
+) -> None:
     """A safetensors file, whole or not at all; a header gets the digest of all that the file holds.
 
     Raises:
@@ -39,7 +43,8 @@ def read_tensors(path: Path, remedy: str = RESTORE) -> tuple[dict[str, Tensor], 
     """
     try:
         with safe_open(path, "pt") as file:
-            tensors, header = load_file(path), file.metadata() or {}
+            tensors = load_file(path)
+            header = file.metadata() or {}
         rest = {key: value for key, value in header.items() if key != "digest"}
         if header and header.get("digest") != content_digest(rest, tensors):
             raise ValueError("its content does not fit the digest in its header")
@@ -50,7 +55,9 @@ def read_tensors(path: Path, remedy: str = RESTORE) -> tuple[dict[str, Tensor], 
 
 
 def content_digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Sixteen hex characters that stand for a header and every tensor's name, type, shape and bytes."""
+    """Sixteen hex characters that stand for a header and every tensor's name, type, shape and
+    bytes.
+    """
     seen = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

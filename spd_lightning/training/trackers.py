@@ -1,6 +1,8 @@
-"""Destinations for the copy of a run: an MLflow store, Weights & Biases, or another of Lightning's loggers.
+"""Destinations for the copy of a run: an MLflow store, Weights & Biases, or another of Lightning's
+loggers.
 
-Each speaks to one tracker and lets its errors pass; `copies` decides when to try, and what to do about an error.
+Each speaks to one tracker and lets its errors pass; `copies` decides when to try, and what to do
+about an error.
 """
 
 import json
@@ -27,7 +29,8 @@ Row = tuple[int, Mapping[str, float]]
 class Tracker(ABC):
     """Where a copy of a run goes. Any method may be called again after it failed.
 
-    Each tracker has a thread and a file of its own in the run's folder, and is the only writer of that file.
+    Each tracker has a thread and a file of its own in the run's folder, and is the only writer of
+    that file.
 
     Attributes:
         library: the module that speaks to it.
@@ -41,7 +44,9 @@ class Tracker(ABC):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.allow: Callable[[int], None] = lambda size: None  # called before so many bytes are sent
+        self.allow: Callable[[int], None] = lambda size: (
+            None
+        )  # called before so many bytes are sent
 
     def start(self) -> int:
         """Return the byte of the metrics file from which on the tracker may not have it."""
@@ -104,7 +109,9 @@ class MLflow(Tracker):
 
     @property
     def _store(self) -> str:
-        """The store's name in the record's file: its address, or "embedded", which stays true if the runs are moved."""
+        """The store's name in the record's file: its address, or "embedded", which stays true if
+        the runs are moved.
+        """
         return "embedded" if self.uri == runs.embedded_uri() else self.address
 
     def connect(self) -> None:
@@ -116,7 +123,9 @@ class MLflow(Tracker):
             try:
                 client.get_run(self.run_id)
             except Exception as error:
-                remedy = f"bring the record back, or delete '{self._record}' to begin a new one there"
+                remedy = (
+                    f"bring the record back, or delete '{self._record}' to begin a new one there"
+                )
                 raise runs.trouble(error, self.uri, remedy) from None
         self._client = client
 
@@ -167,7 +176,9 @@ class MLflow(Tracker):
         if self._steps is None:
             data = self._client.get_run(self.run_id).data
             self._steps = {metric.key: metric.step for metric in data._metric_objs}
-        steps, now, fresh = dict(self._steps), int(time.time() * 1000), []
+        steps = dict(self._steps)
+        now = int(time.time() * 1000)
+        fresh = []
         for step, values in rows:
             for name, value in values.items():
                 key = self._key(name)
@@ -206,7 +217,8 @@ class Lightning(Tracker):
         folder: the run's folder.
         class_path: where its class is.
         given: its arguments.
-        number: which of the run's loggers of that class it is; the second one has `sent-<class>-2.json`.
+        number: which of the run's loggers of that class it is; the second one has
+            `sent-<class>-2.json`.
     """
 
     def __init__(self, folder: Path, class_path: str, given: Mapping[str, Any], number: int = 1):
@@ -315,7 +327,9 @@ def trackers(chosen: Any, folder: Path) -> list[Tracker]:
     if chosen in (None, True):
         chosen = {"class_path": "MLFlowLogger"}
     alike: Counter[str] = Counter()
-    return [_tracker(each, folder, alike) for each in (chosen if isinstance(chosen, list) else [chosen])]
+    return [
+        _tracker(each, folder, alike) for each in (chosen if isinstance(chosen, list) else [chosen])
+    ]
 
 
 def _tracker(chosen: Any, folder: Path, alike: Counter[str]) -> Tracker:
@@ -360,7 +374,9 @@ def _with_password(uri: str) -> str:
 
 
 def acceptable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as trackers take them: a mapping with names that MLflow refuses (patterns of sites) becomes text."""
+    """Settings as trackers take them: a mapping with names that MLflow refuses (patterns of sites)
+    becomes text.
+    """
     taken: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):

@@ -64,7 +64,9 @@ def publish(copies: Copies, names: Sequence[str] = runs.MIRRORED) -> None:
         names: files and folders of the run; all that trackers get, if omitted.
     """
     if len(copies):
-        log.info("run %s: completing the copies of its files in the trackers ...", copies.folder.name)
+        log.info(
+            "run %s: completing the copies of its files in the trackers ...", copies.folder.name
+        )
     for error in copies.complete(names):
         again = f"python -m spd_lightning push {copies.folder.name}"
         log.warning("%s. The run itself is whole; send the copy later: %s", error, again)

@@ -1,4 +1,6 @@
-"""How near a toy's decomposition comes to its known mechanism, and whether near enough (section E)."""
+"""How near a toy's decomposition comes to its known mechanism, and whether near enough (section
+E).
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -24,20 +26,29 @@ class LoneFeatures(NamedTuple):
 def lone_features(model: ComponentModel, n_features: int) -> LoneFeatures:
     """Feeds each feature alone: what the truth of toy models is judged by."""
     parameter = next(model.parameters())
-    clean = model.clean(PROBE * torch.eye(n_features, dtype=parameter.dtype, device=parameter.device))
+    clean = model.clean(
+        PROBE * torch.eye(n_features, dtype=parameter.dtype, device=parameter.device)
+    )
     return LoneFeatures(clean.inputs, model.importances(clean).lower)
 
 
-def truth(model: ComponentModel, alone: LoneFeatures, settings: Evaluation) -> dict[str, float | int]:
-    """How near a model on vectors comes to its known mechanism: MMCS, ML2R, identity and dense error.
+def truth(
+    model: ComponentModel, alone: LoneFeatures, settings: Evaluation
+) -> dict[str, float | int]:
+    """How near a model on vectors comes to its known mechanism: MMCS, ML2R, identity and dense
+    error.
 
-    A site's columns are taken along the features as they reach it: for the first map of a TMS, the columns of W.
+    A site's columns are taken along the features as they reach it: for the first map of a TMS, the
+    columns of W.
     """
     found: dict[str, float | int] = {}
     for name in settings.identity:
         X = alone.inputs[name] / PROBE
-        cosine, ratio = column_match(model.sites[name].weight @ X.T, X @ model[name].V, model[name].U)
-        found[f"mmcs/{name}"], found[f"ml2r/{name}"] = float(cosine), float(ratio)
+        cosine, ratio = column_match(
+            model.sites[name].weight @ X.T, X @ model[name].V, model[name].U
+        )
+        found[f"mmcs/{name}"] = float(cosine)
+        found[f"ml2r/{name}"] = float(ratio)
         found[f"identity_error/{name}"] = identity_error(alone.importances[name])
     for name, k in settings.dense.items():
         found[f"dense_error/{name}"] = dense_error(alone.importances[name], k)
@@ -45,9 +56,12 @@ def truth(model: ComponentModel, alone: LoneFeatures, settings: Evaluation) -> d
 
 
 def verdict(found: Mapping[str, float | int], settings: Evaluation, n_features: int) -> str | None:
-    """Why a decomposition with known truth has ended in a local minimum, or None where it has not."""
+    """Why a decomposition with known truth has ended in a local minimum, or None where it has
+    not.
+    """
     wrong = [
-        f"{name}: {found[f'alive/{name}']:.0f} components for {n_features} features, identity error "
+        f"{name}: {found[f'alive/{name}']:.0f} components for {n_features} features, identity "
+        "error "
         f"{found[f'identity_error/{name}']:.0f}"
         for name in settings.identity
         if found[f"identity_error/{name}"] or found[f"alive/{name}"] != n_features

@@ -1,7 +1,8 @@
-"""The viewer: `gradio app.py`, or `python -m spd_lightning view`. It shows what runs left on disk and changes nothing.
+"""The viewer: `gradio app.py`, or `python -m spd_lightning view`. It shows what runs left on disk
+and changes nothing.
 
-It listens on this machine alone unless told otherwise, sends no analytics, and opens only what lies below the place it
-was given: a browser names runs, harvests and prompts, never paths.
+It listens on this machine alone unless told otherwise, sends no analytics, and opens only what lies
+below the place it was given: a browser names runs, harvests and prompts, never paths.
 """
 
 import os
@@ -27,7 +28,8 @@ TITLE = '<h1 class="spd-brand">spd_lightning</h1>'
 PAGES = {"Graph": graph_page, "Tokens": token_page, "Components": component_page, "Run": run_page}
 STYLES = ("widget.css", "graph.css", "tokens.css", "page.css")
 EMPTY = (HERE / "empty.html").read_text(encoding="utf-8")
-FIT = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 60); }"  # plots drawn while hidden
+# Plots that were drawn while their page was hidden have the wrong size until the window is resized.
+FIT = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 60); }"
 FONT = ["ui-sans-serif", "system-ui", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
@@ -60,9 +62,12 @@ def _page(name: str, module: Any, library: Library) -> Panel:
     return panel
 
 
-def _wire(demo: gr.Blocks, library: Library, refresh: gr.Button, top: list[Any], panels: list[Panel]) -> None:
+def _wire(
+    demo: gr.Blocks, library: Library, refresh: gr.Button, top: list[Any], panels: list[Panel]
+) -> None:
     run, harvest = top[:2]
-    # Without preprocess, gradio compares no value with choices that another event may have changed; `choose` does it.
+    # Without preprocess, gradio compares no value with choices that another event may have changed;
+    # `choose` does it.
     quick: dict[str, Any] = {
         "queue": False,
         "preprocess": False,
@@ -79,18 +84,26 @@ def _wire(demo: gr.Blocks, library: Library, refresh: gr.Button, top: list[Any],
     looked = gr.on([refresh.click, run.input], look, [run, harvest], top, **quick)
     arrived = demo.load(arrive, [run, harvest], top, **quick)
     for panel in panels:
-        draw, inputs, outputs = _chosen(library, panel), [run, harvest, *panel.inputs], list(panel.outputs)
+        draw = _chosen(library, panel)
+        inputs = [run, harvest, *panel.inputs]
+        outputs = list(panel.outputs)
         looked.then(draw, inputs, outputs, **quick)
         arrived.then(draw, inputs, outputs, **quick)
         gr.on([control.input for control in inputs[1:]], draw, inputs, outputs, **quick)
 
 
 def _chosen(library: Library, panel: Panel) -> Callable[..., Any]:
-    """The panel's `draw` on what a browser's wishes mean; they may be a moment older than what `_look` answered."""
+    """The panel's `draw` on what a browser's wishes mean; they may be a moment older than what
+    `_look` answered.
+    """
 
     def draw(wanted_run: Any, wanted_harvest: Any, *values: Any) -> Any:
         chosen = library.choose(wanted_run, wanted_harvest)
-        drawn = panel.draw(chosen[0].name, chosen[1], *values) if chosen else [gr.skip()] * len(panel.outputs)
+        drawn = (
+            panel.draw(chosen[0].name, chosen[1], *values)
+            if chosen
+            else [gr.skip()] * len(panel.outputs)
+        )
         return drawn if len(panel.outputs) > 1 else drawn[0]
 
     return draw
@@ -105,7 +118,9 @@ def _look(library: Library, wanted_run: Any, wanted_harvest: Any) -> list[Any]:
     run, harvest = chosen
     harvests = harvest_names(run)
     return [
-        gr.update(choices=[(_describe(held), held.name) for held in library.runs()], value=run.name),
+        gr.update(
+            choices=[(_describe(held), held.name) for held in library.runs()], value=run.name
+        ),
         gr.update(choices=harvests, value=harvest, visible=len(harvests) > 1),
         gr.update(visible=False),
         gr.update(visible=True),
@@ -138,7 +153,8 @@ def launch(
     """Serve the viewer until it is interrupted, and return its address.
 
     Args:
-        path: A folder of runs, a run, a harvest or a tracker's reference; the usual root of runs if None.
+        path: A folder of runs, a run, a harvest or a tracker's reference; the usual root of runs if
+            None.
         port: Where to listen; the first free port from 7860 on if None.
         host: Which interface to listen on: this machine alone by default.
         open_browser: Whether to open a browser window, where there is a display.
@@ -166,14 +182,18 @@ def serve(
     return _serve(demo, serving.listen(host, port), host, open_browser, wait)
 
 
-def _serve(demo: gr.Blocks, listening: socket.socket, host: str, open_browser: bool, wait: bool) -> str:
+def _serve(
+    demo: gr.Blocks, listening: socket.socket, host: str, open_browser: bool, wait: bool
+) -> str:
     looks = {"theme": theme(), "css_paths": [HERE / name for name in STYLES]}
     return serving.serve(serving.protected(demo, host, looks), listening, host, open_browser, wait)
 
 
 def theme() -> gr.themes.Base:
     """Quiet colors and the system's own fonts, so that no page asks the network for anything."""
-    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO).set(
+    return gr.themes.Default(
+        primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO
+    ).set(
         body_background_fill="white",
         body_background_fill_dark="#0d131e",
         block_border_width="0px",

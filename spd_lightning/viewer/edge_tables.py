@@ -21,8 +21,8 @@ EdgeRow = tuple[str, float, float | None, float | None, float, int]
 class EdgeTables:
     """The strongest sources and targets of a component, normalized.
 
-    Rows are name, sum to activation, low and high end of its interval, sum to |activation|, number of edges. `note`
-    says which corpus they are of.
+    Rows are name, sum to activation, low and high end of its interval, sum to |activation|, number
+    of edges. `note` says which corpus they are of.
     """
 
     component: str
@@ -40,29 +40,41 @@ def page_data(store: Store, layer: str, component: int, most: int = MOST) -> Edg
 
     def rows(side: Side) -> list[EdgeRow]:
         found = strongest(store, layer, component, side, most=most)
-        values = (found[name].to_list() for name in ("to_activation", "low", "high", "to_size", "edges"))
+        values = (
+            found[name].to_list() for name in ("to_activation", "low", "high", "to_size", "edges")
+        )
         return list(zip(named(store, found), *values, strict=True))
 
-    prompts, mode = store.manifest["prompts"], store.manifest["mode"]
+    prompts = store.manifest["prompts"]
+    mode = store.manifest["mode"]
     note = (
-        f"Edges of {prompts:,} {mode} graphs, summed, over the source's importance and the target's usual size. Pairs "
-        f"with fewer than {AT_LEAST} edges are left out; rows are in order of how far their interval over prompts "
+        f"Edges of {prompts:,} {mode} graphs, summed, over the source's importance and the "
+        "target's usual size. Pairs "
+        f"with fewer than {AT_LEAST} edges are left out; rows are in order of how far their "
+        "interval over prompts "
         "stays above 0."
     )
     return EdgeTables(f"{layer}:{component}", rows("sources"), rows("targets"), note)
 
 
 def of_run(run: Run, layer: str, component: int) -> EdgeTables | None:
-    """The tables of one component from the latest harvest of sums that a run has; None where it has none."""
+    """The tables of one component from the latest harvest of sums that a run has; None where it has
+    none.
+    """
     found = corpus_harvests(run.harvests)
-    return page_data(Store(found[0]).require("mode", "token_layers"), layer, component) if found else None
+    return (
+        page_data(Store(found[0]).require("mode", "token_layers"), layer, component)
+        if found
+        else None
+    )
 
 
 def html(page: EdgeTables) -> str:
     """The tables side by side."""
     sides = (("sources", page.sources), ("targets", page.targets))
     grids = "".join(
-        _grid(f"Strongest {side} of {shortened(page.component)}", page.component, rows) for side, rows in sides
+        _grid(f"Strongest {side} of {shortened(page.component)}", page.component, rows)
+        for side, rows in sides
     )
     return f'<div class="spd-grids">{grids}</div><p class="spd-note">{escape(page.note)}</p>'
 
@@ -85,7 +97,8 @@ def _line(row: EdgeRow) -> str:
 def update(run: Run, layer: str, wanted: Any, default: int, count: int) -> tuple[int | None, str]:
     """Return the component to show, and its tables as HTML.
 
-    The component is the one asked for if it exists, else the default. It is None if the run has no sums over a corpus.
+    The component is the one asked for if it exists, else the default. It is None if the run has no
+    sums over a corpus.
     """
     asked = int(wanted) if isinstance(wanted, int | float) and 0 <= wanted < count else default
     try:

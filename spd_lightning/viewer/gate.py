@@ -1,17 +1,21 @@
-"""The gate in front of the viewer: lets through what its own pages send, and answers everything else with a 4xx.
+"""The gate in front of the viewer: lets through what its own pages send, and answers everything
+else with a 4xx.
 
-A viewer on loopback is still reachable for every page that the browser has open: by a host name that an attacker points
-at this machine (DNS rebinding), or by requests to 127.0.0.1 from another origin. Gradio itself checks neither, accepts
-uploads and has many routes that these pages never use. For every request the gate therefore
+A viewer on loopback is still reachable for every page that the browser has open: by a host name
+that an attacker points at this machine (DNS rebinding), or by requests to 127.0.0.1 from another
+origin. Gradio itself checks neither, accepts uploads and has many routes that these pages never
+use. For every request the gate therefore
 
 1. compares the Host header with the names that this viewer has (403),
 2. rejects another origin, by the headers Origin and Sec-Fetch-Site (403),
 3. knows the paths and methods that the pages use, and no others (404, 405; websockets are closed),
 4. reads at most 1 MB of body, however it is sent (413), and
-5. rebuilds the two kinds of question that the pages ask, so that nothing else reaches Gradio (400, 415).
+5. rebuilds the two kinds of question that the pages ask, so that nothing else reaches Gradio (400,
+   415).
 
-Every answer carries headers that forbid framing, guessing of content types and, by a content security policy, anything
-from another host. The gate does not log in users: whoever can open a connection under a right name may look.
+Every answer carries headers that forbid framing, guessing of content types and, by a content
+security policy, anything from another host. The gate does not log in users: whoever can open a
+connection under a right name may look.
 """
 
 import base64
@@ -71,7 +75,9 @@ class Questions:
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        self._inputs = {one["id"]: len(one["inputs"]) for one in config["dependencies"] if one["backend_fn"]}
+        self._inputs = {
+            one["id"]: len(one["inputs"]) for one in config["dependencies"] if one["backend_fn"]
+        }
         self._functions = {
             (component["id"], name)
             for component in config["components"]
@@ -85,7 +91,8 @@ class Questions:
             Rejected: there is no such event, or the body is not of this form.
         """
         asked = _json_object(body)
-        index, data = asked.get("fn_index"), asked.get("data")
+        index = asked.get("fn_index")
+        data = asked.get("data")
         if not _is_integer(index) or index not in self._inputs:
             raise Rejected(400, "fn_index: not an event of these pages")
         if not isinstance(data, list) or len(data) != self._inputs[index]:
@@ -99,12 +106,22 @@ class Questions:
             Rejected: there is no such function, or the body is not of this form.
         """
         asked = _json_object(body)
-        component, name = asked.get("component_id"), asked.get("fn_name")
-        known = _is_integer(component) and isinstance(name, str) and (component, name) in self._functions
+        component = asked.get("component_id")
+        name = asked.get("fn_name")
+        known = (
+            _is_integer(component)
+            and isinstance(name, str)
+            and (component, name) in self._functions
+        )
         if not known:
             raise Rejected(400, "component_id, fn_name: not a function of these pages")
         session = _session(asked)
-        called = {"component_id": component, "fn_name": name, "data": asked.get("data"), "session_hash": session}
+        called = {
+            "component_id": component,
+            "fn_name": name,
+            "data": asked.get("data"),
+            "session_hash": session,
+        }
         return _json(called)
 
 
@@ -114,15 +131,20 @@ class Gate:
     Args:
         app: The application behind the gate.
         questions: What the pages may ask.
-        host: The name or address that the viewer was told to listen on. If that is every interface, any IP address and
-            this machine's own names are right names too: an attacker's page always has a name of its own.
+        host: The name or address that the viewer was told to listen on. If that is every interface,
+            any IP address and this machine's own names are right names too: an attacker's page
+            always has a name of its own.
     """
 
     def __init__(self, app: App, questions: Questions, host: str):
         self._app = app
         self._readers = {EVENT: questions.event, SERVER_FUNCTION: questions.server_function}
         self._any_address = host in EVERYWHERE
-        own = {socket.gethostname().lower(), socket.getfqdn().lower()} if self._any_address else {host.lower()}
+        own = (
+            {socket.gethostname().lower(), socket.getfqdn().lower()}
+            if self._any_address
+            else {host.lower()}
+        )
         self._names = LOOPBACK | own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,7 +159,9 @@ class Gate:
             await _answer(scope, send, rejected)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check a request and hand it to the application, without what the application has no use for."""
+        """Check a request and hand it to the application, without what the application has no use
+        for.
+        """
         headers = _Headers(scope)
         self._check_host(headers)
         self._check_origin(scope, headers)
@@ -149,9 +173,13 @@ class Gate:
             raise Rejected(415, "content-type: expected application/json")
         else:
             body = read(body)
-        kept = headers.without_forwarding(("content-length", "transfer-encoding", "content-encoding"))
+        kept = headers.without_forwarding(
+            ("content-length", "transfer-encoding", "content-encoding")
+        )
         if scope["path"] == "/":
-            kept = [(name, value) for name, value in kept if name != b"accept-encoding"]  # its scripts are hashed below
+            kept = [
+                (name, value) for name, value in kept if name != b"accept-encoding"
+            ]  # its scripts are hashed below
         kept.append((b"content-length", str(len(body)).encode()))
         inner = {**scope, "headers": kept, "query_string": b""}
         await self._app(inner, _replay(body, receive), _Guarded(send, page=scope["path"] == "/"))
@@ -162,12 +190,18 @@ class Gate:
         name = found[1].strip("[]") if found else ""
         if name in self._names or (self._any_address and _is_address(name)):
             return
-        raise Rejected(403, "Host: not a name of this viewer; open it by the address that it printed")
+        raise Rejected(
+            403, "Host: not a name of this viewer; open it by the address that it printed"
+        )
 
     def _check_origin(self, scope: Scope, headers: "_Headers") -> None:
-        """A page's own requests have its origin, which is its Host; a followed link has none, and opens the page."""
+        """A page's own requests have its origin, which is its Host; a followed link has none, and
+        opens the page.
+        """
         origin = headers.one("origin").lower()
-        if origin and origin not in (f"{scheme}://{headers.one('host').lower()}" for scheme in ("http", "https")):
+        if origin and origin not in (
+            f"{scheme}://{headers.one('host').lower()}" for scheme in ("http", "https")
+        ):
             raise Rejected(403, "Origin: not this viewer's own pages")
         link = scope["path"] == "/" and headers.one("sec-fetch-mode") == "navigate"
         if headers.one("sec-fetch-site") in ("cross-site", "same-site") and not link:
@@ -184,7 +218,7 @@ class Gate:
         return read
 
 
-# ---- requests -------------------------------------------------------------------------------------------------------
+# ---- requests ------------------------------------------------------------------------------------
 
 
 class _Headers:
@@ -205,9 +239,13 @@ class _Headers:
         return values[0].decode("latin-1") if values else ""
 
     def without_forwarding(self, names: tuple[str, ...]) -> list[tuple[bytes, bytes]]:
-        """Return all headers but these and those of proxies, from which Gradio would make addresses."""
+        """Return all headers but these and those of proxies, from which Gradio would make
+        addresses.
+        """
         dropped = {name.encode() for name in names}
-        return [(k, v) for k, v in self._pairs if k not in dropped and not k.startswith(b"x-forwarded-")]
+        return [
+            (k, v) for k, v in self._pairs if k not in dropped and not k.startswith(b"x-forwarded-")
+        ]
 
 
 async def _body(headers: _Headers, receive: Receive) -> bytes:
@@ -248,7 +286,9 @@ def _json_object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body, parse_constant=_no_constant)
         check_levels(value, MOST_LEVELS)
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()  # fails at 1e999 and at half a character
+        json.dumps(
+            value, allow_nan=False, ensure_ascii=False
+        ).encode()  # fails at 1e999 and at half a character
     except (ValueError, RecursionError):
         raise Rejected(400, "body: not JSON that these pages send") from None
     if not isinstance(value, dict):
@@ -283,15 +323,17 @@ def _is_address(name: str) -> bool:
     return True
 
 
-# ---- answers --------------------------------------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------------------
 
 
 class _Guarded:
-    """A `send` that adds the headers of protection; a page is held back until its scripts are known.
+    """A `send` that adds the headers of protection; a page is held back until its scripts are
+    known.
 
     Args:
         send: Where answers go.
-        page: Whether the answer is the page itself, whose policy names its inline scripts by their hashes.
+        page: Whether the answer is the page itself, whose policy names its inline scripts by their
+            hashes.
     """
 
     def __init__(self, send: Send, page: bool):
@@ -302,7 +344,9 @@ class _Guarded:
 
     async def __call__(self, message: Message) -> None:
         if not self._page:
-            await self._send(_guarded(message, policy()) if message["type"] == "http.response.start" else message)
+            await self._send(
+                _guarded(message, policy()) if message["type"] == "http.response.start" else message
+            )
             return
         if message["type"] == "http.response.start":
             self._start = message
@@ -316,7 +360,11 @@ class _Guarded:
 
 def _guarded(start: Message, content_policy: str) -> Message:
     added = {**HEADERS, "content-security-policy": content_policy}
-    kept = [(name, value) for name, value in start.get("headers", []) if name.decode("latin-1") not in added]
+    kept = [
+        (name, value)
+        for name, value in start.get("headers", [])
+        if name.decode("latin-1") not in added
+    ]
     own = [(name.encode(), value.encode()) for name, value in added.items()]
     return {**start, "headers": [*kept, *own]}
 
@@ -324,8 +372,9 @@ def _guarded(start: Message, content_policy: str) -> Message:
 def policy(page: bytes = b"") -> str:
     """The content security policy of an answer; of a page, with the hashes of its inline scripts.
 
-    Inline event handlers and scripts that a hostile name or text might bring do not run. Gradio's components make their
-    functions from text (`unsafe-eval`), and Gradio and plotly set styles where they draw.
+    Inline event handlers and scripts that a hostile name or text might bring do not run. Gradio's
+    components make their functions from text (`unsafe-eval`), and Gradio and plotly set styles
+    where they draw.
     """
     scripts = [_script_hash(script) for script in INLINE_SCRIPT.findall(page)]
     allowed = {
@@ -354,7 +403,10 @@ async def _answer(scope: Scope, send: Send, rejected: Rejected) -> None:
         await send({"type": "websocket.close", "code": 1008})
         return
     body = f"{rejected}\n".encode()
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+    headers = [
+        (b"content-type", b"text/plain; charset=utf-8"),
+        (b"content-length", str(len(body)).encode()),
+    ]
     start = {"type": "http.response.start", "status": rejected.status, "headers": headers}
     await send(_guarded(start, policy()))
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})

@@ -1,4 +1,6 @@
-"""The graph page: what one prompt's attribution graph shows, as plain values, and the widget that draws them."""
+"""The graph page: what one prompt's attribution graph shows, as plain values, and the widget that
+draws them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +12,13 @@ import polars as pl
 
 from spd_lightning.analysis.checks import fidelity
 from spd_lightning.analysis.graphs import node_edges, node_heads, node_name, prompt_graph, tables
-from spd_lightning.analysis.prompts import ALL_PROBES, graph_list, probes, prompt_label, together_label
+from spd_lightning.analysis.prompts import (
+    ALL_PROBES,
+    graph_list,
+    probes,
+    prompt_label,
+    together_label,
+)
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Store, gap_warning
 from spd_lightning.viewer.library import Library
@@ -26,7 +34,9 @@ VALUES = {
 
 @dataclass(frozen=True)
 class GraphSelection:
-    """The selected prompt, and how much of its graph to show: see `analysis.graphs.prompt_graph`."""
+    """The selected prompt, and how much of its graph to show: see
+    `analysis.graphs.prompt_graph`.
+    """
 
     prompt: int
     top_k: int = 200
@@ -54,12 +64,14 @@ class GraphSelection:
 class GraphPage:
     """One prompt's graph, ready to draw.
 
-    A node is {node, name, kind, layer (index into `layers`), pos, component, importance, activation, label, outputs};
-    an edge {source, target, attribution}, strongest first. Of a graph with many nodes, only those on an edge are here.
-    `tokens` are the prompt's tokens by position, empty for models on vectors. `replacement` and `completeness` are the
-    scores of the whole graph, None unless it is frozen (see `analysis.influence.Scores`). `checks` is the graph's
-    `analysis.checks.Fidelity`, None for a harvest without any and for several prompts together. `frontier` holds the
-    rows of that table by λ, where the harvest has one. `warning` says that frozen graphs of this harvest do not add up.
+    A node is {node, name, kind, layer (index into `layers`), pos, component, importance,
+    activation, label, outputs}; an edge {source, target, attribution}, strongest first. Of a graph
+    with many nodes, only those on an edge are here. `tokens` are the prompt's tokens by position,
+    empty for models on vectors. `replacement` and `completeness` are the scores of the whole graph,
+    None unless it is frozen (see `analysis.influence.Scores`). `checks` is the graph's
+    `analysis.checks.Fidelity`, None for a harvest without any and for several prompts together.
+    `frontier` holds the rows of that table by λ, where the harvest has one. `warning` says that
+    frozen graphs of this harvest do not add up.
     """
 
     label: str
@@ -81,8 +93,10 @@ class GraphPage:
 
 @dataclass(frozen=True)
 class NodePage:
-    """All that meets in one node: ends {node, name, label, attribution, heads}, strongest first, with counts and sums
-    over all (None where a sum is not finite). `heads` lists what each head adds, {head, attribution}, where known."""
+    """All that meets in one node: ends {node, name, label, attribution, heads}, strongest first,
+    with counts and sums over all (None where a sum is not finite). `heads` lists what each head
+    adds, {head, attribution}, where known.
+    """
 
     ins: list[dict[str, Any]]
     outs: list[dict[str, Any]]
@@ -119,7 +133,9 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
         replacement=graph.scores.replacement,
         completeness=graph.scores.completeness,
         checks=_checks(store, selection.prompt),
-        frontier=finite(store.collect(store.scan("frontier", selection.prompt)).drop("prompt_id")).to_dicts(),
+        frontier=finite(
+            store.collect(store.scan("frontier", selection.prompt)).drop("prompt_id")
+        ).to_dicts(),
         warning=gap_warning(store.manifest),
     )
 
@@ -147,32 +163,49 @@ def node_data(store: Store, prompt: int, node: int) -> NodePage:
     """
     nodes = tables(store, prompt)[0]
     if not (nodes["node"] == node).any():
-        raise BadInput(f"node {node} is not in the graph of prompt {prompt}; it has {len(nodes)} nodes")
+        raise BadInput(
+            f"node {node} is not in the graph of prompt {prompt}; it has {len(nodes)} nodes"
+        )
     edges = node_edges(store, prompt, node)
     met = nodes.filter(pl.col("node").is_in([*edges.ins["source"], *edges.outs["target"]]))
-    named = {held["node"]: {k: held[k] for k in ("node", "name", "label")} for held in _nodes(store, prompt, met)}
+    named = {
+        held["node"]: {k: held[k] for k in ("node", "name", "label")}
+        for held in _nodes(store, prompt, met)
+    }
     heads = node_heads(store, prompt, node)
     ins, outs = (
         [
             named[row[end]]
-            | {"attribution": row["attribution"], "heads": heads.get((row["source"], row["target"]), [])}
+            | {
+                "attribution": row["attribution"],
+                "heads": heads.get((row["source"], row["target"]), []),
+            }
             for row in side.to_dicts()
         ]
         for end, side in (("source", finite(edges.ins)), ("target", finite(edges.outs)))
     )
-    in_sum, out_sum = (total if isfinite(total) else None for total in (edges.in_sum, edges.out_sum))
+    in_sum, out_sum = (
+        total if isfinite(total) else None for total in (edges.in_sum, edges.out_sum)
+    )
     return NodePage(ins, outs, edges.in_count, edges.out_count, in_sum, out_sum)
 
 
 def _nodes(store: Store, prompt: int, nodes: pl.DataFrame) -> list[dict[str, Any]]:
-    values, tokens = VALUES[store.manifest["kind"]], _prompt(store, prompt)[1]
-    rows = store.collect(store.scan("outputs", prompt).select("pos", "token_id", "token", **values)).to_dicts()
+    values = VALUES[store.manifest["kind"]]
+    tokens = _prompt(store, prompt)[1]
+    rows = store.collect(
+        store.scan("outputs", prompt).select("pos", "token_id", "token", **values)
+    ).to_dicts()
     outputs = {(row["pos"], row["token_id"]): row for row in rows}
     order = {layer: index for index, layer in enumerate(store.layers)}
     found = []
     for node in finite(nodes).to_dicts():
         output = outputs.get((node["pos"], node["component"])) if node["kind"] == "output" else None
-        own = {"layer": order[node["layer"]], "name": node_name(node), "label": _label(node, tokens, output)}
+        own = {
+            "layer": order[node["layer"]],
+            "name": node_name(node),
+            "label": _label(node, tokens, output),
+        }
         found.append(node | own | {"outputs": output and {name: output[name] for name in values}})
     return found
 
@@ -182,7 +215,9 @@ def _label(node: Mapping[str, Any], tokens: list[str], output: Mapping[str, Any]
     if node["kind"] not in ("input", "embedding", "output") or node["activation"] is None:
         return ""
     if tokens:
-        return tokens[node["pos"]] if node["kind"] != "output" else output["token"] if output else ""
+        return (
+            tokens[node["pos"]] if node["kind"] != "output" else output["token"] if output else ""
+        )
     return f"{node['activation'] + 0.0:.3g}".replace("-", "−")  # + 0.0: there is no −0
 
 
@@ -191,7 +226,9 @@ def _label(node: Mapping[str, Any], tokens: list[str], output: Mapping[str, Any]
 
 def graph_answer(library: Library, question: Any) -> dict[str, Any]:
     """The `GraphPage` that a browser asked for, as JSON values, or {"problem": one line}."""
-    return library.answer(question, lambda store, asked: asdict(page_data(store, GraphSelection.read(asked))))
+    return library.answer(
+        question, lambda store, asked: asdict(page_data(store, GraphSelection.read(asked)))
+    )
 
 
 def node_answer(library: Library, question: Any) -> dict[str, Any]:
@@ -207,18 +244,25 @@ def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
     """Return the widget's first data: the harvest, and its prompts.
 
     Raises:
-        BadInput: the run has no harvest, or one without edges, or an empty one, or it cannot be read.
+        BadInput: the run has no harvest, or one without edges, or an empty one, or it cannot be
+            read.
     """
     store = library.store(run, harvest)
     if store.manifest["mode"] == "nodes":
         raise BadInput(
-            f"harvest '{harvest}' of run '{run}': it has no graphs. Choose another harvest above, or harvest graphs: "
+            f"harvest '{harvest}' of run '{run}': it has no graphs. Choose another harvest above, "
+            "or harvest graphs: "
             "predict with --config graphs.yaml. The page Tokens shows this harvest."
         )
     listed = graph_list(store)
     if listed.is_empty():
-        raise BadInput(f"harvest '{harvest}' of run '{run}': no prompts yet; refresh when `predict` has written some")
-    prompts = [{"id": str(i), "label": label, "split": split} for i, label, split in listed.iter_rows()]
+        raise BadInput(
+            f"harvest '{harvest}' of run '{run}': no prompts yet; refresh when `predict` has "
+            "written some"
+        )
+    prompts = [
+        {"id": str(i), "label": label, "split": split} for i, label, split in listed.iter_rows()
+    ]
     written = f"{store.manifest.get('checkpoint_digest')} {store.manifest['shards']}"
     return {"run": run, "harvest": harvest, "prompts": prompts, "written": written}
 

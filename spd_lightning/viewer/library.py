@@ -1,4 +1,6 @@
-"""Runs that the viewer may open: those below one root, one run, or one harvest; by name, never by path."""
+"""Runs that the viewer may open: those below one root, one run, or one harvest; by name, never by
+path.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -19,8 +21,8 @@ class Library:
     """The runs and harvests that a viewer shows.
 
     Args:
-        path: A folder of runs, a run, a harvest, or a tracker's reference (see `runs.find`); the usual root of runs
-            where it is None.
+        path: A folder of runs, a run, a harvest, or a tracker's reference (see `runs.find`); the
+            usual root of runs where it is None.
 
     Raises:
         BadInput: there is nothing at `path`.
@@ -62,10 +64,15 @@ class Library:
     def choose(self, run: Any, harvest: Any) -> tuple[Run, str | None] | None:
         """Choose the run and harvest to show: those asked for, if they exist.
 
-        Otherwise the latest run that has a harvest, and the latest harvest of the run; None if there is no run.
+        Otherwise the latest run that has a harvest, and the latest harvest of the run; None if
+        there is no run.
         """
         held = self.runs()
-        asked = [one for one in held if one.name == run] or [one for one in held if one.harvests] or held
+        asked = (
+            [one for one in held if one.name == run]
+            or [one for one in held if one.harvests]
+            or held
+        )
         if not asked:
             return None
         names = harvest_names(asked[0])
@@ -80,11 +87,15 @@ class Library:
         opened = self.run(run)
         held = {path.name: path for path in opened.harvests}
         if not held or harvest is None:
-            command = f"python -m spd_lightning predict --config {opened.record.get('family', opened.name)}.yaml"
+            family = opened.record.get("family", opened.name)
+            command = f"python -m spd_lightning predict --config {family}.yaml"
             if corpus_harvests(opened.harvests):
                 sums = f"python -m spd_lightning edges {opened.name} LAYER:COMPONENT"
                 command += f" --config graphs.yaml; the sums themselves: {sums}"
-                raise BadInput(f"run '{run}': its harvests are sums, which show no prompts; harvest graphs: {command}")
+                raise BadInput(
+                    f"run '{run}': its harvests are sums, which show no prompts; harvest graphs: "
+                    f"{command}"
+                )
             raise BadInput(f"run '{run}': no harvest yet; make one: {command}")
         if not isinstance(harvest, str) or harvest not in held:
             asked = str(harvest)[:100]
@@ -93,7 +104,8 @@ class Library:
         return _opened(held[harvest], tuple(path.stat().st_mtime_ns for path in ledgers))
 
     def answer(self, question: Any, read: Callable[[Store, Mapping[str, Any]], Answer]) -> Answer:
-        """Answer a browser's question about one harvest, or say in {"problem": …} what is wrong with it.
+        """Answer a browser's question about one harvest, or say in {"problem": …} what is wrong
+        with it.
 
         Args:
             question: An object with at least the names of a `run` and a `harvest`.
@@ -108,7 +120,8 @@ class Library:
 
 
 def harvest_names(run: Run) -> list[str]:
-    """Return the names of a run's harvests: those with graphs before those of nodes, the latest begun first.
+    """Return the names of a run's harvests: those with graphs before those of nodes, the latest
+    begun first.
 
     Sums over a corpus are not among them: the page Components shows those.
     """
@@ -122,7 +135,9 @@ def harvest_names(run: Run) -> list[str]:
 
 
 def _has_graphs(harvest: Path) -> bool:
-    """Whether a harvest is of graphs; False if its manifest cannot be read, which is reported when it is opened."""
+    """Whether a harvest is of graphs; False if its manifest cannot be read, which is reported when
+    it is opened.
+    """
     try:
         return read_settings(harvest).get("mode") != "nodes"
     except BadInput:
@@ -131,6 +146,8 @@ def _has_graphs(harvest: Path) -> bool:
 
 @lru_cache(maxsize=8)
 def _opened(path: Path, written: tuple[int, ...]) -> Store:
-    """A store, opened once for each state of its manifests (`written`: when each was last replaced)."""
+    """A store, opened once for each state of its manifests (`written`: when each was last
+    replaced).
+    """
     del written
     return Store(path).require("kind", "mode", "C")

@@ -1,4 +1,6 @@
-"""The parts that the viewer's pages share: their interface to the app, requests of a browser, and values for one."""
+"""The parts that the viewer's pages share: their interface to the app, requests of a browser, and
+values for one.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +17,8 @@ class Panel:
     """A page's widgets, built inside the Blocks that show them.
 
     Attributes:
-        draw: Takes the names of a run and of its harvest (None if it has none), then the values of `inputs`; returns
-            the values of `outputs`.
+        draw: Takes the names of a run and of its harvest (None if it has none), then the values of
+            `inputs`; returns the values of `outputs`.
         inputs: The page's own controls; a change of one redraws the page.
         outputs: The widgets that `draw` fills.
     """
@@ -63,7 +65,9 @@ def table(rows: Sequence[tuple[str, str]], title: str) -> str:
     """(name, value) rows as an HTML table; nothing where there are none."""
     if not rows:
         return ""
-    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    body = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows
+    )
     return f'<section><h3>{escape(title)}</h3><table class="spd-table">{body}</table></section>'
 
 
@@ -71,10 +75,14 @@ def table(rows: Sequence[tuple[str, str]], title: str) -> str:
 
 
 def prompt_id(question: Mapping[str, Any]) -> int:
-    """The prompt that a browser asked for; ids travel as decimal strings, since they exceed a JavaScript number."""
+    """The prompt that a browser asked for; ids travel as decimal strings, since they exceed a
+    JavaScript number.
+    """
     text = question.get("prompt")
     if not (isinstance(text, str) and text.isdecimal() and len(text) <= 20 and int(text) < 2**64):
-        raise BadInput(f"prompt {repr(text)[:40]}: expected the id of a prompt, a number from 0 to 2^64 − 1")
+        raise BadInput(
+            f"prompt {repr(text)[:40]}: expected the id of a prompt, a number from 0 to 2^64 − 1"
+        )
     return int(text)
 
 

@@ -23,7 +23,9 @@ MOST_LETTERS = 110  # of the names of a grid's columns
 
 @dataclass(frozen=True)
 class Grid:
-    """Results named measure/thing, of measures that tell of the same things: the values of each measure, by thing."""
+    """Results named measure/thing, of measures that tell of the same things: the values of each
+    measure, by thing.
+    """
 
     things: list[str]
     measures: dict[str, list[str]]
@@ -33,9 +35,10 @@ class Grid:
 class RunPage:
     """A run, ready to draw.
 
-    `facts`, `results` and `harvest` are (name, value) rows; `grids` are the results that several things share, such as
-    sites or kinds of masks. `losses` and each group of `measures` hold a frame (step, value) by name; `figures` are PNG
-    files as data URIs by name. `warning` says that frozen graphs of the harvest do not add up.
+    `facts`, `results` and `harvest` are (name, value) rows; `grids` are the results that several
+    things share, such as sites or kinds of masks. `losses` and each group of `measures` hold a
+    frame (step, value) by name; `figures` are PNG files as data URIs by name. `warning` says that
+    frozen graphs of the harvest do not add up.
     """
 
     facts: list[tuple[str, str]]
@@ -72,12 +75,18 @@ def page_data(run: Run, store: Store | None) -> RunPage:
 
 
 def is_loss(name: str) -> bool:
-    """Whether a logged number is one of the losses that training follows (L7: each is logged raw)."""
-    return name.startswith(("train/", "loss")) and not ("gradient_norm" in name or "lr" in name.split("/")[-1])
+    """Whether a logged number is one of the losses that training follows (L7: each is logged
+    raw).
+    """
+    return name.startswith(("train/", "loss")) and not (
+        "gradient_norm" in name or "lr" in name.split("/")[-1]
+    )
 
 
 def gridded(results: list[tuple[str, str]]) -> tuple[list[Grid], list[tuple[str, str]]]:
-    """Split results into grids, of two measures or more that tell of the same things, and the rest."""
+    """Split results into grids, of two measures or more that tell of the same things, and the
+    rest.
+    """
     told: dict[str, dict[str, str]] = {}
     for name, value in results:
         measure, _, thing = name.partition("/")
@@ -86,14 +95,22 @@ def gridded(results: list[tuple[str, str]]) -> tuple[list[Grid], list[tuple[str,
     alike: dict[tuple[str, ...], list[str]] = {}
     for measure, values in told.items():
         alike.setdefault(tuple(values), []).append(measure)
-    shared = {things: measures for things, measures in alike.items() if len(things) > 1 and len(measures) > 1}
-    grids = [Grid(list(things), {m: list(told[m].values()) for m in ms}) for things, ms in shared.items()]
+    shared = {
+        things: measures
+        for things, measures in alike.items()
+        if len(things) > 1 and len(measures) > 1
+    }
+    grids = [
+        Grid(list(things), {m: list(told[m].values()) for m in ms}) for things, ms in shared.items()
+    ]
     inside = {measure for measures in shared.values() for measure in measures}
     return grids, [(name, value) for name, value in results if name.partition("/")[0] not in inside]
 
 
 def rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as (name, value) rows, inner names joined by slashes: {"a": {"b": 1}} gives ("a/b", "1")."""
+    """A nested mapping as (name, value) rows, inner names joined by slashes: {"a": {"b": 1}} gives
+    ("a/b", "1").
+    """
     flat = []
     for name, value in values.items():
         inner = isinstance(value, Mapping)
@@ -111,13 +128,26 @@ def _text(value: Any) -> str:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     written = datetime.fromtimestamp(run.changed).strftime("%Y-%m-%d %H:%M")
-    return [("run", run.name), ("state", run.state), ("last written", written), ("folder", str(run.path))]
+    return [
+        ("run", run.name),
+        ("state", run.state),
+        ("last written", written),
+        ("folder", str(run.path)),
+    ]
 
 
 def _harvest(store: Store) -> list[tuple[str, str]]:
     manifest = store.manifest
-    named = {name: manifest[name] for name in ("harvest", "mode", "threshold", "checkpoint_digest") if name in manifest}
-    counts = {"prompts": manifest["prompts"], "nodes": manifest["rows"]["nodes"], "edges": manifest["rows"]["edges"]}
+    named = {
+        name: manifest[name]
+        for name in ("harvest", "mode", "threshold", "checkpoint_digest")
+        if name in manifest
+    }
+    counts = {
+        "prompts": manifest["prompts"],
+        "nodes": manifest["rows"]["nodes"],
+        "edges": manifest["rows"]["edges"],
+    }
     counted = [(name, f"{count:,}") for name, count in counts.items()]
     if "gap" in manifest:
         counted.append(
@@ -126,16 +156,29 @@ def _harvest(store: Store) -> list[tuple[str, str]]:
                 f"{manifest['gap']:.2g}" if manifest["gap"] < 0.01 else f"{manifest['gap']:.0%}",
             )
         )
-    return rows(named) + counted + [("complete", "yes" if manifest["complete"] else "no, harvesting was cut short")]
+    return (
+        rows(named)
+        + counted
+        + [("complete", "yes" if manifest["complete"] else "no, harvesting was cut short")]
+    )
 
 
 def _lines(metrics: pl.DataFrame) -> dict[str, pl.DataFrame]:
     """Every numeric column over steps, thinned to what a plot can show."""
     if "step" not in metrics.columns:
         return {}
-    numeric = [name for name, dtype in metrics.schema.items() if dtype.is_numeric() and name != "step"]
-    lines = {name: metrics.select("step", value=pl.col(name).cast(pl.Float64)).drop_nulls() for name in sorted(numeric)}
-    return {name: line.gather_every(-(-len(line) // MOST_POINTS)) for name, line in lines.items() if len(line)}
+    numeric = [
+        name for name, dtype in metrics.schema.items() if dtype.is_numeric() and name != "step"
+    ]
+    lines = {
+        name: metrics.select("step", value=pl.col(name).cast(pl.Float64)).drop_nulls()
+        for name in sorted(numeric)
+    }
+    return {
+        name: line.gather_every(-(-len(line) // MOST_POINTS))
+        for name, line in lines.items()
+        if len(line)
+    }
 
 
 def _grouped(lines: dict[str, pl.DataFrame]) -> dict[str, dict[str, pl.DataFrame]]:
@@ -151,7 +194,9 @@ def _data_uri(path: Path) -> str:
     try:
         return "data:image/png;base64," + b64encode(path.read_bytes()).decode()
     except OSError as error:
-        raise BadInput(f"figure '{path}': cannot be read ({error.strerror}); delete it or mend its rights") from error
+        raise BadInput(
+            f"figure '{path}': cannot be read ({error.strerror}); delete it or mend its rights"
+        ) from error
 
 
 def _config(run: Run) -> str:
@@ -164,7 +209,9 @@ def widgets(library: Library) -> Panel:
     import gradio as gr
 
     tables = gr.HTML(apply_default_css=False)
-    charts = [gr.Plot(label=name, container=False, show_label=False) for name in ("losses", "measures")]
+    charts = [
+        gr.Plot(label=name, container=False, show_label=False) for name in ("losses", "measures")
+    ]
     gallery = gr.HTML(apply_default_css=False)
     config = gr.Code(label="config.yaml", language="yaml", interactive=False, max_lines=40)
 
@@ -173,21 +220,35 @@ def widgets(library: Library) -> Panel:
             store = library.store(run, harvest) if harvest is not None else None
             page = page_data(library.run(run), store)
         except BadInput as error:
-            return [problem(str(error)), *[gr.update(visible=False)] * 2, "", gr.update(visible=False)]
+            return [
+                problem(str(error)),
+                *[gr.update(visible=False)] * 2,
+                "",
+                gr.update(visible=False),
+            ]
         drawn = [gr.update(value=figure, visible=figure is not None) for figure in figures(page)]
-        return [_tables(page), *drawn, _gallery(page), gr.update(value=page.config, visible=bool(page.config))]
+        return [
+            _tables(page),
+            *drawn,
+            _gallery(page),
+            gr.update(value=page.config, visible=bool(page.config)),
+        ]
 
     return Panel(draw, outputs=[tables, *charts, gallery, config])
 
 
 def figures(page: RunPage) -> list[Any]:
-    """The page's plots: losses on a log axis, and all else that was logged in small; None where there is nothing."""
+    """The page's plots: losses on a log axis, and all else that was logged in small; None where
+    there is nothing.
+    """
     losses = plots.curves(page.losses, "Losses") if page.losses else None
     return [losses, plots.small_curves(page.measures) if page.measures else None]
 
 
 def _tables(page: RunPage) -> str:
-    lists = table(page.facts, "Run") + table(page.harvest, "Harvest") + table(page.results, "Results")
+    lists = (
+        table(page.facts, "Run") + table(page.harvest, "Harvest") + table(page.results, "Results")
+    )
     warning = problem(f"Harvest: {page.warning}") if page.warning else ""
     grids = f'<div class="spd-grids">{"".join(map(_grid, page.grids))}</div>'
     return f'{warning}{grids}<div class="spd-tables">{lists}</div>'
@@ -205,7 +266,10 @@ def _grid(grid: Grid) -> str:
         body = "".join(rows)
         return f'<table class="spd-table"><tr><th></th>{head}</tr>{body}</table>'
     head = "".join(name_element("th", thing) for thing in grid.things)
-    body = "".join(f"<tr><th>{escape(measure)}</th>{_cells(values)}</tr>" for measure, values in grid.measures.items())
+    body = "".join(
+        f"<tr><th>{escape(measure)}</th>{_cells(values)}</tr>"
+        for measure, values in grid.measures.items()
+    )
     return f'<table class="spd-table"><tr><th></th>{head}</tr>{body}</table>'
 
 
@@ -217,7 +281,8 @@ def _gallery(page: RunPage) -> str:
     if not page.figures:
         return ""
     pictures = (
-        f'<figure><img src="{uri}" alt="{escape(name)}"><figcaption>{escape(name)}</figcaption></figure>'
+        f'<figure><img src="{uri}" '
+        f'alt="{escape(name)}"><figcaption>{escape(name)}</figcaption></figure>'
         for name, uri in page.figures.items()
     )
     return f'<h3 class="spd-title">Figures</h3><div class="spd-gallery">{"".join(pictures)}</div>'

@@ -27,20 +27,32 @@ def protected(demo: gr.Blocks, host: str, looks: Mapping[str, Any]) -> Gate:
         host: Where they will be served, as for `serve`.
         looks: The arguments of `gr.mount_gradio_app` that say how they look.
     """
-    demo.root_path = ""  # the pages are where the browser found them, whatever $GRADIO_ROOT_PATH says
+    demo.root_path = (
+        ""  # the pages are where the browser found them, whatever $GRADIO_ROOT_PATH says
+    )
     bare = FastAPI(openapi_url=None)
     app = gr.mount_gradio_app(
-        bare, demo, path="/", footer_links=[], run_history=False, show_error=False, ssr_mode=False, pwa=False,
-        enable_monitoring=False, mcp_server=False, **looks,
-    )  # fmt: skip
+        bare,
+        demo,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        pwa=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        **looks,
+    )
     return Gate(app, Questions(demo.config), host)
 
 
 def serve(app: Gate, listening: socket.socket, host: str, open_browser: bool, wait: bool) -> str:
     """Serve an application until the process is interrupted, and return its address.
 
-    Gradio's own `launch` is not used: its queue and its watcher of files wake up a thousand times a second, and nothing
-    can stand between it and the network. Without lifespan events its queue never starts; no page uses it.
+    Gradio's own `launch` is not used: its queue and its watcher of files wake up a thousand times a
+    second, and nothing can stand between it and the network. Without lifespan events its queue
+    never starts; no page uses it.
 
     Args:
         app: What to serve.
@@ -50,9 +62,16 @@ def serve(app: Gate, listening: socket.socket, host: str, open_browser: bool, wa
         wait: Whether to block; without it the caller keeps the process alive.
     """
     settings = uvicorn.Config(
-        app, lifespan="off", ws="none", log_config=None, log_level="critical", access_log=False, server_header=False,
-        proxy_headers=False, timeout_graceful_shutdown=1,
-    )  # fmt: skip
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=1,
+    )
     server = uvicorn.Server(settings)
     address = _address(host, listening.getsockname()[1])
     if wait:
@@ -75,16 +94,22 @@ def listen(host: str, port: int | None) -> socket.socket:
         BadInput: the port is taken, or the host is not one of this machine.
     """
     if port is not None and not 0 <= port < 2**16:
-        raise BadInput(f"--port {port}: not a port; take one from 1024 to 65535, for example --port 7860")
+        raise BadInput(
+            f"--port {port}: not a port; take one from 1024 to 65535, for example --port 7860"
+        )
     word = os.environ.get("GRADIO_SERVER_PORT") or str(FIRST_PORT)
     if port is None and not (word.isascii() and word.isdecimal() and int(word) < 2**16):
         raise BadInput(f"GRADIO_SERVER_PORT='{word}': not a port; for example {FIRST_PORT}")
     ports = [port] if port is not None else range(int(word), min(int(word) + PORTS, 2**16))
     try:
-        family, _, _, _, place = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, place = socket.getaddrinfo(
+            host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except (OSError, UnicodeError) as error:
         remedy = "take a name or address of this machine, for example 0.0.0.0"
-        raise BadInput(f"--host '{host}': not a name or address that this machine knows; {remedy}") from error
+        raise BadInput(
+            f"--host '{host}': not a name or address that this machine knows; {remedy}"
+        ) from error
     problem = None
     for one in ports:
         try:
@@ -93,7 +118,9 @@ def listen(host: str, port: int | None) -> socket.socket:
             problem = error
     where = f"port {port}" if port is not None else f"ports {ports[0]} to {ports[-1]}"
     reason = problem.strerror if problem else "no ports"
-    raise BadInput(f"{where} of {host}: cannot listen there ({reason}); choose another --port or --host") from problem
+    raise BadInput(
+        f"{where} of {host}: cannot listen there ({reason}); choose another --port or --host"
+    ) from problem
 
 
 def _address(host: str, port: int) -> str:
@@ -134,7 +161,11 @@ def _opened(address: str) -> bool:
 
 
 def has_display(environment: Mapping[str, str], platform: str) -> bool:
-    """Whether a window would appear in front of the user: not over ssh, and not on a machine without a screen."""
+    """Whether a window would appear in front of the user: not over ssh, and not on a machine
+    without a screen.
+    """
     if "SSH_CONNECTION" in environment:
         return bool(environment.get("DISPLAY")) and platform not in ("darwin", "win32")
-    return platform in ("darwin", "win32") or any(environment.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    return platform in ("darwin", "win32") or any(
+        environment.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )

@@ -1,4 +1,6 @@
-"""A batch on one device, and the two halves of it on two: what a process of its own needs, and light to import."""
+"""A batch on one device, and the two halves of it on two: what a process of its own needs, and
+light to import.
+"""
 
 import json
 
@@ -28,7 +30,9 @@ def whole_batch():
 
 
 def losses_and_gradients(batch, rank=0, world=1):
-    """The terms of a batch, and the gradient of their total, when persistent adversaries have climbed for a step."""
+    """The terms of a batch, and the gradient of their total, when persistent adversaries have
+    climbed for a step.
+    """
     torch.manual_seed(0)
     target = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     model = ComponentModel(target, {"*": 5}).double()
@@ -36,7 +40,9 @@ def losses_and_gradients(batch, rank=0, world=1):
         nn.init.normal_(parameter)
     run = Pass.of(model, batch)
     adversaries = {
-        name: PersistentAdversary(settings, run.importances.lower, torch.Generator().manual_seed(1), rank, world)
+        name: PersistentAdversary(
+            settings, run.importances.lower, torch.Generator().manual_seed(1), rank, world
+        )
         for name, settings in LOSSES.lasting.items()
     }
     for _ in range(2):

@@ -1,4 +1,6 @@
-"""The figures of a batch on one device, and of its two halves on two: what a process of its own needs."""
+"""The figures of a batch on one device, and of its two halves on two: what a process of its own
+needs.
+"""
 
 import json
 
@@ -14,15 +16,24 @@ from spd_lightning.training.ladder import adversarial_ladder
 
 
 def subjects():
-    """A model on tokens and one on vectors, each with a whole batch and how it is to be evaluated."""
+    """A model on tokens and one on vectors, each with a whole batch and how it is to be
+    evaluated.
+    """
     torch.manual_seed(0)
     ladder = {"threshold": 0.2, "ladder": (2, 6), "restarts": 2, "groups": {"all": "*"}}
     tokens = torch.randint(1, 7, (8, 6))
     tokens[:, -1] = tokens[:, 1]
     importance = Importance("transformer", d_model=12, layers=1, heads=2)
-    decoder = ComponentModel(InductionHead(7, 6, 6), {"h.*.attn.*_proj": 4, "embed": 3}, importance=importance)
+    decoder = ComponentModel(
+        InductionHead(7, 6, 6), {"h.*.attn.*_proj": 4, "embed": 3}, importance=importance
+    )
     yield "tokens", decoder.double(), tokens, Evaluation(**ladder, ladder_rows=5, divergence="kl")
-    yield "vectors", ComponentModel(TMS(5, 3), {"*": 4}).double(), torch.rand(8, 5).double(), Evaluation(**ladder)
+    yield (
+        "vectors",
+        ComponentModel(TMS(5, 3), {"*": 4}).double(),
+        torch.rand(8, 5).double(),
+        Evaluation(**ladder),
+    )
 
 
 def figures(part=Part()):  # noqa: B008
@@ -32,8 +43,15 @@ def figures(part=Part()):  # noqa: B008
         for parameter in model.importance_function.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
         with torch.no_grad():
-            totals, mine = Totals(), part.of(batch)
-            count(model, Pass.of(model, mine, torch.Generator().manual_seed(0)), settings, totals, part)
+            totals = Totals()
+            mine = part.of(batch)
+            count(
+                model,
+                Pass.of(model, mine, torch.Generator().manual_seed(0)),
+                settings,
+                totals,
+                part,
+            )
             ladder = adversarial_ladder(model, mine, settings)
             found[name] = figures_of(model, totals.over_devices(), settings) | ladder
             found[name] |= {"rows of this device": len(mine)}

@@ -1,7 +1,8 @@
 """Small targets for the tests of the method, each with its forward pass written twice.
 
-`forward` is what the decomposition patches; `explicit(batch, at)` is the same computation on plain functions, where
-`at(name, x)` says what the site of that name gives. `naive` fills it with D1, D3 and D4 as the laws are printed.
+`forward` is what the decomposition patches; `explicit(batch, at)` is the same computation on plain
+functions, where `at(name, x)` says what the site of that name gives. `naive` fills it with D1, D3
+and D4 as the laws are printed.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,14 +40,17 @@ class Perceptron(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Token ids; an embedding, a Conv1D of HuggingFace, identities before the last map, positions that mix."""
+    """Token ids; an embedding, a Conv1D of HuggingFace, identities before the last map, positions
+    that mix.
+    """
 
     patterns: ClassVar = {"embed": 9, "conv": 4, "readout": 6, "readout.pre_identity": 7}
 
     def __init__(self, vocab=7, d=4):
         super().__init__()
         self.embed = nn.Embedding(vocab, d)
-        self.conv, self.readout = Conv1D(d + 1, d), nn.Linear(d + 1, vocab)
+        self.conv = Conv1D(d + 1, d)
+        self.readout = nn.Linear(d + 1, vocab)
         nn.init.normal_(self.conv.weight)
         nn.init.normal_(self.conv.bias)
 
@@ -62,20 +66,27 @@ class Tokens(nn.Module):
 
 
 class Branches(nn.Module):
-    """Vectors at positions; three parallel branches, a norm and an activation that are used twice, a tuple."""
+    """Vectors at positions; three parallel branches, a norm and an activation that are used twice,
+    a tuple.
+    """
 
     patterns: ClassVar = {"q": 3, "k": 4, "v": 5, "o": 6, "up": 4, "down": 3, "up.pre_identity": 2}
 
     def __init__(self, d=4):
         super().__init__()
-        self.norm, self.act, self.mix = nn.LayerNorm(d), nn.Tanh(), nn.LSTM(d, d, batch_first=True)
+        self.norm = nn.LayerNorm(d)
+        self.act = nn.Tanh()
+        self.mix = nn.LSTM(d, d, batch_first=True)
         self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=name in "vo") for name in "qkvo")
-        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+        self.up = nn.Linear(d, 2 * d)
+        self.down = nn.Linear(2 * d, d)
         nn.init.normal_(self.norm.weight)
         nn.init.normal_(self.norm.bias)
 
     def forward(self, x):
-        return self.explicit(x, lambda name, h: h if name == "up.pre_identity" else getattr(self, name)(h))
+        return self.explicit(
+            x, lambda name, h: h if name == "up.pre_identity" else getattr(self, name)(h)
+        )
 
     def explicit(self, x, at: At):
         n = self.norm(self.act(x))
@@ -90,13 +101,17 @@ class Branches(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Vectors; changes a site's output by hand, by a module and by a sum, and a site's input when it has been read."""
+    """Vectors; changes a site's output by hand, by a module and by a sum, and a site's input when
+    it has been read.
+    """
 
     patterns: ClassVar = {"*": 5}
 
     def __init__(self, d=4):
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(d, d), nn.Linear(d, d, bias=False), nn.Linear(d, d)
+        self.a = nn.Linear(d, d)
+        self.b = nn.Linear(d, d, bias=False)
+        self.c = nn.Linear(d, d)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x):
@@ -125,7 +140,9 @@ class IgnoredAnswer(nn.Module):
 
     def __init__(self, d=4):
         super().__init__()
-        self.a, self.c, self.relu = nn.Linear(d, d), nn.Linear(d, d), nn.ReLU(inplace=True)
+        self.a = nn.Linear(d, d)
+        self.c = nn.Linear(d, d)
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x):
         h = self.a(x) * 2
@@ -149,8 +166,11 @@ def decomposed(network: type, seed: int = 0, **settings) -> ComponentModel:
     return ComponentModel(network(), network.patterns, **settings).double()
 
 
-def naive(model: ComponentModel, batch: Tensor, masks: Mapping[str, Mask], seen: dict | None = None) -> Tensor:
-    """The masked run by the printed laws: explicit Δ, every component its own matrix, nothing shared (D1, D3, D4).
+def naive(
+    model: ComponentModel, batch: Tensor, masks: Mapping[str, Mask], seen: dict | None = None
+) -> Tensor:
+    """The masked run by the printed laws: explicit Δ, every component its own matrix, nothing
+    shared (D1, D3, D4).
 
     seen: where given, receives the input of every site.
     """
@@ -166,14 +186,21 @@ def naive(model: ComponentModel, batch: Tensor, masks: Mapping[str, Mask], seen:
         if name not in masks:
             return own
         mask = spread(masks[name], x.shape[:-1])
-        V, U = model[name].V, model[name].U
-        m = torch.ones(*x.shape[:-1], V.shape[1]).to(x) if mask.components is None else mask.components
+        V = model[name].V
+        U = model[name].U
+        m = (
+            torch.ones(*x.shape[:-1], V.shape[1]).to(x)
+            if mask.components is None
+            else mask.components
+        )
         delta = torch.as_tensor(mask.delta).to(x).expand(x.shape[:-1])
         matrices = torch.stack([torch.outer(U[c], V[:, c]) for c in range(len(U))])
         y = sum(m[..., c, None] * (x @ matrices[c].T) for c in range(len(U)))
         y = y + delta[..., None] * (x @ (W - matrices.sum(0)).T) + b
         route = mask.route
-        return y if route is None else route[..., None].to(x) * y + (1 - route[..., None].to(x)) * own
+        return (
+            y if route is None else route[..., None].to(x) * y + (1 - route[..., None].to(x)) * own
+        )
 
     return model.target.explicit(batch, at)
 
@@ -193,7 +220,9 @@ def spread(mask: Mask, positions: torch.Size) -> Mask:
 
 
 def printed_weight(target: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """W [d_out, d_in] and b of a site, read from the network itself; b is zeros where there is none."""
+    """W [d_out, d_in] and b of a site, read from the network itself; b is zeros where there is
+    none.
+    """
     module = target.get_submodule(name.removesuffix(".pre_identity"))
     match module:
         case _ if name.endswith(".pre_identity"):
@@ -204,4 +233,6 @@ def printed_weight(target: nn.Module, name: str) -> tuple[Tensor, Tensor]:
         case nn.Embedding():
             return module.weight.T, module.weight.new_zeros(module.weight.shape[1])
         case _:
-            return module.weight, module.weight.new_zeros(len(module.weight)) if module.bias is None else module.bias
+            return module.weight, module.weight.new_zeros(
+                len(module.weight)
+            ) if module.bias is None else module.bias

@@ -1,4 +1,6 @@
-"""Checkpoints as HuggingFace transformers writes them: tiny, every parameter random, biases and gains included."""
+"""Checkpoints as HuggingFace transformers writes them: tiny, every parameter random, biases and
+gains included.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,14 @@ import transformers
 
 VOCAB, CONTEXT = 61, 24
 SHARED = {"bos_token_id": None, "eos_token_id": None}
-GPT2 = {"vocab_size": VOCAB, "n_positions": CONTEXT, "n_embd": 24, "n_layer": 2, "n_head": 3, **SHARED}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_positions": CONTEXT,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 3,
+    **SHARED,
+}
 LLAMA = {
     "vocab_size": VOCAB,
     "max_position_embeddings": CONTEXT,

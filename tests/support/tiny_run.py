@@ -1,4 +1,6 @@
-"""A config of TMS 5-2 that is fitted in a second, and commands on it in processes of their own, to be killed."""
+"""A config of TMS 5-2 that is fitted in a second, and commands on it in processes of their own, to
+be killed.
+"""
 
 import multiprocessing
 import os
@@ -45,12 +47,16 @@ data: {init_args: {batch_size: 64}}
 
 def lay_out(here: Path, steps: int, batch: int) -> Path:
     """Writes tiny.yaml and the target.yaml that it needs; returns where runs are to go."""
-    (here / "tiny.yaml").write_text(CONFIG.replace("STEPS", str(steps)).replace("BATCH", str(batch)))
+    (here / "tiny.yaml").write_text(
+        CONFIG.replace("STEPS", str(steps)).replace("BATCH", str(batch))
+    )
     (here / "target.yaml").write_text(TARGET)
     return here / "runs"
 
 
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # as the product sets it; read when mlflow is imported
+os.environ.setdefault(
+    "MLFLOW_LOGGING_LEVEL", "WARNING"
+)  # as the product sets it; read when mlflow is imported
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -87,20 +93,26 @@ def work(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
 
 
 def work_uncopied(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
-    """The same, under a tracker that fails when the run's files are to be copied; what it says is in a file, `said`."""
+    """The same, under a tracker that fails when the run's files are to be copied; what it says is
+    in a file, `said`.
+    """
     from mlflow.exceptions import MlflowException
 
     def dies(*_, **__):
         raise MlflowException("no more room")
 
-    with open(root.parent / "said", "wb") as said:  # a process of the server has the standard error that the server had
+    with open(
+        root.parent / "said", "wb"
+    ) as said:  # a process of the server has the standard error that the server had
         os.dup2(said.fileno(), 2)
     runs.log_artifacts = dies
     work(root, words, surroundings)
 
 
 def work_hanging(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
-    """The same, under a tracker that hangs when the run's files are to be copied; a file, `copying`, says when."""
+    """The same, under a tracker that hangs when the run's files are to be copied; a file,
+    `copying`, says when.
+    """
 
     def hangs(*_, **__):
         (root.parent / "copying").touch()
@@ -132,7 +144,10 @@ def killed(root: Path, words: list[str], ready: Callable[[], bool], **surroundin
 
 
 def kill_when(
-    ready: Callable[[], bool], alive: Callable[[], bool], pid: int | None, by: signal.Signals = signal.SIGKILL
+    ready: Callable[[], bool],
+    alive: Callable[[], bool],
+    pid: int | None,
+    by: signal.Signals = signal.SIGKILL,
 ) -> None:
     assert pid is not None
     deadline = time.monotonic() + 240  # a busy machine needs a minute to import torch and Lightning

@@ -1,11 +1,12 @@
-"""The nodes of one prompt laid side by side, edges between them in blocks, and what becomes of those.
+"""The nodes of one prompt laid out as arrays, blocks of edges between them, and where these go.
 
-Closed forms give edges as arrays, padded where one position has fewer nodes than another. A *taker* makes of them what
-is wanted: `Tables` one row an edge, as prompt graphs have them; `dataset_edges.Sums` what they add up to.
+Closed forms compute edges as arrays, padded where one position has fewer nodes than another. An
+`EdgeSink` receives them: `TableSink` makes one row of each edge, as prompt graphs need them;
+`dataset_edges.EdgeSums` adds them up.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,16 +14,21 @@ from torch import Tensor
 
 from spd_lightning.attribution.graph import EdgeTable
 
-T = TypeVar("T", covariant=True)
-BLOCK = 1 << 17
-"""Key–value edges worked on at once: few enough to stay near the processor."""
+MAX_ATTENTION_EDGES = 1 << 17
+"""The number of edges through attention that are computed at once; few enough to stay in the
+processor's cache.
+"""
 
 
-# ---- the nodes of one prompt ----------------------------------------------------------------------------------------
+# ---- the nodes of one prompt ---------------------------------------------------------------------
 
 
 class Nodes(NamedTuple):
-    """The nodes of one layer on one prompt, side by side at each position, as many as the fullest position has."""
+    """The nodes of one layer, or of several, on one prompt: at each position K slots, of which the
+    first are real.
+
+    K is the number of nodes at the fullest position.
+    """
 
     component: Int[Tensor, "pos K"]
     number: Int[Tensor, "pos K"]
@@ -34,42 +40,51 @@ class Nodes(NamedTuple):
         return self.real.nonzero()[:, 0]
 
     def pick(self, values: Float[Tensor, "pos C"]) -> Float[Tensor, "pos K"]:
-        """Each node's own value."""
+        """Select the value of each node's component."""
         return values.gather(1, self.component)
 
 
-def nodes_of(held: Bool[Tensor, "pos C"], number: Int[Tensor, "pos C"]) -> Nodes:
-    """Lays the nodes of a layer out."""
-    pos, component = held.nonzero(as_tuple=True)
-    count = held.sum(1)
-    rank = torch.arange(len(pos), device=pos.device) - (count.cumsum(0) - count)[pos]
-    shape = (len(held), int(count.max()))
-    index, numbers, real = pos.new_zeros(shape), number.new_zeros(shape), held.new_zeros(shape)
-    index[pos, rank], numbers[pos, rank], real[pos, rank] = component, number[pos, component], True
-    return Nodes(index, numbers, real)
+def lay_out_nodes(is_node: Bool[Tensor, "pos C"], number: Int[Tensor, "pos C"]) -> Nodes:
+    """Lay out the nodes of a layer."""
+    pos, component = is_node.nonzero(as_tuple=True)  # [nodes] each, in order of position
+    count = is_node.sum(1)  # [pos]
+    before = count.cumsum(0) - count  # [pos]: nodes at earlier positions
+    slot = torch.arange(len(pos), device=pos.device) - before[pos]
+    shape = (len(is_node), int(count.max()))
+    components = pos.new_zeros(shape)
+    numbers = number.new_zeros(shape)
+    real = is_node.new_zeros(shape)
+    components[pos, slot] = component
+    numbers[pos, slot] = number[pos, component]
+    real[pos, slot] = True
+    return Nodes(components, numbers, real)
 
 
-class Places(NamedTuple):
-    """Some nodes of one prompt one after another: their numbers and positions."""
+class SingleNodes(NamedTuple):
+    """A list of nodes of one prompt: their numbers and positions."""
 
     number: Int[Tensor, " nodes"]
     pos: Int[Tensor, " nodes"]
 
 
-# ---- what becomes of edges ------------------------------------------------------------------------------------------
+# ---- blocks of edges -----------------------------------------------------------------------------
 
 
-class Block(NamedTuple):
-    """Edges from every real source node, in order of position, to the target nodes at some positions; 0 from later."""
+class EdgeBlock(NamedTuple):
+    """Edges from every real source, in order of position, to the targets at some positions; 0 from
+    later sources.
+    """
 
     pos: Int[Tensor, " block"]
     values: Float[Tensor, "block K sources"]
 
 
-class Across(NamedTuple):
-    """Edges `Σ_h weight_h[s, i] (left_h[s, j] · right_h[i])` from each position to itself and later ones.
+class AttentionEdges(NamedTuple):
+    """Edges `Σ_h weight_h[s, i] (left_h[s, j] · right_h[i])` from each position to itself and later
+    ones.
 
-    own: so many columns of left, the first, are the target component's own, wherever it stands.
+    The first `own` columns of left belong to the target's component: they are the same at every
+    position.
     """
 
     source: Nodes
@@ -79,72 +94,111 @@ class Across(NamedTuple):
     right: Float[Tensor, "head sources e"]
     own: int
 
-    def blocks(self) -> Iterator[Block]:
-        """The edges themselves, some positions at a time; a block ends with the last source that may reach it."""
-        count, width = self.source.real.sum(1).cumsum(0).tolist(), self.left.shape[2]
-        size = max(1, BLOCK // max(1, width * count[-1]))
-        for pos in torch.arange(len(count), device=self.left.device).split(size):
-            block, n = slice(int(pos[0]), int(pos[-1]) + 1), count[pos[-1]]
+    def blocks(self) -> Iterator[EdgeBlock]:
+        """Compute the edges, some positions at a time.
+
+        A block leaves out the sources behind its last position, which cannot reach it.
+        """
+        sources_until = self.source.real.sum(1).cumsum(0).tolist()  # [pos]
+        width = self.left.shape[2]
+        per_position = max(1, width * sources_until[-1])
+        size = max(1, MAX_ATTENTION_EDGES // per_position)
+        positions = torch.arange(len(sources_until), device=self.left.device)
+        for pos in positions.split(size):
+            block = slice(int(pos[0]), int(pos[-1]) + 1)
+            n = sources_until[pos[-1]]
             values = self.left.new_zeros(len(pos), width, n)
             for weight, left, right in zip(self.weight, self.left, self.right, strict=True):
-                products = left[block].flatten(0, 1) @ right[:n].T
+                products = left[block].flatten(0, 1) @ right[:n].T  # [block * K, n]
                 values.addcmul_(products.view_as(values), weight[block, None, :n])
-            yield Block(pos, values)
+            yield EdgeBlock(pos, values)
 
 
-def onward(
-    source: Int[Tensor, " sources"],
-    pos: Int[Tensor, " block"],
+def existing_edges(
+    source_pos: Int[Tensor, " sources"],
+    target_pos: Int[Tensor, " block"],
     real: Bool[Tensor, "block K"],
     values: Float[Tensor, "block K sources"],
 ) -> Bool[Tensor, "block K sources"]:
-    """Mark the edges that can exist: from a source to a target at its position, or at a later one if not zero."""
-    gap = pos[:, None, None] - source
-    return real[:, :, None] & (gap >= 0) & ((gap == 0) | (values != 0))
+    """Mark the edges that exist: within a position always, to a later position only if they are not
+    zero.
+    """
+    distance = target_pos[:, None, None] - source_pos
+    return real[:, :, None] & (distance >= 0) & ((distance == 0) | (values != 0))
+
+
+# ---- where edges go ------------------------------------------------------------------------------
 
 
 @runtime_checkable
-class Taker(Protocol[T]):
-    """Receives the edges of a graph as they are computed, one pair of layers or several at a time."""
+class EdgeSink(Protocol):
+    """Receives the edges of a graph as they are computed, one pair of layers or several at a
+    time.
+    """
 
-    def same(self, source: Nodes, target: Nodes, values: Float[Tensor, "pos K J"]) -> T:
-        """Edges within each position; meaningless where one of the nodes is not real."""
+    def add_same_position(
+        self, source: Nodes, target: Nodes, values: Float[Tensor, "pos K J"]
+    ) -> None:
+        """Receive edges within each position; meaningless where one of the two nodes is not
+        real.
+        """
         ...
 
-    def across(self, edges: Across) -> Iterator[T]:
-        """Edges from every position to itself and to later ones."""
+    def add_attention(self, edges: AttentionEdges) -> None:
+        """Receive edges from every position to itself and to later ones, all of them to one
+        layer.
+        """
         ...
 
-    def far(self, source: Places, target: Nodes, values: Float[Tensor, "pos K nodes"]) -> T:
-        """Edges from single nodes to all positions; none to earlier ones, nor to later ones where they are zero."""
+    def add_spread(
+        self, source: SingleNodes, target: Nodes, values: Float[Tensor, "pos K nodes"]
+    ) -> None:
+        """Receive edges from single nodes to all positions.
+
+        There are no edges to earlier positions, and to later ones only where they are not zero.
+        """
         ...
 
 
-class Tables:
-    """One row an edge."""
+class TableSink:
+    """Makes tables of edges, one row for each, and passes them on.
 
-    def __init__(self, prompt: int):
-        self.prompt = prompt
+    Args:
+        prompt: the number of the prompt in its batch.
+        visit: is called with every table.
+    """
 
-    def same(self, source: Nodes, target: Nodes, values: Float[Tensor, "pos K J"]) -> EdgeTable:
-        both = source.real[:, :, None] & target.real[:, None, :]
-        return self._kept(both, source.number[:, :, None], target.number[:, None, :], values)
+    def __init__(self, prompt: int, visit: Callable[[EdgeTable], None]):
+        self.prompt, self.visit = prompt, visit
 
-    def across(self, edges: Across) -> Iterator[EdgeTable]:
+    def add_same_position(
+        self, source: Nodes, target: Nodes, values: Float[Tensor, "pos K J"]
+    ) -> None:
+        exists = source.real[:, :, None] & target.real[:, None, :]
+        self._send(exists, source.number[:, :, None], target.number[:, None, :], values)
+
+    def add_attention(self, edges: AttentionEdges) -> None:
         source, target = edges.source, edges.target
-        at, numbers = source.pos, source.number[source.real]
+        source_pos = source.pos
+        numbers = source.number[source.real]
         for pos, values in edges.blocks():
             n = values.shape[-1]
-            held = onward(at[:n], pos, target.real[pos], values)
-            yield self._kept(held, numbers[:n], target.number[pos, :, None], values)
+            exists = existing_edges(source_pos[:n], pos, target.real[pos], values)
+            self._send(exists, numbers[:n], target.number[pos, :, None], values)
 
-    def far(self, source: Places, target: Nodes, values: Float[Tensor, "pos K nodes"]) -> EdgeTable:
+    def add_spread(
+        self, source: SingleNodes, target: Nodes, values: Float[Tensor, "pos K nodes"]
+    ) -> None:
         every = torch.arange(len(values), device=values.device)
-        held = onward(source.pos, every, target.real, values)
-        return self._kept(held, source.number, target.number[:, :, None], values)
+        exists = existing_edges(source.pos, every, target.real, values)
+        self._send(exists, source.number, target.number[:, :, None], values)
 
-    def _kept(self, held: Tensor, source: Tensor, target: Tensor, values: Tensor) -> EdgeTable:
-        """The edges of an array that are held; the numbers of their nodes are spread over it."""
-        at = held.flatten().nonzero()[:, 0]
-        columns = (column.expand_as(held).reshape(-1).index_select(0, at) for column in (source, target, values))
-        return EdgeTable(torch.tensor(self.prompt, dtype=torch.int32, device=at.device).expand(len(at)), *columns)
+    def _send(self, exists: Tensor, source: Tensor, target: Tensor, values: Tensor) -> None:
+        """Pass on the edges that exist; the numbers of their nodes broadcast with the values."""
+        rows = exists.flatten().nonzero()[:, 0]
+        prompt = torch.tensor(self.prompt, dtype=torch.int32, device=rows.device)
+        columns = (
+            column.expand_as(exists).reshape(-1).index_select(0, rows)
+            for column in (source, target, values)
+        )
+        self.visit(EdgeTable(prompt.expand(len(rows)), *columns))

@@ -1,108 +1,145 @@
-"""One run of a decoder, with all that the closed forms of its graphs ask for (section A of docs/method.md)."""
+"""One recorded run of a decoder: everything that the closed forms of its graphs need (section A of
+docs/method.md).
+"""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from spd_lightning.attribution.graph import Layer, Mode, NodeKind, Subject
+from spd_lightning.attribution.graph import GraphSpec, Layer, Mode, NodeKind
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map
+from spd_lightning.targets.transformer import Decoder
 
 
-def why_not(model: ComponentModel, mode: Mode) -> str | None:
-    """Return the reason why a model's graphs have no closed form, or None if they have."""
-    if not getattr(model.target, "closed_forms", False):
-        return f"{type(model.target).__name__} is not a supported decoder"
+def closed_form_obstacle(model: ComponentModel, mode: Mode) -> str | None:
+    """Return the reason why a model's graphs have no closed form, or None if they have one."""
+    target = model.target
+    if not isinstance(target, Decoder):
+        return f"{type(target).__name__} is not a supported decoder"
     if mode.delta == "flow":
         return "this mode lets delta carry gradient"
-    if strange := sorted(set(model.sites) - set(_maps(model.target)) - {"wte", "lm_head"}):
-        return f"'{strange[0]}' is decomposed"
+    layout = target.layout
+    known = {*layout.maps(), layout.embeddings[0], layout.unembedding}
+    if unknown := sorted(set(model.sites) - known):
+        return f"'{unknown[0]}' is decomposed"
     return None
 
 
-def _maps(target: Any) -> dict[str, nn.Module]:
-    """The maps of all blocks by name."""
-    return {name: m for name, m in target.named_modules() if name.startswith("h.") and name.endswith(("_proj", "c_fc"))}
+# ---- one forward pass ----------------------------------------------------------------------------
 
 
-# ---- one forward pass -----------------------------------------------------------------------------------------------
-
-
-Key = tuple[NodeKind, str]
-"""A layer of the graph: what its nodes are, and its name."""
+LayerKey = tuple[NodeKind, str]
+"""A layer of the graph: the kind of its nodes, and its name."""
 
 
 class Trace(NamedTuple):
-    """One recorded forward pass of a batch: inputs of norms; outputs of maps; a = x V and w = m ∘ a of sites.
+    """A recorded forward pass of a batch of prompts.
 
-    output: what its output nodes stand for [batch, pos, K]. whole: what layers with one node a position write
-    [batch, pos, d]. order: all layers but the output, as they came.
+    output: the quantities that output nodes stand for [batch, pos, K].
+    norm_inputs, map_outputs: by module.
+    inner, weight: a = x V and w = m ∘ a, by site.
+    whole: the vectors [batch, pos, d] of layers with a single node at each position.
+    order: all layers except the output, in forward order.
     """
 
-    of: Subject
+    spec: GraphSpec
     output: Tensor
-    into: dict[nn.Module, Tensor]
-    out: dict[nn.Module, Tensor]
+    norm_inputs: dict[nn.Module, Tensor]
+    map_outputs: dict[nn.Module, Tensor]
     inner: dict[str, Tensor]
     weight: dict[str, Tensor]
-    whole: dict[Key, Tensor]
-    order: list[Key]
+    whole: dict[LayerKey, Tensor]
+    order: list[LayerKey]
 
 
-def trace(of: Subject) -> Trace:
-    """Runs a batch of prompts under a mode's masks; in frozen ones rests and biases are layers too (A6)."""
-    model, inputs, mode = of.model, of.inputs, of.mode
-    target: Any = model.target
-    found = Trace(of, inputs, {}, {}, {}, {}, {}, [])
-    sites = {site.module for site in model.sites.values()}
-    norms = {m: n for n, m in target.named_modules() if n == "norm_f" or n.endswith(("norm_1", "norm_2"))}
-    plain = norms | {m: name for name, m in _maps(target).items() if m not in sites}
-    tables = {m: name for name, m in (("wte", target.wte), ("wpe", target.wpe)) if m is not None and m not in sites}
+class _Recorder:
+    """Runs a decoder under a mode's masks and records what passes through its parts."""
 
-    def write(kind: NodeKind, name: str, vectors: Tensor, like: Tensor) -> None:
-        found.whole[kind, name] = vectors.expand_as(like)
-        found.order.append((kind, name))
+    def __init__(self, spec: GraphSpec):
+        self.spec, self.model = spec, spec.model
+        self.target: Any = spec.model.target
+        self.trace = Trace(spec, spec.inputs, {}, {}, {}, {}, {}, [])
+        layout = self.target.layout
+        sites = {site.module for site in self.model.sites.values()}
+        modules = {
+            name: self.target.get_submodule(name) for name in (*layout.norms(), *layout.maps())
+        }
+        embeddings = {name: getattr(self.target, name) for name in layout.embeddings}
+        self.plain = {m: name for name, m in modules.items() if m not in sites}
+        """Norms, and maps that are not sites."""
+        self.embeddings = {
+            m: name for name, m in embeddings.items() if m is not None and m not in sites
+        }
 
-    def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
-        parts, g, bias = model[site.name], of.importances[site.name], 0.0 if site.bias is None else site.bias
-        a = site.inner(x, parts.V)
+    def run(self) -> Trace:
+        """Run the prompts."""
+        recorded = [*self.plain, *self.embeddings]
+        with torch.no_grad(), self.model.replaced(self._at_site, self._at_module, recorded):
+            output = self.spec.reading(self.target(self.spec.inputs))
+        return self.trace._replace(output=output)
+
+    def _at_site(self, site: Site, x: Tensor, own: Map) -> Tensor:
+        mode, name = self.spec.mode, site.name
+        components = self.model[name]
+        g = self.spec.importances[name]
+        bias = 0.0 if site.bias is None else site.bias
+        a = site.inner(x, components.V)
         w = a if mode.mask == "ones" else g * a
-        y = own(x) if mode.delta != "off" else w @ parts.U + bias
-        if mode.delta != "off" and mode.mask != "ones":
-            y = y + (w - a) @ parts.U
-        found.inner[site.name], found.weight[site.name] = a, w
-        found.out[site.module] = y
-        found.order.append(("component", site.name))
-        if of.frozen:
-            write("rest", site.name, y - bias - (w * of.held(site.name, g)) @ parts.U, y)
-            write("bias", site.name, y.new_zeros(()) + bias, y)
+        if mode.delta == "off":
+            y = w @ components.U + bias
+        else:
+            y = own(x)
+            if mode.mask != "ones":
+                y = y + (w - a) @ components.U
+        self.trace.inner[name], self.trace.weight[name] = a, w
+        self.trace.map_outputs[site.module] = y
+        self.trace.order.append(("component", name))
+        if self.spec.frozen:
+            written = (w * self.spec.is_node(name, g)) @ components.U
+            self._add_whole("rest", name, y - bias - written, y)
+            self._add_whole("bias", name, y.new_zeros(()) + bias, y)
         return y
 
-    def at_module(module: nn.Module, own: Map) -> Map:
+    def _at_module(self, module: nn.Module, own: Map) -> Map:
         def forward(x: Tensor) -> Tensor:
             y = own(x)
-            if module in tables:
-                write("embedding", tables[module], y, y.expand(len(inputs), *y.shape[-2:]))
-            elif of.frozen and getattr(module, "bias", None) is not None:
-                write("bias", plain[module], module.bias, y)  # pyright: ignore
-            found.into[module], found.out[module] = x, y
+            if module in self.embeddings:
+                spread = y.expand(len(self.spec.inputs), *y.shape[-2:])
+                self._add_whole("embedding", self.embeddings[module], y, spread)
+            elif self.spec.frozen and isinstance(module, nn.Linear | nn.LayerNorm):
+                if module.bias is not None:
+                    self._add_whole("bias", self.plain[module], module.bias, y)
+            self.trace.norm_inputs[module], self.trace.map_outputs[module] = x, y
             return y
 
         return forward
 
-    with torch.no_grad(), model.replaced(at_site, at_module, [*plain, *tables]):
-        return found._replace(output=of.reading(target(inputs)))
+    def _add_whole(self, kind: NodeKind, name: str, vectors: Tensor, like: Tensor) -> None:
+        self.trace.whole[kind, name] = vectors.expand_as(like)
+        self.trace.order.append((kind, name))
+
+
+def trace(spec: GraphSpec) -> Trace:
+    """Run a batch of prompts under a mode's masks; in frozen graphs rests and biases become layers
+    too (A6).
+    """
+    return _Recorder(spec).run()
 
 
 def layers_of(run: Trace) -> list[Layer]:
-    """The layers of the graphs, in forward order, as `autograd.cut_run` gives them, but no leaves."""
-    layers = []
+    """Return the layers of the graphs in forward order, like `autograd.cut_run`, but without
+    leaves.
+    """
+    spec = run.spec
+    layers = list[Layer]()
     for kind, name in run.order:
         if kind == "component":
-            g = run.of.importances[name].detach()
-            layers.append(Layer(name, kind, None, run.inner[name], run.of.held(name, g), g))
+            g = spec.importances[name].detach()
+            layers.append(Layer(name, kind, None, run.inner[name], spec.is_node(name, g), g))
         else:
             size = run.whole[kind, name].norm(dim=-1, keepdim=True)
-            layers.append(Layer(name, kind, None, size, torch.ones_like(size, dtype=torch.bool), whole=True))
-    return [*layers, Layer("output", "output", None, run.output, run.of.outputs(run.output))]
+            every = torch.ones_like(size, dtype=torch.bool)
+            layers.append(Layer(name, kind, None, size, every, whole=True))
+    return [*layers, Layer("output", "output", None, run.output, spec.outputs(run.output))]

@@ -1,19 +1,22 @@
 """Edges that follow from the weights alone, without running a prompt (section A of docs/method.md).
 
-Closed forms of edges are products of what the model does on a prompt and of what its weights are. The second part is
-here, for every pair of components at once, and for each head where attention joins them:
+Closed forms of edges are products of what the model does on a prompt and of its weights. This
+module computes the second part, for every pair of components at once, and for each head where
+attention joins them:
 
-    residual    residual writer → reader           U_i · γ V_j          γ: the gain of the norm before the reader
-    mlp         first MLP map → down               U_i · V_j            φ', and a gate's other factor, left out
-    ov          v → o, of each head                (U_i · V_j)_h
-    qk          k, q: the score, of each head      (U_i · U_j)_h / √d   for a key at the query's own position
+    residual    residual writer → reader     U_i · γ V_j         γ: gain of the norm between
+    mlp         first MLP map → down         U_i · V_j           without φ' and the other gate
+    ov          v → o, of each head          (U_i · V_j)_h
+    qk          score of k and q, by head    (U_i · U_j)_h / √d  for a key at the query's position
 
-LayerNorm takes the mean off U_i. Norms' denominators depend on the prompt and are left out; all writers to a reader
-share them. The score is what component i of k adds to it where component j of q asks, each at an inner activation of 1;
-at other positions rotary angles turn it.
-Components can be scaled, V up and U down, and do the same. So weights are those of components whose inputs have unit
-length along V_i, read by V_j of unit length; of an embedding, whose tokens are what they are, V_i counts as its largest
-entry. In `qk` both ends are such inputs.
+LayerNorm subtracts the mean of U_i. Denominators of norms depend on the prompt and are left out;
+all writers to a reader share them. The score in `qk` is what component i of k adds to it if
+component j of q has an inner activation of 1, as i has. At other positions the rotary angles change
+it.
+
+If V is scaled up and U down, a component does the same. So weights are those of components whose
+inputs have unit length along V_i, read by V_j of unit length. For an embedding, whose inputs are
+tokens, V_i counts as its largest entry. In `qk` both ends are such inputs.
 """
 
 from collections.abc import Iterator
@@ -25,12 +28,14 @@ from torch import Tensor, nn
 
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
+from spd_lightning.targets.decoder_layout import BlockLayout
+from spd_lightning.targets.transformer import Decoder
 
 WeightKind = Literal["residual", "mlp", "ov", "qk"]
 
 
 class Link(NamedTuple):
-    """Two sites joined by weights alone, through one head where attention joins them."""
+    """Two sites that are joined by weights alone; through one head if attention joins them."""
 
     source: str
     target: str
@@ -39,40 +44,60 @@ class Link(NamedTuple):
 
 
 def links(model: ComponentModel) -> list[Link]:
-    """The pairs of sites of a decoder that are joined directly, by target in forward order; it need not be all sites.
+    """Return the pairs of sites of a decoder that are joined directly, by target in forward order.
 
     Raises:
         BadInput: the model is not a supported decoder.
     """
-    target: Any = model.target
-    if not getattr(target, "closed_forms", False):
+    decoder = model.target
+    if not isinstance(decoder, Decoder):
         raise BadInput(
-            f"weights: {type(target).__name__} is not a supported decoder; decompose a GPT-2, "
+            f"weights: {type(decoder).__name__} is not a supported decoder; decompose a GPT-2, "
             "Llama, Mistral or Qwen2 checkpoint as decoder:NAME in place of hf:NAME"
         )
-    found, writers = [], ["wte"]
-    for k, block in enumerate(target.h):
-        q, key, v, o = (f"h.{k}.attn.{x}_proj" for x in "qkvo")
-        found += [Link(s, t, "residual") for t in (q, key, v) for s in writers]
-        found += [Link(key, q, "qk", head) for head in range(block.attn.n_heads)]
-        found += [Link(v, o, "ov", head) for head in range(block.attn.n_heads)]
-        first, down = [f"h.{k}.mlp.{name}" for name in ("c_fc", "gate_proj", "up_proj")], f"h.{k}.mlp.down_proj"
-        found += [Link(s, t, "residual") for t in first for s in (*writers, o)]
-        found += [Link(s, down, "mlp") for s in first]
-        writers += [o, down]
-    found += [Link(s, "lm_head", "residual") for s in writers]
-    return [link for link in found if link.source in model.sites and link.target in model.sites]
+    layout = decoder.layout
+    every = list[Link]()
+    writers = [layout.embeddings[0]]
+    for block in layout.blocks:
+        attn: Any = decoder.get_submodule(block.attn)
+        every += _block_links(block, writers, attn.n_heads)
+        writers += [block.o_proj, block.down_proj]
+    every += [Link(writer, layout.unembedding, "residual") for writer in writers]
+    return [link for link in every if link.source in model.sites and link.target in model.sites]
 
 
-def weight_graph(model: ComponentModel, normalized: bool = True) -> Iterator[tuple[Link, Tensor]]:
-    """The weight between every two components that are joined directly, a pair of sites at a time.
+def _block_links(block: BlockLayout, writers: list[str], n_heads: int) -> Iterator[Link]:
+    """Yield the links into and inside a block; writers: the maps that write to the residual stream
+    before it.
+    """
+    q, k, v = block.qkv
+    for reader in (q, k, v):
+        for writer in writers:
+            yield Link(writer, reader, "residual")
+    for head in range(n_heads):
+        yield Link(k, q, "qk", head)
+    for head in range(n_heads):
+        yield Link(v, block.o_proj, "ov", head)
+    for reader in block.neuron_maps:
+        for writer in (*writers, block.o_proj):
+            yield Link(writer, reader, "residual")
+    for writer in block.neuron_maps:
+        yield Link(writer, block.down_proj, "mlp")
+
+
+def weight_graph(
+    model: ComponentModel, normalized: bool = True
+) -> Iterator[tuple[Link, Float[Tensor, "sources targets"]]]:
+    """Return the weight between every two components that are joined directly, for one pair of
+    sites at a time.
 
     Args:
-        model: a decoder, of which all maps or some are decomposed.
-        normalized: whether the scale of a component's V and U is taken out; if not, inner activations count as 1.
+        model: a decomposed decoder; not all of its maps need to be sites.
+        normalized: whether the scale of a component's V and U is taken out; if not, inner
+            activations count as 1.
 
     Returns:
-        Each link and its weights [components of the source, components of the target].
+        Each link and its weights.
 
     Raises:
         BadInput: the model is not a supported decoder.
@@ -81,41 +106,42 @@ def weight_graph(model: ComponentModel, normalized: bool = True) -> Iterator[tup
 
 
 @torch.no_grad()
-def weights(model: ComponentModel, link: Link, normalized: bool = True) -> Float[Tensor, "sources targets"]:
-    """The weights of one link."""
-    found = _plain(model, link)
+def weights(
+    model: ComponentModel, link: Link, normalized: bool = True
+) -> Float[Tensor, "sources targets"]:
+    """Return the weights of one link."""
+    plain = _between_inner_activations(model, link)
     if not normalized:
-        return found
-    sources, targets = _size(model, link.source)[:, None], _size(model, link.target)
-    return found * sources * targets if link.kind == "qk" else found * sources / targets
+        return plain
+    sources = _read_length(model, link.source)[:, None]
+    targets = _read_length(model, link.target)
+    return plain * sources * targets if link.kind == "qk" else plain * sources / targets
 
 
-def _plain(model: ComponentModel, link: Link) -> Float[Tensor, "sources targets"]:
-    """The weights between inner activations."""
-    source, reader = model[link.source], model[link.target]
-    match link.kind:
-        case "residual":
-            return source.U @ _through(model.target.get_submodule(_norm_before(link.target)), reader.V)
-        case "mlp":
-            return source.U @ reader.V
-    attn: Any = model.target.get_submodule(link.target.rpartition(".")[0])
+def _between_inner_activations(
+    model: ComponentModel, link: Link
+) -> Float[Tensor, "sources targets"]:
+    """Return the weights between inner activations of 1."""
+    decoder: Any = model.target
+    source = model[link.source]
+    reader = model[link.target]
+    if link.kind == "residual":
+        norm = decoder.get_submodule(decoder.layout.norm_before(link.target))
+        return source.U @ _before_norm(norm, reader.V)
+    if link.kind == "mlp":
+        return source.U @ reader.V
     assert link.head is not None
-    written = source.U.unflatten(1, (attn.n_kv_heads, -1))[:, link.head * attn.n_kv_heads // attn.n_heads]
+    attn = decoder.get_submodule(link.target.rpartition(".")[0])
+    kv_head = link.head * attn.n_kv_heads // attn.n_heads
+    written = source.U.unflatten(1, (attn.n_kv_heads, -1))[:, kv_head]  # [sources, d_head]
     if link.kind == "ov":
-        return written @ reader.V.unflatten(0, (attn.n_heads, -1))[link.head]
-    asking = reader.U.unflatten(1, (attn.n_heads, -1))[:, link.head]
-    return written @ asking.T / asking.shape[1] ** 0.5
+        read = reader.V.unflatten(0, (attn.n_heads, -1))[link.head]  # [d_head, targets]
+        return written @ read
+    queries = reader.U.unflatten(1, (attn.n_heads, -1))[:, link.head]  # [targets, d_head]
+    return written @ queries.T / queries.shape[1] ** 0.5
 
 
-def _norm_before(reader: str) -> str:
-    """The norm that a map reads through."""
-    if reader == "lm_head":
-        return "norm_f"
-    _, block, part, _ = reader.split(".")
-    return f"h.{block}.norm_{1 if part == 'attn' else 2}"
-
-
-def _through(norm: nn.Module, V: Float[Tensor, "d C"]) -> Float[Tensor, "d C"]:
+def _before_norm(norm: nn.Module, V: Float[Tensor, "d C"]) -> Float[Tensor, "d C"]:
     """Return readers as seen before a norm, ignoring its denominator."""
     match norm:
         case nn.RMSNorm():
@@ -126,8 +152,8 @@ def _through(norm: nn.Module, V: Float[Tensor, "d C"]) -> Float[Tensor, "d C"]:
     return V
 
 
-def _size(model: ComponentModel, site: str) -> Float[Tensor, " C"]:
-    """How long V is; 1 where it is zero."""
+def _read_length(model: ComponentModel, site: str) -> Float[Tensor, " C"]:
+    """Return the length of each V; 1 if it is zero."""
     V = model[site].V
-    size = V.abs().amax(0) if model.sites[site].kind == "embedding" else V.norm(dim=0)
-    return torch.where(size > 0, size, 1.0)
+    length = V.abs().amax(0) if model.sites[site].kind == "embedding" else V.norm(dim=0)
+    return torch.where(length > 0, length, 1.0)

@@ -1,10 +1,13 @@
-"""Tiny children's stories whose hidden variables are known: who, where, with what, and what came of it.
+"""Tiny children's stories whose hidden variables are known: who, where, with what, and what came of
+it.
 
-A story is a pure function of (seed, index). Its text is drawn from `plots.py` and `words.py`; beside it come its facts:
-which characters name a person, which pronoun stands for whom, which word is a cause and which its effect.
+A story is a pure function of (seed, index). Its text is drawn from `plots.py` and `words.py`;
+beside it come its facts: which characters name a person, which pronoun stands for whom, which word
+is a cause and which its effect.
 
-A pronoun for one is written only where it can mean one thing: its referent is the last one named of that gender
-(people: female, male; toys, animals and food: neuter). Elsewhere the name itself is written.
+A pronoun for one is written only where it can mean one thing: its referent is the last one named of
+that gender (people: female, male; toys, animals and food: neuter). Elsewhere the name itself is
+written.
 """
 
 import hashlib
@@ -23,9 +26,10 @@ T = TypeVar("T")
 class Fact(NamedTuple):
     """One hidden variable and the characters of the text that show it.
 
-    Names are: subject, friend, adult, object, animal, food, place, color, size, trait, day, time, pronoun, cause,
-    effect, whose value is the text between start and end in lower case (names as they are written); and gender
-    (female, male, neuter, plural) and case (subject, object, possessive), which say more of a name or a pronoun.
+    Names are: subject, friend, adult, object, animal, food, place, color, size, trait, day, time,
+    pronoun, cause, effect, whose value is the text between start and end in lower case (names as
+    they are written); and gender (female, male, neuter, plural) and case (subject, object,
+    possessive), which say more of a name or a pronoun.
     """
 
     name: str
@@ -60,7 +64,9 @@ PRONOUNS = {
 }
 _CASES = {"he": "subject", "him": "object", "his": "possessive", "it": "object"}
 _THEM = {"they": "subject", "them": "object", "their": "possessive"}
-_PARTS = re.compile(r"\{(?P<slot>[^}]+)\}|\[(?P<mark>cause|effect): (?P<word>[^\]]+)\]|(?P<plain>[^{\[]+)")
+_PARTS = re.compile(
+    r"\{(?P<slot>[^}]+)\}|\[(?P<mark>cause|effect): (?P<word>[^\]]+)\]|(?P<plain>[^{\[]+)"
+)
 _PEOPLE = {"A": "subject", "B": "friend", "G": "adult"}
 _THINGS = {"toy": "object", "animal": "animal", "food": "food", "treat": "food"}
 
@@ -76,8 +82,11 @@ def story(seed: int, index: int) -> Story:
 
 
 def pronoun_prompts(seed: int, count: int) -> list[PronounPrompt]:
-    """Beginnings of stories, one a story, that end right before a pronoun; what comes next, and what must not."""
-    found, index = list[PronounPrompt](), 0
+    """Beginnings of stories, one a story, that end right before a pronoun; what comes next, and
+    what must not.
+    """
+    found = list[PronounPrompt]()
+    index = 0
     while len(found) < count:
         chosen = list(_before_pronouns(story(seed, index)))
         found += chosen[index % len(chosen) :][:1] if chosen else []
@@ -89,15 +98,22 @@ def _before_pronouns(told: Story) -> Iterator[PronounPrompt]:
     cases = {fact.start: fact.value for fact in told.facts if fact.name == "case"}
     genders = {fact.start: fact.value for fact in told.facts if fact.name == "gender"}
     for fact in told.facts:
-        if fact.name != "pronoun" or genders[fact.start] not in ("female", "male") or told.text[fact.start - 1] != " ":
+        if (
+            fact.name != "pronoun"
+            or genders[fact.start] not in ("female", "male")
+            or told.text[fact.start - 1] != " "
+        ):
             continue
-        right, other = told.text[fact.start : fact.end], "male" if genders[fact.start] == "female" else "female"
+        right = told.text[fact.start : fact.end]
+        other = "male" if genders[fact.start] == "female" else "female"
         wrong = PRONOUNS[other][cases[fact.start]]
         wrong = wrong.capitalize() if right[0].isupper() else wrong
         yield PronounPrompt(told.text[: fact.start - 1], f" {right}", f" {wrong}", fact.about)
 
 
-Part = tuple[str, str]  # kind and content: ("plain", "went to the "), ("slot", "A.he"), ("cause", "rain")
+Part = tuple[
+    str, str
+]  # kind and content: ("plain", "went to the "), ("slot", "A.he"), ("cause", "rain")
 
 
 @cache
@@ -118,14 +134,18 @@ def _parts(line: str) -> list[Part]:
     if line == "-":
         return []
     found = _PARTS.finditer(line)
-    return [(m["mark"], m["word"]) if m["mark"] else (str(m.lastgroup), m[str(m.lastgroup)]) for m in found]
+    return [
+        (m["mark"], m["word"]) if m["mark"] else (str(m.lastgroup), m[str(m.lastgroup)])
+        for m in found
+    ]
 
 
 class _Teller:
     """Writes a story part by part, and remembers what it has drawn and whom it named last."""
 
     def __init__(self, source: random.Random) -> None:
-        self.text, self.facts = "", list[Fact]()
+        self.text = ""
+        self.facts = list[Fact]()
         self._source = source
         self._drawn: dict[str, str] = {}
         self._genders: dict[str, str] = dict.fromkeys(_THINGS, "neuter")
@@ -172,7 +192,8 @@ class _Teller:
         elif slot in _THEM:
             self._pronoun("plural", _THEM[slot], f"{self._word('A')} and {self._word('B')}")
         elif form == "child":
-            child, gender = self._word(who), self._genders[who]
+            child = self._word(who)
+            gender = self._genders[who]
             at = self._write("girl" if gender == "female" else "boy")
             self.facts.append(Fact("gender", gender, *at, child))
         elif form in _CASES:
@@ -194,7 +215,10 @@ class _Teller:
     def _pronoun(self, gender: str, case: str, about: str) -> None:
         word = PRONOUNS[gender][case]
         at = self._write(word)
-        self.facts += [Fact(*fact, *at, about) for fact in (("pronoun", word), ("gender", gender), ("case", case))]
+        self.facts += [
+            Fact(*fact, *at, about)
+            for fact in (("pronoun", word), ("gender", gender), ("case", case))
+        ]
 
     def _name(self, slot: str) -> None:
         word = self._word(slot)

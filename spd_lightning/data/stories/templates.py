@@ -1,10 +1,11 @@
 """The plots of the tiny stories; `stories.py` says how they become text.
 
-A plot is a list of beats. A line that begins with "|" is another way to tell the beat above it; "-" leaves it out, and
-"@name" stands for a beat that plots share. In a line, `{A}` and `{B}` are people, `{G}` is A's grown-up, `{toy}`,
-`{place}` and so on are words drawn once a story, `{a toy}` has its article before it, `{at}` is the place's
-preposition, `{A.he}`, `{A.him}`, `{A.his}`, `{toy.it}`, `{they}` are pronouns, `{A.child}` is "girl" or "boy"; and
-`[cause: rain]`, `[effect: wet]` mark what leads to what.
+A plot is a list of beats. A line that begins with "|" is another way to tell the beat above it; "-"
+leaves it out, and "@name" stands for a beat that plots share. In a line, `{A}` and `{B}` are
+people, `{G}` is A's grown-up, `{toy}`, `{place}` and so on are words drawn once a story, `{a toy}`
+has its article before it, `{at}` is the place's preposition, `{A.he}`, `{A.him}`, `{A.his}`,
+`{toy.it}`, `{they}` are pronouns, `{A.child}` is "girl" or "boy"; and `[cause: rain]`, `[effect:
+wet]` mark what leads to what.
 """
 
 BEATS = {
