@@ -29,8 +29,8 @@ from spd_lightning.decomposition.losses import Faithfulness, Losses, Minimality
 from spd_lightning.decomposition.reconstruction import Reconstruction
 from spd_lightning.targets.toy import TMS, ResidualMLP
 from spd_lightning.targets.transformer import Decoder
-from spd_lightning.training.blocks import settle_allocator
-from spd_lightning.training.decompose import Decomposition, WarmUp
+from spd_lightning.training.decompose import Decomposition, FaithfulnessWarmup
+from spd_lightning.training.multi_step import settle_allocator
 from spd_lightning.training.session import quiet
 
 TURNS = 7
@@ -123,7 +123,7 @@ def fresh(case: Case) -> Decomposition:
         case.tied,
         importance=case.importance,
         losses=case.losses,
-        warm_up=WarmUp(steps=0),
+        warm_up=FaithfulnessWarmup(steps=0),
     )
 
 

@@ -35,7 +35,7 @@ from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.harvest.rows import edge_rows
 from spd_lightning.targets.transformer import Decoder
-from spd_lightning.training.blocks import settle_allocator
+from spd_lightning.training.multi_step import settle_allocator
 
 C, VOCAB, ALIVE, LENGTH, TARGETS = 650, 1000, 10, 64, 40
 CORPUS = 32

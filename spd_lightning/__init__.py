@@ -22,7 +22,7 @@ _HOME = {
     "ComponentModel": "spd_lightning.decomposition.model",
     "PromptNodes": "spd_lightning.harvest.nodes",
     "PromptGraphs": "spd_lightning.harvest.graphs",
-    "Explained": "spd_lightning.harvest.explained",
+    "OutputTargets": "spd_lightning.harvest.output_targets",
     "DatasetEdges": "spd_lightning.harvest.dataset_edges",
     "SparseCircuits": "spd_lightning.harvest.circuits",
     "CircuitSearch": "spd_lightning.attribution.circuit_objective",

@@ -10,7 +10,7 @@ from spd_lightning.decomposition.adversaries import Persistent, PersistentAdvers
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.losses import Losses
 from spd_lightning.decomposition.masks import masks_from_sources
-from spd_lightning.decomposition.reconstruction import Pass, Reconstruction, hidden_error, kl
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction, hidden_error, kl
 from spd_lightning.errors import BadInput
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -23,7 +23,7 @@ def generator(seed=0):
 def fitted(network, loss, seed=0):
     """A model, a run of it, and the adversary of its one reconstruction."""
     model = decomposed(network, seed)
-    run = Pass.of(model, model.target.batch(4), generator())
+    run = LossContext.from_batch(model, model.target.batch(4), generator())
     adversary = PersistentAdversary(loss.persistent, run.importances.lower, generator(3))
     run.adversaries = {"it": adversary}
     run.progress = 0.5
@@ -152,15 +152,15 @@ def test_mixed_gives_each_sample_its_own(monkeypatch):
     assert 0 < whole.sum() < len(whole)
     for n, mask in seen[-1].items():
         g = run.importances.lower[n].flatten(0, -2)[mask.rows]
-        lasting = adversary.vectors[n].flatten(0, -2)[mask.rows]
-        same = torch.isclose(mask.components, g + (1 - g) * lasting[:, :-1]).all(-1)
+        persistent = adversary.vectors[n].flatten(0, -2)[mask.rows]
+        same = torch.isclose(mask.components, g + (1 - g) * persistent[:, :-1]).all(-1)
         sample = mask.rows // run.importances.lower[n].shape[1]
         assert torch.equal(same, whole[sample])
 
 
 def test_l6_hidden_error_is_that_of_the_same_masked_run():
     model = decomposed(Branches)
-    run = Pass.of(model, model.target.batch(), generator())
+    run = LossContext.from_batch(model, model.target.batch(), generator())
     _, hidden = Reconstruction("ci", hidden=("o", "d*"), hidden_coeff=3.0).terms(run)
     seen = {}
     naive(model, run.batch, {n: Mask(g, 0.0) for n, g in run.importances.lower.items()}, seen)

@@ -38,7 +38,7 @@ from spd_lightning.training.checkpoint import (
     resumable,
     unpack,
 )
-from spd_lightning.training.decompose import Decomposition, WarmUp
+from spd_lightning.training.decompose import Decomposition, FaithfulnessWarmup
 from spd_lightning.training.evaluate import Evaluation
 from spd_lightning.training.interruption import Interruption
 from spd_lightning.training.networks import build
@@ -62,7 +62,7 @@ def decomposition(C: int = 7, **settings) -> Decomposition:
         "seed": 1,
     } | settings
     module = Decomposition(
-        build(TARGET), evaluation=Evaluation(identity=("linear1",), ladder=(2, 3)), **settings
+        build(TARGET), evaluation=Evaluation(identity=("linear1",), pgd_steps=(2, 3)), **settings
     )
     module.target_spec = dict(TARGET)
     generator = torch.Generator().manual_seed(5)
@@ -181,7 +181,7 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", refuse)
     monkeypatch.setattr(torch, "load", refuse)
     for steps in (20, 30):
-        module = decomposition(inner_steps=5, checkpoint_every=10, warm_up=WarmUp(2))
+        module = decomposition(inner_steps=5, checkpoint_every=10, warm_up=FaithfulnessWarmup(2))
         resumed = str(tmp_path / LAST) if (tmp_path / LAST).exists() else None
         trainer(tmp_path, steps).fit(module, SparseFeatures(5, 0.3, 16), ckpt_path=resumed)
     module.save(tmp_path)
@@ -372,7 +372,7 @@ def resume(folder: Path, module: Decomposition) -> str:
 
 
 def test_damaged_checkpoints(tmp_path):
-    module = decomposition(inner_steps=5, checkpoint_every=10, warm_up=WarmUp(2))
+    module = decomposition(inner_steps=5, checkpoint_every=10, warm_up=FaithfulnessWarmup(2))
     trainer(tmp_path, 20).fit(module, SparseFeatures(5, 0.3, 16))
     path = tmp_path / LAST
     content = (tmp_path / LAST).read_bytes()
@@ -429,7 +429,9 @@ class Signalled(Decomposition):
 def small(kind: type[Decomposition], **settings) -> Decomposition:
     sites = {"linear1": 7, "linear2": 7}
     tied = {"linear2": "linear1"}
-    return kind(build(TARGET), sites, tied, warm_up=WarmUp(0), inner_steps=5, **settings)
+    return kind(
+        build(TARGET), sites, tied, warm_up=FaithfulnessWarmup(0), inner_steps=5, **settings
+    )
 
 
 def step_of(path: Path) -> int:

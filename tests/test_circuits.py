@@ -12,8 +12,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from spd_lightning.attribution.circuit_objective import CircuitSearch, Question
-from spd_lightning.attribution.circuit_search import Descent, Frontier, chosen, optimize
+from spd_lightning.attribution.circuit_objective import CircuitObjective, CircuitSearch
+from spd_lightning.attribution.circuit_search import (
+    Frontier,
+    ImportanceOptimization,
+    optimize,
+    select_circuits,
+)
 from spd_lightning.attribution.graph import MODES, GraphSpec
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.data.modules import Batches, Prompts
@@ -95,7 +100,7 @@ def naive(
     alive = {name: z > 0 for name, z in start.items()}
     z = {name: v.detach().clamp(0, 1).requires_grad_() for name, v in start.items()}
     optimizer = torch.optim.AdamW(z.values(), lr=search.lr, weight_decay=0)
-    generator = Question(model, prompt[None], search).generators("descent")[0]
+    generator = CircuitObjective(model, prompt[None], search).generators("descent")[0]
     for _ in range(search.steps):
         found = model.importance({name: torch.where(alive[name], v, -1) for name, v in z.items()})
         masks = {}
@@ -157,8 +162,8 @@ def test_only_what_is_important_is_a_parameter_and_the_model_stands_still():
     model = decoder()
     before = {name: v.clone() for name, v in model.state_dict().items()}
     start = model.importances(model.clean(PROMPTS)).lower
-    question = Question(model, PROMPTS, QUICK)
-    assert len(Descent(question).values) == (1 + len(QUICK.lambdas)) * sum(
+    objective = CircuitObjective(model, PROMPTS, QUICK)
+    assert len(ImportanceOptimization(objective).values) == (1 + len(QUICK.lambdas)) * sum(
         int((g > 0).sum()) for g in start.values()
     )
     found = optimize(model, PROMPTS, replace(QUICK, adversary=Adversary(steps=1))).importances
@@ -237,7 +242,7 @@ def test_chosen_is_the_smallest_that_stands_the_adversary_else_the_best():
 
     kept = [1.0, 0.9, 0.85, 0.5, 0.1, 0.3, 0.2, 1e-9, 1e-8, 0.0]
     loss = [0.0, 1, 2, 0, 0, 1, 2, 3, 2, 1]
-    assert chosen(frontier(kept, [5, *[90, 50, 10] * 3], loss), 0.8) == [2, 5, 9]
+    assert select_circuits(frontier(kept, [5, *[90, 50, 10] * 3], loss), 0.8) == [2, 5, 9]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +314,7 @@ def test_a_harvest_holds_the_chosen_graphs_and_all_that_were_tried(tmp_path):
     store = harvested(tmp_path, module, PROMPTS)  # goes on with the third
     assert store.manifest["prompts"] == 3
     found = optimize(module.model, PROMPTS, QUICK)
-    best = chosen(found.frontier, 0.8)
+    best = select_circuits(found.frontier, 0.8)
     frontier = store.scan("frontier").collect()
     assert frontier.group_by("prompt_id").agg(pl.col("chosen").sum())["chosen"].to_list() == [
         1,

@@ -482,7 +482,7 @@ def test_every_shipped_config_can_be_fitted(name, tmp_path, monkeypatch):
     """Its settings are known and of the right types, and its patterns name maps of its target;
     nothing is trained.
     """
-    from spd_lightning.planning.dry_run import fakes
+    from spd_lightning.planning.dry_run import fake_tensors
     from spd_lightning.planning.estimate import outline
     from spd_lightning.training.session import Settings, quiet
 
@@ -494,13 +494,13 @@ def test_every_shipped_config_can_be_fitted(name, tmp_path, monkeypatch):
         target = given["model"]["init_args"]["target"]
         assert settings.config["trainer"]["max_steps"] > 0
         if name in described("targets"):
-            with fakes():
+            with fake_tensors():
                 network = settings.built("model").target
         elif target.partition(":")[0] in ("hf", "decoder"):
             assert configs.needs_network(given)
             return
         else:
-            with fakes():
+            with fake_tensors():
                 network = settings.built("model", target=outline(target)()).network
     if hasattr(network, "context"):
         assert data.seq_len <= network.context
@@ -927,7 +927,7 @@ def test_a_second_fit_is_a_run_of_its_own(here):
     before = contents(here / "runs/tiny")
     settings = config.load(str(here / "runs/tiny/config.yaml"))
     settings["trainer"]["max_steps"] = 10
-    with runs.claim("tiny", settings) as held:
+    with runs.acquire_run("tiny", settings) as held:
         assert held.path == here / "runs/tiny-2"
         assert cli.run([*FIT, *SHORT]) == 0
     assert contents(here / "runs/tiny") == before

@@ -32,7 +32,7 @@ from spd_lightning.decomposition.components import (
 )
 from spd_lightning.decomposition.losses import Losses
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import Pass
+from spd_lightning.decomposition.reconstruction import LossContext
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.toy import TMS, InductionHead
 
@@ -195,7 +195,9 @@ def test_d6_the_target_never_changes_whatever_is_trained():
     start = copy.deepcopy(model.components.state_dict())
     for step in range(3):
         optimizer.zero_grad()
-        run = Pass.of(model, model.target.batch(), torch.Generator().manual_seed(step))
+        run = LossContext.from_batch(
+            model, model.target.batch(), torch.Generator().manual_seed(step)
+        )
         Losses()(run)[0].backward()
         optimizer.step()
     assert all(p.grad is None for p in model.target.parameters())

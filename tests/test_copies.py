@@ -331,12 +331,12 @@ def logs_a_run(root: Path, name: str, start: Any) -> None:
     """A finished run and its copy, in a process of its own."""
     os.environ["SPD_RUNS"] = str(root)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    with runs.claim(name, {"name": name}) as claim:
-        runs.append_metrics(claim.path, 1, {"loss": 0.5})
-        runs.write_json(claim.path / "summary.json", {"name": name})
-        (claim.path / "config.yaml").write_text("seed: 0\n")
+    with runs.acquire_run(name, {"name": name}) as lock:
+        runs.append_metrics(lock.path, 1, {"loss": 0.5})
+        runs.write_json(lock.path / "summary.json", {"name": name})
+        (lock.path / "config.yaml").write_text("seed: 0\n")
         start.wait()
-        send(None, claim.path, {"seed": 0})
+        send(None, lock.path, {"seed": 0})
 
 
 def test_two_at_once_on_a_strange_path_that_moves(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.dataset_edges import DatasetEdges
 from spd_lightning.harvest.graphs import PromptGraphs
-from spd_lightning.harvest.twins import twin_of
+from spd_lightning.harvest.native_decoder import as_native_decoder
 from spd_lightning.runs import Run
 from spd_lightning.store import Store
 from spd_lightning.targets.huggingface import HuggingFaceLM
@@ -143,7 +143,7 @@ def test_models_of_transformers_by_their_twins(tmp_path):
         for name, a in model.clean(tokens).inner.items()
     }
     spec = GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD)
-    quick = twin_of(model, spec.mode)
+    quick = as_native_decoder(model, spec.mode)
     assert quick.model is not model
     (nodes, found), (slow, expected) = (
         way(spec, lambda name: name.startswith("model.")) for way in (quick.sums, dataset_edges)
@@ -414,7 +414,7 @@ def test_configs_laid_over_another_add_their_harvesters():
     ]
     assert harvesters("graphs.yaml", "graphs.yaml") == ["PromptGraphs"]
     together = RunArguments(["stories-2L.yaml", "graphs.yaml", "dataset_edges.yaml"]).config
-    assert together["trainer"]["callbacks"][0]["init_args"] == {"at_least": 0.005}
+    assert together["trainer"]["callbacks"][0]["init_args"] == {"min_share": 0.005}
 
 
 # ---- questions -----------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ def test_strongest_beside_loops_over_all_rows(both, side, scale, metric):
     expected.sort(
         key=lambda row: (-max(0.0, abs(row[which]) - (row[6] - row[5]) / 2), -abs(row[which]))
     )
-    found = strongest(store, layer, busy, side, scale, metric, most=5, at_least=3)
+    found = strongest(store, layer, busy, side, scale, metric, top_k=5, min_edges=3)
     assert len(expected) > 5
     for row, wanted in zip(found.drop("kind").rows(), expected, strict=False):
         assert row[:3] == wanted[:3]
@@ -462,10 +462,12 @@ def test_strongest_beside_loops_over_all_rows(both, side, scale, metric):
 
 
 def test_names_of_what_drives(both):
-    found = strongest(both[2], "h.0.attn.q_proj", 0, most=3, at_least=1)
+    found = strongest(both[2], "h.0.attn.q_proj", 0, top_k=3, min_edges=1)
     for name, component in zip(named(both[2], found), found["component"], strict=True):
         assert name == f"wte:{component} {WORDS[component]!r}"
-    heard = strongest(both[2], "wte", found["component"][0], "targets", "sum", most=99, at_least=1)
+    heard = strongest(
+        both[2], "wte", found["component"][0], "targets", "sum", top_k=99, min_edges=1
+    )
     assert {name.partition(":")[0] for name in named(both[2], heard)} == set(heard["layer"])
     assert {
         repr(WORDS[c]) in name
@@ -502,7 +504,7 @@ def test_what_there_is_not_is_refused(both, layer, component, why):
 
 def test_edges_on_the_command_line(both, capsys):
     run = str(both[0])
-    assert cli.run(["edges", run, "h.0.mlp.down_proj:1", "--most", "2"]) == 0
+    assert cli.run(["edges", run, "h.0.mlp.down_proj:1", "--top_k", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert (
         lines[0]
@@ -520,14 +522,14 @@ def test_edges_on_the_command_line(both, capsys):
                 "--json",
                 "--scale",
                 "sum",
-                "--most",
+                "--top_k",
                 "3",
             ]
         )
         == 0
     )
     found = json.loads(capsys.readouterr().out)
-    expected = strongest(both[2], "h.0.mlp.down_proj", 1, scale="sum", most=3)
+    expected = strongest(both[2], "h.0.mlp.down_proj", 1, scale="sum", top_k=3)
     assert [row["to_size"] for row in found["sources"]] == expected["to_size"].to_list()
     assert list(found) == ["sources"]
 
@@ -540,7 +542,7 @@ def test_edges_on_the_command_line(both, capsys):
             ["h.0.mlp.down_proj:1", "--harvest", "dataset-unmaskd"],
             "did you mean 'dataset-unmasked'?",
         ),
-        (["h.0.mlp.down_proj:1", "--most", "0"], "--most '0': not a number from 1 up"),
+        (["h.0.mlp.down_proj:1", "--top_k", "0"], "--top_k '0': not a number from 1 up"),
         (
             ["h.0.mlp.down_proj:1", "--scale", "log"],
             "--scale 'log': unknown value; choose from: mean, normalized, sum",
@@ -563,7 +565,7 @@ def test_the_viewer_shows_them_beside_components(both):
     assert harvest_names(run) == ["graphs-unmasked"]
     busy = busiest(both[2], "h.0.attn.o_proj")
     page = edge_tables.of_run(run, "h.0.attn.o_proj", busy)
-    found = strongest(both[2], "h.0.attn.o_proj", busy, "targets", most=edge_tables.MOST)
+    found = strongest(both[2], "h.0.attn.o_proj", busy, "targets", top_k=edge_tables.TOP_K)
     assert [row[1] for row in page.targets] == found["to_activation"].to_list()
     html = edge_tables.html(page)
     assert f"Strongest sources of h.0.attn.o_proj:{busy}" in html

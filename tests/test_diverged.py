@@ -17,9 +17,9 @@ from spd_lightning.attribution.circuit_objective import CircuitSearch
 from spd_lightning.data.modules import SparseFeatures
 from spd_lightning.errors import BadInput, Diverged
 from spd_lightning.harvest.graphs import PromptGraphs
-from spd_lightning.training.blocks import non_finite
 from spd_lightning.training.checkpoint import LAST, SafetensorsIO
-from spd_lightning.training.decompose import Decomposition, WarmUp
+from spd_lightning.training.decompose import Decomposition, FaithfulnessWarmup
+from spd_lightning.training.multi_step import non_finite
 from spd_lightning.training.networks import build
 from spd_lightning.training.target import TargetTraining
 
@@ -55,7 +55,7 @@ def test_the_step_and_the_term_are_named_and_the_checkpoint_is_kept(tmp_path):
         build(TARGET),
         {"linear1": 7, "linear2": 7},
         {"linear2": "linear1"},
-        warm_up=WarmUp(0),
+        warm_up=FaithfulnessWarmup(0),
         inner_steps=5,
     )
     module.checkpoint_every = 5
@@ -69,7 +69,7 @@ def test_the_step_and_the_term_are_named_and_the_checkpoint_is_kept(tmp_path):
 
 
 def test_weights_that_the_last_update_spoiled_are_found(tmp_path):
-    module = decomposition(inner_steps=5, warm_up=WarmUp(0))
+    module = decomposition(inner_steps=5, warm_up=FaithfulnessWarmup(0))
 
     def spoil():
         module.model["linear1"].U.grad.fill_(math.inf)
@@ -81,7 +81,7 @@ def test_weights_that_the_last_update_spoiled_are_found(tmp_path):
 
 
 def test_a_warm_up_that_diverges(tmp_path):
-    module = decomposition(warm_up=WarmUp(50, lr=1e30))
+    module = decomposition(warm_up=FaithfulnessWarmup(50, lr=1e30))
     with pytest.raises(
         Diverged, match=r"the faithfulness is (inf|nan) at step [0-9]+ of the warm-up"
     ):
@@ -131,7 +131,7 @@ def test_weights_that_are_not_finite_are_not_harvested(tmp_path):
 
 def test_a_circuit_search_that_diverges(monkeypatch):
     monkeypatch.setattr(
-        circuit_search.Descent,
+        circuit_search.ImportanceOptimization,
         "_minimality",
         lambda self: torch.full((len(self.prompt),), math.nan) * self.values.sum(),
     )
@@ -158,7 +158,7 @@ model:
     warm_up: {steps: 5}
     inner_steps: 5
     optimizer: {lr: 1.0e+30}
-    evaluation: {ladder: []}
+    evaluation: {pgd_steps: []}
 trainer: {max_steps: 40, val_check_interval: 4, logger: false}
 data: {init_args: {batch_size: 64}}
 """

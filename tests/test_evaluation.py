@@ -17,7 +17,7 @@ from spd_lightning.decomposition.importance import Importance
 from spd_lightning.targets.toy import TMS
 from spd_lightning.training import figures as drawing
 from spd_lightning.training.checkpoint import SafetensorsIO
-from spd_lightning.training.decompose import Decomposition, WarmUp
+from spd_lightning.training.decompose import Decomposition, FaithfulnessWarmup
 from spd_lightning.training.evaluate import Evaluation
 from spd_lightning.training.session import quiet
 
@@ -68,8 +68,8 @@ def decomposition(**settings):
     given = {
         "inner_steps": 2,
         "log_every": 2,
-        "warm_up": WarmUp(steps=3),
-        "evaluation": Evaluation(ladder=(2,)),
+        "warm_up": FaithfulnessWarmup(steps=3),
+        "evaluation": Evaluation(pgd_steps=(2,)),
     }
     return Decomposition(TMS(5, 2), {"*": 4}, **given | settings)
 

@@ -34,11 +34,11 @@ pytestmark = pytest.mark.filterwarnings(
 WHOLE = [style for style, (_, sites) in STYLES.items() if sites.items() >= MAPS.items()]
 
 
-def both(style, mode, at_least=0.0):
+def both(style, mode, min_share=0.0):
     """Of what graphs are; their layers, edges and heads' terms."""
     model, tokens, g = made(style, length=3)
     spec = GraphSpec(model, tokens, g, CLOSED[mode], THRESHOLD, some_outputs)
-    layers, found = attribution_graphs(spec, at_least)
+    layers, found = attribution_graphs(spec, min_share)
     found = list(found)
     return spec, layers, found, list(head_edges(spec, found))
 
@@ -90,11 +90,11 @@ def test_a7_a_heads_terms_are_the_graph_of_that_head_alone(style, mode, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("mode", "at_least"), [("unmasked", 0.0), ("ci_masked", 0.05), ("frozen", 0.05)]
+    ("mode", "min_share"), [("unmasked", 0.0), ("ci_masked", 0.05), ("frozen", 0.05)]
 )
 @pytest.mark.parametrize("style", WHOLE)
-def test_terms_of_heads_add_up_to_the_edges_that_stay(style, mode, at_least):
-    _, layers, found, heads = both(style, mode, at_least)
+def test_terms_of_heads_add_up_to_the_edges_that_stay(style, mode, min_share):
+    _, layers, found, heads = both(style, mode, min_share)
     for prompt in range(2):
         edges = dictionary(layers, found, prompt)
         through = {key: value for key, value in edges.items() if key[1][3].endswith("o_proj")}
@@ -117,7 +117,7 @@ def test_no_edges_no_terms():
 
 def test_a_harvest_writes_them_where_asked(tmp_path):
     """Rows of an edge add up to it; without being asked there are none."""
-    for name, asked in (("without", {}), ("with", {"heads": True, "at_least": 0.01})):
+    for name, asked in (("without", {}), ("with", {"heads": True, "min_share": 0.01})):
         (store,) = harvested(tmp_path / name, decoder(), Ragged((6, 4)), PromptGraphs(**asked))
         rows = store.collect(store.scan("head_edges"))
         assert rows.is_empty() != bool(asked)

@@ -18,7 +18,7 @@ from spd_lightning.decomposition.importance import SIGMOIDS, Importance, lower_l
 from spd_lightning.decomposition.masks import stochastic_sources
 from spd_lightning.decomposition.metrics import masked_outputs
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import Pass, Reconstruction
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction
 
 KINDS = ("mlp", "vector_mlp", "shared_mlp", "global_mlp")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -222,7 +222,7 @@ def test_importances_train_under_bf16_autocast(kind):
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            run = Pass.of(model, batch)
+            run = LossContext.from_batch(model, batch)
             loss = Reconstruction("ci")(run) + sum(g.mean() for g in run.importances.upper.values())
         loss.backward()
         results.append(
@@ -330,7 +330,7 @@ def test_g5_binomial_sources_are_fair_coins_and_the_deltas_stay_uniform():
     assert set(s.unique().tolist()) == {0.0, 1.0}
     assert stats.binomtest(int(s.sum()), s.numel(), 0.5).pvalue > 0.01
     assert stats.kstest(delta.numpy(), "uniform").pvalue > 0.01
-    run = Pass.of(
+    run = LossContext.from_batch(
         scrambled(Perceptron, "mlp", sampling="binomial"), Perceptron().batch(), torch.Generator()
     )
     for name, mask in run.masks("stochastic", 0, 0.0).items():
@@ -344,14 +344,16 @@ def test_g5_only_training_blurs():
     plain.load_state_dict(blurred.state_dict())
     batch = blurred.target.batch(50)
     generator = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    evaluated = Pass.of(blurred, batch, generator())
-    trained = Pass.of(blurred, batch, generator(), sample=True)
-    for name, g in Pass.of(plain, batch, generator(), sample=True).importances.lower.items():
+    evaluated = LossContext.from_batch(blurred, batch, generator())
+    trained = LossContext.from_batch(blurred, batch, generator(), sample=True)
+    for name, g in LossContext.from_batch(
+        plain, batch, generator(), sample=True
+    ).importances.lower.items():
         assert torch.equal(evaluated.importances.lower[name], g)
         assert not torch.equal(trained.importances.lower[name], g)
         assert torch.equal(trained.importances.upper[name], evaluated.importances.upper[name])
     outputs = [
         dict(masked_outputs(model, batch, run.clean, run.importances.lower, generator(), 0.1))
-        for model, run in ((blurred, evaluated), (plain, Pass.of(plain, batch)))
+        for model, run in ((blurred, evaluated), (plain, LossContext.from_batch(plain, batch)))
     ]
     assert all(torch.equal(outputs[0][source], outputs[1][source]) for source in outputs[0])

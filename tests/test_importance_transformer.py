@@ -16,7 +16,7 @@ from spd_lightning.decomposition.importance_functions import importance_function
 from spd_lightning.decomposition.importance_transformer import chunks_of_layers, rotated, rotation
 from spd_lightning.decomposition.losses import Losses
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import Pass, Reconstruction
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction
 from spd_lightning.errors import BadInput
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -210,7 +210,9 @@ def gradients(model):
     losses = Losses(
         reconstruction={"ci": Reconstruction("ci"), "random": Reconstruction("stochastic")}
     )
-    total, _ = losses(Pass.of(model, model.target.batch(), torch.Generator().manual_seed(0)))
+    total, _ = losses(
+        LossContext.from_batch(model, model.target.batch(), torch.Generator().manual_seed(0))
+    )
     return torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad])
 
 

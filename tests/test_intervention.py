@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import polars as pl
 import pytest
-import test_twins
+import test_native_decoder
 import torch
 from support import tiny_checkpoints
 from support.networks import NETWORKS, Branches, Tokens, decomposed, naive, printed_weight
@@ -18,7 +18,7 @@ from spd_lightning import cli
 from spd_lightning.analysis.checks import fidelity
 from spd_lightning.attribution.checks import Checks, Graphs, Inflow, changes
 from spd_lightning.attribution.graph import MODES, EdgeTable, GraphSpec, joined
-from spd_lightning.attribution.outputs import Against, Outputs, centered
+from spd_lightning.attribution.outputs import LogitAbove, Outputs, centered
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.components import Mask
@@ -27,7 +27,7 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.harvest.module import prompt_id
-from spd_lightning.harvest.twins import twin_of
+from spd_lightning.harvest.native_decoder import as_native_decoder
 from spd_lightning.store import Store, Writer
 from spd_lightning.targets.huggingface import HuggingFaceLM
 from spd_lightning.targets.toy import TMS
@@ -214,7 +214,7 @@ def test_a6_frozen_edges_are_interventions(style, mode):
     assert len(edges) > 100
 
 
-@pytest.mark.parametrize("reading", [centered, Against(2)])
+@pytest.mark.parametrize("reading", [centered, LogitAbove(2)])
 def test_a6_what_outputs_stand_for_is_what_is_read(reading):
     """Of logits above the mean or above another token's, checks see the same."""
     model, tokens, g = made("gpt", prompts=1)
@@ -243,11 +243,11 @@ def test_a1_small_interventions_are_derivatives(style, mode):
 def test_a6_checks_of_a_model_of_transformers_go_by_its_own_names(tmp_path):
     """A Llama's frozen edges are interventions on the decoder that stands for it."""
     tiny_checkpoints.write(tmp_path, "llama")
-    model, tokens, g = test_twins.decomposed(
-        HuggingFaceLM.from_pretrained(str(tmp_path)), test_twins.MAPS
+    model, tokens, g = test_native_decoder.decomposed(
+        HuggingFaceLM.from_pretrained(str(tmp_path)), test_native_decoder.MAPS
     )
-    spec = GraphSpec(model, tokens, g, MODES["frozen"], THRESHOLD, test_twins.odd_tokens)
-    quick = twin_of(model, spec.mode)
+    spec = GraphSpec(model, tokens, g, MODES["frozen"], THRESHOLD, test_native_decoder.odd_tokens)
+    quick = as_native_decoder(model, spec.mode)
     checks, edges = all_checks(*quick.graphs(spec))
     torch.testing.assert_close(
         -quick.changes(spec, checks, 0.0), edges, rtol=1e-9, atol=1e-9 * float(edges.abs().max())
@@ -332,12 +332,12 @@ def test_a_harvest_says_what_its_graphs_are_worth(tmp_path, style, mode):
     each other.
     """
     model, tokens, _ = made(style)
-    store, ids = harvested(tmp_path / "one", model, tokens, mode, at_least=0.01, checks=20)
+    store, ids = harvested(tmp_path / "one", model, tokens, mode, min_share=0.01, checks=20)
     checks, graphs, edges = (store.scan(name).collect() for name in ("checks", "graphs", "edges"))
     assert checks.select("prompt_id", "source", "target", "attribution").join(
         edges, on=edges.columns
     ).height == len(checks)
-    again, _ = harvested(tmp_path / "two", model, tokens, mode, at_least=0.01, checks=20)
+    again, _ = harvested(tmp_path / "two", model, tokens, mode, min_share=0.01, checks=20)
     assert again.scan("checks").collect().equals(checks)
     whole = harvested(tmp_path / "all", model, tokens, mode, checks=0)[0]
     assert whole.scan("checks").collect().is_empty()

@@ -5,7 +5,7 @@ devices.
 import json
 import math
 import sys
-from itertools import pairwise, product
+from itertools import matmul, pairwise
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from spd_lightning.decomposition.losses import (
     anneal,
 )
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import Pass, Reconstruction, kl, mse
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction, kl, mse
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.toy import TMS, ResidualMLP
 from spd_lightning.training.decompose import Decomposition
@@ -163,7 +163,7 @@ def test_l2_and_l3_are_their_loops(rows, p, pos, merged):
 @pytest.mark.parametrize(("progress", "p"), [(0.0, 2.0), (0.25, 1.6), (0.5, 1.2), (1.0, 0.4)])
 def test_l3_the_frequency_term_has_the_annealed_exponent_of_minimality(progress, p):
     """By hand for p(t) ≠ 1: f = mean (ĝ + ε)^{p(t)}, term = Σ f log2(1 + a f)."""
-    run = Pass.of(decomposed(Perceptron), Perceptron().batch())
+    run = LossContext.from_batch(decomposed(Perceptron), Perceptron().batch())
     losses = Losses(
         Faithfulness(0.0),
         Minimality(1.0, p=2.0, p_final=0.4),
@@ -184,7 +184,7 @@ def test_l3_the_frequency_term_has_the_annealed_exponent_of_minimality(progress,
 )
 def test_l3_the_frequency_term_ends_where_it_is_told(progress, on):
     """After `until` the total is that without the term, which is still logged."""
-    run = Pass.of(decomposed(Perceptron), Perceptron().batch())
+    run = LossContext.from_batch(decomposed(Perceptron), Perceptron().batch())
     with_it = Losses(
         Faithfulness(0.0), Minimality(1.0), Frequency(5.0, 29.0, until=0.6), reconstruction={}
     )
@@ -294,7 +294,7 @@ def test_l5_reconstruction_is_the_mean_divergence_of_its_masked_runs(
     network, source, route, passes
 ):
     model = decomposed(network)
-    run = Pass.of(model, model.target.batch(), generator())
+    run = LossContext.from_batch(model, model.target.batch(), generator())
     loss = Reconstruction(source, route, "kl", samples=3, adversary=Adversary(2))(run)
     by_route = 3 * len(model.sites) if route == "layerwise" else 3
     assert len(passes) == by_route
@@ -325,7 +325,7 @@ def test_l5_reconstruction_is_the_mean_divergence_of_its_masked_runs(
 def test_l5_all_ones_is_the_reconstruction_by_the_components_alone():
     """The source `ones` as a loss: outputs of a network whose weights are V U, by hand."""
     model = decomposed(Perceptron)
-    run = Pass.of(model, model.target.batch())
+    run = LossContext.from_batch(model, model.target.batch())
     own = {site.module: site.weight.clone() for site in model.sites.values()}
     with torch.no_grad():
         for name, site in model.sites.items():
@@ -348,13 +348,13 @@ def test_pgd_may_not_start_where_it_would_stay():
         Decomposition(Perceptron(), {"*": 3}, losses=Losses(reconstruction={"worst": stuck}))
     whole, bare = (decomposed(Perceptron, delta=delta) for delta in (True, False))
     with pytest.raises(BadInput, match=message):
-        stuck(Pass.of(whole, whole.target.batch()), "worst")
-    assert stuck(Pass.of(bare, bare.target.batch()), "worst") > 0
+        stuck(LossContext.from_batch(whole, whole.target.batch()), "worst")
+    assert stuck(LossContext.from_batch(bare, bare.target.batch()), "worst") > 0
 
 
 def test_l5_samples_are_different_draws_shared_by_all_losses_of_a_step(passes):
     model = decomposed(Perceptron)
-    run = Pass.of(model, model.target.batch(), generator())
+    run = LossContext.from_batch(model, model.target.batch(), generator())
     Reconstruction("stochastic", samples=2)(run)
     Reconstruction("stochastic", "layerwise", samples=2)(run)
     assert passes[0]["first"] is not passes[1]["first"]
@@ -366,7 +366,7 @@ def test_l5_samples_are_different_draws_shared_by_all_losses_of_a_step(passes):
 
 def test_l5_thresholds_of_two_rounded_losses_are_kept_apart(passes):
     model = decomposed(Perceptron)
-    run = Pass.of(model, model.target.batch())
+    run = LossContext.from_batch(model, model.target.batch())
     for threshold in (0.1, 0.7):
         Reconstruction("rounded", threshold=threshold)(run)
     for masks, threshold in zip(passes, (0.1, 0.7), strict=True):
@@ -376,11 +376,11 @@ def test_l5_thresholds_of_two_rounded_losses_are_kept_apart(passes):
 
 
 @pytest.mark.parametrize("divergence", ["mse", "kl"])
-@pytest.mark.parametrize(("source", "route"), list(product(SOURCES, ROUTES)))
+@pytest.mark.parametrize(("source", "route"), list(matmul(SOURCES, ROUTES)))
 @pytest.mark.parametrize("sampling", ["continuous", "binomial"])
 def test_l5_every_source_route_and_divergence_trains(source, route, divergence, sampling):
     model = decomposed(Tokens, importance=Importance(sampling=sampling)).float()
-    run = Pass.of(model, model.target.batch(), generator(), sample=True)
+    run = LossContext.from_batch(model, model.target.batch(), generator(), sample=True)
     loss = Reconstruction(source, route, divergence, adversary=Adversary(2))(run)
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -404,9 +404,9 @@ def test_l7_the_total_is_coefficient_times_loss_and_what_is_logged_is_raw():
             "each": Reconstruction("ci", "layerwise", "kl", coeff=13.0),
         },
     )
-    run = Pass.of(model, model.target.batch())
+    run = LossContext.from_batch(model, model.target.batch())
     total, terms = losses(run, 0.25)
-    alone = Pass.of(model, run.batch)
+    alone = LossContext.from_batch(model, run.batch)
     means = Minimality(p=1.5).means(alone.importances.upper, 0.25, None)
     raw = {
         "faithfulness": Faithfulness()(model),
@@ -432,7 +432,7 @@ def test_l7_the_total_is_coefficient_times_loss_and_what_is_logged_is_raw():
 
 
 def test_l7_terms_without_weight_are_not_computed():
-    run = Pass.of(decomposed(Perceptron), Perceptron().batch(), generator())
+    run = LossContext.from_batch(decomposed(Perceptron), Perceptron().batch(), generator())
     assert list(Losses()(run)[1]) == [
         "faithfulness",
         "minimality",
@@ -463,7 +463,7 @@ def test_what_losses_need_alike_is_computed_once(monkeypatch):
     monkeypatch.setattr(
         ComponentModel, "clean", lambda self, batch: cleans.append(1) or own_clean(self, batch)
     )
-    Losses()(Pass.of(model, model.target.batch(), generator()))
+    Losses()(LossContext.from_batch(model, model.target.batch(), generator()))
     assert len(cleans) == 1
     assert (
         len(maps) == 3
@@ -505,8 +505,8 @@ def test_merging_zero_rows_changes_no_loss_whose_masks_are_not_drawn(kind, activ
         smooth_l0=SmoothL0(1.0),
         reconstruction=EXACT_WHEN_MERGED,
     )
-    (merged, terms) = losses(Pass.of(d.model, rows, None, weights))
-    (full, expected) = losses(Pass.of(d.model, batch))
+    (merged, terms) = losses(LossContext.from_batch(d.model, rows, None, weights))
+    (full, expected) = losses(LossContext.from_batch(d.model, batch))
     for name in expected:
         torch.testing.assert_close(terms[name], expected[name], **EXACT)
     parameters = [p for p in d.model.parameters() if p.requires_grad]
@@ -600,7 +600,7 @@ def test_matrices_that_are_cast_once_a_batch_still_get_every_gradient():
     gradients = []
     for held in ({}, Forgetful()):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            run = Pass.of(model, torch.linspace(-1, 1, 24).view(4, 6), generator())
+            run = LossContext.from_batch(model, torch.linspace(-1, 1, 24).view(4, 6), generator())
             run.clean.matrices = held
             total, _ = losses(run)
         assert set(held.keys()) == set(model.sites)

@@ -20,7 +20,7 @@ from spd_lightning.decomposition.masks import (
     stochastic_sources,
     uniform,
 )
-from spd_lightning.decomposition.reconstruction import Pass, Reconstruction, mse, routed
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction, mse, routed
 
 unit = st.floats(0, 1, width=32)
 SCOPES = ("per_position", "per_batch")
@@ -164,7 +164,9 @@ def test_draws_are_a_function_of_the_generator(source, route):
     model = decomposed(Branches)
     batch = model.target.batch()
     term = Reconstruction(source, route, adversary=Adversary(2))
-    values = [term(Pass.of(model, batch, generator(seed))).item() for seed in (0, 0, 1)]
+    values = [
+        term(LossContext.from_batch(model, batch, generator(seed))).item() for seed in (0, 0, 1)
+    ]
     assert values[0] == values[1]
     assert values[0] != values[2]
 
@@ -246,7 +248,7 @@ def test_pgd_hurts_more_the_longer_it_climbs(network, scope, init):
     model = decomposed(network)
     batch = model.target.batch(4)
     with torch.no_grad():
-        run = Pass.of(model, batch)
+        run = LossContext.from_batch(model, batch)
         g = {name: value * 0.5 for name, value in run.importances.lower.items()}
 
         def loss(sources):
@@ -268,7 +270,7 @@ def test_pgd_hurts_more_the_longer_it_climbs(network, scope, init):
 @pytest.mark.parametrize("route", ["all", "layerwise", "subset", "static"])
 def test_pgd_climbs_one_route_and_leaves_parameters_alone(route, monkeypatch):
     model = decomposed(Perceptron)
-    run = Pass.of(model, model.target.batch(), generator())
+    run = LossContext.from_batch(model, model.target.batch(), generator())
     parameters = [p for p in model.parameters() if p.requires_grad]
     calls = []
     own = type(model).masked
@@ -304,7 +306,7 @@ def test_pgd_climbs_one_route_and_leaves_parameters_alone(route, monkeypatch):
 def test_pgd_sources_are_constants_of_the_training_gradient():
     model = decomposed(Perceptron)
     adversary = Adversary(3, init="zeros")
-    run = Pass.of(model, model.target.batch(), generator())
+    run = LossContext.from_batch(model, model.target.batch(), generator())
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(Reconstruction("pgd", adversary=adversary)(run), parameters)
     g = run.importances.lower
@@ -320,7 +322,7 @@ def test_pgd_sources_are_constants_of_the_training_gradient():
     start = {name: torch.zeros(value.shape[-1] + 1).double() for name, value in g.items()}
     end = ascend(g, loss, adversary, start)
     sources = {n: (v[:-1].detach(), v[-1].detach().expand(g[n].shape[:-1])) for n, v in end.items()}
-    fresh = Pass.of(model, run.batch)
+    fresh = LossContext.from_batch(model, run.batch)
     for a, b in zip(
         found, torch.autograd.grad(loss(sources, fresh.importances.lower), parameters), strict=True
     ):

@@ -28,7 +28,7 @@ from spd_lightning.decomposition.metrics import (
     masked_outputs,
 )
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import Pass
+from spd_lightning.decomposition.reconstruction import LossContext
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP
 from spd_lightning.training.evaluate import (
@@ -40,8 +40,8 @@ from spd_lightning.training.evaluate import (
     uncertain,
     with_errors,
 )
-from spd_lightning.training.ladder import adversarial_ladder
-from spd_lightning.training.truth import lone_features, truth, verdict
+from spd_lightning.training.ground_truth import lone_features, truth, verdict
+from spd_lightning.training.pgd_sweep import pgd_sweep
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 ANGLES = torch.arange(5).double() * 2 * math.pi / 5
@@ -317,7 +317,7 @@ def test_e_six_maskings_are_their_rows_of_the_table(network, delta, monkeypatch)
         lambda self, b, masks, *rest: calls.append(masks) or own(self, b, masks, *rest),
     )
     batch = model.target.batch()
-    run = Pass.of(model, batch)
+    run = LossContext.from_batch(model, batch)
     g = {name: (value * 1.7).clamp(0, 1) for name, value in run.importances.lower.items()}
     outputs = dict(masked_outputs(model, batch, run.clean, g, generator(), 0.3))
     assert (
@@ -385,7 +385,7 @@ def test_e_figures_are_means_over_positions_however_the_data_are_cut(made, diver
     for cut in ([5], [2, 3], [1, 1, 3]):
         totals = Totals()
         for batch in data.split(cut):
-            count(model, Pass.of(model, batch, generator()), settings, totals)
+            count(model, LossContext.from_batch(model, batch, generator()), settings, totals)
         found.append((totals, figures_of(model, totals, settings)))
     drawn = {
         f"{kind}/{source}"
@@ -398,7 +398,7 @@ def test_e_figures_are_means_over_positions_however_the_data_are_cut(made, diver
         for name in figures.keys() - drawn:
             assert figures[name] == pytest.approx(found[0][1][name], rel=1e-9, abs=1e-12), name
     totals, figures = found[0]
-    run = Pass.of(model, data)
+    run = LossContext.from_batch(model, data)
     flat = {name: g.reshape(-1, g.shape[-1]) for name, g in run.importances.lower.items()}
     for name, g in flat.items():
         rows = g.tolist()
@@ -453,7 +453,7 @@ def test_e_figures_are_means_over_positions_however_the_data_are_cut(made, diver
 
 def test_e_hidden_errors_are_those_of_site_inputs_inside_the_ci_masked_model():
     model = decomposed(Perceptron)
-    run = Pass.of(model, model.target.batch())
+    run = LossContext.from_batch(model, model.target.batch())
     seen = {}
     naive(model, run.batch, {name: Mask(g, 0.0) for name, g in run.importances.lower.items()}, seen)
     squares = hidden_squares(model, run)
@@ -470,7 +470,8 @@ def test_e_every_rung_of_the_ladder_is_the_worst_of_adversaries_of_its_own(resta
     model = decomposed(Perceptron)
     batch = model.target.batch()
     g = {
-        name: value.detach() for name, value in Pass.of(model, batch[:4]).importances.lower.items()
+        name: value.detach()
+        for name, value in LossContext.from_batch(model, batch[:4]).importances.lower.items()
     }
 
     def rows(sources):
@@ -481,38 +482,38 @@ def test_e_every_rung_of_the_ladder_is_the_worst_of_adversaries_of_its_own(resta
         )
 
     with torch.no_grad():
-        settings = Evaluation(ladder=(9, 2, 5), restarts=restarts, ladder_rows=4)
-        ladder = adversarial_ladder(model, batch, settings)
-        for steps in settings.ladder:
+        settings = Evaluation(pgd_steps=(9, 2, 5), restarts=restarts, pgd_rows=4)
+        swept = pgd_sweep(model, batch, settings)
+        for steps in settings.pgd_steps:
             starts = range(restarts)
             climbed = [
                 rows(pgd_sources(Adversary(steps), g, lambda s: rows(s).mean(), generator(seed)))
                 for seed in starts
             ]
             worst = max(climbed, key=torch.mean)
-            assert ladder[f"pgd/{steps}"] == pytest.approx(worst.mean().item(), rel=1e-10)
-            assert ladder[f"se/pgd/{steps}"] == pytest.approx(worst.std().item() / 2, rel=1e-9)
-    assert [name for name in ladder if name.startswith("pgd")] == ["pgd/2", "pgd/5", "pgd/9"]
+            assert swept[f"pgd/{steps}"] == pytest.approx(worst.mean().item(), rel=1e-10)
+            assert swept[f"se/pgd/{steps}"] == pytest.approx(worst.std().item() / 2, rel=1e-9)
+    assert [name for name in swept if name.startswith("pgd")] == ["pgd/2", "pgd/5", "pgd/9"]
     assert not any(p.grad is not None for p in model.parameters())
 
 
 def test_e_the_ladder_takes_about_512_positions_where_nothing_is_said(monkeypatch):
     taken = []
-    own = Pass.of.__func__
+    own = LossContext.from_batch.__func__
     monkeypatch.setattr(
-        Pass,
+        LossContext,
         "of",
         classmethod(lambda cls, model, batch: taken.append(batch) or own(cls, model, batch)),
     )
-    settings = Evaluation(ladder=(1,), divergence="kl")
+    settings = Evaluation(pgd_steps=(1,), divergence="kl")
     tokens, _ = tokens_model()
-    adversarial_ladder(tokens, torch.randint(1, 7, (200, 6)), settings)
+    pgd_sweep(tokens, torch.randint(1, 7, (200, 6)), settings)
     vectors, _ = vectors_model()
-    adversarial_ladder(vectors, torch.rand(700, 5).double(), settings)
-    adversarial_ladder(vectors, torch.rand(3, 5).double(), settings)
-    adversarial_ladder(vectors, torch.rand(700, 5).double(), Evaluation(ladder=(1,), ladder_rows=7))
+    pgd_sweep(vectors, torch.rand(700, 5).double(), settings)
+    pgd_sweep(vectors, torch.rand(3, 5).double(), settings)
+    pgd_sweep(vectors, torch.rand(700, 5).double(), Evaluation(pgd_steps=(1,), pgd_rows=7))
     assert [len(batch) for batch in taken] == [86, 512, 3, 7]
-    assert adversarial_ladder(vectors, torch.rand(3, 5).double(), Evaluation(ladder=())) == {}
+    assert pgd_sweep(vectors, torch.rand(3, 5).double(), Evaluation(pgd_steps=())) == {}
 
 
 # ---- uncertainty ---------------------------------------------------------------------------------
@@ -526,12 +527,12 @@ def test_e_standard_errors_are_those_of_the_mean_over_rows(made, divergence):
     settings = Evaluation(threshold=0.2, groups={"all": "*"}, divergence=divergence)
     totals = Totals()
     for batch in data.split([2, 3]):
-        count(model, Pass.of(model, batch, generator()), settings, totals)
+        count(model, LossContext.from_batch(model, batch, generator()), settings, totals)
     figures = figures_of(model, totals, settings)
     one = {}
     for row in data:
         alone = Totals()
-        count(model, Pass.of(model, row[None], generator()), settings, alone)
+        count(model, LossContext.from_batch(model, row[None], generator()), settings, alone)
         for name, value in figures_of(model, alone, settings).items():
             one.setdefault(name, []).append(value)
     assert not any(name.startswith("se/") for name in one), "one row says nothing of the next"
@@ -590,7 +591,7 @@ def test_figures_are_stated_to_the_digit_that_is_certain(value, error, told):
     [
         ({"divergence": "kll"}, "divergence 'kll'.*'kl'"),
         ({"restarts": 0}, "restarts 0 in evaluation: it must be at least 1"),
-        ({"ladder_rows": 0}, "ladder_rows 0 in evaluation: it must be at least 1"),
+        ({"pgd_rows": 0}, "pgd_rows 0 in evaluation: it must be at least 1"),
     ],
 )
 def test_evaluations_that_cannot_be_are_refused(settings, told):

@@ -282,7 +282,7 @@ model:
     target: head.yaml
     sites: {h.*.attn.*_proj: 5}
     warm_up: {steps: 5}
-    evaluation: {ladder: [2]}
+    evaluation: {pgd_steps: [2]}
 trainer:
   max_steps: 12
   val_check_interval: 1

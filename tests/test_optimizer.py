@@ -14,7 +14,7 @@ from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import Losses
 from spd_lightning.decomposition.reconstruction import Reconstruction
 from spd_lightning.errors import BadInput
-from spd_lightning.training.decompose import Decomposition, WarmUp
+from spd_lightning.training.decompose import Decomposition, FaithfulnessWarmup
 from spd_lightning.training.optimizer import Optimizer, matrices_of
 
 
@@ -23,7 +23,12 @@ def module(kind="shared_mlp", losses=None, **settings):
     importance = Importance(kind, hidden=5)
     target = Perceptron().requires_grad_(False)
     d = Decomposition(
-        target, {"*": 6}, importance=importance, losses=losses, warm_up=WarmUp(0), **settings
+        target,
+        {"*": 6},
+        importance=importance,
+        losses=losses,
+        warm_up=FaithfulnessWarmup(0),
+        **settings,
     )
     for p in d.model.importance_function.parameters():
         nn.init.normal_(p, generator=torch.Generator().manual_seed(1))

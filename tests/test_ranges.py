@@ -24,7 +24,7 @@ from spd_lightning.harvest.dataset_edges import DatasetEdges
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.harvest.nodes import PromptNodes
 from spd_lightning.targets.toy import TMS
-from spd_lightning.training.decompose import Decomposition, WarmUp
+from spd_lightning.training.decompose import Decomposition, FaithfulnessWarmup
 from spd_lightning.training.evaluate import Evaluation
 from spd_lightning.training.optimizer import Optimizer
 from spd_lightning.training.schedule import Schedule
@@ -101,11 +101,11 @@ RANGES: dict[Callable, dict[str, tuple]] = {
         "clip_importance": POSITIVE,
     },
     Schedule: {"warmup": COUNT_OR_NONE, "hold": SHARE, "final": SHARE},
-    WarmUp: {"steps": COUNT_OR_NONE, "lr": POSITIVE, "weight_decay": NOT_NEGATIVE},
+    FaithfulnessWarmup: {"steps": COUNT_OR_NONE, "lr": POSITIVE, "weight_decay": NOT_NEGATIVE},
     Evaluation: {
         "threshold": SHARE,
-        "ladder": ((0,), (-1,), (20, 0)),
-        "ladder_rows": COUNT,
+        "pgd_steps": ((0,), (-1,), (20, 0)),
+        "pgd_rows": COUNT,
         "restarts": COUNT,
     },
     CircuitSearch: {
@@ -138,14 +138,14 @@ RANGES: dict[Callable, dict[str, tuple]] = {
     },
     PromptGraphs: {
         "threshold": SHARE,
-        "at_least": (-0.1, 1.0, *NOT_FINITE),
+        "min_share": (-0.1, 1.0, *NOT_FINITE),
         "checks": COUNT_OR_NONE,
     },
     PromptNodes: {"threshold": SHARE},
     DatasetEdges: {"threshold": SHARE, "group": COUNT},
     SparseCircuits: {
         "threshold": SHARE,
-        **dict.fromkeys(("share", "at_least"), (-0.1, 1.0, *NOT_FINITE)),
+        **dict.fromkeys(("share", "min_share"), (-0.1, 1.0, *NOT_FINITE)),
     },
 }
 CASES = [
@@ -179,10 +179,10 @@ def test_numbers_at_the_ends_of_their_ranges_are_taken():
     )
     assert Persistent(warmup=0.0, betas=(0.0, 0.0), ascents=0, particles=None).particles is None
     assert Optimizer(importance_lr=0.0, betas=(0.0, 0.0), momentum=0.0).importance_lr == 0
-    assert Evaluation(ladder=(), threshold=1.0).ladder == ()
+    assert Evaluation(pgd_steps=(), threshold=1.0).pgd_steps == ()
     assert (
         Adversary(steps=0).steps
-        == WarmUp(0, weight_decay=0.0).steps
+        == FaithfulnessWarmup(0, weight_decay=0.0).steps
         == Schedule(warmup=0, hold=1.0).warmup
         == 0
     )
@@ -271,7 +271,7 @@ def test_the_command_line_names_the_setting():
         "optimizer.betas=[2,2]": (
             "betas [2.0, 2.0] in optimizer: each must be at least 0 and below 1"
         ),
-        "evaluation.ladder=[0]": "ladder [0] in evaluation: each must be at least 1",
+        "evaluation.pgd_steps=[0]": "pgd_steps [0] in evaluation: each must be at least 1",
     }.items():
         with quiet(), pytest.raises(BadInput) as caught:
             Settings(config.load("tms.yaml"), [f"--model.{option}"]).built(

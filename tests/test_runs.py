@@ -33,7 +33,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
-def finish(claimed: runs.Claim, **summary: float) -> Path:
+def finish(claimed: runs.RunLock, **summary: float) -> Path:
     runs.write_json(claimed.path / "summary.json", summary)
     claimed.release()
     return claimed.path
@@ -64,7 +64,7 @@ def harvest(path: Path) -> None:
 
 
 def test_states_of_a_run(root):
-    claimed = runs.claim("tms", SETTINGS)
+    claimed = runs.acquire_run("tms", SETTINGS)
     assert claimed.path == root / "tms"
     assert claimed.run.state == "running"
     claimed.release()
@@ -75,26 +75,26 @@ def test_states_of_a_run(root):
 
 
 def test_a_finished_run_is_never_claimed_again(root):
-    first = finish(runs.claim("tms", SETTINGS))
-    second = runs.claim("tms", SETTINGS)
+    first = finish(runs.acquire_run("tms", SETTINGS))
+    second = runs.acquire_run("tms", SETTINGS)
     assert (second.path, second.resumed) == (root / "tms-2", False)
     finish(second)
-    assert runs.claim("tms", SETTINGS).path == root / "tms-3"
+    assert runs.acquire_run("tms", SETTINGS).path == root / "tms-3"
     assert sorted(path.name for path in first.iterdir()) == [".lock", "run.json", "summary.json"]
 
 
 def test_an_interrupted_run_with_the_same_settings_goes_on(root):
-    finish(runs.claim("tms", SETTINGS))
-    runs.claim("tms", SETTINGS).release()
-    again = runs.claim("tms", dict(reversed(SETTINGS.items())))
+    finish(runs.acquire_run("tms", SETTINGS))
+    runs.acquire_run("tms", SETTINGS).release()
+    again = runs.acquire_run("tms", dict(reversed(SETTINGS.items())))
     assert (again.path, again.resumed) == (root / "tms-2", True)
 
 
 def test_an_interrupted_run_with_other_settings_is_left_alone(root):
-    runs.claim("tms", SETTINGS).release()
-    other = runs.claim("tms", SETTINGS | {"seed": 1})
+    runs.acquire_run("tms", SETTINGS).release()
+    other = runs.acquire_run("tms", SETTINGS | {"seed": 1})
     assert (other.path, other.resumed) == (root / "tms-2", False)
-    assert runs.claim("tms", SETTINGS).path == root / "tms"
+    assert runs.acquire_run("tms", SETTINGS).path == root / "tms"
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_an_interrupted_run_with_other_settings_is_left_alone(root):
 )
 def test_a_start_that_failed_leaves_no_folder_behind(root, reached):
     """Only a folder in which nothing was reached is taken away; the next try then has its name."""
-    claimed = runs.claim("tms", SETTINGS)
+    claimed = runs.acquire_run("tms", SETTINGS)
     (claimed.path / "config.yaml").write_text("{}")
     if reached:
         (claimed.path / reached).touch()
-    claimed.abandon()
-    claimed.abandon()
+    claimed.release_and_discard()
+    claimed.release_and_discard()
     assert claimed.path.exists() == (reached is not None)
     assert not runs.files.held(claimed.path)
 
@@ -116,10 +116,10 @@ def test_further_devices_share_the_claim_of_the_first(root, monkeypatch):
     """Lightning runs the command again for each device, with its LOCAL_RANK: they work on one
     run.
     """
-    first = runs.claim("tms", SETTINGS)
+    first = runs.acquire_run("tms", SETTINGS)
     code = (
-        "from spd_lightning import runs; c = runs.claim('tms', {'any': 1}); print(c.path); "
-        "c.abandon()"
+        "from spd_lightning import runs; c = runs.acquire_run('tms', {'any': 1}); print(c.path); "
+        "c.release_and_discard()"
     )
     for rank, path in (("1", root / "tms"), ("0", root / "tms-2")):
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -133,8 +133,8 @@ def test_further_devices_share_the_claim_of_the_first(root, monkeypatch):
 
 
 def test_a_run_that_somebody_works_on_is_passed_by(root, caplog):
-    first = runs.claim("tms", SETTINGS)
-    with caplog.at_level("INFO"), runs.claim("tms", SETTINGS) as second:
+    first = runs.acquire_run("tms", SETTINGS)
+    with caplog.at_level("INFO"), runs.acquire_run("tms", SETTINGS) as second:
         assert second.path == root / "tms-2"
     assert "run tms: another process is working on it" in caplog.text
     assert first.run.state == "running"
@@ -144,16 +144,16 @@ def test_a_run_that_somebody_works_on_is_passed_by(root, caplog):
 def test_a_folder_that_is_not_ours_is_not_touched(root):
     (root / "tms").mkdir(parents=True)
     (root / "tms" / "notes.txt").write_text("mine")
-    assert runs.claim("tms", SETTINGS).path == root / "tms-2"
+    assert runs.acquire_run("tms", SETTINGS).path == root / "tms-2"
     assert [path.name for path in (root / "tms").iterdir()] == ["notes.txt"]
 
 
 def test_families_with_numbers_in_their_names_do_not_mix(root):
     """tms_5-2 is a model of its own, not the second run of tms_5."""
-    runs.claim("tms_5-2", SETTINGS).release()
-    assert runs.claim("tms_5", SETTINGS).path == root / "tms_5"
-    assert runs.claim("tms_5", SETTINGS | {"seed": 1}).path == root / "tms_5-3"
-    assert runs.claim("tms_5-2", SETTINGS).resumed
+    runs.acquire_run("tms_5-2", SETTINGS).release()
+    assert runs.acquire_run("tms_5", SETTINGS).path == root / "tms_5"
+    assert runs.acquire_run("tms_5", SETTINGS | {"seed": 1}).path == root / "tms_5-3"
+    assert runs.acquire_run("tms_5-2", SETTINGS).resumed
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_families_with_numbers_in_their_names_do_not_mix(root):
 )
 def test_names_that_cannot_be(root, name):
     with pytest.raises(BadInput, match="run name"):
-        runs.claim(name, SETTINGS)
+        runs.acquire_run(name, SETTINGS)
     assert not root.exists()
 
 
@@ -170,7 +170,7 @@ import sys
 from spd_lightning import runs
 print("ready", flush=True)
 sys.stdin.readline()
-claimed = runs.claim("tms", {"a": 1})
+claimed = runs.acquire_run("tms", {"a": 1})
 print(claimed.path.name, claimed.resumed, flush=True)
 sys.stdin.readline()
 """
@@ -207,22 +207,22 @@ def test_processes_that_race_get_a_folder_each(claimers, root):
 
 
 def test_newest_is_the_one_that_finished_last(root):
-    first = runs.claim("tms", SETTINGS)
-    second = runs.claim("tms", SETTINGS | {"seed": 1})
+    first = runs.acquire_run("tms", SETTINGS)
+    second = runs.acquire_run("tms", SETTINGS | {"seed": 1})
     with pytest.raises(BadInput, match=r"none has finished \(tms is running, tms-2 is running\)"):
         runs.newest("tms")
     finish(second)
     assert runs.newest("tms").name == "tms-2"
     finish(first)
     os.utime(second.path / "summary.json", (1, 1))
-    runs.claim("tms", SETTINGS)
+    runs.acquire_run("tms", SETTINGS)
     assert runs.newest("tms").name == "tms"
     with pytest.raises(BadInput, match=r"run 'tmss': not in .*did you mean 'tms'"):
         runs.newest("tmss")
 
 
 def test_a_reference_is_a_name_or_a_path(root, tmp_path, monkeypatch):
-    path = finish(runs.claim("tms", SETTINGS))
+    path = finish(runs.acquire_run("tms", SETTINGS))
     harvest(path / "harvest" / "graphs")
     harvest(tmp_path / "bare")
     assert runs.find("tms").path == path
@@ -248,7 +248,7 @@ def test_a_reference_is_a_name_or_a_path(root, tmp_path, monkeypatch):
 
 def test_the_list_of_runs_survives_broken_folders(root, caplog):
     for number, name in enumerate(("old", "broken", "new")):
-        path = finish(runs.claim(name, SETTINGS))
+        path = finish(runs.acquire_run(name, SETTINGS))
         for file in path.iterdir():
             os.utime(file, (number, number))
     for name in ("summary.json", "run.json"):
@@ -266,7 +266,7 @@ def test_the_list_of_runs_survives_broken_folders(root, caplog):
     assert [run.metrics().height for run in found] == [0, 0, 0]
     assert [run.state for run in found] == ["finished"] * 3
     assert "summary.json': not JSON" in caplog.text
-    assert runs.claim("broken", SETTINGS).path == root / "broken-2"
+    assert runs.acquire_run("broken", SETTINGS).path == root / "broken-2"
 
 
 def test_no_root_no_runs(root):
@@ -285,7 +285,7 @@ def test_the_root_is_beside_us_unless_told(monkeypatch, tmp_path):
 
 
 def test_a_runs_config_and_figures(root):
-    path = runs.claim("tms", SETTINGS).path
+    path = runs.acquire_run("tms", SETTINGS).path
     (path / "config.yaml").write_text("lr: 1e-3\nmodel: {C: 20}\n")
     (path / "figures").mkdir()
     for name in ("b.png", "a.png", "notes.txt"):
@@ -333,7 +333,7 @@ def test_a_disk_that_refuses(tmp_path, monkeypatch):
         runs.append_metrics(tmp_path / "file", 0, {})
     monkeypatch.setenv("SPD_RUNS", str(tmp_path / "file"))
     with pytest.raises(BadInput, match="cannot be written"):
-        runs.claim("tms", SETTINGS)
+        runs.acquire_run("tms", SETTINGS)
 
 
 def test_metrics_of_one_step_are_one_row_and_the_later_values_count(tmp_path):
@@ -427,7 +427,7 @@ def logged(root: Path) -> tuple[Path, str]:
     """A finished run with a harvest, copied to the embedded MLflow store; and its id there."""
     from mlflow import MlflowClient
 
-    claimed = runs.claim("tms", SETTINGS)
+    claimed = runs.acquire_run("tms", SETTINGS)
     harvest(claimed.path / "harvest" / "graphs")
     (claimed.path / "config.yaml").write_text("seed: 0\n")
     (claimed.path / "checkpoints").mkdir()

@@ -125,7 +125,7 @@ def test_a_checkpoint_from_its_maps_to_a_run(here, capsys, kind, fully):
             "--trainer.val_check_interval",
             "2",
         ]
-        short += ["--model.evaluation.ladder", "[]", "--trainer.precision", "32", *small]
+        short += ["--model.evaluation.pgd_steps", "[]", "--trainer.precision", "32", *small]
         assert cli.run(["fit", "--config", "first.yaml", *short]) == 0
         assert (here / "runs/first/summary.json").exists()
 

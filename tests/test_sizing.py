@@ -17,18 +17,18 @@ from spd_lightning.commands import plan
 from spd_lightning.decomposition.adversaries import Adversary
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import Faithfulness, Losses, Minimality
-from spd_lightning.decomposition.reconstruction import Pass, Reconstruction
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction
 from spd_lightning.errors import BadInput
 from spd_lightning.planning import devices, estimate
 from spd_lightning.planning.dry_run import (
     CLEAN,
     FAITHFULNESS,
     IMPORTANCE,
-    Ledger,
-    Rehearsal,
+    CostCounter,
+    StepCost,
     Work,
-    fakes,
-    rehearse,
+    fake_tensors,
+    measure_step,
     step,
 )
 from spd_lightning.targets.toy import TMS
@@ -87,7 +87,7 @@ def real_flops(module: Decomposition, batch: Tensor, precision: torch.dtype | No
     """Of one training step, counted by torch itself."""
     with FlopCounterMode(display=False) as counter:
         with torch.autocast("cpu", precision, enabled=precision is not None):
-            run = Pass.of(module.model, batch, torch.Generator().manual_seed(0))
+            run = LossContext.from_batch(module.model, batch, torch.Generator().manual_seed(0))
             loss = module.losses(run)[0]
         loss.backward()
     return counter.get_total_flops()
@@ -104,7 +104,7 @@ def test_flops_are_those_that_torch_counts(name):
     not count on processors: two products of [T, T, width] forward and five backward, in each of two
     layers.
     """
-    said = rehearse(MODULES[name], tokens, None).total.flops
+    said = measure_step(MODULES[name], tokens, None).total.flops
     fused = 2 * (2 + 5) * 2 * B * T * T * 16 if name == "transformer" else 0
     assert said == real_flops(MODULES[name](), tokens()) + fused > 1e6
 
@@ -115,7 +115,7 @@ def test_flops_of_random_routes_are_their_expectation(precision):
     the plan.
     """
     make = decomposition(SUBSET, adversarial(1, "subset"))
-    said = rehearse(make, lambda: torch.zeros(16, T, dtype=torch.long), precision).total.flops
+    said = measure_step(make, lambda: torch.zeros(16, T, dtype=torch.long), precision).total.flops
     assert said == pytest.approx(
         real_flops(make(), torch.zeros(16, T, dtype=torch.long), precision), rel=0.05
     )
@@ -126,7 +126,7 @@ def test_fused_attention_counts_as_much_as_attention_written_out():
     included.
     """
     fused, plain = (
-        rehearse(decomposition(STOCHASTIC, fused=f), tokens, None).parts for f in (True, False)
+        measure_step(decomposition(STOCHASTIC, fused=f), tokens, None).parts for f in (True, False)
     )
     assert fused[CLEAN].forward == plain[CLEAN].forward
     term = "reconstruction/term 0"
@@ -139,7 +139,7 @@ def test_flops_of_every_part():
     """By pencil: 2mkn for every product, once forward and once for each factor that needs a
     gradient.
     """
-    parts = rehearse(decomposition(STOCHASTIC), tokens, None).parts
+    parts = measure_step(decomposition(STOCHASTIC), tokens, None).parts
     module = decomposition(STOCHASTIC)()
     sites = [
         (site.d_in, site.d_out, module.model.counts[name])
@@ -171,7 +171,7 @@ def test_every_ascent_costs_the_same():
     without ascents.
     """
     none, one, three = (
-        rehearse(decomposition(adversarial(n)), tokens, None).parts["reconstruction/term 0"]
+        measure_step(decomposition(adversarial(n)), tokens, None).parts["reconstruction/term 0"]
         for n in (0, 1, 3)
     )
     assert none.forward < one.forward
@@ -183,11 +183,11 @@ def test_positions_of_a_route_are_expected_or_all():
     """A mask without numbers has as many positions as its route has on average, on a GPU all."""
     found = {}
     for whole in (False, True):
-        with fakes(whole) as ledger:
+        with fake_tensors(whole) as counter:
             mask = torch.rand(10, 20) < 0.1
-            with ledger.part("a term", routed=0.25):
+            with counter.part("a term", routed=0.25):
                 found[whole] = len(mask.flatten().nonzero()[:, 0])
-            assert ledger.gathered
+            assert counter.gathered
             assert len(mask.nonzero()) == 200
     assert found == {False: 50, True: 200}
 
@@ -195,7 +195,7 @@ def test_positions_of_a_route_are_expected_or_all():
 def test_work_grows_with_the_batch():
     """Products of activations grow with the number of sequences, faithfulness does not."""
     small, large = (
-        rehearse(MODULES["two terms"], lambda n=n: tokens().repeat(n, 1), None).parts
+        measure_step(MODULES["two terms"], lambda n=n: tokens().repeat(n, 1), None).parts
         for n in (1, 5)
     )
     for name, work in small.items():
@@ -205,14 +205,14 @@ def test_work_grows_with_the_batch():
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def real_step(make: Callable[[], Decomposition]) -> tuple[Rehearsal, Decomposition]:
+def real_step(make: Callable[[], Decomposition]) -> tuple[StepCost, Decomposition]:
     """The ledger's reading of a step with real numbers."""
     module = make()
     batch = tokens()
-    with Ledger() as ledger:
+    with CostCounter() as counter:
         for tensor in (*module.parameters(), *module.buffers()):
-            ledger._keep(tensor.untyped_storage())
-        return step(ledger, module, batch, None, ledger.alive), module
+            counter._keep(tensor.untyped_storage())
+        return step(counter, module, batch, None, counter.alive), module
 
 
 @pytest.mark.parametrize("name", ["two terms", "one site at a time", "transformer", "mlp"])
@@ -220,7 +220,7 @@ def test_memory_is_that_of_real_tensors(name):
     """Gradients and the optimizer's state to the byte; what a step keeps, as the same step with
     numbers keeps it.
     """
-    said = rehearse(MODULES[name], tokens, None)
+    said = measure_step(MODULES[name], tokens, None)
     real, module = real_step(MODULES[name])
     trained = [p for p in module.parameters() if p.requires_grad]
     assert said.gradients == sum(p.grad.numel() * 4 for p in trained if p.grad is not None) > 0
@@ -236,16 +236,16 @@ def test_persistent_adversaries_stay_in_memory(parts):
     """Per sample, position and site: C + 1 sources with two moments each; activations are a part's
     alone.
     """
-    lasting = Reconstruction("persistent_pgd", "all", "kl", 0.5)
-    build = decomposition(lasting)
+    persistent = Reconstruction("persistent_pgd", "all", "kl", 0.5)
+    build = decomposition(persistent)
 
     def make() -> Decomposition:
         module = build()
         module.micro_batches = parts
         return module
 
-    said = rehearse(make, tokens, None)
-    once = rehearse(decomposition(adversarial(3)), tokens, None)
+    said = measure_step(make, tokens, None)
+    once = measure_step(decomposition(adversarial(3)), tokens, None)
     sources = sum(B * T * (C + 1) for C in build().model.counts.values())
     assert said.adversaries == 3 * 4 * sources
     assert said.activations == pytest.approx(once.activations / parts, rel=0.25)
@@ -267,11 +267,11 @@ def test_activations_cover_what_autograd_saves():
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    run = Pass.of(module.model, tokens(), torch.Generator().manual_seed(0))
+    run = LossContext.from_batch(module.model, tokens(), torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = module.losses(run)[0]
     held = sum(saved.values())
-    said = rehearse(MODULES["samples"], tokens, None).activations
+    said = measure_step(MODULES["samples"], tokens, None).activations
     assert loss.requires_grad
     assert held <= said <= 2.5 * held
 
@@ -287,17 +287,17 @@ def test_nothing_is_allocated():
             target, {"h.*.mlp.*": 500_000}, importance=Importance("shared_mlp", 1000), losses=large
         )
 
-    said = rehearse(make, tokens, None)
+    said = measure_step(make, tokens, None)
     assert said.gradients > 100 * 2**30
 
 
 def test_the_ledger_forgets_what_is_dropped():
-    with Ledger() as ledger:
+    with CostCounter() as counter:
         a = torch.ones(1000)
         b = a.view(10, 100)
-        assert ledger.alive == 4000
+        assert counter.alive == 4000
         del a, b
-        assert (ledger.alive, ledger.peak) == (0, 4000)
+        assert (counter.alive, counter.peak) == (0, 4000)
 
 
 # ---- configs -------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_hours_are_work_over_speed():
     assert device.seconds(work, mixed=False) == pytest.approx(4 / 0.5 + 10 + 0.1)
     assert device.seconds(work, mixed=True) == pytest.approx(4 / 2 + 10 + 0.1)
     size = estimate.Size(
-        1, [], 1, 1, Rehearsal({FAITHFULNESS: work, CLEAN: work}, 0, 0, 0), 10, 20, True, 1
+        1, [], 1, 1, StepCost({FAITHFULNESS: work, CLEAN: work}, 0, 0, 0), 10, 20, True, 1
     )
     assert size.hours(device) == pytest.approx((10 * 2 * 12.1 + 20 * 18.1) / 3600)
 

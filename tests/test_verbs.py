@@ -17,7 +17,7 @@ from spd_lightning.analysis.dataset_edges import METRICS, SCALES
 from spd_lightning.commands import loading, options, verbs
 from spd_lightning.decomposition.names import BASES
 from spd_lightning.errors import BadInput
-from spd_lightning.harvest.weights import AT_LEAST
+from spd_lightning.harvest.weights import MIN_SHARE
 from spd_lightning.planning.devices import DEVICES
 from spd_lightning.runs.kind import DECODERS
 from spd_lightning.targets.conversion import _FAMILIES
@@ -99,7 +99,7 @@ def test_values_of_the_table_are_those_of_the_modules_that_use_them():
     assert option("edges", "--scale").choices == SCALES
     assert option("edges", "--metric").choices == tuple(METRICS)
     assert option("intervene", "--base").choices == BASES
-    assert option("weights", "--at_least").default == AT_LEAST
+    assert option("weights", "--min_share").default == MIN_SHARE
     assert option("plan", "--device").choices == ("this", *DEVICES)
     assert set(DECODERS) == set(_FAMILIES)
 
@@ -157,12 +157,12 @@ def test_settings_pass_in_their_order():
     [
         ("runs --json=3", "runs: '--json' takes no value"),
         (
-            "edges r c --most 2.5",
-            "edges: --most '2.5': not a number from 1 up; for example: --most 20",
+            "edges r c --top_k 2.5",
+            "edges: --top_k '2.5': not a number from 1 up; for example: --top_k 20",
         ),
         (
-            f"edges r c --most {9**40}",
-            "edges: --most '14780882941434592...': too large; for example: --most 20",
+            f"edges r c --top_k {9**40}",
+            "edges: --top_k '14780882941434592...': too large; for example: --top_k 20",
         ),
         ("edges r", "edges: COMPONENT is missing"),
         ("edges", "edges: RUN is missing"),

@@ -17,7 +17,7 @@ from spd_lightning.attribution.graph import MODES, GraphSpec
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput
-from spd_lightning.harvest.twins import twin_of
+from spd_lightning.harvest.native_decoder import as_native_decoder
 from spd_lightning.harvest.weights import weight_table
 from spd_lightning.targets.huggingface import HuggingFaceLM
 from spd_lightning.targets.toy import TMS
@@ -30,7 +30,7 @@ REFUSED = {
     "": "weights: RUN is missing",
     "txet": "run 'txet': not in",
     "toy": "weights: run 'toy': TMS is not a supported decoder",
-    "text --at_least 2": "--at_least '2': a share",
+    "text --min_share 2": "--min_share '2': a share",
     "text --to table.csv": (
         "--to 'table.csv': not a kind of file that is written; end it in .parquet"
     ),
@@ -173,8 +173,8 @@ def test_other_models_are_refused():
         weight_table(ComponentModel(TMS(5, 2), {"*": 3}))
 
 
-@pytest.mark.parametrize("at_least", [0.0, 0.4])
-def test_the_table_holds_the_strongest_into_each_target(at_least):
+@pytest.mark.parametrize("min_share", [0.0, 0.4])
+def test_the_table_holds_the_strongest_into_each_target(min_share):
     """Row by row; what is a remnant has none, and the strongest come first."""
     model, _, _ = made("llama")
     with torch.no_grad():
@@ -190,8 +190,8 @@ def test_the_table_holds_the_strongest_into_each_target(at_least):
                     expected[(link.source, i, link.target, j, link.kind, link.head)] = value
                     into = link.target, j, link.kind
                     largest[into] = max(largest.get(into, 0.0), abs(value))
-    expected = {key: v for key, v in expected.items() if abs(v) >= at_least * largest[key[2:5]]}
-    table = weight_table(model, at_least)
+    expected = {key: v for key, v in expected.items() if abs(v) >= min_share * largest[key[2:5]]}
+    table = weight_table(model, min_share)
     found = {tuple(key): value for *key, value in table.rows()}
     assert len(found) == len(table)
     assert found == pytest.approx(expected, rel=1e-6)
@@ -204,7 +204,7 @@ def test_a_model_of_transformers_has_its_twins_weights_under_its_own_names(tmp_p
     torch.manual_seed(0)
     model = ComponentModel(HuggingFaceLM.from_pretrained(str(tmp_path)), {"model.layers.*proj": 5})
     found = weight_table(model)
-    twin = twin_of(model, MODES["unmasked"])
+    twin = as_native_decoder(model, MODES["unmasked"])
     assert len(found)
     assert twin.model is not model
     ends = pl.col("source_layer", "target_layer").cast(pl.String)
@@ -230,7 +230,7 @@ def test_the_verb_writes_the_table(tmp_path, monkeypatch, capsys):
         module.save(tmp_path / name)
     monkeypatch.setenv("SPD_RUNS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert cli.run(["weights", "text", "--at_least", "0"]) == 0
+    assert cli.run(["weights", "text", "--min_share", "0"]) == 0
     assert capsys.readouterr().out.startswith(
         "weights: weights.parquet    16 rows, at least 0 of the largest"
     )

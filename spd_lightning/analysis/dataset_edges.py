@@ -35,7 +35,7 @@ Metric = Literal["activation", "size"]
 SCALES: tuple[Scale, ...] = ("sum", "mean", "normalized")
 METRICS: dict[Metric, str] = {"activation": "to_activation", "size": "to_size"}
 _SUMS = ("sum", "sum_abs_target", "prompt_square_sum", "prompt_square_sum_abs_target")
-AT_LEAST = 10
+MIN_EDGES = 10
 """The number of edges below which a pair is left out unless it is asked for."""
 NORMAL_95 = 1.96
 """The half-width of a 95 % interval of a normal distribution, in standard deviations."""
@@ -66,8 +66,8 @@ def strongest(
     side: Side = "sources",
     scale: Scale = "normalized",
     metric: Metric = "activation",
-    most: int = 20,
-    at_least: int = AT_LEAST,
+    top_k: int = 20,
+    min_edges: int = MIN_EDGES,
 ) -> pl.DataFrame:
     """Return the strongest sources or targets of a component over the corpus.
 
@@ -83,8 +83,8 @@ def strongest(
         side: whether to return what drives it or what it drives.
         scale: what sums are divided by.
         metric: what rows are ranked by.
-        most: how many rows to return.
-        at_least: pairs with fewer edges than this are left out.
+        top_k: how many rows to return.
+        min_edges: pairs with fewer edges than this are left out.
 
     Raises:
         BadInput: the harvest has no sums, no such layer, or no such component; or a file is
@@ -100,7 +100,7 @@ def strongest(
         store.scan("dataset_edges").filter(mine).group_by(ends).agg(pl.col("edges", *_SUMS).sum())
     )
     with_intervals = _with_half_widths(
-        sums.filter(pl.col("edges") >= at_least), store.manifest["prompts"]
+        sums.filter(pl.col("edges") >= min_edges), store.manifest["prompts"]
     )
     divided = _scaled(store, with_intervals, scale)
     half = pl.col("half" if metric == "activation" else "half_abs_target")
@@ -121,7 +121,7 @@ def strongest(
         pl.col("layer").to_physical(),
         "component",
     ]
-    ranked = rows.filter(value != 0).sort(order).head(most)
+    ranked = rows.filter(value != 0).sort(order).head(top_k)
     interval = ranked.with_columns(low=value - pl.col("half"), high=value + pl.col("half"))
     return store.collect(interval.drop("half"))
 
@@ -202,16 +202,21 @@ def check(store: Store, layer: str, component: int) -> None:
 
 def named(store: Store, rows: pl.DataFrame) -> list[str]:
     """Name the rows of `strongest`: layer:component, a token with its text, a rest by its kind."""
-    looks = _tokens(store) if set(rows["layer"]) & set(store.manifest["token_layers"]) else {}
+    token_strings = (
+        _tokens(store) if set(rows["layer"]) & set(store.manifest["token_layers"]) else {}
+    )
     return [
-        _name(store, looks, *row) for row in rows.select("kind", "layer", "component").iter_rows()
+        _name(store, token_strings, *row)
+        for row in rows.select("kind", "layer", "component").iter_rows()
     ]
 
 
-def _name(store: Store, looks: dict[int, str], kind: str | None, layer: str, component: int) -> str:
+def _name(
+    store: Store, token_strings: dict[int, str], kind: str | None, layer: str, component: int
+) -> str:
     if kind in BESIDE:
         return f"{layer} {kind}"
-    look = looks.get(component) if layer in store.manifest["token_layers"] else None
+    look = token_strings.get(component) if layer in store.manifest["token_layers"] else None
     return f"{layer}:{component}" if look is None else f"{layer}:{component} {look!r}"
 
 

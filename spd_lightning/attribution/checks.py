@@ -70,7 +70,7 @@ class Graphs:
         """Nodes by their prompts and numbers: layer, position, component."""
         return self._places[prompt.long() * self._width + number]
 
-    def drawn(self, table: EdgeTable, count: int, generator: torch.Generator) -> EdgeTable:
+    def sample_edges(self, table: EdgeTable, count: int, generator: torch.Generator) -> EdgeTable:
         """Up to `count` of the edges of a prompt that start at components, the stronger the
         likelier.
 

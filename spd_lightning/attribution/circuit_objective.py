@@ -123,13 +123,13 @@ def suited(search: CircuitSearch, inputs: Tensor, vocab: int | None = None) -> L
     return loss
 
 
-class Question:
+class CircuitObjective:
     """The target's output for each prompt, and the distance of another output from it.
 
     Attributes:
         z: pre-activations {site: [prompts, (pos,) C]} of the importance function on the clean run.
         answer: the target's output at the position [prompts, K].
-        label: the token in question [prompts]; None on vectors.
+        label: the token whose probability should stay [prompts]; None on vectors.
     """
 
     def __init__(self, model: ComponentModel, inputs: Tensor, search: CircuitSearch):
@@ -140,7 +140,7 @@ class Question:
         self.vectors = inputs.is_floating_point()
         with torch.no_grad():
             clean = model.clean(inputs)
-            self.loss: Loss = suited(search, inputs, clean.output.shape[-1])
+            self.loss_kind: Loss = suited(search, inputs, clean.output.shape[-1])
             self.z = {
                 n: z.detach()
                 for n, z in model.importance_function(clean.inputs, clean.inner).items()
@@ -159,23 +159,23 @@ class Question:
     def _here(self, output: Tensor) -> Float[Tensor, "rows K"]:
         return output.flatten(1) if self.vectors else output[:, self.search.position]
 
-    def ask(
+    def outputs(
         self, masks: Mapping[str, Mask], prompt: Int[Tensor, " rows"]
     ) -> Float[Tensor, "rows K"]:
         """The answer of rows of these prompts under masks, with gradient to the masks alone."""
         return self._here(self.model.masked(self.inputs[prompt], masks, detach=True))
 
-    def apart(
+    def loss(
         self, masks: Mapping[str, Mask], prompt: Int[Tensor, " rows"]
     ) -> Float[Tensor, " rows"]:
         """D of the answers under masks."""
-        return self.distance(self.ask(masks, prompt), prompt)
+        return self.distance(self.outputs(masks, prompt), prompt)
 
     def distance(
         self, answer: Float[Tensor, "rows K"], prompt: Int[Tensor, " rows"]
     ) -> Float[Tensor, " rows"]:
         """D of every row."""
-        match self.loss:
+        match self.loss_kind:
             case "kl":
                 return kl_rows(answer, self.answer[prompt])
             case "mse":
@@ -207,7 +207,7 @@ class Question:
             for key in keys
         ]
 
-    def under(
+    def sample_masks(
         self,
         kind: Masks,
         g: Mapping[str, Tensor],
@@ -225,7 +225,7 @@ class Question:
             g, _by_prompt(prompt, lambda p: stochastic_sources(like, generators[p], binomial))
         )
 
-    def worst(
+    def adversarial_masks(
         self,
         adversary: Adversary,
         g: Mapping[str, Tensor],
@@ -236,7 +236,7 @@ class Question:
         fixed = {name: v.detach() for name, v in g.items()}
 
         def damage(sources: Sources) -> Tensor:
-            return self.apart(self.masks(fixed, sources), prompt).sum()
+            return self.loss(self.masks(fixed, sources), prompt).sum()
 
         start = _by_prompt(prompt, lambda p: self._opening(adversary, fixed, generators[p]))
         return self.masks(g, pgd_sources(adversary, fixed, damage, None, start))

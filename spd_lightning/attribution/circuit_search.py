@@ -1,4 +1,4 @@
-"""Optimized importance: the smallest circuit that answers one question about one prompt (section A
+"""Optimized importance: the smallest circuit that answers one objective about one prompt (section A
 of docs/method.md).
 
 The importance function answers for every input and every output at once. For one prompt and one
@@ -15,8 +15,8 @@ position its answer can be made smaller:
 3. *Judge.* How many components are left, and how probable the label is under ci, stochastic and
    adversarial masks. A small circuit that an adversary can break is not a circuit.
 
-Not here: which λ to take is up to the caller (`chosen` has a rule), graphs of the result are in
-`prompt_graphs`.
+Not here: which λ to take is up to the caller (`select_circuits` has a rule), graphs of the result
+are in `prompt_graphs`.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spd_lightning.attribution.circuit_objective import CircuitSearch, Question
+from spd_lightning.attribution.circuit_objective import CircuitObjective, CircuitSearch
 from spd_lightning.decomposition.losses import powered
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import Diverged
@@ -79,15 +79,15 @@ def optimize(
             it.
     """
     search = search or CircuitSearch()
-    question = Question(model, inputs, search)
-    descent = Descent(question)
+    objective = CircuitObjective(model, inputs, search)
+    descent = ImportanceOptimization(objective)
     for _ in range(search.steps):
         if not descent.running.any():
             break
         descent.step()
     with torch.no_grad():
         g = descent.importances(torch.arange(len(descent.running), device=inputs.device))
-    frontier = _frontier(question, descent, g)
+    frontier = _frontier(objective, descent, g)
     for masks, loss in {"optimized": descent.loss, **frontier.loss}.items():
         if not loss.isfinite().all():
             row = int(loss.isfinite().int().argmin())
@@ -100,7 +100,7 @@ def optimize(
     return Circuits(g, frontier)
 
 
-def chosen(frontier: Frontier, share: float) -> list[int]:
+def select_circuits(frontier: Frontier, share: float) -> list[int]:
     """Choose one optimized row per prompt: the smallest whose answer keeps a given share under the
     adversary.
 
@@ -124,7 +124,7 @@ def chosen(frontier: Frontier, share: float) -> list[int]:
 # ---- the descent ---------------------------------------------------------------------------------
 
 
-class Descent:
+class ImportanceOptimization:
     """The importances of all rows, on their way down.
 
     Attributes:
@@ -134,12 +134,12 @@ class Descent:
         running [rows]: whose loss has not settled. taken [rows]: steps so far.
     """
 
-    def __init__(self, question: Question):
-        self.question, search = question, question.search
-        z = question.z
-        prompts = len(question.inputs)
+    def __init__(self, objective: CircuitObjective):
+        self.objective, search = objective, objective.search
+        z = objective.z
+        prompts = len(objective.inputs)
         lambdas = [nan, *search.lambdas]
-        self.importance = question.model.importance
+        self.importance = objective.model.importance
         self.shapes = {name: v.shape[1:] for name, v in z.items()}
         flat = torch.cat([v.flatten(1) for v in z.values()], dim=1)
         self.width = flat.shape[1]
@@ -158,7 +158,7 @@ class Descent:
         self.loss = torch.zeros_like(self.lambdas)  # of each row's newest step
         self.sum = torch.zeros_like(self.lambdas)
         self.last = torch.full_like(self.lambdas, inf)
-        self.generators = question.generators("descent")
+        self.generators = objective.generators("descent")
 
     def _lower(self, z: Tensor) -> Tensor:
         return self.importance({"": z}).lower[""]
@@ -198,25 +198,25 @@ class Descent:
         self._finish(rows, losses.detach())
 
     def _losses(self, rows: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        question = self.question
-        search = self.question.search
+        objective = self.objective
+        search = self.objective.search
         prompt = self.prompt[rows]
         g = self.importances(rows)
-        masks = [question.under(kind, g, prompt, self.generators) for kind in search.masks]
-        loss = torch.stack([question.apart(each, prompt) for each in masks]).mean(0)
+        masks = [objective.sample_masks(kind, g, prompt, self.generators) for kind in search.masks]
+        loss = torch.stack([objective.loss(each, prompt) for each in masks]).mean(0)
         if search.adversary is not None:
-            worst = question.worst(search.adversary, g, prompt, self.generators)
-            loss = loss + search.adversarial * question.apart(worst, prompt)
+            worst = objective.adversarial_masks(search.adversary, g, prompt, self.generators)
+            loss = loss + search.adversarial * objective.loss(worst, prompt)
         return loss + self.lambdas[rows].to(loss.dtype) * self._minimality()[rows]
 
     def _minimality(self) -> Float[Tensor, " rows"]:
         """L2 of every row, less what components of importance 0 add to it, which is constant."""
-        upper = powered(self.importance({"": self.values}).upper[""], self.question.search.p)
+        upper = powered(self.importance({"": self.values}).upper[""], self.objective.search.p)
         return upper.new_zeros(len(self.prompt)).index_add(0, self.row, upper) / self.positions
 
     def _finish(self, rows: Int[Tensor, " rows"], losses: Float[Tensor, " rows"]) -> None:
         """At the end of every window of steps, rows whose mean loss has settled are finished."""
-        search = self.question.search
+        search = self.objective.search
         self.sum[rows] += losses.double()
         self.loss[rows] = losses.double()
         if int(self.taken.max()) % search.patience:
@@ -230,17 +230,21 @@ class Descent:
 # ---- the judgment --------------------------------------------------------------------------------
 
 
-def _frontier(question: Question, descent: Descent, g: Mapping[str, Tensor]) -> Frontier:
-    search, prompt = question.search, descent.prompt
-    answers = _answers(question, g, prompt)
-    loss = _means(answers, lambda answer: question.distance(answer, prompt))
+def _frontier(
+    objective: CircuitObjective, descent: ImportanceOptimization, g: Mapping[str, Tensor]
+) -> Frontier:
+    search, prompt = objective.search, descent.prompt
+    answers = _answers(objective, g, prompt)
+    loss = _means(answers, lambda answer: objective.distance(answer, prompt))
     label, probability = None, None
-    if question.label is not None:
-        label = question.label[prompt]
-        answers = {"target": [question.answer[prompt]], **answers}
-        probability = _means(answers, lambda answer: question.log_probability(answer, prompt).exp())
+    if objective.label is not None:
+        label = objective.label[prompt]
+        answers = {"target": [objective.answer[prompt]], **answers}
+        probability = _means(
+            answers, lambda answer: objective.log_probability(answer, prompt).exp()
+        )
     if probability is None:
-        kept = 1 - loss["adversarial"] / question.answer.square().mean(1).clamp(min=1e-30)[prompt]
+        kept = 1 - loss["adversarial"] / objective.answer.square().mean(1).clamp(min=1e-30)[prompt]
     else:
         kept = probability["adversarial"] / probability["target"]
     nodes, important = (
@@ -254,21 +258,22 @@ def _frontier(question: Question, descent: Descent, g: Mapping[str, Tensor]) -> 
 
 
 def _answers(
-    question: Question, g: Mapping[str, Tensor], prompt: Int[Tensor, " rows"]
+    objective: CircuitObjective, g: Mapping[str, Tensor], prompt: Int[Tensor, " rows"]
 ) -> dict[str, list[Tensor]]:
     """The answers [rows, K] of every row under each kind of masks, as many as there are draws."""
-    search = question.search
-    generators = question.generators("judge")
+    search = objective.search
+    generators = objective.generators("judge")
     masks = {  # the adversary draws last: the others do not depend on it
-        "ci": [question.under("ci", g, prompt, generators)],
+        "ci": [objective.sample_masks("ci", g, prompt, generators)],
         "stochastic": [
-            question.under("stochastic", g, prompt, generators) for _ in range(search.draws)
+            objective.sample_masks("stochastic", g, prompt, generators) for _ in range(search.draws)
         ],
-        "adversarial": [question.worst(search.judge, g, prompt, generators)],
+        "adversarial": [objective.adversarial_masks(search.judge, g, prompt, generators)],
     }
     with torch.no_grad():
         return {
-            kind: [question.ask(each, prompt) for each in drawn] for kind, drawn in masks.items()
+            kind: [objective.outputs(each, prompt) for each in drawn]
+            for kind, drawn in masks.items()
         }
 
 

@@ -145,9 +145,9 @@ class Layer(NamedTuple):
         A2).
         """
         assert self.leaf is not None
-        product = gradient * self.leaf.detach()
-        product = product.reshape(len(gradient), *shape3(self.leaf))
-        return product.sum(-1, keepdim=True) if self.whole else product
+        matmul = gradient * self.leaf.detach()
+        matmul = matmul.reshape(len(gradient), *shape3(self.leaf))
+        return matmul.sum(-1, keepdim=True) if self.whole else matmul
 
 
 class EdgeTable(NamedTuple):

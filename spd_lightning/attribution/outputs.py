@@ -31,7 +31,7 @@ def centered(x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
 
 
 @dataclass(frozen=True)
-class Against:
+class LogitAbove:
     """Every node is its token's logit above another token's: what decides between the two."""
 
     token: int
@@ -64,12 +64,12 @@ def every_output(output: Float[Tensor, "batch pos K"]) -> Bool[Tensor, "batch po
 
 
 def likely_tokens(
-    probability: Float[Tensor, "batch pos vocab"], floor: float = 0.01, most: int = 15
+    probability: Float[Tensor, "batch pos vocab"], floor: float = 0.01, top_k: int = 15
 ) -> OutputNodes:
     """Output nodes of token models: at most 15 tokens a position with CI-masked probability above
     0.01 (A3).
     """
-    top = probability.topk(min(most, probability.shape[-1]), dim=-1)
+    top = probability.topk(min(top_k, probability.shape[-1]), dim=-1)
     chosen = torch.zeros_like(probability, dtype=torch.bool).scatter(
         -1, top.indices, top.values > floor
     )

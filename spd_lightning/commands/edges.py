@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     ]
     found = {
         side: strongest(
-            store, layer, component, side, asked.scale, asked.metric, asked.most, asked.at_least
+            store, layer, component, side, asked.scale, asked.metric, asked.top_k, asked.min_edges
         )
         for side in sides
     }
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         )
         return
     corpus = f"{store.manifest['prompts']} prompts, {store.manifest['mode']}, {asked.scale}"
-    print(f"{layer}:{component} over {corpus}; pairs with at least {asked.at_least} edges")
+    print(f"{layer}:{component} over {corpus}; pairs with at least {asked.min_edges} edges")
     width = max(map(len, [*names.get("sources", []), *names.get("targets", []), "sources"])) + 2
     interval = f"95 % of {'activation' if asked.metric == 'activation' else '|activation|'}"
     for side, frame in found.items():

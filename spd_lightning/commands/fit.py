@@ -47,22 +47,22 @@ def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
     from spd_lightning.training.session import Plan, Session, Settings
 
     settings = Settings(config, request.overrides)
-    if claim := runs.uncopied(request.name, settings.settings):
-        with claim:
-            _complete_copy(claim.run, settings)
+    if lock := runs.uncopied(request.name, settings.settings):
+        with lock:
+            _complete_copy(lock.run, settings)
         return
     refuse_what_does_not_fit(settings)
     started = time.perf_counter()
-    claims = []
+    locks = []
 
     def plan(settings: dict[str, Any]) -> Plan:
-        claim = runs.claim(request.name, settings)
-        claims.append(claim)
-        with runs.write_whole(claim.path / "config.yaml") as temporary:
+        lock = runs.acquire_run(request.name, settings)
+        locks.append(lock)
+        with runs.write_whole(lock.path / "config.yaml") as temporary:
             temporary.write_text(configs.dump(settings), encoding="utf-8")
         _train_missing_target(settings["model"])
-        extra = [Checkpoints(claim.path), Figures(claim.path)]
-        return Plan(claim.path, claim.run.name, callbacks=extra, tracked=True)
+        extra = [Checkpoints(lock.path), Figures(lock.path)]
+        return Plan(lock.path, lock.run.name, callbacks=extra, tracked=True)
 
     try:
         session = Session(config, request.overrides, plan)
@@ -76,8 +76,8 @@ def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
                 f"{request.names[0]}"
             )
     finally:
-        for claim in claims:
-            claim.abandon()
+        for lock in locks:
+            lock.release_and_discard()
 
 
 def _train_missing_target(model: dict[str, Any]) -> None:

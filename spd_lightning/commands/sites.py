@@ -105,11 +105,11 @@ def _network(reference: str) -> nn.Module:
     """Return an untrained network like the one that a reference means, without memory for its
     weights.
     """
-    from spd_lightning.planning.dry_run import fakes
+    from spd_lightning.planning.dry_run import fake_tensors
     from spd_lightning.planning.estimate import outline
 
     build = outline(reference)
-    with fakes():
+    with fake_tensors():
         return build()
 
 

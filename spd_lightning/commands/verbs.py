@@ -316,7 +316,7 @@ _ALL = (
         "edges",
         "RUN LAYER:NUMBER",
         "Print what drives a component over a corpus, and what it drives.",
-        "edges stories-2L h.0.mlp.c_fc:5 --sources --most 10",
+        "edges stories-2L h.0.mlp.c_fc:5 --sources --top_k 10",
         (
             RUN,
             Option("COMPONENT", "layer:number", needed=True),
@@ -344,9 +344,9 @@ _ALL = (
                 choices=("activation", "size"),
                 example="size",
             ),
-            Option("--most", "how many to print of each", "N", 20, whole(1), example="20"),
+            Option("--top_k", "how many to print of each", "N", 20, whole(1), example="20"),
             Option(
-                "--at_least",
+                "--min_edges",
                 "leave out pairs with fewer edges than this",
                 "N",
                 10,
@@ -364,7 +364,7 @@ _ALL = (
         (
             RUN,
             Option(
-                "--at_least",
+                "--min_share",
                 "the share of the largest weight into a component that others must reach",
                 "S",
                 0.3,

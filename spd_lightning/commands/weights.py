@@ -27,10 +27,10 @@ def main(argv: Sequence[str]) -> None:
             "use a run of a GPT-2, Llama, Mistral or Qwen2 model on our decoder"
         )
     with loading.trainer():
-        _write(found, path, asked.at_least)
+        _write(found, path, asked.min_share)
 
 
-def _write(found: runs.Run, path: Path, at_least: float) -> None:
+def _write(found: runs.Run, path: Path, min_share: float) -> None:
     from tqdm.auto import tqdm
 
     from spd_lightning.harvest.weights import weight_table
@@ -38,11 +38,11 @@ def _write(found: runs.Run, path: Path, at_least: float) -> None:
 
     model = Decomposition.from_pretrained(found.path).model
     table = weight_table(
-        model, at_least, lambda groups: tqdm(groups, "weights", unit=" targets", leave=False)
+        model, min_share, lambda groups: tqdm(groups, "weights", unit=" targets", leave=False)
     )
     with runs.write_whole(path) as temporary:
         table.write_parquet(temporary)
     print(
-        f"weights: {path}    {len(table):,} rows, at least {at_least:g} of the largest into their "
+        f"weights: {path}    {len(table):,} rows, at least {min_share:g} of the largest into their "
         "target"
     )

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spd_lightning.decomposition.products import product
+from spd_lightning.decomposition.matmul import matmul
 from spd_lightning.errors import BadInput, nearest
 
 Kind = Literal["linear", "conv1d", "embedding", "identity"]
@@ -58,7 +58,7 @@ class Site:
         """Inner activations `a = x V` (D2); for embeddings x holds token ids and rows of V are
         picked.
         """
-        return nn.functional.embedding(x, V) if self.kind == "embedding" else product(x, V)
+        return nn.functional.embedding(x, V) if self.kind == "embedding" else matmul(x, V)
 
 
 class Components(nn.Module):
@@ -149,7 +149,7 @@ def _decomposed(
         w = a if fixed and delta == 0 else (1 - gate) * a
     else:
         w = m * a if fixed and delta == 0 else (m - gate) * a
-    y = product(w, U)
+    y = matmul(w, U)
     if not (fixed and delta == 0):
         assert clean is not None
         y = y + gate * (clean if bias is None else clean - bias)

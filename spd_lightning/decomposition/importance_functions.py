@@ -21,7 +21,7 @@ from spd_lightning.decomposition.importance_transformer import (
     ImportanceTransformer,
     chunks_of_layers,
 )
-from spd_lightning.decomposition.products import Linear
+from spd_lightning.decomposition.matmul import Linear
 
 
 def _normal(*shape: int, gain: float, fan_in: int) -> nn.Parameter:

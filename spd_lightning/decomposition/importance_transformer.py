@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.importance import Importance, ImportanceFunction
-from spd_lightning.decomposition.products import Linear
+from spd_lightning.decomposition.matmul import Linear
 
 ROTARY_BASE = 10_000.0
 

@@ -1,8 +1,8 @@
 """The losses that make a decomposition: faithful, minimal, and sufficient (section L of
 docs/method.md).
 
-Every loss reads one `Pass`: a batch, its clean run, its importances and the random draws of this
-step. What two losses need alike is computed once: the clean run, the importances, and the
+Every loss reads one `LossContext`: a batch, its clean run, its importances and the random draws of
+this step. What two losses need alike is computed once: the clean run, the importances, and the
 stochastic masks.
 
     total = Σ coeff · loss    (L7)
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spd_lightning.decomposition.adversaries import Persistent
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import Pass, Reconstruction, position_mean
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction, position_mean
 from spd_lightning.errors import BadInput, check_range
 
 EPSILON = 1e-12
@@ -273,7 +273,7 @@ class Losses:
     )
 
     @property
-    def lasting(self) -> dict[str, Persistent]:
+    def persistent(self) -> dict[str, Persistent]:
         """The reconstructions with a persistent adversary, and how it climbs."""
         kinds = ("persistent_pgd", "mixed")
         return {name: r.persistent for name, r in self.reconstruction.items() if r.source in kinds}
@@ -289,7 +289,7 @@ class Losses:
                 reconstruction.adversary.check_start(delta, f"reconstruction '{name}'")
 
     def __call__(
-        self, run: Pass, progress: float = 0.0
+        self, run: LossContext, progress: float = 0.0
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The total (L7) and every term raw. progress: fraction of training, for what anneals."""
         terms: dict[str, tuple[float, Tensor]] = {}

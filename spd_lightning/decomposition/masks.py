@@ -145,10 +145,12 @@ def decomposed_rows(route: Routes) -> Rows:
     """
     if any(where is None or where.device.type != "cpu" for where in route.values()):
         return {}
-    return {name: _rounded(where.flatten()) for name, where in route.items() if where is not None}
+    return {
+        name: pad_row_count(where.flatten()) for name, where in route.items() if where is not None
+    }
 
 
-def _rounded(where: Tensor) -> Tensor:
+def pad_row_count(where: Tensor) -> Tensor:
     """The positions where that is true, and others up to a round number, one of 16.
 
     Kernels of matrix products are rebuilt for every new size, which takes longer than such a

@@ -29,7 +29,7 @@ from spd_lightning.decomposition.components import (
 )
 from spd_lightning.decomposition.importance import Importance, Importances
 from spd_lightning.decomposition.importance_functions import importance_function
-from spd_lightning.decomposition.products import product
+from spd_lightning.decomposition.matmul import matmul
 from spd_lightning.errors import BadInput, nearest
 
 Map = Callable[[Tensor], Tensor]
@@ -165,7 +165,7 @@ class ComponentModel(nn.Module):
 
     def delta_weight(self, site: str) -> Float[Tensor, "d_out d_in"]:
         """Δ = W − (V U)ᵀ of a site (D1)."""
-        return self.sites[site].weight - product(self[site].V, self[site].U).T
+        return self.sites[site].weight - matmul(self[site].V, self[site].U).T
 
     # ---- runs ------------------------------------------------------------------------------------
 

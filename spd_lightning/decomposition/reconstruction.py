@@ -1,9 +1,9 @@
 """Reconstruction: the masked model should do what the target does (L5 of docs/method.md).
 
 A reconstruction is a source × a route × a divergence: how the masks are made, where they act, what
-is compared. All of them read one `Pass`: a batch, its clean run, its importances and the random
-draws of this step. What two need alike is computed once: the clean run, the importances, and the
-stochastic masks.
+is compared. All of them read one `LossContext`: a batch, its clean run, its importances and the
+random draws of this step. What two need alike is computed once: the clean run, the importances, and
+the stochastic masks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -152,12 +152,12 @@ class Reconstruction:
         """Whether it adds anything to the total loss; its passes are skipped if it does not."""
         return bool(self.coeff or (self.hidden and self.hidden_coeff))
 
-    def __call__(self, run: "Pass", name: str = "") -> Float[Tensor, ""]:
+    def __call__(self, run: "LossContext", name: str = "") -> Float[Tensor, ""]:
         """Mean divergence over draws and over the passes of the route."""
         return self.terms(run, name)[0]
 
     def terms(
-        self, run: "Pass", name: str = ""
+        self, run: "LossContext", name: str = ""
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
         """Return the mean divergence, and the hidden reconstruction error (L6) of the same passes
         or None.
@@ -170,7 +170,7 @@ class Reconstruction:
             hidden
         ).mean() if hidden else None
 
-    def _draw(self, run: "Pass", name: str, n: int) -> tuple[Tensor, Tensor | None]:
+    def _draw(self, run: "LossContext", name: str, n: int) -> tuple[Tensor, Tensor | None]:
         routes = list(
             draw_routes(self.route, run.importances.lower, run.generator, self.probability)
         )
@@ -185,12 +185,15 @@ class Reconstruction:
             case "pgd":
                 self.adversary.check_start(run.model.delta, f"reconstruction '{name}'")
                 sources = pgd_sources(
-                    self.adversary, g, self._damage(run, g, routes, rows), run.generator
+                    self.adversary,
+                    g,
+                    self._adversary_objective(run, g, routes, rows),
+                    run.generator,
                 )
                 masks = masks_from_sources(g, sources, run.model.delta)
             case "persistent_pgd":
                 masks = masks_from_sources(
-                    g, self._lasting(run, name, routes[0], rows, g), run.model.delta
+                    g, self._persistent_sources(run, name, routes[0], rows, g), run.model.delta
                 )
             case _:
                 masks = (
@@ -201,7 +204,7 @@ class Reconstruction:
         return self._compare(run, masks, routes, rows)
 
     def _mixed(
-        self, run: "Pass", name: str, route: Routes, theirs: Tensor
+        self, run: "LossContext", name: str, route: Routes, theirs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """One pass in which the persistent adversary has some samples, everywhere, and chance the
         others.
@@ -215,19 +218,19 @@ class Reconstruction:
         rows = decomposed_rows(both)
         g = gathered(run.importances.lower, rows)
         drawn = stochastic_sources(g, run.generator, run.binomial)
-        lasting = self._lasting(run, name, everywhere, rows, g)
+        persistent = self._persistent_sources(run, name, everywhere, rows, g)
         picked = gathered({n: where.unsqueeze(-1) for n, where in whole.items()}, rows)
         sources = {
             n: (
-                torch.where(picked[n], lasting[n][0], s),
-                torch.where(picked[n][..., 0], lasting[n][1], s_delta),
+                torch.where(picked[n], persistent[n][0], s),
+                torch.where(picked[n][..., 0], persistent[n][1], s_delta),
             )
             for n, (s, s_delta) in drawn.items()
         }
         return self._compare(run, masks_from_sources(g, sources, run.model.delta), [both], rows)
 
-    def _lasting(
-        self, run: "Pass", name: str, climbed: Routes, rows: Rows, g: Mapping[str, Tensor]
+    def _persistent_sources(
+        self, run: "LossContext", name: str, climbed: Routes, rows: Rows, g: Mapping[str, Tensor]
     ) -> Sources:
         """The persistent adversary's sources for g at some rows, after its ascents on the route
         `climbed`.
@@ -242,12 +245,12 @@ class Reconstruction:
 
         there = decomposed_rows(climbed)
         theirs = gathered(whole, there)
-        damage = self._damage(run, theirs, [climbed], there)
+        damage = self._adversary_objective(run, theirs, [climbed], there)
         adversary.ascend(lambda vectors: damage(sources(vectors, there, theirs)), run.progress)
         return sources(adversary.leaves(self.coeff / self.samples), rows, g)
 
-    def _damage(
-        self, run: "Pass", g: Mapping[str, Tensor], routes: list[Routes], rows: Rows
+    def _adversary_objective(
+        self, run: "LossContext", g: Mapping[str, Tensor], routes: list[Routes], rows: Rows
     ) -> Callable[[Sources], Tensor]:
         """The divergence as a function of the sources alone: routes, importances and components
         stand still.
@@ -263,7 +266,7 @@ class Reconstruction:
 
     def _compare(
         self,
-        run: "Pass",
+        run: "LossContext",
         masks: Mapping[str, Mask],
         routes: list[Routes],
         rows: Rows,
@@ -315,7 +318,7 @@ def routed(masks: Mapping[str, Mask], route: Routes, rows: Rows | None = None) -
 
 
 @dataclass
-class Pass:
+class LossContext:
     """One batch on its way through the losses: what they share.
 
     weights [batch]: how many equal rows each row stands for (None: one each). adversaries: the
@@ -336,14 +339,14 @@ class Pass:
     frequencies: Tensor | None = None
 
     @classmethod
-    def of(
+    def from_batch(
         cls,
         model: ComponentModel,
         batch: Tensor,
         generator: torch.Generator | None = None,
         weights: Float[Tensor, " batch"] | None = None,
         sample: bool = False,
-    ) -> "Pass":
+    ) -> "LossContext":
         """Runs the target and the importance function on a batch; `sample` allows binomial
         importances (training).
         """

@@ -75,27 +75,29 @@ def edges_per_prompt(table: EdgeTable, prompts: int) -> Tensor:
     return torch.bincount(table.prompt, minlength=prompts).cpu()
 
 
-class Drawn(NamedTuple):
+class SampledEdges(NamedTuple):
     """Edges to try, as edges of the table and as what is done about them."""
 
     table: EdgeTable
     checks: Checks
 
 
-def drawn(layers: list[Layer], tables: list[EdgeTable], ids: list[int], count: int) -> Drawn:
+def sample_edges(
+    layers: list[Layer], tables: list[EdgeTable], ids: list[int], count: int
+) -> SampledEdges:
     """Up to `count` edges of each prompt; which ones is a function of the prompt alone."""
     graphs = Graphs(layers)
     found = list[EdgeTable]()
     for table in tables:
-        for prompt, part in apart(table):
+        for prompt, part in split_by_prompt(table):
             found.append(
-                graphs.drawn(part, count, torch.Generator().manual_seed(ids[prompt] % 2**63))
+                graphs.sample_edges(part, count, torch.Generator().manual_seed(ids[prompt] % 2**63))
             )
     table = joined(found) if found else no_edges()
-    return Drawn(table, graphs.checks(table))
+    return SampledEdges(table, graphs.checks(table))
 
 
-def check_rows(tried: Drawn, changes: Tensor, ids: list[int]) -> pl.DataFrame:
+def check_rows(tried: SampledEdges, changes: Tensor, ids: list[int]) -> pl.DataFrame:
     """One row an edge: what its target gains without its source."""
     table = tried.table
     columns = {
@@ -109,7 +111,7 @@ def check_rows(tried: Drawn, changes: Tensor, ids: list[int]) -> pl.DataFrame:
     return pl.DataFrame(columns, schema=TABLES["checks"])
 
 
-def apart(table: EdgeTable) -> Iterator[tuple[int, EdgeTable]]:
+def split_by_prompt(table: EdgeTable) -> Iterator[tuple[int, EdgeTable]]:
     """The edges of each prompt."""
     if not len(table.prompt):
         return

@@ -1,4 +1,4 @@
-"""Sparse circuits: for every prompt the smallest graph that answers one question, and how small
+"""Sparse circuits: for every prompt the smallest graph that answers one objective, and how small
 against how good.
 
 For each batch of prompts: importances are optimized under every λ (section A of docs/method.md); of
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spd_lightning.attribution.circuit_objective import CircuitSearch, suited
-from spd_lightning.attribution.circuit_search import Frontier, chosen, optimize
+from spd_lightning.attribution.circuit_search import Frontier, optimize, select_circuits
 from spd_lightning.attribution.graph import MODES, GraphSpec, ModeName, check_mode
 from spd_lightning.attribution.outputs import OutputNodes, every_output
 from spd_lightning.data.modules import Prompts
@@ -25,21 +25,21 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import check_range
 from spd_lightning.harvest.checks import largest_gap, prune_and_count
 from spd_lightning.harvest.module import Harvester
+from spd_lightning.harvest.native_decoder import as_native_decoder
 from spd_lightning.harvest.rows import (
     Names,
     Runs,
-    about,
     array,
-    both_runs,
     component_rows,
     edge_rows,
+    harvest_metadata,
     layer_names,
-    looks,
     node_rows,
     output_rows,
     prompt_rows,
+    run_clean_and_masked,
+    token_strings,
 )
-from spd_lightning.harvest.twins import twin_of
 from spd_lightning.training.decompose import Decomposition
 
 HELD = 4
@@ -59,7 +59,7 @@ class SparseCircuits(Harvester):
         share: of the target's answer that the adversary has to leave.
         mode: the graph's kind (A5).
         threshold: importance above which a component is a node of the graph.
-        at_least: edges below this share of all that enters their target, sizes added up, are not
+        min_share: edges below this share of all that enters their target, sizes added up, are not
             written.
         name: the harvest's folder below `<run>/harvest/`.
     """
@@ -70,16 +70,16 @@ class SparseCircuits(Harvester):
         share: float = 0.8,
         mode: ModeName = "ci_masked",
         threshold: float = 0.0,
-        at_least: float = 0.0,
+        min_share: float = 0.0,
         name: str = "circuits",
     ):
         super().__init__(name)
-        check_range("SparseCircuits", least=0, below=1, share=share, at_least=at_least)
+        check_range("SparseCircuits", least=0, below=1, share=share, min_share=min_share)
         check_range("SparseCircuits", least=0, most=1, threshold=threshold)
         self.search = search or CircuitSearch()
         self.share = share
         self.mode: ModeName = check_mode(mode, "SparseCircuits")
-        self.threshold, self.at_least = threshold, at_least
+        self.threshold, self.min_share = threshold, min_share
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
         """Everything that the rows depend on."""
@@ -87,13 +87,13 @@ class SparseCircuits(Harvester):
         settings = {
             "mode": self.mode,
             "threshold": self.threshold,
-            "at_least": self.at_least,
+            "min_share": self.min_share,
             "share": self.share,
         }
-        own |= {"threshold": self.threshold, "at_least": self.at_least}
+        own |= {"threshold": self.threshold, "min_share": self.min_share}
         own |= {"config": settings | {"search": asdict(self.search)}}
         return (
-            about(module)
+            harvest_metadata(module)
             | own
             | {"layers": layer_names(module.model, MODES[self.mode].linearization == "frozen")}
         )
@@ -113,14 +113,14 @@ class SparseCircuits(Harvester):
         """One group of shards: the circuits of a batch of prompts."""
         inputs = prompts.inputs
         (importances, frontier) = optimize(module.model, prompts.inputs, self.search)
-        best = chosen(frontier, self.share)
+        best = select_circuits(frontier, self.share)
         g = {site: held[best] for site, held in importances.items()}
-        runs = both_runs(module.model, inputs, g)
+        runs = run_clean_and_masked(module.model, inputs, g)
         label = None if frontier.label is None else frontier.label[best]
         runs = runs._replace(nodes=asked(runs, self.search.position, label))
         spec = GraphSpec(module.model, inputs, g, MODES[self.mode], self.threshold, runs.nodes)
-        layers, parts = twin_of(module.model, spec.mode).parts(spec)
-        graphs = prune_and_count(module.model, layers, parts, self.at_least)
+        layers, parts = as_native_decoder(module.model, spec.mode).parts(spec)
+        graphs = prune_and_count(module.model, layers, parts, self.min_share)
         if spec.frozen:
             self.missed(largest_gap(graphs.gaps))
         pos = 0 if inputs.is_floating_point() else self.search.position % inputs.shape[1]
@@ -137,7 +137,7 @@ class SparseCircuits(Harvester):
 
 
 def asked(runs: Runs, position: int, label: Tensor | None) -> OutputNodes:
-    """The outputs in question: at one position the label and what else is likely there; on vectors
+    """The outputs in objective: at one position the label and what else is likely there; on vectors
     all of them.
     """
     if label is None:
@@ -167,7 +167,9 @@ def frontier_rows(
         "important": array(frontier.important, np.uint32),
         "pos": np.full(rows, pos, dtype=np.uint16),
         "label": None if frontier.label is None else array(frontier.label, np.uint32),
-        "token": None if frontier.label is None else looks(frontier.label.cpu().numpy(), names),
+        "token": None
+        if frontier.label is None
+        else token_strings(frontier.label.cpu().numpy(), names),
         "kept": array(frontier.kept),
         "adversary_steps": np.full(rows, adversary_steps, dtype=np.uint32),
         "steps": array(frontier.steps, np.uint32),

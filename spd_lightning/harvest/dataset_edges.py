@@ -22,8 +22,15 @@ from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, check_range, nearest
 from spd_lightning.harvest.module import PAIRS, Harvester
-from spd_lightning.harvest.rows import about, array, both_runs, embeddings, layer_names, prompt_rows
-from spd_lightning.harvest.twins import twin_of
+from spd_lightning.harvest.native_decoder import as_native_decoder
+from spd_lightning.harvest.rows import (
+    array,
+    embeddings,
+    harvest_metadata,
+    layer_names,
+    prompt_rows,
+    run_clean_and_masked,
+)
 from spd_lightning.store import KINDS, schema
 from spd_lightning.training.decompose import Decomposition
 
@@ -74,14 +81,14 @@ class DatasetEdges(Harvester):
                     f"layers '{pattern}' in DatasetEdges: no such layer; {nearest(pattern, names)}"
                 )
         own |= {"threshold": self.threshold, "config": settings, "layers": names}
-        return about(module) | own | {"token_layers": token_layers(module.model)}
+        return harvest_metadata(module) | own | {"token_layers": token_layers(module.model)}
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
         """Where edges have no closed form, those across positions are all held at once."""
         mode = MODES[self.mode]
         if (
             inputs.is_floating_point()
-            or closed_form_obstacle(twin_of(model, mode).model, mode) is None
+            or closed_form_obstacle(as_native_decoder(model, mode).model, mode) is None
         ):
             return super().at_once(model, inputs)
         return min(super().at_once(model, inputs), max(1, PAIRS // inputs.shape[1] ** 2))
@@ -90,12 +97,12 @@ class DatasetEdges(Harvester):
         self, module: Decomposition, prompts: Prompts, ids: list[int]
     ) -> Mapping[str, pl.DataFrame]:
         """The sums over a batch of prompts."""
-        runs = both_runs(module.model, prompts.inputs)
+        runs = run_clean_and_masked(module.model, prompts.inputs)
         mode = MODES[self.mode]
         spec = GraphSpec(
             module.model, prompts.inputs, runs.importances, mode, self.threshold, runs.nodes
         )
-        nodes, pairs = twin_of(module.model, mode).sums(spec, self._wanted)
+        nodes, pairs = as_native_decoder(module.model, mode).sums(spec, self._wanted)
         names = layer_names(module.model, spec.frozen)
         if spec.frozen and all(self._wanted(layer) for layer in names):
             self.missed(sums_gap(module.model, nodes, pairs))

@@ -23,26 +23,26 @@ from spd_lightning.errors import BadInput, check_range
 from spd_lightning.harvest.checks import (
     FACTOR,
     check_rows,
-    drawn,
     graph_rows,
     largest_gap,
     prune_and_count,
+    sample_edges,
 )
-from spd_lightning.harvest.explained import Explained, thresholds
 from spd_lightning.harvest.module import PAIRS, Harvester
+from spd_lightning.harvest.native_decoder import as_native_decoder
+from spd_lightning.harvest.output_targets import OutputTargets, thresholds
 from spd_lightning.harvest.rows import (
     Runs,
-    about,
-    both_runs,
     component_rows,
     edge_rows,
+    harvest_metadata,
     head_rows,
     layer_names,
     node_rows,
     output_rows,
     prompt_rows,
+    run_clean_and_masked,
 )
-from spd_lightning.harvest.twins import twin_of
 from spd_lightning.training.decompose import Decomposition
 
 HEADS = 8
@@ -60,7 +60,7 @@ class PromptGraphs(Harvester):
         mode: the graph's kind (A5): unmasked, ci_masked, frozen (in-edges add up), or reference.
         threshold: importance above which a component is a node; 0 keeps all that matter at all,
             readers may raise it.
-        at_least: edges below this share of all that enters their target, sizes added up, are not
+        min_share: edges below this share of all that enters their target, sizes added up, are not
             written.
         outputs: which outputs of a language model are nodes, standing for what; likely tokens'
             logits if left out.
@@ -78,18 +78,18 @@ class PromptGraphs(Harvester):
         self,
         mode: ModeName = "unmasked",
         threshold: float = 0.0,
-        at_least: float = 0.0,
-        outputs: Explained | None = None,
+        min_share: float = 0.0,
+        outputs: OutputTargets | None = None,
         nodes: Sequence[str] | None = None,
         checks: int = 8,
         heads: bool = False,
         name: str | None = None,
     ):
         super().__init__(name or f"graphs-{mode}")
-        check_range("PromptGraphs", least=0, below=1, at_least=at_least)
+        check_range("PromptGraphs", least=0, below=1, min_share=min_share)
         check_range("PromptGraphs", least=0, most=1, threshold=threshold)
         check_range("PromptGraphs", least=0, whole=True, checks=checks)
-        self.at_least, self.checks, self.heads = at_least, checks, heads
+        self.min_share, self.checks, self.heads = min_share, checks, heads
         self.mode: ModeName = check_mode(mode, "PromptGraphs")
         self.threshold, self.outputs, self.nodes = threshold, outputs, nodes
 
@@ -100,7 +100,9 @@ class PromptGraphs(Harvester):
             BadInput: heads are asked for, and edges cannot be taken apart by them.
         """
         mode = MODES[self.mode]
-        if self.heads and (why := head_edges_obstacle(twin_of(module.model, mode).model, mode)):
+        if self.heads and (
+            why := head_edges_obstacle(as_native_decoder(module.model, mode).model, mode)
+        ):
             raise BadInput(
                 f"heads in PromptGraphs: attention needs its closed form, and {why}; leave them out"
             )
@@ -108,7 +110,7 @@ class PromptGraphs(Harvester):
         settings = {
             "mode": self.mode,
             "threshold": self.threshold,
-            "at_least": self.at_least,
+            "min_share": self.min_share,
             "checks": self.checks,
         }
         settings |= {
@@ -116,9 +118,9 @@ class PromptGraphs(Harvester):
             "nodes": self.nodes and list(self.nodes),
         }
         settings |= {"heads": self.heads}
-        own |= {"threshold": self.threshold, "at_least": self.at_least, "config": settings}
+        own |= {"threshold": self.threshold, "min_share": self.min_share, "config": settings}
         return (
-            about(module)
+            harvest_metadata(module)
             | own
             | {"layers": layer_names(module.model, mode.linearization == "frozen")}
         )
@@ -152,14 +154,14 @@ class PromptGraphs(Harvester):
         spec = GraphSpec(
             module.model, prompts.inputs, runs.importances, mode, threshold, runs.nodes
         )
-        twin = twin_of(module.model, mode)
-        most = min(MAX_EDGES, TOGETHER // len(ids))
-        layers, parts = twin.parts(spec, most)
-        graphs = prune_and_count(module.model, layers, parts, self.at_least, most)
+        decoder = as_native_decoder(module.model, mode)
+        max_edges = min(MAX_EDGES, TOGETHER // len(ids))
+        layers, parts = decoder.parts(spec, max_edges)
+        graphs = prune_and_count(module.model, layers, parts, self.min_share, max_edges)
         if spec.frozen:
             self.missed(largest_gap(graphs.gaps))
-        tried = drawn(layers, graphs.tables, ids, self.checks)
-        checks = check_rows(tried, twin.changes(spec, tried.checks, FACTOR), ids)
+        tried = sample_edges(layers, graphs.tables, ids, self.checks)
+        checks = check_rows(tried, decoder.changes(spec, tried.checks, FACTOR), ids)
         rows = {
             "prompts": prompt_rows(prompts, ids, self.names),
             "nodes": node_rows(layers, ids),
@@ -170,12 +172,12 @@ class PromptGraphs(Harvester):
             "components": component_rows(module, layers, self.threshold),
         }
         if self.heads:
-            rows["head_edges"] = head_rows(twin.heads(spec, graphs.tables), ids)
+            rows["head_edges"] = head_rows(decoder.heads(spec, graphs.tables), ids)
         return rows
 
     def _runs(self, model: ComponentModel, inputs: Tensor) -> Runs:
         """Both runs of a batch of prompts, with the output nodes that are asked for."""
-        runs = both_runs(model, inputs)
+        runs = run_clean_and_masked(model, inputs)
         return runs._replace(nodes=self._outputs(inputs, runs.nodes, runs.ci))
 
     def _outputs(self, inputs: Tensor, likely: OutputNodes, output: Tensor) -> OutputNodes:

@@ -21,10 +21,10 @@ from spd_lightning.attribution.graph import MODES
 from spd_lightning.data.modules import Prompts, StepData
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, check_range
-from spd_lightning.harvest.twins import tell_of_long_way
+from spd_lightning.harvest.native_decoder import log_why_slow
 from spd_lightning.store import Store, Writer, added, gap_warning, prompt_hash
-from spd_lightning.training.blocks import non_finite
 from spd_lightning.training.decompose import Decomposition
+from spd_lightning.training.multi_step import non_finite
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Harvester(Callback, ABC):
         self.folder = Path(trainer.default_root_dir) / "harvest" / self.name
         self._writer = Writer(self.folder, self._settings, trainer.global_rank, trainer.world_size)
         if trainer.is_global_zero and (mode := getattr(self, "mode", None)):
-            tell_of_long_way(pl_module.model, MODES[mode], self.name)
+            log_why_slow(pl_module.model, MODES[mode], self.name)
         self._held = []
         self._pending = set()
         self._gap = None

@@ -21,14 +21,14 @@ from spd_lightning.errors import check_range
 from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.rows import (
     Runs,
-    about,
-    both_runs,
     component_rows,
     embeddings,
     full,
+    harvest_metadata,
     node_rows,
     output_rows,
     prompt_rows,
+    run_clean_and_masked,
     shape3,
 )
 from spd_lightning.training.decompose import Decomposition
@@ -52,14 +52,14 @@ class PromptNodes(Harvester):
     def manifest(self, module: Decomposition) -> dict[str, Any]:
         """Everything that the rows depend on."""
         own = {"harvest": self.name, "mode": "nodes", "threshold": self.threshold}
-        return about(module) | own | {"config": {"threshold": self.threshold}}
+        return harvest_metadata(module) | own | {"config": {"threshold": self.threshold}}
 
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]
     ) -> Mapping[str, pl.DataFrame]:
         """One group of shards: the nodes of a batch of prompts."""
         with torch.no_grad(), embedded(module.model) as vectors:
-            runs = both_runs(module.model, prompts.inputs)
+            runs = run_clean_and_masked(module.model, prompts.inputs)
         layers = clean_layers(runs, prompts.inputs, vectors, self.threshold)
         return {
             "prompts": prompt_rows(prompts, ids, self.names),

@@ -48,7 +48,7 @@ class Runs(NamedTuple):
     nodes: OutputNodes
 
 
-def both_runs(
+def run_clean_and_masked(
     model: ComponentModel,
     inputs: Shaped[Tensor, "batch _"],
     importances: Mapping[str, Tensor] | None = None,
@@ -99,7 +99,7 @@ def embeddings(model: ComponentModel) -> dict[nn.Module, str]:
     }
 
 
-def about(module: Decomposition) -> dict[str, Any]:
+def harvest_metadata(module: Decomposition) -> dict[str, Any]:
     """Return the metadata that every harvest of prompts has: the weights' digest, and the layers in
     forward order.
     """
@@ -224,7 +224,7 @@ def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
         "prompt_id": np.array(ids, dtype=np.uint64)[prompt],
         "pos": pos.astype(np.uint16),
         "token_id": token.astype(np.uint32),
-        "token": looks(token, names),
+        "token": token_strings(token, names),
     }
     tokens = runs.clean.output.ndim == 3
     for name, logits in (("ci", runs.ci), ("target", runs.target)):
@@ -237,7 +237,7 @@ def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
     return pl.DataFrame(columns, schema_overrides=types)
 
 
-def looks(tokens: np.ndarray, names: Names) -> list[str]:
+def token_strings(tokens: np.ndarray, names: Names) -> list[str]:
     """Return the text of some tokens."""
     known, which = np.unique(tokens, return_inverse=True)
     shown = names(known.tolist())

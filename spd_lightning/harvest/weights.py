@@ -13,8 +13,8 @@ from spd_lightning.attribution.closed_form.weights import Link, links, weights
 from spd_lightning.attribution.graph import MODES
 from spd_lightning.decomposition.metrics import sizeable
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.harvest.native_decoder import as_native_decoder
 from spd_lightning.harvest.rows import array
-from spd_lightning.harvest.twins import twin_of
 
 COLUMNS: dict[str, Any] = {
     "source_layer": pl.Categorical(),
@@ -27,7 +27,7 @@ COLUMNS: dict[str, Any] = {
 }
 """The columns of the table, and their types; `head` is null where no attention is between."""
 
-AT_LEAST = 0.3
+MIN_SHARE = 0.3
 """The share of the largest weight into a component that others need to be written."""
 
 Groups = Iterable[list[Link]]
@@ -35,14 +35,14 @@ Groups = Iterable[list[Link]]
 
 def weight_table(
     model: ComponentModel,
-    at_least: float = AT_LEAST,
+    min_share: float = MIN_SHARE,
     bar: Callable[[Sequence[list[Link]]], Groups] = iter,
 ) -> pl.DataFrame:
     """Return the strongest weights between components, strongest first, whatever the prompt.
 
     Args:
-        model: a decoder decomposed, or a HuggingFace model that has a twin.
-        at_least: of the weights of a kind into a component, all sources and heads together, those
+        model: a decoder decomposed, or a HuggingFace model that has an equivalent decoder.
+        min_share: of the weights of a kind into a component, all sources and heads together, those
             that are at least this share of the largest. Remnants (norm up to 5 % of their site's
             largest) have none.
         bar: what shows progress through the targets.
@@ -53,14 +53,14 @@ def weight_table(
     Raises:
         BadInput: the model is not a supported decoder.
     """
-    twin = twin_of(model, MODES["unmasked"])
+    decoder = as_native_decoder(model, MODES["unmasked"])
     groups = [
         list(group)
-        for _, group in groupby(links(twin.model), lambda link: (link.target, link.kind))
+        for _, group in groupby(links(decoder.model), lambda link: (link.target, link.kind))
     ]
-    frames = [frame for group in bar(groups) for frame in _rows(twin.model, group, at_least)]
+    frames = [frame for group in bar(groups) for frame in _rows(decoder.model, group, min_share)]
     whole = pl.concat([pl.DataFrame(schema=COLUMNS), *frames])
-    names = {theirs: own for own, theirs in twin.names.items()}
+    names = {theirs: own for own, theirs in decoder.names.items()}
     ends = (
         pl.col("source_layer", "target_layer").cast(pl.String).replace(names).cast(pl.Categorical())
     )
@@ -69,12 +69,12 @@ def weight_table(
     )
 
 
-def _rows(model: ComponentModel, group: list[Link], at_least: float) -> Iterator[pl.DataFrame]:
+def _rows(model: ComponentModel, group: list[Link], min_share: float) -> Iterator[pl.DataFrame]:
     """The strong weights of one kind into the components of one site."""
     found = [(link, _of_sizeable(model, link)) for link in group]
     largest = torch.stack([values.abs().amax(0) for _, values in found]).amax(0)
     for link, values in found:
-        source, target = ((values.abs() >= at_least * largest) & (values != 0)).nonzero(
+        source, target = ((values.abs() >= min_share * largest) & (values != 0)).nonzero(
             as_tuple=True
         )
         columns = {"source": array(source, np.uint32), "target": array(target, np.uint32)}

@@ -3,9 +3,9 @@ keeps.
 
 1. The module is built and run under torch's fake tensors: nothing is allocated, nothing computed,
    any size goes.
-2. A ledger sees every operation. It counts the FLOPs of matrix products, the bytes that all others
-   read and write, and the storage alive at each moment, and books them under the part of the step
-   they belong to.
+2. A cost counter sees every operation. It counts the FLOPs of matrix products, the bytes that all
+   others read and write, and the storage alive at each moment, and books them under the part of the
+   step they belong to.
 3. An operation of the backward pass belongs to the part whose forward pass made its node: nodes are
    numbered in order.
 
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from spd_lightning.decomposition.losses import Losses
-from spd_lightning.decomposition.reconstruction import Pass, Reconstruction
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction
 from spd_lightning.training.decompose import Decomposition
 
 aten = torch.ops.aten
@@ -63,7 +63,7 @@ class Work:
 
 
 @dataclass
-class Rehearsal:
+class StepCost:
     """The cost of a step, part by part, and the memory that it keeps.
 
     Attributes:
@@ -88,10 +88,10 @@ class Rehearsal:
         return sum(self.parts.values(), Work())
 
 
-# ---- the ledger ----------------------------------------------------------------------------------
+# ---- the cost counter ----------------------------------------------------------------------------
 
 
-class Ledger(TorchDispatchMode):
+class CostCounter(TorchDispatchMode):
     """Sees every operation while it is open, of fake tensors and of real ones alike.
 
     Args:
@@ -240,23 +240,23 @@ def flops_of(func: Any) -> Callable[..., int] | None:
 
 
 @contextmanager
-def fakes(whole: bool = False) -> Iterator[Ledger]:
-    """While open, new tensors have shapes but no numbers, and a ledger sees what is done with
+def fake_tensors(whole: bool = False) -> Iterator[CostCounter]:
+    """While open, new tensors have shapes but no numbers, and a cost counter sees what is done with
     them.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(whole) as ledger:
-        yield ledger
+    with FakeTensorMode(allow_non_fake_inputs=True), CostCounter(whole) as counter:
+        yield counter
 
 
 # ---- the step ------------------------------------------------------------------------------------
 
 
-def rehearse(
+def measure_step(
     build: Callable[[], Decomposition],
     batch: Callable[[], Tensor],
     precision: torch.dtype | None,
     whole: bool = False,
-) -> Rehearsal:
+) -> StepCost:
     """Takes one training step without numbers.
 
     Args:
@@ -265,53 +265,57 @@ def rehearse(
         precision: of autocast; None for none.
         whole: routes are taken to decompose every position.
     """
-    with fakes(whole) as ledger:
+    with fake_tensors(whole) as counter:
         module = build()
         inputs = batch()
-        ledger.work.clear()
-        held = ledger.alive
-        ledger.peak = held
-        return step(ledger, module, inputs, precision, held)
+        counter.work.clear()
+        held = counter.alive
+        counter.peak = held
+        return step(counter, module, inputs, precision, held)
 
 
 def step(
-    ledger: Ledger, module: Decomposition, batch: Tensor, precision: torch.dtype | None, held: int
-) -> Rehearsal:
+    counter: CostCounter,
+    module: Decomposition,
+    batch: Tensor,
+    precision: torch.dtype | None,
+    held: int,
+) -> StepCost:
     """One step of a module, booked by part; `held` are the bytes alive before it.
 
-    Micro-batches are alike: one is rehearsed.
+    Micro-batches are alike: one is measured.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     count = module.micro_batches
     with torch.autocast("cpu", precision, enabled=precision is not None):
-        loss = total_loss(ledger, module, batch.chunk(count)[0])
+        loss = total_loss(counter, module, batch.chunk(count)[0])
     adversaries = module.lasting_bytes()
     held += adversaries
-    forward = ledger.peak - held
-    with ledger.backward():
+    forward = counter.peak - held
+    with counter.backward():
         loss.backward()
     del loss
     gradients = sum(_bytes(p.grad) for p in trained if p.grad is not None)
-    activations = max(forward, ledger.peak - held - gradients)
-    with ledger.part(OPTIMISER):
+    activations = max(forward, counter.peak - held - gradients)
+    with counter.part(OPTIMISER):
         state = optimizer_state(module)
     parts = {
-        name: work if name == OPTIMISER else work * count for name, work in ledger.work.items()
+        name: work if name == OPTIMISER else work * count for name, work in counter.work.items()
     }
-    return Rehearsal(parts, activations, gradients, state, adversaries * count, ledger.gathered)
+    return StepCost(parts, activations, gradients, state, adversaries * count, counter.gathered)
 
 
-def total_loss(ledger: Ledger, module: Decomposition, batch: Tensor) -> Tensor:
+def total_loss(counter: CostCounter, module: Decomposition, batch: Tensor) -> Tensor:
     """The training loss of a batch, each part of it booked under its name."""
     model = module.model
     generator = torch.Generator().manual_seed(0)
-    with ledger.part(CLEAN):
+    with counter.part(CLEAN):
         clean = model.clean(batch)
-    with ledger.part(IMPORTANCE):
+    with counter.part(IMPORTANCE):
         importances = model.importances(clean, generator)
-    run = Pass(model, batch, clean, importances, generator)
+    run = LossContext(model, batch, clean, importances, generator)
     run.adversaries = module.adversaries(run)
-    return noted(ledger, module.losses, len(model.sites))(run)[0]
+    return with_cost_labels(counter, module.losses, len(model.sites))(run)[0]
 
 
 def optimizer_state(module: Decomposition) -> int:
@@ -329,14 +333,16 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def noted(ledger: Ledger, losses: Losses, sites: int) -> Losses:
-    """Return the same losses, each labeled in the ledger while it is computed."""
+def with_cost_labels(counter: CostCounter, losses: Losses, sites: int) -> Losses:
+    """Return the same losses, each labeled in the counter while it is computed."""
     terms = {
-        name: _noted(ledger, term, f"reconstruction/{name}", _routed(term, sites))
+        name: _with_cost_label(counter, term, f"reconstruction/{name}", _routed(term, sites))
         for name, term in losses.reconstruction.items()
     }
     return replace(
-        losses, faithfulness=_noted(ledger, losses.faithfulness, FAITHFULNESS), reconstruction=terms
+        losses,
+        faithfulness=_with_cost_label(counter, losses.faithfulness, FAITHFULNESS),
+        reconstruction=terms,
     )
 
 
@@ -350,16 +356,16 @@ def _routed(term: Reconstruction, sites: int) -> float:
     return 1.0
 
 
-def _noted(ledger: Ledger, term: T, name: str, routed: float = 1.0) -> T:
+def _with_cost_label(counter: CostCounter, term: T, name: str, routed: float = 1.0) -> T:
     kind: Any = type(term)
 
     class Noted(kind):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            with ledger.part(name, routed):
+            with counter.part(name, routed):
                 return super().__call__(*args, **kwargs)
 
         def terms(self, *args: Any, **kwargs: Any) -> Any:
-            with ledger.part(name, routed):
+            with counter.part(name, routed):
                 return super().terms(*args, **kwargs)
 
     return Noted(**{f.name: getattr(term, f.name) for f in fields(kind)})

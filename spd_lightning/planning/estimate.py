@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spd_lightning import config as configs
 from spd_lightning.errors import BadInput
 from spd_lightning.planning.devices import Device, machine_memory
-from spd_lightning.planning.dry_run import FAITHFULNESS, Rehearsal, Work, fakes, rehearse
+from spd_lightning.planning.dry_run import FAITHFULNESS, StepCost, Work, fake_tensors, measure_step
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.networks import build
 from spd_lightning.training.open_target import is_trained_here
@@ -67,7 +67,7 @@ class Size:
     sites: list[Site]
     importance: int
     weights: int
-    step: Rehearsal
+    step: StepCost
     steps: int
     warm_up: int
     mixed: bool
@@ -114,7 +114,7 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
     mixed = _mixed(settings)
     if trainer["max_steps"] > MOST_STEPS:
         raise BadInput(f"trainer.max_steps: at most {MOST_STEPS:,} can be planned for")
-    with fakes():
+    with fake_tensors():
         module = make()
         rows = batch().numel() if not batch().is_floating_point() else len(batch())
     return Size(
@@ -124,7 +124,7 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
         weights=sum(
             t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())
         ),
-        step=rehearse(make, batch, torch.bfloat16 if mixed else None, whole=gpu),
+        step=measure_step(make, batch, torch.bfloat16 if mixed else None, whole=gpu),
         steps=max(0, trainer["max_steps"]),
         warm_up=module.warm_up.steps,
         mixed=mixed,
@@ -239,7 +239,7 @@ def rough_bound(settings: Settings) -> float:
     """More bytes than a fit can take, without rehearsing it: sixteen copies of every tensor of each
     masked pass.
     """
-    with fakes():
+    with fake_tensors():
         module = _module(settings)()
         tokens = _batch(settings)().numel()
     trained = sum(p.numel() for p in module.parameters())

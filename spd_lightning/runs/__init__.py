@@ -14,7 +14,6 @@ or of a harvest, `mlflow:<run id or name>`, or `wandb:<entity>/<project>/<artifa
 
 from spd_lightning.files import root
 from spd_lightning.runs.artifacts import check_whole
-from spd_lightning.runs.claims import UNCOPIED, Claim, claim, uncopied
 from spd_lightning.runs.files import (
     append_metrics,
     cut_metrics,
@@ -25,6 +24,7 @@ from spd_lightning.runs.files import (
     write_whole,
 )
 from spd_lightning.runs.folders import Run, check_name, newest, runs
+from spd_lightning.runs.lock import UNCOPIED, RunLock, acquire_run, uncopied
 from spd_lightning.runs.references import find, pull
 from spd_lightning.runs.trackers import (
     MIRRORED,
@@ -41,14 +41,14 @@ from spd_lightning.runs.trackers import (
 __all__ = [
     "MIRRORED",
     "UNCOPIED",
-    "Claim",
     "NoAnswer",
     "Run",
+    "RunLock",
+    "acquire_run",
     "append_metrics",
     "artifact_location",
     "check_name",
     "check_whole",
-    "claim",
     "cut_metrics",
     "embedded_uri",
     "find",

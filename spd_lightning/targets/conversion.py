@@ -96,7 +96,7 @@ def _compare_logits(reference: str, decoder: Decoder, model: Any) -> None:
         )
 
 
-def twin(target: HuggingFaceLM) -> tuple[Decoder, dict[str, str]] | None:
+def equivalent_decoder(target: HuggingFaceLM) -> tuple[Decoder, dict[str, str]] | None:
     """A model taken as it is, and the decoder that computes the same; None where the decoder has no
     switch for it.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from spd_lightning import runs, stopping
 from spd_lightning.errors import BadInput
 from spd_lightning.files import make_folder, sync_folder
-from spd_lightning.training.blocks import BlockModule
+from spd_lightning.training.multi_step import MultiStepModule
 from spd_lightning.training.tensor_files import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class Checkpoints(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        assert isinstance(pl_module, BlockModule)
+        assert isinstance(pl_module, MultiStepModule)
         agreed = trainer.strategy.reduce_boolean_decision
         stop = agreed(stopping.requested(), all=False)
         if stop or agreed(self._due(trainer, pl_module), all=False):
@@ -205,14 +205,14 @@ class Checkpoints(Callback):
             stopping.stop()
         stopping.hold()
 
-    def _due(self, trainer: Trainer, module: BlockModule) -> bool:
+    def _due(self, trainer: Trainer, module: MultiStepModule) -> bool:
         every = module.checkpoint_every
         seconds = time.monotonic() - self._since
         if trainer.global_step // every > self._saved // every or seconds > self.seconds:
             return True
         return seconds > self.worth_keeping and _last_before_long_work(trainer, module)
 
-    def _save(self, trainer: Trainer, module: BlockModule) -> None:
+    def _save(self, trainer: Trainer, module: MultiStepModule) -> None:
         if trainer.global_step > self._saved:  # else it is there already
             module.check_losses()
             module.check_weights()
@@ -261,7 +261,7 @@ class Checkpoints(Callback):
         self._logged = state_dict["logged"]
 
 
-def _last_before_long_work(trainer: Trainer, module: BlockModule) -> bool:
+def _last_before_long_work(trainer: Trainer, module: MultiStepModule) -> bool:
     """Whether the coming `training_step` is followed by an evaluation, or is the last."""
     if trainer.global_step + module.inner_steps >= trainer.max_steps:
         return True

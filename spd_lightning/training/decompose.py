@@ -31,22 +31,22 @@ from spd_lightning.decomposition.intervention import (
 from spd_lightning.decomposition.losses import Faithfulness, Losses, joined_means
 from spd_lightning.decomposition.metrics import Part
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import Pass
+from spd_lightning.decomposition.reconstruction import LossContext
 from spd_lightning.errors import BadInput, Diverged, check_range
-from spd_lightning.training.blocks import LOWER, BlockModule
-from spd_lightning.training.collapse import Collapse
+from spd_lightning.training.collapse_monitor import CollapseMonitor
 from spd_lightning.training.evaluate import Evaluation, Totals, count, counts, figures_of
-from spd_lightning.training.ladder import adversarial_ladder
+from spd_lightning.training.ground_truth import lone_features, truth, verdict
+from spd_lightning.training.multi_step import LOWER, MultiStepModule
 from spd_lightning.training.open_target import open_target
 from spd_lightning.training.optimizer import Optimizer
+from spd_lightning.training.pgd_sweep import pgd_sweep
 from spd_lightning.training.saved import SavedDecomposition, save_decomposition
-from spd_lightning.training.truth import lone_features, truth, verdict
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class WarmUp:
+class FaithfulnessWarmup:
     """Updates on faithfulness alone before training begins, so that components start by adding up
     to the weights.
 
@@ -66,7 +66,7 @@ class WarmUp:
         check_range("warm_up", least=0, weight_decay=self.weight_decay)
 
 
-class Decomposition(BlockModule):
+class Decomposition(MultiStepModule):
     """Splits a trained network's weight matrices into rank-one components and learns which of them
     each input needs.
 
@@ -103,7 +103,7 @@ class Decomposition(BlockModule):
         importance: Importance = Importance(),  # noqa: B008  (frozen, like all defaults below)
         losses: Losses = Losses(),  # noqa: B008
         optimizer: Optimizer = Optimizer(),  # noqa: B008
-        warm_up: WarmUp = WarmUp(),
+        warm_up: FaithfulnessWarmup = FaithfulnessWarmup(),
         evaluation: Evaluation = Evaluation(),  # noqa: B008
         inner_steps: int = 10,
         log_every: int = 50,
@@ -116,7 +116,7 @@ class Decomposition(BlockModule):
             optimizer.schedule, inner_steps, log_every, checkpoint_every, threads, micro_batches
         )
         losses.check_adversaries(delta)
-        for name, adversary in losses.lasting.items():
+        for name, adversary in losses.persistent.items():
             if adversary.particles and micro_batches > 1:
                 raise BadInput(
                     f"micro_batches {micro_batches} with particles in reconstruction '{name}': a "
@@ -215,7 +215,7 @@ class Decomposition(BlockModule):
         return self.optimizer.over(self.model)
 
     def configure_callbacks(self) -> list[Callback]:
-        return [Collapse()]
+        return [CollapseMonitor()]
 
     def on_train_start(self) -> None:
         if self.global_step == 0 and self._rehearsed:
@@ -263,7 +263,10 @@ class Decomposition(BlockModule):
         if len(parts) > 1 and self.losses.frequency.coeff:
             with torch.no_grad():
                 merged = [self._merged(part) for part in parts]
-                runs = [Pass.of(self.model, rows, weights=weights) for rows, weights in merged]
+                runs = [
+                    LossContext.from_batch(self.model, rows, weights=weights)
+                    for rows, weights in merged
+                ]
                 means = [
                     self.losses.minimality.means(
                         run.importances.upper, self._progress_at(step), run.weights
@@ -279,7 +282,7 @@ class Decomposition(BlockModule):
         part, rank) alone.
         """
         rows, weights = self._merged(batch)
-        run = Pass.of(
+        run = LossContext.from_batch(
             self.model, rows, self._generator(_stream("masks", part), step), weights, sample=True
         )
         run.adversaries, self._progress = self.adversaries(run, part), self._progress_at(step)
@@ -290,14 +293,14 @@ class Decomposition(BlockModule):
         """The fraction of training at an optimizer step: 0 at the first, 1 at the last."""
         return step / max(1, self.steps - 1)
 
-    def adversaries(self, run: Pass, part: int = 0) -> Mapping[str, PersistentAdversary]:
+    def adversaries(self, run: LossContext, part: int = 0) -> Mapping[str, PersistentAdversary]:
         """The persistent adversary of every reconstruction that has one, made when the first batch
         shows the shapes.
 
         Each part of a batch has its own: they know samples by their place.
         """
-        keys = {name: _stream(name, part) for name in self.losses.lasting}
-        for name, settings in self.losses.lasting.items():
+        keys = {name: _stream(name, part) for name in self.losses.persistent}
+        for name, settings in self.losses.persistent.items():
             if (key := keys[name]) not in self._adversaries:
                 rank, world = (
                     (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
@@ -348,7 +351,7 @@ class Decomposition(BlockModule):
             batch.device.type != "cpu"
             or not batch.is_floating_point()
             or batch.ndim != 2
-            or self.losses.lasting
+            or self.losses.persistent
         ):
             return batch, None
         if self._inert is None:
@@ -391,7 +394,7 @@ class Decomposition(BlockModule):
         ):  # an adversary needs gradients
             batch = batch.clone()
             first = self._generator("evaluation", batch_index, rank=0)
-            run = Pass.of(self.model, batch, first)
+            run = LossContext.from_batch(self.model, batch, first)
             count(
                 self.model,
                 run,
@@ -400,7 +403,7 @@ class Decomposition(BlockModule):
                 Part(self.global_rank, self.trainer.world_size),
             )
             if batch_index == 0:
-                self._ladder = adversarial_ladder(self.model, batch, self.evaluation, self.say)
+                self._ladder = pgd_sweep(self.model, batch, self.evaluation, self.say)
                 self._width = batch.shape[1] if batch.is_floating_point() else None
 
     def _full_precision(self) -> AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spd_lightning.decomposition.metrics import MASKINGS, Part, firings, masked_outputs, sizeable
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import ROW_DIVERGENCES, Pass
+from spd_lightning.decomposition.reconstruction import ROW_DIVERGENCES, LossContext
 from spd_lightning.errors import BadInput, check_range, nearest
 
 BINS = 50
@@ -31,9 +31,9 @@ class Evaluation:
         identity: sites where every input feature should have a component of its own.
         dense: sites where k components should serve all features together, with their k.
         groups: named sums of L0 over sites, each an fnmatch pattern of site names.
-        ladder: numbers of ascents at which a fresh adversary is scored, on the first rows of the
+        pgd_steps: numbers of ascents at which a fresh adversary is scored, on the first rows of the
             first batch.
-        ladder_rows: how many rows that are, on all devices together; as many as make 512 positions
+        pgd_rows: how many rows that are, on all devices together; as many as make 512 positions
             if omitted.
         restarts: adversaries that restart; each rung states the worst of them.
         divergence: how outputs are compared: mse or kl.
@@ -43,8 +43,8 @@ class Evaluation:
     identity: tuple[str, ...] = ()
     dense: dict[str, int] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
-    ladder: tuple[int, ...] = (20, 40, 80, 160)
-    ladder_rows: int | None = None
+    pgd_steps: tuple[int, ...] = (20, 40, 80, 160)
+    pgd_rows: int | None = None
     restarts: int = 1
     divergence: str = "mse"
 
@@ -56,7 +56,7 @@ class Evaluation:
             )
         check_range("evaluation", least=0, most=1, threshold=self.threshold)
         check_range(
-            "evaluation", least=1, whole=True, ladder=self.ladder, ladder_rows=self.ladder_rows
+            "evaluation", least=1, whole=True, pgd_steps=self.pgd_steps, pgd_rows=self.pgd_rows
         )
         check_range("evaluation", least=1, whole=True, restarts=self.restarts)
         for site, k in self.dense.items():
@@ -119,7 +119,7 @@ class Totals:
 
 def count(
     model: ComponentModel,
-    run: Pass,
+    run: LossContext,
     settings: Evaluation,
     totals: Totals,
     part: Part = Part(),  # noqa: B008  # a constant
@@ -178,7 +178,7 @@ def _task(model: ComponentModel, batch: Tensor, output: Tensor) -> Float[Tensor,
     )  # few rows, large ones
 
 
-def hidden_squares(model: ComponentModel, run: Pass) -> dict[str, tuple[Tensor, Tensor]]:
+def hidden_squares(model: ComponentModel, run: LossContext) -> dict[str, tuple[Tensor, Tensor]]:
     """Per site: the squared error of its input inside the CI-masked model, and the square it is
     relative to.
     """

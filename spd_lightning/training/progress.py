@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
-from spd_lightning.training.blocks import BlockModule
+from spd_lightning.training.multi_step import MultiStepModule
 
 INTERVAL = 0.2  # seconds between two drawings of a bar
 
@@ -101,7 +101,7 @@ class Progress(ProgressBar):
         total = sum(counts)
         known = int(total) if total != float("inf") else None
         self._evaluation = self._made("evaluate", 0, known, "batch", keep=False)
-        if isinstance(pl_module, BlockModule):
+        if isinstance(pl_module, MultiStepModule):
             pl_module.say = self._say
 
     def _say(self, what: str) -> None:

@@ -23,8 +23,8 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.digests import digest
 from spd_lightning.errors import BadInput
 from spd_lightning.runs.shapes import RESTORE, Description
-from spd_lightning.training.blocks import non_finite
 from spd_lightning.training.evaluate import Evaluation
+from spd_lightning.training.multi_step import non_finite
 from spd_lightning.training.networks import build, check_shapes
 from spd_lightning.training.tensor_files import read_tensors, write_tensors
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from spd_lightning.errors import Diverged, check_range
-from spd_lightning.training.blocks import LOWER, BlockModule
+from spd_lightning.training.multi_step import LOWER, MultiStepModule
 from spd_lightning.training.schedule import Schedule
 
 VALIDATION = "validation/loss"
 
 
-class TargetTraining(BlockModule):
+class TargetTraining(MultiStepModule):
     """Trains a target network on its own loss with AdamW.
 
     Args:

@@ -185,8 +185,10 @@ def serve(
 def _serve(
     demo: gr.Blocks, listening: socket.socket, host: str, open_browser: bool, wait: bool
 ) -> str:
-    looks = {"theme": theme(), "css_paths": [HERE / name for name in STYLES]}
-    return serving.serve(serving.protected(demo, host, looks), listening, host, open_browser, wait)
+    appearance = {"theme": theme(), "css_paths": [HERE / name for name in STYLES]}
+    return serving.serve(
+        serving.protected(demo, host, appearance), listening, host, open_browser, wait
+    )
 
 
 def theme() -> gr.themes.Base:

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from spd_lightning.analysis.dataset_edges import AT_LEAST, Side, corpus_harvests, named, strongest
+from spd_lightning.analysis.dataset_edges import MIN_EDGES, Side, corpus_harvests, named, strongest
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
 from spd_lightning.store import Store
 from spd_lightning.viewer.panel import name_element, shortened
 
-MOST = 12
+TOP_K = 12
 HEADS = ("", "to activation", "95 % interval", "to |activation|", "edges")
 
 
@@ -31,7 +31,7 @@ class EdgeTables:
     note: str
 
 
-def page_data(store: Store, layer: str, component: int, most: int = MOST) -> EdgeTables:
+def page_data(store: Store, layer: str, component: int, top_k: int = TOP_K) -> EdgeTables:
     """The tables of one component, from a harvest of sums.
 
     Raises:
@@ -39,7 +39,7 @@ def page_data(store: Store, layer: str, component: int, most: int = MOST) -> Edg
     """
 
     def rows(side: Side) -> list[EdgeRow]:
-        found = strongest(store, layer, component, side, most=most)
+        found = strongest(store, layer, component, side, top_k=top_k)
         values = (
             found[name].to_list() for name in ("to_activation", "low", "high", "to_size", "edges")
         )
@@ -50,7 +50,7 @@ def page_data(store: Store, layer: str, component: int, most: int = MOST) -> Edg
     note = (
         f"Edges of {prompts:,} {mode} graphs, summed, over the source's importance and the "
         "target's usual size. Pairs "
-        f"with fewer than {AT_LEAST} edges are left out; rows are in order of how far their "
+        f"with fewer than {MIN_EDGES} edges are left out; rows are in order of how far their "
         "interval over prompts "
         "stays above 0."
     )

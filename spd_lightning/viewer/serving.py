@@ -19,7 +19,7 @@ from spd_lightning.viewer.gate import EVERYWHERE, LOOPBACK, Gate, Questions
 FIRST_PORT, PORTS = 7860, 100
 
 
-def protected(demo: gr.Blocks, host: str, looks: Mapping[str, Any]) -> Gate:
+def protected(demo: gr.Blocks, host: str, appearance: Mapping[str, Any]) -> Gate:
     """Return the pages as an ASGI application behind its gate.
 
     Args:
@@ -42,7 +42,7 @@ def protected(demo: gr.Blocks, host: str, looks: Mapping[str, Any]) -> Gate:
         pwa=False,
         enable_monitoring=False,
         mcp_server=False,
-        **looks,
+        **appearance,
     )
     return Gate(app, Questions(demo.config), host)
 

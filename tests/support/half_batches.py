@@ -10,7 +10,7 @@ from torch import nn
 from spd_lightning.decomposition.adversaries import Adversary, Persistent, PersistentAdversary
 from spd_lightning.decomposition.losses import Frequency, Losses, Minimality, SmoothL0
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import Pass, Reconstruction
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction
 
 LOSSES = Losses(
     minimality=Minimality(1.0, p=1.5, p_final=0.9),
@@ -38,16 +38,16 @@ def losses_and_gradients(batch, rank=0, world=1):
     model = ComponentModel(target, {"*": 5}).double()
     for parameter in model.importance_function.parameters():
         nn.init.normal_(parameter)
-    run = Pass.of(model, batch)
+    run = LossContext.from_batch(model, batch)
     adversaries = {
         name: PersistentAdversary(
             settings, run.importances.lower, torch.Generator().manual_seed(1), rank, world
         )
-        for name, settings in LOSSES.lasting.items()
+        for name, settings in LOSSES.persistent.items()
     }
     for _ in range(2):
         model.zero_grad()
-        run = Pass.of(model, batch)
+        run = LossContext.from_batch(model, batch)
         run.adversaries = adversaries
         total, terms = LOSSES(run, 0.5)
         total.backward()

@@ -9,10 +9,10 @@ import torch
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.metrics import Part
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import Pass
+from spd_lightning.decomposition.reconstruction import LossContext
 from spd_lightning.targets.toy import TMS, InductionHead
 from spd_lightning.training.evaluate import Evaluation, Totals, count, figures_of
-from spd_lightning.training.ladder import adversarial_ladder
+from spd_lightning.training.pgd_sweep import pgd_sweep
 
 
 def subjects():
@@ -20,19 +20,19 @@ def subjects():
     evaluated.
     """
     torch.manual_seed(0)
-    ladder = {"threshold": 0.2, "ladder": (2, 6), "restarts": 2, "groups": {"all": "*"}}
+    sweep = {"threshold": 0.2, "pgd_steps": (2, 6), "restarts": 2, "groups": {"all": "*"}}
     tokens = torch.randint(1, 7, (8, 6))
     tokens[:, -1] = tokens[:, 1]
     importance = Importance("transformer", d_model=12, layers=1, heads=2)
     decoder = ComponentModel(
         InductionHead(7, 6, 6), {"h.*.attn.*_proj": 4, "embed": 3}, importance=importance
     )
-    yield "tokens", decoder.double(), tokens, Evaluation(**ladder, ladder_rows=5, divergence="kl")
+    yield "tokens", decoder.double(), tokens, Evaluation(**sweep, pgd_rows=5, divergence="kl")
     yield (
         "vectors",
         ComponentModel(TMS(5, 3), {"*": 4}).double(),
         torch.rand(8, 5).double(),
-        Evaluation(**ladder),
+        Evaluation(**sweep),
     )
 
 
@@ -47,13 +47,13 @@ def figures(part=Part()):  # noqa: B008
             mine = part.of(batch)
             count(
                 model,
-                Pass.of(model, mine, torch.Generator().manual_seed(0)),
+                LossContext.from_batch(model, mine, torch.Generator().manual_seed(0)),
                 settings,
                 totals,
                 part,
             )
-            ladder = adversarial_ladder(model, mine, settings)
-            found[name] = figures_of(model, totals.over_devices(), settings) | ladder
+            swept = pgd_sweep(model, mine, settings)
+            found[name] = figures_of(model, totals.over_devices(), settings) | swept
             found[name] |= {"rows of this device": len(mine)}
     return found
 

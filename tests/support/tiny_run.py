@@ -29,7 +29,7 @@ model:
     inner_steps: 5
     log_every: 7
     checkpoint_every: 20
-    evaluation: {ladder: [2]}
+    evaluation: {pgd_steps: [2]}
     losses:
       reconstruction:
         lasting: {source: persistent_pgd, divergence: mse, coeff: 0.5, persistent: {ascents: 1}}

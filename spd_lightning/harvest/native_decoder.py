@@ -1,11 +1,11 @@
 """Graphs of models that have a decoder's parts under other names: the same numbers, without a
 backward pass.
 
-A HuggingFace GPT-2, Llama, Mistral or Qwen2 taken as it is (`hf:`) has a twin, our own decoder with
-the same weights. Where the sites have their places in it, graphs are the twin's, and names stay
-those of the model. (GPT-2's one map for queries, keys and values has none: take such a checkpoint
-as `decoder:` to have closed forms. In frozen graphs biases of maps that are not sites are nodes, so
-they must have their places too.)
+A HuggingFace GPT-2, Llama, Mistral or Qwen2 taken as it is (`hf:`) has an equivalent, our own
+decoder with the same weights. Where the sites have their places in it, graphs are the decoder's,
+and names stay those of the model. (GPT-2's one map for queries, keys and values has none: take such
+a checkpoint as `decoder:` to have closed forms. In frozen graphs biases of maps that are not sites
+are nodes, so they must have their places too.)
 """
 
 import logging
@@ -25,14 +25,14 @@ from spd_lightning.attribution.graph import EdgeTable, GraphSpec, Layer, LazyEdg
 from spd_lightning.attribution.prompt_graphs import lazy_graphs
 from spd_lightning.attribution.pruning import prune_edges
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.targets.conversion import twin
+from spd_lightning.targets.conversion import equivalent_decoder
 from spd_lightning.targets.huggingface import HuggingFaceLM
 
 log = logging.getLogger(__name__)
 
 
-class Twin(NamedTuple):
-    """A decomposed model as graphs are made of it; names: the twin's names of the model's own
+class NativeDecoder(NamedTuple):
+    """A decomposed model as graphs are made of it; names: the decoder's names of the model's own
     modules.
     """
 
@@ -40,17 +40,17 @@ class Twin(NamedTuple):
     names: dict[str, str]
 
     def graphs(
-        self, spec: GraphSpec, at_least: float = 0.0
+        self, spec: GraphSpec, min_share: float = 0.0
     ) -> tuple[list[Layer], Iterator[EdgeTable]]:
         """Compute `attribution_graphs` of the equivalent decoder, under the model's own names."""
         layers, graphs = self.parts(spec)
-        return layers, (prune_edges(parts, at_least).table for parts in graphs)
+        return layers, (prune_edges(parts, min_share).table for parts in graphs)
 
     def parts(
-        self, spec: GraphSpec, most: int | None = None
+        self, spec: GraphSpec, max_edges: int | None = None
     ) -> tuple[list[Layer], Iterator[LazyEdges]]:
         """Compute `lazy_graphs` of the equivalent decoder, under the model's own names."""
-        layers, graphs = lazy_graphs(self._theirs(spec), most)
+        layers, graphs = lazy_graphs(self._theirs(spec), max_edges)
         return [layer._replace(name=self._own(layer.name)) for layer in layers], graphs
 
     def heads(self, spec: GraphSpec, edges: Iterable[EdgeTable]) -> Iterator[HeadTable]:
@@ -92,10 +92,10 @@ class Twin(NamedTuple):
         return {theirs: own for own, theirs in self.names.items()}.get(name, name)
 
 
-def tell_of_long_way(model: ComponentModel, mode: Mode, harvest: str) -> None:
+def log_why_slow(model: ComponentModel, mode: Mode, harvest: str) -> None:
     """Says why graphs of a language model have no closed form, if that is so."""
     if hasattr(model.target, "vocab") and (
-        why := closed_form_obstacle(twin_of(model, mode).model, mode)
+        why := closed_form_obstacle(as_native_decoder(model, mode).model, mode)
     ):
         log.info(
             "harvest %s: no closed forms (%s); edges by batched products: slower, the same numbers",
@@ -104,28 +104,30 @@ def tell_of_long_way(model: ComponentModel, mode: Mode, harvest: str) -> None:
         )
 
 
-def twin_of(model: ComponentModel, mode: Mode) -> Twin:
+def as_native_decoder(model: ComponentModel, mode: Mode) -> NativeDecoder:
     """The quickest form of a decomposed model for graphs of a mode: itself, or a decoder's with the
     same components.
     """
     with torch.inference_mode(
         False
-    ):  # a twin outlives the mode it is made in, and gradients may be asked of it
-        return _twin_of(
+    ):  # the decoder outlives the mode it is made in, and gradients may be asked of it
+        return _as_native_decoder(
             model, mode, tuple((p.data_ptr(), p._version) for p in model.target.parameters())
         )
 
 
 @lru_cache(maxsize=2)
-def _twin_of(model: ComponentModel, mode: Mode, weights: tuple[tuple[int, int], ...]) -> Twin:
+def _as_native_decoder(
+    model: ComponentModel, mode: Mode, weights: tuple[tuple[int, int], ...]
+) -> NativeDecoder:
     """The same, made once for each state of the target's weights: where they lie, and how often
     they were changed.
     """
     del weights
-    itself = Twin(model, {})
+    itself = NativeDecoder(model, {})
     if closed_form_obstacle(model, mode) is None or not isinstance(model.target, HuggingFaceLM):
         return itself
-    found = twin(model.target)
+    found = equivalent_decoder(model.target)
     if found is None or not all(name in found[1] for name in model.sites):
         return itself
     decoder, names = found
@@ -136,4 +138,8 @@ def _twin_of(model: ComponentModel, mode: Mode, weights: tuple[tuple[int, int], 
     same = mode.linearization != "frozen" or {names.get(name) for name in biased(model)} == set(
         biased(other)
     )
-    return Twin(other, names) if same and closed_form_obstacle(other, mode) is None else itself
+    return (
+        NativeDecoder(other, names)
+        if same and closed_form_obstacle(other, mode) is None
+        else itself
+    )

@@ -16,14 +16,14 @@ from spd_lightning.decomposition.losses import Losses, Minimality
 from spd_lightning.decomposition.reconstruction import Reconstruction
 from spd_lightning.targets.toy import TMS
 from spd_lightning.training.checkpoint import pack, unpack
-from spd_lightning.training.collapse import Collapse, adversarial
-from spd_lightning.training.decompose import Decomposition, WarmUp
+from spd_lightning.training.collapse_monitor import CollapseMonitor, adversarial
+from spd_lightning.training.decompose import Decomposition, FaithfulnessWarmup
 from spd_lightning.training.evaluate import Evaluation
 from spd_lightning.training.session import quiet
 
 
 def after(norms):
-    watch = Collapse()
+    watch = CollapseMonitor()
     for step, norm in enumerate(norms):
         assert watch.gradient(step, norm) is None
     return watch
@@ -92,7 +92,7 @@ def held(a, b, recovered):
     ],
 )
 def test_a_cliff_is_told_and_pruning_is_not(then, now, told):
-    watch = Collapse()
+    watch = CollapseMonitor()
     watch.alive(100, then)
     found = watch.alive(200, now)
     assert (found is None) == (told is None)
@@ -101,14 +101,14 @@ def test_a_cliff_is_told_and_pruning_is_not(then, now, told):
 
 
 def test_a_layer_without_components_is_told_at_the_first_evaluation_and_once():
-    watch = Collapse()
+    watch = CollapseMonitor()
     assert watch.alive(100, held(40, 0, 0.9)).startswith(
         "step 100: no component of b is alive; try a lower coeff"
     )
     assert watch.alive(200, held(40, 0, 0.9)) is None
     assert watch.alive(300, held(40, 2, 0.9)) is None
     assert "of b is alive" in watch.alive(400, held(40, 0, 0.9)), "again, after it was over"
-    resumed = Collapse()
+    resumed = CollapseMonitor()
     resumed.load_state_dict(watch.state_dict())
     assert resumed.alive(500, held(40, 0, 0.9)) is None
 
@@ -138,7 +138,7 @@ def test_importances_that_are_nearly_all_zero_are_told(figures, told):
     """Below 2 % of the components in use, which recover less than 5 % of what masking everything
     costs.
     """
-    watch = Collapse()
+    watch = CollapseMonitor()
     found = watch.in_use(300, figures)
     assert (found is None) == (told is None)
     assert told is None or (found.startswith("step 300: ") and told in found)
@@ -149,7 +149,7 @@ def test_importances_that_are_nearly_all_zero_are_told(figures, told):
 
 
 def attacked(*values):
-    watch = Collapse()
+    watch = CollapseMonitor()
     watch._attacks = {"hard": list(values), "easy": [values[0] / 100]}
     return watch
 
@@ -163,7 +163,7 @@ def test_a_soft_training_adversary_is_told():
     assert "(pgd/160) 2;" in told
     assert attacked(0.3, 0.2).adversary(700, fresh) is None
     assert attacked(0.1).adversary(700, {}) is None
-    assert Collapse().adversary(700, fresh) is None, "no adversary in training"
+    assert CollapseMonitor().adversary(700, fresh) is None, "no adversary in training"
     watch = attacked(0.1)
     assert watch.adversary(700, fresh)
     watch._attacks = {"hard": [0.1]}
@@ -190,7 +190,7 @@ def test_only_adversaries_that_are_compared_alike_count():
 
 def fitted(losses, spoil=None, steps=60, delta=True):
     torch.manual_seed(0)
-    evaluation = Evaluation(ladder=(3,))
+    evaluation = Evaluation(pgd_steps=(3,))
     module = Decomposition(
         TMS(5, 2),
         {"*": 6},
@@ -198,7 +198,7 @@ def fitted(losses, spoil=None, steps=60, delta=True):
         inner_steps=2,
         log_every=2,
         losses=losses,
-        warm_up=WarmUp(steps=50),
+        warm_up=FaithfulnessWarmup(steps=50),
         evaluation=evaluation,
     )
     trainer = L.Trainer(
@@ -214,7 +214,7 @@ def fitted(losses, spoil=None, steps=60, delta=True):
     )
     with quiet():
         trainer.fit(module, SparseFeatures(5, 0.3, batch_size=64, validation_batches=1))
-    return next(c for c in trainer.callbacks if isinstance(c, Collapse))
+    return next(c for c in trainer.callbacks if isinstance(c, CollapseMonitor))
 
 
 class Spoil(L.Callback):
@@ -245,7 +245,7 @@ def loud(model):
     [(None, []), (dead, ["die all at once"]), (loud, ["importance gradients explode"])],
 )
 def test_a_training_tells_what_befalls_it(harm, expected, caplog):
-    with caplog.at_level(logging.WARNING, "spd_lightning.training.collapse"):
+    with caplog.at_level(logging.WARNING, "spd_lightning.training.collapse_monitor"):
         fitted(Losses(minimality=Minimality(1e-4)), Spoil(harm) if harm else None)
     told = [r.getMessage() for r in caplog.records if r.name.endswith("collapse")]
     assert all(any(text in line for line in told) for text in expected), told
@@ -257,7 +257,7 @@ def test_a_training_tells_what_befalls_it(harm, expected, caplog):
 
 def test_a_training_compares_its_adversary_with_a_fresh_one(caplog):
     weak = Reconstruction("pgd", adversary=Adversary(1, step_size=1e-6, init="ones"))
-    with caplog.at_level(logging.WARNING, "spd_lightning.training.collapse"):
+    with caplog.at_level(logging.WARNING, "spd_lightning.training.collapse_monitor"):
         fitted(
             Losses(minimality=Minimality(1e-4), reconstruction={"weak": weak}),
             steps=20,
@@ -269,7 +269,7 @@ def test_a_training_compares_its_adversary_with_a_fresh_one(caplog):
 
 def test_a_resumed_training_goes_on_watching():
     watch = attacked(0.1)
-    resumed = Collapse()
+    resumed = CollapseMonitor()
     for step in range(20):
         watch.gradient(step, 1.0 + step)
     watch.alive(100, held(40, 40, 0.9))

@@ -22,7 +22,7 @@ KERNEL = (
 )
 
 
-def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+def matmul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x w + bias` of vectors x [..., n] and a matrix w [n, m], with gradients to all three."""
     if _plain(x, w):
         return x @ w if bias is None else nn.functional.linear(x, w.T, bias)
@@ -30,11 +30,11 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear map that is trained: torch's own, by `product`."""
+    """A linear map that is trained: torch's own, by `matmul`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """x Wᵀ + b."""
-        return product(input, self.weight.T, self.bias)
+        return matmul(input, self.weight.T, self.bias)
 
 
 def _plain(x: Tensor, w: Tensor) -> bool:

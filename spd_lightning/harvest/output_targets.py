@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spd_lightning.attribution.outputs import (
-    Against,
+    LogitAbove,
     OutputNodes,
     Outputs,
     Reading,
@@ -26,29 +26,29 @@ from spd_lightning.harvest.rows import Names
 
 
 @dataclass(frozen=True)
-class Explained:
+class OutputTargets:
     """The outputs of a language model that are nodes of its graphs, and the quantity they stand
     for.
 
     Args:
         tokens: these at every position, by what they look like or by id; those that are likely
             there if left out.
-        against: nodes stand for their logit above this token's.
+        contrast: nodes stand for their logit above this token's.
         centered: nodes stand for their logit above the mean of all.
         positions: output nodes at these positions only, counted from the end where negative; all if
             left out.
     """
 
     tokens: Sequence[int | str] | None = None
-    against: int | str | None = None
+    contrast: int | str | None = None
     centered: bool = False
     positions: Sequence[int] | None = None
 
     def __post_init__(self):
-        if self.centered and self.against is not None:
+        if self.centered and self.contrast is not None:
             raise BadInput(
-                f"outputs: centered, and against {self.against!r}: a difference has no mean; leave "
-                "one out"
+                f"outputs: centered, and contrast {self.contrast!r}: a difference has no mean; "
+                "leave one out"
             )
 
     def outputs(self, likely: OutputNodes, output: Tensor, names: Names) -> Outputs:
@@ -74,8 +74,8 @@ class Explained:
         return Outputs(nodes, self._reading(vocab, names))
 
     def _reading(self, vocab: int, names: Names) -> Reading:
-        if self.against is not None:
-            return Against(token_id(self.against, vocab, names))
+        if self.contrast is not None:
+            return LogitAbove(token_id(self.contrast, vocab, names))
         return centered if self.centered else logits
 
 

@@ -10,8 +10,8 @@ from spd_lightning.attribution.graph import GraphSpec
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.data.modules import SparseFeatures
 from spd_lightning.errors import BadInput
-from spd_lightning.harvest.explained import Explained, thresholds, token_id
 from spd_lightning.harvest.graphs import PromptGraphs
+from spd_lightning.harvest.output_targets import OutputTargets, thresholds, token_id
 from spd_lightning.targets.toy import TMS
 
 CHOSEN = ["h.0.mlp.*", "h.0.attn.v_proj:3", "h.1.attn.o_proj:2:0", "h.1.attn.o_proj:1-3:4"]
@@ -51,7 +51,7 @@ def test_a3_a_graph_of_chosen_nodes(style, mode):
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
 def test_a_harvest_of_what_is_asked_for(tmp_path):
     """Two tokens against a third, at the last position, by the MLP alone."""
-    asked = Explained(tokens=[WORDS[1], 3], against=WORDS[5], positions=[-1])
+    asked = OutputTargets(tokens=[WORDS[1], 3], contrast=WORDS[5], positions=[-1])
     module = decoder()
     (store,) = harvested(
         tmp_path, module, Ragged((6,)), PromptGraphs("frozen", outputs=asked, nodes=["h.0.mlp.*"])
@@ -70,19 +70,19 @@ def test_a_harvest_of_what_is_asked_for(tmp_path):
     expected = (logits[:, [1, 3]] - logits[:, 5:6]).flatten().tolist()
     found = last.sort("component")["activation"].sort().to_list()
     assert found == pytest.approx(sorted(expected), rel=1e-4, abs=1e-5)
-    assert store.manifest["config"]["outputs"]["against"] == WORDS[5]
+    assert store.manifest["config"]["outputs"]["contrast"] == WORDS[5]
 
 
 @pytest.mark.parametrize(
     ("asked", "complaint"),
     [
-        ({"outputs": Explained(tokens=["zz"])}, "token 'zz' in outputs: not one"),
+        ({"outputs": OutputTargets(tokens=["zz"])}, "token 'zz' in outputs: not one"),
         (
-            {"outputs": Explained(against=99)},
+            {"outputs": OutputTargets(contrast=99)},
             "token 99 in outputs: the vocabulary has 11; take 0 to 10",
         ),
         (
-            {"outputs": Explained(positions=[6])},
+            {"outputs": OutputTargets(positions=[6])},
             "position 6 in outputs: a prompt has 6; take −6 to 5",
         ),
         ({"nodes": ["h.0.mlp.up_pro:1"]}, r"site 'h.0.mlp.up_pro': not one .*h.0.mlp.up_proj"),
@@ -101,14 +101,16 @@ def test_what_is_not_there_is_said(tmp_path, asked, complaint):
 
 def test_a_mean_and_another_token_exclude_each_other():
     with pytest.raises(BadInput, match="leave one out"):
-        Explained(centered=True, against=1)
+        OutputTargets(centered=True, contrast=1)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
 def test_vectors_have_no_tokens(tmp_path):
     module = shaken(TMS(5, 2), {"linear1": 3})
     with pytest.raises(BadInput, match="a model on vectors has no tokens"):
-        harvested(tmp_path, module, SparseFeatures(5, 0.3, 4), PromptGraphs(outputs=Explained()))
+        harvested(
+            tmp_path, module, SparseFeatures(5, 0.3, 4), PromptGraphs(outputs=OutputTargets())
+        )
 
 
 def test_tokens_go_by_id_or_by_name():

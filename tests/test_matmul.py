@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spd_lightning.decomposition import products
+from spd_lightning.decomposition import matmul
 
 M, N, K = 64, 160, 128  # more than SMALL multiplications
 
@@ -21,13 +21,13 @@ def operands(turned: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
     return x.requires_grad_(), w.requires_grad_(), bias.requires_grad_()
 
 
-@pytest.mark.skipif(products.KERNEL is None, reason="torch was built without oneDNN")
+@pytest.mark.skipif(matmul.KERNEL is None, reason="torch was built without oneDNN")
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_value_and_gradients_are_those_of_double_precision(turned: bool, biased: bool):
     x, w, bias = operands(turned)
     held = (x, w, bias) if biased else (x, w)
-    y = products.product(*held)
+    y = matmul.matmul(*held)
     assert type(y.grad_fn).__name__ == "_ProductBackward"
     exact = [v.detach().double().requires_grad_() for v in held]
     truth = exact[0] @ exact[1] + (exact[2] if biased else 0)
@@ -43,7 +43,7 @@ def test_value_and_gradients_are_those_of_double_precision(turned: bool, biased:
 def test_batched_gradients():
     x, w, _ = operands(False)
     dy = torch.randn(3, *x.shape[:-1], K)
-    y = products.product(x, w)
+    y = matmul.matmul(x, w)
     (together,) = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)
     for one, d in zip(together, dy, strict=True):
         torch.testing.assert_close(
@@ -56,7 +56,7 @@ def test_the_plain_way_is_taken(case: str):
     x, w, _ = operands(False, torch.float64 if case == "double" else torch.float32)
     x = x[:, :1] if case == "tiny" else x
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-        y = products.product(x, w)
+        y = matmul.matmul(x, w)
         assert torch.equal(y, x @ w)
     assert type(y.grad_fn).__name__ != "_ProductBackward"
 
@@ -64,13 +64,13 @@ def test_the_plain_way_is_taken(case: str):
 def test_whoever_counts_operations_sees_them():
     x, w, _ = operands(False)
     with FlopCounterMode(display=False) as counted:
-        products.product(x, w)
+        matmul.matmul(x, w)
     assert counted.get_total_flops() == 2 * M * N * K
 
 
 def test_a_trained_linear_map_is_torchs_own():
     torch.manual_seed(0)
-    mine = products.Linear(N, K)
+    mine = matmul.Linear(N, K)
     x = torch.randn(M, N)
     theirs = torch.nn.Linear(N, K)
     theirs.load_state_dict(mine.state_dict())

@@ -26,7 +26,7 @@ LOWER = "lower the learning rate, or bound the gradients"
 """What to do about a training that diverges."""
 
 
-class BlockModule(L.LightningModule, ABC):
+class MultiStepModule(L.LightningModule, ABC):
     """A LightningModule whose `training_step` takes one optimizer step for each batch of a list.
 
     Its optimizer has one parameter group or more; a group's `peak` is the learning rate that the

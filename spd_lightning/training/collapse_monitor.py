@@ -28,7 +28,7 @@ WEAKER = 10.0
 """How many times more harm than the training's own adversary a fresh one may do."""
 
 
-class Collapse(Callback):
+class CollapseMonitor(Callback):
     """Warns of exploding gradients, dying components, importances that are all zero, and an
     adversary gone soft.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
 from spd_lightning.decomposition.masks import Sources, masks_from_sources
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import ROW_DIVERGENCES, Pass
+from spd_lightning.decomposition.reconstruction import ROW_DIVERGENCES, LossContext
 from spd_lightning.training.evaluate import Evaluation, Totals
 
 POSITIONS = 512
@@ -20,7 +20,7 @@ all else.
 """
 
 
-def adversarial_ladder(
+def pgd_sweep(
     model: ComponentModel,
     batch: Tensor,
     settings: Evaluation,
@@ -34,21 +34,21 @@ def adversarial_ladder(
 
     say: told after every ascent how far the work is.
     """
-    if not settings.ladder:
+    if not settings.pgd_steps:
         return {}
-    rows, total = _first_rows(batch, settings.ladder_rows or _rows_of(batch, POSITIONS))
-    run = Pass.of(model, rows)
+    rows, total = _first_rows(batch, settings.pgd_rows or _rows_of(batch, POSITIONS))
+    run = LossContext.from_batch(model, rows)
     worst: dict[str, float] = {}
     ascents = count(1)
 
     def climbed() -> None:
-        say(f"adversary {next(ascents)}/{max(settings.ladder) * settings.restarts}")
+        say(f"adversary {next(ascents)}/{max(settings.pgd_steps) * settings.restarts}")
 
     for seed in range(settings.restarts):
         found = _climb(
             model, run, settings, total, torch.Generator(rows.device).manual_seed(seed), climbed
         )
-        for steps in sorted(settings.ladder):
+        for steps in sorted(settings.pgd_steps):
             figure = f"pgd/{steps}"
             if not found[figure] <= worst.get(figure, -torch.inf):  # what is not a number is worst
                 worst |= {name: found[name] for name in (figure, f"se/{figure}") if name in found}
@@ -57,7 +57,7 @@ def adversarial_ladder(
 
 def _climb(
     model: ComponentModel,
-    run: Pass,
+    run: LossContext,
     settings: Evaluation,
     total: int,
     generator: torch.Generator,
@@ -76,7 +76,7 @@ def _climb(
         return rows(sources).sum() / total
 
     sources, done = None, 0
-    for steps in sorted(settings.ladder):  # every rung goes on from the one below
+    for steps in sorted(settings.pgd_steps):  # every rung goes on from the one below
         adversary = Adversary(steps=steps - done)
         sources = pgd_sources(adversary, fixed, harm, generator, sources)
         totals = Totals()

@@ -9,7 +9,7 @@ from spd_lightning.attribution.autograd import cut_run, oracle
 from spd_lightning.attribution.checks import Graphs, Inflow
 from spd_lightning.attribution.graph import MODES, GraphSpec
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.harvest.twins import twin_of
+from spd_lightning.harvest.native_decoder import as_native_decoder
 from spd_lightning.targets.conversion import decoder_from
 from spd_lightning.targets.huggingface import HuggingFaceLM
 
@@ -53,7 +53,7 @@ def test_a7_a_model_of_transformers_has_the_oracles_graph_without_a_backward_pas
     target = HuggingFaceLM.from_pretrained(str(tmp_path))
     target.model.set_attn_implementation("eager")
     model, tokens, g = decomposed(target, sites)
-    quick = twin_of(model, CLOSED[mode])
+    quick = as_native_decoder(model, CLOSED[mode])
     assert quick.model is not model
     spec = GraphSpec(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
     layers, found = quick.graphs(spec)
@@ -85,7 +85,7 @@ def test_a7_checkpoints_as_a_decoder(tmp_path, kind, mode):
         decoder_from(str(tmp_path)), {"h.*.attn.*_proj": 5, "h.*.mlp.*": 6}
     )
     torch.testing.assert_close(model.target(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
-    quick = twin_of(model, CLOSED[mode])
+    quick = as_native_decoder(model, CLOSED[mode])
     spec = GraphSpec(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
     layers, found = quick.graphs(spec)
     found = list(found)
@@ -105,7 +105,7 @@ def test_a6_a_twin_made_in_inference_mode_has_graphs(tmp_path, kind):
     model, tokens, g = decomposed(HuggingFaceLM.from_pretrained(str(tmp_path)), MAPS)
     mode = MODES["frozen"]
     with torch.inference_mode():
-        quick = twin_of(model, mode)
+        quick = as_native_decoder(model, mode)
     assert quick.model is not model
     assert not any(parameter.is_inference() for parameter in quick.model.parameters())
     spec = GraphSpec(model, tokens, g, mode, 0.3, odd_tokens)
@@ -128,7 +128,7 @@ def test_what_has_no_twin_stays_itself(tmp_path):
     tiny_checkpoints.write(tmp_path, "gpt2")
     target = HuggingFaceLM.from_pretrained(str(tmp_path))
     model, tokens, g = decomposed(target, {"transformer.h.*.attn.*": 5, "transformer.h.*.mlp.*": 6})
-    quick = twin_of(model, MODES["unmasked"])
+    quick = as_native_decoder(model, MODES["unmasked"])
     assert quick.model is model
     layers, found = quick.graphs(GraphSpec(model, tokens, g, MODES["unmasked"], 0.3, odd_tokens))
     assert sum(len(table.source) for table in found)
@@ -145,7 +145,7 @@ def test_maps_that_are_no_sites_need_no_place_but_their_biases_do(tmp_path, kind
     target = HuggingFaceLM.from_pretrained(str(tmp_path))
     target.model.set_attn_implementation("eager")
     model, tokens, g = decomposed(target, {"*.mlp.*": 6} if kind == "gpt2" else MLPS)
-    quick = twin_of(model, CLOSED[mode])
+    quick = as_native_decoder(model, CLOSED[mode])
     assert (quick.model is model) == (CLOSED[mode].linearization == "frozen")
     spec = GraphSpec(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
     layers, found = quick.graphs(spec)
@@ -161,10 +161,10 @@ def test_a_twin_is_made_anew_where_weights_have_changed(tmp_path):
     """In place or moved: its logits are those of the model as it is now."""
     tiny_checkpoints.write(tmp_path, "llama")
     model, tokens, _ = decomposed(HuggingFaceLM.from_pretrained(str(tmp_path)), MAPS)
-    first = twin_of(model, MODES["unmasked"])
-    assert twin_of(model, MODES["unmasked"]) is first
+    first = as_native_decoder(model, MODES["unmasked"])
+    assert as_native_decoder(model, MODES["unmasked"]) is first
     with torch.no_grad():
         model.target.model.lm_head.weight.mul_(2)
     for changed in (model, model.float()):
-        found = twin_of(changed, MODES["unmasked"]).model.target(tokens)
+        found = as_native_decoder(changed, MODES["unmasked"]).model.target(tokens)
         torch.testing.assert_close(found, changed.target(tokens), rtol=1e-4, atol=1e-4)

@@ -25,7 +25,7 @@ _SHARED = "SPD_CLAIM"
 _REACHED = ("metrics.jsonl", "checkpoints", "decomposition.safetensors", "harvest", "summary.json")
 
 
-class Claim:
+class RunLock:
     """A run folder that this process alone works on, until `release` or its own end.
 
     Attributes:
@@ -47,7 +47,7 @@ class Claim:
             os.close(self._handle)
         self._handle = None
 
-    def abandon(self) -> None:
+    def release_and_discard(self) -> None:
         """Release it; a folder in which nothing was reached yet is taken away, so that the next try
         has its name.
         """
@@ -55,14 +55,14 @@ class Claim:
             shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
-    def __enter__(self) -> "Claim":
+    def __enter__(self) -> "RunLock":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
 
-def claim(name: str, settings: Mapping[str, Any]) -> Claim:
+def acquire_run(name: str, settings: Mapping[str, Any]) -> RunLock:
     """A folder to work in: the family's interrupted run with the same settings, or a fresh one.
 
     A finished run is never touched, nor one that another process works on: the next number is taken
@@ -78,7 +78,7 @@ def claim(name: str, settings: Mapping[str, Any]) -> Claim:
         BadInput: the name cannot name a run, or the disk refuses.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0" and (shared := os.environ.get(_SHARED)):
-        return Claim(Run(Path(shared)), True, None)
+        return RunLock(Run(Path(shared)), True, None)
     key = digest(dict(settings))
     for run in family(check_name(name)):
         if run.record.get("digest") != key:
@@ -91,11 +91,11 @@ def claim(name: str, settings: Mapping[str, Any]) -> Claim:
             log.info("run %s: resuming from where it was interrupted", run.name)
             for folder in (run.path, run.path / "checkpoints", run.path / "figures"):
                 sweep(folder)  # nobody else writes here: the lock is ours
-            return Claim(run, True, handle)
+            return RunLock(run, True, handle)
     return _fresh(name, key)
 
 
-def uncopied(name: str, settings: Mapping[str, Any]) -> Claim | None:
+def uncopied(name: str, settings: Mapping[str, Any]) -> RunLock | None:
     """Claim the family's finished run with the same settings of which a tracker lacks a part, if
     there is one.
 
@@ -103,22 +103,22 @@ def uncopied(name: str, settings: Mapping[str, Any]) -> Claim | None:
 
     Args:
         name: the run's family.
-        settings: as for `claim`.
+        settings: as for `acquire_run`.
     """
     key = digest(dict(settings))
     for run in family(check_name(name)):
         finished = run.record.get("digest") == key and run.state == "finished"
         if finished and (run.path / UNCOPIED).exists() and (handle := lock(run.path)) is not None:
-            return Claim(run, True, handle)
+            return RunLock(run, True, handle)
     return None
 
 
-def _fresh(name: str, key: str) -> Claim:
+def _fresh(name: str, key: str) -> RunLock:
     path = _new_folder(name)
     handle = lock(path)
     assert handle is not None, f"a folder just made is locked: {path}"
     write_json(path / "run.json", {"family": name, "digest": key, "started": time.time()})
-    return Claim(Run(path), False, handle)
+    return RunLock(Run(path), False, handle)
 
 
 def _new_folder(name: str) -> Path:
