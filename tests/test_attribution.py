@@ -496,7 +496,7 @@ def test_a7_chunks_of_any_size_give_the_same(monkeypatch):
     model, inputs, g = made("induction")
     expected = batched(model, inputs, g, "unmasked")
     for size in (1, 500):
-        monkeypatch.setattr(autograd, "CHUNK", size)
+        monkeypatch.setattr(autograd, "MAX_VJP_NUMBERS", size)
         for found, right in zip(batched(model, inputs, g, "unmasked"), expected, strict=True):
             assert_equal(found, right)
 

@@ -1,3 +1,1 @@
-"""Attribution: which component drives which. Builds on `decomposition`, which knows nothing of
-it.
-"""
+"""Attribution: which component drives which. Builds on `decomposition`, never the reverse."""

@@ -45,9 +45,7 @@ MAX_VJP_NUMBERS = 1 << 20
 
 
 def biased(model: ComponentModel) -> dict[str, nn.Module]:
-    """Return the norms and maps that add a bias and are not sites; in frozen graphs each is a node
-    (A6, rule 1).
-    """
+    """Return the norms and maps that add a bias and are not sites (nodes in frozen graphs, A6)."""
     sites = {site.module for site in model.sites.values()}
     adding = {site.module for site in available(model.target).values()} - sites
     adding |= {module for module in model.target.modules() if isinstance(module, nn.LayerNorm)}
@@ -64,9 +62,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 
 def cut_run(spec: GraphSpec) -> list[Layer]:
-    """Return the layers of the graphs of a batch of prompts in forward order, joined by one
-    autograd graph.
-    """
+    """Return the layers of some prompts' graphs in forward order, joined by one autograd graph."""
     return _CutRun(spec).run()
 
 
@@ -186,9 +182,7 @@ def _leaf(value: Tensor) -> Tensor:
 
 
 def _whole_layer(name: str, kind: NodeKind, leaf: Tensor) -> Layer:
-    """Return a layer with a single node at each position, which stands for the whole vector
-    there.
-    """
+    """Return a layer whose single node at each position stands for the whole vector."""
     batch, positions, _ = shape3(leaf)
     size = leaf.detach().reshape(batch, positions, -1).norm(dim=-1, keepdim=True)
     nodes = torch.ones(batch, positions, 1, dtype=torch.bool, device=leaf.device)
@@ -199,9 +193,7 @@ def _whole_layer(name: str, kind: NodeKind, leaf: Tensor) -> Layer:
 
 
 class LayerEdges(NamedTuple):
-    """Edges from one layer to another: for each its prompt, both ends as (pos, component), and its
-    attribution.
-    """
+    """Edges from one layer to another: prompt, both ends as (pos, component), and attribution."""
 
     source: int
     target: int
@@ -252,9 +244,7 @@ def _is_target(layer: Layer) -> bool:
 
 
 def _vjps(target: Layer, leaves: list) -> Iterator[tuple[Tensor, tuple[Tensor | None, ...]]]:
-    """Yield chunks of target entries (pos, component) that are nodes in a prompt, and their
-    gradients.
-    """
+    """Yield chunks of target entries (pos, component) that are nodes, and their gradients."""
     if not leaves:
         return
     value = target.value
@@ -295,9 +285,7 @@ def _select_edges(
 
 
 def connected(layers: list[Layer]) -> set[tuple[int, int]]:
-    """Return the pairs of layers joined by a direct path (A4): those between which a gradient
-    exists.
-    """
+    """Return the pairs of layers joined by a direct path (A4), that is, by a gradient."""
     pairs = set()
     for t, target, leaves in _targets_with_leaves(layers):
         for s, gradient in _gradients(target.value.sum(), leaves):
@@ -328,9 +316,7 @@ def crossing(layers: list[Layer]) -> set[tuple[int, int]]:
 
 
 def _targets_with_leaves(layers: list[Layer]) -> Iterator[tuple[int, Layer, dict[int, Tensor]]]:
-    """Yield every layer that can be a target, with its number and the leaves of earlier layers, by
-    number.
-    """
+    """Yield every layer that can be a target, with its number and the leaves of earlier layers."""
     for t, target in enumerate(layers):
         leaves = {s: layer.leaf for s, layer in enumerate(layers[:t]) if layer.leaf is not None}
         if _is_target(target) and leaves:
@@ -338,9 +324,7 @@ def _targets_with_leaves(layers: list[Layer]) -> Iterator[tuple[int, Layer, dict
 
 
 def _gradients(total: Tensor, leaves: dict[int, Tensor]) -> Iterator[tuple[int, Tensor | None]]:
-    """Return the gradient of a number at each leaf, by the leaf's key; None where there is no
-    path.
-    """
+    """Return the gradient of a number at each leaf, by the leaf's key; None without a path."""
     gradients = torch.autograd.grad(
         total, list(leaves.values()), retain_graph=True, allow_unused=True
     )
@@ -362,8 +346,7 @@ def prompt_edges(spec: GraphSpec) -> tuple[list[Layer], list[LayerEdges]]:
 
 
 class VectorJacobianEdges:
-    """The edges of a batch of prompts by batched vector-Jacobian products; computed again each
-    time.
+    """The edges of a batch of prompts by batched vector-Jacobian products.
 
     Attributes:
         layers: the layers of the graphs.
@@ -379,9 +362,7 @@ class VectorJacobianEdges:
             self._crossing = crossing(cut)
 
     def layer_edges(self) -> Iterator[LayerEdges]:
-        """Compute the edges between layers, for one pair of layers and one chunk of targets at a
-        time.
-        """
+        """Compute the edges for one pair of layers and one chunk of targets at a time."""
         for edges in vjp_edges(self.layers, self._direct):
             pair = edges.source, edges.target
             stays = self._direct is not None and pair not in self._crossing
@@ -397,8 +378,7 @@ EdgeKey = tuple[str, int, int, str, int, int]
 
 
 def oracle(layers: list[Layer]) -> dict[tuple[NodeKind, EdgeKey], float]:
-    """Compute every edge of one prompt by definition: one `autograd.grad` for each target node
-    (A7).
+    """Compute every edge of one prompt by definition: one `autograd.grad` a target node (A7).
 
     layers: a cut run of a batch of one. Returns {(source kind, (S, s', i, T, s, j)): attribution}.
     """

@@ -1,9 +1,8 @@
-"""The objective of a circuit search: how far the masked model's output is from the target's at one
-position.
+"""The objective of a circuit search: the distance of a masked model's output from the target's.
 
-`circuit_search` minimizes this distance D under stochastic and adversarial masks. Several rows of a
-batch may hold the same prompt. The masks drawn for a prompt depend on its content alone, not on the
-other rows of the batch.
+`circuit_search` minimizes this distance D at one position under stochastic and adversarial masks.
+Several rows of a batch can hold the same prompt. The masks drawn for a prompt depend only on its
+content, not on the other rows of the batch.
 """
 
 import hashlib
@@ -33,29 +32,29 @@ Masks = Literal["stochastic", "ci"]
 
 @dataclass(frozen=True)
 class CircuitSearch:
-    """How the smallest circuits are looked for.
+    """Settings of the search for the smallest circuits.
 
     Args:
-        lambdas: weights of the minimality loss, each tried on every prompt.
+        lambdas: weights of the minimality loss; each is tried on every prompt.
         p: exponent of the minimality loss (L2).
-        masks: what the answer is asked for under; several are averaged. Graphs of mode `ci_masked`
-            show the model under ci masks, of which stochastic ones alone do not ask that it answers
-            well.
-        loss: how answers are compared: ce (a label's cross-entropy) or kl (from the target) at one
-            position, mse over all outputs of models on vectors. Left out: ce, or mse on vectors.
-        position: the token position that is asked about; negative ones count from the end.
+        masks: kinds of masks used in the objective; their losses are averaged. Include `ci` to draw
+            `ci_masked` graphs: optimizing under stochastic masks alone does not make the model
+            accurate under ci masks.
+        loss: ce (the cross-entropy of a label) or kl (from the target) at one position, or mse over
+            all outputs for models on vectors. If omitted: ce, or mse on vectors.
+        position: the token position whose prediction should stay; negative ones count from the end.
         label: the token whose probability should stay; the target's most probable one if omitted.
-        steps: of the descent, at most.
-        lr: AdamW's.
-        adversary: takes part in the descent, afresh in every step; none if omitted.
+        steps: the largest number of optimization steps.
+        lr: the learning rate of AdamW.
+        adversary: an adversary whose masks are added to the objective, started again in every
+            step; none if omitted.
         adversarial: weight of the loss under its masks.
-        patience: a row is finished when the mean loss of so many steps has settled: it is that of
-            as many before.
-        tolerance: how far apart the two may be, as a share of the loss.
-        judge: the fresh adversary that results are judged by.
-        draws: stochastic masks that results are averaged over.
-        threshold: importance above which a component counts as important.
-        seed: of all draws.
+        patience: a row stops if its mean loss over this many steps has settled.
+        tolerance: the relative change between two such means below which a row has settled.
+        judge: the fresh adversary against which results are evaluated.
+        draws: the number of stochastic masks over which results are averaged.
+        threshold: the importance above which a component counts as important.
+        seed: the seed of all draws.
     """
 
     lambdas: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -77,12 +76,11 @@ class CircuitSearch:
 
     def __post_init__(self):
         if not self.lambdas:
-            raise BadInput("lambdas [] of a search: they weigh a loss; give at least one")
-        if not self.masks:
             raise BadInput(
-                "masks [] of a search: answers are asked for under some; take stochastic, ci or "
-                "both"
+                "lambdas [] of a search: give at least one weight of the minimality loss"
             )
+        if not self.masks:
+            raise BadInput("masks [] of a search: give stochastic, ci or both")
         check_range(
             "search",
             least=0,
@@ -96,30 +94,28 @@ class CircuitSearch:
         check_range("search", least=0, most=1, threshold=self.threshold)
 
 
-def suited(search: CircuitSearch, inputs: Tensor, vocab: int | None = None) -> Loss:
-    """How a search compares answers to these prompts [batch, features or pos]; vocab: how many
-    tokens there are.
+def check_search(search: CircuitSearch, inputs: Tensor, vocab: int | None = None) -> Loss:
+    """Return how a search compares outputs, once it is known to suit these prompts.
+
+    inputs: [batch, features] or [batch, pos]. vocab: the number of tokens that the model knows.
 
     Raises:
-        BadInput: they have no such loss, position or label.
+        BadInput: the prompts have no such loss, position or label.
     """
     vectors = inputs.is_floating_point()
     loss: Loss = search.loss or ("mse" if vectors else "ce")
     if vectors != (loss == "mse"):
         suits = "vectors; take mse" if vectors else "tokens; take ce or kl"
         raise BadInput(f"loss '{loss}' of a search: the model is on {suits}")
-    if not vectors and not -inputs.shape[1] <= search.position < inputs.shape[1]:
+    if vectors:
+        return loss
+    length, label = inputs.shape[1], search.label
+    if not -length <= search.position < length:
         raise BadInput(
-            f"position {search.position} of a search: the prompt has {inputs.shape[1]} tokens; "
-            "take one"
+            f"position {search.position} of a search: the prompt has {length} tokens; take one"
         )
-    if (
-        not vectors
-        and vocab is not None
-        and search.label is not None
-        and not 0 <= search.label < vocab
-    ):
-        raise BadInput(f"label {search.label} of a search: the model knows tokens 0 to {vocab - 1}")
+    if vocab is not None and label is not None and not 0 <= label < vocab:
+        raise BadInput(f"label {label} of a search: the model knows tokens 0 to {vocab - 1}")
     return loss
 
 
@@ -140,72 +136,65 @@ class CircuitObjective:
         self.vectors = inputs.is_floating_point()
         with torch.no_grad():
             clean = model.clean(inputs)
-            self.loss_kind: Loss = suited(search, inputs, clean.output.shape[-1])
-            self.z = {
-                n: z.detach()
-                for n, z in model.importance_function(clean.inputs, clean.inner).items()
-            }
-        self.answer = self._here(clean.output)
+            self.loss_kind: Loss = check_search(search, inputs, clean.output.shape[-1])
+            z = model.importance_function(clean.inputs, clean.inner)
+        self.z = {site: values.detach() for site, values in z.items()}
+        self.answer = self._at_position(clean.output)
         self.label = None if self.vectors else self._label()
 
     def _label(self) -> Int[Tensor, " prompts"]:
-        asked = self.search.label
-        return (
-            self.answer.argmax(-1)
-            if asked is None
-            else torch.full_like(self.answer[:, 0], asked, dtype=torch.long)
-        )
+        if self.search.label is None:
+            return self.answer.argmax(-1)
+        return torch.full_like(self.answer[:, 0], self.search.label, dtype=torch.long)
 
-    def _here(self, output: Tensor) -> Float[Tensor, "rows K"]:
+    def _at_position(self, output: Tensor) -> Float[Tensor, "rows K"]:
         return output.flatten(1) if self.vectors else output[:, self.search.position]
+
+    # ---- distance --------------------------------------------------------------------------------
 
     def outputs(
         self, masks: Mapping[str, Mask], prompt: Int[Tensor, " rows"]
     ) -> Float[Tensor, "rows K"]:
-        """The answer of rows of these prompts under masks, with gradient to the masks alone."""
-        return self._here(self.model.masked(self.inputs[prompt], masks, detach=True))
+        """Return the outputs of some prompts under masks, with gradients to the masks only."""
+        return self._at_position(self.model.masked(self.inputs[prompt], masks, detach=True))
 
     def loss(
         self, masks: Mapping[str, Mask], prompt: Int[Tensor, " rows"]
     ) -> Float[Tensor, " rows"]:
-        """D of the answers under masks."""
+        """Return D of the outputs under masks."""
         return self.distance(self.outputs(masks, prompt), prompt)
 
     def distance(
-        self, answer: Float[Tensor, "rows K"], prompt: Int[Tensor, " rows"]
+        self, output: Float[Tensor, "rows K"], prompt: Int[Tensor, " rows"]
     ) -> Float[Tensor, " rows"]:
-        """D of every row."""
+        """Return D of some outputs."""
         match self.loss_kind:
             case "kl":
-                return kl_rows(answer, self.answer[prompt])
+                return kl_rows(output, self.answer[prompt])
             case "mse":
-                return mse_rows(answer, self.answer[prompt])
+                return mse_rows(output, self.answer[prompt])
             case "ce":
-                return -self.log_probability(answer, prompt)
+                return -self.log_probability(output, prompt)
 
     def log_probability(
-        self, answer: Float[Tensor, "rows K"], prompt: Int[Tensor, " rows"]
+        self, output: Float[Tensor, "rows K"], prompt: Int[Tensor, " rows"]
     ) -> Float[Tensor, " rows"]:
         """Return the log probability of each row's label."""
         assert self.label is not None
-        answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
-        return answer.log_softmax(-1).gather(-1, self.label[prompt, None])[:, 0]
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        return output.log_softmax(-1).gather(-1, self.label[prompt, None])[:, 0]
 
-    # ---- sources ----
+    # ---- masks -----------------------------------------------------------------------------------
 
     def generators(self, purpose: str) -> list[torch.Generator]:
-        """One a prompt, by its content: what is drawn for it does not depend on what stands beside
-        it.
-        """
-        rows = [row.cpu().contiguous().numpy().tobytes() for row in self.inputs]
-        keys = [
-            hashlib.blake2b(f"{self.search.seed} {purpose} ".encode() + row, digest_size=8)
-            for row in rows
-        ]
-        return [
-            torch.Generator(self.inputs.device).manual_seed(int.from_bytes(key.digest()))
-            for key in keys
-        ]
+        """Return a generator for each prompt, seeded by its content alone."""
+        generators = []
+        for row in self.inputs:
+            content = row.cpu().contiguous().numpy().tobytes()
+            key = f"{self.search.seed} {purpose} ".encode() + content
+            seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())
+            generators.append(torch.Generator(self.inputs.device).manual_seed(seed))
+        return generators
 
     def sample_masks(
         self,
@@ -214,16 +203,16 @@ class CircuitObjective:
         prompt: Int[Tensor, " rows"],
         generators: list[torch.Generator],
     ) -> dict[str, Mask]:
-        """ci masks, or stochastic ones from fresh sources that are the same for all rows of a
-        prompt.
-        """
+        """Return ci masks, or stochastic ones that all rows of a prompt share."""
         if kind == "ci":
-            return {name: Mask(v, 0.0) for name, v in g.items()}
-        like = {n: v[:1] for n, v in g.items()}
+            return {site: Mask(values, 0.0) for site, values in g.items()}
+        one_row = {site: values[:1] for site, values in g.items()}
         binomial = self.model.importance.sampling == "binomial"
-        return self.masks(
-            g, _by_prompt(prompt, lambda p: stochastic_sources(like, generators[p], binomial))
-        )
+
+        def draw(p: int) -> Sources:
+            return stochastic_sources(one_row, generators[p], binomial)
+
+        return self.masks(g, _by_prompt(prompt, draw))
 
     def adversarial_masks(
         self,
@@ -232,48 +221,53 @@ class CircuitObjective:
         prompt: Int[Tensor, " rows"],
         generators: list[torch.Generator],
     ) -> dict[str, Mask]:
-        """Masks by which a fresh adversary raises D of every row; rows do not see one another."""
-        fixed = {name: v.detach() for name, v in g.items()}
+        """Return masks with which a fresh adversary raises D of every row by itself."""
+        fixed = {site: values.detach() for site, values in g.items()}
 
-        def damage(sources: Sources) -> Tensor:
+        def total_loss(sources: Sources) -> Tensor:
             return self.loss(self.masks(fixed, sources), prompt).sum()
 
-        start = _by_prompt(prompt, lambda p: self._opening(adversary, fixed, generators[p]))
-        return self.masks(g, pgd_sources(adversary, fixed, damage, None, start))
+        def start(p: int) -> Sources:
+            return self._start(adversary, fixed, generators[p])
+
+        first = _by_prompt(prompt, start)
+        return self.masks(g, pgd_sources(adversary, fixed, total_loss, None, first))
 
     def masks(self, g: Mapping[str, Tensor], sources: Sources) -> dict[str, Mask]:
-        """m = g + (1 − g)·s at every site."""
+        """Return the masks m = g + (1 − g)·s of every site."""
         return masks_from_sources(g, sources, self.model.delta)
 
-    def _opening(
+    def _start(
         self, adversary: Adversary, g: Mapping[str, Tensor], generator: torch.Generator
     ) -> Sources:
-        """Where an adversary of one row starts; under `per_batch` with one vector for all
-        positions.
+        """Return the sources from which an adversary of one row starts.
+
+        Under scope `per_batch`, all positions share one vector.
         """
-        found = {}
-        for name, v in g.items():
-            lead = v.shape[1:-1] if adversary.scope == "per_position" else [1] * (v.ndim - 2)
-            shape = (1, *lead, v.shape[-1] + 1)
+        sources = {}
+        for site, values in g.items():
+            positions = values.shape[1:-1]
+            if adversary.scope != "per_position":
+                positions = [1] * len(positions)
+            shape = (1, *positions, values.shape[-1] + 1)  # C components and the delta
             match adversary.init:
                 case "random":
-                    start = uniform(v, shape, generator)
+                    start = uniform(values, shape, generator)
                 case "ones":
-                    start = v.new_ones(shape)
+                    start = values.new_ones(shape)
                 case "zeros":
-                    start = v.new_zeros(shape)
-            found[name] = (start[..., :-1], start[..., -1])
-        return found
+                    start = values.new_zeros(shape)
+            sources[site] = (start[..., :-1], start[..., -1])
+        return sources
 
 
-def _by_prompt(prompt: Int[Tensor, " rows"], of: Callable[[int], Sources]) -> Sources:
-    """Sources of one prompt each, laid out by rows."""
+def _by_prompt(prompt: Int[Tensor, " rows"], draw: Callable[[int], Sources]) -> Sources:
+    """Draw sources once for each prompt, and repeat them for all of its rows."""
     rows = prompt.tolist()
-    each = {p: of(p) for p in dict.fromkeys(rows)}
-    return {
-        name: (
-            torch.cat([each[p][name][0] for p in rows]),
-            torch.cat([each[p][name][1] for p in rows]),
-        )
-        for name in each[rows[0]]
-    }
+    drawn = {p: draw(p) for p in dict.fromkeys(rows)}
+    sources = {}
+    for site in drawn[rows[0]]:
+        components = torch.cat([drawn[p][site][0] for p in rows])
+        delta = torch.cat([drawn[p][site][1] for p in rows])
+        sources[site] = (components, delta)
+    return sources

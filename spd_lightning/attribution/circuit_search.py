@@ -1,22 +1,22 @@
-"""Optimized importance: the smallest circuit that answers one objective about one prompt (section A
-of docs/method.md).
+"""Optimized importance: the smallest circuit for one prediction (section A of docs/method.md).
 
-The importance function answers for every input and every output at once. For one prompt and one
-position its answer can be made smaller:
+The importance function has to suit every input and every output at once. For one prompt and one
+position, fewer components can be enough:
 
     loss of a row = D under stochastic and ci masks [+ D under an adversary's] + λ · minimality (L2)
 
-1. *Ask.* What the target says at one position; D is the cross-entropy of a label there, or the KL
-   from the target.
-2. *Descend.* AdamW on the pre-sigmoid values of the components with g > 0, from where the
-   importance function puts them; all others stay at importance 0, and the model stands still. A
-   *row* is one prompt under one λ. Rows share nothing but the random draws of their prompt, so in a
-   batch each ends where it would have ended alone; a row whose loss has settled is left as it is.
-3. *Judge.* How many components are left, and how probable the label is under ci, stochastic and
-   adversarial masks. A small circuit that an adversary can break is not a circuit.
+1. *Objective.* D compares the masked model's output at one position with the target's: it is the
+   cross-entropy of a label, or the KL from the target (`circuit_objective`).
+2. *Optimization.* AdamW on the pre-sigmoid values of the components with g > 0, starting from the
+   values of the importance function. All other components keep importance 0, and the model does not
+   change. A *row* is one prompt under one λ. Rows share nothing but the random draws of their
+   prompt, so a row of a batch ends where it would have ended alone. A row whose loss has settled is
+   not changed any more.
+3. *Evaluation.* The number of components that are left, and the probability of the label under ci,
+   stochastic and adversarial masks. A small circuit that an adversary can break is not a circuit.
 
-Not here: which λ to take is up to the caller (`select_circuits` has a rule), graphs of the result
-are in `prompt_graphs`.
+Not here: the choice of λ is the caller's (`select_circuits` has a rule); `prompt_graphs` computes
+graphs of the result.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from math import inf, nan
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spd_lightning.attribution.circuit_objective import CircuitObjective, CircuitSearch
@@ -34,14 +34,19 @@ from spd_lightning.errors import Diverged
 
 
 class Frontier(NamedTuple):
-    """The result of every row: how small, and how accurate.
+    """The result of every row: the size of its circuit, and how accurate it is.
 
-    prompt, lambdas, steps [rows]: which prompt under which λ, steps taken; the first row of every
-    prompt has no λ (NaN) and is what the importance function says itself. nodes: components with g
-    > 0 at all positions; important: those above the threshold. loss: D [rows] under ci, stochastic
-    and adversarial masks. probability: the label's [rows] under these and under the target; None on
-    vectors. label [rows]: that token. kept: the share of the target's answer that the adversary
-    leaves: of the label's probability, or on vectors of the outputs' mean square.
+    prompt: the number of the prompt in the batch.
+    lambdas: λ. The first row of every prompt has none (NaN): it is the importance function's own.
+    steps: the number of steps taken.
+    nodes: the number of components with g > 0, over all positions.
+    important: the number of those above the threshold.
+    loss: D [rows] under ci, stochastic and adversarial masks.
+    probability: the label's probability [rows] under these masks and in the target; None for
+        models on vectors.
+    label: the token whose probability should stay.
+    kept: the share that the adversary leaves of the label's probability; on vectors, of the mean
+        square of the outputs.
     """
 
     prompt: Int[Tensor, " rows"]
@@ -56,8 +61,7 @@ class Frontier(NamedTuple):
 
 
 class Circuits(NamedTuple):
-    """Importances of every row, prompt by prompt and λ by λ: {site: [rows, (pos,) C]}, and the
-    frontier.
+    """Importances {site: [rows, (pos,) C]} prompt by prompt and λ by λ, and their frontier.
 
     The first row of every prompt is not optimized.
     """
@@ -69,122 +73,167 @@ class Circuits(NamedTuple):
 def optimize(
     model: ComponentModel, inputs: Tensor, search: CircuitSearch | None = None
 ) -> Circuits:
-    """The importances that keep what the target says at one position with as few components as λ
-    makes worth while.
+    """Find importances that preserve the output at one position with as few components as possible.
 
     inputs: [prompts, features] floating point, or [prompts, pos] token ids.
 
     Raises:
-        BadInput: a position or a label that the model does not have, or a loss that does not suit
-            it.
+        BadInput: the model has no such position or label, or the loss does not suit it.
+        Diverged: a loss is not finite.
     """
     search = search or CircuitSearch()
     objective = CircuitObjective(model, inputs, search)
-    descent = ImportanceOptimization(objective)
+    optimization = ImportanceOptimization(objective)
     for _ in range(search.steps):
-        if not descent.running.any():
+        if not optimization.running.any():
             break
-        descent.step()
+        optimization.step()
+    every_row = torch.arange(len(optimization.running), device=inputs.device)
     with torch.no_grad():
-        g = descent.importances(torch.arange(len(descent.running), device=inputs.device))
-    frontier = _frontier(objective, descent, g)
-    for masks, loss in {"optimized": descent.loss, **frontier.loss}.items():
-        if not loss.isfinite().all():
-            row = int(loss.isfinite().int().argmin())
-            where = f"prompt {int(descent.prompt[row])} at lambda {float(descent.lambdas[row])}"
-            raise Diverged(
-                f"the circuit search's loss ({masks}) of {where} is {float(loss[row])} "
-                f"after {int(descent.taken[row])} steps",
-                "lower search.lr",
-            )
+        g = optimization.importances(every_row)
+    frontier = _evaluate(objective, optimization, g)
+    _check_finite(optimization, frontier)
     return Circuits(g, frontier)
 
 
-def select_circuits(frontier: Frontier, share: float) -> list[int]:
-    """Choose one optimized row per prompt: the smallest whose answer keeps a given share under the
-    adversary.
+def _check_finite(optimization: "ImportanceOptimization", frontier: Frontier) -> None:
+    """Raise Diverged if a loss is not finite."""
+    for masks, loss in {"optimized": optimization.loss, **frontier.loss}.items():
+        if loss.isfinite().all():
+            continue
+        row = int(loss.isfinite().int().argmin())
+        prompt, lambda_ = int(frontier.prompt[row]), float(frontier.lambdas[row])
+        raise Diverged(
+            f"the circuit search's loss ({masks}) of prompt {prompt} at lambda {lambda_} is "
+            f"{float(loss[row])} after {int(frontier.steps[row])} steps",
+            "lower search.lr",
+        )
 
-    Where none does, the one that keeps most, to a hundredth; of equals, the one with the least loss
-    under ci masks.
+
+def select_circuits(frontier: Frontier, share: float) -> list[int]:
+    """Select one row per prompt: the smallest circuit that keeps a given share under the adversary.
+
+    If no row of a prompt keeps that share, the row that keeps most is selected, to a hundredth. Of
+    equal rows, the one with the smallest loss under ci masks is selected.
     """
-    kept, nodes, loss = (
-        column.tolist() for column in (frontier.kept, frontier.nodes, frontier.loss["ci"])
-    )
+    kept, nodes = frontier.kept.tolist(), frontier.nodes.tolist()
+    loss = frontier.loss["ci"].tolist()
 
     def rank(row: int) -> tuple[bool, float, float]:
         enough = kept[row] >= share
-        return enough, float(-nodes[row]) if enough else round(kept[row], 2), -loss[row]
+        quality = float(-nodes[row]) if enough else round(kept[row], 2)
+        return enough, quality, -loss[row]
 
-    of_prompt = dict[int, list[int]]()
-    for row in (~frontier.lambdas.isnan()).nonzero()[:, 0].tolist():
-        of_prompt.setdefault(int(frontier.prompt[row]), []).append(row)
-    return [max(rows, key=rank) for rows in of_prompt.values()]
+    rows_of_prompt = dict[int, list[int]]()
+    optimized = ~frontier.lambdas.isnan()
+    for row in optimized.nonzero()[:, 0].tolist():
+        rows_of_prompt.setdefault(int(frontier.prompt[row]), []).append(row)
+    return [max(rows, key=rank) for rows in rows_of_prompt.values()]
 
 
-# ---- the descent ---------------------------------------------------------------------------------
+# ---- step 2: optimization ------------------------------------------------------------------------
+
+
+class RowEntries:
+    """Some entries of a matrix [rows, width], as a flat vector with a place for each of them.
+
+    Args:
+        chosen: which entries.
+
+    Attributes:
+        row: the row of every entry.
+    """
+
+    def __init__(self, chosen: Bool[Tensor, "rows width"]):
+        self.rows, self.width = chosen.shape
+        self.place = chosen.flatten().nonzero()[:, 0]  # in the flattened matrix
+        self.row = self.place // self.width
+
+    def gather(self, matrix: Float[Tensor, "rows width"]) -> Float[Tensor, " entries"]:
+        """Select the entries of a matrix."""
+        return matrix.flatten()[self.place]
+
+    def in_rows(self, rows: Int[Tensor, " some"]) -> Bool[Tensor, " entries"]:
+        """Mark the entries that belong to some rows."""
+        return self._new_row(rows)[self.row] >= 0
+
+    def scatter(
+        self, values: Float[Tensor, " entries_there"], rows: Int[Tensor, " some"]
+    ) -> Float[Tensor, "some width"]:
+        """Lay out the values of the entries of some rows; other entries of these rows are 0."""
+        there = self.in_rows(rows)
+        moved_by = self._new_row(rows)[self.row[there]] - self.row[there]
+        place = self.place[there] + moved_by * self.width
+        flat = values.new_zeros(len(rows) * self.width).index_put((place,), values)
+        return flat.view(len(rows), self.width)
+
+    def sum_by_row(self, values: Float[Tensor, " entries"]) -> Float[Tensor, " rows"]:
+        """Add up values by row."""
+        return values.new_zeros(self.rows).index_add(0, self.row, values)
+
+    def _new_row(self, rows: Int[Tensor, " some"]) -> Int[Tensor, " rows"]:
+        """Return the number of each row among some rows; -1 for others."""
+        none = torch.full((self.rows,), -1, device=rows.device)
+        return none.index_copy(0, rows, torch.arange(len(rows), device=rows.device))
 
 
 class ImportanceOptimization:
-    """The importances of all rows, on their way down.
+    """Optimizes the importances of all rows at once.
 
     Attributes:
-        values: pre-sigmoid values [nodes] of the components with g > 0, of all rows and sites.
-        lambdas [rows]: NaN where nothing is optimized.
-        loss [rows]: of the newest step; 0 where nothing is optimized.
-        running [rows]: whose loss has not settled. taken [rows]: steps so far.
+        values: pre-sigmoid values [entries] of the components with g > 0, for all rows and sites.
+        prompt: the prompt of each row.
+        lambdas: λ of each row [rows]; NaN for rows that are not optimized.
+        loss: the loss of each row in its latest step [rows]; 0 for rows that are not optimized.
+        running: which rows have not settled [rows].
+        taken: the number of steps of each row [rows].
     """
 
     def __init__(self, objective: CircuitObjective):
-        self.objective, search = objective, objective.search
-        z = objective.z
-        prompts = len(objective.inputs)
-        lambdas = [nan, *search.lambdas]
+        self.objective, self.search = objective, objective.search
         self.importance = objective.model.importance
-        self.shapes = {name: v.shape[1:] for name, v in z.items()}
-        flat = torch.cat([v.flatten(1) for v in z.values()], dim=1)
-        self.width = flat.shape[1]
+        z = objective.z
+        self.shapes = {name: values.shape[1:] for name, values in z.items()}
         self.positions = next(iter(z.values()))[0, ..., 0].numel()
-        alive = self._lower(flat) > 0
-        self.at = alive.repeat_interleave(len(lambdas), 0).flatten().nonzero()[:, 0]
-        self.row = self.at // self.width
-        self.prompt = torch.arange(prompts, device=flat.device).repeat_interleave(len(lambdas))
-        self.lambdas = torch.tensor(lambdas, dtype=torch.float64, device=flat.device).repeat(
-            prompts
-        )
-        self.values = nn.Parameter(self._capped(flat)[self.prompt].flatten()[self.at])
-        self.optimizer = torch.optim.AdamW([self.values], lr=search.lr, weight_decay=0.0)
+        flat = torch.cat([values.flatten(1) for values in z.values()], dim=1)  # [prompts, width]
+        device, prompts = flat.device, len(objective.inputs)
+
+        lambdas = [nan, *self.search.lambdas]
+        self.lambdas = torch.tensor(lambdas, dtype=torch.float64, device=device).repeat(prompts)
+        self.prompt = torch.arange(prompts, device=device).repeat_interleave(len(lambdas))
+
+        alive = self._lower_leaky(flat) > 0  # [prompts, width]
+        self.entries = RowEntries(alive.repeat_interleave(len(lambdas), 0))
+        start = self._cap(flat)[self.prompt]  # [rows, width]
+        self.values = nn.Parameter(self.entries.gather(start))
+        self.optimizer = torch.optim.AdamW([self.values], lr=self.search.lr, weight_decay=0.0)
+
         self.running = ~self.lambdas.isnan()
         self.taken = torch.zeros_like(self.prompt)
-        self.loss = torch.zeros_like(self.lambdas)  # of each row's newest step
-        self.sum = torch.zeros_like(self.lambdas)
-        self.last = torch.full_like(self.lambdas, inf)
+        self.loss = torch.zeros_like(self.lambdas)
+        self._window_sum = torch.zeros_like(self.lambdas)
+        self._last_mean = torch.full_like(self.lambdas, inf)
         self.generators = objective.generators("descent")
 
-    def _lower(self, z: Tensor) -> Tensor:
+    def _lower_leaky(self, z: Tensor) -> Tensor:
+        """Return g of pre-sigmoid values of any shape."""
         return self.importance({"": z}).lower[""]
 
-    def _capped(self, z: Tensor) -> Tensor:
-        """Where a sigmoid is flat above 1, one need not come down from far above to be heard."""
+    def _cap(self, z: Tensor) -> Tensor:
+        """Lower values to 1 if g stays the same, so that they need not come down from far above."""
         capped = z.clamp(max=1)
-        return torch.where(self._lower(capped) == self._lower(z), capped, z)
+        return torch.where(self._lower_leaky(capped) == self._lower_leaky(z), capped, z)
 
     def importances(self, rows: Int[Tensor, " rows"]) -> dict[str, Tensor]:
-        """g of some rows [rows, (pos,) C], by site; 0 where no value is."""
-        place = torch.full_like(self.prompt, -1).index_copy(
-            0, rows, torch.arange(len(rows), device=rows.device)
-        )
-        mine = place[self.row] >= 0
-        at = self.at[mine] + (place[self.row[mine]] - self.row[mine]) * self.width
-        g = self._lower(self.values[mine])
-        flat = g.new_zeros(len(rows) * self.width).index_put((at,), g).view(len(rows), self.width)
-        parts = flat.split([shape.numel() for shape in self.shapes.values()], dim=1)
-        return {
-            n: part.view(-1, *shape)
-            for (n, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        """Return g of some rows [rows, (pos,) C] by site; 0 for all other components."""
+        g = self._lower_leaky(self.values[self.entries.in_rows(rows)])
+        matrix = self.entries.scatter(g, rows)  # [rows, width]
+        widths = [shape.numel() for shape in self.shapes.values()]
+        parts = zip(self.shapes.items(), matrix.split(widths, dim=1), strict=True)
+        return {name: part.view(-1, *shape) for (name, shape), part in parts}
 
     def step(self) -> None:
-        """One update of all rows that are running; afterwards some of them may be finished."""
+        """Update all rows that are running; some of them may settle."""
         rows = self.running.nonzero()[:, 0]
         self.optimizer.zero_grad()
         with torch.enable_grad():
@@ -192,15 +241,15 @@ class ImportanceOptimization:
             losses.sum().backward()
         before = self.values.detach().clone()
         self.optimizer.step()
-        with torch.no_grad():  # the momentum of what is finished must not move it
-            self.values.copy_(torch.where(self.running[self.row], self.values, before))
+        with torch.no_grad():  # the momentum of rows that have settled must not move them
+            moves = self.running[self.entries.row]  # [entries]
+            self.values.copy_(torch.where(moves, self.values, before))
         self.taken += self.running
-        self._finish(rows, losses.detach())
+        self._settle(rows, losses.detach())
 
     def _losses(self, rows: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        objective = self.objective
-        search = self.objective.search
-        prompt = self.prompt[rows]
+        """Return the loss of some rows."""
+        objective, search, prompt = self.objective, self.search, self.prompt[rows]
         g = self.importances(rows)
         masks = [objective.sample_masks(kind, g, prompt, self.generators) for kind in search.masks]
         loss = torch.stack([objective.loss(each, prompt) for each in masks]).mean(0)
@@ -210,76 +259,85 @@ class ImportanceOptimization:
         return loss + self.lambdas[rows].to(loss.dtype) * self._minimality()[rows]
 
     def _minimality(self) -> Float[Tensor, " rows"]:
-        """L2 of every row, less what components of importance 0 add to it, which is constant."""
-        upper = powered(self.importance({"": self.values}).upper[""], self.objective.search.p)
-        return upper.new_zeros(len(self.prompt)).index_add(0, self.row, upper) / self.positions
+        """Return L2 of every row, without the constant part of components with importance 0."""
+        upper = self.importance({"": self.values}).upper[""]  # [entries]
+        return self.entries.sum_by_row(powered(upper, self.search.p)) / self.positions
 
-    def _finish(self, rows: Int[Tensor, " rows"], losses: Float[Tensor, " rows"]) -> None:
-        """At the end of every window of steps, rows whose mean loss has settled are finished."""
-        search = self.objective.search
-        self.sum[rows] += losses.double()
+    def _settle(self, rows: Int[Tensor, " rows"], losses: Float[Tensor, " rows"]) -> None:
+        """At the end of a window of steps, stop the rows whose mean loss has settled."""
+        search = self.search
+        self._window_sum[rows] += losses.double()
         self.loss[rows] = losses.double()
         if int(self.taken.max()) % search.patience:
             return
-        mean = self.sum / search.patience
-        self.sum = torch.zeros_like(self.sum)
-        self.running &= (mean - self.last).abs() > search.tolerance * mean.abs()
-        self.last = mean
+        mean = self._window_sum / search.patience
+        self._window_sum = torch.zeros_like(self._window_sum)
+        self.running &= (mean - self._last_mean).abs() > search.tolerance * mean.abs()
+        self._last_mean = mean
 
 
-# ---- the judgment --------------------------------------------------------------------------------
+# ---- step 3: evaluation --------------------------------------------------------------------------
 
 
-def _frontier(
-    objective: CircuitObjective, descent: ImportanceOptimization, g: Mapping[str, Tensor]
+def _evaluate(
+    objective: CircuitObjective, optimization: ImportanceOptimization, g: Mapping[str, Tensor]
 ) -> Frontier:
-    search, prompt = objective.search, descent.prompt
-    answers = _answers(objective, g, prompt)
-    loss = _means(answers, lambda answer: objective.distance(answer, prompt))
+    """Measure the circuits of all rows."""
+    prompt, answer = optimization.prompt, objective.answer
+    outputs = _outputs(objective, g, prompt)
+    loss = _means(outputs, lambda output: objective.distance(output, prompt))
     label, probability = None, None
-    if objective.label is not None:
-        label = objective.label[prompt]
-        answers = {"target": [objective.answer[prompt]], **answers}
-        probability = _means(
-            answers, lambda answer: objective.log_probability(answer, prompt).exp()
-        )
-    if probability is None:
-        kept = 1 - loss["adversarial"] / objective.answer.square().mean(1).clamp(min=1e-30)[prompt]
+    if objective.label is None:
+        size = answer.square().mean(1).clamp(min=1e-30)[prompt]
+        kept = 1 - loss["adversarial"] / size
     else:
+        label = objective.label[prompt]
+        outputs = {"target": [answer[prompt]], **outputs}
+        probability = _means(outputs, lambda x: objective.log_probability(x, prompt).exp())
         kept = probability["adversarial"] / probability["target"]
-    nodes, important = (
-        sum((v > t).flatten(1).sum(1) for v in g.values()) for t in (0.0, search.threshold)
-    )
-    assert isinstance(nodes, Tensor)
-    assert isinstance(important, Tensor)
     return Frontier(
-        prompt, descent.lambdas, descent.taken, nodes, important, loss, probability, label, kept
+        prompt=prompt,
+        lambdas=optimization.lambdas,
+        steps=optimization.taken,
+        nodes=_count_above(g, 0.0),
+        important=_count_above(g, objective.search.threshold),
+        loss=loss,
+        probability=probability,
+        label=label,
+        kept=kept,
     )
 
 
-def _answers(
+def _count_above(g: Mapping[str, Tensor], threshold: float) -> Int[Tensor, " rows"]:
+    """Count the components of each row above a threshold, over all sites and positions."""
+    counts = [(values > threshold).flatten(1).sum(1) for values in g.values()]
+    return torch.stack(counts).sum(0)
+
+
+def _outputs(
     objective: CircuitObjective, g: Mapping[str, Tensor], prompt: Int[Tensor, " rows"]
 ) -> dict[str, list[Tensor]]:
-    """The answers [rows, K] of every row under each kind of masks, as many as there are draws."""
-    search = objective.search
-    generators = objective.generators("judge")
-    masks = {  # the adversary draws last: the others do not depend on it
-        "ci": [objective.sample_masks("ci", g, prompt, generators)],
-        "stochastic": [
-            objective.sample_masks("stochastic", g, prompt, generators) for _ in range(search.draws)
-        ],
-        "adversarial": [objective.adversarial_masks(search.judge, g, prompt, generators)],
-    }
+    """Return the outputs [rows, K] of every row under each kind of masks, one for each draw."""
+    search, generators = objective.search, objective.generators("judge")
+    ci = objective.sample_masks("ci", g, prompt, generators)
+    stochastic = [
+        objective.sample_masks("stochastic", g, prompt, generators) for _ in range(search.draws)
+    ]
+    # The adversary draws last, so that the other draws do not depend on it.
+    adversarial = objective.adversarial_masks(search.judge, g, prompt, generators)
+    masks = {"ci": [ci], "stochastic": stochastic, "adversarial": [adversarial]}
     with torch.no_grad():
         return {
-            kind: [objective.outputs(each, prompt) for each in drawn]
-            for kind, drawn in masks.items()
+            kind: [objective.outputs(draw, prompt) for draw in draws]
+            for kind, draws in masks.items()
         }
 
 
 def _means(
-    answers: Mapping[str, list[Tensor]], of: Callable[[Tensor], Tensor]
+    outputs: Mapping[str, list[Tensor]], measure: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
+    """Average a measure of outputs over draws, for each kind of masks."""
     return {
-        name: torch.stack([of(answer) for answer in each]).mean(0) for name, each in answers.items()
+        kind: torch.stack([measure(output) for output in draws]).mean(0)
+        for kind, draws in outputs.items()
     }

@@ -1,5 +1,4 @@
-"""Attributions over a corpus: the sums of the edges between two components (section A of
-docs/method.md).
+"""Sums of the edges between two components over a corpus (section A of docs/method.md).
 
 1. *Edges* are those of the prompt graphs: between nodes (A3), over all positions, and from every
    s' ≤ s through keys and values. Two sums are kept: of `A`, and of `A·sign(a_T)`, the attribution
@@ -36,8 +35,7 @@ from spd_lightning.decomposition.model import ComponentModel
 
 
 class NodeSums(NamedTuple):
-    """Sums over the nodes of one layer: one entry for each component, or for each row of an
-    embedding that occurs.
+    """Sums over the nodes of one layer, by component, or by embedding row that occurs.
 
     firings: the number of positions at which it is a node.
     importance: Σ g over all positions; for layers without g, the firings.
@@ -57,8 +55,7 @@ class NodeSums(NamedTuple):
 def dataset_edges(
     spec: GraphSpec, wanted: Callable[[str], bool] = lambda layer: True
 ) -> tuple[list[NodeSums], list[PairSums]]:
-    """Add up the prompt graphs of a batch; no single edge is made if the model and the mode have
-    closed forms.
+    """Add up the prompt graphs of a batch; closed forms make no single edge for it.
 
     wanted: chooses layers by name; only edges with both ends in such layers are included.
     """
@@ -121,8 +118,7 @@ def split_by_prompt(edges: LayerEdges, prompts: int) -> list[LayerEdges]:
 
 
 class _LookUps(TorchFunctionMode):
-    """While open, records the rows that embeddings look up, whatever their modules are given to
-    find them.
+    """While open, records the rows that embeddings look up.
 
     Args:
         names: the names of the embeddings, by the `id` of their weights.
@@ -140,9 +136,7 @@ class _LookUps(TorchFunctionMode):
 
 
 def looked_up(model: ComponentModel, inputs: Tensor) -> EmbeddingRows:
-    """Return the rows that the target's embeddings look up on a batch of prompts, by the
-    embeddings' names.
-    """
+    """Return the rows that the target's embeddings look up, by the embeddings' names."""
     tables = {
         name: module
         for name, module in model.target.named_modules()
@@ -186,8 +180,7 @@ def node_sums(layer: Layer, entries: Entries) -> NodeSums:
 
 
 def sums_gap(model: ComponentModel, nodes: Sequence[NodeSums], pairs: Sequence[PairSums]) -> float:
-    """Return by how much the sums of all in-edges miss the sizes of their targets: 0 for frozen
-    graphs (A6).
+    """Return how far the sums of in-edges miss the sizes of their targets; 0 if frozen (A6).
 
     It is Σ_j |Σ |a_j| − Σ in-edges·sign(a_j)| / Σ_j Σ |a_j| over components j (except those of
     embeddings) and outputs; each inner sum is over all places where j is a node.

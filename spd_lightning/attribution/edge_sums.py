@@ -1,5 +1,4 @@
-"""Sums of edges by the components of their ends, kept while the edges are computed (section A of
-docs/method.md).
+"""Sums of edges by the components of their ends (section A of docs/method.md).
 
 `EdgeSums` is an edge sink for the closed forms, and also receives edges one by one. For each pair
 of layers it keeps a matrix with a row for each source, and with two columns for each target: one
@@ -28,8 +27,7 @@ EmbeddingRows = Mapping[str, Int[Tensor, "batch pos"]]
 
 
 class PairSums(NamedTuple):
-    """Sums of the edges from one layer to another: one entry for each pair of components that share
-    an edge.
+    """Sums of the edges from one layer to another, by pair of components that share an edge.
 
     source, target: the component, or the row of an embedding. edges: the number of edges. Closed
     forms count an edge through keys and values to a later position even if it is
@@ -55,8 +53,7 @@ class PairSums(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The entries of a layer: the components that occur, and for each node the rank of its
-    component among them.
+    """The components of a layer that occur, and for each node its component's rank among them.
 
     rank: by component [C]; if the layer is whole, by place [batch, pos, 1]. Where there is no node,
     it means nothing.
@@ -67,9 +64,7 @@ class Entries(NamedTuple):
 
 
 def entries_of(layer: Layer, rows: EmbeddingRows) -> Entries:
-    """Find the components of a layer that occur; without components, its embedding rows or its only
-    entry.
-    """
+    """Find the components of a layer that occur, or its embedding rows, or its only entry."""
     if not layer.whole:
         used = layer.nodes.flatten(0, 1).any(0)  # [C]
         return Entries(used.nonzero()[:, 0], used.cumsum(0, dtype=torch.int32) - 1)
@@ -124,8 +119,7 @@ class SignedSlots:
 
 
 class PairMatrices(NamedTuple):
-    """Sums of the edges of one pair of layers, by the source's entry (S) and the target's signed
-    column (T2 = 2 T).
+    """Sums for one pair of layers, by the source's entry and the target's signed column.
 
     total: the sums of finished prompts. prompt: those of the current prompt, which are not in
     `total` yet. squares: for finished prompts, the sums of the squares of each prompt's sums, to
@@ -163,9 +157,7 @@ class EdgeSums:
         """The entries [S · T] to which the current prompt adds, by pair of layers."""
 
     def end_prompt(self) -> None:
-        """Add the sums of the current prompt to those of all prompts, and their squares to the
-        squares.
-        """
+        """Add the current prompt's sums, and their squares, to those of all prompts."""
         for pair, touched in self._touched.items():
             sums = self._sums[pair]
             entries = torch.cat(touched)
@@ -234,9 +226,7 @@ class EdgeSums:
                 self._add(s, t, sources, targets, values[:, i, j], exists[:, i, j])
 
     def add_attention(self, edges: AttentionEdges) -> None:
-        """Receive edges from every position to itself and to later ones, all of them to one
-        layer.
-        """
+        """Receive edges from every position to itself and to later ones, all to one layer."""
         source, target = edges.source, edges.target
         sources, i = source.number[source.real].unique(return_inverse=True)
         targets, j = target.number[target.real].unique(return_inverse=True)
@@ -311,8 +301,7 @@ class EdgeSums:
 def sum_over_readers(
     edges: AttentionEdges, column: Int[Tensor, "pos K"], count: int
 ) -> Float[Tensor, "count sources"]:
-    """Add up edges across positions over the positions that read, by the columns of the targets
-    there.
+    """Add up edges over the positions that read, by the columns of the targets there.
 
     An edge is Σ_h weight_h[s, i] Σ_e left_h[s, j, e] right_h[i, e]. For the first `own` columns e,
     left is the same at every place of a target, so only the weights are added up:
@@ -329,9 +318,7 @@ def sum_over_readers(
     place = flat.new_zeros(count + 1).scatter(0, flat, every)[:count]  # one place of each target
 
     def over_positions(weights: Iterable[Tensor]) -> Float[Tensor, "count sources"]:
-        """Add up weights [pos, sources], one for each slot k, by the column of the target at each
-        position.
-        """
+        """Add up the weights [pos, sources] of each slot k by the column of the target there."""
         total = edges.weight.new_zeros(count + 1, sources)
         for k, weight in enumerate(weights):
             total.index_add_(0, column[:, k], weight)

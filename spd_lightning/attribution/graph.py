@@ -64,8 +64,7 @@ Either one number, or for each site a tensor that broadcasts with its g.
 
 
 class GraphSpec(NamedTuple):
-    """The specification of graphs: a decomposed model, a batch of prompts, a mode, and which nodes
-    to include.
+    """The specification of graphs: model, prompts, mode, and which nodes to include.
 
     inputs: [batch, features] floating point, or [batch, pos] token ids.
     importances: g of the clean run on these prompts, by site.
@@ -141,9 +140,7 @@ class Layer(NamedTuple):
     whole: bool = False
 
     def contributions(self, gradient: Tensor) -> Float[Tensor, "targets batch pos K"]:
-        """Return gradient × value of every node: the edges from this layer to some targets (A1,
-        A2).
-        """
+        """Return gradient × value of every node: the edges from this layer to targets (A1, A2)."""
         assert self.leaf is not None
         matmul = gradient * self.leaf.detach()
         matmul = matmul.reshape(len(gradient), *shape3(self.leaf))
@@ -151,9 +148,7 @@ class Layer(NamedTuple):
 
 
 class EdgeTable(NamedTuple):
-    """Edges as a flat table: for each its prompt in the batch, the numbers of both nodes, and its
-    attribution.
-    """
+    """Edges as a flat table: prompt in the batch, numbers of both nodes, and attribution."""
 
     prompt: Tensor
     source: Tensor

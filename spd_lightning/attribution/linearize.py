@@ -1,10 +1,10 @@
 """The frozen linearization: maps that add up (law A6 of docs/method.md).
 
-A function mode changes what torch's own functions mean while it is open, so that any model can be
-frozen as it is. It goes by what is computed and not by the names of modules: an activation may be a
-module, a function, or a formula written out in a forward pass. A tensor that depends on a leaf of
-the graph is called a *path* here; it is one that requires a gradient. Whatever no rule covers keeps
-its true derivative, and the gap of the graph shows it.
+While the function mode `Frozen` is open, torch's own functions follow the rules of A6, so any model
+can be frozen without changing it. The rules depend on what is computed and not on names of modules:
+an activation can be a module, a function, or a formula written out in a forward pass. A *path* is a
+tensor that depends on a leaf of the graph, that is, one that requires a gradient. A function that
+no rule covers keeps its true derivative, and the gap of the graph shows the difference.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,25 +18,25 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 Hold = Callable[[Tensor], Tensor]
-"""Turns a value into a constant: it is detached, or the value of another run is taken in its place.
-"""
+"""Turns a value into a constant: detaches it, or returns the value of another run instead."""
 
 
 def gelu_secant(h: Tensor, approximate: str = "none") -> Tensor:
-    """Φ(h), by erf or as the tanh that stands for it."""
+    """Return GELU(h)/h = Φ(h), exactly or by its approximation with tanh."""
     if approximate == "none":
         return torch.special.ndtr(h)
-    return 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
+    inner = (2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)
+    return 0.5 * (1 + torch.tanh(inner))
 
 
-# Functions go by name: `torch.tanh`, `Tensor.tanh` and `Tensor.tanh_` are all "tanh".
+# Functions are identified by name: `torch.tanh`, `Tensor.tanh` and `Tensor.tanh_` are all "tanh".
 
 _SECANTS: Mapping[str, Callable[..., Tensor]] = {
     "relu": lambda h, **_: (h > 0).to(h.dtype),
     "gelu": gelu_secant,
     "silu": lambda h, **_: torch.sigmoid(h),
 }
-"""The secants that are known without a division."""
+"""Secants that need no division."""
 
 # fmt: off
 _ELEMENTWISE = {
@@ -56,26 +56,24 @@ _KEEP_CURVED = {"mul", "div", "neg"}
 
 
 class Frozen(TorchFunctionMode):
-    """While open, maps are linear and add up (A6): constants stand for what scales, patterns,
-    secants and choices.
+    """A function mode under which maps are linear and add up (A6).
 
-    Rule 2: a norm's denominator is a constant, and so is every other denominator. Rule 3: so is an
-    attention pattern, fused or not, and a choice: which experts a router takes, what a comparison
-    gives. Rule 4: a non-linearity multiplies by its secant where φ(0) = 0, and is a constant where
-    it is not: a gate, such as `sigmoid(h)` or `1 + tanh(h)`. Rule 5: of a product of two paths each
-    has half.
+    - Rule 2: the denominator of a norm is a constant, and so is every other denominator.
+    - Rule 3: an attention pattern is a constant, fused or not. So is a choice, for example of
+      experts by a router, or the result of a comparison.
+    - Rule 4: a non-linearity with φ(0) = 0 multiplies its input by its secant. Another one is a
+      constant: it is a gate, such as `sigmoid(h)` or `1 + tanh(h)`.
+    - Rule 5: in a product of two paths, each path counts for half of it.
 
     Args:
-        hold: what makes a constant of a value.
+        hold: turns a value into a constant.
     """
 
     def __init__(self, hold: Hold = Tensor.detach):
         super().__init__()
         self._hold = hold
         self._curved = WeakIdKeyDictionary()
-        """Paths that come out of a non-linearity, or are a number times one: 1 + such a path is a
-        gate.
-        """
+        """Outputs of non-linearities, also times a number; 1 + such a path is a gate."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs = _operands_first(func, args, dict(kwargs or {}))
@@ -89,13 +87,11 @@ class Frozen(TorchFunctionMode):
         return self._natural(func, name, args, kwargs) if out is None else out
 
     def _in_place(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Apply a function that overwrites its first argument: by the same rules, then copied into
-        it.
-        """
+        """Apply a function that overwrites its first argument, by the same rules."""
         target = args[0]
         like = func if "inplace" in kwargs else getattr(Tensor, name, func)
         settings = {key: value for key, value in kwargs.items() if key != "inplace"}
-        before = target.clone()  # what is overwritten may be needed for gradients
+        before = target.clone()  # gradients can need the value that is overwritten
         if target in self._curved:
             self._marked(before)
         out = self._by_rule(like, name, (before, *args[1:]), settings)
@@ -124,23 +120,22 @@ class Frozen(TorchFunctionMode):
             return hold(func(*args, **kwargs))
         if name == "topk":
             return _topk(hold, *args, **kwargs)
-        if name in _ELEMENTWISE and _is_path(x) and not any(isinstance(y, Tensor) for y in others):
-            return self._marked(_elementwise(hold, func, name, args, kwargs))
-        if name in _QUOTIENTS:
-            denominator = x if name == "rdiv" else other
-            if _is_path(denominator):
-                held = hold(denominator)
-                return func(held, other) if name == "rdiv" else func(x, held, *others[1:], **kwargs)
+        if name in _ELEMENTWISE and _is_path(x):
+            if not any(isinstance(y, Tensor) for y in others):
+                return self._marked(_elementwise(hold, func, name, args, kwargs))
+        if name == "rdiv" and _is_path(x):
+            return func(hold(x), other)
+        if name in _QUOTIENTS and name != "rdiv" and _is_path(other):
+            return func(x, hold(other), *others[1:], **kwargs)
         if name in _PRODUCTS and _is_path(x) and _is_path(other):
-            return self._marked(0.5 * (func(x, hold(other)) + func(hold(x), other)))
+            halves = func(x, hold(other)) + func(hold(x), other)
+            return self._marked(0.5 * halves)
         if name in _SHIFTS and isinstance(other, Number) and x in self._curved:
             return hold(func(*args, **kwargs))
         return None
 
     def _natural(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Return the true result of a function. Choices are held; a number times a curved path is
-        curved.
-        """
+        """Return the true result of a function that no rule covers; choices become constants."""
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and not out.is_floating_point():
             return self._hold(out)
@@ -165,11 +160,10 @@ _OPERANDS = {
 def _operands_first(
     func: Callable, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """Put operands that were given by name, as in `torch.mul(x, other=y)`, into the places where
-    the rules look.
-    """
+    """Make operands positional that were given by name, as in `torch.mul(x, other=y)`."""
     operands = _OPERANDS.get(func.__name__, ("input", "other", "exponent"))
-    return args + tuple(kwargs.pop(name) for name in operands if name in kwargs), kwargs
+    named = tuple(kwargs.pop(name) for name in operands if name in kwargs)
+    return args + named, kwargs
 
 
 def _is_path(x: Any) -> bool:
@@ -182,25 +176,27 @@ def _is_path(x: Any) -> bool:
 def _elementwise(
     hold: Hold, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]
 ) -> Tensor:
-    """φ(h) as h · secant where φ(0) = 0, else as a constant (rule 4)."""
+    """Return φ(h) as h · secant if φ(0) = 0, and otherwise as a constant (rule 4)."""
     h, *numbers = args
     held = hold(h)
     if secant := _SECANTS.get(name):
         return h * secant(held, **kwargs)
-    step = torch.finfo(h.dtype).eps ** 2
-    at_zero, beside = func(held.new_tensor([0.0, step]), *numbers, **kwargs)
     value = func(held, *numbers, **kwargs)
+    step = torch.finfo(h.dtype).eps ** 2
+    at_zero, at_step = func(held.new_tensor([0.0, step]), *numbers, **kwargs)
     if at_zero != 0:
         return value
-    return h * torch.where(held == 0, beside / step, value / held)
+    slope_at_zero = at_step / step
+    return h * torch.where(held == 0, slope_at_zero, value / held)
 
 
 def _topk(
     hold: Hold, x: Tensor, k: int, dim: int = -1, *rest: Any, **more: Any
 ) -> tuple[Tensor, Tensor]:
-    """The entries that were chosen, whatever they are now."""
+    """Return the entries that were chosen, whatever their values are now."""
     chosen = hold(torch.topk(x, k, dim, *rest, **more).indices)
-    return torch.return_types.topk((x.gather(dim, chosen), chosen))
+    values = x.gather(dim, chosen)
+    return torch.return_types.topk((values, chosen))
 
 
 def _rms_norm(
@@ -210,7 +206,8 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
     mean_square = x.square().mean(-1, keepdim=True)
     scaled = x * hold((mean_square + eps).rsqrt())
     return scaled if weight is None else scaled * weight
@@ -225,19 +222,29 @@ def _layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    x = x - x.mean(-1, keepdim=True)
-    scaled = x * hold((x.square().mean(-1, keepdim=True) + eps).rsqrt())
-    scaled = scaled if weight is None else scaled * weight
-    return scaled if bias is None else scaled + bias
+    centered = x - x.mean(-1, keepdim=True)
+    variance = centered.square().mean(-1, keepdim=True)
+    out = centered * hold((variance + eps).rsqrt())
+    if weight is not None:
+        out = out * weight
+    return out if bias is None else out + bias
 
 
 def _attention(hold: Hold, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> Tensor:
-    """Linear in the values: what a fused kernel does to the identity is the pattern."""
-    eye = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device).expand(*v.shape[:-1], v.shape[-2])
+    """Return attention as a map that is linear in the values.
+
+    The pattern is the output of the fused kernel for values that are the identity.
+    """
+    positions = v.shape[-2]
+    eye = torch.eye(positions, dtype=v.dtype, device=v.device)
+    identity = eye.expand(*v.shape[:-1], positions)  # [batch, head, pos, pos]
     with torch.no_grad():
-        pattern = F.scaled_dot_product_attention(hold(q), hold(k), eye, *rest, **more)
-    shared = pattern.shape[1] // v.shape[1] if more.get("enable_gqa") else 1
-    return pattern @ (v if shared == 1 else v.repeat_interleave(shared, dim=1))
+        pattern = F.scaled_dot_product_attention(hold(q), hold(k), identity, *rest, **more)
+    if more.get("enable_gqa"):
+        shared = pattern.shape[1] // v.shape[1]  # query heads for each value head
+        if shared > 1:
+            v = v.repeat_interleave(shared, dim=1)
+    return pattern @ v
 
 
 _FUSED: Mapping[str, Callable[..., Tensor]] = {

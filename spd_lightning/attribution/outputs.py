@@ -1,8 +1,9 @@
-"""Output nodes of a graph: which logits they are, or which function of the logits (A2, A3).
+"""Output nodes of a graph: which outputs they are, and the quantity that each stands for (A2, A3).
 
-A node of a token model is a token at a position. It stands for the token's logit, for how far that
-lies above the mean over the vocabulary, or for how far it lies above another token's: all of them
-linear in the logits, so that graphs add up alike. Models on vectors have one node an output entry.
+A node of a token model is a token at a position. It stands for the token's logit, for the logit
+minus the mean over the vocabulary, or for the logit minus that of another token. All of these are
+linear in the logits, so graphs of all of them add up. Models on vectors have one node for each
+output entry.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,24 +16,22 @@ from torch import Tensor
 OutputNodes = Callable[[Tensor], Tensor]
 """Chooses which output entries [batch, pos, K] are nodes."""
 Reading = Callable[[Tensor], Tensor]
-"""What nodes stand for: a linear map of logits [..., vocab], one number a token."""
+"""The quantity that nodes stand for: a linear map of logits [..., vocab], one number a token."""
 
 
 def logits(x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
-    """Every node is its token's logit."""
+    """Let every node stand for its token's logit."""
     return x
 
 
 def centered(x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
-    """Every node is its token's logit above the mean of all: what a softmax makes of it does not
-    see the mean.
-    """
+    """Let every node stand for its token's logit minus the mean, which no softmax depends on."""
     return x - x.mean(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
-class LogitAbove:
-    """Every node is its token's logit above another token's: what decides between the two."""
+class LogitDifference:
+    """Lets every node stand for its token's logit minus another token's."""
 
     token: int
 
@@ -42,7 +41,7 @@ class LogitAbove:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Output nodes, and what they stand for."""
+    """Output nodes, and the quantity that they stand for."""
 
     nodes: OutputNodes
     reading: Reading = logits
@@ -52,9 +51,7 @@ class Outputs:
 
 
 def reading_of(nodes: OutputNodes) -> Reading:
-    """Return the function of the logits that output nodes stand for; the logits themselves by
-    default.
-    """
+    """Return the quantity that output nodes stand for; by default, the logits."""
     return nodes.reading if isinstance(nodes, Outputs) else logits
 
 
@@ -66,9 +63,7 @@ def every_output(output: Float[Tensor, "batch pos K"]) -> Bool[Tensor, "batch po
 def likely_tokens(
     probability: Float[Tensor, "batch pos vocab"], floor: float = 0.01, top_k: int = 15
 ) -> OutputNodes:
-    """Output nodes of token models: at most 15 tokens a position with CI-masked probability above
-    0.01 (A3).
-    """
+    """Choose at most 15 tokens a position, with CI-masked probability above 0.01 (A3)."""
     top = probability.topk(min(top_k, probability.shape[-1]), dim=-1)
     chosen = torch.zeros_like(probability, dtype=torch.bool).scatter(
         -1, top.indices, top.values > floor

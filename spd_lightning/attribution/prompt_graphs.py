@@ -20,8 +20,7 @@ from spd_lightning.attribution.pruning import MAX_EDGES, prune_edges
 def attribution_graphs(
     spec: GraphSpec, min_share: float = 0.0
 ) -> tuple[list[Layer], Iterator[EdgeTable]]:
-    """Return the layers of the graphs of a batch of prompts, and their edges in one or several
-    tables.
+    """Return the layers of some prompts' graphs, and their edges as one or several tables.
 
     min_share: edges that carry less than this share of all |attribution| into their target are left
     out.
@@ -52,8 +51,7 @@ class SinglePromptEdges:
 def lazy_graphs(
     spec: GraphSpec, max_edges: int | None = None
 ) -> tuple[list[Layer], Iterator[LazyEdges]]:
-    """Return the layers of the graphs of a batch of prompts, and edges that are computed when they
-    are asked for.
+    """Return the layers of some prompts' graphs, and edges that are computed on demand.
 
     max_edges: prompts are computed together only if they cannot have more edges than this;
         `pruning.MAX_EDGES` if omitted.

@@ -1,5 +1,4 @@
-"""Edge pruning: keep an edge if it carries at least a given share of the total |attribution| that
-enters its target.
+"""Edge pruning: keep the edges that carry a given share of what enters their target.
 
 A graph of more than `max_edges` edges is never held whole. Its edges are computed twice:
 
@@ -23,9 +22,7 @@ MAX_EDGES = 1 << 25
 
 
 class PrunedEdges(NamedTuple):
-    """The edges that stay, and the share of what enters their target that was asked of them in the
-    end.
-    """
+    """The edges that stay, and the share of what enters their target that each had to carry."""
 
     table: EdgeTable
     share: float
@@ -61,9 +58,7 @@ def prune_edges(
 
 
 def keep_strong_edges(tables: Sequence[EdgeTable], min_share: float) -> EdgeTable:
-    """Join tables, and drop each edge that carries less than a share of all |attribution| into its
-    target.
-    """
+    """Join tables, and drop edges below a share of all |attribution| into their target."""
     whole = joined(tables)
     if not min_share or not len(whole.source):
         return whole
@@ -130,9 +125,7 @@ class _SecondPass:
             self._raise_share()
 
     def _raise_share(self) -> None:
-        """Raise the share to (number of targets) / max_edges: then 1/share edges can stay at each
-        target.
-        """
+        """Raise the share to targets / max_edges, so that at most 1/share edges stay at each."""
         self._raised = True
         self.share = int((self._inflow > 0).sum()) / self.max_edges
         tiny = torch.finfo(self._inflow.dtype).tiny  # an edge of exactly 0 never stays

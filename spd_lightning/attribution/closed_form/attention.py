@@ -91,9 +91,7 @@ class _AttentionEdges:
         return queries.nodes, self.target, scores @ gains.transpose(1, 2)
 
     def keys_to_output(self) -> AttentionEdges:
-        """k → o: the change of the score at the position of the query, times (v_s' − v̄_s) ·
-        V_j.
-        """
+        """k → o: the change of the score of the query, times (v_s' − v̄_s) · V_j."""
         keys = self.prompt.writer(self.k_proj)
         pos = keys.nodes.pos
         rotated = self._rotate(keys, self.attn.n_kv_heads)[:, keys.nodes.real]

@@ -22,9 +22,7 @@ from spd_lightning.targets.transformer import Decoder
 
 
 class HeadTable(NamedTuple):
-    """Contributions of heads to edges [rows]: prompt in the batch, numbers of both nodes, head, and
-    value.
-    """
+    """Contributions of heads to edges [rows]: prompt, numbers of both nodes, head, and value."""
 
     prompt: Tensor
     source: Tensor

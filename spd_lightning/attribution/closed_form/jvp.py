@@ -45,9 +45,7 @@ def norm_vjp(
     a: Float[Tensor, "pos K"],
     frozen: bool = False,
 ) -> Float[Tensor, "pos K d"]:
-    """Return the gradients of `a = norm(r) · column` at a norm's input r; if frozen, its
-    denominator is a constant.
-    """
+    """Return the gradients of `a = norm(r) · column` at a norm's input r."""
     match norm:
         case nn.RMSNorm():
             eps = torch.finfo(r.dtype).eps if norm.eps is None else norm.eps
@@ -116,9 +114,7 @@ class Heads(NamedTuple):
     def jvp_at(
         self, tangents: Mapping[str, Float[Tensor, "head n d_head"]], pos: Int[Tensor, " n"]
     ) -> Float[Tensor, "pos n d_heads"]:
-        """Push tangents that are each at a single position `pos` to the output of the heads at all
-        positions.
-        """
+        """Push tangents at single positions `pos` to the output of the heads at all positions."""
         mean = self.pattern @ self.v  # [head, pos, d_head]: v̄
         pattern = self.pattern.index_select(2, pos)[..., None]  # [head, pos, n, 1]
         out = self.q.new_zeros(*pattern.shape[:3], self.q.shape[-1])

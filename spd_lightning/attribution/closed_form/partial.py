@@ -1,5 +1,4 @@
-"""Edges through blocks of a decoder in which only some maps are sites (section A of
-docs/method.md).
+"""Edges through decoder blocks in which only some maps are sites (section A of docs/method.md).
 
 Maps that are not sites pass on whatever reaches them. So the vector that each node wrote continues
 as a *tangent* (`jvp`), and the edge to a reader is `V_j · tangent`.
@@ -59,8 +58,7 @@ class PartialBlocks:
     # ---- attention -------------------------------------------------------------------------------
 
     def through_attention(self, block: BlockLayout, stream: NodeVectors) -> NodeVectors:
-        """Add the edges from the residual stream to q, k, v and o; return the stream behind the
-        attention.
+        """Add the edges from the residual stream to q, k, v and o; return the stream behind them.
 
         The tangents that the attention spreads walk on to the outputs from here, and leave the
         stream.
@@ -81,15 +79,11 @@ class PartialBlocks:
         return side_by_side([staying, prompt.writer(block.o_proj)])
 
     def _passes(self, letter: str) -> bool:
-        """Return whether the attention passes tangents on; in frozen graphs, its pattern is a
-        constant.
-        """
+        """Return whether attention passes tangents on; a frozen graph's pattern is a constant."""
         return letter == "v" or not self.frozen
 
     def _project(self, part: Part, vectors: Tensor, block: BlockLayout) -> HeadTangents:
-        """Take tangents behind a norm to those of q, k and v that are sites, and through those that
-        are not.
-        """
+        """Take tangents behind a norm to the q, k and v that are sites, and through the others."""
         tangents = {}
         for letter, name in zip("qkv", block.qkv, strict=True):
             if self.prompt.all_sites(name):
@@ -105,8 +99,7 @@ class PartialBlocks:
         tangents: HeadTangents,
         around: Tensor | None = None,
     ) -> None:
-        """Take tangents of q, k and v, each at its own position, to o; or through o and on to the
-        outputs.
+        """Take tangents of q, k and v, each at its own position, to o or through it.
 
         around: the tangents that pass the attention by in the residual stream.
         """
@@ -146,9 +139,7 @@ class PartialBlocks:
     # ---- neurons ---------------------------------------------------------------------------------
 
     def through_mlp(self, block: BlockLayout, stream: NodeVectors) -> NodeVectors:
-        """Add the edges from the residual stream to the MLP's maps; return the stream behind the
-        MLP.
-        """
+        """Add the edges from the residual stream to the MLP; return the stream behind it."""
         prompt = self.prompt
         slopes = self.prompt.slopes(block)
         out = self._neurons(stream, self._behind(block.norm_2, stream), slopes, block)
@@ -169,9 +160,7 @@ class PartialBlocks:
     def _neurons(
         self, part: Part, vectors: Tensor, slopes: Mapping[str, Tensor], block: BlockLayout
     ) -> Tensor | None:
-        """Take tangents behind a norm to the first maps that are sites, and through the others to
-        the last map.
-        """
+        """Take tangents behind a norm to first maps that are sites, through others to the last."""
         moved: Tensor | None = None  # [pos, n, neurons]
         for name, slope in slopes.items():
             if self.prompt.all_sites(name):
@@ -184,9 +173,7 @@ class PartialBlocks:
     # ---- from there to the outputs ---------------------------------------------------------------
 
     def _walk_on(self, block: BlockLayout, part: SpreadTangents) -> None:
-        """Add the edges from tangents that a block's attention has spread to all readers behind
-        it.
-        """
+        """Add the edges from tangents that attention has spread to all readers behind it."""
         first = self.layout.blocks.index(block)
         for later in self.layout.blocks[first:]:
             if later is not block:
@@ -222,9 +209,7 @@ class PartialBlocks:
             self.sink.add_spread(part.nodes, readers.nodes, values)
 
     def _through(self, part: Part, vectors: Tensor, name: str) -> Tensor | None:
-        """Add the edges to a map if it is a site; otherwise push tangents at its input through
-        it.
-        """
+        """Add the edges to a map if it is a site; otherwise push tangents through it."""
         if self.prompt.all_sites(name):
             self._meet(part, vectors, name)
             return None

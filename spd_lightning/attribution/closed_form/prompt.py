@@ -1,6 +1,4 @@
-"""The nodes of one prompt of a decoder, and the vectors that they write and read at each
-position.
-"""
+"""The nodes of one prompt of a decoder, and the vectors that they write and read."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,8 +20,7 @@ from spd_lightning.targets.decoder_layout import BlockLayout
 
 
 class TracedBatch(NamedTuple):
-    """A recorded batch of prompts, with its layers, the numbers of their nodes, and the vectors
-    that readers read.
+    """A recorded batch of prompts: its layers, their node numbers, and the readers' vectors.
 
     read: Vᵀ of every site; under "output" the vectors of the outputs, for an unembedding that is
     not a site [K, d].
@@ -111,9 +108,7 @@ class TracedPrompt:
         return name in self.model.sites or name in self.whole
 
     def writer(self, name: str) -> NodeVectors:
-        """Return w_i U_i of every node of a site, next to the nodes that stand for a whole
-        position.
-        """
+        """Return w_i U_i of every node of a site, and the nodes that stand for a whole position."""
         if name not in self.model.sites:
             return side_by_side(self.whole[name])
         nodes = self.nodes[name]
@@ -160,9 +155,7 @@ class TracedPrompt:
 
 
 def slope(act: nn.Module, h: Tensor, frozen: bool) -> Tensor:
-    """Return the derivative φ'(h) of an activation function, or in frozen graphs its secant (A6,
-    rule 4).
-    """
+    """Return φ'(h) of an activation function, or in frozen graphs its secant (A6, rule 4)."""
     match act:
         case nn.GELU() if frozen:
             return gelu_secant(h, act.approximate)

@@ -24,8 +24,7 @@ processor's cache.
 
 
 class Nodes(NamedTuple):
-    """The nodes of one layer, or of several, on one prompt: at each position K slots, of which the
-    first are real.
+    """The nodes of some layers on one prompt: K slots at each position, real ones first.
 
     K is the number of nodes at the fullest position.
     """
@@ -71,17 +70,14 @@ class SingleNodes(NamedTuple):
 
 
 class EdgeBlock(NamedTuple):
-    """Edges from every real source, in order of position, to the targets at some positions; 0 from
-    later sources.
-    """
+    """Edges from every real source, in order of position, to the targets at some positions."""
 
     pos: Int[Tensor, " block"]
     values: Float[Tensor, "block K sources"]
 
 
 class AttentionEdges(NamedTuple):
-    """Edges `Σ_h weight_h[s, i] (left_h[s, j] · right_h[i])` from each position to itself and later
-    ones.
+    """Edges `Σ_h weight_h[s, i] (left_h[s, j] · right_h[i])` to the same and later positions.
 
     The first `own` columns of left belong to the target's component: they are the same at every
     position.
@@ -120,9 +116,7 @@ def existing_edges(
     real: Bool[Tensor, "block K"],
     values: Float[Tensor, "block K sources"],
 ) -> Bool[Tensor, "block K sources"]:
-    """Mark the edges that exist: within a position always, to a later position only if they are not
-    zero.
-    """
+    """Mark the edges that exist: within a position all, to later ones those that are not zero."""
     distance = target_pos[:, None, None] - source_pos
     return real[:, :, None] & (distance >= 0) & ((distance == 0) | (values != 0))
 
@@ -132,22 +126,16 @@ def existing_edges(
 
 @runtime_checkable
 class EdgeSink(Protocol):
-    """Receives the edges of a graph as they are computed, one pair of layers or several at a
-    time.
-    """
+    """Receives edges as they are computed, for one or several pairs of layers at a time."""
 
     def add_same_position(
         self, source: Nodes, target: Nodes, values: Float[Tensor, "pos K J"]
     ) -> None:
-        """Receive edges within each position; meaningless where one of the two nodes is not
-        real.
-        """
+        """Receive edges within each position; those of nodes that are not real mean nothing."""
         ...
 
     def add_attention(self, edges: AttentionEdges) -> None:
-        """Receive edges from every position to itself and to later ones, all of them to one
-        layer.
-        """
+        """Receive edges from every position to itself and to later ones, all to one layer."""
         ...
 
     def add_spread(

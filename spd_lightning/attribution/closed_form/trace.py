@@ -1,6 +1,4 @@
-"""One recorded run of a decoder: everything that the closed forms of its graphs need (section A of
-docs/method.md).
-"""
+"""One recorded run of a decoder, for the closed forms of graphs (section A of docs/method.md)."""
 
 from typing import Any, NamedTuple
 
@@ -122,16 +120,12 @@ class _Recorder:
 
 
 def trace(spec: GraphSpec) -> Trace:
-    """Run a batch of prompts under a mode's masks; in frozen graphs rests and biases become layers
-    too (A6).
-    """
+    """Run prompts under a mode's masks; in frozen graphs rests and biases are layers too (A6)."""
     return _Recorder(spec).run()
 
 
 def layers_of(run: Trace) -> list[Layer]:
-    """Return the layers of the graphs in forward order, like `autograd.cut_run`, but without
-    leaves.
-    """
+    """Return the graphs' layers in forward order, like `autograd.cut_run`, but without leaves."""
     spec = run.spec
     layers = list[Layer]()
     for kind, name in run.order:

@@ -85,9 +85,7 @@ class _Walk:
         return side_by_side([stream, self.prompt.writer(block.down_proj)])
 
     def _read_stream(self, stream: NodeVectors, norm: str, *names: str) -> None:
-        """Add the edges from the residual stream, and from the norm's bias, to readers behind a
-        norm.
-        """
+        """Add the edges from the residual stream and the norm's bias to readers behind a norm."""
         prompt = self.prompt
         readers = side_by_side([prompt.reader(name) for name in names])
         values = torch.cat([prompt.value(name) for name in names], dim=1)  # [pos, K]

@@ -67,9 +67,7 @@ def links(model: ComponentModel) -> list[Link]:
 
 
 def _block_links(block: BlockLayout, writers: list[str], n_heads: int) -> Iterator[Link]:
-    """Yield the links into and inside a block; writers: the maps that write to the residual stream
-    before it.
-    """
+    """Yield the links into and inside a block; writers: the maps that write before it."""
     q, k, v = block.qkv
     for reader in (q, k, v):
         for writer in writers:
@@ -88,8 +86,7 @@ def _block_links(block: BlockLayout, writers: list[str], n_heads: int) -> Iterat
 def weight_graph(
     model: ComponentModel, normalized: bool = True
 ) -> Iterator[tuple[Link, Float[Tensor, "sources targets"]]]:
-    """Return the weight between every two components that are joined directly, for one pair of
-    sites at a time.
+    """Yield the weights between all components that are joined directly, by pair of sites.
 
     Args:
         model: a decomposed decoder; not all of its maps need to be sites.
