@@ -3,7 +3,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 PIP    := $(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo view test check bench paper clean
+.PHONY: install demo view test check docs bench paper clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,7 +39,11 @@ check: $(VENV)/.installed-dev  ## ruff, basedpyright, import-linter
 	$(VENV)/bin/basedpyright
 	$(VENV)/bin/lint-imports
 
-bench: $(VENV)/.installed-dev  ## speed beside a plain implementation of the same maths
+docs: $(VENV)/.installed-dev  ## the documentation site, in site/
+	$(PYTHON) -c "from spd_lightning.store.columns import markdown; print(markdown(), end='')" > docs/tables.md
+	$(VENV)/bin/zensical build --clean --strict
+
+bench: $(VENV)/.installed-dev  ## speed, next to a plain implementation of the same maths
 	$(PYTHON) benchmarks/bench.py
 	$(PYTHON) benchmarks/bench_graphs.py
 
@@ -47,4 +51,4 @@ paper: install  ## Table 1 of the SPD paper, over seeds, one process a core
 	$(PYTHON) benchmarks/paper.py
 
 clean:  ## remove the virtual environment and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) site .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

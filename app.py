@@ -1,5 +1,6 @@
-"""The viewer's entry: `gradio app.py` and `python app.py` serve it, as `python -m spd_lightning
-view` does.
+"""Entry point of the viewer: `gradio app.py` or `python app.py`.
+
+It serves the same pages as `python -m spd_lightning view`.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ from spd_lightning.viewer.app import build, serve
 demo = build()
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a viewer ends
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to stop a viewer
         try:
             serve(demo)
         except BadInput as error:

@@ -1,9 +1,9 @@
-"""`make bench`: milliseconds per optimizer step, ours beside a plain implementation of the same
-maths, in one run.
+"""`make bench`: milliseconds per optimizer step, compared with a plain implementation.
 
-The plain one (`plain.py`) writes the laws down as they stand. Both take CPU time of one thread at
-the published batch sizes, in turn, so that a drifting machine drifts for both. The best turn of
-each counts, since whatever disturbs a turn only takes time. The last column is what Lightning adds.
+The plain one (`plain.py`) implements the same laws literally. Both are measured in CPU time of one
+thread at the published batch sizes. They take turns, so that a change in the machine's speed
+affects both. The best turn of each counts, since disturbances only ever add time. The last column
+is the overhead of Lightning.
 
     python benchmarks/bench.py [MODEL ...]
 """
@@ -34,13 +34,13 @@ from spd_lightning.training.multi_step import settle_allocator
 from spd_lightning.training.session import quiet
 
 TURNS = 7
-# steps are taken in the middle of a long training, where p is no whole number
+# The measured steps are in the middle of a long training, where p is not an integer.
 MIDDLE = 500_000
 STEPS = 1_000_000
 
 
 class Tokens(SampledData):
-    """Random sentences: what is in them costs nothing."""
+    """Random token sequences, which cost almost nothing to draw."""
 
     def __init__(self):
         super().__init__(8, 0, 1, 0, 1)
@@ -54,7 +54,7 @@ class Tokens(SampledData):
 
 @dataclass(frozen=True)
 class Case:
-    """One model at its published batch size, and the milliseconds that it may take."""
+    """A model at its published batch size, and the milliseconds that a step can take at most."""
 
     target: Callable[[], nn.Module]
     sites: dict[str, int]
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def autocast(self) -> torch.autocast:
-        """Its precision, as Lightning sets it."""
+        """The precision, as Lightning sets it."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.half, cache_enabled=False)
 
 
@@ -116,7 +116,7 @@ CASES = {
 
 
 def fresh(case: Case) -> Decomposition:
-    """The module that trains."""
+    """Return a new module to train."""
     return Decomposition(
         case.target(),
         case.sites,
@@ -128,11 +128,11 @@ def fresh(case: Case) -> Decomposition:
 
 
 def ours(case: Case) -> Callable[[Tensor, int], None]:
-    """A step of it in a raw loop, without Lightning."""
+    """Return a function that takes one of our steps in a raw loop, without Lightning."""
     module = fresh(case)
     module.trainer = L.Trainer(
         max_steps=STEPS, **SILENT
-    )  # the schedule asks it for the number of steps
+    )  # the learning rate schedule reads its number of steps
     optimizer = module.configure_optimizers()
 
     def step(x: Tensor, k: int) -> None:
@@ -146,7 +146,7 @@ def ours(case: Case) -> Callable[[Tensor, int], None]:
 
 
 def plain(case: Case) -> Callable[[Tensor, int], None]:
-    """A step of the plain implementation."""
+    """Return a function that takes one step of the plain implementation."""
     model = Plain(
         case.target(), next(iter(case.sites.values())), case.tied, case.importance, case.losses
     )
@@ -172,7 +172,7 @@ SILENT = {
 
 
 def milliseconds(step: Callable[[int], None], first: int, count: int) -> float:
-    """CPU milliseconds of one step, mean over several."""
+    """Return the CPU milliseconds per step, averaged over `count` steps."""
     started = time.process_time()
     for k in range(first, first + count):
         step(k)
@@ -180,7 +180,7 @@ def milliseconds(step: Callable[[int], None], first: int, count: int) -> float:
 
 
 def measure(name: str) -> str:
-    """One line: ours, plain, their ratio, and ours inside Lightning over ours in a raw loop."""
+    """Return a line of the table: ours, plain, their ratio, and the overhead of Lightning."""
     case = CASES[name]
     torch.manual_seed(0)
     data = case.data()
@@ -202,7 +202,7 @@ def measure(name: str) -> str:
 
 
 def lightning_overhead(case: Case, count: int) -> float:
-    """CPU time of `Trainer.fit` over that of a raw loop on the same batches."""
+    """Return the CPU time of `Trainer.fit`, divided by that of a raw loop on the same batches."""
     step = ours(case)
     data = case.data()
     raw = milliseconds(lambda k: step(data.batch(k), k), 0, count)
@@ -214,7 +214,7 @@ def lightning_overhead(case: Case, count: int) -> float:
 
 
 def startup() -> str:
-    """Wall seconds until `--help` has answered, best of three."""
+    """Return a line with the wall seconds that `--help` takes, the best of three runs."""
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
@@ -226,7 +226,7 @@ def startup() -> str:
 
 
 def prepare() -> None:
-    """Sets a process up as a training does."""
+    """Set up a process as for a training."""
     torch.set_num_threads(1)
     settle_allocator()
     torch.set_flush_denormal(True)
@@ -243,7 +243,7 @@ def main(names: list[str]) -> None:
     }
     with ProcessPoolExecutor(
         initializer=prepare, **alone
-    ) as pool:  # one process each, as trainings are
+    ) as pool:  # a new process for each model, as for trainings
         for line in pool.map(measure, names):
             print(line, flush=True)
     print(startup())

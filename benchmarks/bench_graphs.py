@@ -1,17 +1,17 @@
-"""`make bench`, second part: seconds of one prompt's attribution graph, the closed form beside what
-others do.
+"""`make bench`, second part: seconds per attribution graph, closed form compared with autograd.
 
-A two-layer Llama-MLP of width 128 with 650 components a site, ten of them alive at each site and
-position of a prompt of 64 tokens (weights and importances are drawn: they cost what trained ones
-cost). All ways give the same edges:
+The model is a two-layer decoder of width 128 with 650 components per site. Ten components are alive
+at each site and position of a prompt of 64 tokens. Weights and importances are random, which costs
+the same as trained ones. All methods give the same edges:
 
-- one `autograd.grad` a target node, edges looked for one by one: how the field writes it; timed on
-  some, scaled up;
-- one batched vector-Jacobian product for many targets: any model;
-- closed form: our decoders, with the flat edge table in hand.
+- one `autograd.grad` per target node, and a loop over edges: the usual implementation; measured on
+  a sample of targets and scaled up;
+- one batched vector-Jacobian product for many targets: works for any model;
+- the closed form: our decoders only; includes the flat edge table.
 
-Then the sums of all edges over a corpus, to activations and to their sizes, beside two backward
-passes over the corpus for each alive component (timed on some of them, scaled up).
+The second comparison is for sums of all edges over a corpus, to activations and to their absolute
+values. The alternative is two backward passes over the corpus per alive component, measured on a
+sample of components and scaled up.
 
     python benchmarks/bench_graphs.py [FIGURE]    FIGURE: a file for a plot of the costs
 """
@@ -51,7 +51,7 @@ def model_of(length: int) -> ComponentModel:
 
 
 def alive(model: ComponentModel, prompts: int, length: int, count: int) -> dict[str, Tensor]:
-    """Importances of some prompts with so many components alive at each position."""
+    """Return importances of some prompts, with `count` components alive at each position."""
     chance = torch.Generator().manual_seed(0)
     return {
         n: (torch.rand(prompts, length, C, generator=chance).argsort(-1) < count).float()
@@ -60,9 +60,7 @@ def alive(model: ComponentModel, prompts: int, length: int, count: int) -> dict[
 
 
 class Prompt:
-    """Prompts, their alive components, and their output nodes: the ten likeliest tokens of each
-    position.
-    """
+    """Prompts with their alive components and output nodes: the likeliest tokens per position."""
 
     def __init__(self, length: int = LENGTH, count: int = ALIVE, prompts: int = 1):
         self.model = model_of(length)
@@ -77,7 +75,7 @@ class Prompt:
         )
 
     def closed(self) -> int:
-        """The flat edge table; how many edges it holds."""
+        """Compute the flat edge table; return its number of edges."""
         with torch.inference_mode():
             _, found = attribution_graphs(self.spec)
             return len(edge_rows(found, [0]))
@@ -87,7 +85,7 @@ class Prompt:
         return sum(len(e.attribution) for e in found)
 
     def sums(self) -> int:
-        """The sums of all edges by pairs of components; how many edges there are."""
+        """Compute the sums of all edges by pairs of components; return the number of edges."""
         with torch.inference_mode():
             _, pairs = dataset_edges(self.spec)
             return sum(int(pair.edges.sum()) for pair in pairs)
@@ -97,7 +95,7 @@ class Prompt:
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
-    """The best of some runs, after one to warm up."""
+    """Return the seconds of the fastest of some runs, after a warm-up run."""
     work()
     found = []
     for _ in range(times):
@@ -108,7 +106,7 @@ def seconds(work: Callable[[], object], times: int) -> float:
 
 
 class Node(NamedTuple):
-    """One end of an edge, in the field's way."""
+    """One end of an edge, as in the usual implementation."""
 
     layer: str
     pos: int
@@ -116,7 +114,7 @@ class Node(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """One edge, in the field's way."""
+    """One edge, as in the usual implementation."""
 
     source: Node
     target: Node
@@ -125,11 +123,11 @@ class Edge(NamedTuple):
 
 
 def one_by_one(layers: list[Layer]) -> float:
-    """Seconds of a whole graph as the field writes it, from a sample of its targets.
+    """Return the seconds of a graph in the usual implementation, estimated from some targets.
 
-    A target node takes one backward pass to the layers that reach it, known beforehand. Then, at
-    every position that it may read from there, each component that is alive anywhere is asked for,
-    and an edge is made of it if it is here.
+    Each target node takes one backward pass to the layers that reach it, which are known. Then, for
+    every position that the target can read from, a loop goes through all components that are alive
+    at any position, and creates an edge for each one that is alive at this position.
     """
     spent = 0.0
     reach = connected(layers)
@@ -150,7 +148,7 @@ def one_by_one(layers: list[Layer]) -> float:
 def _into(
     layers: list[Layer], t: int, pos: int, j: int, before: list[int], anywhere: list[list[int]]
 ) -> list[Edge]:
-    """All edges into one node."""
+    """Return all edges into one node."""
     found = []
     name = layers[t].name
     gradients = torch.autograd.grad(
@@ -170,8 +168,9 @@ def _into(
 
 
 def by_targets(layers: list[Layer]) -> float:
-    """Seconds of the sums by two backward passes an alive component over all prompts at once, from
-    a sample.
+    """Return the seconds of the sums by two backward passes per alive component, from a sample.
+
+    Each backward pass is over all prompts at once.
     """
     spent = 0.0
     for t, target in enumerate(layers):
@@ -183,22 +182,22 @@ def by_targets(layers: list[Layer]) -> float:
         started = time.perf_counter()
         for j in chosen:
             values = target.value[..., j] * target.nodes[..., j]
-            for spec in (values.sum(), values.abs().sum()):
-                _summed(spec, sources)
+            for total in (values.sum(), values.abs().sum()):
+                _summed(total, sources)
         spent += (time.perf_counter() - started) / len(chosen) * len(every)
     return spent
 
 
-def _summed(spec: Tensor, sources: list[Layer]) -> list[Tensor]:
-    """What each component of each source adds to a number."""
+def _summed(total: Tensor, sources: list[Layer]) -> list[Tensor]:
+    """Return the contribution of every component of each source to a number."""
     leaves = [layer.leaf for layer in sources if layer.leaf is not None]
-    gradients = torch.autograd.grad(spec, leaves, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
     pairs = [(layer, x) for layer, x in zip(sources, gradients, strict=True) if x is not None]
     return [(layer.contributions(x[None])[0] * layer.nodes).sum((0, 1)) for layer, x in pairs]
 
 
 def corpus() -> None:
-    """Prints the row of the sums."""
+    """Print the comparison for sums over a corpus."""
     prompts = Prompt(prompts=CORPUS)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ours = seconds(prompts.sums, 2)
@@ -207,7 +206,7 @@ def corpus() -> None:
     theirs = by_targets(prompts.cut())
     print(f"\nSums over {CORPUS} such prompts, {edges:,} edges, to activations and to their sizes")
     print(
-        f"{'closed form, by pairs spec components':<42}{ours:>10.2f} s   (at least 100x; "
+        f"{'closed form, by pairs of components':<42}{ours:>10.2f} s   (at least 100x; "
         f"{memory:,.0f} MiB)"
     )
     print(
@@ -216,7 +215,7 @@ def corpus() -> None:
 
 
 def curves() -> dict[str, list[tuple[int, int, float]]]:
-    """Cost against alive components and against length: (how many, edges, seconds)."""
+    """Return costs by number of alive components and by length: (number, edges, seconds)."""
     found: dict[str, list[tuple[int, int, float]]] = {
         "alive components a site and position": [],
         "tokens": [],

@@ -1,10 +1,10 @@
-"""Table 1 of the SPD paper, over seeds: `make paper`.
+"""`make paper`: Table 1 of the SPD paper, over several seeds.
 
-Each (model, seed) is a run of its own, `runs/paper-<model>-<seed>`, fitted by the ordinary command
-on one thread, as many at once as there are cores. Finished runs are not repeated. The table at the
-end is the one in the README.
+Each (model, seed) is a separate run, `runs/paper-<model>-<seed>`. It is fitted with the normal
+command on one thread; as many runs as there are cores are fitted in parallel. Finished runs are not
+repeated. The script prints the table of docs/results.md at the end.
 
-    python benchmarks/paper.py [MODEL ...]         only these models
+    python benchmarks/paper.py [MODEL ...]         MODEL: fit only these models
 """
 
 import os
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from spd_lightning import runs
 
 SEEDS = {"tms_5-2": 8, "tms_5-2-id": 8, "tms_40-10": 3, "tms_40-10-id": 3}
-"""Models and how many seeds of each."""
+"""Number of seeds of each model."""
 
 TRUTH = {
     "tms_5-2": (5, None),
@@ -27,11 +27,11 @@ TRUTH = {
     "tms_40-10": (40, None),
     "tms_40-10-id": (40, 10),
 }
-"""Components that should be alive in linear1, and in the identity layer."""
+"""Expected numbers of alive components in linear1 and in the identity layer."""
 
 
 def fit(model: str, seed: int) -> dict[str, Any]:
-    """One run's summary; fitted first if there is none."""
+    """Return the summary of a run, which is fitted first if it has not been."""
     name = f"paper-{model}-{seed}"
     folder = runs.root() / name
     if not (folder / "summary.json").exists():
@@ -59,7 +59,7 @@ def fit(model: str, seed: int) -> dict[str, Any]:
 
 
 def passes(model: str, s: dict[str, Any]) -> bool:
-    """Whether a run has found the mechanism that the paper reports."""
+    """Return whether a run has found the mechanism that the paper reports."""
     alive, dense = TRUTH[model]
     sound = (
         s["mmcs/linear1"] >= 0.999
@@ -71,7 +71,7 @@ def passes(model: str, s: dict[str, Any]) -> bool:
 
 
 def row(model: str, summaries: list[dict[str, Any]]) -> str:
-    """One line of the table: the share of seeds that pass, and what those reach."""
+    """Return a line of the table: the share of seeds that pass, and the results of those."""
     good = [s for s in summaries if passes(model, s)]
     told = sum(s["verdict"] != "ok" for s in summaries if not passes(model, s))
     share = f"{len(good)} of {len(summaries)}" + (f" ({told} said so)" if told else "")

@@ -1,8 +1,8 @@
-"""A decomposition's training step with the laws written down as they stand (docs/method.md), for
-`make bench`.
+"""The training step of a decomposition, implemented literally from the laws in docs/method.md.
 
-Every row of the batch, one masked forward of the whole target for each term with masks of its own,
-`V U` and Δ built at every use, the importance MLPs by einsum, gradients to whatever has one.
+`make bench` compares it with ours. It uses every row of the batch, runs one masked forward pass of
+the whole target for each term with different masks, builds `V U` and Δ at every use, computes the
+importance MLPs with einsum, and computes all gradients.
 """
 
 import torch
@@ -17,9 +17,7 @@ Routes = dict[str, Tensor | None]
 
 
 class Plain(nn.Module):
-    """V, U and importance MLPs (`mlp` or `shared_mlp`) of the maps of a target, and a step of AdamW
-    on them.
-    """
+    """V, U and importance MLPs (`mlp` or `shared_mlp`) of a target's maps, and their optimizer."""
 
     def __init__(
         self,
@@ -71,7 +69,7 @@ class Plain(nn.Module):
     def run(
         self, x: Tensor, masks: Masks, routes: Routes, seen: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """The target with masked sites (D3, D4), by hooks."""
+        """Run the target with masked sites (D3, D4), by hooks."""
         hooks = []
         for name in self.names:
 
@@ -96,7 +94,7 @@ class Plain(nn.Module):
                 handle.remove()
 
     def importance(self, name: str, x: Tensor) -> Tensor:
-        """Pre-activations z (G1)."""
+        """Return the pre-activations z (G1)."""
         W1, b1, W2, b2 = self.mlps[name]
         if not self.alone:
             return nn.functional.gelu(x @ W1 + b1) @ W2 + b2
@@ -105,7 +103,7 @@ class Plain(nn.Module):
         return (torch.einsum("bch,cho->bco", h, W2) + b2)[..., 0]
 
     def routes(self, kind: str, g: dict[str, Tensor]) -> list[Routes]:
-        """The forward passes of a route (M1)."""
+        """Return the forward passes of a route (M1)."""
         if kind == "layerwise":
             return [{name: None} for name in self.names]
         if kind == "all":
@@ -116,7 +114,7 @@ class Plain(nn.Module):
         return [{name: rank[k] < size for k, name in enumerate(self.names)}]
 
     def masks(self, g: dict[str, Tensor], sources: dict[str, Tensor]) -> Masks:
-        """m = g + (1 − g) s; the last source is the delta's."""
+        """Return the masks m = g + (1 − g) s; the last source is that of the delta component."""
         return {
             n: (g[n] + (1 - g[n]) * s[..., :-1], s[..., -1].expand(g[n].shape[:-1]))
             for n, s in sources.items()
@@ -125,8 +123,9 @@ class Plain(nn.Module):
     def reconstruction(
         self, term: Reconstruction, x: Tensor, out: Tensor, g: dict[str, Tensor]
     ) -> Tensor:
-        """Mean divergence over the passes of a route, under stochastic masks or those that PGD
-        finds (L5).
+        """Return the mean divergence over the passes of a route (L5).
+
+        The masks are stochastic or found by PGD.
         """
         routes = self.routes(term.route, g)
         values = []
@@ -159,7 +158,7 @@ class Plain(nn.Module):
         return torch.stack(values).mean()
 
     def objective(self, x: Tensor, progress: float) -> Tensor:
-        """The total loss (L7)."""
+        """Return the total loss (L7)."""
         seen: dict[str, Tensor] = {}
         out = self.run(x, {}, {}, seen)
         z = {name: self.importance(name, seen[name]) for name in self.names}

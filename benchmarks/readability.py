@@ -1,11 +1,11 @@
-"""Numbers that say how easy the code is to read; `python benchmarks/readability.py [FOLDER …]`.
+"""Measures of how easy the code is to read: `python benchmarks/readability.py [FOLDER …]`.
 
-- Syntax nodes per body line: how much happens on a line of a function; the median over functions.
+- Nodes per line: the number of syntax nodes per body line of a function; the median over functions.
   Python's markers for reading and writing a name are not counted.
-- Long lines: those of more than 100 characters.
+- Long: the number of lines of more than 100 characters.
 - Guesses: calls of `getattr` and `hasattr` with a literal name, which a protocol could replace.
 - Suppressed: comments that silence the type checker.
-- Largest package: its share of all lines.
+- Largest package: its share of the lines of all packages.
 """
 
 import ast
@@ -55,7 +55,7 @@ def guesses(tree: ast.AST) -> int:
 
 
 def report(folder: Path) -> str:
-    """Return one line about the Python files of a folder."""
+    """Return the line of the table for a folder."""
     densities, totals = list[float](), Counter[str]()
     for path in sorted(folder.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def report(folder: Path) -> str:
 
 
 def largest_package() -> str:
-    """Return the largest package, and its share of the lines of all packages."""
+    """Return a line with the largest package, and its share of the lines of all packages."""
     sizes = {
         package.name: sum(len(path.read_text().splitlines()) for path in package.rglob("*.py"))
         for package in (ROOT / "spd_lightning").iterdir()

@@ -1,7 +1,7 @@
 """Stochastic Parameter Decomposition on PyTorch Lightning.
 
-The public names are handed out lazily: `import spd_lightning` costs nothing,
-`spd_lightning.Decomposition` its needs.
+The public names are imported lazily: `import spd_lightning` loads nothing else, and
+`spd_lightning.Decomposition` loads only the modules that it needs.
 """
 
 import importlib
@@ -39,7 +39,8 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'spd_lightning' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module = importlib.import_module(_HOME[name])
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

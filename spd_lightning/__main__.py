@@ -1,14 +1,14 @@
-"""`python -m spd_lightning`: help at once, everything else by the command line proper."""
+"""`python -m spd_lightning`: print help at once, and pass everything else to `cli`."""
 
 import sys
 
 NEEDED = (3, 11)
 DISTRIBUTIONS = {"yaml": "pyyaml"}
-"""The packages whose import name is not what pip calls them."""
+"""Names for pip of the packages whose import name differs."""
 
 
 def main() -> None:
-    """Run one verb; the exit code is 0, or 2 where the input or the installation is wrong."""
+    """Run one verb, and exit with 0, or with 2 if the input or the installation is wrong."""
     if sys.version_info < NEEDED:
         found = ".".join(map(str, sys.version_info[:2]))
         sys.exit(_unusable(f"this is Python {found}, and spd_lightning needs 3.11 or newer"))
@@ -22,12 +22,12 @@ def main() -> None:
         try:
             print(page, end="", flush=True)
         except OSError as error:
-            sys.stdout = None  # or Python would fail once more at its end
+            sys.stdout = None  # otherwise Python fails again when it flushes the output at exit
             if not isinstance(error, BrokenPipeError):
                 print(f"error: {error.strerror}; make room for the output", file=sys.stderr)
                 sys.exit(2)
         return
-    with stopping.listening():  # what follows imports much, and a signal may come meanwhile
+    with stopping.listening():  # importing takes long enough for a signal to arrive
         try:
             code = _run(words)
         except stopping.Stopped as stopped:
@@ -49,9 +49,9 @@ def _run(words: list[str]) -> int:
 
 
 def _unusable(why: str) -> int:
-    """Print why nothing can run here, and what to do."""
+    """Print why nothing can be run, and what to do."""
     remedy = (
-        "activate the environment that holds it (make install, then: source .venv/bin/activate)"
+        "activate the environment that contains it (make install, then: source .venv/bin/activate)"
     )
     print(f"error: {why}; {remedy}", file=sys.stderr)
     return 2

@@ -1,10 +1,9 @@
-"""Class paths that a config or a file may name: what builds an object runs code, so this is a
-closed list.
+"""The class paths that configs and files can name: a closed list, since building them runs code.
 
 `ALLOWED` names this package and the parts of Lightning that configs choose: trackers, profilers,
-callbacks and what a Trainer runs on. A path below an entry is allowed, and one below an entry of
-`DENIED` is not. The command line's option `--allow_classes PACKAGE` adds what the user trusts, for
-the length of a command.
+callbacks, and the hardware that a Trainer uses. A path below one of its entries is allowed, and a
+path below an entry of `DENIED` is not; the longest matching entry decides. For one command, the
+option `--allow_classes PACKAGE` adds a package that the user trusts.
 """
 
 import importlib
@@ -26,7 +25,7 @@ ALLOWED = (
 )
 DENIED = (
     "*",
-    "lightning.pytorch.callbacks.LambdaCallback",  # it takes functions, by their names
+    "lightning.pytorch.callbacks.LambdaCallback",  # it takes functions by name
     "lightning.pytorch.callbacks.lambda_function",
 )
 
@@ -38,7 +37,7 @@ def trust(packages: Sequence[str]) -> None:
     """Allow the classes of these packages, until the process ends or `trust` is called again.
 
     Raises:
-        BadInput: one is not a package's name.
+        BadInput: one of them is not the name of a package.
     """
     for package in packages:
         if not all(part.isidentifier() for part in package.split(".")):
@@ -53,19 +52,19 @@ def trust(packages: Sequence[str]) -> None:
 
 
 def verdicts() -> tuple[list[str], list[str]]:
-    """Return what is denied and what is allowed, for jsonargparse: the longest entry that fits a
-    path decides.
-    """
-    return [*DENIED, *_revoked], [*ALLOWED, *_trusted]
+    """Return the denied and the allowed entries; the longest one that matches a path decides."""
+    denied = [*DENIED, *_revoked]
+    allowed_entries = [*ALLOWED, *_trusted]
+    return denied, allowed_entries
 
 
 def allowed(path: str) -> bool:
-    """Whether a class path may be named: the longest entry that it lies below decides."""
-    denied, allowed_here = verdicts()
+    """Return whether a class path is allowed."""
+    denied, allowed_entries = verdicts()
     parts = path.split(".")
-    for count in range(len(parts), 0, -1):  # the longest first
+    for count in range(len(parts), 0, -1):  # the longest entry first
         entry = ".".join(parts[:count])
-        if entry in allowed_here:
+        if entry in allowed_entries:
             return True
         if entry in denied:
             return False
@@ -73,40 +72,35 @@ def allowed(path: str) -> bool:
 
 
 def check(path: str) -> None:
-    """Raise BadInput if a class path may not be named; nothing is imported."""
+    """Raise BadInput if a class path is not allowed. Nothing is imported."""
     if not allowed(path):
         raise _not_allowed(path)
 
 
 def _not_allowed(path: str) -> BadInput:
     return BadInput(
-        f"class_path '{path[:100]}': not one that a config may name; a package of your own is "
-        "named on the "
-        "command line: --allow_classes PACKAGE"
+        f"class_path '{path[:100]}': not one that a config may name; allow your own package on "
+        "the command line: --allow_classes PACKAGE"
     )
 
 
 def imported(path: str) -> type:
-    """The class of a path that a config names, where jsonargparse does not import it.
+    """Import a class whose path a config names, where jsonargparse does not do so.
 
     Raises:
-        BadInput: it is not allowed, or not a class.
+        BadInput: the path is not allowed, or not a class.
     """
     check(path)
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (
-        ImportError,
-        AttributeError,
-        ValueError,
-    ) as error:  # ValueError: the path names no module
+        value = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module in the path
         raise BadInput(f"class_path '{path}': {error}; write package.Class") from error
-    if not isinstance(found, type) or not allowed(f"{found.__module__}.{found.__qualname__}"):
+    if not isinstance(value, type) or not allowed(f"{value.__module__}.{value.__qualname__}"):
         raise _not_allowed(path)
-    return found
+    return value
 
 
 def allowed_by_user(path: str) -> bool:
-    """Whether the user allowed a class path, or a package that it lies in."""
+    """Return whether the user has allowed a class path, or a package that contains it."""
     return any(path == package or path.startswith(f"{package}.") for package in _trusted)

@@ -1,8 +1,8 @@
-"""The command line: finds the verb, and turns bad input into one line with exit code 2 (`--debug`
-shows where).
+"""The command line: find the verb, call it, and report bad input in one line with exit code 2.
 
-Each verb is a module of `commands`, imported when it is called. `commands.options` reads its words.
-A verb imports only what it needs, and loads torch after its words and its run have been checked.
+With `--debug`, the traceback is printed instead of the line. Each verb is a module of `commands`
+that is imported when it is called, and `commands.options` parses its words. A verb imports only
+what it needs, and loads torch after its arguments and its run have been checked.
 """
 
 import errno
@@ -23,8 +23,9 @@ log = logging.getLogger("spd_lightning")
 
 
 def run(words: Sequence[str]) -> int:
-    """Runs one verb and returns the exit code: 0, 2 where the input was bad, 130 after Ctrl-C, 143
-    after SIGTERM.
+    """Run one verb, and return the exit code.
+
+    It is 0, or 2 after bad input, 130 after Ctrl-C, or 143 after SIGTERM.
     """
     with stopping.listening():
         try:
@@ -40,9 +41,9 @@ _AGAIN = "run the same command again to resume"
 def _run(words: list[str]) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    _speak()
+    _print_log()
     try:
-        words = _trusting(words)
+        words = _trust_packages(words)
         if (page := options.asked_for(words)) is not None:
             print(page, end="")
             return 0
@@ -53,7 +54,7 @@ def _run(words: list[str]) -> int:
             )
         _check_folder()
         _call("settings" if options.topic(words) else verb.module or verb.name, words[1:])
-        if sys.stdout is not None:  # it is None if the terminal was closed before the start
+        if sys.stdout is not None:  # None if the terminal was closed before the start
             sys.stdout.flush()
     except BadInput as error:
         if debug:
@@ -63,20 +64,21 @@ def _run(words: list[str]) -> int:
     except SystemExit as done:
         if done.code:
             raise
-        return 0  # --print_config has printed
+        return 0  # --print_config exits this way
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
             return 0
         if debug:
             raise
         place = f"'{shown(str(error.filename))}': " if error.filename else ""
-        print(f"error: {place}{error.strerror or error}; {_remedy(error)}", file=sys.stderr)
+        reason = error.strerror or error
+        print(f"error: {place}{reason}; {_remedy(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def _check_folder() -> None:
-    """Check that the current folder still exists; torch would end the process without it."""
+    """Check that the current folder still exists; without it, torch would abort the process."""
     try:
         os.getcwd()
     except OSError as error:
@@ -86,25 +88,25 @@ def _check_folder() -> None:
 
 
 def _remedy(error: OSError) -> str:
-    """Return what to do about an error of the file system."""
+    """Return the remedy for an error of the file system."""
     if error.errno == errno.ENAMETOOLONG:
         return "choose a shorter name"
     return "make room or choose another place (SPD_RUNS)"
 
 
-def _nobody_reads() -> bool:
-    """Return whether stdout is a pipe whose reader has read enough; what else is printed is then
-    dropped.
-    """
+def _reader_has_left() -> bool:
+    """Return whether stdout is a pipe that its reader has closed; if so, discard further output."""
     try:
         output = sys.stdout.fileno()
-    except (OSError, AttributeError):  # it is not a file, or was closed before the start
+    except (OSError, AttributeError):  # not a file, or closed before the start
         return False
     pipe = select.poll()
     pipe.register(output, select.POLLOUT)
-    closed = any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0))
+    closing = select.POLLERR | select.POLLHUP
+    closed = any(event & closing for _, event in pipe.poll(0))
     if closed:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, output)
     return closed
 
 
@@ -113,31 +115,31 @@ def _call(module: str, argv: list[str]) -> None:
     try:
         importlib.import_module(f"spd_lightning.commands.{module}").main(argv)
     except Exception:
-        stopping.check()  # a library may have turned what a signal raised into an error of its own
+        stopping.check()  # a library can turn the `Stopped` of a signal into another error
         raise
-    except KeyboardInterrupt as error:  # raised by a library, or where signals are not handled
+    except KeyboardInterrupt as error:  # raised by a library, or if signals are not handled
         raise stopping.Stopped(signal.SIGINT) from error
 
 
-def _trusting(words: list[str]) -> list[str]:
+def _trust_packages(words: list[str]) -> list[str]:
     """Apply every `--allow_classes PACKAGE`, and return the other words."""
     rest = list[str]()
     packages = list[str]()
-    given = iter(words)
-    for word in given:
+    remaining = iter(words)
+    for word in remaining:
         option, equals, value = word.partition("=")
-        if option == "--allow_classes":
-            packages.append(value if equals else next(given, ""))
-        else:
+        if option != "--allow_classes":
             rest.append(word)
+        elif equals:
+            packages.append(value)
+        else:
+            packages.append(next(remaining, ""))
     classes.trust(packages)
     return rest
 
 
 class Messages(logging.StreamHandler):
-    """Prints messages to standard error, on lines of their own even while a progress bar is
-    drawn.
-    """
+    """Prints log messages to standard error, on separate lines even during a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if "tqdm" not in sys.modules:
@@ -148,8 +150,8 @@ class Messages(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def _speak() -> None:
-    """Print log messages to the terminal as they are."""
+def _print_log() -> None:
+    """Print log messages to the terminal without a prefix."""
     log.handlers = [Messages()]
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -1,7 +1,7 @@
-"""Configs: one base and small overrides, found by name from anywhere.
+"""Configs: YAML files that are found by name and build on each other.
 
-A config is YAML. Its top-level key `base` names another config (or a list of them) that it starts
-from: dicts merge key by key, lists and single values replace.
+The top-level key `base` of a config names another config, or a list of them, to start from. Dicts
+are merged key by key; lists and single values are replaced.
 """
 
 import contextlib
@@ -26,47 +26,43 @@ SHIPPED = next(
 
 
 MORE_LINE_ENDS = {"\x85", "\u2028", "\u2029"}
-"""Line ends that only Unicode knows: readers of YAML fold them into blanks unless they are written
-as escapes.
-"""
+"""Line ends of Unicode, which YAML readers fold into blanks unless they are written as escapes."""
 
 
 class KeyTwice(BadInput):
-    """A mapping of a YAML text holds the same key twice; YAML's own readers keep the last without a
-    word.
-    """
+    """A mapping in a YAML text has the same key twice; PyYAML would silently keep the last one."""
 
     def __init__(self, key: str, lines: tuple[int, int]):
         first, second = lines
-        place = f"on line {first}" if first == second else f"on lines {first} and {second}"
+        place = f"on lines {first} and {second}"
+        if first == second:
+            place = f"on line {first}"
         super().__init__(f"key '{key}' is given twice, {place}; keep one of them")
 
 
 class _OnceOnly(Composer):
-    """Rejects a key that a mapping holds twice; one that overrides a merged (`<<`) one is not there
-    twice.
-    """
+    """Rejects a key that a mapping has twice; a key can still override a merged (`<<`) one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        seen: dict[tuple[str, str], yaml.Node] = {}
+        lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue
             name = (key.tag, key.value)
-            if name in seen:
-                first, second = (one.start_mark.line + 1 for one in (seen[name], key))
-                raise KeyTwice(key.value, (first, second))
-            seen[name] = key
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise KeyTwice(key.value, (lines[name], line))
+            lines[name] = line
         return node
 
 
 class _Loader(_OnceOnly, yaml.SafeLoader):
-    """YAML 1.1 with numbers as people write them: 1e-3 is a number, not a word."""
+    """A reader of YAML 1.1 that takes 1e-3 for a number, not for text."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes words that `_Loader` would take for numbers."""
+    """A writer of YAML that quotes text that `_Loader` would take for a number."""
 
 
 _FLOAT = (
@@ -80,47 +76,48 @@ for _side in (_Loader, _Dumper):
 
 
 def places(name: str) -> Iterator[Path]:
-    """Every file that a config name may mean, the likeliest first."""
+    """Yield every file that a config name can mean, in order of precedence."""
     for folder in (Path(), Path("configs"), SHIPPED):
         yield folder / name
         yield folder / f"{name}.yaml"
 
 
 def find(name: str) -> Path:
-    """The file that a config name means: as given, in ./configs, or among the shipped ones; suffix
-    optional.
+    """Return the file of a config, in this folder, in ./configs, or among the shipped ones.
+
+    The suffix can be omitted.
 
     Raises:
-        BadInput: no such file; the nearest name there is, is suggested.
+        BadInput: there is no such file; the message suggests the nearest name.
     """
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # a name too long for a file, or with a zero byte
+    with contextlib.suppress(OSError, ValueError):  # the name is too long, or has a zero byte
         for path in places(name):
             if path.is_file():
                 return path
-    known = {str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.rglob("*.yaml")}
-    hint = nearest(name.removesuffix(".yaml"), known)
-    hint = hint if hint.startswith("did") else "'python -m spd_lightning list' shows those"
+    shipped = [path.relative_to(SHIPPED) for path in SHIPPED.rglob("*.yaml")]
+    names = {str(path.with_suffix("")) for path in shipped}
+    hint = nearest(name.removesuffix(".yaml"), names)
+    if not hint.startswith("did"):
+        hint = "'python -m spd_lightning list' shows those"
     raise BadInput(
         f"config '{shown(name)}': no such file here, in configs/, or among the shipped ones; {hint}"
     )
 
 
 def load(name: str, as_written: bool = False) -> dict[str, Any]:
-    """A config with everything it builds on merged in.
+    """Return a config, merged with everything it builds on.
 
-    Of a config that came from a tracker (its folder holds pulled.json), what builds objects beside
-    the model and its data is left out: loggers, profilers, callbacks and the like are for the
-    user's own settings to name.
+    A config is pulled if it came from a tracker (its folder has a pulled.json). Of a pulled config,
+    the parts of the trainer that build further objects are omitted: loggers, profilers, callbacks
+    and the like. Only the user's own settings can name those.
 
     Args:
-        name: what `find` finds.
-        as_written: keep all of it, to be looked at and not built.
+        name: a name that `find` accepts.
+        as_written: keep all of a pulled config, to show it rather than build it.
 
     Raises:
-        BadInput: the file is missing, is not a YAML mapping, or builds on itself; or it came from a
-            tracker, and its trainer is written in another way than as a run writes it.
+        BadInput: the file is missing, is not a YAML mapping, or builds on itself; or it is pulled,
+            and its trainer is not written the way a run writes it.
     """
     return _load(find(name), (), as_written, {})
 
@@ -134,11 +131,11 @@ FOREIGN = (
     "accelerator",
     "default_root_dir",
 )
-"""Settings of a trainer that build objects, or say where files go."""
+"""Settings of a trainer that build objects or choose a folder."""
 
 
 LONGEST = 50
-"""How many configs a chain of bases may hold."""
+"""The largest number of configs in a chain of bases."""
 
 
 def _load(
@@ -153,7 +150,8 @@ def _load(
         path: its file.
         seen: the files that build on it, the outermost first.
         as_written: as for `load`.
-        loaded: the results so far, by file and by whether a config that builds on it was pulled.
+        loaded: the results so far, by file and by whether it or a config that builds on it is
+            pulled.
     """
     if path.resolve() in seen:
         raise BadInput(
@@ -165,29 +163,40 @@ def _load(
             "some of them"
         )
     pulled = any((file.parent / "pulled.json").exists() for file in (*seen, path))
-    if (path.resolve(), pulled) in loaded:
-        return loaded[path.resolve(), pulled]
-    own = read_file(path)
-    if not isinstance(own, dict):
-        raise BadInput(f"config '{path}': expected 'key: value' lines, found {type(own).__name__}")
+    key = (path.resolve(), pulled)
+    if key in loaded:
+        return loaded[key]
+    content = read_file(path)
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise BadInput(f"config '{path}': expected 'key: value' lines, found {kind}")
     if pulled and not as_written:
-        own = _without_foreign(path, own)
-    bases = own.pop("base", None) or []
-    bases = bases if isinstance(bases, list) else [bases]
+        content = _without_foreign(path, content)
+    bases = content.pop("base", None) or []
+    if not isinstance(bases, list):
+        bases = [bases]
     merged: dict[str, Any] = {}
     for base in map(str, bases):
-        beside = [path.parent / base, path.parent / f"{base}.yaml"]
-        file = next((file for file in beside if file.is_file()), None) or find(base)
-        merged = merge(merged, _load(file, (*seen, path.resolve()), as_written, loaded))
-    loaded[path.resolve(), pulled] = merge(merged, own)
-    return loaded[path.resolve(), pulled]
+        file = _find_base(base, path.parent)
+        settings = _load(file, (*seen, path.resolve()), as_written, loaded)
+        merged = merge(merged, settings)
+    loaded[key] = merge(merged, content)
+    return loaded[key]
+
+
+def _find_base(name: str, folder: Path) -> Path:
+    """Return the file of a base: next to the config that names it, or wherever `find` finds it."""
+    for path in (folder / name, folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    return find(name)
 
 
 def _without_foreign(path: Path, pulled: dict[str, Any]) -> dict[str, Any]:
-    """Return a pulled config without the settings of its trainer that are for the user to choose.
+    """Return a pulled config without the trainer settings that only the user can choose.
 
-    jsonargparse also takes a trainer as text, `trainer.logger` as one key, and `callbacks+`. A run
-    writes none of these into its config, and they would hide such settings, so they are rejected.
+    jsonargparse also accepts a trainer as text, `trainer.logger` as one key, and `callbacks+`. A
+    run never writes these, and they could hide such settings, so they are rejected.
     """
     trainer = pulled.get("trainer", {})
     if not isinstance(trainer, dict):
@@ -200,22 +209,24 @@ def _without_foreign(path: Path, pulled: dict[str, Any]) -> dict[str, Any]:
             raise BadInput(
                 f"config '{path}': key '{key}': not the name of a setting; pull the run again"
             )
-    kept = {key: value for key, value in trainer.items() if key not in FOREIGN}
-    return {**pulled, "trainer": kept} if "trainer" in pulled else pulled
+    if "trainer" not in pulled:
+        return pulled
+    settings = {key: value for key, value in trainer.items() if key not in FOREIGN}
+    return {**pulled, "trainer": settings}
 
 
 def items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """Yield the entries of a YAML list, each with the line on which it begins.
 
     Raises:
-        BadInput: it is not YAML, or not a list.
+        BadInput: the text is not YAML, or not a list.
     """
     loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.SequenceNode):
-            raise BadInput(f"'{path}': expected a list, '- key: value' lines")
+            raise BadInput(f"'{path}': expected a list of '- key: value' lines")
         for entry in node.value:
             yield entry.start_mark.line + 1, loader.construct_document(entry)
     except KeyTwice as error:
@@ -230,10 +241,10 @@ def items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def read_file(path: Path) -> Any:
-    """Return what one file holds, without what it builds on.
+    """Return the content of one file, without its bases.
 
     Raises:
-        BadInput: it is not YAML in UTF-8, or a mapping in it holds a key twice.
+        BadInput: it is not YAML in UTF-8, or one of its mappings has a key twice.
     """
     text = read_text(path)
     try:
@@ -242,106 +253,117 @@ def read_file(path: Path) -> Any:
         raise BadInput(f"config '{path}': {error}") from error
     except _NO_YAML as error:
         raise BadInput(f"config '{path}': not valid YAML: {_reason(error)}") from error
-    if fault := next(_faults(content), None):
-        raise BadInput(f"config '{path}': {fault}")
+    problem = next(_problems(content), None)
+    if problem is not None:
+        raise BadInput(f"config '{path}': {problem}")
     return content
 
 
-DEEPEST, MOST = 50, 100_000
-"""How deeply a config may be nested, and how many values it may hold once its aliases are written
-out.
-"""
+MAX_DEPTH = 50
+"""The largest number of levels in a config."""
+MAX_VALUES = 100_000
+"""The largest number of values in a config once its aliases are written out."""
 
 
 _NO_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
-"""Reading YAML raises these: numbers and dates can be impossible, and lists can be nested too
-deeply.
-"""
+"""The errors of reading YAML; numbers and dates can be impossible, lists nested too deeply."""
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """Return an error's message on one line, or its type if it has no message."""
+    words = str(error).split()
+    message = " ".join(words)[:300]
+    return message or type(error).__name__
 
 
-def _faults(content: Any) -> Iterator[str]:
-    """Yield what YAML allows and a config cannot hold.
+def _problems(content: Any) -> Iterator[str]:
+    """Yield the problems of a content that YAML allows and a config does not.
 
     These are keys that are not text, values that JSON does not have (dates, sets, binary data),
-    halves of surrogate pairs, which an escape such as "\\ud83d" makes, and aliases that hold
-    themselves or add up to too much.
+    halves of surrogate pairs from an escape such as "\\ud83d", and aliases that contain themselves
+    or add up to too many values.
     """
     pending = [(content, 0)]
     count = 0
     while pending:
         value, depth = pending.pop()
         count += 1
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             yield (
-                f"nested more than {DEEPEST} levels deep; write it flatter, without aliases that "
-                "hold themselves"
+                f"nested more than {MAX_DEPTH} levels deep; write it flatter, without aliases that "
+                "contain themselves"
             )
             return
-        if count > MOST:
+        if count > MAX_VALUES:
             yield (
-                f"it holds more than {MOST:,} values once its aliases are written out; use fewer "
-                "aliases"
+                f"it has more than {MAX_VALUES:,} values once its aliases are written out; use "
+                "fewer aliases"
             )
             return
         if isinstance(value, dict):
-            yield from (
-                f"the key {key!r} is not text; put it in quotes"
-                for key in value
-                if not isinstance(key, str)
-            )
-            pending += [(each, depth + 1) for pair in value.items() for each in pair]
+            for key in value:
+                if not isinstance(key, str):
+                    yield f"the key {key!r} is not text; put it in quotes"
+            for pair in value.items():
+                pending += [(part, depth + 1) for part in pair]
         elif isinstance(value, list):
-            pending += [(each, depth + 1) for each in value]
+            pending += [(entry, depth + 1) for entry in value]
         elif isinstance(value, str):
             if half := lone_surrogate(value):
                 yield f"{half} is half of a character; write the character itself"
         elif value is not None and not isinstance(value, bool | int | float):
-            yield f"the value {str(value)[:40]!r} is a {type(value).__name__}; put it in quotes"
+            shown_value = repr(str(value)[:40])
+            kind = type(value).__name__
+            yield f"the value {shown_value} has the type {kind}; put it in quotes"
 
 
 def check_keys(text: str) -> None:
-    """Raise KeyTwice where a mapping in a YAML text holds a key twice; text that is not YAML
-    passes.
-    """
+    """Raise KeyTwice if a mapping in a YAML text has a key twice. Text that is not YAML passes."""
     with contextlib.suppress(yaml.YAMLError):
         yaml.compose(text, Loader=_Loader)
 
 
 def one_line(config: Any) -> str:
-    """A config as one line of ASCII that every reader of YAML takes, whatever characters are in it.
+    """Return a config as one line of ASCII that every YAML reader understands.
 
-    JSON writes a character beyond U+FFFF as two halves, which YAML does not join again. Here it is
-    one escape.
+    JSON writes a character beyond U+FFFF as two halves, which YAML does not join again. This
+    function writes it as one escape.
     """
-    written = json.dumps(config, ensure_ascii=False)
-    return re.sub(r"[^\x20-\x7e]", lambda found: f"\\U{ord(found[0]):08x}", written)
+    text = json.dumps(config, ensure_ascii=False)
+    return re.sub(r"[^\x20-\x7e]", _escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    """Return a character as an escape of YAML."""
+    return f"\\U{ord(match[0]):08x}"
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Two configs as one: dicts merge key by key, everything else in `over` replaces what was under
-    it.
-    """
+    """Return two configs as one: merge dicts key by key, and let all else in `over` win."""
     merged = dict(under)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
     return merged
 
 
 def digest(config: Any) -> str:
-    """Twelve hex characters that stand for a config's content, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    """Return twelve hex characters that identify a config, whatever the order of its keys."""
+    text = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def dump(config: Mapping[str, Any]) -> str:
-    """A config as YAML that `load` reads back."""
-    written = yaml.dump(
-        dict(config), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True
+    """Return a config as YAML that `load` reads back."""
+    text = yaml.dump(
+        dict(config),
+        Dumper=_Dumper,
+        sort_keys=False,
+        width=120,
+        allow_unicode=True,
     )
-    if MORE_LINE_ENDS & set(written):
+    if MORE_LINE_ENDS & set(text):
         return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120)
-    return written
+    return text

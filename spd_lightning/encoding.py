@@ -1,8 +1,7 @@
-"""Text files as people have them: UTF-8 with or without a byte-order mark; anything else is
-rejected in one line.
+"""Read text files in UTF-8, with or without a byte-order mark, and reject all other encodings.
 
-Universal newlines apply. A file in another encoding is not guessed at: read in the wrong one, it
-would become other text without a word.
+Universal newlines apply. Other encodings are not guessed, since a wrong guess would silently read
+different text.
 """
 
 import codecs
@@ -11,8 +10,10 @@ from pathlib import Path
 
 from spd_lightning.errors import BadInput
 
-_PIECE = 1 << 20  # bytes that are read at once
-_START = 1 << 10  # bytes that are searched for the zeros of UTF-16
+_PIECE = 1 << 20
+"""The number of bytes that are read at once."""
+_START = 1 << 10
+"""The number of bytes that are searched for the zeros of UTF-16."""
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -22,7 +23,8 @@ def read_text(path: Path) -> str:
     Raises:
         BadInput: it cannot be read, or is not UTF-8.
     """
-    return "".join(_lines_with_ends(path))
+    lines = _lines_with_ends(path)
+    return "".join(lines)
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -36,6 +38,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def _lines_with_ends(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file with their ends, but without a byte-order mark."""
     try:
         with open(path, "rb") as file:
             start = file.read(_START)
@@ -52,16 +55,15 @@ def _lines_with_ends(path: Path) -> Iterator[str]:
 
 
 def looks_like_utf_16(start: bytes) -> bool:
-    """Return whether a file that begins with these bytes is in UTF-16, going by its mark or by its
-    zeros.
-    """
-    many_zeros = start.count(0) * 3 > len(start)
-    return start.startswith(_UTF_16) or many_zeros
+    """Return whether a file is in UTF-16, judged by the mark or the zeros in its first bytes."""
+    if start.startswith(_UTF_16):
+        return True
+    zeros = start.count(0)
+    return zeros * 3 > len(start)
 
 
 def lone_surrogate(text: str) -> str | None:
-    """Return the first unpaired surrogate of a text, as JSON writes it; None if every character is
-    whole.
+    """Return the first unpaired surrogate of a text, as JSON writes it; None without one.
 
     >>> lone_surrogate("ab \\ud83d cd")
     '\\\\ud83d'
@@ -73,21 +75,25 @@ def lone_surrogate(text: str) -> str | None:
 
 
 def _first_bad_byte(path: Path) -> int:
-    """The offset of the first byte of a file that is not UTF-8."""
+    """Return the offset of the first byte of a file that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     with open(path, "rb") as file:
         while piece := file.read(_PIECE):
-            held = len(decoder.getstate()[0])  # bytes of a character that began in the piece before
+            pending, _ = decoder.getstate()  # the start of a character, in the previous piece
             try:
                 decoder.decode(piece)
             except UnicodeDecodeError as error:
-                return offset - held + error.start
+                return offset - len(pending) + error.start
             offset += len(piece)
-    return offset - len(decoder.getstate()[0])  # the file ends within a character
+    pending, _ = decoder.getstate()  # the file ends within a character
+    return offset - len(pending)
 
 
 def _rejected(path: Path, offset: int, encoding: str) -> BadInput:
-    seems = "it looks like UTF-16" if encoding == "UTF-16" else "it may be Latin-1 or Windows-1252"
-    convert = f"iconv -f {encoding} -t UTF-8 '{path}' > new{path.suffix}"
-    return BadInput(f"file '{path}': not UTF-8 at byte {offset} ({seems}); convert it: {convert}")
+    """Return the error about a file that is not in UTF-8."""
+    guess = "it may be Latin-1 or Windows-1252"
+    if encoding == "UTF-16":
+        guess = "it looks like UTF-16"
+    command = f"iconv -f {encoding} -t UTF-8 '{path}' > new{path.suffix}"
+    return BadInput(f"file '{path}': not UTF-8 at byte {offset} ({guess}); convert it: {command}")

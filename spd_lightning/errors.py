@@ -5,17 +5,18 @@ import math
 import re
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class BadInput(ValueError):
-    """The input is wrong in a way its author can mend; the command line prints the message alone
-    and exits with 2.
+    """Wrong input that its author can correct.
+
+    The command line prints only the message, and exits with 2.
     """
 
 
 class Diverged(BadInput):
-    """Numbers that must be finite are not.
+    """A number that must be finite is infinite or NaN.
 
     Args:
         reason: which number, and when: "the loss term 'faithfulness' is nan at step 12".
@@ -28,13 +29,22 @@ class Diverged(BadInput):
 
 
 def shown(value: str) -> str:
-    """Return a value as an error message shows it: on one line, and of at most 100 characters.
+    """Return a value as error messages show it: on one line, with at most 100 characters.
 
     >>> shown("a\\nb")
     'a\\\\nb'
     """
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
-    return line if len(line) <= 100 else f"{line[:97]}..."
+    line = "".join(map(_printable, value))
+    if len(line) <= 100:
+        return line
+    return f"{line[:97]}..."
+
+
+def _printable(character: str) -> str:
+    """Return a character, or an escape if it cannot be printed."""
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode()
 
 
 Bound = int | float | None
@@ -54,68 +64,102 @@ def check_range(
     """Reject numbers outside a range, and anything that is not a finite number.
 
     Args:
-        place: what the settings belong to, for the message.
+        place: the owner of the settings, for the message.
         least: the smallest number that is allowed.
-        above: a number that is just too small.
+        above: the number that all values must exceed.
         most: the largest number that is allowed.
-        below: a number that is just too large.
+        below: the number that all values must stay below.
         whole: whether only whole numbers are allowed.
-        hint: what else could be done, for the message.
-        settings: values by name. Every entry of a list counts; None is a setting left out.
+        hint: a further remedy, for the message.
+        settings: values by name. Every entry of a list is checked; None is an omitted setting.
 
     Raises:
         BadInput: one of the settings is out of range.
 
-    >>> check_range("optimizer", least=0, below=1, betas=(0.9, 2.0)) Traceback (most recent call
-    last): spd_lightning.errors.BadInput: betas [0.9, 2.0] in optimizer: each must be at least 0 and
-    below 1
+    >>> check_range("optimizer", least=0, betas=(0.9, -1.0))
+    Traceback (most recent call last):
+        ...
+    spd_lightning.errors.BadInput: betas [0.9, -1.0] in optimizer: each must be at least 0
     """
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    wanted = " and ".join(
-        f"{words} {bound}" for words, bound in bounds.items() if bound is not None
-    )
+    bounds = _Bounds(least, above, most, below)
     for name, value in settings.items():
-        several = isinstance(value, list | tuple)
-        entries = [] if value is None else value if several else [value]
-        numeric = all(_is_number(entry, whole) for entry in entries)
-        if numeric and all(_within(entry, least, above, most, below) for entry in entries):
+        if value is None:
             continue
-        kind = "" if numeric else "a whole number" if whole else "a finite number"
-        given, subject = (list(value), "each") if several else (value, "it")
+        if isinstance(value, list | tuple):
+            value = list(value)
+            entries = value
+            subject = "each"
+        else:
+            entries = [value]
+            subject = "it"
+        conditions = [str(bounds)]
+        if not all(_is_number(entry, whole) for entry in entries):
+            kind = "a whole number" if whole else "a finite number"
+            conditions = [kind, *conditions]
+        elif all(bounds.contain(entry) for entry in entries):
+            continue
+        must_be = ", ".join(filter(None, conditions))
         remedy = f"; {hint}" if hint else ""
-        must_be = ", ".join(filter(None, (kind, wanted)))
-        raise BadInput(f"{name} {given} in {place}: {subject} must be {must_be}{remedy}")
+        raise BadInput(f"{name} {value} in {place}: {subject} must be {must_be}{remedy}")
+
+
+class _Bounds(NamedTuple):
+    """The bounds of a range; None where there is no bound."""
+
+    least: Bound
+    above: Bound
+    most: Bound
+    below: Bound
+
+    def __str__(self) -> str:
+        words = {
+            "at least": self.least,
+            "above": self.above,
+            "at most": self.most,
+            "below": self.below,
+        }
+        parts = [f"{name} {bound}" for name, bound in words.items() if bound is not None]
+        return " and ".join(parts)
+
+    def contain(self, number: Any) -> bool:
+        """Return whether a number is in the range."""
+        if self.least is not None and not number >= self.least:
+            return False
+        if self.above is not None and not number > self.above:
+            return False
+        if self.most is not None and not number <= self.most:
+            return False
+        return self.below is None or number < self.below
 
 
 def _is_number(value: object, whole: bool) -> bool:
-    """Whether a value is a finite number, and a whole one if that is asked; true and false are not
-    numbers.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+    """Return whether a value is a finite number, or a whole one; booleans are not numbers."""
+    kind = Integral if whole else Real
+    if isinstance(value, bool) or not isinstance(value, kind):
         return False
     return whole or math.isfinite(value)
 
 
-def _within(number: Any, least: Bound, above: Bound, most: Bound, below: Bound) -> bool:
-    high_enough = (least is None or number >= least) and (above is None or number > above)
-    return high_enough and (most is None or number <= most) and (below is None or number < below)
-
-
 def nearest(name: str, options: Iterable[str]) -> str:
-    """The closest known names to a misspelt one, as the end of an error message.
+    """Return the end of an error message about an unknown name.
 
-    Returns "did you mean 'x'?" or, where nothing is close, "choose from: a, b, c" (at most 20).
+    It is "did you mean 'x'?" or, if no name is close, "choose from: a, b, c" (at most 20).
     """
     known = sorted(options)
-    if close := difflib.get_close_matches(name, known, n=1):
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
         return f"did you mean '{close[0]}'?"
-    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
-    return f"choose from: {', '.join(known[:20]) or 'none'}{more}"
+    names = ", ".join(known[:20]) or "none"
+    rest = len(known) - 20
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"choose from: {names}{more}"
 
 
 _USER = r"""(?<=//)(?:[^\s/?#'"]*|[^\s/'"]*:(?:(?!['"][:,;)\s]|//).)*)@"""
-"""The user and the password of an address, before its `@`. A password may hold quotes and blanks. A
-quote that is followed by a colon, a comma, a bracket or a blank ends the address.
+"""The user and the password of an address, before its `@`.
+
+A password can contain quotes and blanks. A quote that is followed by a colon, a comma, a bracket or
+a blank ends the address.
 """
 _NAMES = "token|pass|pwd|pw|secret|key|sig|auth|credential"
 _VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s&;#'"]+)"""
@@ -123,10 +167,10 @@ _SECRET = rf"([?&;#][\w.-]*(?:{_NAMES})[\w.-]*=){_VALUE}"
 
 
 def without_passwords(text: str) -> str:
-    """Return the text with `***` for the user and password of every address, and for secrets in its
-    query.
+    """Return a text with `***` for the user, the password and the secrets in every address.
 
     >>> without_passwords("tracker 'https://me:hush@host/x?token=hush&a=1': no answer")
     "tracker 'https://***@host/x?token=***&a=1': no answer"
     """
-    return re.sub(_SECRET, r"\1***", re.sub(_USER, "***@", text), flags=re.IGNORECASE)
+    text = re.sub(_USER, "***@", text)
+    return re.sub(_SECRET, r"\1***", text, flags=re.IGNORECASE)

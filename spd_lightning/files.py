@@ -1,6 +1,4 @@
-"""Where files go, and how: they appear whole or not at all, whoever is killed while writing
-them.
-"""
+"""Write files so that they appear whole or not at all, even if the writing process is killed."""
 
 import hashlib
 import os
@@ -9,7 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -17,38 +15,43 @@ from pathlib import Path
 _TEMPORARY = re.compile(r"\..+\.(?P<place>[0-9a-f]{8})\.(?P<pid>[0-9]+)\.new", re.DOTALL)
 _NUMBERS = count()
 _FOREIGN_AGE = 24 * 3600.0
-"""Seconds after which an untouched temporary file of another machine counts as left behind."""
+"""Seconds after which a temporary file of another machine that has not changed can be removed."""
 
 
 def root() -> Path:
-    """The folder that holds all that is made here: $SPD_RUNS, or ./runs."""
-    return Path(os.environ.get("SPD_RUNS") or "runs")
+    """Return the folder of all runs, targets and data: $SPD_RUNS, or ./runs."""
+    folder = os.environ.get("SPD_RUNS") or "runs"
+    return Path(folder)
 
 
 def mark() -> str:
-    """Return an end for the name of a temporary file or folder, another one at every call; such
-    names begin with a dot.
+    """Return a suffix for the name of a temporary file or folder, different at every call.
 
-    It holds the process, for `sweep`, and a number, since several threads may write the same file.
+    It contains the machine and the process, for `sweep`, and a number, since several threads can
+    write the same file. The name before it has to begin with a dot.
     """
-    return f".{next(_NUMBERS)}.{_place()}.{os.getpid()}.new"
+    number = next(_NUMBERS)
+    return f".{number}.{_place()}.{os.getpid()}.new"
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it, if they are missing; its name is then on the disk."""
-    if not path.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
-        sync_folder(path.parent)
+    """Make a folder and its parents if they are missing, and flush its name to disk."""
+    if path.is_dir():
+        return
+    path.mkdir(
+        parents=True,
+        exist_ok=True,
+    )
+    sync_folder(path.parent)
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: it becomes `path` at the end, or after an error nothing
-    does.
+    """Yield a temporary name next to `path`; at the end, the file is renamed to `path`.
 
-    The name is used once: several processes and threads may write the same file, and the last one
-    wins. After a loss of power `path` is the old file or the new one: the content is on the disk
-    before the name, and the name before this returns.
+    After an error, the temporary file is removed, and `path` is unchanged. Several processes and
+    threads can write the same file; the last one wins. After a power failure, `path` is either the
+    old or the new file, since the content is flushed to disk before the name is.
     """
     temporary = path.with_name(f".{path.name}{mark()}")
     try:
@@ -61,20 +64,15 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on the disk; after a rename they are in memory alone."""
-    try:
+    """Flush the names in a folder to disk; a rename alone changes them only in memory."""
+    with suppress(OSError):  # some network file systems cannot do this; the rename has succeeded
         _sync(folder)
-    except OSError:
-        """Some network and user-space file systems cannot sync folders; the rename itself has
-        succeeded.
-        """
 
 
 def sweep(folder: Path) -> None:
-    """Removes the temporary files and folders that killed processes left in a folder.
+    """Remove the temporary files and folders that killed processes left in a folder.
 
-    Those of processes that are alive stay, and so do those that another machine has touched within
-    a day.
+    Those of running processes stay, and so do those of other machines that changed within a day.
     """
     for path in folder.glob(".*.new"):
         if not _left_behind(path):
@@ -86,15 +84,17 @@ def sweep(folder: Path) -> None:
 
 
 def _left_behind(path: Path) -> bool:
-    named = _TEMPORARY.fullmatch(path.name)
-    if named is None:
+    """Return whether a path is a temporary one of a process that has ended."""
+    name = _TEMPORARY.fullmatch(path.name)
+    if name is None:
         return False
-    if named["place"] == _place():
-        return not _alive(int(named["pid"]))
+    if name["place"] == _place():
+        return not _alive(int(name["pid"]))
     try:
-        return time.time() - path.stat().st_mtime > _FOREIGN_AGE
+        age = time.time() - path.stat().st_mtime
     except OSError:  # its process has just finished
         return False
+    return age > _FOREIGN_AGE
 
 
 def _alive(pid: int) -> bool:
@@ -102,24 +102,23 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (
-        PermissionError,
-        OverflowError,
-    ):  # somebody else's process; a number that no process has
+    except PermissionError:  # it belongs to another user
+        return True
+    except OverflowError:  # no process has this number, so the file is not one of ours
         return True
     return True
 
 
 @cache
 def _place() -> str:
-    """Eight hex characters for the machine, or the container, in which this process's number means
-    this process.
-    """
+    """Return eight hex characters that identify the machine or container of this process."""
     try:
-        numbers = os.readlink("/proc/self/ns/pid")
-    except OSError:  # no such thing outside Linux
-        numbers = ""
-    return hashlib.sha256(f"{socket.gethostname()} {numbers}".encode()).hexdigest()[:8]
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # not on Linux
+        namespace = ""
+    place = f"{socket.gethostname()} {namespace}"
+    digits = hashlib.sha256(place.encode()).hexdigest()
+    return digits[:8]
 
 
 def _sync(path: Path) -> None:

@@ -1,22 +1,22 @@
 """Read and write the JSON files of runs, targets and harvests: one reader for all of them.
 
-A file on disk may be truncated, changed in one bit, or written by somebody else. `read` returns a
-value of the shape that its caller names, or raises one line that gives the file, the place in it,
-what was expected there, and what to do:
+A file on disk can be truncated, changed in one bit, or written by somebody else. `read` returns a
+value of the type that its caller names. If it cannot, it raises an error of one line with the file,
+the place in it, the expected value, and the remedy. It checks that
 
-1. the file's size is bounded, its text is UTF-8 and JSON, and no key stands twice in an object;
-2. every value has the type of its place: a `TypedDict`, a dataclass, a list, a literal (`conform`);
-3. the seal, a digest of the rest that `dumped` puts into every object, fits (`unsealed`).
+1. the file is not too large, its text is UTF-8 and JSON, and no object has the same key twice;
+2. every value has the expected type: a `TypedDict`, a dataclass, a list, a literal (`conform`);
+3. the seal, a digest that `dumped` adds to every object, matches the rest of it (`unsealed`).
 
-A file without a seal is read as well, since people and other tools write JSON too; damage does not
-remove a seal unnoticed. A seal detects accidents, not attackers: it is not a signature.
+Files without a seal are accepted, since people and other tools write JSON, too. A seal detects
+accidents, not attackers: it is not a signature.
 """
 
 import dataclasses
 import hashlib
 import json
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -26,10 +26,12 @@ First = Callable[[Mapping[str, Any]], None]
 
 SEAL = "seal"
 MOST_LEVELS = 100
-"""Lists and objects in one another that a file may have: far fewer than Python can follow."""
+"""The largest number of levels of lists and objects; Python's recursion limit is far higher."""
 _TOO_DEEP = "not JSON (nested too deeply)"
 MOST_BYTES = 1 << 28
-LARGEST = (1 << 63) - 1  # of whole numbers, which arrays and tables hold in 64 bits
+"""The largest size of a file."""
+LARGEST = (1 << 63) - 1
+"""The largest whole number; arrays and tables store whole numbers in 64 bits."""
 
 _OPEN: set[type] = set()
 _NAMES = {
@@ -45,42 +47,56 @@ _NAMES = {
 
 
 def open_ended(kind: type) -> type:
-    """Let a TypedDict have more keys than it names, of any value."""
+    """Allow a TypedDict to have keys that it does not name, with any values."""
     _OPEN.add(kind)
     return kind
 
 
 class Mismatch(ValueError):
-    """A value that is not what its place holds."""
+    """A value that does not have the expected type.
+
+    Args:
+        place: its place in the file, such as `shards[3].tables.nodes`; empty for the whole file.
+        wanted: what was expected, in words.
+        found: the value.
+    """
 
     def __init__(self, place: str, wanted: str, found: Any):
-        shown = repr(found)
-        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-        super().__init__(f"{place}: expected {wanted}, found {shown}".removeprefix(": "))
+        shown = _shortened(repr(found))
+        message = f"expected {wanted}, found {shown}"
+        if place:
+            message = f"{place}: {message}"
+        super().__init__(message)
+
+
+def _shortened(text: str) -> str:
+    """Return a text with at most 60 characters."""
+    if len(text) <= 60:
+        return text
+    return f"{text[:57]}..."
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
 def read(path: Path, kind: Any, remedy: str, what: str = "", first: First | None = None) -> Any:
-    """The value of a JSON file, of the type `kind`.
+    """Return the value of a JSON file, of the type `kind`.
 
     Args:
         path: the file.
-        kind: what it holds: a TypedDict, a dataclass, `dict[str, float]`, …
-        remedy: how the error ends: what to do about it.
-        what: how the error begins, before the file's name; for example "harvest manifest ".
-        first: looks at an object before its seal and its types are checked; for example at its
-            version.
+        kind: the type of its value: a TypedDict, a dataclass, `dict[str, float]`, …
+        remedy: the end of the error message: what to do.
+        what: the beginning of the error message, before the file's name; for example
+            "harvest manifest ".
+        first: checks an object before its seal and its types are checked; for example its version.
 
     Raises:
-        BadInput: the file cannot be read, is damaged, or holds something else.
+        BadInput: the file cannot be read, is damaged, or has a value of another type.
     """
     try:
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise ValueError(
-                f"it has {size:,} bytes, and no such file has more than {MOST_BYTES:,}"
-            )
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, and at most {MOST_BYTES:,} are expected")
         return parsed(path.read_bytes(), kind, first)
     except BadInput:
         raise
@@ -93,10 +109,10 @@ def read(path: Path, kind: Any, remedy: str, what: str = "", first: First | None
 
 
 def parsed(content: bytes, kind: Any, first: First | None = None) -> Any:
-    """The value that a JSON text holds, of the type `kind`.
+    """Return the value of a JSON text, of the type `kind`.
 
     Raises:
-        ValueError: it is not JSON, is damaged, or holds something else.
+        ValueError: the text is not JSON, is damaged, or has a value of another type.
     """
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_once)
@@ -104,8 +120,9 @@ def parsed(content: bytes, kind: Any, first: First | None = None) -> Any:
         raise
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
-    except ValueError as error:  # of UTF-8, of JSON, or of a number with thousands of digits
-        raise ValueError(f"not JSON ({' '.join(str(error).split())[:120]})") from error
+    except ValueError as error:  # not UTF-8, not JSON, or a number with thousands of digits
+        reason = " ".join(str(error).split())
+        raise ValueError(f"not JSON ({reason[:120]})") from error
     check_levels(value, MOST_LEVELS)
     if isinstance(value, dict):
         if first is not None:
@@ -115,36 +132,40 @@ def parsed(content: bytes, kind: Any, first: First | None = None) -> Any:
 
 
 def check_levels(value: Any, room: int) -> None:
-    """Raise ValueError where lists and objects are nested in more than `room` levels."""
-    inner = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    )
-    if inner is None:
+    """Raise ValueError if lists and objects are nested in more than `room` levels."""
+    if isinstance(value, dict):
+        children = list(value.values())
+    elif isinstance(value, list):
+        children = value
+    else:
         return
     if room == 0:
         raise ValueError(_TOO_DEEP)
-    for one in inner:
-        check_levels(one, room - 1)
+    for child in children:
+        check_levels(child, room - 1)
 
 
 def dumped(value: Any, indent: int | None = None) -> str:
-    """A value as JSON text; an object gets its seal."""
+    """Return a value as JSON text; an object gets a seal."""
     if isinstance(value, Mapping):
         plain = json.loads(json.dumps(value))
-        value = {**plain, SEAL: _digest(plain)}
-    return json.dumps(value, indent=indent) + "\n"
+        seal = _digest(plain)
+        value = {**plain, SEAL: seal}
+    text = json.dumps(value, indent=indent)
+    return text + "\n"
 
 
 def unsealed(value: dict[str, Any]) -> dict[str, Any]:
-    """An object without its seal.
+    """Return an object without its seal.
 
     Raises:
-        ValueError: the seal is another object's.
+        ValueError: the seal does not match the rest of the object.
     """
     if SEAL not in value:
         return value
-    rest = {key: held for key, held in value.items() if key != SEAL}
-    if value[SEAL] != _digest(rest):
+    rest = dict(value)
+    seal = rest.pop(SEAL)
+    if seal != _digest(rest):
         raise ValueError(
             f"its content does not match its {SEAL}: it was changed after it was written"
         )
@@ -152,33 +173,37 @@ def unsealed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> str:
-    """Sixteen hex characters that stand for a value, whatever the order of its keys."""
+    """Return sixteen hex characters that identify a value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digits = hashlib.sha256(text.encode()).hexdigest()
+    return digits[:16]
 
 
 class _Twice(ValueError):
-    """A key that stands twice in one object."""
+    """A key appears twice in one object."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _Twice(f"the key '{twice[:60]}' appears twice in one object")
-    return found
+    """Return an object from its keys and values, or raise _Twice."""
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise _Twice(f"the key '{twice[:60]}' appears twice in one object")
 
 
 # ---- types ---------------------------------------------------------------------------------------
 
 
 def conform(value: Any, kind: Any, place: str = "") -> Any:
-    """A JSON value as the type that its place has: lists become tuples, objects dataclasses, where
-    those are wanted.
+    """Return a JSON value as the type `kind`.
+
+    Lists become tuples, and objects become dataclasses, if `kind` says so.
 
     Raises:
-        Mismatch: it is not of that type; the place is named, as `shards[3].tables.nodes`.
+        Mismatch: the value does not have that type. The message names its place, for example
+            `shards[3].tables.nodes`.
     """
     if kind is Any:
         return value
@@ -190,9 +215,7 @@ def conform(value: Any, kind: Any, place: str = "") -> Any:
     origin = get_origin(kind)
     inner = get_args(kind)
     if origin is Literal:
-        if any(value == one and type(value) is type(one) for one in inner):
-            return value
-        raise Mismatch(place, " or ".join(map(repr, inner)), value)
+        return _literal(value, inner, place)
     if origin in (Union, types.UnionType):
         return _one_of(value, inner, place)
     if origin in (list, tuple):
@@ -202,81 +225,113 @@ def conform(value: Any, kind: Any, place: str = "") -> Any:
     return _scalar(value, kind, place)
 
 
+def _literal(value: Any, choices: tuple[Any, ...], place: str) -> Any:
+    for choice in choices:
+        if value == choice and type(value) is type(choice):
+            return value
+    wanted = " or ".join(map(repr, choices))
+    raise Mismatch(place, wanted, value)
+
+
 def _scalar(value: Any, kind: Any, place: str) -> Any:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if kind in (int, float) and whole:
         if abs(value) > LARGEST:
             raise Mismatch(place, f"a number of at most {LARGEST}", value)
         return kind(value)
-    if kind is None or kind is type(None):
+    if kind is None:
         kind = type(None)
     if kind is not int and type(value) is kind:
         return value
-    raise Mismatch(place, _NAMES.get(kind, str(kind)), value)
+    wanted = _NAMES.get(kind, str(kind))
+    raise Mismatch(place, wanted, value)
 
 
 def _one_of(value: Any, kinds: tuple[Any, ...], place: str) -> Any:
+    """Return a value as the first type of a union that it has."""
     problems: list[ValueError] = []
     for kind in kinds:
         try:
             return conform(value, kind, place)
         except ValueError as problem:
             problems.append(problem)
-    others = [k for k, kind in enumerate(kinds) if kind is not type(None)]
-    if len(others) == 1:
-        raise problems[others[0]]
-    names = [_NAMES.get(get_origin(kind) or kind, "an object") for kind in kinds]
-    raise Mismatch(place, " or ".join(dict.fromkeys(names)), value)
+    relevant = []
+    names = []
+    for kind, problem in zip(kinds, problems, strict=True):
+        names.append(_NAMES.get(get_origin(kind) or kind, "an object"))
+        if kind is not type(None):
+            relevant.append(problem)
+    if len(relevant) == 1:  # a type or None: the problem with the type says more
+        raise relevant[0]
+    distinct = dict.fromkeys(names)
+    raise Mismatch(place, " or ".join(distinct), value)
 
 
 def _sequence(value: Any, origin: type, inner: tuple[Any, ...], place: str) -> Any:
     if not isinstance(value, list):
         raise Mismatch(place, "a list", value)
-    fixed = origin is tuple and Ellipsis not in inner
-    if fixed and len(value) != len(inner):
-        raise Mismatch(place, f"a list of {len(inner)}", value)
-    kinds = inner if fixed else [inner[0]] * len(value)
-    return origin(
-        conform(one, kind, f"{place}[{k}]")
-        for k, (one, kind) in enumerate(zip(value, kinds, strict=True))
-    )
+    if origin is tuple and Ellipsis not in inner:  # a tuple of fixed length
+        kinds = list(inner)
+    else:
+        kinds = [inner[0]] * len(value)
+    if len(value) != len(kinds):
+        raise Mismatch(place, f"a list of {len(kinds)}", value)
+    entries = []
+    for number, (entry, kind) in enumerate(zip(value, kinds, strict=True)):
+        entries.append(conform(entry, kind, f"{place}[{number}]"))
+    return origin(entries)
 
 
 def _mapping(value: Any, kind: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Mismatch(place, "an object", value)
-    return {key: conform(held, kind, _inside(place, key)) for key, held in value.items()}
+    entries = {}
+    for key, entry in value.items():
+        entries[key] = conform(entry, kind, _inside(place, key))
+    return entries
 
 
 def _object(value: Any, kind: Any, place: str) -> dict[str, Any]:
+    """Return an object as a TypedDict."""
     if not isinstance(value, dict):
         raise Mismatch(place, "an object", value)
     hints = get_type_hints(kind)
-    if missing := sorted(kind.__required_keys__ - set(value)):
-        raise ValueError(f"no '{_inside(place, missing[0])}' in it")
-    for key in value:
-        if key not in hints and kind not in _OPEN:
-            raise Mismatch(_inside(place, key), f"one of {', '.join(hints)}", key)
-    return {
-        key: conform(held, hints.get(key, Any), _inside(place, key)) for key, held in value.items()
-    }
+    missing = sorted(kind.__required_keys__ - set(value))
+    if missing:
+        raise ValueError(f"'{_inside(place, missing[0])}' is missing")
+    if kind not in _OPEN:
+        _check_keys(value, hints, place)
+    entries = {}
+    for key, entry in value.items():
+        hint = hints.get(key, Any)
+        entries[key] = conform(entry, hint, _inside(place, key))
+    return entries
 
 
 def _dataclass(value: Any, kind: type, place: str) -> Any:
     if not isinstance(value, dict):
         raise Mismatch(place, "an object", value)
     hints = get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    for key in value:
-        if key not in fields:
-            raise Mismatch(_inside(place, key), f"one of {', '.join(fields)}", key)
-    given = {key: conform(held, hints[key], _inside(place, key)) for key, held in value.items()}
+    names = [field.name for field in dataclasses.fields(kind) if field.init]
+    _check_keys(value, names, place)
+    settings = {}
+    for key, entry in value.items():
+        settings[key] = conform(entry, hints[key], _inside(place, key))
     try:
-        return kind(**given)
+        return kind(**settings)
     except TypeError as error:
         raise Mismatch(place, f"the settings of {kind.__name__}", str(error)) from error
 
 
+def _check_keys(value: Mapping[str, Any], known: Collection[str], place: str) -> None:
+    """Raise Mismatch if an object has an unknown key."""
+    for key in value:
+        if key not in known:
+            names = ", ".join(known)
+            raise Mismatch(_inside(place, key), f"one of {names}", key)
+
+
 def _inside(place: str, key: str) -> str:
-    shown = key if len(key) <= 60 else f"{key[:57]}..."
-    return f"{place}.{shown}" if place else shown
+    """Return the place of the value of a key."""
+    name = _shortened(key)
+    return f"{place}.{name}" if place else name

@@ -1,12 +1,10 @@
-"""Signals that end a command: SIGTERM, SIGINT (Ctrl-C) and SIGHUP stop every verb with one line and
-code 128 + number.
+"""Stop a command after SIGTERM, SIGINT (Ctrl-C) or SIGHUP, with one line and code 128 + number.
 
-1. Most work is stopped at once: the handler raises `Stopped` wherever the process is. Files appear
-   whole or not at all, so that nothing half-made is left behind.
-2. A training is stopped between two blocks of steps, after a checkpoint: between `hold` and
-   `release` a signal is only noted. A second signal, two seconds later or more, does not wait for
-   that.
-3. A signal that the parent process ignores (`nohup`, a shell's background job) is ignored here too.
+1. Most work stops at once: the handler raises `Stopped`, wherever the process is. Files appear
+   whole or not at all, so no incomplete file is left behind.
+2. A training stops between two blocks of steps, after a checkpoint: between `hold` and `release`, a
+   signal is only noted. A second signal, at least two seconds later, stops the process at once.
+3. A signal that the process inherits as ignored (`nohup`, a shell's background job) stays ignored.
 """
 
 import os
@@ -21,20 +19,20 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PATIENCE = 2.0
-"""Seconds within which signals count as one: a terminal sends Ctrl-C to all processes, and parents
-pass it on.
+"""Seconds within which signals count as one.
+
+A terminal sends Ctrl-C to all processes of a command, and parent processes pass it on.
 """
 
 
 class Stopped(SystemExit):
-    """A signal ends this process; as a SystemExit it ends forked ones, too, without a traceback.
+    """A signal stops this process. Being a SystemExit, it also ends forks without a traceback.
 
     Args:
         number: the signal.
 
     Attributes:
-        place: where the work stood, as a part of the line that is printed; empty if that says
-            nothing.
+        place: how far the work was, as a part of the line that is printed; can be empty.
     """
 
     def __init__(self, number: int):
@@ -44,14 +42,16 @@ class Stopped(SystemExit):
 
 
 _received: signal.Signals | None = None
-_since = 0.0  # when it was received
-_held = False  # whether the first signal is only noted
-_ours: tuple[
-    signal.Signals, ...
-] = ()  # the signals that are handled here, while `listening` is open
+_since = 0.0
+"""The time at which the signal was received."""
+_held = False
+"""Whether the first signal is only noted."""
+_ours: tuple[signal.Signals, ...] = ()
+"""The signals that this module handles, while `listening` is open."""
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
+    """Note a signal, and raise Stopped unless it is held back or counts as the previous one."""
     global _received, _since
     now = time.monotonic()
     first = _received is None
@@ -65,17 +65,19 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """While open, signals are handled as described above.
+    """Handle signals as described above, until the context is closed.
 
-    Inside another one, and in other threads than the main one, it changes nothing.
+    This has no effect inside another `listening`, or outside the main thread.
     """
     global _received, _held, _ours
     if _ours or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    _received, _held = None, False
-    _ours = tuple(number for number, handler in before.items() if handler is not signal.SIG_IGN)
+    ignored = [number for number in SIGNALS if before[number] is signal.SIG_IGN]
+    _received = None
+    _held = False
+    _ours = tuple(number for number in SIGNALS if number not in ignored)
     take_back()
     try:
         yield
@@ -89,29 +91,27 @@ def listening() -> Iterator[None]:
 
 
 def take_back() -> None:
-    """Takes the signals back from a library that has put handlers of its own in the place of
-    ours.
-    """
+    """Install the handlers again after a library has replaced them."""
     for number in _ours:
         signal.signal(number, _handle)
 
 
 def requested() -> bool:
-    """Whether a signal has been received."""
+    """Return whether a signal has been received."""
     return _received is not None
 
 
 def hold() -> None:
-    """From now on a signal is only noted, until `release`."""
+    """Only note signals from now on, until `release`."""
     global _held
     _held = True
 
 
 def release() -> None:
-    """Signals stop the process at once again.
+    """Let signals stop the process at once again.
 
     Raises:
-        Stopped: one was received in the meantime.
+        Stopped: a signal was received in the meantime.
     """
     global _held
     _held = False
@@ -119,32 +119,39 @@ def release() -> None:
 
 
 def let_go() -> None:
-    """Ends `hold` without looking whether a signal was received, for work that is ending anyway."""
+    """End `hold` without raising Stopped for a noted signal, since the work is ending anyway."""
     global _held
     _held = False
 
 
 def check() -> None:
-    """Raises Stopped if a signal was received."""
+    """Raise Stopped if a signal was received."""
     if _received is not None:
         raise Stopped(_received)
 
 
 def stop() -> NoReturn:
-    """Ends this process for the signal that it, or another one of the same command, has received.
+    """Stop because of the signal that this or another process of the command has received.
 
     Raises:
         Stopped: always.
     """
-    raise Stopped(_received or signal.SIGTERM)
+    number = _received or signal.SIGTERM
+    raise Stopped(number)
 
 
 def report(stopped: Stopped, remedy: str = "") -> int:
-    """Prints the line on a stopped command, from the first of its processes, and returns its exit
-    code.
+    """Print the line about a stopped command, in its first process only, and return the exit code.
+
+    Args:
+        stopped: the exception.
+        remedy: the end of the line: what to do; can be empty.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        parts = (f"Stopped by {stopped.number.name}", stopped.place)
-        line = " ".join(filter(None, parts))
-        print("; ".join(filter(None, (line, remedy))) + ".", file=sys.stderr)
+        line = f"Stopped by {stopped.number.name}"
+        if stopped.place:
+            line += f" {stopped.place}"
+        if remedy:
+            line += f"; {remedy}"
+        print(f"{line}.", file=sys.stderr)
     return 128 + stopped.number

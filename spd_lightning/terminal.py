@@ -1,9 +1,8 @@
-"""Substitutes for characters that the terminal, or the reader of our output, cannot show.
+"""Substitutes for characters that the encoding of an output stream does not have.
 
-Python raises UnicodeEncodeError when a stream in ASCII or Latin-1 is given a character that it
-cannot hold. Nothing that this program prints is worth a traceback: lines, arrows and signs get
-stand-ins in ASCII, letters lose their accents, and other characters are written as escapes. Streams
-in UTF-8 are not changed.
+Python raises UnicodeEncodeError when a stream in ASCII or Latin-1 has to print another character.
+Instead, lines, arrows and signs are replaced by ASCII, letters lose their accents, and all other
+characters are written as escapes. Streams in UTF-8 are not affected.
 """
 
 import codecs
@@ -32,24 +31,21 @@ STAND_INS = {
     "λ": "lambda",
     "µ": "u",
 }
-"""What is written instead of a character, where Unicode itself does not say it, as it does for `²`
-and `é`.
-"""
+"""Substitutes for characters that Unicode does not decompose, as it does `²` and `é`."""
 
 
 def fit_streams() -> None:
-    """Let standard output and standard error take any text, whatever their encoding is."""
+    """Let standard output and standard error print any text, whatever their encoding is."""
     codecs.register_error("spd_stand_in", _encoded)
     for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(
-            stream, "reconfigure", None
-        )  # a notebook's stream has none, and takes any text
+        # A notebook's stream has no `reconfigure`, and prints any text.
+        reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="spd_stand_in")
 
 
 def stand_in(character: str) -> str:
-    """Return how a character is written in ASCII.
+    """Return the substitute for a character in ASCII.
 
     >>> stand_in("→"), stand_in("é"), stand_in("☃")
     ('->', 'e', '\\\\u2603')
@@ -57,13 +53,16 @@ def stand_in(character: str) -> str:
     if character in STAND_INS:
         return STAND_INS[character]
     decomposed = unicodedata.normalize("NFKD", character)
-    plain = decomposed.encode("ascii", errors="ignore").decode("ascii")
-    return plain or character.encode("ascii", errors="backslashreplace").decode("ascii")
+    plain = decomposed.encode("ascii", errors="ignore")
+    escape = character.encode("ascii", errors="backslashreplace")
+    substitute = plain or escape
+    return substitute.decode("ascii")
 
 
 def _encoded(error: UnicodeError) -> tuple[str, int]:
-    """An error handler of `codecs`: what to write instead, and where to go on."""
+    """Return the substitutes and the position to continue at: an error handler of `codecs`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    refused = error.object[error.start : error.end]
-    return "".join(map(stand_in, refused)), error.end
+    unsupported = error.object[error.start : error.end]
+    substitutes = "".join(map(stand_in, unsupported))
+    return substitutes, error.end

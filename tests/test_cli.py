@@ -263,7 +263,7 @@ WRONG_CONFIGS = {
     ),
     "trainer: {max_steps: -1}": (
         "{}",
-        "max_steps -1 in trainer: data that are drawn on demand never end",
+        "max_steps -1 in trainer: data that is drawn on demand never ends",
     ),
     "trainer: {val_check_interval: 0}": (
         "{}",
@@ -418,7 +418,10 @@ def test_wrong_words(refused, words, said):
         ),
         ("pull a b", "pull: unexpected argument 'b'"),
         ("view --prt 3", "view: unknown option '--prt'; did you mean '--port'?"),
-        ("view --port x", "view: --port 'x': not a number from 1 up; for example: --port 7860"),
+        (
+            "view --port x",
+            "view: --port 'x': not a whole number of at least 1; for example: --port 7860",
+        ),
         ("view --port", "view: '--port' needs a value; for example: --port 7860"),
         ("view --port 65536 --no_browser", "--port 65536: not a port"),
         (

@@ -10,7 +10,7 @@ from spd_lightning.attribution.autograd import as_tables, cut_run, oracle, promp
 from spd_lightning.attribution.closed_form.trace import closed_form_obstacle
 from spd_lightning.attribution.graph import MODES, GraphSpec, Mode, node_numbers
 from spd_lightning.attribution.outputs import (
-    LogitAbove,
+    LogitDifference,
     Outputs,
     at_positions,
     centered,
@@ -311,7 +311,7 @@ def test_a6_frozen_in_edges_of_decoders_add_up(style, written):
     assert checked > 60
 
 
-READINGS = {"centered": centered, "against": LogitAbove(2)}
+READINGS = {"centered": centered, "against": LogitDifference(2)}
 
 
 @pytest.mark.parametrize("mode", CLOSED)

@@ -158,7 +158,7 @@ def test_a_soft_training_adversary_is_told():
     fresh = {"pgd/20": 0.5, "pgd/160": 2.0}
     told = attacked(0.1, 0.2).adversary(700, fresh)
     assert told.startswith(
-        "step 700: the training's adversary has gone soft: reconstruction 'hard' is 0.15"
+        "step 700: the training's adversary is too weak: reconstruction 'hard' is 0.15"
     )
     assert "(pgd/160) 2;" in told
     assert attacked(0.3, 0.2).adversary(700, fresh) is None
@@ -263,7 +263,7 @@ def test_a_training_compares_its_adversary_with_a_fresh_one(caplog):
             steps=20,
             delta=False,
         )
-    (line,) = [r.getMessage() for r in caplog.records if "gone soft" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "too weak" in r.getMessage()]
     assert "reconstruction 'weak'" in line
 
 

@@ -407,9 +407,9 @@ BOMB = "a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8]\n" + "".join(
         (BOMB, "more than 100,000 values once its aliases are written out"),
         ("model: &a\n  init_args: *a\n", "nested more than 50 levels deep"),
         ("x: &a [*a]\n", "nested more than 50 levels deep"),
-        ("x: !!binary aGVsbG8=\n", "is a bytes; put it in quotes"),
-        ("x: !!set {a, b}\n", "is a set; put it in quotes"),
-        ("x: 2020-01-01\n", "is a date; put it in quotes"),
+        ("x: !!binary aGVsbG8=\n", "has the type bytes; put it in quotes"),
+        ("x: !!set {a, b}\n", "has the type set; put it in quotes"),
+        ("x: 2020-01-01\n", "has the type date; put it in quotes"),
     ],
     ids=["bomb", "a map in itself", "a list in itself", "bytes", "set", "date"],
 )

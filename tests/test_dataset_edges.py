@@ -497,7 +497,7 @@ def test_what_there_is_not_is_refused(both, layer, component, why):
     with pytest.raises(BadInput, match=why):
         strongest(both[2], layer, component)
     with pytest.raises(
-        BadInput, match=r"holds no sums over a corpus; predict with --config dataset_edges\.yaml"
+        BadInput, match=r"has no sums over a corpus; run predict with --config dataset_edges\."
     ):
         strongest(both[1], "h.0.mlp.gate_proj", 1)
 
@@ -542,7 +542,7 @@ def test_edges_on_the_command_line(both, capsys):
             ["h.0.mlp.down_proj:1", "--harvest", "dataset-unmaskd"],
             "did you mean 'dataset-unmasked'?",
         ),
-        (["h.0.mlp.down_proj:1", "--top_k", "0"], "--top_k '0': not a number from 1 up"),
+        (["h.0.mlp.down_proj:1", "--top_k", "0"], "--top_k '0': not a whole number of at least 1"),
         (
             ["h.0.mlp.down_proj:1", "--scale", "log"],
             "--scale 'log': unknown value; choose from: mean, normalized, sum",

@@ -259,13 +259,14 @@ def test_prompts_are_found_by_id_number_source_and_a_part_of_their_text(root):
     assert find_prompt(texts, text[:9]) == find_prompt(texts, text[2:9]) == listed["prompt_id"][0]
     assert find_prompt(texts, "Once upon") == prompt_hash(bytes((0, 1, 2, 3, 6)))
     with pytest.raises(
-        BadInput, match=r"3 contain it, 0 'text 0 .*; 2 'text 2 .*; 3 'text 3 .*; write more of it"
+        BadInput,
+        match=r"3 prompts contain it, 0 'text 0 .*; 2 'text 2 .*; 3 'text 3 .*; give more of the",
     ):
         find_prompt(texts, "Onc")
     for asked, why in (
-        ("feature", "7 contain it, 1 'feature 0 = 0.75'; 2 'feature 1 = 0.75'"),
+        ("feature", "7 prompts contain it, 1 'feature 0 = 0.75'; 2 'feature 1 = 0.75'"),
         ("feture 3 = 0.75", "the nearest are 4 'feature 3 = 0.75'; 1 'feature 0 = 0.75'"),
-        ("70", "go to 69"),
+        ("70", "numbers 0 to 69"),
         ("", "not in"),
     ):
         with pytest.raises(BadInput, match=why):
@@ -363,15 +364,15 @@ def test_the_verb_writes_what_its_ending_says(here, capsys):
         ("tms_5-2 --prompt", "'--prompt' needs a value"),
         ("tms_5-2 --prompt feture_3", "the nearest are 4 'feature 3 = 0.75'"),
         ("tms_5-2 --to graph.csv", "end it in .json or .graphml"),
-        ("tms_5-2 --to nowhere/graph.json", "there is no folder 'nowhere'"),
+        ("tms_5-2 --to nowhere/graph.json", "folder 'nowhere' does not exist"),
         ("tms_5-2 --to graph-metadata.json", "choose another"),
-        ("tms_5-2 --nodes 1.2", "--nodes '1.2': a share"),
-        ("tms_5-2 --edges nan", "--edges 'nan': a share"),
-        ("tms_5-2 --edges=-1", "--edges '-1': a share"),
-        ("tms_5-2 --nodes half", "--nodes 'half': a share"),
-        ("tms_5-2 --budget 2.5", "--budget '2.5': not a number"),
-        ("tms_5-2 --budget 5 --nodes 0.5", "leave one of them out"),
-        ("tms_5-2 --position 3", "pos 3: the graph has no output there"),
+        ("tms_5-2 --nodes 1.2", "--nodes '1.2': not a number from 0 to 1"),
+        ("tms_5-2 --edges nan", "--edges 'nan': not a number from 0 to 1"),
+        ("tms_5-2 --edges=-1", "--edges '-1': not a number from 0 to 1"),
+        ("tms_5-2 --nodes half", "--nodes 'half': not a number from 0 to 1"),
+        ("tms_5-2 --budget 2.5", "--budget '2.5': not a whole number"),
+        ("tms_5-2 --budget 5 --nodes 0.5", "use only one of them"),
+        ("tms_5-2 --position 3", "pos 3: the graph has no such output"),
     ],
 )
 def test_bad_words_get_one_line_and_write_nothing(here, capsys, words, line):
@@ -387,5 +388,5 @@ def test_a_list_that_is_none_is_left_alone(here, capsys):
     listing = here / "graph-metadata.json"
     listing.write_text("[1, 2]")
     assert cli.run(["export", "tms_5-2"]) == 2
-    assert "no list of graphs" in capsys.readouterr().err
+    assert "not a list of graphs" in capsys.readouterr().err
     assert listing.read_text() == "[1, 2]"

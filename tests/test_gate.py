@@ -450,7 +450,7 @@ def test_lines_name_the_address_and_a_tunnel(monkeypatch):
     monkeypatch.setattr("getpass.getuser", lambda: "ada")
     lines = serving._lines("127.0.0.1", 7861, opened=False)
     assert lines == [
-        "viewer: http://127.0.0.1:7861    (Ctrl-C ends it)",
+        "viewer: http://127.0.0.1:7861    (press Ctrl-C to stop)",
         (
             "From another machine: ssh -L 7861:127.0.0.1:7861 ada@server, then open "
             "http://localhost:7861 there."
@@ -460,7 +460,7 @@ def test_lines_name_the_address_and_a_tunnel(monkeypatch):
     everywhere = serving._lines("0.0.0.0", 80, opened=False)
     assert everywhere[0].startswith("viewer: http://127.0.0.1:80 ")
     assert (
-        everywhere[1] == "Whoever can reach this machine can look at these runs: http://server:80"
+        everywhere[1] == "Anyone who can reach this machine can view these runs: http://server:80"
     )
     assert serving._lines("::1", 80, opened=True)[0].startswith("viewer: http://[::1]:80 ")
 
@@ -483,7 +483,7 @@ def test_a_port_that_is_taken_is_skipped_or_named(monkeypatch):
     with serving.listen("127.0.0.1", None) as first, serving.listen("127.0.0.1", None) as second:
         ports = [one.getsockname()[1] for one in (first, second)]
         assert serving.FIRST_PORT <= ports[0] < ports[1]
-        with pytest.raises(BadInput, match=f"port {ports[0]} of 127.0.0.1: cannot listen there"):
+        with pytest.raises(BadInput, match=f"port {ports[0]} of 127.0.0.1: cannot be opened"):
             serving.listen("127.0.0.1", ports[0])
     monkeypatch.setenv("GRADIO_SERVER_PORT", "http")
     with pytest.raises(BadInput, match="GRADIO_SERVER_PORT='http': not a port"):

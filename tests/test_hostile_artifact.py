@@ -94,7 +94,7 @@ def test_a_network_of_the_artifacts_own_is_not_imported(here, verb, capsys):
     assert "stranger" not in sys.modules
     if verb in ("intervene", "weights", "validate", "predict"):
         assert (
-            "target 'stranger.Net': cannot be built: files may name spd_lightning.TMS"
+            "target 'stranger.Net': cannot be built: files can name spd_lightning.TMS"
             in capsys.readouterr().err
         )
 
@@ -112,7 +112,7 @@ def test_a_network_of_the_artifacts_own_is_not_imported(here, verb, capsys):
     ],
 )
 def test_networks_from_files_are_a_closed_list(path):
-    with pytest.raises(BadInput, match="cannot be built: files may name"):
+    with pytest.raises(BadInput, match="cannot be built: files can name"):
         networks.network_class(path)
 
 
@@ -276,5 +276,5 @@ def test_only_files_of_a_run_are_taken(tmp_path, caplog):
     assert "skipped 7 files that do not belong to a run" in caplog.text
     (tmp_path / "other").mkdir()
     (tmp_path / "other/net.py").write_text("x")
-    with pytest.raises(BadInput, match="none of its files is one of a run"):
+    with pytest.raises(BadInput, match="none of its files belongs to a run"):
         keep_known(tmp_path / "other", "mlflow:y")

@@ -180,8 +180,7 @@ def test_a_hub_name_without_network(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     assert said("nobody/has-this") == (
-        "model 'nobody/has-this': neither on this machine nor, without a network, to be had from "
-        "the hub; "
+        "model 'nobody/has-this': not on this machine, and no network to fetch it; "
         "stories-2L.yaml and code-2L.yaml need no network"
     )
 
@@ -293,7 +292,7 @@ def test_a_decoder_has_to_give_the_checkpoints_logits(tmp_path, monkeypatch):
     tiny_checkpoints.write(tmp_path, "gpt2", activation_function="relu")
     monkeypatch.setitem(conversion.ACTIVATIONS, "relu", "silu")
     with pytest.raises(
-        BadInput, match=r"gives other logits than the checkpoint, by .*; take it as it is: hf:"
+        BadInput, match=r"gives other logits than the checkpoint, by .*; load it as it is: hf:"
     ):
         decoder_from(str(tmp_path))
 

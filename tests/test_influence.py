@@ -362,10 +362,10 @@ def test_outputs_are_chosen_by_position_and_token(frozen):
     kept = pruned(graph, 0.8, 0.98, outputs_at(graph, pos=4))
     assert kept.nodes.filter(pl.col("kind") == "output").equals(at_last)
     for wrong, why in (
-        (lambda: outputs_at(graph, pos=5), "pos 5: the graph has no output there"),
+        (lambda: outputs_at(graph, pos=5), "pos 5: the graph has no such output"),
         (lambda: influence(graph, [10**6]), "node 1000000: not in the graph"),
-        (lambda: pruned(graph, nodes=1.5), "nodes 1.5: a share"),
-        (lambda: pruned(graph, edges=-0.1), "edges -0.1: a share"),
+        (lambda: pruned(graph, nodes=1.5), "nodes 1.5: expected a share"),
+        (lambda: pruned(graph, edges=-0.1), "edges -0.1: expected a share"),
         (lambda: expanded(graph, -1), "budget -1"),
     ):
         with pytest.raises(BadInput, match=why):

@@ -18,7 +18,7 @@ from spd_lightning import cli
 from spd_lightning.analysis.checks import fidelity
 from spd_lightning.attribution.checks import Checks, Graphs, Inflow, changes
 from spd_lightning.attribution.graph import MODES, EdgeTable, GraphSpec, joined
-from spd_lightning.attribution.outputs import LogitAbove, Outputs, centered
+from spd_lightning.attribution.outputs import LogitDifference, Outputs, centered
 from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.components import Mask
@@ -152,7 +152,7 @@ def test_names_are_those_of_nodes():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("conf:3", "site 'conf': not one of the decomposition; did you mean 'conv'?"),
+        ("conf:3", "site 'conf': not a site of the decomposition; did you mean 'conv'?"),
         ("conv:4", "component 4 of 'conv': it has 4; take one from 0 to 3"),
         (
             "conv",
@@ -214,7 +214,7 @@ def test_a6_frozen_edges_are_interventions(style, mode):
     assert len(edges) > 100
 
 
-@pytest.mark.parametrize("reading", [centered, LogitAbove(2)])
+@pytest.mark.parametrize("reading", [centered, LogitDifference(2)])
 def test_a6_what_outputs_stand_for_is_what_is_read(reading):
     """Of logits above the mean or above another token's, checks see the same."""
     model, tokens, g = made("gpt", prompts=1)
@@ -585,7 +585,7 @@ def test_a_file_of_interventions_gives_what_each_gives_alone(capsys, runs_there,
         (['{"text": "Mia", "scale": {"h.0.attn.q_proj:1": "2"}}'], ["line 1: 'scale': not a map"]),
         (['{"text": "Mia", "scale": {"h.0.attn.q_proj:1": 1e39}}'], ["line 1: 'scale': not a map"]),
         (['{"text": "Mia", "keep": {"a": 1}}'], ["line 1: 'keep': not a list"]),
-        (['{"text": "Mia", "input": [1]}'], ["line 1: 'text' and 'input' are two ways"]),
+        (['{"text": "Mia", "input": [1]}'], ["line 1: 'text' and 'input' both give a prompt"]),
         (['{"ablate": []}'], ["line 1: no prompt"]),
         (['{"text": "Mia", "base": "cl"}'], ["line 1: 'base': 'cl' is unknown"]),
         (['{"input": ["a"]}'], ["line 1: 'input': not a list of numbers"]),
@@ -593,7 +593,7 @@ def test_a_file_of_interventions_gives_what_each_gives_alone(capsys, runs_there,
             ['{"text": "Mia", "ablate": [], "ablate": []}'],
             ["line 1: the key 'ablate' appears twice"],
         ),
-        ([], ["no row in it"]),
+        ([], ["it has no rows"]),
     ],
 )
 def test_wrong_rows_are_all_named_in_one_line(capsys, runs_there, tmp_path, rows, said):
@@ -612,7 +612,7 @@ def test_wrong_rows_are_all_named_in_one_line(capsys, runs_there, tmp_path, rows
         (["text", "--file", "no.jsonl"], "file 'no.jsonl': cannot be read (No such file"),
         (["text", "--file", "rows.csv"], "end it in .jsonl or .yaml"),
         (["text", "--file", "no.yaml", "--ablate", "x:1"], "--ablate and --file"),
-        (["text", "--text", "Mia", "--input", "1"], "leave one of them out"),
+        (["text", "--text", "Mia", "--input", "1"], "use only one of them"),
         (["--text", "Mia"], "intervene: RUN is missing: a run's name"),
         (["text"], "intervene: the prompt is missing; for example"),
         (["txt", "--text", "Mia"], "did you mean 'text'?"),
@@ -667,7 +667,7 @@ def test_wrong_rows_are_all_named_in_one_line(capsys, runs_there, tmp_path, rows
         ),
         (["text", "--text", "Mia", "--keep", "no.json"], "cannot be read (No such file"),
         (["text", "--text", "Mia", "--base", "cl"], "unknown value; choose from: ci, unmasked"),
-        (["text", "--text", "Mia", "--top", "0"], "--top '0': not a number from 1 up"),
+        (["text", "--text", "Mia", "--top", "0"], "--top '0': not a whole number of at least 1"),
         (["toy", "--text", "Mia"], "run 'toy' takes no texts"),
         (["toy", "--input", "1,2"], "does not go through the target"),
         (["toy", "--input", "1,2,nan,4,5"], "its numbers must be finite"),

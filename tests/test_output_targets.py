@@ -79,11 +79,11 @@ def test_a_harvest_of_what_is_asked_for(tmp_path):
         ({"outputs": OutputTargets(tokens=["zz"])}, "token 'zz' in outputs: not one"),
         (
             {"outputs": OutputTargets(contrast=99)},
-            "token 99 in outputs: the vocabulary has 11; take 0 to 10",
+            "token 99 in outputs: the vocabulary has 11 tokens; take 0 to 10",
         ),
         (
             {"outputs": OutputTargets(positions=[6])},
-            "position 6 in outputs: a prompt has 6; take −6 to 5",
+            "position 6 in outputs: a prompt has 6 positions; take −6 to 5",
         ),
         ({"nodes": ["h.0.mlp.up_pro:1"]}, r"site 'h.0.mlp.up_pro': not one .*h.0.mlp.up_proj"),
         ({"nodes": ["h.7.*"]}, r"nodes 'h.7.\*': no such layer"),

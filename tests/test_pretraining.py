@@ -374,7 +374,7 @@ def complaint(**data) -> str:
 def test_tokens_beyond_the_vocabulary(here):
     assert complaint(vocab=1204).startswith("data: token 12")
     assert (
-        "is outside the target's vocabulary of 9; take the tokenizer it was trained with"
+        "is outside the target's vocabulary of 9; use the tokenizer it was trained with"
         in complaint(vocab=1204)
     )
 

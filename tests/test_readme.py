@@ -1,18 +1,35 @@
-"""The README is true: its map is the tree, its files exist, its commands are commands."""
+"""The README and the pages of docs/ are true: the map equals the tree, files and commands exist."""
 
 import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from spd_lightning.commands.verbs import VERBS
 from spd_lightning.config import SHIPPED
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+MAP = ROOT / "docs" / "map.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def text_of(page: Path) -> str:
+    """Return the text of a page."""
+    return page.read_text(encoding="utf-8")
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in words}
 
 
 def tracked() -> set[str]:
-    """Every file of the repository that git knows, and those about to be added."""
+    """Return the files of the repository that git knows, and those that are about to be added."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=True
@@ -21,9 +38,9 @@ def tracked() -> set[str]:
 
 
 def mapped() -> list[str]:
-    """The paths that the map names, folders with a slash at their end."""
-    block = re.search(r"## Map.*?```text\n(.*?)```", README, re.DOTALL)
-    assert block, "the README has no map"
+    """Return the paths that the map names; those of folders end in a slash."""
+    block = re.search(r"```text\n(.*?)```", text_of(MAP), re.DOTALL)
+    assert block, "docs/map.md has no map"
     paths = []
     folders = []
     for line in block[1].splitlines():
@@ -35,9 +52,7 @@ def mapped() -> list[str]:
 
 
 def test_map_equals_the_tree():
-    """Every source file has its line, or lies in a folder whose line speaks for it; and nothing
-    else is named.
-    """
+    """Every file has a line or is in a folder whose line covers it; nothing else is named."""
     paths = mapped()
     files = tracked()
     assert len(paths) == len(set(paths))
@@ -53,18 +68,42 @@ def test_map_equals_the_tree():
     assert not {f for f in missing if not Path(f).name.startswith(("__init__", "."))}, missing
 
 
-def test_links_and_pictures_exist():
-    """Every relative link leads somewhere."""
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@every_page
+def test_links_and_pictures_exist(page):
+    """Every relative link of a page leads to a file, and to a heading if it names one."""
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text_of(page)):
+        if target.startswith("http"):
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
 
 
-def test_commands_are_commands():
-    """Every verb, config and make target that the README shows is one."""
-    for verb in re.findall(r"python -m spd_lightning (\w+)", README):
+@every_page
+def test_commands_are_commands(page):
+    """Every verb, config and make target that a page shows exists."""
+    text = text_of(page)
+    for verb in re.findall(r"python -m spd_lightning (\w+)", text):
         assert verb in VERBS, verb
-    for name in re.findall(r"--config (\S+?\.yaml)", README):
+    for name in re.findall(r"--config (\S+?\.yaml)", text):
         assert (SHIPPED / name).exists(), name
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for goal in re.findall(r"^make (\w+)", README, re.MULTILINE):
+    for goal in re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE):
         assert f"\n{goal}:" in makefile, goal
+
+
+def test_the_readme_is_short_and_starts_with_commands():
+    """The README has at most 200 lines, and both first commands within 20."""
+    lines = text_of(README).splitlines()
+    assert len(lines) <= 200
+    top = "\n".join(lines[:20])
+    assert "make demo" in top
+    assert "pip install" in top
+
+
+def test_results_in_the_readme_are_those_of_their_page():
+    """The README repeats the rows of the TMS table in docs/results.md."""
+    rows = re.findall(r"^\| tms_.*$", text_of(README), re.MULTILINE)
+    results = text_of(ROOT / "docs" / "results.md").splitlines()
+    assert rows
+    assert not set(rows) - set(results)

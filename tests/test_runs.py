@@ -240,7 +240,7 @@ def test_a_reference_is_a_name_or_a_path(root, tmp_path, monkeypatch):
     (target / "target.json").write_text("{}")
     (target / "metrics.jsonl").write_text("")
     for folder in (root, target):
-        with pytest.raises(BadInput, match="no run or harvest there"):
+        with pytest.raises(BadInput, match="not a run or a harvest"):
             runs.find(str(folder))
     with pytest.raises(BadInput, match="run '': not in"):
         runs.find("")

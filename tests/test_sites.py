@@ -183,8 +183,8 @@ def test_json(here, capsys):
         ("hf:nowhere/at/all", "model 'nowhere/at/all': no such folder"),
         ("targets/tms_5-3", "config 'targets/tms_5-3': no such file"),
         ("tms", "target 'tms': does not train a target"),
-        ("targets/tms_5-2 --write have.yaml", "--write 'have.yaml': it exists"),
-        ("targets/tms_5-2 --write no/first.yaml", "there is no folder 'no'"),
+        ("targets/tms_5-2 --write have.yaml", "--write 'have.yaml': it already exists"),
+        ("targets/tms_5-2 --write no/first.yaml", "folder 'no' does not exist"),
     ],
 )
 def test_bad_words(here, capsys, words, said):

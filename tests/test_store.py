@@ -23,7 +23,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spd_lightning.errors import BadInput
-from spd_lightning.store import KINDS, SCHEMA_VERSION, TABLES, Store, Writer, prompt_hash, schema
+from spd_lightning.store import (
+    KINDS,
+    SCHEMA_VERSION,
+    TABLES,
+    Store,
+    Writer,
+    columns,
+    prompt_hash,
+    schema,
+)
 from spd_lightning.store.tables import INDEX, SORTED
 
 LAYERS = ["input", "z.out", "a.in", "M", "output"]  # forward order is not alphabetical order
@@ -429,7 +438,7 @@ def test_two_processes_do_not_write_one_share(harvest):
 
 
 def test_a_folder_without_manifest(tmp_path):
-    with pytest.raises(BadInput, match=r"no manifest\.json there; name a folder"):
+    with pytest.raises(BadInput, match=r"manifest\.json not found; name a folder"):
         Store(tmp_path)
 
 
@@ -464,7 +473,8 @@ def test_a_store_of_an_older_program(harvest):
     )
     for open_it in (Store, opened):
         with pytest.raises(
-            BadInput, match=r"is older than .*; delete the folder and run the same predict again"
+            BadInput,
+            match=r"is older than .*; delete the folder and run the same predict command again",
         ):
             open_it(harvest)
 
@@ -495,7 +505,7 @@ def test_a_damaged_shard_is_named_and_the_others_are_readable(harvest, harm):
     assert content(store.collect(store.scan("nodes"))) == content(
         pl.concat(batch(i)["nodes"] for i in (40, 10, 30, 20))
     )
-    message = r"edges/part-0-2\.parquet is damaged .*; the others are readable.*; to mend it"
+    message = r"edges/part-0-2\.parquet is damaged .*; the other files are readable.*; to repair"
     if harm is not scramble:
         with pytest.raises(BadInput, match=message):
             store.scan("edges")
@@ -584,7 +594,7 @@ WRONG = {
     ),
     "column 'kind': Int32, where": lambda: changed("nodes", pl.lit(1).alias("kind")),
     "table 'prompts': every batch needs its prompts": lambda: {"edges": batch(7)["edges"]},
-    "column 'prompt_id': a prompt is there twice": lambda: (
+    "column 'prompt_id': a prompt appears twice": lambda: (
         batch(7) | {"prompts": pl.concat([batch(7)["prompts"]] * 2)}
     ),
     "table 'edges', column 'prompt_id': a prompt that is not in this batch": lambda: (
@@ -600,3 +610,17 @@ def test_a_frame_that_is_not_its_table(harvest, message):
     with pytest.raises(ValueError, match=message):
         writer.write(WRONG[message]())
     assert ids(harvest) == [10, 20, 30, 40]
+
+
+# ---- the columns' meanings -----------------------------------------------------------------------
+
+
+def test_every_table_and_column_is_explained():
+    """The page docs/tables.md is generated from these texts, and is up to date."""
+    for name, table in columns.TABLES.items():
+        assert table.help.endswith("."), name
+        assert set(table.sorted_by) <= set(table.columns)
+        for column, (_, meaning) in table.columns.items():
+            assert meaning.endswith("."), (name, column)
+    page = Path(__file__).parent.parent / "docs" / "tables.md"
+    assert page.read_text(encoding="utf-8") == columns.markdown()

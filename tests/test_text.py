@@ -600,7 +600,7 @@ def test_a_mark_that_the_tokenizer_adds_stands_there_once(with_marks, caplog, te
     data = Text(tokenizer=with_marks, prompts=[text])
     assert data.groups()[0].inputs.tolist() == [ids]
     for name in ("<s>", "</s>"):
-        assert (f"1 prompt brings '{name}', which the tokenizer adds itself" in caplog.text) == (
+        assert (f"1 prompt contains '{name}', which the tokenizer also adds" in caplog.text) == (
             name in twice
         )
     assert data.encode(text) == ids  # intervene's
@@ -690,7 +690,7 @@ def files(folder):
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("empty.txt", ["there is no text in it"]),
+        ("empty.txt", ["it contains no text"]),
         ("short.txt", ["training tokens, and a window needs 64", "more text", "seq_len"]),
         ("odd.csv", ["odd.csv", "not a .txt, .jsonl or .parquet file"]),
         (
@@ -711,7 +711,7 @@ def files(folder):
         ("half.txt", ["not UTF-8 at byte 5"]),
         ("half.jsonl", [r"line 2: \ud83d is half of a character", "half.jsonl"]),
         ("broken.jsonl", ["line 2: not JSON"]),
-        ("list.jsonl", ["line 1: it holds list", "one object a line"]),
+        ("list.jsonl", ["line 1: it holds list", "one object per line"]),
         ("numbers.jsonl", ["column 'text' holds int, not text"]),
         ("other.jsonl", ["no column 'text'", "choose from: body, title"]),
         ("other.parquet", ["no column 'text'", "choose from: body, title"]),
@@ -739,7 +739,7 @@ def test_too_little_validation_text_is_said(fresh):
 
 def test_misspelt_corpora_and_tokenizers(fresh):
     assert "did you mean 'stories'?" in complaint(lambda: Text("storys").batch(0))
-    assert "no such tokenizer.json; leave tokenizer out" in complaint(
+    assert "no such tokenizer.json; omit tokenizer" in complaint(
         lambda: Text(tokenizer="./none").vocab_size
     )
     (fresh / "bad.json").write_text("{}")
@@ -770,8 +770,8 @@ def test_without_the_extra(fresh, monkeypatch, package):
     [
         ({"prompts": ["Mia", ""]}, "given 1: it is empty; give it a text or leave it out"),
         ({"prompts": ["a", "b \ud83d"]}, r"given 1: \ud83d is half of a character"),
-        ({"prompts_file": "blank.txt"}, "there is no prompt in it"),
-        ({"prompts_file": "nothing.txt"}, "there is no prompt in it"),
+        ({"prompts_file": "blank.txt"}, "it contains no prompts"),
+        ({"prompts_file": "nothing.txt"}, "it contains no prompts"),
         ({"prompts_file": "none.txt"}, "none.txt': cannot be read"),
         (
             {"prompts_file": "other.jsonl"},

@@ -200,7 +200,7 @@ def test_prompts_that_cannot_be(root, capsys, what):
         ({"outputs": {"positions": [12]}}, "position 12 in outputs: a prompt has 12"),
         (
             {"outputs": {"tokens": [270]}},
-            "token 270 in outputs: the vocabulary has 270; take 0 to 269",
+            "token 270 in outputs: the vocabulary has 270 tokens; take 0 to 269",
         ),
         ({"mode": "frozn"}, "did you mean 'frozen'?"),
     ],

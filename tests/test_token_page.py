@@ -296,7 +296,7 @@ def test_harvests_of_another_kind_are_told_in_one_line(root):
         BadInput, match=r"it has no graphs\. Choose another harvest above, or harvest graphs"
     ):
         graph_page.contents(library, "lm", "nodes")
-    with pytest.raises(BadInput, match="vectors; see pages Graph and Components"):
+    with pytest.raises(BadInput, match="vectors; see the pages Graph and Components"):
         token_page.contents(library, "tms_5-2", "probe")
     held = token_page.contents(library, "graphs", "unmasked")
     assert [prompt["tokens"] for prompt in held["prompts"]] == [

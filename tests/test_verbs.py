@@ -158,7 +158,7 @@ def test_settings_pass_in_their_order():
         ("runs --json=3", "runs: '--json' takes no value"),
         (
             "edges r c --top_k 2.5",
-            "edges: --top_k '2.5': not a number from 1 up; for example: --top_k 20",
+            "edges: --top_k '2.5': not a whole number of at least 1; for example: --top_k 20",
         ),
         (
             f"edges r c --top_k {9**40}",
@@ -168,7 +168,7 @@ def test_settings_pass_in_their_order():
         ("edges", "edges: RUN is missing"),
         (
             "export r --nodes x",
-            "export: --nodes 'x': a share; take a number from 0 to 1; for example: --nodes 0.8",
+            "export: --nodes 'x': not a number from 0 to 1; for example: --nodes 0.8",
         ),
         ("export r --to", "export: '--to' needs a value; for example: --to graph.json"),
         ("export r --tos=3", "export: unknown option '--tos=3'; did you mean '--to'?"),
@@ -194,7 +194,7 @@ REJECTED = {
     "weights tyo": "did you mean 'toy'?",
     "intervene toy --text Mia": "run 'toy' takes no texts",
     "intervene toy --input 1 --ablate linear3:1": (
-        "site 'linear3': not one of the decomposition; did you mean 'linear"
+        "site 'linear3': not a site of the decomposition; did you mean 'linear"
     ),
     "intervene toy --input 1 --ablate linear1:20": (
         "component 20 of 'linear1': it has 20; take one from 0 to 19"
@@ -275,7 +275,7 @@ def test_a_python_without_the_packages_gives_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"error: package 'pyyaml' is not installed for {python}; activate the environment that "
-        "holds it (make install, "
+        "contains it (make install, "
         "then: source .venv/bin/activate)\n"
     )
     assert "Traceback" in command("fit", "--config", "tms.yaml", "--debug").stderr

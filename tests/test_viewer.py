@@ -170,7 +170,7 @@ def test_component_page_of_a_bare_harvest_says_what_is_missing(tmp_path):
     page = component_page.page_data(Store(harvest), harvest, ComponentSelection())
     assert page.site == "linear1"
     assert page.weights is None
-    assert "V and U are not here" in page.note
+    assert "V and U are missing" in page.note
     assert [drawn is None for drawn in component_page.figures(page)] == [False, True, True, False]
 
 

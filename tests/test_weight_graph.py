@@ -30,11 +30,9 @@ REFUSED = {
     "": "weights: RUN is missing",
     "txet": "run 'txet': not in",
     "toy": "weights: run 'toy': TMS is not a supported decoder",
-    "text --min_share 2": "--min_share '2': a share",
-    "text --to table.csv": (
-        "--to 'table.csv': not a kind of file that is written; end it in .parquet"
-    ),
-    "text --to no/where.parquet": "there is no folder 'no'",
+    "text --min_share 2": "--min_share '2': not a number from 0 to 1",
+    "text --to table.csv": "--to 'table.csv': unknown file type; end it in .parquet",
+    "text --to no/where.parquet": "folder 'no' does not exist",
 }
 
 

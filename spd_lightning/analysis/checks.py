@@ -1,6 +1,4 @@
-"""How well the graphs of a harvest hold up: edges against interventions, and how far in-edges add
-up.
-"""
+"""Quality of the graphs of a harvest: edges against interventions, and sums of in-edges."""
 
 from dataclasses import dataclass
 
@@ -11,12 +9,15 @@ from spd_lightning.store import AGREEMENT, Store
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Figures of some graphs; None where the harvest holds nothing to tell them from.
+    """Quality figures of some graphs; None if the harvest has no data for a figure.
 
-    `gap` is the mean over prompts of Σ|activation − Σ in-edges| / Σ|activation|, of all edges,
-    written or not. Of the `checked` edges, whose sources were switched off while all other sites
-    stood still, `correlation` is Pearson's between edge and loss of the target, and
-    `relative_error` is ‖loss − edge‖ / ‖edge‖, over all prompts together.
+    `gap` is the mean over prompts of Σ|activation − Σ in-edges| / Σ|activation|. It counts all
+    edges, including those that were not stored.
+
+    The sources of the `checked` edges were ablated one by one while all other sites were held
+    fixed, and the loss of the target's value was measured. Over the checked edges of all prompts,
+    `correlation` is Pearson's r between edge and loss, and `relative_error` is
+    ‖loss − edge‖ / ‖edge‖.
     """
 
     prompts: int
@@ -28,7 +29,7 @@ class Fidelity:
 
 
 def fidelity(store: Store, prompt: int | None = None) -> Fidelity:
-    """The figures of a whole harvest, or of one prompt's graph.
+    """Return the quality figures of a whole harvest, or of one prompt's graph.
 
     Raises:
         BadInput: a file is damaged.
@@ -40,6 +41,9 @@ def fidelity(store: Store, prompt: int | None = None) -> Fidelity:
         "edges": pl.col("edges").cast(pl.Int64).sum(),
         "gap": pl.col("gap").mean(),
     }
-    facts = store.collect(graphs.select(**sums))
-    tried = store.collect(checks.select(**AGREEMENT))
-    return Fidelity(**facts.row(0, named=True), **tried.row(0, named=True))
+    totals = store.collect(graphs.select(**sums))
+    agreement = store.collect(checks.select(**AGREEMENT))
+    return Fidelity(
+        **totals.row(0, named=True),
+        **agreement.row(0, named=True),
+    )

@@ -1,7 +1,6 @@
-"""Prompt graphs as a reader wants them: the whole of one, its strongest edges, and all that meets
-in one node.
+"""Attribution graphs of prompts: whole graphs, their strongest edges, and the edges of one node.
 
-An edge's strength is |attribution|; ties are broken by (source, target), so that every answer is
+An edge's strength is |attribution|. Ties are broken by (source, target), so that every result is
 reproducible.
 """
 
@@ -25,14 +24,13 @@ STRONGEST_FIRST: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class PromptGraph:
-    """The part of one prompt's attribution graph that passed the filters, and how much there was
-    before them.
+    """The part of one prompt's graph that passes the filters, and the size of the whole graph.
 
     `nodes` has the columns node, kind, layer, pos, component, importance, activation; `edges` has
-    source, target, attribution, strongest first. `edges_total` counts the prompt's edges,
-    `edges_passing` those above threshold and between visible nodes before the cut to top-k,
-    `largest` is the largest finite |attribution| of the prompt (0 if none), `scores` say how much
-    of the whole graph is explained.
+    source, target, attribution, strongest first. `edges_total` counts the prompt's edges.
+    `edges_passing` counts those above the threshold and between visible nodes, before the cut to
+    `top_k`. `largest` is the largest finite |attribution| of the prompt (0 if there is none).
+    `scores` say how much of the whole graph is explained.
     """
 
     nodes: pl.DataFrame
@@ -52,41 +50,49 @@ def prompt_graph(
     min_importance: float = 0.0,
     influence: float = 1.0,
 ) -> PromptGraph:
-    """The strongest edges of one prompt, between the nodes whose causal importance suffices.
+    """Return the strongest edges of one prompt between sufficiently important nodes.
 
     Args:
         store: The harvest.
         prompt: The prompt's id.
-        top_k: Keep at most so many edges.
+        top_k: Keep at most this many edges.
         threshold: Keep edges with |attribution| of at least this share (0 to 1) of the prompt's
             largest.
-        min_importance: Keep nodes of at least this importance; nodes without one (inputs, outputs)
-            always stay.
-        influence: Before all that, keep the nodes that make up this share (0 to 1) of the influence
-            on the outputs.
+        min_importance: Keep nodes of at least this importance. Nodes without an importance (inputs
+            and outputs) always stay.
+        influence: Before the other filters, keep the nodes that make up this share (0 to 1) of the
+            influence on the outputs.
 
     Raises:
         BadInput: the harvest has no such prompt, or a file is damaged.
     """
     whole = whole_graph(store, prompt)
     part = pruned(whole, influence, edges=1.0) if influence < 1 else whole
-    nodes = part.nodes.drop("weight")
-    edges = part.edges
-    importance = pl.col("importance").cast(
-        pl.Float64
-    )  # else a threshold would be rounded to single precision
-    visible = nodes.filter(importance.is_null() | (importance >= min_importance))
-    largest = float(whole.edges.select(STRENGTH.filter(STRENGTH.is_finite()).max()).item() or 0.0)
-    shown = visible["node"].implode()
-    between = [pl.col(end).is_in(shown) for end in ("source", "target")]
-    passing = edges.filter(STRENGTH.ge(threshold * largest), *between)
-    strongest = passing.sort(**STRONGEST_FIRST).head(top_k)
-    totals = len(whole.nodes), len(whole.edges)
-    return PromptGraph(visible, strongest, *totals, len(passing), largest, scores(whole))
+    # In single precision, min_importance would be rounded.
+    importance = pl.col("importance").cast(pl.Float64)
+    is_visible = importance.is_null() | (importance >= min_importance)
+    nodes = part.nodes.drop("weight").filter(is_visible)
+    finite_strength = STRENGTH.filter(STRENGTH.is_finite())
+    largest = float(whole.edges.select(finite_strength.max()).item() or 0.0)
+    visible = nodes["node"].implode()
+    passing = part.edges.filter(
+        STRENGTH.ge(threshold * largest),
+        pl.col("source").is_in(visible),
+        pl.col("target").is_in(visible),
+    )
+    return PromptGraph(
+        nodes=nodes,
+        edges=passing.sort(**STRONGEST_FIRST).head(top_k),
+        nodes_total=len(whole.nodes),
+        edges_total=len(whole.edges),
+        edges_passing=len(passing),
+        largest=largest,
+        scores=scores(whole),
+    )
 
 
 def whole_graph(store: Store, prompt: int) -> Graph:
-    """One prompt's graph with all that was stored of it, and what each output weighs.
+    """Return all stored nodes and edges of one prompt's graph, and the weight of each output.
 
     Raises:
         BadInput: the harvest has no such prompt, or a file is damaged.
@@ -94,73 +100,88 @@ def whole_graph(store: Store, prompt: int) -> Graph:
     nodes, edges = tables(store, prompt)
     if nodes.is_empty():
         raise BadInput(
-            f"prompt {prompt} has no graph in harvest '{store.path}'; choose another, or harvest it"
+            f"prompt {prompt} has no graph in harvest '{store.path}'; choose another prompt, or "
+            "harvest this one"
         )
-    outputs = store.collect(
-        store.scan("outputs", prompt).select("pos", component="token_id", weight="ci_probability")
+    outputs = store.scan("outputs", prompt).select(
+        "pos",
+        component="token_id",
+        weight="ci_probability",
     )
-    found = nodes.join(outputs, on=["pos", "component"], how="left", maintain_order="left")
-    weight = (
-        pl.when(pl.col("kind") == "output")
-        .then(pl.col("weight").cast(pl.Float64).fill_null(1.0))
-        .otherwise(0.0)
+    nodes = nodes.join(
+        store.collect(outputs),
+        on=["pos", "component"],
+        how="left",
+        maintain_order="left",
     )
-    return Graph(found.with_columns(weight=weight), edges, store.manifest["mode"] == "frozen")
+    is_output = pl.col("kind") == "output"
+    probability = pl.col("weight").cast(pl.Float64).fill_null(1.0)
+    weight = pl.when(is_output).then(probability).otherwise(0.0)
+    frozen = store.manifest["mode"] == "frozen"
+    return Graph(nodes.with_columns(weight=weight), edges, frozen)
 
 
 def node_name(node: Mapping[str, Any]) -> str:
-    """A node's name `layer:pos:component`; what is left of a site, and its bias, stand in the
-    component's place.
+    """Return a node's name `layer:pos:component`.
+
+    For the rest and the bias of a site, the component is replaced by `rest` or `bias`.
     """
-    which = node["kind"] if node["kind"] in ("rest", "bias") else node["component"]
-    return f"{node['layer']}:{node['pos']}:{which}"
+    kind = node["kind"]
+    last = kind if kind in ("rest", "bias") else node["component"]
+    return f"{node['layer']}:{node['pos']}:{last}"
 
 
 def tables(store: Store, prompt: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Nodes, in order of their numbers, and edges of one prompt's graph, or of all probes
-    together.
+    """Return the nodes, in order of their numbers, and the edges of one prompt's graph.
+
+    The prompt can be `ALL_PROBES`.
     """
     if prompt == ALL_PROBES:
         return _together(store, probes(store)["prompt_id"])
-    frames = (
-        store.collect(store.scan(table, prompt)).drop("prompt_id") for table in ("nodes", "edges")
-    )
-    nodes, edges = frames
+    nodes = store.collect(store.scan("nodes", prompt)).drop("prompt_id")
+    edges = store.collect(store.scan("edges", prompt)).drop("prompt_id")
     return nodes.sort("node"), edges
 
 
 def _together(store: Store, prompts: pl.Series) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The graphs of several prompts as one: the same place is one node; attributions and
-    activations are summed.
+    """Merge the graphs of several prompts: nodes at the same place become one node.
 
-    So a sum rule that holds for each of them (A6) holds for the whole. Of importances, the largest
-    is kept.
+    Attributions and activations are summed, so a sum rule that holds for each graph (A6) holds for
+    the merged one. A merged node gets the largest importance.
     """
     place = ["layer", "kind", "pos", "component"]
-    mine = pl.col("prompt_id").is_in(prompts.implode())
-    found = store.collect(store.scan("nodes").filter(mine)).sort(place)
-    nodes = found.group_by(place, maintain_order=True).agg(
-        pl.col("importance").max(), pl.col("activation").sum()
+    of_prompts = pl.col("prompt_id").is_in(prompts.implode())
+    parts = store.collect(store.scan("nodes").filter(of_prompts))
+    parts = parts.sort(place)
+    merged_nodes = parts.group_by(place, maintain_order=True).agg(
+        pl.col("importance").max(),
+        pl.col("activation").sum(),
     )
-    nodes = nodes.with_row_index("node")
-    numbers = found.select("prompt_id", was="node").with_columns(
-        now=found.select(place).join(nodes, on=place, how="left", maintain_order="left")["node"]
+    nodes = merged_nodes.with_row_index("node")
+    new_numbers = parts.select(place).join(
+        nodes,
+        on=place,
+        how="left",
+        maintain_order="left",
     )
-    edges = store.collect(store.scan("edges").filter(mine))
+    numbers = parts.select("prompt_id", was="node")
+    numbers = numbers.with_columns(now=new_numbers["node"])
+    edges = store.collect(store.scan("edges").filter(of_prompts))
     for end in ("source", "target"):
-        edges = edges.join(numbers.rename({"was": end, "now": f"{end}_now"}), on=["prompt_id", end])
-    merged = edges.group_by(source="source_now", target="target_now").agg(
+        renumbered = numbers.rename({"was": end, "now": f"{end}_now"})
+        edges = edges.join(renumbered, on=["prompt_id", end])
+    merged_edges = edges.group_by(source="source_now", target="target_now").agg(
         pl.col("attribution").sum()
     )
-    return nodes, merged.sort("source", "target")
+    return nodes, merged_edges.sort("source", "target")
 
 
 @dataclass(frozen=True)
 class NodeEdges:
-    """The strongest edges into and out of one node, and the sums over all of them.
+    """The strongest edges into and out of one node, and the sums over all of its edges.
 
-    Frames as in `PromptGraph.edges`. In the linearization `frozen`, `in_sum` equals the node's
-    activation (law A6); in others the gap between the two is what the linearization leaves out.
+    The frames are as in `PromptGraph.edges`. In the linearization `frozen`, `in_sum` equals the
+    node's activation (law A6). In others, the gap between the two is what the linearization misses.
     """
 
     ins: pl.DataFrame
@@ -172,13 +193,27 @@ class NodeEdges:
 
 
 def node_edges(store: Store, prompt: int, node: int, top_k: int = 20) -> NodeEdges:
-    """The strongest in- and out-edges (top_k each) of a node of one prompt's graph."""
-    touching = (pl.col("source") == node) | (pl.col("target") == node)
-    strongest = tables(store, prompt)[1].filter(touching).sort(**STRONGEST_FIRST)
-    ins = strongest.filter(pl.col("target") == node)
-    outs = strongest.filter(pl.col("source") == node)
-    in_sum, out_sum = (float(side["attribution"].cast(pl.Float64).sum()) for side in (ins, outs))
-    return NodeEdges(ins.head(top_k), outs.head(top_k), len(ins), len(outs), in_sum, out_sum)
+    """Return the strongest in- and out-edges of a node, at most `top_k` of each."""
+    _, edges = tables(store, prompt)
+    ends_in = pl.col("target") == node
+    starts_from = pl.col("source") == node
+    strongest = edges.filter(starts_from | ends_in).sort(**STRONGEST_FIRST)
+    ins = strongest.filter(ends_in)
+    outs = strongest.filter(starts_from)
+    return NodeEdges(
+        ins=ins.head(top_k),
+        outs=outs.head(top_k),
+        in_count=len(ins),
+        out_count=len(outs),
+        in_sum=_total(ins),
+        out_sum=_total(outs),
+    )
+
+
+def _total(edges: pl.DataFrame) -> float:
+    """Return the sum of the attributions of some edges."""
+    attribution = edges["attribution"].cast(pl.Float64)
+    return float(attribution.sum())
 
 
 def node_heads(store: Store, prompt: int, node: int) -> dict[tuple[int, int], list[dict[str, Any]]]:
@@ -191,9 +226,12 @@ def node_heads(store: Store, prompt: int, node: int) -> dict[tuple[int, int], li
     if prompt == ALL_PROBES or "head_edges" not in store.tables:
         return {}
     touching = (pl.col("source") == node) | (pl.col("target") == node)
-    terms = store.collect(store.scan("head_edges", prompt).filter(touching).sort("head"))
-    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in terms.with_columns(finite(pl.col("attribution"))).to_dicts():
-        own = {"head": row["head"], "attribution": row["attribution"]}
-        found.setdefault((row["source"], row["target"]), []).append(own)
-    return found
+    terms = store.scan("head_edges", prompt).filter(touching)
+    in_order = store.collect(terms.sort("head"))
+    rows = in_order.with_columns(finite(pl.col("attribution"))).to_dicts()
+    heads: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        edge = (row["source"], row["target"])
+        term = {"head": row["head"], "attribution": row["attribution"]}
+        heads.setdefault(edge, []).append(term)
+    return heads

@@ -1,15 +1,14 @@
-"""Influence: how much of the outputs hangs on each node of a prompt's graph, and the small graph
-that carries most.
+"""Influence: how much the outputs depend on each node of a prompt's graph, and pruning by it.
 
-1. *Shares.* |attribution| over the sum of all that enters the same target: Ã[target, source], rows
-   adding up to 1.
-2. *Influence.* What the outputs weigh flows back along the shares, over all paths: `p (Ã + Ã² +
-   …)`. An edge always leads to a later layer, so the sum ends by itself.
-3. *Selection.* `pruned` keeps the nodes, then the edges, that make up a share of all influence;
-   `expanded` starts from the outputs and adds one node after the other; `scores` says how much of a
+1. *Shares.* Divide each |attribution| by the sum of all that enters the same target. The result is
+   Ã[target, source], whose rows add up to 1.
+2. *Influence.* The weights p of the outputs flow back along the shares, over all paths:
+   `p (Ã + Ã² + …)`. An edge always leads to a later layer, so the sum has finitely many terms.
+3. *Selection.* `pruned` keeps the nodes, then the edges, that make up a share of all influence.
+   `expanded` starts from the outputs and adds one node at a time. `scores` measures how much of a
    frozen graph is explained at all.
 
-The idea and the two scores are those of circuit-tracer; here every graph is sparse and may have a
+The idea and the two scores come from circuit-tracer. Here every graph is sparse and can have a
 million edges.
 """
 
@@ -30,12 +29,12 @@ TOKENS = ("input", "embedding")
 
 @dataclass(frozen=True)
 class Graph:
-    """The attribution graph of one prompt, or what a selection has left of it.
+    """The attribution graph of one prompt, or the part of it that a selection keeps.
 
-    `nodes`, in order of their numbers, has the columns of the table `nodes` and `weight`: what an
-    output counts for (its probability under CI masks; 1 where outputs are not tokens), 0 for all
-    else. `edges` has source, target, attribution. `frozen`: in-edges add up (A6), so rest and bias
-    nodes stand for all that no component explains.
+    `nodes`, in order of their numbers, has the columns of the table `nodes` and `weight`. The
+    weight of an output is its probability under CI masks, or 1 if outputs are not tokens; all other
+    nodes have weight 0. `edges` has source, target, attribution. If `frozen`, in-edges add up (A6),
+    so rest and bias nodes hold all that no component explains.
     """
 
     nodes: pl.DataFrame
@@ -44,19 +43,18 @@ class Graph:
 
     @cached_property
     def shares(self) -> "_Shares":
-        """Every edge's share of what enters its target."""
+        """Every edge's share of all |attribution| into its target."""
         return _Shares(self)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How much of a graph is explained, from 0 to 1; None where nothing stands for what is not (all
-    but frozen graphs).
+    """How much of a graph is explained, from 0 to 1; None unless the graph is frozen.
 
-    `replacement`: of the influence of all leaves, the share that tokens have and not rests and
-    biases. `completeness`: the share of a node's in-edges that comes from neither, averaged over
-    nodes by influence, outputs by their weight; a leaf, which has none, counts as 1, as in
-    circuit-tracer.
+    `replacement`: of the influence of all leaves, the share that comes from tokens and not from
+    rests and biases. `completeness`: the share of a node's in-edges that comes from neither rests
+    nor biases, averaged over nodes by influence, and over outputs by weight. A leaf has no in-edges
+    and counts as 1, as in circuit-tracer.
     """
 
     replacement: float | None
@@ -64,103 +62,118 @@ class Scores:
 
 
 def influence(graph: Graph, outputs: Sequence[int] | None = None) -> pl.DataFrame:
-    """How much of the outputs hangs on each node: columns node, influence.
+    """Return each node's influence on the outputs: columns node, influence.
 
     Args:
         graph: The graph.
-        outputs: Nodes that it is asked about: outputs count by their weight, any other node as 1.
+        outputs: The nodes to be influenced. An output counts by its weight, any other node as 1.
             All outputs if omitted.
 
     Raises:
         BadInput: one of `outputs` is not in the graph.
     """
-    return pl.DataFrame(
-        {"node": graph.nodes["node"], "influence": graph.shares.swept(_weights(graph, outputs))}
-    )
+    weights = _weights(graph, outputs)
+    columns = {
+        "node": graph.nodes["node"],
+        "influence": graph.shares.flow_back(weights),
+    }
+    return pl.DataFrame(columns)
 
 
 def outputs_at(graph: Graph, pos: int | None = None, token: int | None = None) -> list[int]:
-    """The output nodes at a position, of a token (an output's entry), or of both: for `outputs` of
-    the other functions.
+    """Return the output nodes at a position, of a token (an output's entry), or of both.
+
+    The other functions take them as `outputs`.
 
     Raises:
-        BadInput: there is none.
+        BadInput: the graph has no such output.
     """
-    own = graph.nodes.filter(pl.col("kind") == "output")
-    asked = {"pos": pos, "token": token}
-    for column, value in zip(("pos", "component"), asked.values(), strict=True):
-        own = own if value is None else own.filter(pl.col(column) == value)
-    if own.is_empty():
-        named = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
-        places = graph.nodes.filter(pl.col("kind") == "output")["pos"]
+    outputs = graph.nodes.filter(pl.col("kind") == "output")
+    chosen = outputs
+    if pos is not None:
+        chosen = chosen.filter(pl.col("pos") == pos)
+    if token is not None:
+        chosen = chosen.filter(pl.col("component") == token)
+    if chosen.is_empty():
+        wanted = {"pos": pos, "token": token}
+        given = [f"{name} {value}" for name, value in wanted.items() if value is not None]
+        place = ", ".join(given)
+        positions = outputs["pos"]
         raise BadInput(
-            f"{named}: the graph has no output there; it has some from pos {places.min()} to "
-            f"{places.max()}"
+            f"{place}: the graph has no such output; its outputs are at positions "
+            f"{positions.min()} to {positions.max()}"
         )
-    return own["node"].to_list()
+    return chosen["node"].to_list()
 
 
 def pruned(
     graph: Graph, nodes: float = 0.8, edges: float = 0.98, outputs: Sequence[int] | None = None
 ) -> Graph:
-    """The nodes that make up a share of all influence, then the edges between them that make up a
-    share of theirs.
+    """Return the nodes that make up a share of all influence, and the edges that do so among them.
 
-    Outputs asked about stay, and so do tokens with any influence. An edge's influence is its share
-    times that of its target in what is left. A node whose in-edges, or whose out-edges, have all
-    been cut goes too. A share of 1 cuts nothing.
+    The given outputs stay, and so do tokens with any influence. An edge's influence is its share
+    times that of its target in the part that is left. A node whose in-edges, or whose out-edges,
+    have all been cut is dropped too. A share of 1 cuts nothing.
 
     Raises:
         BadInput: a share lies outside 0 to 1, or one of `outputs` is not in the graph.
     """
     weights = _weights(graph, outputs)
     shares = graph.shares
-    found = shares.swept(weights)
-    always = (weights > 0) | (_is(graph, TOKENS) & (found > 0))
-    kept = _part(graph, top(found, nodes, "nodes") | always)
-    mine = np.isin(_numbers(graph), _numbers(kept))
-    left = _strongest(kept, weights[mine], edges)
-    return _alive(left, always[mine], ~shares.ends("target")[mine], ~shares.ends("source")[mine])
+    influences = shares.flow_back(weights)
+    used_tokens = _is_kind(graph, TOKENS) & (influences > 0)
+    always = (weights > 0) | used_tokens
+    largest = top(influences, nodes, "nodes")
+    part = _keep_nodes(graph, largest | always)
+    stays = np.isin(_numbers(graph), _numbers(part))  # by node of the whole graph
+    part = _keep_strong_edges(part, weights[stays], edges)
+    return _drop_dead_ends(
+        part,
+        always=always[stays],
+        first=~shares.has_in_edges()[stays],
+        last=~shares.has_out_edges()[stays],
+    )
 
 
 def expanded(
     graph: Graph, budget: int, edges: float = 1.0, outputs: Sequence[int] | None = None
 ) -> Graph:
-    """The outputs asked about and, one after the other, the `budget` nodes of most influence on
-    what is there already.
+    """Return the given outputs and `budget` nodes, added one at a time by influence.
 
-    A node's influence on what is there runs along paths that visit nothing else. Then edges, as in
-    `pruned`.
+    Each step adds the node of most influence on the nodes chosen so far, counted along paths that
+    visit no others. Edges are then cut as in `pruned`.
 
     Raises:
         BadInput: `budget` is negative, a share lies outside 0 to 1, or one of `outputs` is not in
             the graph.
     """
     if budget < 0:
-        raise BadInput(f"budget {budget}: a number of nodes; take one from 0 up")
+        raise BadInput(f"budget {budget}: expected a number of nodes of at least 0")
     weights = _weights(graph, outputs)
-    shares = graph.shares
-    kept = weights > 0
-    reach = weights.copy()
+    matrix = graph.shares.matrix
+    chosen = weights > 0
+    reach = weights.copy()  # influence on the chosen nodes, along paths through chosen nodes
     added = np.flatnonzero(weights)
     flow = weights
-    for left in range(budget, -1, -1):
-        while len(added):  # what a new node brings flows on through those that are there
-            flow = flow[added] @ shares.matrix[added]
+    for nodes_left in range(budget, -1, -1):
+        # The influence of a new node flows on through the nodes that are already chosen.
+        while len(added):
+            flow = flow[added] @ matrix[added]
             reach += flow
-            added = np.flatnonzero(flow * kept)
-        best = int(np.argmax(np.where(kept, 0, reach)))
-        if not left or kept[best] or not reach[best]:
+            added = np.flatnonzero(flow * chosen)
+        candidates = np.where(chosen, 0, reach)
+        best = int(np.argmax(candidates))
+        if not nodes_left or chosen[best] or not reach[best]:
             break
-        kept[best] = True
+        chosen[best] = True
         added = np.array([best])
         flow = reach
-    part = _part(graph, kept)
-    return _strongest(part, weights[kept], edges)
+    part = _keep_nodes(graph, chosen)
+    return _keep_strong_edges(part, weights[chosen], edges)
 
 
 def scores(graph: Graph, outputs: Sequence[int] | None = None) -> Scores:
-    """How much of a whole graph is explained; see `Scores`.
+    """Return how much of a whole graph is explained; see `Scores`.
 
     Raises:
         BadInput: one of `outputs` is not in the graph.
@@ -169,29 +182,35 @@ def scores(graph: Graph, outputs: Sequence[int] | None = None) -> Scores:
         return Scores(None, None)
     weights = _weights(graph, outputs)
     shares = graph.shares
-    found = shares.swept(weights)
-    unexplained = _is(graph, UNEXPLAINED)
-    tokens = found[_token_leaves(graph, shares)].sum()
-    rest = found[unexplained].sum()
-    from_rest = np.bincount(shares.target, shares.share * unexplained[shares.source], len(weights))
-    reached = found + weights
+    influences = shares.flow_back(weights)
+    unexplained = _is_kind(graph, UNEXPLAINED)
+    tokens = influences[_token_leaves(graph, shares)].sum()
+    rest = influences[unexplained].sum()
+    leaves = tokens + rest
+    # By target: the share of its in-edges that comes from rests and biases.
+    from_rest = shares.share * unexplained[shares.source]
+    missing = np.bincount(shares.target, from_rest, len(weights))
+    reached = influences + weights
+    explained = (1 - missing) @ reached
     return Scores(
-        replacement=float(tokens / (tokens + rest)) if tokens + rest > 0 else None,
-        completeness=float((1 - from_rest) @ reached / reached.sum()) if reached.any() else None,
+        replacement=float(tokens / leaves) if leaves > 0 else None,
+        completeness=float(explained / reached.sum()) if reached.any() else None,
     )
 
 
 def cumulative(found: np.ndarray) -> np.ndarray:
     """Return, for each score, the share of the total that it and all larger ones make up."""
     order = np.argsort(-found, kind="stable")
-    summed = np.empty(len(found))
-    summed[order] = np.minimum(np.cumsum(found[order]) / (found.sum() or 1.0), 1.0)
-    return summed
+    ranked = found[order]
+    total = found.sum() or 1.0
+    running = np.cumsum(ranked) / total
+    shares = np.empty(len(found))
+    shares[order] = np.minimum(running, 1.0)
+    return shares
 
 
 def top(found: np.ndarray, share: float, name: str) -> np.ndarray:
-    """Return the indices of the largest scores that make up a share of their sum; all if the share
-    is 1.
+    """Mark the largest scores that make up a share of their sum; all if the share is 1.
 
     Scores that are equal up to rounding, as along a chain, stay together.
 
@@ -199,111 +218,149 @@ def top(found: np.ndarray, share: float, name: str) -> np.ndarray:
         BadInput: the share lies outside 0 to 1.
     """
     if not 0 <= share <= 1:
-        raise BadInput(f"{name} {share}: a share of influence; take one from 0 to 1")
+        raise BadInput(f"{name} {share}: expected a share of influence from 0 to 1")
     if share == 1:
         return np.ones(len(found), dtype=bool)
-    ranked = np.sort(found[found > 0])[::-1]
+    positive = found[found > 0]
+    ranked = np.sort(positive)[::-1]
     if not len(ranked):
         return np.zeros(len(found), dtype=bool)
-    last = np.searchsorted(np.cumsum(ranked), share * ranked.sum())
-    return found >= ranked[min(last, len(ranked) - 1)] * (1 - 1e-9)
+    wanted = share * ranked.sum()
+    last = np.searchsorted(np.cumsum(ranked), wanted)
+    last = min(last, len(ranked) - 1)
+    smallest = ranked[last] * (1 - 1e-9)
+    return found >= smallest
 
 
 class _Shares:
-    """Every edge's share of what enters its target: `share`, and both ends as rows of the graph's
-    nodes.
+    """Every edge's share of all |attribution| into its target.
+
+    Attributes:
+        source, target: by edge, the row of each end in the graph's nodes.
+        share: by edge.
     """
 
     def __init__(self, graph: Graph):
         numbers = _numbers(graph)
         self.size = len(graph.nodes)
-        row = np.zeros(int(numbers.max(initial=0)) + 1, dtype=np.int32)
+        largest = int(numbers.max(initial=0))
+        row = np.zeros(largest + 1, dtype=np.int32)  # by number
         row[numbers] = np.arange(self.size)
-        self.source, self.target = (
-            row[graph.edges[end].to_numpy()] for end in ("source", "target")
-        )
-        strength = np.abs(graph.edges["attribution"].to_numpy().astype(np.float64))
+        self.source = row[graph.edges["source"].to_numpy()]
+        self.target = row[graph.edges["target"].to_numpy()]
+        attribution = graph.edges["attribution"].to_numpy().astype(np.float64)
+        strength = np.abs(attribution)
         strength[~np.isfinite(strength)] = 0
-        into = np.bincount(self.target, strength, self.size)
-        self.share = strength / np.where(into > 0, into, 1)[self.target]
+        inflow = np.bincount(self.target, strength, self.size)
+        divisor = np.where(inflow > 0, inflow, 1)
+        self.share = strength / divisor[self.target]
 
     @cached_property
     def matrix(self) -> Any:
-        """Ã, [target, source]."""
-        return csr_array((self.share, (self.target, self.source)), shape=(self.size, self.size))
+        """The shares as a sparse matrix Ã[target, source]."""
+        places = (self.target, self.source)
+        return csr_array((self.share, places), shape=(self.size, self.size))
 
-    def swept(self, weights: np.ndarray) -> np.ndarray:
-        """`weights (Ã + Ã² + …)`."""
+    def flow_back(self, weights: np.ndarray) -> np.ndarray:
+        """Return `weights (Ã + Ã² + …)`, by node."""
         flow = weights
         total = np.zeros(self.size)
-        for _ in range(self.size):  # a path has no more steps; far fewer in truth
+        for _ in range(self.size):  # a bound on the length of a path; most are far shorter
             if not flow.any():
                 break
             flow = flow @ self.matrix
             total += flow
         return total
 
-    def ends(self, end: str) -> np.ndarray:
-        """Mark the nodes that are the source, or the target, of any edge."""
-        return np.bincount(getattr(self, end), minlength=self.size) > 0
+    def has_in_edges(self) -> np.ndarray:
+        """Mark the nodes that are the target of an edge."""
+        counts = np.bincount(self.target, minlength=self.size)
+        return counts > 0
+
+    def has_out_edges(self) -> np.ndarray:
+        """Mark the nodes that are the source of an edge."""
+        counts = np.bincount(self.source, minlength=self.size)
+        return counts > 0
 
 
 def _numbers(graph: Graph) -> np.ndarray:
     return graph.nodes["node"].to_numpy()
 
 
-def _is(graph: Graph, kinds: Sequence[str]) -> np.ndarray:
-    return graph.nodes["kind"].cast(pl.String).is_in(list(kinds)).to_numpy()
+def _is_kind(graph: Graph, kinds: Sequence[str]) -> np.ndarray:
+    """Mark the nodes of some kinds."""
+    kind = graph.nodes["kind"].cast(pl.String)
+    return kind.is_in(list(kinds)).to_numpy()
 
 
 def _weights(graph: Graph, outputs: Sequence[int] | None) -> np.ndarray:
+    """Return how much each node counts as an output: its weight, or 1 for a given inner node."""
     weights = graph.nodes["weight"].to_numpy()
     if outputs is None:
         return weights
     chosen = np.isin(_numbers(graph), list(outputs))
-    if strange := set(outputs) - set(_numbers(graph)[chosen].tolist()):
+    known = _numbers(graph)[chosen].tolist()
+    if unknown := set(outputs) - set(known):
         raise BadInput(
-            f"node {min(strange)}: not in the graph, which has {len(weights)} nodes; see its "
-            "outputs"
+            f"node {min(unknown)}: not in the graph, which has {len(weights)} nodes; give the "
+            "number of one of them"
         )
-    return np.where(chosen, np.where(_is(graph, ["output"]), weights, 1.0), 0.0)
+    chosen_weights = np.where(_is_kind(graph, ["output"]), weights, 1.0)
+    return np.where(chosen, chosen_weights, 0.0)
 
 
-def _part(graph: Graph, kept: np.ndarray) -> Graph:
-    """Some nodes, and all edges between them."""
+def _keep_nodes(graph: Graph, kept: np.ndarray) -> Graph:
+    """Return some nodes and all edges between them."""
     nodes = graph.nodes.filter(pl.Series(kept))
-    between = [pl.col(end).is_in(nodes["node"].implode()) for end in ("source", "target")]
-    return replace(graph, nodes=nodes, edges=graph.edges.filter(*between))
+    numbers = nodes["node"].implode()
+    edges = graph.edges.filter(
+        pl.col("source").is_in(numbers),
+        pl.col("target").is_in(numbers),
+    )
+    return replace(graph, nodes=nodes, edges=edges)
 
 
-def _strongest(graph: Graph, weights: np.ndarray, share: float) -> Graph:
-    """The graph with those of its edges that make up a share of the influence of all."""
+def _keep_strong_edges(graph: Graph, weights: np.ndarray, share: float) -> Graph:
+    """Return the graph with the edges that make up a share of the influence of all edges."""
     shares = graph.shares
-    reached = shares.swept(weights) + weights
-    strong = top(shares.share * reached[shares.target], share, "edges")
-    return replace(graph, edges=graph.edges.filter(pl.Series(strong)))
+    reached = shares.flow_back(weights) + weights
+    edge_influence = shares.share * reached[shares.target]
+    strong = top(edge_influence, share, "edges")
+    edges = graph.edges.filter(pl.Series(strong))
+    return replace(graph, edges=edges)
 
 
-def _alive(graph: Graph, always: np.ndarray, first: np.ndarray, last: np.ndarray) -> Graph:
-    """The graph without nodes that have lost all in-edges or all out-edges; `first`, `last` never
-    had any.
+def _drop_dead_ends(graph: Graph, always: np.ndarray, first: np.ndarray, last: np.ndarray) -> Graph:
+    """Drop nodes that have lost all in-edges or all out-edges, until none are left.
+
+    Args:
+        graph: The graph.
+        always: Marks the nodes that are never dropped.
+        first: Marks the nodes that never had in-edges.
+        last: Marks the nodes that never had out-edges.
     """
     while True:
         shares = graph.shares
-        alive = always | ((shares.ends("target") | first) & (shares.ends("source") | last))
+        fed = shares.has_in_edges() | first
+        used = shares.has_out_edges() | last
+        alive = always | (fed & used)
         if alive.all():
             return graph
-        graph = _part(graph, alive)
+        graph = _keep_nodes(graph, alive)
         always = always[alive]
         first = first[alive]
         last = last[alive]
 
 
 def _token_leaves(graph: Graph, shares: _Shares) -> np.ndarray:
-    """Inputs and embeddings; where an embedding is a site, its components, to which nothing
-    leads.
+    """Mark inputs and embeddings, and the components of embeddings that are sites.
+
+    The latter are the components of layers that nothing leads to.
     """
-    component = _is(graph, ["component"])
+    is_component = _is_kind(graph, ["component"])
     layer = graph.nodes["layer"].cast(pl.String).to_numpy()
-    reading = set(layer[component & shares.ends("target")])
-    return _is(graph, TOKENS) | (component & ~np.isin(layer, list(reading)))
+    is_fed = is_component & shares.has_in_edges()
+    fed_layers = set(layer[is_fed])
+    in_fed_layer = np.isin(layer, list(fed_layers))
+    is_leaf = is_component & ~in_fed_layer
+    return _is_kind(graph, TOKENS) | is_leaf

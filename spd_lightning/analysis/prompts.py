@@ -1,4 +1,4 @@
-"""The prompts of a harvest, in the order and with the names by which a person looks for them."""
+"""The prompts of a harvest, with readable labels, in the order in which people look for them."""
 
 import unicodedata
 from collections.abc import Mapping
@@ -12,21 +12,26 @@ from spd_lightning.errors import BadInput
 from spd_lightning.store import Store
 
 ALL_PROBES = 0
-"""The id that stands for all probes of a harvest together; hashes of prompts are anything else."""
-
+"""The id that means all probes of a harvest together; no hash of a prompt is 0."""
 
 TEXT_SOURCES = ("given ", "file ", "validation ")
-"""How the sources of prompts begin that `Text` makes."""
+"""The first words of the sources of prompts that come from the data module `Text`."""
+
+MOST_LISTED = 10
+"""The number of prompts that an error message lists."""
 
 
 def probes(store: Store) -> pl.DataFrame:
-    """The prompts that show one thing each."""
-    return store.collect(store.scan("prompts").filter(pl.col("split") == "probe"))
+    """Return the prompts that show one thing each."""
+    is_probe = pl.col("split") == "probe"
+    prompts = store.scan("prompts").filter(is_probe)
+    return store.collect(prompts)
 
 
 def prompt_list(store: Store) -> pl.DataFrame:
-    """All prompts with a readable label: columns prompt_id, label, split; probes first, then by
-    number in `source`.
+    """List all prompts with readable labels: columns prompt_id, label, split.
+
+    Probes come first. Within a split, prompts are ordered by the number in their `source`.
     """
     number = pl.col("source").str.extract(r"(\d+)").cast(pl.UInt64, strict=False)
     order = [
@@ -37,76 +42,99 @@ def prompt_list(store: Store) -> pl.DataFrame:
         pl.col("prompt_id"),
     ]
     prompts = store.collect(store.scan("prompts").sort(order, nulls_last=True))
-    labels = [prompt_label(row) for row in prompts.iter_rows(named=True)]
+    names = [prompt_label(row) for row in prompts.iter_rows(named=True)]
     return prompts.select(
-        "prompt_id", label=pl.Series("label", labels, dtype=pl.String), split="split"
+        "prompt_id",
+        label=pl.Series("label", names, dtype=pl.String),
+        split="split",
     )
 
 
 def graph_list(store: Store) -> pl.DataFrame:
-    """List the graphs of a harvest: for probes that are vectors, all of them together first; then
-    every prompt.
+    """List the graphs of a harvest: one for every prompt.
+
+    If the probes are vectors, a graph of all probes together comes first.
     """
-    listed = prompt_list(store)
-    count = int((listed["split"] == "probe").sum())
+    prompts = prompt_list(store)
+    probes = prompts["split"] == "probe"
+    count = int(probes.sum())
     if count < 2 or store.manifest["kind"] != "vectors":
-        return listed
-    together = {"prompt_id": [ALL_PROBES], "label": [together_label(count)], "split": ["probe"]}
-    return pl.concat([pl.DataFrame(together, schema=listed.schema), listed])
+        return prompts
+    together = {
+        "prompt_id": [ALL_PROBES],
+        "label": [together_label(count)],
+        "split": ["probe"],
+    }
+    first = pl.DataFrame(together, schema=prompts.schema)
+    return pl.concat([first, prompts])
 
 
 def find_prompt(store: Store, asked: str) -> int:
-    """Return the prompt that a person means: by its id, its number in `graph_list`, its source, or
-    a part of its text.
+    """Return the prompt that a user names.
+
+    A prompt can be named by its id, its number in `graph_list`, its source, or part of its text.
 
     Raises:
         BadInput: no prompt matches, or several do.
     """
-    listed = graph_list(store)
-    ids = listed["prompt_id"].to_list()
-    if asked.isdecimal() and len(asked) <= 20:
-        number = int(asked)
-        if number in ids:
-            return number
-        if number < len(ids):
-            return ids[number]
+    ids = graph_list(store)["prompt_id"].to_list()
+    by_number = _prompt_by_number(ids, asked)
+    if by_number is not None:
+        return by_number
+
     rows = store.collect(store.scan("prompts")).to_dicts()
     names = {row["prompt_id"]: prompt_label(row, most=10**6) for row in rows}
-    keys = {row["prompt_id"]: [search_key(name) for name in _names(row)] for row in rows}
+    keys = {row["prompt_id"]: _search_keys(row) for row in rows}
     wanted = search_key(asked)
-    order = [one for one in ids if one in keys]  # without the entry that stands for all probes
-    exact = [one for one in order if wanted in keys[one]]
+    prompts = [prompt for prompt in ids if prompt in keys]  # without the entry for all probes
+    exact = [prompt for prompt in prompts if wanted in keys[prompt]]
     if wanted and exact:
         return exact[0]
-    by_text = (
-        bool(wanted) and not asked.isdecimal()
-    )  # a number that is not a prompt would be found in many values
-    matches = [one for one in order if by_text and any(wanted in key for key in keys[one])]
+
+    # A number that is not a prompt would be found in many values, so it is not searched for.
+    matches: list[int] = []
+    if wanted and not asked.isdecimal():
+        matches = [prompt for prompt in prompts if any(wanted in key for key in keys[prompt])]
     if len(matches) == 1:
         return matches[0]
     if matches:
-        shown = _numbered(matches[:MOST_LISTED], ids, names)
-        more = f" and {len(matches) - MOST_LISTED} more" if len(matches) > MOST_LISTED else ""
+        listed = _numbered(matches[:MOST_LISTED], ids, names)
+        unlisted = len(matches) - MOST_LISTED
+        more = f" and {unlisted} more" if unlisted > 0 else ""
         raise BadInput(
-            f"prompt '{asked[:80]}': {len(matches)} contain it, {shown}{more}; write more of it, "
-            "or a number"
+            f"prompt '{asked[:80]}': {len(matches)} prompts contain it, {listed}{more}; give more "
+            "of the text, or a number"
         )
-    closest = sorted(order, key=lambda one: -_resemblance(wanted[:200], search_key(names[one])))[:3]
+    resemblance = {
+        prompt: _resemblance(wanted[:200], search_key(names[prompt])) for prompt in prompts
+    }
+    closest = sorted(prompts, key=lambda prompt: -resemblance[prompt])[:3]
     raise BadInput(
-        f"prompt '{asked[:80]}': not in harvest '{store.path}', where numbers go to "
-        f"{len(ids) - 1}; the nearest are "
-        f"{_numbered(closest, ids, names)}"
+        f"prompt '{asked[:80]}': not in harvest '{store.path}', whose prompts have the numbers 0 "
+        f"to {len(ids) - 1}; the nearest are {_numbered(closest, ids, names)}"
     )
 
 
-MOST_LISTED = 10
-"""Prompts that an error message lists."""
+def _prompt_by_number(ids: list[int], asked: str) -> int | None:
+    """Return the prompt with this id or number; None if there is no such prompt."""
+    if not asked.isdecimal() or len(asked) > 20:
+        return None
+    number = int(asked)
+    if number in ids:
+        return number
+    if number < len(ids):
+        return ids[number]
+    return None
 
 
 def _numbered(chosen: list[int], ids: list[int], names: Mapping[int, str]) -> str:
-    """Prompts by number and beginning, as a list in one line."""
-    shown = [names[one] if len(names[one]) <= 60 else f"{names[one][:59]}…" for one in chosen]
-    return "; ".join(f"{ids.index(one)} '{name}'" for one, name in zip(chosen, shown, strict=True))
+    """List prompts on one line, each as its number and the beginning of its name."""
+    entries = []
+    for prompt in chosen:
+        name = names[prompt]
+        beginning = name if len(name) <= 60 else f"{name[:59]}…"
+        entries.append(f"{ids.index(prompt)} '{beginning}'")
+    return "; ".join(entries)
 
 
 def _resemblance(wanted: str, name: str) -> float:
@@ -130,45 +158,57 @@ def together_label(count: int) -> str:
     return f"all {count} probes together"
 
 
-def _names(prompt: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Everything that a person may call a prompt: its source, its text, its label."""
-    return prompt["source"], prompt_text(prompt), prompt_label(prompt, most=10**6)
+def _search_keys(prompt: Mapping[str, Any]) -> list[str]:
+    """Return the search keys of a prompt's source, text and label."""
+    source = prompt["source"]
+    text = prompt_text(prompt)
+    label = prompt_label(prompt, most=10**6)
+    return [search_key(name) for name in (source, text, label)]
 
 
 def prompt_text(prompt: Mapping[str, Any]) -> str:
-    """Return the text of a row of the table `prompts`, with its blanks; of vectors, the features
-    with a blank between.
+    """Return the text of a row of the table `prompts`, with its spaces.
 
-    The tokens of a text bring their own blanks, and bytes of one character that are several tokens
-    become that character again. Token ids without a text are listed with a blank between.
+    The tokens of a text contain their spaces, and a character whose bytes are several tokens
+    becomes one character again. Token ids without a text, and the features of a vector, are joined
+    by spaces.
     """
     tokens = prompt["tokens"]
-    of_text = prompt["source"].startswith(TEXT_SOURCES)
-    bring_blanks = of_text or any(" " in token or labels.is_bytes(token) for token in tokens)
-    return labels.joined(tokens) if bring_blanks else " ".join(tokens)
+    from_text = prompt["source"].startswith(TEXT_SOURCES)
+    contain_spaces = from_text or any(" " in token or labels.is_bytes(token) for token in tokens)
+    if contain_spaces:
+        return labels.joined(tokens)
+    return " ".join(tokens)
 
 
 def search_key(text: str) -> str:
-    """Return the form in which texts are compared when a person looks for one.
+    """Return the form in which texts are compared in a search.
 
-    Tokenizers drop or add blanks, fold case and compose characters before they make tokens. Two
-    texts with the same key differ in nothing else, so that a prompt is found by the text that was
-    given. To find prompts that contain some words, look for `search_key(words) in
+    Tokenizers drop or add spaces, fold case and compose characters before they make tokens. Two
+    texts with the same key differ in nothing else, so a prompt is found by the text that was given.
+    To find prompts that contain some words, look for `search_key(words) in
     search_key(prompt_text(row))`.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(unicodedata.normalize("NFKC", folded).split())
+    words = unicodedata.normalize("NFKC", folded).split()
+    return "".join(words)
 
 
 def prompt_label(prompt: Mapping[str, Any], most: int = 80) -> str:
     """Return the label of a row of the table `prompts`.
 
-    A probe of one feature is "feature 3 = 0.75"; other vectors go by their source and non-zero
-    features; a text by its source and its first `most` characters, each run of blanks as one.
+    A probe of one feature is "feature 3 = 0.75". Other vectors are labeled by their source and
+    non-zero features. A text is labeled by its source and its first `most` characters, with each
+    run of spaces as one.
     """
     source: str = prompt["source"]
     tokens: list[str] = prompt["tokens"]
     if len(tokens) == 1 and source.startswith("feature ") and "=" in tokens[0]:
-        return f"{source} = {tokens[0].partition('=')[2]}"
-    text = " ".join(prompt_text(prompt).split()) or ("(blank)" if tokens else "no active feature")
-    return f"{source} · {text if len(text) <= most else text[:most] + '…'}"
+        value = tokens[0].partition("=")[2]
+        return f"{source} = {value}"
+    words = prompt_text(prompt).split()
+    text = " ".join(words)
+    if not text:
+        text = "(blank)" if tokens else "no active feature"
+    beginning = text if len(text) <= most else text[:most] + "…"
+    return f"{source} · {beginning}"

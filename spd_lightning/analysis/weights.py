@@ -12,14 +12,14 @@ from spd_lightning.runs.artifacts import factorization
 
 @dataclass(frozen=True)
 class Factors:
-    """A site's rank-one components: component c is `U[c]ᵀ V[:,c]ᵀ` (law D1)."""
+    """The rank-one components of a site: component c is `U[c]ᵀ V[:,c]ᵀ` (law D1)."""
 
     V: Float[np.ndarray, "d_in C"]
     U: Float[np.ndarray, "C d_out"]
 
 
 def factors(run: Path, site: str) -> Factors | None:
-    """V and U of one site of a run, or None where the run holds no decomposition (a bare harvest).
+    """Return V and U of one site; None if the run has no decomposition (a bare harvest).
 
     Tied sites (law D9) store one pair of matrices: `V_site = U_partnerᵀ`, `U_site = V_partnerᵀ`.
 
@@ -32,7 +32,7 @@ def factors(run: Path, site: str) -> Factors | None:
         return None
     try:
         partner = factorization(run)["tied"].get(site)
-        V, U = _stored(tensors, partner or site)
+        V, U = _read_factors(tensors, partner or site)
     except (ValueError, OSError) as error:
         if isinstance(error, BadInput):
             raise
@@ -42,20 +42,23 @@ def factors(run: Path, site: str) -> Factors | None:
     return Factors(U.T, V.T) if partner else Factors(V, U)
 
 
-def _stored(path: Path, site: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_factors(path: Path, site: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read V and U as the file holds them."""
     from safetensors import SafetensorError, safe_open
 
-    names = f"components.{site}.V", f"components.{site}.U"
+    V = f"components.{site}.V"
+    U = f"components.{site}.U"
     try:
         with safe_open(path, framework="numpy") as file:
-            stored = set(file.keys())
-            if not stored.issuperset(names):
-                sites = {
-                    name.removeprefix("components.")[:-2]
-                    for name in stored
-                    if name.endswith((".V", ".U"))
-                }
-                raise BadInput(f"site '{site}' is not in {path}; {nearest(site, sites)}")
-            return file.get_tensor(names[0]), file.get_tensor(names[1])
+            names = set(file.keys())
+            if not names.issuperset({V, U}):
+                raise BadInput(f"site '{site}' is not in {path}; {nearest(site, _sites(names))}")
+            return file.get_tensor(V), file.get_tensor(U)
     except SafetensorError as error:
         raise ValueError(error) from error
+
+
+def _sites(names: set[str]) -> set[str]:
+    """Return the sites whose factors are among these tensors."""
+    factors = (name for name in names if name.endswith((".V", ".U")))
+    return {name.removeprefix("components.")[:-2] for name in factors}

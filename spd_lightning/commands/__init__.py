@@ -1,1 +1,1 @@
-"""The verbs of the command line, a module each; `cli` calls their `main`."""
+"""The verbs of the command line, one module each; `cli` calls their `main`."""

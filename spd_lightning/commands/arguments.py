@@ -13,7 +13,13 @@ from spd_lightning.errors import BadInput
 
 @dataclass
 class RunArguments:
-    """The arguments of a verb that takes configs: fit, plan, predict, validate."""
+    """The arguments of a verb that takes configs: fit, plan, predict or validate.
+
+    Attributes:
+        names: the configs, in the order in which they are merged.
+        run: the run's name; None if omitted.
+        overrides: the remaining words, which LightningCLI reads.
+    """
 
     names: list[str] = field(default_factory=list)
     run: str | None = None
@@ -21,54 +27,64 @@ class RunArguments:
 
     @classmethod
     def parse(cls, verb: str, argv: Sequence[str]) -> "RunArguments":
-        """Read --config and --run; all else is for LightningCLI.
+        """Read --config and --run, and keep all other words for LightningCLI.
 
         Raises:
-            BadInput: there is no --config, or an option has no value.
+            BadInput: --config is missing, or an option has no value.
         """
-        found, rest = options.read_some(verb, argv)
-        if not found.config:
+        given, rest = options.read_some(verb, argv)
+        if not given.config:
             raise BadInput(
                 f"{verb}: --config is missing; for example: --config tms.yaml ('list' shows the "
                 "configs)"
             )
-        return cls(found.config, found.run, rest)
+        return cls(given.config, given.run, rest)
 
     @property
     def prints_only(self) -> bool:
-        """Whether the merged settings are to be printed, and nothing else."""
+        """Return whether to print the merged settings and do nothing else."""
         return any(word.startswith("--print_config") for word in self.overrides)
 
     @property
     def name(self) -> str:
-        """The run's name: as asked for, or the first config's."""
-        return runs.check_name(
-            Path(self.names[0]).name.removesuffix(".yaml") if self.run is None else self.run
-        )
+        """Return the run's name: the one given, or the name of the first config."""
+        if self.run is not None:
+            return runs.check_name(self.run)
+        return runs.check_name(Path(self.names[0]).name.removesuffix(".yaml"))
 
     def finished_run(self) -> runs.Run:
-        """Return the run that is asked for by name, or the newest that finished.
+        """Return the run given by name, or the newest finished run of the first config.
 
         Raises:
-            BadInput: there is no such run, or none that finished.
+            BadInput: there is no such run, or none of them has finished.
         """
-        return runs.newest(self.name) if self.run is None else runs.find(self.run)
+        if self.run is not None:
+            return runs.find(self.run)
+        return runs.newest(self.name)
 
     @property
     def config(self) -> dict[str, Any]:
-        """All configs, merged; what several laid over the first say of callbacks, harvesters above
-        all, adds up.
+        """Return all configs, merged.
+
+        Later configs win, with one exception. The callbacks (above all harvesters) of the second
+        and later configs are joined, and together replace those of the first.
         """
         merged = configs.load(self.names[0])
-        laid = []
+        callbacks = list[Any]()
         for name in self.names[1:]:
-            over = configs.load(name)
-            merged = configs.merge(merged, over)
-            laid += [each for each in _callbacks(over) if each not in laid]
-        return configs.merge(merged, {"trainer": {"callbacks": laid}}) if laid else merged
+            later = configs.load(name)
+            merged = configs.merge(merged, later)
+            new = [callback for callback in _callbacks(later) if callback not in callbacks]
+            callbacks += new
+        if not callbacks:
+            return merged
+        return configs.merge(merged, {"trainer": {"callbacks": callbacks}})
 
 
 def _callbacks(config: dict[str, Any]) -> list[Any]:
+    """Return the callbacks of a config's trainer, or an empty list."""
     trainer = config.get("trainer")
-    found = trainer.get("callbacks") if isinstance(trainer, dict) else None
-    return found if isinstance(found, list) else []
+    if not isinstance(trainer, dict):
+        return []
+    callbacks = trainer.get("callbacks")
+    return callbacks if isinstance(callbacks, list) else []

@@ -12,69 +12,78 @@ GROUPS = (
     "language models, offline",
     "language models, from the network",
     "targets, trained by the decompositions that name them",
-    "shared parts, and overrides to add to others",
+    "shared parts, and overrides to add to other configs",
 )
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the configs there are, grouped by purpose, each with the first line of its header."""
+    """Print the shipped configs by purpose, each with the first line of its header."""
     options.read("list", argv)
     print(listing())
 
 
 def listing() -> str:
-    """All shipped configs, a line each, in groups."""
-    held: dict[str, list[str]] = {group: [] for group in GROUPS}
-    for name, config, first in shipped():
-        held[group_of(config)].append(f"  {name:<36} {first}")
-    return "\n\n".join("\n".join([group, *lines]) for group, lines in held.items() if lines)
+    """Return all shipped configs in groups, one line each."""
+    lines: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name, config, first_line in shipped():
+        group = group_of(config)
+        lines[group].append(f"  {name:<36} {first_line}")
+    blocks = []
+    for group, members in lines.items():
+        if members:
+            blocks.append("\n".join([group, *members]))
+    return "\n\n".join(blocks)
 
 
 def shipped() -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every shipped config: its name, its content with all it builds on, and the first line of its
-    header.
-    """
+    """Yield every shipped config: its name, its merged content, the first line of its header."""
     for path in sorted(configs.SHIPPED.rglob("*.yaml")):
-        first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-        yield str(path.relative_to(configs.SHIPPED)), configs.load(str(path)), first
+        text = path.read_text(encoding="utf-8")
+        first_line = text.partition("\n")[0].removeprefix("# ")
+        name = str(path.relative_to(configs.SHIPPED))
+        yield name, configs.load(str(path)), first_line
 
 
 def group_of(config: Mapping[str, Any]) -> str:
-    """Return the purpose of a config, judged by its content."""
+    """Return the group of a config, judged by its content."""
+    toys, offline, online, targets, parts = GROUPS
     model = _part(config, "model")
-    data = _part(config, "data")
-    given = _part(model, "init_args")
-    if str(model.get("class_path")).endswith("TargetTraining") and _part(given, "target").get(
-        "class_path"
-    ):
-        return GROUPS[3]
-    if not model.get("class_path") or not given.get("sites"):
-        return GROUPS[4]
-    if not str(data.get("class_path")).endswith(".Text"):
-        return GROUPS[0]
-    return GROUPS[2] if needs_network(config) else GROUPS[1]
+    settings = _part(model, "init_args")
+    model_class = str(model.get("class_path"))
+    target_class = _part(settings, "target").get("class_path")
+    if model_class.endswith("TargetTraining") and target_class:
+        return targets
+    if not model.get("class_path") or not settings.get("sites"):
+        return parts
+    data_class = str(_part(config, "data").get("class_path"))
+    if not data_class.endswith(".Text"):
+        return toys
+    return online if needs_network(config) else offline
 
 
 def needs_network(config: Mapping[str, Any]) -> bool:
-    """Whether its data, its tokenizer or its target come from the hub, where they are not on this
-    machine already.
-    """
+    """Return whether the data, tokenizer or target come from a hub and are not on this machine."""
     target = _part(_part(config, "model"), "init_args").get("target")
     data = _part(_part(config, "data"), "init_args")
-    named = [target] if str(target).startswith(("hf:", "decoder:")) else []
-    named += [
-        data[key]
-        for key in ("corpus", "tokenizer")
-        if data.get(key) and (key, data[key]) not in _LOCAL
-    ]
-    return any(
-        not Path(str(name).partition(":")[2] or str(name)).expanduser().exists() for name in named
-    )
+    references = list[Any]()
+    if str(target).startswith(("hf:", "decoder:")):
+        references.append(target)
+    for key in ("corpus", "tokenizer"):
+        if data.get(key) and (key, data[key]) not in _LOCAL:
+            references.append(data[key])
+    return not all(_is_local(str(reference)) for reference in references)
+
+
+def _is_local(reference: str) -> bool:
+    """Return whether a reference, such as `hf:FOLDER`, names something on this machine."""
+    path = reference.partition(":")[2] or reference
+    return Path(path).expanduser().exists()
 
 
 _LOCAL = {("corpus", "stories"), ("corpus", "stdlib")}
 
 
 def _part(config: Any, key: str) -> Mapping[str, Any]:
+    """Return a mapping inside a config, or an empty one."""
     value = config.get(key) if isinstance(config, Mapping) else None
     return value if isinstance(value, Mapping) else {}

@@ -1,7 +1,8 @@
-"""edges: what drives a component over a corpus, and what it drives, as a table or as JSON."""
+"""edges: the strongest sources and targets of a component over a corpus, as a table or as JSON."""
 
+import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -15,70 +16,100 @@ from spd_lightning.store import Store
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the strongest sources and targets of one component over the corpus that a run's
-    harvest summed.
-    """
-    asked = options.read("edges", argv)
-    layer, component = _component(asked.component)
-    store = _store(asked.run, asked.harvest)
-    sides: list[Side] = [side for side in ("sources", "targets") if getattr(asked, side)] or [
-        "sources",
-        "targets",
-    ]
-    found = {
-        side: strongest(
-            store, layer, component, side, asked.scale, asked.metric, asked.top_k, asked.min_edges
+    """Print the strongest sources and targets of one component over the corpus of a harvest."""
+    arguments = options.read("edges", argv)
+    layer, component = _component(arguments.component)
+    store = _store(arguments.run, arguments.harvest)
+    tables = {}
+    for side in _sides(arguments):
+        frame = strongest(
+            store,
+            layer,
+            component,
+            side,
+            arguments.scale,
+            arguments.metric,
+            arguments.top_k,
+            arguments.min_edges,
         )
-        for side in sides
-    }
-    names = {side: named(store, frame) for side, frame in found.items()}
-    if asked.json:
-        print(
-            json.dumps({side: _rows(names[side], frame) for side, frame in found.items()}, indent=1)
-        )
+        tables[side] = _rows(named(store, frame), frame)
+    if arguments.json:
+        print(json.dumps(tables, indent=1))
         return
-    corpus = f"{store.manifest['prompts']} prompts, {store.manifest['mode']}, {asked.scale}"
-    print(f"{layer}:{component} over {corpus}; pairs with at least {asked.min_edges} edges")
-    width = max(map(len, [*names.get("sources", []), *names.get("targets", []), "sources"])) + 2
-    interval = f"95 % of {'activation' if asked.metric == 'activation' else '|activation|'}"
-    for side, frame in found.items():
-        print(
-            f"\n{side:<{width + 2}} {'edges':>10} {'to activation':>14} {'to |activation|':>16} "
-            f"{interval:>24}"
-        )
-        for row in _rows(names[side], frame):
-            values = f"{row['edges']:>10,} {row['to_activation']:>+14.4g} {row['to_size']:>+16.4g}"
-            ends = "–" if row["low"] is None else f"{row['low']:+.4g} to {row['high']:+.4g}"
-            print(f"  {row['name']:<{width}} {values} {ends:>24}")
+    corpus = f"{store.manifest['prompts']} prompts, {store.manifest['mode']}, {arguments.scale}"
+    pairs = f"pairs with at least {arguments.min_edges} edges"
+    print(f"{layer}:{component} over {corpus}; {pairs}")
+    for line in _lines(tables, arguments.metric):
+        print(line)
+
+
+def _sides(arguments: argparse.Namespace) -> list[Side]:
+    """Return the sides to print: those that an option names, or both."""
+    both: list[Side] = ["sources", "targets"]
+    return [side for side in both if getattr(arguments, side)] or both
 
 
 def _rows(names: list[str], frame: pl.DataFrame) -> list[dict[str, Any]]:
-    return [
-        {"name": name, **row} for name, row in zip(names, frame.iter_rows(named=True), strict=True)
-    ]
+    """Return the rows of a table of edges, each with the name of its component or token."""
+    rows = zip(names, frame.iter_rows(named=True), strict=True)
+    return [{"name": name, **row} for name, row in rows]
+
+
+def _lines(tables: Mapping[Side, list[dict[str, Any]]], metric: str) -> Iterator[str]:
+    """Yield the lines of the tables of both sides."""
+    names = [row["name"] for rows in tables.values() for row in rows]
+    width = 2 + max(map(len, [*names, "sources"]))
+    quantity = "activation" if metric == "activation" else "|activation|"
+    interval = f"95 % of {quantity}"
+    heads = f"{'edges':>10} {'to activation':>14} {'to |activation|':>16} {interval:>24}"
+    for side, rows in tables.items():
+        yield ""
+        yield f"{side:<{width + 2}} {heads}"
+        for row in rows:
+            yield _line(row, width)
+
+
+def _line(row: Mapping[str, Any], width: int) -> str:
+    """Return the line of one pair; a pair without an interval gets a dash."""
+    interval = "–"
+    if row["low"] is not None:
+        interval = f"{row['low']:+.4g} to {row['high']:+.4g}"
+    cells = (
+        f"  {row['name']:<{width}}",
+        f"{row['edges']:>10,}",
+        f"{row['to_activation']:>+14.4g}",
+        f"{row['to_size']:>+16.4g}",
+        f"{interval:>24}",
+    )
+    return " ".join(cells)
 
 
 def _component(name: str) -> tuple[str, int]:
-    """A component's layer and number."""
+    """Return a component's layer and number."""
     layer, _, number = name.rpartition(":")
-    if not layer or not (number.isascii() and number.isdecimal()) or len(number) > 2 * DIGITS:
-        raise BadInput(f"component '{name[:80]}': write layer:number; for example h.0.mlp.c_fc:5")
+    is_number = number.isascii() and number.isdecimal()
+    too_long = len(number) > 2 * DIGITS
+    if not layer or not is_number or too_long:
+        shown = name[:80]
+        raise BadInput(f"component '{shown}': write layer:number; for example h.0.mlp.c_fc:5")
     return layer, int(number)
 
 
-def _store(run: str, harvest: str | None) -> Store:
-    """The run's harvest of sums: the one of this name, or the latest."""
-    found = runs.find(run)
-    held = {path.name: path for path in corpus_harvests(found.harvests)}
-    if not held:
-        family = found.record.get("family", found.name)
+def _store(reference: str, harvest: str | None) -> Store:
+    """Return a run's harvest of sums: the one of the given name, or the latest."""
+    run = runs.find(reference)
+    harvests = {path.name: path for path in corpus_harvests(run.harvests)}
+    if not harvests:
+        family = run.record.get("family", run.name)
         command = f"predict --config {family}.yaml --config dataset_edges.yaml"
-        raise BadInput(f"run '{found.name}': no harvest of sums over a corpus; make one: {command}")
-    if harvest is not None and harvest not in held:
+        raise BadInput(f"run '{run.name}': no harvest of sums over a corpus; make one: {command}")
+    if harvest is None:
+        path = next(iter(harvests.values()))
+    elif harvest in harvests:
+        path = harvests[harvest]
+    else:
         raise BadInput(
-            f"harvest '{harvest}': run '{found.name}' has no sums of this name; "
-            f"{nearest(harvest, held)}"
+            f"harvest '{harvest}': not a harvest of sums in run '{run.name}'; "
+            f"{nearest(harvest, harvests)}"
         )
-    return Store(held[harvest] if harvest else next(iter(held.values()))).require(
-        "mode", "token_layers"
-    )
+    return Store(path).require("mode", "token_layers")

@@ -1,6 +1,4 @@
-"""export: the graph of one prompt as a file for other tools, whole or without what hardly
-matters.
-"""
+"""export: the graph of one prompt as a file for other tools, whole or pruned."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,72 +18,86 @@ WRITERS = {".json": write_circuit_tracer, ".graphml": write_graphml}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Writes the graph of one prompt of a run: for circuit-tracer (.json), or as GraphML."""
-    asked = options.read("export", argv)
-    path = Path(asked.to)
+    """Write the graph of one prompt of a run: for circuit-tracer (.json), or as GraphML."""
+    arguments = options.read("export", argv)
+    path = Path(arguments.to)
     if path.suffix not in WRITERS:
-        raise BadInput(
-            f"--to '{asked.to}': not a kind of file that is written; end it in "
-            f"{' or '.join(WRITERS)}"
-        )
+        endings = " or ".join(WRITERS)
+        raise BadInput(f"--to '{arguments.to}': unknown file type; end it in {endings}")
     if not path.parent.is_dir():
-        raise BadInput(f"--to '{asked.to}': there is no folder '{path.parent}'; make it first")
-    store = harvest(asked.run, asked.harvest)
-    prompt = find_prompt(store, asked.prompt)
-    whole = whole_graph(store, prompt)
-    attributions = whole.edges["attribution"]
+        raise BadInput(
+            f"--to '{arguments.to}': folder '{path.parent}' does not exist; create it first"
+        )
+    store = harvest(arguments.run, arguments.harvest)
+    prompt = find_prompt(store, arguments.prompt)
+    graph = whole_graph(store, prompt)
+    attributions = graph.edges["attribution"]
     if len(attributions) and not attributions.is_finite().any():
         raise BadInput(
             f"harvest '{store.path}': no attribution of this prompt is finite; fit and harvest "
             "again"
         )
-    outputs = None if asked.position is None else outputs_at(whole, asked.position)
-    kept = _kept(whole, asked, outputs)
-    made = Export(store, prompt, whole, kept, outputs)
-    WRITERS[path.suffix](made, path)
-    print(f"{made.label[:100]}\n{_facts(whole, kept, outputs)}")
-    view = f"circuit-tracer start-server --graph_file_dir {path.parent}"
-    print(f"graph: {path}" + (f"    see it: {view}" if path.suffix == ".json" else ""))
+    outputs = None
+    if arguments.position is not None:
+        outputs = outputs_at(graph, arguments.position)
+    smaller = _prune(graph, arguments, outputs)
+    export = Export(store, prompt, graph, smaller, outputs)
+    WRITERS[path.suffix](export, path)
+    print(export.label[:100])
+    print(_facts(graph, smaller, outputs))
+    if path.suffix == ".json":
+        view = f"circuit-tracer start-server --graph_file_dir {path.parent}"
+        print(f"graph: {path}    view it: {view}")
+    else:
+        print(f"graph: {path}")
 
 
-def harvest(run: str, name: str | None) -> Store:
-    """Return a run's harvest of graphs: the one of this name, or the one that the viewer shows
-    first.
+def harvest(reference: str, name: str | None) -> Store:
+    """Return a run's harvest of graphs: the one named, or the one that the viewer shows first.
 
     Raises:
         BadInput: the run has no such harvest, or it cannot be read.
     """
-    found = runs.find(run)
-    held = {path.name: path for path in found.harvests}
-    if name is not None and name not in held:
-        raise BadInput(f"harvest '{name}': not in run '{found.name}'; {nearest(name, held)}")
-    for one in harvest_names(found) if name is None else [name]:
-        store = Store(held[one]).require("run", "harvest", "kind", "mode", "C")
+    run = runs.find(reference)
+    paths = {path.name: path for path in run.harvests}
+    if name is not None and name not in paths:
+        raise BadInput(f"harvest '{name}': not in run '{run.name}'; {nearest(name, paths)}")
+    candidates = harvest_names(run) if name is None else [name]
+    for candidate in candidates:
+        store = Store(paths[candidate]).require("run", "harvest", "kind", "mode", "C")
         if store.manifest["rows"]["edges"]:
             return store
-    named = f"harvest '{name}' of run '{found.name}'" if name else f"run '{found.name}'"
+    place = f"run '{run.name}'"
+    if name:
+        place = f"harvest '{name}' of {place}"
     raise BadInput(
-        f"{named}: it has no graphs; harvest them: predict with spd_lightning.PromptGraphs"
+        f"{place}: it has no graphs; harvest them: predict with spd_lightning.PromptGraphs"
     )
 
 
-def _kept(whole: Graph, asked: argparse.Namespace, outputs: list[int] | None) -> Graph:
-    """Prune a graph as the options say."""
-    if asked.budget is None:
-        nodes = 0.8 if asked.nodes is None else asked.nodes
-        edges = 0.98 if asked.edges is None else asked.edges
-        return pruned(whole, nodes, edges, outputs)
-    if asked.nodes is not None:
-        raise BadInput(
-            "export: --nodes and --budget are two ways to choose nodes; leave one of them out"
-        )
-    return expanded(whole, asked.budget, 1.0 if asked.edges is None else asked.edges, outputs)
+def _prune(graph: Graph, arguments: argparse.Namespace, outputs: list[int] | None) -> Graph:
+    """Prune a graph by the shares, or to the number of nodes, that the options give."""
+    nodes = arguments.nodes
+    edges = arguments.edges
+    if arguments.budget is None:
+        nodes = 0.8 if nodes is None else nodes
+        edges = 0.98 if edges is None else edges
+        return pruned(graph, nodes, edges, outputs)
+    if nodes is not None:
+        raise BadInput("export: --nodes and --budget both choose nodes; use only one of them")
+    edges = 1.0 if edges is None else edges
+    return expanded(graph, arguments.budget, edges, outputs)
 
 
-def _facts(whole: Graph, kept: Graph, outputs: list[int] | None) -> str:
-    nodes = f"{len(kept.nodes):,} of {len(whole.nodes):,} nodes"
-    edges = f"{len(kept.edges):,} of {len(whole.edges):,} edges"
-    found = scores(whole, outputs)
-    said = {"replacement": found.replacement, "completeness": found.completeness}
-    shares = [f"{name} {value:.3f}" for name, value in said.items() if value is not None]
-    return ", ".join([nodes, edges, *shares])
+def _facts(graph: Graph, smaller: Graph, outputs: list[int] | None) -> str:
+    """Return a line with the size of the pruned graph, and its scores where they are defined."""
+    facts = [
+        f"{len(smaller.nodes):,} of {len(graph.nodes):,} nodes",
+        f"{len(smaller.edges):,} of {len(graph.edges):,} edges",
+    ]
+    shares = scores(graph, outputs)
+    if shares.replacement is not None:
+        facts.append(f"replacement {shares.replacement:.3f}")
+    if shares.completeness is not None:
+        facts.append(f"completeness {shares.completeness:.3f}")
+    return ", ".join(facts)

@@ -1,4 +1,4 @@
-"""fit: trains the target if need be, decomposes it, and leaves a run."""
+"""fit: train the target if necessary, decompose it, and write a run."""
 
 import logging
 import time
@@ -20,9 +20,7 @@ log = logging.getLogger("spd_lightning")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train a target, or decompose one, and leave a run: its summary, its figures, and a copy in
-    the tracker.
-    """
+    """Train or decompose a target, and write a run with its summary, figures and tracker copy."""
     request = RunArguments.parse("fit", argv)
     config = request.config
     with loading.trainer():
@@ -37,7 +35,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _trains_target(config: dict[str, Any]) -> bool:
     model = config.get("model")
-    return isinstance(model, dict) and str(model.get("class_path")).endswith("TargetTraining")
+    if not isinstance(model, dict):
+        return False
+    return str(model.get("class_path")).endswith("TargetTraining")
 
 
 def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
@@ -61,8 +61,8 @@ def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
         with runs.write_whole(lock.path / "config.yaml") as temporary:
             temporary.write_text(configs.dump(settings), encoding="utf-8")
         _train_missing_target(settings["model"])
-        extra = [Checkpoints(lock.path), Figures(lock.path)]
-        return Plan(lock.path, lock.run.name, callbacks=extra, tracked=True)
+        callbacks = [Checkpoints(lock.path), Figures(lock.path)]
+        return Plan(lock.path, lock.run.name, callbacks=callbacks, tracked=True)
 
     try:
         session = Session(config, request.overrides, plan)
@@ -71,17 +71,15 @@ def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
             if session.trainer.is_global_zero:
                 _finish(session, started)
         if session.trainer.is_global_zero:
-            print(
-                f"run: {session.plan.folder}    next: python -m spd_lightning predict --config "
-                f"{request.names[0]}"
-            )
+            command = f"python -m spd_lightning predict --config {request.names[0]}"
+            print(f"run: {session.plan.folder}    next: {command}")
     finally:
         for lock in locks:
             lock.release_and_discard()
 
 
 def _train_missing_target(model: dict[str, Any]) -> None:
-    """Train the target that a decomposition names, unless that has been done."""
+    """Train the target that a decomposition names, unless it has been trained already."""
     from spd_lightning.training.open_target import is_trained_here
     from spd_lightning.training.pretraining import train_target
 
@@ -94,12 +92,10 @@ def _train_missing_target(model: dict[str, Any]) -> None:
 
 
 def _complete_copy(run: runs.Run, settings: "Settings") -> None:
-    """Send a finished run to the trackers that did not get all of it, in place of making it
-    again.
-    """
+    """Send a finished run to the trackers that lack a part of it, instead of fitting it again."""
     from spd_lightning.training.tracking import send
 
-    log.info("run %s: it is finished; sending what a tracker is still missing", run.name)
+    log.info("run %s: already finished; sending the parts that a tracker lacks", run.name)
     try:
         send(settings.trackers, run.path, settings.settings)
     except BadInput as error:
@@ -110,32 +106,42 @@ def _complete_copy(run: runs.Run, settings: "Settings") -> None:
 
 
 def _train_or_note(session: "Session", started: float) -> None:
-    """Trains; where that diverges the summary says so, and the last finite checkpoint stays."""
+    """Train; if training diverges, note it in the summary and keep the last finite checkpoint."""
     try:
         _train(session)
     except Diverged as error:
         _note(session, error, started)
-        kept = "its last finite checkpoint is kept"
-        raise BadInput(f"run '{session.plan.name}': training {error}; {kept}") from error
+        raise BadInput(
+            f"run '{session.plan.name}': training {error}; its last finite checkpoint is kept"
+        ) from error
 
 
 def _train(session: "Session") -> None:
     from spd_lightning.training.checkpoint import resumable
 
-    trainer, folder = session.trainer, session.plan.folder
+    trainer = session.trainer
     session.copies.begin(session.settings)
-    trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=resumable(folder))
-    trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
-    session.model.adopt(
-        trainer.callback_metrics
-    )  # forked devices evaluate in processes of their own
+    checkpoint = resumable(session.plan.folder)
+    trainer.fit(
+        session.model,
+        datamodule=session.datamodule,
+        ckpt_path=checkpoint,
+    )
+    trainer.validate(
+        session.model,
+        datamodule=session.datamodule,
+        verbose=False,
+    )
+    # Forked devices evaluate in their own processes, so this one takes over their metrics.
+    session.model.adopt(trainer.callback_metrics)
 
 
 def _finish(session: "Session", started: float) -> None:
-    """Writes what the training came to, the summary last, and sends copies to the trackers."""
+    """Write the results of the training, the summary last, and send copies to the trackers."""
     from spd_lightning.training.tracking import publish
 
-    folder, module = session.plan.folder, session.model
+    folder = session.plan.folder
+    module = session.model
     module.save(folder)
     summary = _summary(session, time.perf_counter() - started)
     if module.warning:
@@ -148,34 +154,34 @@ def _finish(session: "Session", started: float) -> None:
 
 
 def _summary(session: "Session", seconds: float) -> dict[str, float | str]:
-    """The flat map that a run is judged by: figures, seconds, steps, seed, versions."""
+    """Return the summary of a run: figures, verdict, seconds, steps, seed and versions."""
     module: Decomposition = session.model  # pyright: ignore[reportAssignmentType]
-    return {
-        **module.figures,
-        "verdict": _verdict(module),
-        **_facts(session, seconds, session.trainer.max_steps),
-    }
+    facts = _facts(session, seconds, session.trainer.max_steps)
+    return {**module.figures, "verdict": _verdict(module), **facts}
 
 
 def _facts(session: "Session", seconds: float, steps: int) -> dict[str, float | str]:
+    """Return the parts of a summary that do not depend on how well the training went."""
     module: Decomposition = session.model  # pyright: ignore[reportAssignmentType]
-    trained = (module.target_spec or {}).get("seconds", 0.0)
+    target_seconds = (module.target_spec or {}).get("seconds", 0.0)
+    packages = ("spd_lightning", "torch", "lightning")
     return {
-        "seconds/target": round(trained, 2),
+        "seconds/target": round(target_seconds, 2),
         "seconds/fit": round(seconds, 2),
         "steps": steps,
         "seed": module.seed,
-        **{f"version/{name}": version(name) for name in ("spd_lightning", "torch", "lightning")},
+        **{f"version/{name}": version(name) for name in packages},
     }
 
 
 def _note(session: "Session", error: Diverged, started: float) -> None:
-    """Writes the summary of a training that diverged: what happened, when, and no figures."""
-    if session.trainer.is_global_zero:
-        facts = _facts(session, time.perf_counter() - started, session.trainer.global_step)
-        runs.write_json(
-            session.plan.folder / "summary.json", {"verdict": f"diverged: {error.reason}", **facts}
-        )
+    """Write the summary of a diverged training: its reason and step, and no figures."""
+    if not session.trainer.is_global_zero:
+        return
+    seconds = time.perf_counter() - started
+    facts = _facts(session, seconds, session.trainer.global_step)
+    summary = {"verdict": f"diverged: {error.reason}", **facts}
+    runs.write_json(session.plan.folder / "summary.json", summary)
 
 
 def _verdict(module: "Decomposition") -> str:

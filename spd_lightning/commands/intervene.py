@@ -1,13 +1,12 @@
-"""intervene: edits components of a finished run on a prompt, or on many, and prints predictions
-next to the target's.
+"""intervene: edit components of a finished run, and print predictions next to the target's.
 
-1. The words and the file of interventions are read, and checked against the run's files: all
-   offenders at once.
-2. The model is loaded, once; prompts become tokens, and are checked again, all of them.
-3. Each intervention runs by itself.
+1. Read the options and the file of interventions, and check them against the run's files. All wrong
+   rows are reported together.
+2. Load the model once. Turn the prompts into tokens, and check all of them again.
+3. Run each intervention.
 """
 
-from __future__ import annotations  # outcomes are of a module that loads torch
+from __future__ import annotations  # some types are of modules that load torch
 
 import argparse
 import json
@@ -32,24 +31,26 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run prompts through a run's model with and without edits; print a line a position, a table,
-    or JSON.
-    """
-    asked = options.read("intervene", argv)
-    rows = rows_of(asked)
-    found = runs.find(asked.run)
-    of = kind(found)
-    each(rows, lambda number: _check(rows[number], of))
+    """Run prompts through a run's model with and without edits, and print both predictions."""
+    arguments = options.read("intervene", argv)
+    rows = rows_of(arguments)
+    run = runs.find(arguments.run)
+    run_kind = kind(run)
+
+    def check(number: int) -> None:
+        _check(rows[number], run_kind)
+
+    each(rows, check)
     with loading.trainer():
-        _run(asked, rows, found.path)
+        _run(arguments, rows, run.path)
 
 
-def _run(asked: argparse.Namespace, rows: Sequence[Row], folder: Path) -> None:
+def _run(arguments: argparse.Namespace, rows: Sequence[Row], folder: Path) -> None:
     from spd_lightning.training.decompose import Decomposition
 
     module = Decomposition.from_pretrained(folder)
     data = _data(folder)
-    prompts = each(rows, lambda number: _inputs(rows[number], asked.run, module, data))
+    prompts = each(rows, lambda number: _inputs(rows[number], arguments.run, module, data))
 
     def answer(number: int) -> dict[str, Any]:
         row = rows[number]
@@ -60,223 +61,277 @@ def _run(asked: argparse.Namespace, rows: Sequence[Row], folder: Path) -> None:
         facts = {
             "run": folder.resolve().name,
             "base": row.base,
-            **told(outcome, prompt, data, asked.top),
+            **describe(outcome, prompt, data, arguments.top),
         }
-        return {"line": row.line, "name": row.name, **facts} if row.line else facts
+        if row.line:
+            facts = {"line": row.line, "name": row.name, **facts}
+        return facts
 
     answers = each(rows, answer)
-    if asked.file is None:
-        facts = answers[0]
-        print(
-            json.dumps(facts, indent=1, ensure_ascii=False)
-            if asked.json
-            else "\n".join(lines(facts))
-        )
-    elif asked.json:
-        print("\n".join(json.dumps(facts, ensure_ascii=False) for facts in answers))
+    if arguments.file is not None and arguments.json:
+        lines = [json.dumps(facts, ensure_ascii=False) for facts in answers]
+    elif arguments.file is not None:
+        lines = table_of_rows(answers)
+    elif arguments.json:
+        lines = [json.dumps(answers[0], indent=1, ensure_ascii=False)]
     else:
-        print("\n".join(table(answers)))
+        lines = table(answers[0])
+    print("\n".join(lines))
 
 
-# ---- what is checked -----------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
-def _check(row: Row, of: Kind) -> None:
-    """Check a row against what is known of its run without loading it.
+def _check(row: Row, run_kind: Kind) -> None:
+    """Check a row against everything that is known about its run without loading the model.
 
     Raises:
         BadInput: the run takes no texts, or has no such site or component.
     """
-    if row.text is not None and not of.takes_text:
-        raise BadInput(
-            f"--text: run '{of.name}' takes no texts; give --input, numbers with commas between"
-        )
-    if of.counts:
+    if row.text is not None and not run_kind.takes_text:
+        raise _no_texts(run_kind.name)
+    if run_kind.counts:
         for name in row.components:
-            place(of.counts, name)
+            place(run_kind.counts, name)
+
+
+def _no_texts(run: str) -> BadInput:
+    return BadInput(
+        f"--text: run '{run}' takes no texts; give --input, with numbers separated by commas"
+    )
 
 
 def _inputs(row: Row, run: str, module: Decomposition, data: StepData) -> Tensor:
-    """Return the prompt [1, features] or [1, pos]."""
+    """Return the prompt, as features or as token ids, in a batch of one."""
     import torch
 
-    vocab, context = (getattr(module.network, name, None) for name in ("vocab", "context"))
+    vocab = getattr(module.network, "vocab", None)
+    context = getattr(module.network, "context", None)
     if row.text is not None:
         encode = getattr(data, "encode", None)
         if encode is None or vocab is None:
-            raise BadInput(
-                f"--text: run '{run}' takes no texts; give --input, numbers with commas between"
-            )
+            raise _no_texts(run)
         numbers = encode(row.text)
     else:
         numbers = _numbers(row.input, whole=vocab is not None)
     if not numbers:
         raise BadInput("prompt: it is empty; give at least one token")
     if vocab is not None:
-        if outside := [token for token in numbers if not 0 <= token < vocab]:
-            raise BadInput(
-                f"prompt: token {outside[0]} is outside the target's vocabulary, which ends at "
-                f"{vocab - 1}"
-            )
-        if context is not None and len(numbers) > context:
-            raise BadInput(
-                f"prompt: it has {len(numbers)} tokens, and the target's context holds {context}; "
-                "shorten it"
-            )
+        _check_tokens(numbers, vocab, context)
+    positions = 1 if vocab is None else len(numbers)
     for name in row.components:
-        within(place(module.model.counts, name), 1 if vocab is None else len(numbers))
-    prompt = torch.tensor([numbers])
+        within(place(module.model.counts, name), positions)
+    prompt = torch.tensor([numbers])  # [1, features] or [1, pos]
     module.try_on(prompt)
     return prompt
 
 
-LARGEST = 3e38
-"""The largest number that single precision holds, rounded down."""
-
-
-def _numbers(given: Any, whole: bool) -> list[Any]:
-    """Return the numbers of a prompt that is given as a list or as words."""
-    words = (
-        given.replace(",", " ").split()
-        if isinstance(given, str)
-        else [str(number) for number in given]
-    )
-    shown = given if isinstance(given, str) else ",".join(words)
-    try:
-        found = [(int if whole else float)(word) for word in words]
-    except ValueError as error:
-        kind = "token ids" if whole else "numbers"
+def _check_tokens(tokens: Sequence[int], vocab: int, context: int | None) -> None:
+    """Raise BadInput if a token is not in the vocabulary, or the prompt exceeds the context."""
+    outside = [token for token in tokens if not 0 <= token < vocab]
+    if outside:
         raise BadInput(
-            f"--input '{shown}': this run takes {kind}; for example: --input 0,1,0"
+            f"prompt: token {outside[0]} is outside the target's vocabulary, which ends at "
+            f"{vocab - 1}"
+        )
+    if context is not None and len(tokens) > context:
+        raise BadInput(
+            f"prompt: it has {len(tokens)} tokens, and the target's context holds {context}; "
+            "shorten it"
+        )
+
+
+LARGEST = 3e38
+"""The largest number of single precision, rounded down."""
+
+
+def _numbers(prompt: Any, whole: bool) -> list[Any]:
+    """Return the numbers of a prompt that is a list or text.
+
+    Args:
+        prompt: a list of numbers, or text with numbers separated by commas or blanks.
+        whole: whether the numbers are token ids.
+    """
+    if isinstance(prompt, str):
+        words = prompt.replace(",", " ").split()
+        shown = prompt
+    else:
+        words = [str(number) for number in prompt]
+        shown = ",".join(words)
+    number_type = int if whole else float
+    try:
+        numbers = [number_type(word) for word in words]
+    except ValueError as error:
+        expected = "token ids" if whole else "numbers"
+        raise BadInput(
+            f"--input '{shown}': this run takes {expected}; for example: --input 0,1,0"
         ) from error
-    if not all(abs(number) <= LARGEST for number in found):  # not so for NaN
+    if not all(abs(number) <= LARGEST for number in numbers):  # false for NaN, too
         raise BadInput(f"--input '{shown}': its numbers must be finite")
-    return found
+    return numbers
 
 
 def _data(folder: Path) -> StepData:
-    """Return the data of a run, of which nothing is made before it is needed."""
+    """Return the data module of a run; it prepares nothing before it is needed."""
     from spd_lightning.training.session import Settings
 
-    if not (folder / "config.yaml").exists():
+    path = folder / "config.yaml"
+    if not path.exists():
         raise BadInput(
-            f"run '{folder}': no config.yaml in it, which says how texts become tokens; name "
-            "another run"
+            f"run '{folder}': config.yaml, which describes the data, is missing; use another run"
         )
     runs.Run(folder).checked_config()
-    return Settings(configs.load(str((folder / "config.yaml").resolve()))).built("data")
+    return Settings(configs.load(str(path.resolve()))).built("data")
 
 
-# ---- what is answered ----------------------------------------------------------------------------
+# ---- predictions ---------------------------------------------------------------------------------
 
 
-def told(outcome: Intervened, inputs: Tensor, data: StepData, top: int) -> dict[str, Any]:
-    """Predictions of the target, the base and the edited model, and how far they lie apart, as JSON
-    values.
+def describe(outcome: Intervened, inputs: Tensor, data: StepData, top: int) -> dict[str, Any]:
+    """Return the outputs of the target, the base and the edited model as JSON values.
+
+    For logits, these are the `top` likeliest tokens at each position, and the divergence of each
+    model from the target.
     """
     sides = {name: side[0].detach().double() for name, side in outcome._asdict().items()}
     if inputs.is_floating_point():
-        columns = zip(*(side.flatten().tolist() for side in sides.values()), strict=True)
-        return {
-            "outputs": [
-                {"output": k, **dict(zip(sides, row, strict=True))} for k, row in enumerate(columns)
-            ]
-        }
+        return {"outputs": _outputs(sides)}
     tokens = inputs[0].tolist()
-    chances = {name: side.log_softmax(-1) for name, side in sides.items()}
-    kl = {
-        f"kl_{name}": divergence(chances["target"], chances[name]).tolist()
-        for name in ("base", "edited")
-    }
-    likely = {name: _likely(side, data, top) for name, side in chances.items()}
-    positions = [
-        {"pos": pos, "token": word, "token_id": token}
-        | {name: of[pos] for name, of in likely.items()}
-        | {name: of[pos] for name, of in kl.items()}
-        for pos, (word, token) in enumerate(zip(data.names(tokens), tokens, strict=True))
-    ]
+    log_probs = {name: logits.log_softmax(-1) for name, logits in sides.items()}  # [pos, vocab]
+    columns = {name: _likeliest(side, data, top) for name, side in log_probs.items()}
+    for name in ("base", "edited"):
+        kl = divergence(log_probs["target"], log_probs[name])  # [pos]
+        columns[f"kl_{name}"] = kl.tolist()
+    positions = []
+    for pos, (word, token) in enumerate(zip(data.names(tokens), tokens, strict=True)):
+        values = {name: column[pos] for name, column in columns.items()}
+        positions.append({"pos": pos, "token": word, "token_id": token, **values})
     return {"positions": positions}
 
 
+def _outputs(sides: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Return the value of every output in each model."""
+    columns = [side.flatten().tolist() for side in sides.values()]
+    outputs = []
+    for number, values in enumerate(zip(*columns, strict=True)):
+        named = dict(zip(sides, values, strict=True))
+        outputs.append({"output": number, **named})
+    return outputs
+
+
 def divergence(target: Tensor, other: Tensor) -> Tensor:
-    """KL(target ‖ other) [pos] of logarithms of probabilities [pos, vocab]."""
-    return (target.exp() * (target - other)).sum(-1)
+    """Return KL(target ‖ other) at every position, from log-probabilities [pos, vocab]."""
+    difference = target - other
+    return (target.exp() * difference).sum(-1)
 
 
-def _likely(chances: Tensor, data: StepData, top: int) -> list[list[dict[str, Any]]]:
-    """At every position, the likeliest tokens."""
-    best = chances.topk(min(top, chances.shape[-1]), dim=-1)
-    rows = zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
-    return [
-        [
-            {"token": word, "token_id": token, "probability": p}
-            for word, token, p in zip(data.names(ids), ids, chance, strict=True)
-        ]
-        for ids, chance in rows
-    ]
+def _likeliest(log_probs: Tensor, data: StepData, top: int) -> list[list[dict[str, Any]]]:
+    """Return the likeliest tokens at every position, from log-probabilities [pos, vocab]."""
+    best = log_probs.topk(min(top, log_probs.shape[-1]), dim=-1)
+    positions = []
+    for tokens, probabilities in zip(
+        best.indices.tolist(), best.values.exp().tolist(), strict=True
+    ):
+        named = zip(data.names(tokens), tokens, probabilities, strict=True)
+        positions.append(
+            [
+                {"token": word, "token_id": token, "probability": probability}
+                for word, token, probability in named
+            ]
+        )
+    return positions
 
 
-def lines(facts: dict[str, Any]) -> Iterator[str]:
-    """The answer as a table."""
-    sides = ["target", "edited"] if facts["base"] == "unmasked" else ["target", "base", "edited"]
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def table(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of a table of one intervention: one per output, or one per position."""
+    sides = ["target", "edited"]
+    if facts["base"] != "unmasked":
+        sides = ["target", "base", "edited"]
     if "outputs" in facts:
-        yield f"{'output':>6}" + "".join(f"{side:>12}" for side in sides)
-        for row in facts["outputs"]:
-            yield f"{row['output']:>6}" + "".join(f"{row[side]:>12.5f}" for side in sides)
-        return
-    rows = [[_shown(row, side) for side in sides] for row in facts["positions"]]
-    widths = [max(len(side), *(len(row[k]) for row in rows)) for k, side in enumerate(sides)]
-    head = "  ".join(f"{side:<{width}}" for side, width in zip(sides, widths, strict=True))
-    yield (
-        f"{'pos':>4}  {'token':<12}  {head}  "
-        f"{'KL base' if 'base' in sides else '':>9}{'KL edited':>11}"
-    ).rstrip()
-    for row, cells in zip(facts["positions"], rows, strict=True):
-        words = "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
-        base = f"{row['kl_base']:>9.4f}" if "base" in sides else f"{'':>9}"
-        place = f"{row['pos']:>4}  {_plain(row['token']):<12}"
-        yield f"{place}  {words}  {base}{row['kl_edited']:>11.4f}"
+        return _table_of_outputs(facts["outputs"], sides)
+    return _table_of_positions(facts["positions"], sides)
 
 
-def _shown(row: dict[str, Any], side: str) -> str:
-    return "  ".join(f"{_plain(held['token'])} {held['probability']:.2f}" for held in row[side])
+def _table_of_outputs(rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> Iterator[str]:
+    yield f"{'output':>6}" + "".join(f"{side:>12}" for side in sides)
+    for row in rows:
+        values = "".join(f"{row[side]:>12.5f}" for side in sides)
+        yield f"{row['output']:>6}{values}"
 
 
-def _plain(token: str) -> str:
-    """A token on one line, its blanks visible."""
-    return "".join("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in token)
+def _table_of_positions(rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> Iterator[str]:
+    cells = [[_likely_words(row[side]) for side in sides] for row in rows]
+    widths = _widths([sides, *cells])
+    with_base = "base" in sides
+    heads = _padded(sides, widths)
+    kl_base = "KL base" if with_base else ""
+    yield f"{'pos':>4}  {'token':<12}  {heads}  {kl_base:>9}{'KL edited':>11}"
+    for row, words in zip(rows, cells, strict=True):
+        kl_base = f"{row['kl_base']:.4f}" if with_base else ""
+        position = f"{row['pos']:>4}  {_visible(row['token']):<12}"
+        yield f"{position}  {_padded(words, widths)}  {kl_base:>9}{row['kl_edited']:>11.4f}"
 
 
-def table(answers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the answers to many interventions as a table, a line each: the last position's, or the
-    largest change.
+def _widths(rows: Iterable[Sequence[str]]) -> list[int]:
+    """Return the width of every column."""
+    columns = zip(*rows, strict=True)
+    return [max(map(len, column)) for column in columns]
+
+
+def _padded(cells: Iterable[str], widths: Sequence[int]) -> str:
+    """Return cells as a line in which every cell has the width of its column."""
+    pairs = zip(cells, widths, strict=True)
+    return "  ".join(f"{cell:<{width}}" for cell, width in pairs)
+
+
+def _likely_words(tokens: Iterable[Mapping[str, Any]]) -> str:
+    """Return the likeliest tokens with their probabilities."""
+    return "  ".join(f"{_visible(token['token'])} {token['probability']:.2f}" for token in tokens)
+
+
+def _visible(token: str) -> str:
+    """Return a token on one line, with its blanks visible."""
+    return "".join(map(_visible_character, token))
+
+
+def _visible_character(character: str) -> str:
+    if character == " ":
+        return "·"
+    if character.isprintable():
+        return character
+    return repr(character)[1:-1]
+
+
+def table_of_rows(answers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a table of many interventions, one line each.
+
+    A line shows the last position, or the output that changed most.
     """
     rows = [_summary(facts) for facts in answers]
     heads = list(rows[0])
-    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
-    yield _line(heads, widths)
-    for row in rows:
-        yield _line(row.values(), widths)
+    cells = [heads, *(list(row.values()) for row in rows)]
+    widths = _widths(cells)
+    for line in cells:
+        yield _padded(line, widths).rstrip()
 
 
 def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return the cells of one answer's line."""
-    first = {"line": str(facts["line"]), "name": _plain(facts["name"]), "base": facts["base"]}
+    """Return the cells of one intervention's line."""
+    cells = {"line": str(facts["line"]), "name": _visible(facts["name"]), "base": facts["base"]}
     if "outputs" in facts:
-        moved = max(facts["outputs"], key=lambda row: abs(row["edited"] - row["target"]))
-        changed = {side: f"{moved[side]:.5f}" for side in ("target", "edited")}
-        return {**first, "output": str(moved["output"]), **changed}
+        changed = max(facts["outputs"], key=lambda row: abs(row["edited"] - row["target"]))
+        cells["output"] = str(changed["output"])
+        for side in ("target", "edited"):
+            cells[side] = f"{changed[side]:.5f}"
+        return cells
     last = facts["positions"][-1]
     largest = max(row["kl_edited"] for row in facts["positions"])
-    predicted = {side: _shown(last, side) for side in ("target", "edited")}
-    return {
-        **first,
-        "after": _plain(last["token"]),
-        **predicted,
-        "KL": f"{last['kl_edited']:.4f}",
-        "largest KL": f"{largest:.4f}",
-    }
-
-
-def _line(cells: Iterable[str], widths: Sequence[int]) -> str:
-    return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
+    cells["after"] = _visible(last["token"])
+    for side in ("target", "edited"):
+        cells[side] = _likely_words(last[side])
+    cells["KL"] = f"{last['kl_edited']:.4f}"
+    cells["largest KL"] = f"{largest:.4f}"
+    return cells

@@ -1,8 +1,7 @@
-"""Loading torch and Lightning: what must be set before, what is printed meanwhile, and which advice
-is kept quiet.
+"""Load torch and Lightning: set the environment, announce long loading, silence known warnings.
 
-Verbs check their input first and open `trainer` after, so that a typo never waits for seconds of
-imports.
+Verbs check their input before they open `trainer`, so that a typo is reported without waiting for
+seconds of imports.
 """
 
 import os
@@ -12,32 +11,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LONG = 1.5
-"""Seconds of loading after which a line says so."""
+"""Seconds of loading after which a line is printed."""
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def share_processors() -> None:
-    """Let torch's threads sleep while they wait for each other; to be called before torch is
-    loaded.
+    """Let torch's threads sleep while they wait for each other; call this before loading torch.
 
-    OpenMP's threads spin by default. Where other processes are busy, the thread that is waited for
-    may not be running, and spinning keeps it from running: a training step then takes 5 to 20 times
-    as long. A user's own choice is kept.
+    By default, OpenMP's threads spin while they wait. If other processes are busy, spinning can
+    keep the awaited thread from running, and a training step takes 5 to 20 times as long. Settings
+    that the user has made are kept.
     """
-    if not any(name in os.environ for name in _WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # GNU OpenMP, which torch's own wheels hold
-        os.environ["KMP_BLOCKTIME"] = "0"  # Intel's, which conda's builds hold
+    if any(name in os.environ for name in _WAITING):
+        return
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for GNU OpenMP, in torch's wheels
+    os.environ["KMP_BLOCKTIME"] = "0"  # for Intel OpenMP, in conda's builds
 
 
 @contextmanager
 def announced(what: str = "torch") -> Iterator[None]:
-    """Print "loading torch ..." to a terminal's standard error once loading takes long."""
+    """Print "loading torch ..." to standard error if loading takes long and it is a terminal."""
 
-    def tell() -> None:
-        print(f"loading {what} ...", file=sys.stderr, flush=True)
+    def announce() -> None:
+        print(
+            f"loading {what} ...",
+            file=sys.stderr,
+            flush=True,
+        )
 
-    timer = threading.Timer(LONG, tell)
+    timer = threading.Timer(LONG, announce)
     timer.daemon = True
     if sys.stderr.isatty():
         timer.start()
@@ -49,9 +52,7 @@ def announced(what: str = "torch") -> Iterator[None]:
 
 @contextmanager
 def trainer() -> Iterator[None]:
-    """Load torch and Lightning; while open, libraries' advice on settings that are ours is kept
-    from the user.
-    """
+    """Load torch and Lightning, and silence their advice on settings that this package makes."""
     share_processors()
     with announced():
         from spd_lightning.training.session import quiet

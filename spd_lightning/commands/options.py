@@ -1,7 +1,6 @@
-"""The words of the command line and its help, both from the table of `verbs`: so the two cannot
-differ.
+"""Read the words of the command line, and print its help, both from the table of `verbs`.
 
-Importing this costs nothing but argparse: help is there at once.
+Importing this module loads nothing but argparse, so that help is printed at once.
 """
 
 import argparse
@@ -18,97 +17,109 @@ from spd_lightning.errors import BadInput, nearest
 
 
 class Reader(argparse.ArgumentParser):
-    """Reads the words of one verb; whatever is wrong with them is one line."""
+    """The argument parser of one verb; its errors are one line."""
 
     def __init__(self, verb: Verb):
         super().__init__(add_help=False, allow_abbrev=False)
         self.verb = verb
         for option in verb.options:
             if not option.passed:
-                self._take(option)
+                self._add(option)
 
-    def _take(self, option: Option) -> None:
+    def _add(self, option: Option) -> None:
         if not option.name.startswith("-"):
-            self.add_argument(
-                option.dest, metavar=option.name, nargs=None if option.needed else "?"
-            )
+            count = None if option.needed else "?"
+            self.add_argument(option.dest, metavar=option.name, nargs=count)
             return
         if option.value is None:
             self.add_argument(option.name, action="store_true")
             return
-        names = [option.name, "-c"] if option is CONFIG else [option.name]
-        several: dict[str, Any] = {"action": "extend", "nargs": "+"} if option.many else {}
+        names = [option.name]
+        settings: dict[str, Any] = {"default": option.default, "type": option.kind}
         if option is CONFIG:
-            several = {"action": "append"}
-        self.add_argument(*names, default=option.default, type=option.kind, **several)
+            names.append("-c")
+            settings["action"] = "append"
+        elif option.many:
+            settings["action"] = "extend"
+            settings["nargs"] = "+"
+        self.add_argument(*names, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Raise BadInput with the option, what is wrong with it, and an example."""
-        raise BadInput(_complaint(self.verb, message))
+        """Raise BadInput with the option, the problem, and an example."""
+        line = _error_line(self.verb, message)
+        raise BadInput(line)
 
 
-def _complaint(verb: Verb, message: str) -> str:
+def _error_line(verb: Verb, message: str) -> str:
     """Return argparse's message as a line that names the remedy."""
-    if found := re.match(r"the following arguments are required: (\w+)", message):
-        option = next(option for option in verb.options if option.name == found[1])
+    missing = re.match(r"the following arguments are required: (\w+)", message)
+    if missing:
+        option = _option_named(verb, missing[1])
         return f"{verb.name}: {option.name} is missing: {option.help}; for example: {verb.example}"
-    if found := re.match(r"argument (--\w+)(?:/\S+)?: (.*)", message, re.DOTALL):
-        option = next(option for option in verb.options if option.name == found[1])
-        example = f"for example: {option.name} {option.example}"
-        if found[2].startswith("expected"):
-            return f"{verb.name}: '{option.name}' needs a value; {example}"
-        if found[2].startswith("ignored explicit argument"):
-            return f"{verb.name}: '{option.name}' takes no value"
-        return f"{verb.name}: {option.name} {found[2]}; {example}"
-    return f"{verb.name}: {message}; see: {PROGRAM} {verb.name} --help"
+    wrong = re.match(r"argument (--\w+)(?:/\S+)?: (.*)", message, re.DOTALL)
+    if wrong is None:
+        return f"{verb.name}: {message}; see: {PROGRAM} {verb.name} --help"
+    option = _option_named(verb, wrong[1])
+    problem = wrong[2]
+    example = f"for example: {option.name} {option.example}"
+    if problem.startswith("expected"):
+        return f"{verb.name}: '{option.name}' needs a value; {example}"
+    if problem.startswith("ignored explicit argument"):
+        return f"{verb.name}: '{option.name}' takes no value"
+    return f"{verb.name}: {option.name} {problem}; {example}"
+
+
+def _option_named(verb: Verb, name: str) -> Option:
+    return next(option for option in verb.options if option.name == name)
 
 
 def read(name: str, words: Sequence[str]) -> argparse.Namespace:
     """Read the words of a verb that takes no settings of configs.
 
     Raises:
-        BadInput: an option is unknown or has a value that it cannot take, an argument is missing or
-            one too many.
+        BadInput: an option is unknown, a value is invalid, or an argument is missing or unexpected.
     """
-    verb = VERBS[name]
-    found, rest = read_some(name, words)
-    for word in rest:
-        if word.startswith("-"):
-            known = [option.name for option in verb.options if option.name.startswith("-")]
-            raise BadInput(
-                f"{name}: unknown option '{word}'; {nearest(word.partition('=')[0], known)}"
-            )
-        raise BadInput(f"{name}: unexpected argument '{word}'; see: {PROGRAM} {name} --help")
-    return found
+    arguments, rest = read_some(name, words)
+    if not rest:
+        return arguments
+    word = rest[0]
+    if word.startswith("-"):
+        options = [option.name for option in VERBS[name].options if option.name.startswith("-")]
+        hint = nearest(word.partition("=")[0], options)
+        raise BadInput(f"{name}: unknown option '{word}'; {hint}")
+    raise BadInput(f"{name}: unexpected argument '{word}'; see: {PROGRAM} {name} --help")
 
 
 def read_some(name: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Read the words of a verb that the table knows; return the others too, in their order.
+    """Read the words of a verb that are in the table, and return the other words, too.
 
     Raises:
-        BadInput: an option has a value that it cannot take, or an argument is missing.
+        BadInput: a value is invalid, or an argument is missing.
     """
     verb = VERBS[name]
-    found, rest = Reader(verb).parse_known_args(_with_negative_numbers(verb, words))
+    words = _join_negative_numbers(verb, words)
+    arguments, rest = Reader(verb).parse_known_args(words)
     for option in verb.options:
-        value = getattr(found, option.dest, None)
-        if option.choices and value is not None and value not in option.choices:
-            raise BadInput(
-                f"{name}: {option.name} '{value}': unknown value; {nearest(value, option.choices)}"
-            )
-    return found, rest
+        value = getattr(arguments, option.dest, None)
+        if not option.choices or value is None:
+            continue
+        if value not in option.choices:
+            hint = nearest(value, option.choices)
+            place = f"{name}: {option.name} '{value}'"
+            raise BadInput(f"{place}: unknown value; {hint}")
+    return arguments, rest
 
 
-def _with_negative_numbers(verb: Verb, words: Sequence[str]) -> list[str]:
-    """Return the words with `--input -0.5,0` as `--input=-0.5,0`: argparse takes such a value for
-    an option.
-    """
-    valued = {
-        option.name for option in verb.options if option.value is not None and not option.passed
-    }
+def _join_negative_numbers(verb: Verb, words: Sequence[str]) -> list[str]:
+    """Join `--input -0.5,0` into `--input=-0.5,0`; argparse would take the value for an option."""
+    with_value = set[str]()
+    for option in verb.options:
+        if option.value is not None and not option.passed:
+            with_value.add(option.name)
     joined = list[str]()
     for word in words:
-        if joined and joined[-1] in valued and re.match(r"-[.\d]", word):
+        is_number = re.match(r"-[.\d]", word)
+        if is_number and joined and joined[-1] in with_value:
             joined[-1] += f"={word}"
         else:
             joined.append(word)
@@ -121,88 +132,120 @@ HELP_WORDS = ("-h", "--help")
 
 
 def asked_for(words: Sequence[str]) -> str | None:
-    """Return the page of help that a command line asks for; None if it asks for none that is known
-    without torch.
+    """Return the help page that a command line requests.
+
+    It is None if the command line requests no help, or help that needs torch.
     """
-    if not words or words[0] in (*HELP_WORDS, "help"):
-        return page(words[1]) if words[1:] and words[1] in VERBS else overview()
-    if words[0] in VERBS and topic(words) is None and any(word in HELP_WORDS for word in words):
-        return page(words[0])
+    if not words:
+        return overview()
+    first, *rest = words
+    if first in (*HELP_WORDS, "help"):
+        if rest and rest[0] in VERBS:
+            return page(rest[0])
+        return overview()
+    if first not in VERBS or topic(words) is not None:
+        return None
+    if any(word in HELP_WORDS for word in words):
+        return page(first)
     return None
 
 
 def topic(words: Sequence[str]) -> str | None:
-    """Return what settings are asked for: X of `fit --help X`."""
-    for word, after in pairwise(words):
-        if word in HELP_WORDS and VERBS[words[0]].settings and not after.startswith("-"):
-            return after
+    """Return the X of `fit --help X`, the settings to describe; None without it."""
+    if not VERBS[words[0]].settings:
+        return None
+    for word, following in pairwise(words):
+        if word in HELP_WORDS and not following.startswith("-"):
+            return following
     return None
 
 
 def page(name: str) -> str:
     """Return the help of one verb: usage, purpose, options with their defaults, an example."""
     verb = VERBS[name]
-    words = [option.name if option.needed else f"[{option.name}]" for option in verb.arguments]
-    words += [
-        option.shown for option in verb.options if option.needed and option not in verb.arguments
-    ]
-    usage = " ".join([f"usage: {PROGRAM} {name}", *words, "[options]"])
-    lines = [usage, "", verb.purpose]
+    others = [option for option in verb.options if option not in verb.arguments]
+    lines = [_usage(verb), "", verb.purpose]
     if verb.arguments:
         lines += ["", "arguments", *_rows(verb.arguments)]
-    others = [option for option in verb.options if option not in verb.arguments]
     lines += ["", "options", *_rows([*others, ALLOW, DEBUG, HELP])]
     if verb.notes:
         lines += ["", *verb.notes]
-    return "\n".join([*lines, "", "example", f"  {PROGRAM} {verb.example}", ""])
+    lines += ["", "example", f"  {PROGRAM} {verb.example}", ""]
+    return "\n".join(lines)
+
+
+def _usage(verb: Verb) -> str:
+    """Return the first line of a verb's help."""
+    words = ["usage:", PROGRAM, verb.name]
+    for option in verb.options:
+        if option in verb.arguments:
+            words.append(option.name if option.needed else f"[{option.name}]")
+        elif option.needed:
+            words.append(option.shown)
+    words.append("[options]")
+    return " ".join(words)
+
+
+HELP_WIDTH = 100
+"""The largest width of a line of options."""
 
 
 def _rows(options: Sequence[Option]) -> list[str]:
+    """Return the lines of a list of options, with their explanations in a column."""
     width = max(len(option.shown) for option in options)
+    text_width = HELP_WIDTH - width - 4
     rows = []
     for option in options:
-        first, *more = textwrap.wrap(_explained(option), 110 - width)
+        first, *more = textwrap.wrap(_explanation(option), text_width)
         rows.append(f"  {option.shown:<{width}}  {first}")
-        rows += [f"  {'':<{width}}  {line}" for line in more]
+        for line in more:
+            indent = " " * width
+            rows.append(f"  {indent}  {line}")
     return rows
 
 
-def _explained(option: Option) -> str:
+def _explanation(option: Option) -> str:
+    """Return the help of an option with its choices and default."""
     facts = []
     if option.choices:
-        facts.append(f"one of {', '.join(option.choices)}")
+        choices = ", ".join(option.choices)
+        facts.append(f"one of {choices}")
     if option.many and option is not CONFIG:
-        facts.append("several are allowed")
+        facts.append("one or more")
     if option.default is not None:
         facts.append(f"default: {option.default}")
-    return f"{option.help} ({'; '.join(facts)})" if facts else option.help
+    elif option.default_text:
+        facts.append(f"default: {option.default_text}")
+    if not facts:
+        return option.help
+    return f"{option.help} ({'; '.join(facts)})"
 
 
 def overview() -> str:
-    """Return the help of the whole tool: its verbs, a line each."""
+    """Return the help of the whole program, one line for each verb."""
     width = max(len(verb.brief) for verb in VERBS.values())
-    lines = [f"  {verb.name:<9} {verb.brief:<{width}}  {verb.purpose}" for verb in VERBS.values()]
-    return "\n".join([*_HEAD, *lines, *_FOOT, ""])
+    lines = []
+    for verb in VERBS.values():
+        words = f"{verb.name:<9} {verb.brief:<{width}}"
+        lines.append(f"  {words}  {verb.purpose}")
+    lines = [*_HEAD, *lines, *_FOOT, ""]
+    return "\n".join(lines)
 
 
 _HEAD = (
-    (
-        "Stochastic Parameter Decomposition on PyTorch Lightning: take a neural network apart, see "
-        "which parts each input"
-    ),
-    "needs.",
+    "Stochastic Parameter Decomposition on PyTorch Lightning: split the weights of a neural",
+    "network into components, and find out which of them each input needs.",
     "",
     f"usage: {PROGRAM} VERB [options]",
     "",
 )
 _FOOT = (
     "",
-    f"Options and an example of a verb: {PROGRAM} VERB --help",
-    f"All settings of configs:          {PROGRAM} fit --help model (or data, trainer, or a class)",
+    f"Options and an example of a verb:  {PROGRAM} VERB --help",
+    f"All settings with their defaults:  {PROGRAM} fit --help model",
+    "                                   (or: data, trainer, reconstruction, a class)",
     "",
-    (
-        "Runs are kept in ./runs, or in $SPD_RUNS. Every config says at its top what it does, how "
-        "long it takes, and what"
-    ),
-    "comes out. After `pip install`, `spd VERB` is the same as `python -m spd_lightning VERB`.",
+    "Runs are written to ./runs, or to $SPD_RUNS. The first lines of every config describe what it",
+    "does, how long it takes, and the results. After `pip install`, `spd VERB` is short for",
+    f"`{PROGRAM} VERB`.",
 )

@@ -1,6 +1,6 @@
-"""plan: what a fit of a config will take on a device, printed before anything is trained."""
+"""plan: estimate the memory, work and time of a fit before anything is trained."""
 
-from __future__ import annotations  # sizes are names of a module that loads torch
+from __future__ import annotations  # some types are of modules that load torch
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,34 +16,40 @@ GiB = 2**30
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints what the fit of a config will take: parameters, memory, FLOPs of a step, hours."""
-    device = options.read_some("plan", argv)[0].device
+    """Print the parameters, memory, FLOPs and hours that the fit of a config will take."""
+    arguments, _ = options.read_some("plan", argv)
     request = RunArguments.parse("plan", argv)
     config = request.config
     with loading.trainer():
-        print("\n".join(_lines(config, request.overrides, device)))
+        lines = _lines(config, request.overrides, arguments.device)
+        print("\n".join(lines))
 
 
-def _lines(
-    config: Mapping[str, Any], overrides: Sequence[str], device: str | None
-) -> Iterator[str]:
+def _lines(config: Mapping[str, Any], overrides: Sequence[str], name: str | None) -> Iterator[str]:
+    """Yield the lines of a config's plan for the device of this name, or for all devices."""
     from spd_lightning.planning.devices import DEVICES, device_named, measured
     from spd_lightning.planning.estimate import size_of
     from spd_lightning.training.session import Settings
 
     settings = Settings(config, overrides)
-    sizes = {False: size_of(settings)}
-    devices = [measured(), *DEVICES.values()] if device is None else [device_named(device)]
-    if sizes[False].step.gathered and any(device.gpu for device in devices):
-        sizes[True] = size_of(settings, gpu=True)
-    return table([(device, sizes.get(device.gpu, sizes[False])) for device in devices])
+    size = size_of(settings)
+    if name is None:
+        devices = [measured(), *DEVICES.values()]
+    else:
+        devices = [device_named(name)]
+    gpu_size = size
+    if size.step.gathered and any(device.gpu for device in devices):
+        gpu_size = size_of(settings, gpu=True)
+    sizes = [(device, gpu_size if device.gpu else size) for device in devices]
+    return table(sizes)
 
 
 def table(sizes: Sequence[tuple[Device, Size]]) -> Iterator[str]:
-    """The lines of a plan: memory and work on the first device, hours on all."""
-    size = sizes[0][1]
+    """Yield the lines of a plan: memory and work on the first device, hours on all of them."""
+    _, size = sizes[0]
     names = [site.name for site in size.sites]
-    names += [*size.memory, *size.step.parts, *(device.name for device, _ in sizes)]
+    names += [*size.memory, *size.step.parts]
+    names += [device.name for device, _ in sizes]
     width = max([LEAST_WIDTH, *map(len, names)])
     yield from _parameters(size, width)
     yield ""
@@ -55,69 +61,102 @@ def table(sizes: Sequence[tuple[Device, Size]]) -> Iterator[str]:
 
 
 LEAST_WIDTH = 32
-"""The least width of the column of names. Longer names widen it in all parts of a plan, so that
-numbers line up.
+"""The smallest width of the column of names.
+
+Longer names widen it in all parts of a plan, so that numbers line up.
 """
 
 
 def _parameters(size: Size, width: int) -> Iterator[str]:
+    """Yield the number of parameters of the target, the sites and the importance functions."""
+    rows = [
+        ("target", "", size.target),
+        *((site.name, f"{site.C:,}", site.parameters) for site in size.sites),
+        ("importance functions", "", size.importance),
+    ]
     yield f"{'parameters':<{width + 2}} {'C':>8} {'number':>16}"
-    yield f"  {'target':<{width}} {'':>8} {size.target:>16,}"
-    for site in size.sites:
-        yield f"  {site.name:<{width}} {site.C:>8,} {site.parameters:>16,}"
-    yield f"  {'importance functions':<{width}} {'':>8} {size.importance:>16,}"
+    for name, components, parameters in rows:
+        yield f"  {name:<{width}} {components:>8} {parameters:>16,}"
 
 
 def _memory(size: Size, width: int) -> Iterator[str]:
+    """Yield the memory of every part, and the total."""
+    total = sum(size.memory.values())
+    rows = {**size.memory, "total": total}
     yield f"{'memory':<{width + 2}} {'GiB':>25}"
-    for name, count in size.memory.items():
-        yield f"  {name:<{width}} {count / GiB:>25.3f}"
-    yield f"  {'together':<{width}} {sum(size.memory.values()) / GiB:>25.3f}"
+    for name, count in rows.items():
+        gib = count / GiB
+        yield f"  {name:<{width}} {gib:>25.3f}"
 
 
 def _work(size: Size, width: int) -> Iterator[str]:
-    rows = {**size.step.parts, "together": size.step.total}
-    unit, per = _unit(size.step.total.flops)
-    heads = f"{f'forward {unit}':>15} {f'backward {unit}':>16} {'moved GB':>9} {'share':>6}"
-    yield f"{f'a step of {size.tokens:,}':<{width + 2}} {heads}"
+    """Yield the work of every part of a step, and the total."""
+    total = size.step.total
+    rows = {**size.step.parts, "total": total}
+    unit = "GFLOP"
+    flops_per_unit = 1e9
+    if total.flops >= 1e11:
+        unit = "TFLOP"
+        flops_per_unit = 1e12
+    title = f"a step of {size.tokens:,}"
+    forward_head = f"forward {unit}"
+    backward_head = f"backward {unit}"
+    heads = f"{forward_head:>15} {backward_head:>16} {'moved GB':>9} {'share':>6}"
+    yield f"{title:<{width + 2}} {heads}"
     for name, work in rows.items():
-        share = work.flops / max(1, size.step.total.flops)
-        yield (
-            f"  {name:<{width}} {work.forward / per:>15,.3f} {work.backward / per:>16,.3f} "
-            f"{work.moved / 1e9:>9,.2f}"
-            f" {share:>6.1%}"
-        )
+        forward = work.forward / flops_per_unit
+        backward = work.backward / flops_per_unit
+        moved = work.moved / 1e9
+        share = work.flops / max(1, total.flops)
+        values = f"{forward:>15,.3f} {backward:>16,.3f} {moved:>9,.2f} {share:>6.1%}"
+        yield f"  {name:<{width}} {values}"
 
 
-def _unit(flops: int) -> tuple[str, float]:
-    return ("TFLOP", 1e12) if flops >= 1e11 else ("GFLOP", 1e9)
-
-
-def _per_second(peak: float) -> str:
-    return f"{peak / 1e12:,.3g} TFLOP/s" if peak >= 1e11 else f"{peak / 1e9:,.3g} GFLOP/s"
+def _per_second(flops: float) -> str:
+    """Return a rate of computation in a readable unit."""
+    if flops >= 1e11:
+        return f"{flops / 1e12:,.3g} TFLOP/s"
+    return f"{flops / 1e9:,.3g} GFLOP/s"
 
 
 def _hours(sizes: Sequence[tuple[Device, Size]], width: int) -> Iterator[str]:
-    size = sizes[0][1]
+    """Yield the time on every device, whether memory suffices, and the assumed properties."""
+    _, size = sizes[0]
     precision = "bfloat16" if size.mixed else "float32"
-    heads = f"{'ms a step':>10} {'together':>9} {'memory':>9}   assumed"
-    yield f"{f'{size.steps:,} steps in {precision}':<{width + 2}} {heads}"
+    title = f"{size.steps:,} steps in {precision}"
+    heads = f"{'ms a step':>10} {'total':>9} {'memory':>9}   assumed"
+    yield f"{title:<{width + 2}} {heads}"
     for device, size in sizes:
-        peak = device.half if size.mixed else device.single
-        fits = "fits" if sum(size.memory.values()) <= device.memory else "too small"
-        yield (
-            f"  {device.name:<{width}} {1000 * size.seconds(device):>10,.1f} "
-            f"{_span(size.hours(device)):>9} {fits:>9}"
-            f"   {device.share:.0%} of {_per_second(peak)}, {device.bandwidth / 1e9:,.3g} GB/s,"
-            f" {1e6 * device.launch:,.0f} µs an operation, {device.memory / GiB:,.0f} GiB"
-        )
-    yield "  evaluations, checkpoints and the training of the target come on top"
+        milliseconds = 1000 * size.seconds(device)
+        duration = _duration(size.hours(device))
+        needed = sum(size.memory.values())
+        memory = "fits" if needed <= device.memory else "too small"
+        values = f"{milliseconds:>10,.1f} {duration:>9} {memory:>9}"
+        assumed = _assumed(device, size.mixed)
+        yield f"  {device.name:<{width}} {values}   {assumed}"
+    yield "  evaluations, checkpoints and the training of the target are not included"
 
 
-def _span(hours: float) -> str:
-    """A time as people say it."""
+def _assumed(device: Device, mixed: bool) -> str:
+    """Return the properties of a device that an estimate is based on."""
+    peak = device.half if mixed else device.single
+    bandwidth = device.bandwidth / 1e9
+    microseconds = 1e6 * device.launch
+    memory = device.memory / GiB
+    return (
+        f"{device.share:.0%} of {_per_second(peak)}, "
+        f"{bandwidth:,.3g} GB/s, "
+        f"{microseconds:,.0f} µs an operation, "
+        f"{memory:,.0f} GiB"
+    )
+
+
+def _duration(hours: float) -> str:
+    """Return a time in a readable unit."""
     if hours < 1 / 60:
         return f"{3600 * hours:.0f} s"
     if hours < 1:
         return f"{60 * hours:.0f} min"
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"
+    if hours < 48:
+        return f"{hours:.1f} h"
+    return f"{hours / 24:,.1f} days"

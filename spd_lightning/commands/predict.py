@@ -1,7 +1,7 @@
-"""predict: runs a config's harvesters over its prompts."""
+"""predict: run a config's harvesters over its prompts."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spd_lightning.commands.arguments import RunArguments
 from spd_lightning.commands.finished import finished
@@ -12,10 +12,9 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the tables of a config's harvesters into a run, and log them to its tracker as one
-    artifact.
-    """
-    with finished(RunArguments.parse("predict", argv), tracked=True) as session:
+    """Write the tables of a config's harvesters into a run, and send a copy to its trackers."""
+    arguments = RunArguments.parse("predict", argv)
+    with finished(arguments, tracked=True) as session:
         _harvest(session)
 
 
@@ -23,7 +22,8 @@ def _harvest(session: "Session") -> None:
     from spd_lightning.harvest.module import Harvester
     from spd_lightning.training.tracking import publish
 
-    harvesters = [c for c in session.trainer.callbacks if isinstance(c, Harvester)]  # pyright: ignore[reportAttributeAccessIssue]
+    trainer: Any = session.trainer
+    harvesters = [callback for callback in trainer.callbacks if isinstance(callback, Harvester)]
     if not harvesters:
         raise BadInput(
             "config: no harvester in trainer.callbacks; add class_path spd_lightning.PromptGraphs"
@@ -33,10 +33,10 @@ def _harvest(session: "Session") -> None:
         session.trainer.predict(
             session.model, datamodule=session.datamodule, return_predictions=False
         )
-    for harvester in harvesters:
-        if session.trainer.is_global_zero:
-            folder = (
-                session.plan.folder / "harvest" / harvester.name
-            )  # devices of their own processes know it alone
-            print(f"harvest: {folder}    see it: python -m spd_lightning view")
-    publish(session.copies, [f"harvest/{harvester.name}" for harvester in harvesters])
+    if session.trainer.is_global_zero:
+        for harvester in harvesters:
+            # With several devices, `harvester.folder` is set only in their processes.
+            folder = session.plan.folder / "harvest" / harvester.name
+            print(f"harvest: {folder}    view it: python -m spd_lightning view")
+    names = [f"harvest/{harvester.name}" for harvester in harvesters]
+    publish(session.copies, names)

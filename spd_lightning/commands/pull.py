@@ -1,4 +1,4 @@
-"""pull: fetches a run from a tracker."""
+"""pull: fetch a run from a tracker."""
 
 from collections.abc import Sequence
 
@@ -8,5 +8,6 @@ from spd_lightning.commands import options
 
 def main(argv: Sequence[str]) -> None:
     """Fetch a run from a tracker."""
-    path = runs.pull(options.read("pull", argv).reference)
-    print(f"run: {path}    see it: python -m spd_lightning view {path}")
+    arguments = options.read("pull", argv)
+    path = runs.pull(arguments.reference)
+    print(f"run: {path}    view it: python -m spd_lightning view {path}")

@@ -1,4 +1,4 @@
-"""push: sends a finished run to its trackers again."""
+"""push: send a finished run to its trackers again."""
 
 from collections.abc import Sequence
 
@@ -9,23 +9,25 @@ from spd_lightning.errors import BadInput
 
 def main(argv: Sequence[str]) -> None:
     """Send a finished run, with its harvests, to the trackers that its config names."""
-    found = runs.find(options.read("push", argv).run)
-    if found.state != "finished":
+    arguments = options.read("push", argv)
+    run = runs.find(arguments.run)
+    if run.state != "finished":
         raise BadInput(
-            f"run '{found.name}': it is {found.state}; let its fit finish, which also sends it"
+            f"run '{run.name}': it is {run.state}; let its fit finish, which also sends it"
         )
-    if not (found.path / "config.yaml").exists():
+    if not (run.path / "config.yaml").exists():
         raise BadInput(
-            f"run '{found.name}': it has no config.yaml, so it was not made by fit; 'runs' lists "
+            f"run '{run.name}': it has no config.yaml, so it was not made by fit; 'runs' lists "
             "the runs"
         )
-    runs.check_whole(found.path)
-    settings = found.checked_config()
+    runs.check_whole(run.path)
+    settings = run.checked_config()
     trainer = settings.get("trainer")
-    # A pulled run may come from a stranger, so its config chooses no tracker here.
-    chosen = trainer.get("logger") if isinstance(trainer, dict) and not found.pulled else None
+    trackers = None
+    if isinstance(trainer, dict) and not run.pulled:  # a pulled run can come from a stranger
+        trackers = trainer.get("logger")
     with loading.trainer():
         from spd_lightning.training.tracking import send
 
-        send(chosen, found.path, settings)
-    print(f"sent: {found.path}")
+        send(trackers, run.path, settings)
+    print(f"sent: {run.path}")

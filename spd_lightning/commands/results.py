@@ -1,104 +1,142 @@
-"""Results of runs as a table: errors against the known truth for toys, kept performance for
-language models.
+"""Tables of results: errors against a known truth for toys, kept performance for language models.
+
+Every function takes summaries of runs, as `summary.json` holds them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Summary = dict[str, Any]
 
 
 def table(rows: Sequence[tuple[str, Summary]]) -> str:
-    """Runs and what they reached, a line for each of their sites; runs with known truth apart from
-    those without.
+    """Return the results of runs by name, one line for each site.
+
+    Runs with a known truth come first, in a table of their own.
     """
-    judged = [(name, summary) for name, summary in rows if _has_truth(summary)]
-    others = [(name, summary) for name, summary in rows if not _has_truth(summary)]
-    parts = [_judged(judged)] if judged else []
-    parts += [_measured(others)] if others else []
-    return "\n\n".join("\n".join(lines) for lines in parts)
+    with_truth = []
+    without_truth = []
+    for name, summary in rows:
+        group = with_truth if _has_truth(summary) else without_truth
+        group.append((name, summary))
+    parts = []
+    if with_truth:
+        parts.append("\n".join(_lines_with_truth(with_truth)))
+    if without_truth:
+        parts.append("\n".join(_lines_without_truth(without_truth)))
+    return "\n\n".join(parts)
+
+
+TRUTH = ("mmcs/", "identity_error/", "dense_error/")
+"""The beginnings of figures that compare components with a known truth."""
 
 
 def _has_truth(summary: Summary) -> bool:
-    return any(key.startswith(("mmcs/", "identity_error/", "dense_error/")) for key in summary)
+    """Return whether a summary has figures against a known truth."""
+    return any(key.startswith(TRUTH) for key in summary)
 
 
 def sites_of(summary: Summary) -> list[str]:
-    """The sites that a summary speaks of, in the model's order."""
+    """Return the sites of a summary, in the model's order."""
     return [key.removeprefix("alive/") for key in summary if key.startswith("alive/")]
 
 
-def _width(rows: Sequence[tuple[str, Summary]]) -> tuple[int, int]:
+def _widths(rows: Sequence[tuple[str, Summary]]) -> tuple[int, int]:
     """Return the widths of the columns `run` and `site`."""
-    names = [name for name, _ in rows]
-    sites = [site for _, summary in rows for site in sites_of(summary)]
-    return max(18, *map(len, names)), max([18, *map(len, sites)])
+    run_width = 18
+    site_width = 18
+    for name, summary in rows:
+        run_width = max(run_width, len(name))
+        for site in sites_of(summary):
+            site_width = max(site_width, len(site))
+    return run_width, site_width
 
 
-def _judged(rows: Sequence[tuple[str, Summary]]) -> Iterator[str]:
-    """Runs with known truth: how near they come to it."""
-    run, at = _width(rows)
+def _lines_with_truth(rows: Sequence[tuple[str, Summary]]) -> Iterator[str]:
+    """Yield the table of runs with a known truth: how close their components come to it."""
+    run_width, site_width = _widths(rows)
     yield (
-        f"{'run':<{run}} {'site':<{at}} {'MMCS':>6} {'ML2R':>6} {'alive':>6} {'L0':>7} "
-        f"{'error':>6} {'seconds':>8}"
+        f"{'run':<{run_width}} {'site':<{site_width}} {'MMCS':>6} {'ML2R':>6} {'alive':>6} "
+        f"{'L0':>7} {'error':>6} {'seconds':>8}"
     )
+    for run, seconds, site, summary in _site_rows(rows):
+        dense_error = summary.get(f"dense_error/{site}", "")
+        error = summary.get(f"identity_error/{site}", dense_error)
+        mmcs = _figure(summary.get(f"mmcs/{site}"), 3)
+        ml2r = _figure(summary.get(f"ml2r/{site}"), 3)
+        alive = summary[f"alive/{site}"]
+        l0 = _figure(summary.get(f"l0/{site}"), 2)
+        line = (
+            f"{run:<{run_width}} {site:<{site_width}} {mmcs:>6} {ml2r:>6} {alive:>6} "
+            f"{l0:>7} {error:>6} {seconds:>8}"
+        )
+        yield line.rstrip()
+
+
+def _site_rows(rows: Sequence[tuple[str, Summary]]) -> Iterator[tuple[str, str, str, Summary]]:
+    """Yield run, seconds, site and summary for each site; run and seconds only for its first."""
     for name, summary in rows:
-        seconds = f"{summary.get('seconds/fit', 0):.0f}"
+        run = name
+        seconds = _seconds(summary)
         for site in sites_of(summary):
-            error = summary.get(f"identity_error/{site}", summary.get(f"dense_error/{site}", ""))
-            mmcs, ml2r = (_figure(summary.get(f"{key}/{site}"), 3) for key in ("mmcs", "ml2r"))
+            yield run, seconds, site, summary
+            run = ""
+            seconds = ""
+
+
+def _seconds(summary: Summary) -> str:
+    return f"{summary.get('seconds/fit', 0):.0f}"
+
+
+def _lines_without_truth(rows: Sequence[tuple[str, Summary]]) -> Iterator[str]:
+    """Yield the table of runs without a known truth: components alive, and performance kept."""
+    run_width, site_width = _widths(rows)
+    yield f"{'run':<{run_width}} {'site':<{site_width}} {'alive':>6} {'L0':>8} {'seconds':>8}"
+    for name, summary in rows:
+        for run, seconds, site, _ in _site_rows([(name, summary)]):
             alive = summary[f"alive/{site}"]
             l0 = _figure(summary.get(f"l0/{site}"), 2)
-            line = (
-                f"{name:<{run}} {site:<{at}} {mmcs:>6} {ml2r:>6} {alive:>6} {l0:>7} {error:>6} "
-                f"{seconds:>8}"
-            )
+            line = f"{run:<{run_width}} {site:<{site_width}} {alive:>6} {l0:>8} {seconds:>8}"
             yield line.rstrip()
-            name = seconds = ""
+        yield from _performance(summary)
 
 
-def _measured(rows: Sequence[tuple[str, Summary]]) -> Iterator[str]:
-    """Runs without known truth: what their components keep of the target, and how many it takes."""
-    run, at = _width(rows)
-    yield f"{'run':<{run}} {'site':<{at}} {'alive':>6} {'L0':>8} {'seconds':>8}"
-    for name, summary in rows:
-        seconds = f"{summary.get('seconds/fit', 0):.0f}"
-        for site in sites_of(summary):
-            alive = summary[f"alive/{site}"]
-            l0 = _figure(summary.get(f"l0/{site}"), 2)
-            yield f"{name:<{run}} {site:<{at}} {alive:>6} {l0:>8} {seconds:>8}".rstrip()
-            name = seconds = ""
-        yield from _kept(summary)
-
-
-def _kept(summary: Summary) -> Iterator[str]:
-    """Yield how much of the output is kept under importances as masks, and with every component
-    on.
-    """
-    said = [
+def _performance(summary: Summary) -> Iterator[str]:
+    """Yield the performance kept under importances as masks, and with every component on."""
+    masked = [
         _with_error(summary, "kl/ci", "KL", " nats"),
         _with_error(summary, "mse/ci", "squared error", ""),
         _with_error(summary, "task_difference/ci", "loss difference", ""),
     ]
-    if (share := summary.get("recovered/ci")) is not None:
-        said.append(f"recovered {100 * share:.1f} %")
-    if any(said):
-        yield f"  under CI masks: {', '.join(filter(None, said))}"
+    recovered = summary.get("recovered/ci")
+    if recovered is not None:
+        masked.append(f"recovered {100 * recovered:.1f} %")
+    known = [text for text in masked if text]
+    if known:
+        yield f"  under CI masks: {', '.join(known)}"
+    unmasked = _with_error(summary, "task_difference/unmasked", "loss difference", "")
+    if not unmasked:
+        return
     loss = summary.get("task/target")
-    all_on = _with_error(summary, "task_difference/unmasked", "loss difference", "")
-    if all_on:
-        beside = f", the target's loss is {loss:.4g}" if loss else ""
-        yield f"  unmasked: {all_on}{beside}"
+    if loss:
+        unmasked += f", the target's loss is {loss:.4g}"
+    yield f"  unmasked: {unmasked}"
 
 
-def _with_error(summary: Summary, key: str, what: str, unit: str) -> str:
-    """A figure in words, with its standard error where that is known; nothing where it is not."""
+def _with_error(summary: Mapping[str, Any], key: str, label: str, unit: str) -> str:
+    """Return a figure with its standard error if that is known; empty without the figure."""
     value = summary.get(key)
-    error = summary.get(f"se/{key}")
     if value is None:
         return ""
-    return f"{what} {value:.4g}" + (f" ± {error:.2g}" if error is not None else "") + unit
+    text = f"{label} {value:.4g}"
+    error = summary.get(f"se/{key}")
+    if error is not None:
+        text += f" ± {error:.2g}"
+    return text + unit
 
 
 def _figure(value: int | float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    """Return a number with some decimal places; empty for None."""
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}"

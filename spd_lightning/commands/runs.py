@@ -1,41 +1,48 @@
-"""runs: lists the runs there are."""
+"""runs: list the runs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from spd_lightning import runs
 from spd_lightning.commands import options, results
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the runs there are, as lines, as a table of results, or as JSON."""
-    asked = options.read("runs", argv)
+    """Print the runs as lines, as a table of results, or as JSON."""
+    arguments = options.read("runs", argv)
     found = runs.runs()
-    if asked.json:
-        facts = [
-            {
-                "name": r.name,
-                "path": str(r.path),
-                "state": r.state,
-                "summary": r.summary,
-                "problem": r.problem,
-            }
-            for r in found
-        ]
-        print(json.dumps(facts, indent=1))
+    if arguments.json:
+        print(json.dumps(_facts(found), indent=1))
     elif not found:
-        print(
-            f"no runs in '{runs.root()}' yet; make one: python -m spd_lightning fit --config "
-            "tms.yaml"
-        )
-    elif asked.table:
-        print(results.table([(r.name, r.summary) for r in reversed(found) if r.summary]))
+        command = "python -m spd_lightning fit --config tms.yaml"
+        print(f"no runs in '{runs.root()}' yet; make one: {command}")
+    elif arguments.table:
+        rows = [(run.name, run.summary) for run in reversed(found) if run.summary]
+        print(results.table(rows))
     else:
-        for r in found:
-            problem = r.problem
-            print(f"damaged      {r.path}  {problem}" if problem else _listed(r))
+        for run in found:
+            print(_line(run))
 
 
-def _listed(run: runs.Run) -> str:
-    """The line of one run."""
-    return f"{run.state:<12} {run.path}  {run.summary.get('verdict', '')}"
+def _facts(found: Iterable[runs.Run]) -> list[dict[str, Any]]:
+    """Return the facts of some runs as JSON values."""
+    return [
+        {
+            "name": run.name,
+            "path": str(run.path),
+            "state": run.state,
+            "summary": run.summary,
+            "problem": run.problem,
+        }
+        for run in found
+    ]
+
+
+def _line(run: runs.Run) -> str:
+    """Return the line of one run: its state, its path, and its verdict or problem."""
+    problem = run.problem
+    if problem:
+        return f"{'damaged':<12} {run.path}  {problem}"
+    verdict = run.summary.get("verdict", "")
+    return f"{run.state:<12} {run.path}  {verdict}"

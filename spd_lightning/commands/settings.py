@@ -1,4 +1,4 @@
-"""`VERB --help X`: all settings of the model, the data, the trainer, or of a public class."""
+"""`VERB --help X`: the settings of the model, the data, the trainer, or a public class."""
 
 from collections.abc import Sequence
 

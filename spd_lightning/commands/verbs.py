@@ -1,5 +1,4 @@
-"""The verbs of the command line: one table, from which `options` reads their words and prints their
-help.
+"""The verbs of the command line, as one table: `options` parses words and prints help from it.
 
 Not here: what a verb does. Each verb is a module of this package.
 """
@@ -26,10 +25,14 @@ def whole(least: int) -> Callable[[str], int]:
     def read_whole(word: str) -> int:
         shown = word if len(word) <= 20 else f"{word[:17]}..."
         is_whole = word.isascii() and word.isdecimal()
-        if is_whole and (len(word) > len(str(LARGEST)) or int(word) > LARGEST):
-            raise argparse.ArgumentTypeError(f"'{shown}': too large")
+        too_large = f"'{shown}': too large"
+        too_small = f"'{shown}': not a whole number of at least {least}"
+        if is_whole and len(word) > len(str(LARGEST)):
+            raise argparse.ArgumentTypeError(too_large)
         if not is_whole or int(word) < least:
-            raise argparse.ArgumentTypeError(f"'{shown}': not a number from {least} up")
+            raise argparse.ArgumentTypeError(too_small)
+        if int(word) > LARGEST:
+            raise argparse.ArgumentTypeError(too_large)
         return int(word)
 
     return read_whole
@@ -42,7 +45,7 @@ def share(word: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"'{word}': a share; take a number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"'{word}': not a number from 0 to 1")
     return value
 
 
@@ -55,21 +58,23 @@ class Option:
 
     Attributes:
         name: `--option`, or the name of an argument in capitals.
-        help: one sentence or less, without a period.
-        value: what its value is called; None for a switch that takes none.
+        help: its explanation: a phrase without a period.
+        value: the placeholder of its value; None for a switch.
         default: its value if omitted.
-        kind: reads the value.
-        choices: the values there are, where they can be counted.
-        many: whether it takes several values, and may be given more than once.
-        needed: whether it must be given.
-        example: a value it could take.
-        passed: whether it is only shown here, and read elsewhere.
+        default_text: describes the default if `default` is None.
+        kind: parses the value.
+        choices: all values that are allowed, or empty.
+        many: whether it takes several values, and can be given more than once.
+        needed: whether it is required.
+        example: a value that works.
+        passed: whether it is only shown here, and parsed elsewhere.
     """
 
     name: str
     help: str
     value: str | None = None
     default: Any = None
+    default_text: str = ""
     kind: Callable[[str], Any] = str
     choices: tuple[str, ...] = ()
     many: bool = False
@@ -79,13 +84,15 @@ class Option:
 
     @property
     def dest(self) -> str:
-        """Return the attribute that holds its value after reading."""
+        """Return the attribute that holds its value after parsing."""
         return self.name.lstrip("-").lower()
 
     @property
     def shown(self) -> str:
-        """Return its name with its value, as help shows it."""
-        return self.name if self.value is None else f"{self.name} {self.value}"
+        """Return its name with the placeholder of its value, as help shows it."""
+        if self.value is None:
+            return self.name
+        return f"{self.name} {self.value}"
 
 
 @dataclass(frozen=True)
@@ -93,14 +100,14 @@ class Verb:
     """One verb.
 
     Attributes:
-        name: what is typed.
-        brief: its most common words, for the list of all verbs.
+        name: its name on the command line.
+        brief: its most common arguments, for the list of all verbs.
         purpose: one sentence.
         example: the words of a command that works.
         options: its arguments in order, and its options.
-        settings: whether any setting of a config may be given as `--KEY VALUE`.
-        notes: more that its help should say.
-        module: the module of `commands` whose `main` it calls; that of its name if empty.
+        settings: whether any setting of a config can be given as `--KEY VALUE`.
+        notes: further lines of its help.
+        module: the module of `commands` whose `main` it calls; empty if that has the verb's name.
     """
 
     name: str
@@ -114,82 +121,82 @@ class Verb:
 
     @property
     def arguments(self) -> list[Option]:
-        """Return the options that are given by their place."""
+        """Return the positional arguments."""
         return [option for option in self.options if not option.name.startswith("-")]
 
 
 RUN = Option(
-    "RUN", "a run's name, its folder, or a tracker's reference; 'runs' lists the names", needed=True
+    "RUN",
+    "a run's name or folder, or a tracker reference (see pull); 'runs' lists the names",
+    needed=True,
 )
 CONFIG = Option(
     "--config",
-    "a config: a path, or a name that 'list' shows; several are merged, later ones win (callbacks "
-    "add up)",
+    "a config: a path, or a name that 'list' shows; repeat it to merge configs: later ones win, "
+    "and the callbacks of all but the first add up",
     "NAME",
     many=True,
     needed=True,
     example="tms.yaml",
 )
-CHOSEN = (
+RUN_OPTIONS = (
     CONFIG,
     Option(
-        "--run", "the run's name (default: the name of the first config)", "NAME", example="mine"
+        "--run",
+        "the run's name",
+        "NAME",
+        default_text="the name of the first config",
+        example="mine",
     ),
-    Option(
-        "--KEY",
-        "any setting, as --trainer.max_steps 500 or --seed_everything 7",
-        "VALUE",
-        passed=True,
-    ),
-    Option("--print_config", "print the merged settings without running anything", passed=True),
+    Option("--KEY", "any setting, for example --trainer.max_steps 500", "VALUE", passed=True),
+    Option("--print_config", "print the merged settings, and exit", passed=True),
 )
 ALLOW = Option(
     "--allow_classes", "let configs and files name classes of this package", "PACKAGE", passed=True
 )
-DEBUG = Option("--debug", "show where an error came from", passed=True)
+DEBUG = Option("--debug", "print a traceback if there is an error", passed=True)
 HELP = Option("--help", "print this page", passed=True)
 SETTINGS = (
-    (
-        f"All settings with their defaults: {PROGRAM} fit --help model, or --help data, --help "
-        "trainer,"
-    ),
-    "--help reconstruction, --help CLASS (for example --help PromptGraphs).",
+    f"All settings with their defaults: {PROGRAM} fit --help model",
+    "(or: data, trainer, reconstruction, or a class such as PromptGraphs)",
+)
+HARVESTS = (
+    "The harvesters are the callbacks of the config. They run on the newest finished run of the",
+    "first config, or on the one named by --run, and write Parquet tables into it.",
+    "",
 )
 
 FORMATS = (
-    (
-        "Components are named layer:pos:component (pos a number or a range, 3-5), or "
-        "layer:component at all positions."
-    ),
-    "A file of interventions has one row each, as JSON lines (.jsonl) or a YAML list (.yaml):",
+    "A component is named layer:pos:component, where pos is a position or a range such as 3-5, or",
+    "layer:component, which edits it at all positions.",
+    "",
+    "A file has one intervention per row, as JSON lines (.jsonl) or as a YAML list (.yaml):",
     '  {"text": "Mia went", "ablate": ["h.0.mlp.c_fc:5"], "scale": {"h.1.attn.o_proj:3:7": 2}}',
-    (
-        "Its keys: text or input; ablate and keep (lists), scale and set (maps), base, name (a "
-        "label of yours)."
-    ),
+    "Keys: text or input; ablate and keep (lists); scale and set (maps); base; name (any label).",
 )
 
 _ALL = (
     Verb(
         "fit",
         "--config tms.yaml",
-        "Train the target if need be, decompose it, and leave a run.",
+        "Train the target if necessary, decompose it, and save the run.",
         "fit --config tms.yaml",
-        CHOSEN,
+        RUN_OPTIONS,
         True,
         SETTINGS,
     ),
     Verb(
         "plan",
         "--config tms.yaml",
-        "Print what a fit will take: parameters, memory, FLOPs, hours.",
+        "Estimate the parameters, memory, FLOPs and hours of a fit.",
         "plan --config stories-2L.yaml --device a100",
         (
-            *CHOSEN,
+            *RUN_OPTIONS,
             Option(
                 "--device",
-                "the machine to plan for, 'this' for the one at hand (default: all of them)",
+                "the machine to plan for; 'this' is the current one",
                 "NAME",
+                default_text="all of them",
                 choices=("this", "h200", "h100", "a100", "rtx4090", "t4", "laptop"),
                 example="a100",
             ),
@@ -200,137 +207,138 @@ _ALL = (
     Verb(
         "sites",
         "TARGET",
-        "List the maps of a target that can be decomposed; write a first config for it.",
+        "List the modules of a target that can be decomposed.",
         "sites targets/tms_5-2",
         (
             Option(
                 "TARGET",
-                "hf:FOLDER or hf:NAME (a HuggingFace model as it is), decoder:FOLDER (on our "
-                "decoder), or a config "
-                "that trains a target",
+                "a config that trains a target, or a HuggingFace checkpoint: hf:FOLDER or hf:NAME "
+                "to use the model as it is, decoder:FOLDER or decoder:NAME to load it into our "
+                "decoder",
                 needed=True,
             ),
-            Option(
-                "--write", "write a first config that decomposes it", "FILE", example="mine.yaml"
-            ),
-            Option("--all", "list every map by itself, not groups of alike ones"),
+            Option("--write", "also write a config to start from", "FILE", example="mine.yaml"),
+            Option("--all", "list every module separately instead of in groups"),
             Option("--json", "print JSON"),
         ),
     ),
     Verb(
         "predict",
         "--config tms.yaml",
-        "Run the harvesters of a config on the newest run of that name: graphs, importances, sums, "
-        "as Parquet tables.",
+        "Harvest graphs, importances or sums of a run over its prompts.",
         "predict --config tms.yaml --config frozen.yaml",
-        CHOSEN,
+        RUN_OPTIONS,
         True,
-        SETTINGS,
+        (*HARVESTS, *SETTINGS),
     ),
     Verb(
         "validate",
         "--config tms.yaml",
-        "Evaluate a finished run again and print its figures.",
+        "Evaluate a finished run again, and print its metrics.",
         "validate --config tms.yaml",
-        CHOSEN,
+        RUN_OPTIONS,
         True,
         SETTINGS,
     ),
     Verb(
         "intervene",
         'RUN --text "..."',
-        "Ablate, scale or set components; print predictions next to the target's.",
+        "Ablate, scale or set components, and compare predictions.",
         "intervene tms --input 0,0.75,0,0,0 --ablate linear1:3",
         (
             RUN,
             Option("--text", "the prompt", "TEXT", example="Mia"),
             Option(
                 "--input",
-                "the prompt as numbers with commas: features, or token ids",
+                "the prompt as numbers separated by commas: features, or token ids",
                 "NUMBERS",
                 example="0,1",
             ),
+            Option("--file", "a file of interventions (see below)", "FILE", example="edits.jsonl"),
+            Option("--ablate", "components to ablate", "NAME", many=True, example="h.0.mlp.c_fc:5"),
             Option(
-                "--file", "many interventions, one a row (see below)", "FILE", example="edits.jsonl"
-            ),
-            Option(
-                "--ablate", "components to switch off", "NAME", many=True, example="h.0.mlp.c_fc:5"
-            ),
-            Option(
-                "--scale", "components to multiply", "NAME=X", many=True, example="h.0.mlp.c_fc:5=2"
+                "--scale",
+                "components to multiply by X",
+                "NAME=X",
+                many=True,
+                example="h.0.mlp.c_fc:5=2",
             ),
             Option(
                 "--set",
-                "components and inner activations to set",
+                "components whose inner activation to set to X",
                 "NAME=X",
                 many=True,
                 example="h.0.mlp.c_fc:5=1",
             ),
             Option(
                 "--keep",
-                "components to keep while all others are switched off; names, or a .json file with "
-                "a list of them",
+                "components to keep while all others are ablated: names, or a .json file with a "
+                "list of names",
                 "NAMES",
                 many=True,
                 example="h.0.mlp.c_fc:5",
             ),
             Option(
                 "--base",
-                "the model to edit: the target itself, or under its importances",
+                "the model to edit: unmasked, or masked by its causal importances",
                 "BASE",
                 "unmasked",
                 choices=("unmasked", "ci"),
                 example="ci",
             ),
-            Option("--top", "how many predictions to show", "N", 3, whole(1), example="5"),
-            Option("--json", "print JSON; of a file, one line a row"),
+            Option(
+                "--top", "the number of predictions to show", "N", 3, kind=whole(1), example="5"
+            ),
+            Option("--json", "print JSON; with --file, one line per row"),
         ),
         notes=FORMATS,
     ),
     Verb(
         "view",
-        "[PATH] [--port N] [--host NAME] [--no_browser]",
+        "[PATH]",
         "Look at runs in the browser.",
         "view --port 7860",
         (
-            Option("PATH", "a folder of runs, a run or a harvest (default: all runs)"),
+            Option("PATH", "a folder of runs, a run, or a harvest", default_text="all runs"),
             Option(
                 "--port",
-                "the port to listen on (default: the first free one from 7860)",
+                "the port to listen on",
                 "N",
-                None,
-                whole(1),
+                default_text="the first free one from 7860",
+                kind=whole(1),
                 example="7860",
             ),
             Option(
                 "--host",
-                "the name or address to listen on; others than this machine can then open it",
+                "the name or address to listen on; with any other than the default, other machines "
+                "can open the viewer",
                 "NAME",
                 "127.0.0.1",
                 example="127.0.0.1",
             ),
-            Option("--no_browser", "open no browser"),
+            Option("--no_browser", "do not open a browser"),
         ),
     ),
     Verb(
         "edges",
-        "RUN LAYER:NUMBER",
-        "Print what drives a component over a corpus, and what it drives.",
+        "RUN COMPONENT",
+        "Print the strongest sources and targets of a component.",
         "edges stories-2L h.0.mlp.c_fc:5 --sources --top_k 10",
         (
             RUN,
             Option("COMPONENT", "layer:number", needed=True),
             Option(
                 "--harvest",
-                "a harvest of sums (default: the latest)",
+                "the harvest of sums over a corpus",
                 "NAME",
+                default_text="the newest",
                 example="dataset_edges-unmasked",
             ),
-            Option("--sources", "print only what drives it"),
-            Option("--targets", "print only what it drives"),
+            Option("--sources", "print only the sources"),
+            Option("--targets", "print only the targets"),
             Option(
                 "--scale",
-                "what sums are divided by",
+                "the scale of the sums over the corpus",
                 "SCALE",
                 "normalized",
                 choices=("sum", "mean", "normalized"),
@@ -338,19 +346,26 @@ _ALL = (
             ),
             Option(
                 "--metric",
-                "what edges go to: the activation, or its size",
+                "the quantity that is attributed: the target's activation, or its absolute value",
                 "METRIC",
                 "activation",
                 choices=("activation", "size"),
                 example="size",
             ),
-            Option("--top_k", "how many to print of each", "N", 20, whole(1), example="20"),
+            Option(
+                "--top_k",
+                "the largest number of sources and of targets to print",
+                "N",
+                20,
+                kind=whole(1),
+                example="20",
+            ),
             Option(
                 "--min_edges",
-                "leave out pairs with fewer edges than this",
+                "omit pairs with fewer edges than this",
                 "N",
                 10,
-                whole(1),
+                kind=whole(1),
                 example="3",
             ),
             Option("--json", "print JSON"),
@@ -359,76 +374,79 @@ _ALL = (
     Verb(
         "weights",
         "RUN",
-        "Write which component can drive which by the weights alone, as Parquet.",
+        "Write the weights between components as a Parquet file.",
         "weights stories-2L --to weights.parquet",
         (
             RUN,
             Option(
                 "--min_share",
-                "the share of the largest weight into a component that others must reach",
+                "omit weights below this share of the largest into the same component",
                 "S",
                 0.3,
-                share,
+                kind=share,
                 example="0.3",
             ),
-            Option(
-                "--to", "the file to write", "FILE", "weights.parquet", example="weights.parquet"
-            ),
+            Option("--to", "the file to write", "FILE", "weights.parquet", example="x.parquet"),
         ),
     ),
     Verb(
         "export",
         "RUN",
-        "Write one prompt's graph for circuit-tracer (.json) or as GraphML (.graphml).",
+        "Write the graph of a prompt for circuit-tracer or as GraphML.",
         "export tms --to graph.graphml",
         (
             RUN,
             Option(
                 "--prompt",
-                "its id, its number in the viewer's list from 0 up, or a part of its text",
+                "the prompt: its id, its number in the viewer (from 0), or a part of its text",
                 "P",
                 "0",
                 example="0",
             ),
             Option(
                 "--harvest",
-                "a harvest of graphs (default: the newest, as in the viewer)",
+                "the harvest of graphs",
                 "NAME",
+                default_text="the newest, as in the viewer",
                 example="graphs-unmasked",
             ),
-            Option("--to", "the file to write", "FILE", "graph.json", example="graph.json"),
+            Option(
+                "--to",
+                "the file to write: .json for circuit-tracer, .graphml for GraphML",
+                "FILE",
+                "graph.json",
+                example="graph.json",
+            ),
             Option(
                 "--position",
-                "ask about the outputs at one position, from 0 up (default: all)",
+                "measure the influence on the outputs at this position, from 0",
                 "N",
-                None,
-                whole(0),
+                default_text="all positions",
+                kind=whole(0),
                 example="12",
             ),
             Option(
                 "--nodes",
-                "keep the nodes that make up this share of the influence on the outputs (default: "
-                "0.8)",
+                "keep the nodes that carry this share of the influence on the outputs",
                 "S",
-                None,
-                share,
+                default_text="0.8",
+                kind=share,
                 example="0.8",
             ),
             Option(
                 "--edges",
-                "keep the edges that make up this share of theirs (default: 0.98; with --budget 1)",
+                "keep the edges that carry this share of the influence on the outputs",
                 "S",
-                None,
-                share,
+                default_text="0.98, or 1 with --budget",
+                kind=share,
                 example="0.98",
             ),
             Option(
                 "--budget",
-                "instead of --nodes: all outputs and tokens, and the N other nodes with most "
-                "influence",
+                "instead of --nodes: keep all outputs and tokens, and the N other nodes with the "
+                "most influence",
                 "N",
-                None,
-                whole(0),
+                kind=whole(0),
                 example="100",
             ),
         ),
@@ -436,20 +454,14 @@ _ALL = (
     Verb(
         "runs",
         "[--table]",
-        "List the runs there are: path, state, and what they reached.",
+        "List the runs with their states and results.",
         "runs --table",
         (
             Option("--table", "print a table of results"),
             Option("--json", "print JSON"),
         ),
     ),
-    Verb(
-        "list",
-        "",
-        "List the configs there are: what they do, and what they reach.",
-        "list",
-        module="configs",
-    ),
+    Verb("list", "", "List the configs that come with this package.", "list", module="configs"),
     Verb("push", "RUN", "Send a finished run to its trackers again.", "push tms", (RUN,)),
     Verb(
         "pull",

@@ -1,4 +1,4 @@
-"""view: opens the viewer."""
+"""view: open the viewer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +8,16 @@ from spd_lightning.commands import options
 
 
 def main(argv: Sequence[str]) -> None:
-    """Open the viewer, and a browser where there is a display."""
-    asked = options.read("view", argv)
-    if asked.path is not None and not Path(asked.path).is_dir():
-        runs.find(asked.path)  # before gradio is imported, which takes seconds
+    """Start the viewer, and open it in a browser if there is a display."""
+    arguments = options.read("view", argv)
+    path = arguments.path
+    if path is not None and not Path(path).is_dir():
+        runs.find(path)  # report a wrong name before the seconds of importing gradio
     from spd_lightning.viewer.app import launch
 
-    launch(asked.path, asked.port, asked.host, open_browser=not asked.no_browser)
+    launch(
+        path,
+        arguments.port,
+        arguments.host,
+        open_browser=not arguments.no_browser,
+    )

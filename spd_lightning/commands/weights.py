@@ -1,9 +1,8 @@
-"""weights: which component can drive which by the weights of a run alone, as one Parquet file; no
-prompt is run.
-"""
+"""weights: the weights between the components of a run, as a Parquet file; no prompt is run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from spd_lightning import runs
 from spd_lightning.commands import loading, options
@@ -12,37 +11,39 @@ from spd_lightning.runs.kind import kind
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the strongest weights between the components of a finished run."""
-    asked = options.read("weights", argv)
-    path = Path(asked.to)
+    """Write the largest weights between the components of a finished run."""
+    arguments = options.read("weights", argv)
+    path = Path(arguments.to)
     if path.suffix != ".parquet":
-        raise BadInput(f"--to '{path}': not a kind of file that is written; end it in .parquet")
+        raise BadInput(f"--to '{path}': unknown file type; end it in .parquet")
     if not path.parent.is_dir():
-        raise BadInput(f"--to '{path}': there is no folder '{path.parent}'; make it first")
-    found = runs.find(asked.run)
-    if not (of := kind(found)).decoder:
-        described = f"{of.target} ({of.model_type})" if of.model_type else of.target
+        raise BadInput(f"--to '{path}': folder '{path.parent}' does not exist; create it first")
+    run = runs.find(arguments.run)
+    run_kind = kind(run)
+    if not run_kind.decoder:
+        model = run_kind.target
+        if run_kind.model_type:
+            model = f"{model} ({run_kind.model_type})"
         raise BadInput(
-            f"weights: run '{of.name}': {described} is not a supported decoder; "
+            f"weights: run '{run_kind.name}': {model} is not a supported decoder; "
             "use a run of a GPT-2, Llama, Mistral or Qwen2 model on our decoder"
         )
     with loading.trainer():
-        _write(found, path, asked.min_share)
+        _write(run, path, arguments.min_share)
 
 
-def _write(found: runs.Run, path: Path, min_share: float) -> None:
+def _write(run: runs.Run, path: Path, min_share: float) -> None:
     from tqdm.auto import tqdm
 
     from spd_lightning.harvest.weights import weight_table
     from spd_lightning.training.decompose import Decomposition
 
-    model = Decomposition.from_pretrained(found.path).model
-    table = weight_table(
-        model, min_share, lambda groups: tqdm(groups, "weights", unit=" targets", leave=False)
-    )
+    def with_progress(groups: Sequence[Any]) -> Iterable[Any]:
+        return tqdm(groups, "weights", unit=" targets", leave=False)
+
+    model = Decomposition.from_pretrained(run.path).model
+    table = weight_table(model, min_share, with_progress)
     with runs.write_whole(path) as temporary:
         table.write_parquet(temporary)
-    print(
-        f"weights: {path}    {len(table):,} rows, at least {min_share:g} of the largest into their "
-        "target"
-    )
+    rows = f"{len(table):,} rows, each at least {min_share:g} of the largest into its target"
+    print(f"weights: {path}    {rows}")

@@ -1,12 +1,12 @@
-"""Where text comes from: documents, each a string, in an order that never changes.
+"""Sources of text: each yields documents, which are strings, in an order that never changes.
 
-    stories        tiny stories whose hidden variables are known, without end (stories.py)
-    stdlib         the sources of Python's own standard library, one file a document
+    stories        an endless series of tiny stories with known hidden variables (`stories/`)
+    stdlib         the source files of Python's standard library, one file per document
     PATH or GLOB   .txt (documents end at <|endoftext|>, or else at blank lines), .jsonl, .parquet
     hf:NAME        a HuggingFace dataset, by its name on the hub or its folder
 
-The first two are on every machine and need no network. Files are in UTF-8; a byte-order mark is not
-part of the text.
+The first two are available on every machine and need no network. Files are in UTF-8; a byte-order
+mark is not part of the text.
 """
 
 import glob
@@ -30,38 +30,34 @@ from spd_lightning.targets.huggingface import hub_answers
 
 END = "<|endoftext|>"
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
-_PEEK = 1 << 20  # characters of a .txt file that are searched for END
-_NOT_PROSE = {  # tests, tables, bundled tools and what else is not a library's source
-    *(
-        "test",
-        "tests",
-        "idlelib",
-        "idle_test",
-        "lib2to3",
-        "pydoc_data",
-        "encodings",
-        "turtledemo",
-        "ensurepip",
-    ),
-    *(
-        "site-packages",
-        "dist-packages",
-        "distutils",
-        "__pycache__",
-        "__phello__",
-        "_vendor",
-        "lib-dynload",
-    ),
+_PEEK = 1 << 20  # number of characters at the start of a .txt file that are searched for END
+_SKIPPED_FOLDERS = {  # tests, tables, bundled tools and other files that are not library source
+    "test",
+    "tests",
+    "idlelib",
+    "idle_test",
+    "lib2to3",
+    "pydoc_data",
+    "encodings",
+    "turtledemo",
+    "ensurepip",
+    "site-packages",
+    "dist-packages",
+    "distutils",
+    "__pycache__",
+    "__phello__",
+    "_vendor",
+    "lib-dynload",
 }
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text by name: one of those above.
+    """A source of text, by its name.
 
     Args:
         name: `stories`, `stdlib`, a path, a glob, or `hf:NAME`.
-        column: the column that holds the text, of .jsonl, .parquet and datasets.
+        column: the text column of .jsonl files, .parquet files and datasets.
         split: the split of a dataset.
         config_name: the configuration of a dataset that has several.
         streaming: read a dataset as it arrives rather than download it first.
@@ -75,30 +71,32 @@ class Corpus:
 
     @property
     def endless(self) -> bool:
-        """Whether there are always more documents."""
+        """Return whether the corpus never ends."""
         return self.name == "stories"
 
     def documents(self) -> Iterator[str]:
-        """All documents with anything in them, in order.
+        """Yield all documents that are not blank, in order.
 
         Raises:
-            BadInput: there is no such corpus or column, or something in it is not text.
+            BadInput: the corpus or its column does not exist, or an entry is not text.
         """
         return (text for text in self._all() if text.strip())
 
     def fingerprint(self) -> str:
-        """Twelve characters that stand for all that the documents depend on."""
+        """Return twelve characters that identify everything the documents depend on."""
         if self.endless:
             return digest(["stories", list(islice(self.documents(), 100))])
         if self.name == "stdlib":
             return digest(["stdlib", platform.python_version()])
         if not self.name.startswith("hf:"):
-            return digest([self.column, *map(_facts, self._files())])
+            states = [_file_state(path) for path in self._files()]
+            return digest([self.column, *states])
         folder = Path(self.name[3:])
-        inside = (
-            sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        )
-        return digest([self.name, self.column, self.split, self.config_name, *map(_facts, inside)])
+        states = []
+        if folder.is_dir():
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            states = [_file_state(path) for path in files]
+        return digest([self.name, self.column, self.split, self.config_name, *states])
 
     def _all(self) -> Iterator[str]:
         if self.endless:
@@ -106,9 +104,8 @@ class Corpus:
         elif self.name == "stdlib":
             yield from _standard_library(Path(sysconfig.get_path("stdlib")))
         elif self.name.startswith("hf:"):
-            yield from texts(
-                enumerate(self._dataset(), 1), self.column, f"corpus '{self.name}'", "row"
-            )
+            rows = enumerate(self._dataset(), 1)
+            yield from texts(rows, self.column, f"corpus '{self.name}'", "row")
         else:
             for path in self._files():
                 yield from _READERS[path.suffix](path, self.column)
@@ -116,22 +113,19 @@ class Corpus:
     def _files(self) -> list[Path]:
         paths = matching(Path(self.name).expanduser())
         if not paths:
-            given = (
-                ""
-                if {"/", ".", "*"} & set(self.name)
-                else nearest(self.name, ["stories", "stdlib"]) + " or "
-            )
+            suggestion = ""
+            if not {"/", ".", "*"} & set(self.name):
+                suggestion = nearest(self.name, ["stories", "stdlib"]) + " or "
             raise BadInput(
-                f"corpus '{self.name}': no such file; {given}give stories, stdlib, a path, or "
+                f"corpus '{self.name}': no such file; {suggestion}give stories, stdlib, a path, or "
                 "hf:NAME"
             )
-        if odd := next(
-            (path for path in paths if path.suffix not in _SUFFIXES or not path.is_file()), None
-        ):
-            raise BadInput(
-                f"corpus '{odd}': not a .txt, .jsonl or .parquet file; give such files, as in "
-                "'folder/*.txt'"
-            )
+        for path in paths:
+            if path.suffix not in _SUFFIXES or not path.is_file():
+                raise BadInput(
+                    f"corpus '{path}': not a .txt, .jsonl or .parquet file; give such files, for "
+                    "example 'folder/*.txt'"
+                )
         return paths
 
     def _dataset(self) -> Iterable[Any]:
@@ -140,31 +134,31 @@ class Corpus:
         local = Path(name).exists()
         if local and set("*?[") & set(str(Path(name).resolve())):
             raise BadInput(
-                f"corpus '{self.name}': the package datasets takes '*', '?' and '[' in a folder's "
-                "name for a pattern; "
-                f"name its files instead, for example: {name}/*.parquet"
+                f"corpus '{self.name}': the package datasets reads '*', '?' and '[' in a folder's "
+                f"name as a pattern; name its files instead, for example: {name}/*.parquet"
             )
         reachable = local or hub_answers()
         try:
-            with _hub_left_alone(not reachable):
+            with _offline_hub(not reachable):
                 return datasets.load_dataset(
                     name, self.config_name, split=self.split, streaming=self.streaming
                 )
-        except (
-            Exception
-        ) as error:  # of datasets, the hub's client, pyarrow and what they are built on
-            why = (
-                " ".join(str(error).split())[:200]
-                if reachable
-                else "not on this machine, and no network to fetch it"
-            )
+        # datasets, the hub's client, pyarrow and their dependencies raise errors of many types
+        except Exception as error:
+            why = "not on this machine, and no network to fetch it"
+            if reachable:
+                why = " ".join(str(error).split())[:200]
             raise BadInput(
                 f"corpus '{self.name}': {why}; the corpora stories and stdlib need no network"
             ) from error
 
 
 def library(name: str, what: str) -> Any:
-    """A package of the extra [lm].
+    """Import and return a package of the extra [lm].
+
+    Args:
+        name: the package.
+        what: the value that needs it, for the message.
 
     Raises:
         BadInput: it is not installed.
@@ -179,37 +173,36 @@ def library(name: str, what: str) -> Any:
 
 
 def matching(path: Path) -> list[Path]:
-    """Return the files that a path or a glob means, in order.
+    """Return the files that match a path or a glob, in order.
 
-    A file or folder that is there is meant as it is written, brackets, stars and question marks
-    included.
+    The longest leading part of the path that exists is taken literally, including any brackets,
+    stars and question marks in it.
     """
     literal = path
     while not literal.exists() and literal != literal.parent:
         literal = literal.parent
     rest = path.relative_to(literal)
     pattern = Path(glob.escape(str(literal))) / rest
-    return [Path(found) for found in sorted(glob.glob(str(pattern), recursive=True))]
+    names = glob.glob(str(pattern), recursive=True)
+    return [Path(name) for name in sorted(names)]
 
 
 class Unusable(NamedTuple):
-    """Why a row of a table of texts has no text, and what to do about it, in the words of an error
-    message.
-    """
+    """The reason why a row has no usable text, and the remedy, as phrases of an error message."""
 
     why: str
     remedy: str
 
 
 Row = tuple[int, Any]
-"""The number of a row, from 1, and its content: an object, or an `Unusable` in place of one."""
+"""The number of a row, counted from 1, and its content: an object, or an `Unusable`."""
 
 
 def texts(rows: Iterable[Row], column: str, where: str, row_is: str = "line") -> Iterator[str]:
-    """Yield one column of rows; nulls are left out.
+    """Yield the texts in one column of some rows; nulls are skipped.
 
     Raises:
-        BadInput: a row has no text there.
+        BadInput: a row has no usable text in that column.
     """
     for number, row in rows:
         text = text_of(row, column)
@@ -220,7 +213,7 @@ def texts(rows: Iterable[Row], column: str, where: str, row_is: str = "line") ->
 
 
 def text_of(row: Any, column: str, option: str = "column") -> str | Unusable | None:
-    """Return what one column of a row holds: a text, None for null, or why it cannot be used.
+    """Return the text in one column of a row: None for null, an `Unusable` if it is not a text.
 
     Args:
         row: an object, or an `Unusable`.
@@ -230,24 +223,23 @@ def text_of(row: Any, column: str, option: str = "column") -> str | Unusable | N
     if isinstance(row, Unusable):
         return row
     if column not in row:
-        return Unusable(
-            f"no column '{column}'", f"set {option}; choose from: {', '.join(map(str, row))}"
-        )
+        columns = ", ".join(map(str, row))
+        return Unusable(f"no column '{column}'", f"set {option}; choose from: {columns}")
     value = row[column]
     if value is None:
         return None
     if not isinstance(value, str):
-        return Unusable(
-            f"column '{column}' holds {type(value).__name__}, not text", f"set {option}"
-        )
+        why = f"column '{column}' holds {type(value).__name__}, not text"
+        return Unusable(why, f"set {option}")
     if half := lone_surrogate(value):
         return Unusable(f"{half} is half of a character", "write the whole character")
     return value
 
 
 def jsonl_rows(path: Path, keep_blank: bool = False) -> Iterator[Row]:
-    """Yield the objects of a file with a JSON object a line, by line; a blank line is left out, or
-    None.
+    """Yield the objects of a file with one JSON object per line, each with its line number.
+
+    Blank lines are skipped; with `keep_blank` they yield None.
     """
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
@@ -260,9 +252,9 @@ def _object(line: str) -> dict[str, Any] | Unusable:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Unusable(f"not JSON ({error})", "give one object a line")
+        return Unusable(f"not JSON ({error})", "give one object per line")
     if not isinstance(row, dict):
-        return Unusable(f"it holds {type(row).__name__}", "give one object a line")
+        return Unusable(f"it holds {type(row).__name__}", "give one object per line")
     return row
 
 
@@ -271,8 +263,7 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[Row]:
-    """Yield the rows of a Parquet file with this column alone, or with all columns if there is no
-    such one.
+    """Yield the rows of a Parquet file: only this column of them, or all columns if it is missing.
 
     Raises:
         BadInput: the file cannot be read.
@@ -302,19 +293,19 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
 
 
 def _plain(path: Path, _: str) -> Iterator[str]:
-    """Documents between END marks or, in a file that has none in its beginning, between blank
-    lines.
+    """Yield the documents of a text file.
+
+    They end at END marks or, if the beginning of the file contains none, at blank lines.
     """
-    document = list[str]()
-    marked = False
-    seen = 0
+    marked = _has_end_marks(path)
+    document = list[str]()  # lines of the document that has not ended yet
     for line in read_lines(path):
-        if seen >= _PEEK:
-            break
-        seen += len(line)
-        marked = marked or END in line
-    for line in read_lines(path):
-        *ended, rest = line.split(END) if marked else [line] if line.strip() else ["", ""]
+        if marked:
+            *ended, rest = line.split(END)
+        elif line.strip():
+            ended, rest = [], line
+        else:  # a blank line ends a document and starts the next one
+            ended, rest = [""], ""
         for part in ended:
             yield "\n".join([*document, part]).strip("\n")
             document = []
@@ -322,41 +313,54 @@ def _plain(path: Path, _: str) -> Iterator[str]:
     yield "\n".join(document).strip("\n")
 
 
+def _has_end_marks(path: Path) -> bool:
+    """Return whether the first `_PEEK` characters, up to the end of their line, contain END."""
+    marked = False
+    seen = 0
+    for line in read_lines(path):
+        if seen >= _PEEK:
+            break
+        seen += len(line)
+        marked = marked or END in line
+    return marked
+
+
 def _standard_library(root: Path) -> Iterator[str]:
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
-        inside = path.relative_to(root).parts
-        if _NOT_PROSE.isdisjoint(inside) and not inside[0].startswith(
-            ("config-", "_sysconfigdata")
-        ):
-            with tokenize.open(path) as file:  # in the encoding that the source declares
-                yield file.read()
+        parts = path.relative_to(root).parts
+        generated = parts[0].startswith(("config-", "_sysconfigdata"))
+        if generated or not _SKIPPED_FOLDERS.isdisjoint(parts):
+            continue
+        with tokenize.open(path) as file:  # in the encoding that the source declares
+            yield file.read()
 
 
-def _facts(path: Path) -> list[Any]:
-    facts = path.stat()
-    return [str(path.resolve()), facts.st_size, facts.st_mtime_ns]
+def _file_state(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
 @contextmanager
-def _hub_left_alone(wanted: bool) -> Iterator[None]:
-    """Has the hub's client look on this machine only; without a network it would try for most of a
-    minute.
+def _offline_hub(offline: bool) -> Iterator[None]:
+    """Let the hub's client search this machine only, if `offline`.
+
+    Without a network the client would otherwise retry for most of a minute.
     """
-    if not wanted:
+    if not offline:
         yield
         return
-    places = [
+    modules = [
         library("datasets", "a dataset").config,
         importlib.import_module("huggingface_hub").constants,
     ]
-    before = [place.HF_HUB_OFFLINE for place in places]
+    before = [module.HF_HUB_OFFLINE for module in modules]
     try:
-        for place in places:
-            place.HF_HUB_OFFLINE = True
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 _READERS = {".txt": _plain, ".jsonl": _jsonl, ".parquet": _parquet}

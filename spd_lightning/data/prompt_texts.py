@@ -1,5 +1,6 @@
-"""Prompts as people give them, in a list or in a file, and everything that is wrong with them in
-one message.
+"""Prompts from a list or a file, before they become tokens.
+
+All prompts that cannot be used are reported together, in one message.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,80 +11,81 @@ from spd_lightning.data.corpora import Unusable, jsonl_rows, parquet_rows, text_
 from spd_lightning.encoding import lone_surrogate, read_lines
 from spd_lightning.errors import BadInput
 
-_MOST_LISTED = 10  # offending prompts that a message names
+_MOST_LISTED = 10  # unusable prompts that a message names
 
 
 class PromptText(NamedTuple):
     """A prompt before it becomes tokens."""
 
     source: str  # as in the table `prompts`: "given 0", "file 3"
-    place: str  # where its author finds it: "given 0", "line 12"
+    place: str  # where its author can find it: "given 0", "line 12"
     text: str | Unusable
 
 
 def given_texts(prompts: Sequence[str]) -> list[PromptText]:
     """Return the prompts of a list."""
-    found = []
-    for index, text in enumerate(prompts):
-        half = lone_surrogate(text)
-        usable = (
-            Unusable(f"{half} is half of a character", "write the whole character")
-            if half
-            else text
-        )
-        found.append(PromptText(f"given {index}", f"given {index}", usable))
-    return found
+    texts = list[PromptText]()
+    for index, prompt in enumerate(prompts):
+        text: str | Unusable = prompt
+        if half := lone_surrogate(prompt):
+            text = Unusable(f"{half} is half of a character", "write the whole character")
+        source = f"given {index}"
+        texts.append(PromptText(source, source, text))
+    return texts
 
 
 def texts_in_file(path: Path, column: str) -> tuple[list[PromptText], int]:
-    """Return the prompts of a file, and how many blank lines or rows were skipped.
+    """Return the prompts of a file, and the number of blank lines or rows that were skipped.
 
     Args:
-        path: a .jsonl or .parquet file with prompts in a column, or a text file with one prompt a
-            line.
-        column: that column.
+        path: a .jsonl or .parquet file with prompts in a column, or a text file with one prompt
+            per line.
+        column: the name of that column.
 
     Raises:
-        BadInput: the file cannot be read, or holds no prompt.
+        BadInput: the file cannot be read, or contains no prompts.
     """
-    found = list[PromptText]()
+    texts = list[PromptText]()
     blank = 0
     for place, text in _places(path, column):
         if text is None or (isinstance(text, str) and not text.strip()):
             blank += 1
-        else:
-            found.append(PromptText(f"file {len(found)}", f"{place} of '{path.name}'", text))
-    if not found:
-        raise BadInput(f"prompts_file '{path}' in Text: there is no prompt in it; write one a line")
-    return found, blank
+            continue
+        texts.append(PromptText(f"file {len(texts)}", f"{place} of '{path.name}'", text))
+    if not texts:
+        raise BadInput(f"prompts_file '{path}' in Text: it contains no prompts; write one per line")
+    return texts, blank
 
 
 def _places(path: Path, column: str) -> Iterator[tuple[str, str | Unusable | None]]:
-    """Every line or row with its text; None where it has none."""
+    """Yield the place and the text of every line or row; the text is None if it is blank."""
     if path.suffix == ".parquet":
         for number, row in parquet_rows(path, column):
             yield f"row {number}", text_of(row, column, "prompts_column")
     elif path.suffix == ".jsonl":
         for number, row in jsonl_rows(path, keep_blank=True):
-            yield f"line {number}", None if row is None else text_of(row, column, "prompts_column")
+            text = None if row is None else text_of(row, column, "prompts_column")
+            yield f"line {number}", text
     else:
         for number, line in enumerate(read_lines(path), 1):
             yield f"line {number}", line
 
 
 def rejection(offenses: Mapping[str, Unusable]) -> BadInput:
-    """Return the error that names every prompt that cannot be used, or the first ten and how many
-    more there are.
+    """Return the error for prompts that cannot be used.
+
+    Its message names the first ten and says how many more there are.
 
     Args:
-        offenses: what is wrong with each, by its place.
+        offenses: the reason for each prompt, by its place.
     """
-    places = list(offenses)
-    listed = [f"{place}: {offenses[place].why}" for place in places[:_MOST_LISTED]]
-    if len(places) > _MOST_LISTED:
-        listed.append(f"and {len(places) - _MOST_LISTED} more")
-    count = "one" if len(places) == 1 else str(len(places))
-    remedies = dict.fromkeys(each.remedy for each in offenses.values())
-    return BadInput(
-        f"prompts in Text: {count} cannot be used: {'; '.join([*listed, *list(remedies)[:3]])}"
-    )
+    number = len(offenses)
+    clauses = list[str]()
+    for place, offense in list(offenses.items())[:_MOST_LISTED]:
+        clauses.append(f"{place}: {offense.why}")
+    if number > _MOST_LISTED:
+        clauses.append(f"and {number - _MOST_LISTED} more")
+    remedies = list(dict.fromkeys(offense.remedy for offense in offenses.values()))
+    clauses += remedies[:3]
+    count = "one" if number == 1 else str(number)
+    return BadInput(f"prompts in Text: {count} cannot be used: {'; '.join(clauses)}")

@@ -1,9 +1,9 @@
-"""Text as a LightningDataModule: windows of a corpus's tokens to train on, prompts to look at.
+"""Text as a LightningDataModule: token windows for training, and prompts for analysis.
 
-A stream of tokens is cut into consecutive windows that do not overlap. Rows of batches go through
-the windows in an order that is drawn again for every epoch. Row r of epoch e is a pure function of
-(seed, e, r), and the batches of one step on all devices together are consecutive rows. So one
-device with batch 2B sees the same rows as two with batch B.
+A stream of tokens is cut into consecutive windows that do not overlap. The rows of batches are the
+windows in a random order, which is drawn again for every epoch. Row r of epoch e is a pure function
+of (seed, e, r). The batches of one step on all devices are consecutive rows, so one device with
+batch size 2B sees the same rows as two devices with batch size B.
 """
 
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Text(StepData):
-    """Token windows of a corpus, and prompts, by any tokenizer or one trained on the corpus."""
+    """Token windows of a corpus, and prompts, from any tokenizer or one trained on the corpus."""
 
     def __init__(
         self,
@@ -53,23 +53,34 @@ class Text(StepData):
         n_ctx: int | None = None,
         predict_batch_size: int = 64,
     ) -> None:
-        """Args: corpus: `stories` or `stdlib` (on every machine), a path or glob of .txt, .jsonl
-        or .parquet files, or `hf:NAME`, a HuggingFace dataset. column: the column that holds the
-        text, of .jsonl, .parquet and datasets. split: the split of a dataset. config_name: the
-        configuration of a dataset that has several. streaming: read a dataset as it arrives rather
-        than download it first. max_tokens: training tokens to take of the corpus; all if omitted,
-        of the endless stories 4 million. tokenizer: a tokenizer.json, the folder that holds it, or
-        a hub name; left out, a byte-level BPE is trained. vocab: tokens of a tokenizer that is
-        trained; at least 257. seq_len: tokens in a window. batch_size: windows in a batch, on each
-        device. seed: chooses the order of the windows, not the corpus. validation_batches: how many
-        batches each device validates on. validation_batch_size: windows in such a batch; batch_size
-        if omitted. prompts: texts that `predict` runs on. prompts_file: more of them: a text file
-        with one a line, or a .jsonl or .parquet file; blank lines are skipped. prompts_column: the
-        column of a .jsonl or .parquet file that holds the prompts. too_long: what to do with given
-        prompts that have more tokens than the target's context holds: stop with an error, skip
-        them, or truncate them to their first tokens. n_prompts: where neither is given, how many
-        windows of validation text `predict` runs on. n_ctx: tokens of such a window; seq_len if
-        omitted. predict_batch_size: prompts in a batch of `predict`.
+        """
+        Args:
+            corpus: `stories` or `stdlib` (available on every machine), a path or glob of .txt,
+                .jsonl or .parquet files, or `hf:NAME` for a HuggingFace dataset.
+            column: the text column of .jsonl files, .parquet files and datasets.
+            split: the split of a dataset.
+            config_name: the configuration of a dataset that has several.
+            streaming: read a dataset as it arrives rather than download it first.
+            max_tokens: largest number of training tokens; if omitted, all tokens of the corpus, or
+                4 million of the endless stories.
+            tokenizer: a tokenizer.json, its folder, or a name on the hub; if omitted, a byte-level
+                BPE is trained on the corpus.
+            vocab: number of tokens of a trained tokenizer; at least 257.
+            seq_len: tokens per window.
+            batch_size: windows per batch on each device.
+            seed: determines the order of the windows, but not the corpus.
+            validation_batches: number of batches on which each device validates.
+            validation_batch_size: windows per validation batch; batch_size if omitted.
+            prompts: texts for `predict`.
+            prompts_file: a file with more prompts: a text file with one per line, or a .jsonl or
+                .parquet file; blank lines are skipped.
+            prompts_column: the column of a .jsonl or .parquet file that contains the prompts.
+            too_long: what to do with prompts that are longer than the target's context: stop with
+                an error, skip them, or truncate them to their first tokens.
+            n_prompts: number of windows of validation text for `predict`, if neither prompts nor
+                prompts_file is given.
+            n_ctx: tokens per such window; seq_len if omitted.
+            predict_batch_size: prompts per batch of `predict`.
         """
         super().__init__(batch_size, seed, validation_batches, predict_batch_size)
         self.corpus = Corpus(corpus, column, split, config_name, streaming)
@@ -81,46 +92,49 @@ class Text(StepData):
             batch_size if validation_batch_size is None else validation_batch_size
         )
         self.given = [prompts] if isinstance(prompts, str) else list(prompts)
-        self.prompts_file, self.prompts_column = prompts_file, prompts_column
-        self.too_long, self.n_prompts = too_long, n_prompts
-        self._said = set[str]()
+        self.prompts_file = prompts_file
+        self.prompts_column = prompts_column
+        self.too_long = too_long
+        self.n_prompts = n_prompts
+        self._logged = set[str]()
         self.n_ctx = seq_len if n_ctx is None else n_ctx
         self._check_sizes()
 
     def _check_sizes(self) -> None:
         """Reject sizes that are too small for windows of text."""
-        least = {
+        bounds = {
             "seq_len": 2,
             "validation_batch_size": 1,
             "n_prompts": 0,
             "n_ctx": 1,
             "max_tokens": 1,
         }
-        least |= {"vocab": ALPHABET} if self.tokenizer_name is None else {}
-        for name, bound in least.items():
+        if self.tokenizer_name is None:
+            bounds["vocab"] = ALPHABET
+        for name, bound in bounds.items():
             check_range("Text", least=bound, whole=True, **{name: getattr(self, name)})
 
     # ---- tokens ----------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Tokenizes the corpus unless that has been done."""
+        """Tokenize the corpus unless that has been done before."""
         assert self.streams
 
     @cached_property
     def streams(self) -> Streams:
-        """The corpus's tokens.
+        """The tokens of the corpus.
 
         Raises:
-            BadInput: the corpus or the tokenizer cannot be had.
+            BadInput: the corpus or the tokenizer is not available.
         """
         return tokenized(self.corpus, self.tokenizer_name, self.vocab, self.max_tokens)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer; a corpus is touched only where it has to be trained."""
-        return (
-            self.streams.tokenizer if self.tokenizer_name is None else opened(self.tokenizer_name)
-        )
+        """The tokenizer; the corpus is only read if the tokenizer is trained on it."""
+        if self.tokenizer_name is None:
+            return self.streams.tokenizer
+        return opened(self.tokenizer_name)
 
     @property
     def vocab_size(self) -> int:
@@ -128,32 +142,35 @@ class Text(StepData):
         return self.tokenizer.size
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with those that the tokenizer itself puts around one; none of these
-        stands twice.
+        """Return the tokens of a text, including those that the tokenizer adds around it.
+
+        A token that both the text and the tokenizer add occurs once.
 
         Raises:
-            BadInput: there is half of a character in it, as a terminal gives it that is not in
+            BadInput: the text contains half of a character, as from a terminal that is not in
                 UTF-8.
         """
         if half := lone_surrogate(text):
             raise BadInput(
-                f"text '{text[:40]}': {half} is half of a character; write it in UTF-8, whole"
+                f"text '{text[:40]}': {half} is half of a character; write the whole character in "
+                "UTF-8"
             )
         ids, repeated = self.tokenizer.encode_prompt(text)
         for name in repeated:
-            self._say(
+            self._warn_once(
                 "the text already contains '%s', which the tokenizer also adds; only one is kept",
                 name,
             )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some tokens."""
+        """Return the text of some tokens."""
         return self.tokenizer.decode(list(ids))
 
     def names(self, ids: Sequence[int]) -> list[str]:
-        """Each token's text; spaces and line ends stand as they are, parts of a character as
-        `<0xE2>`.
+        """Return the text of each token; a part of a character becomes, for example, `<0xE2>`.
+
+        Spaces and line ends are not escaped.
         """
         return [self.tokenizer.name(i) for i in ids]
 
@@ -162,60 +179,67 @@ class Text(StepData):
     def batch(
         self, step: int, rank: int = 0, split: str = "train", world: int = 1
     ) -> Int[Tensor, "batch pos"]:
-        """The windows of one step on one of `world` devices, the same whenever and wherever they
-        are asked for.
+        """Return the windows of one step on one of `world` devices, a function of these arguments.
 
         Raises:
-            BadInput: the corpus cannot be had, or is shorter than a window.
+            BadInput: the corpus is not available, or is shorter than a window.
         """
-        rows = self.validation_batch_size if split == "val" else self.batch_size
+        size = self.validation_batch_size if split == "val" else self.batch_size
         windows = self._windows(split, self.seq_len)
-        first = (step * world + rank) * rows
-        chosen = [self._window(split, row, len(windows)) for row in range(first, first + rows)]
-        return torch.from_numpy(windows[chosen].astype(np.int64))
+        first = (step * world + rank) * size
+        rows = range(first, first + size)
+        numbers = [self._window(split, row, len(windows)) for row in rows]
+        tokens = windows[numbers].astype(np.int64)
+        return torch.from_numpy(tokens)
 
     def _window(self, split: str, row: int, count: int) -> int:
+        """Return the number of the window at a row, which counts through all epochs."""
         epoch, place = divmod(row, count)
-        return int(_order(self.seed, split, epoch, count)[place])
+        order = _order(self.seed, split, epoch, count)
+        return int(order[place])
 
     def _windows(self, split: str, length: int) -> np.ndarray:
-        """All windows of a split [windows, length], as a view of the stream."""
-        stream = self.streams.train if split == "train" else self.streams.validation
+        """Return all windows of a split [windows, length], as a view of the stream."""
+        if split == "train":
+            stream, part, remedy = self.streams.train, "training", "more text"
+        else:
+            stream, part, remedy = self.streams.validation, "validation", "more documents"
         if len(stream) < length:
-            part, remedy = (
-                ("training", "more text") if split == "train" else ("validation", "more documents")
-            )
             raise BadInput(
                 f"corpus '{self.corpus.name}' in Text: {len(stream)} {part} tokens, and a window "
-                f"needs {length}; "
-                f"give it {remedy}, or make seq_len and n_ctx smaller"
+                f"needs {length}; give it {remedy}, or make seq_len and n_ctx smaller"
             )
-        return stream[: len(stream) // length * length].reshape(-1, length)
+        count = len(stream) // length
+        return stream[: count * length].reshape(count, length)
 
     # ---- prompts ---------------------------------------------------------------------------------
 
     def groups(self) -> list[Prompts]:
-        """All that `predict` runs on, by length: the texts given, or else windows of validation
-        text.
+        """Return all prompts of `predict`, grouped by length.
+
+        They are the given texts or, if there are none, windows of validation text.
 
         Raises:
             BadInput: a prompt cannot be used, or the file cannot be read.
         """
-        found: dict[int, list[tuple[str, str, list[int]]]] = {}
+        by_length: dict[int, list[tuple[str, list[int]]]] = {}
         for source, ids in self._prompts():
-            split = "validation" if source.startswith("validation") else "given"
-            found.setdefault(len(ids), []).append((source, split, ids))
-        return [self._group(*zip(*group, strict=True)) for group in found.values()]
+            group = by_length.setdefault(len(ids), [])
+            group.append((source, ids))
+        return [self._group(prompts) for prompts in by_length.values()]
 
-    def _group(
-        self, sources: Sequence[str], splits: Sequence[str], ids: Sequence[list[int]]
-    ) -> Prompts:
-        return Prompts(
-            torch.tensor(ids), list(sources), list(splits), [self.names(row) for row in ids]
-        )
+    def _group(self, prompts: Sequence[tuple[str, list[int]]]) -> Prompts:
+        """Join prompts of one length, given as their sources and tokens."""
+        sources = [source for source, _ in prompts]
+        splits = [
+            "validation" if source.startswith("validation") else "given" for source in sources
+        ]
+        rows = [ids for _, ids in prompts]
+        names = [self.names(ids) for ids in rows]
+        return Prompts(torch.tensor(rows), sources, splits, names)
 
     def _prompts(self) -> Iterator[tuple[str, list[int]]]:
-        """Every prompt's source and tokens."""
+        """Yield the source and the tokens of every prompt."""
         if self.given or self.prompts_file is not None:
             yield from self._fitting(self._texts())
             return
@@ -232,84 +256,87 @@ class Text(StepData):
             yield f"validation {index}", windows[index].tolist()
 
     def _texts(self) -> list[PromptText]:
-        """The prompts of the list and of the file."""
-        found = given_texts(self.given)
-        if self.prompts_file is not None:
-            path = Path(self.prompts_file).expanduser()
-            in_file, blank = texts_in_file(path, self.prompts_column)
-            found += in_file
-            if blank:
-                self._say(
-                    "prompts_file '%s' in Text: %s skipped",
-                    path,
-                    _count(blank, "blank line was", "blank lines were"),
-                )
-        return found
+        """Return the prompts of the list and of the file."""
+        texts = given_texts(self.given)
+        if self.prompts_file is None:
+            return texts
+        path = Path(self.prompts_file).expanduser()
+        in_file, blank = texts_in_file(path, self.prompts_column)
+        if blank:
+            lines = _count(blank, "blank line was", "blank lines were")
+            self._warn_once("prompts_file '%s' in Text: %s skipped", path, lines)
+        return texts + in_file
 
     def _fitting(self, texts: Sequence[PromptText]) -> list[tuple[str, list[int]]]:
-        """Source and tokens of prompts, with a line on what had to be changed.
+        """Return the sources and tokens of the prompts that fit the context; log every change.
 
         Raises:
-            BadInput: some cannot be used; the message names all of them.
+            BadInput: some prompts cannot be used; the message names them.
         """
         context = self._context()
-        found = list[tuple[str, list[int]]]()
+        prompts = list[tuple[str, list[int]]]()
         offenses = dict[str, Unusable]()
-        long = 0
         repeated = list[str]()
+        long = 0
         for source, place, text in texts:
             if isinstance(text, Unusable):
                 offenses[place] = text
                 continue
-            ids, twice = self.tokenizer.encode_prompt(text)
-            repeated += twice
+            ids, names = self.tokenizer.encode_prompt(text)
+            repeated += names
             if not ids:
                 offenses[place] = Unusable("it is empty", "give it a text or leave it out")
                 continue
             if context is None or len(ids) <= context:
-                found.append((source, ids))
+                prompts.append((source, ids))
                 continue
             long += 1
             if self.too_long == "error":
                 why = f"{len(ids)} tokens, and the target's context holds {context}"
                 offenses[place] = Unusable(why, "shorten it, or set too_long to skip or truncate")
             elif self.too_long == "truncate":
-                found.append((source, ids[:context]))
+                prompts.append((source, ids[:context]))
         if offenses:
             raise rejection(offenses)
         if long:
-            done = "truncated to" if self.too_long == "truncate" else "skipped for having more than"
-            which = _count(long, "prompt was", "prompts were")
-            self._say(
-                "too_long in Text: %s %s the %d tokens that the target's context holds",
-                which,
-                done,
-                context,
-            )
-        if not found:
+            self._warn_of_long(long, context)
+        if not prompts:
             raise BadInput(
                 "prompts in Text: none is left; give shorter ones, or set too_long to truncate"
             )
         for name in dict.fromkeys(repeated):
-            which = _count(repeated.count(name), "prompt brings", "prompts bring")
-            self._say(
-                "%s '%s', which the tokenizer adds itself; one of the two is kept", which, name
+            which = _count(repeated.count(name), "prompt contains", "prompts contain")
+            self._warn_once(
+                "%s '%s', which the tokenizer also adds; only one of the two is kept", which, name
             )
-        return found
+        return prompts
+
+    def _warn_of_long(self, long: int, context: int | None) -> None:
+        """Log the number of prompts that were longer than the context."""
+        change = "skipped for having more than"
+        if self.too_long == "truncate":
+            change = "truncated to"
+        which = _count(long, "prompt was", "prompts were")
+        self._warn_once(
+            "too_long in Text: %s %s the %d tokens that the target's context holds",
+            which,
+            change,
+            context,
+        )
 
     def _context(self) -> int | None:
-        """How many tokens the trainer's model takes; None where there is no trainer, or no such
-        limit.
-        """
-        module = None if self.trainer is None else self.trainer.lightning_module
-        return getattr(getattr(module, "network", None), "context", None)
+        """Return the context of the trainer's model; None without a trainer or a limit."""
+        if self.trainer is None:
+            return None
+        network = getattr(self.trainer.lightning_module, "network", None)
+        return getattr(network, "context", None)
 
-    def _say(self, line: str, *values: object) -> None:
-        """Logs a line once, however often the prompts are read."""
-        said = line % values
-        if said not in self._said:
-            self._said.add(said)
-            log.warning("%s", said)
+    def _warn_once(self, message: str, *values: object) -> None:
+        """Log a warning unless it has been logged before: prompts can be read several times."""
+        line = message % values
+        if line not in self._logged:
+            self._logged.add(line)
+            log.warning("%s", line)
 
 
 def _count(number: int, one: str, many: str) -> str:
@@ -318,7 +345,7 @@ def _count(number: int, one: str, many: str) -> str:
 
 @lru_cache(maxsize=4)
 def _order(seed: int, split: str, epoch: int, count: int) -> np.ndarray:
-    """A permutation of that many windows."""
-    return torch.randperm(
-        count, generator=generator_for(seed, f"{split} windows", epoch, 0)
-    ).numpy()
+    """Return the order of the windows in an epoch, a permutation of `count` numbers."""
+    generator = generator_for(seed, f"{split} windows", epoch, 0)
+    order = torch.randperm(count, generator=generator)
+    return order.numpy()

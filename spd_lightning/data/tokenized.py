@@ -1,13 +1,13 @@
-"""A corpus as token ids: tokenized once, kept in a folder, read from disk as it is needed.
+"""A corpus as token ids: tokenized once, saved in a folder, and read from disk as needed.
 
-1. The tokenizer is opened or, where none is named, a byte-level BPE is trained on the corpus.
-2. Documents are told apart: about one in fifty is for validation, by a hash of its number.
-3. Either part becomes one stream of ids, an end-of-text token after every document.
+1. Open the tokenizer or, if none is named, train a byte-level BPE on the corpus.
+2. Split the documents: a hash of its number sends about one in fifty to validation.
+3. Write each part as one stream of ids, with an end-of-text token after every document.
 
     <root>/data/<digest>/    tokenizer.json, tokens.bin, validation.bin, facts.json (written last)
 
-The digest stands for all that the streams depend on; a folder without its facts, or at odds with
-them, is made again.
+The digest covers everything that the streams depend on. A folder whose facts are missing or do not
+match its files is written again.
 """
 
 import fcntl
@@ -29,31 +29,26 @@ from spd_lightning.digests import digest as file_digest
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.huggingface import hub_answers, quietly
 
-LAYOUT = 1  # of the folder
-ENDLESS = 4_000_000  # training tokens of a corpus that has no end
-ALPHABET = 257  # tokens of the smallest byte-level BPE: the bytes and the end of a text
-TRAINED_ON = 10_000_000  # characters that suffice for a BPE
-AT_ONCE = 200_000  # characters tokenized together
-ENDS = (
-    END,
-    "</s>",
-    "<eos>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "[SEP]",
-)  # by which tokenizers mark a document's end
-_HELD_OUT = 50
-_HELD = ("tokenizer.json", "tokens.bin", "validation.bin")
+LAYOUT = 1  # version of the folder's layout
+ENDLESS = 4_000_000  # training tokens taken from a corpus that never ends
+ALPHABET = 257  # tokens of the smallest byte-level BPE: 256 bytes and the end of a text
+TRAINED_ON = 10_000_000  # characters on which a BPE is trained
+AT_ONCE = 200_000  # characters that are tokenized together
+ENDS = (END, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
+"""Tokens with which tokenizers mark the end of a document."""
+
+_HELD_OUT = 50  # one document in so many is for validation
+_FILES = ("tokenizer.json", "tokens.bin", "validation.bin")
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Args:
-        inner: a tokenizer of the package tokenizers.
+        inner: a tokenizer from the package tokenizers.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -65,70 +60,71 @@ class Tokenizer:
     @cached_property
     def size(self) -> int:
         """One more than the largest token id."""
-        return max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self.inner.get_vocab(with_added_tokens=True).values()
+        return max(ids) + 1
 
     @cached_property
     def end(self) -> int | None:
-        """The token after a document; None where the tokenizer has none."""
-        return next(
-            (found for name in ENDS if (found := self.inner.token_to_id(name)) is not None), None
-        )
+        """The token after a document; None if the tokenizer has none."""
+        for name in ENDS:
+            token = self.inner.token_to_id(name)
+            if token is not None:
+                return token
+        return None
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with those that the tokenizer itself puts around one."""
+        """Return the tokens of a text, including those that the tokenizer adds around it."""
         return self.inner.encode(text).ids
 
     def encode_prompt(self, text: str) -> tuple[list[int], list[str]]:
-        """The tokens of a prompt, and the names of those that it brought itself although the
-        tokenizer adds them.
+        """Return the tokens of a prompt, and the names of those that were removed as duplicates.
 
-        Of a beginning-of-text token that stands there twice, once by the tokenizer and once by the
-        prompt, one is kept; so it is at the end. A model sees two of them nowhere in its training.
+        If the prompt starts with the beginning-of-text token that the tokenizer also adds, only one
+        of the two is kept, and likewise at the end. Models never see two of them in training.
         """
         ids = self.encode(text)
-        own = self.inner.encode(text, add_special_tokens=False).ids
-        if not own or len(ids) == len(own):
+        inner_ids = self.inner.encode(text, add_special_tokens=False).ids
+        if not inner_ids or len(ids) == len(inner_ids):
             return ids, []
         repeated = list[str]()
-        front = _added_in_front(ids, own)
-        if front and ids[front - 1] == own[0]:
-            repeated.append(self.name(own[0]))
-            del ids[front]
-            own = own[1:]
-        end = front + len(own)
-        if own and end < len(ids) and ids[end] == own[-1]:
-            repeated.append(self.name(own[-1]))
-            del ids[end]
+        start = _find_last(ids, inner_ids)
+        first = inner_ids[0]
+        if start and ids[start - 1] == first:
+            repeated.append(self.name(first))
+            del ids[start]
+            inner_ids = inner_ids[1:]
+        end = start + len(inner_ids)
+        if inner_ids and end < len(ids):
+            last = inner_ids[-1]
+            if ids[end] == last:
+                repeated.append(self.name(last))
+                del ids[end]
         return ids, repeated
 
     def decode(self, ids: list[int]) -> str:
-        """The text of some tokens."""
+        """Return the text of some tokens."""
         return self.inner.decode(ids, skip_special_tokens=False)
 
     def name(self, token: int) -> str:
-        """The label of one token, as `labels` explains it: its text, or `<0xE2>` for a part of a
-        character.
-        """
+        """Return the label of a token: its text, or `<0xE2>` for a part of a character."""
         if token not in self._names:
-            self._names[token] = self._name(token)
+            self._names[token] = self._label(token)
         return self._names[token]
 
     @cached_property
-    def _fallback(self) -> dict[str, int]:
-        """The tokens by which SentencePiece writes single bytes; empty in a vocabulary without one
-        for each byte.
-        """
-        named = {f"<0x{byte:02X}>": byte for byte in range(256)}
-        whole = all(self.inner.token_to_id(piece) is not None for piece in named)
-        return named if whole else {}
+    def _byte_pieces(self) -> dict[str, int]:
+        """SentencePiece's tokens for single bytes; empty unless the vocabulary has all 256."""
+        pieces = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        complete = all(self.inner.token_to_id(piece) is not None for piece in pieces)
+        return pieces if complete else {}
 
-    def _name(self, token: int) -> str:
+    def _label(self, token: int) -> str:
         piece = self.inner.id_to_token(token)
         if piece is None:
             return f"<{token}>"
-        if piece in self._fallback:
-            return labels.token_label(bytes([self._fallback[piece]]))
-        if piece.startswith("▁"):  # a space, which decoding drops at the start
+        if piece in self._byte_pieces:
+            return labels.token_label(bytes([self._byte_pieces[piece]]))
+        if piece.startswith("▁"):  # a space; decoding would drop it at the start
             return piece.replace("▁", " ")
         text = self.decode([token])
         if "\ufffd" in text and all(letter in _BYTES for letter in piece):
@@ -136,79 +132,78 @@ class Tokenizer:
         return labels.token_label(text.encode())
 
 
-def _added_in_front(ids: list[int], own: list[int]) -> int:
-    """How many tokens a tokenizer put before a text's own."""
-    starts = range(len(ids) - len(own) + 1)
-    return next((start for start in reversed(starts) if ids[start : start + len(own)] == own), 0)
+def _find_last(ids: list[int], part: list[int]) -> int:
+    """Return the position at which `part` occurs last in `ids`; 0 if it does not occur."""
+    last = len(ids) - len(part)
+    for start in range(last, -1, -1):
+        if ids[start : start + len(part)] == part:
+            return start
+    return 0
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters by which byte-level BPE writes bytes (GPT-2's): printable ones stand for
-    themselves.
+    """Return the letters with which GPT-2's byte-level BPE writes the 256 bytes.
+
+    Printable characters stand for themselves; the other bytes use letters from 256 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + i): byte for i, byte in enumerate(others)
-    }
+    for index, byte in enumerate(others):
+        letters[chr(256 + index)] = byte
+    return letters
 
 
 _BYTES = _byte_letters()
 
 
 def opened(reference: str) -> Tokenizer:
-    """A tokenizer by its file, the folder with its tokenizer.json, or its name on the hub.
+    """Open a tokenizer by its file, the folder of its tokenizer.json, or its name on the hub.
 
     Raises:
-        BadInput: there is none, or it cannot be read.
+        BadInput: it does not exist, or cannot be read.
     """
     path = Path(reference).expanduser()
-    path = path / "tokenizer.json" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "tokenizer.json"
     if not path.exists():
-        path = _fetched(reference)
+        path = _fetch(reference)
+    tokenizers = library("tokenizers", f"tokenizer '{reference}'")
     try:
-        return Tokenizer(
-            library("tokenizers", f"tokenizer '{reference}'").Tokenizer.from_file(str(path))
-        )
-    except BadInput:
-        raise
-    except Exception as error:  # of tokenizers, which raises no other kind
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    except Exception as error:  # the package raises no narrower type
         raise BadInput(
             f"tokenizer '{path}': cannot be read ({error}); give a tokenizer.json"
         ) from error
 
 
-def _fetched(reference: str) -> Path:
-    if (
-        reference.startswith((".", "/", "~"))
-        or reference.endswith(".json")
-        or reference.count("/") > 1
-    ):
+def _fetch(reference: str) -> Path:
+    """Return the tokenizer.json of a repository on the hub, downloaded if necessary."""
+    names_file = reference.startswith((".", "/", "~")) or reference.endswith(".json")
+    if names_file or reference.count("/") > 1:
         raise BadInput(
-            f"tokenizer '{reference}': no such tokenizer.json; leave tokenizer out to train one on "
-            "the corpus"
+            f"tokenizer '{reference}': no such tokenizer.json; omit tokenizer to train one on the "
+            "corpus"
         )
     hub = library("huggingface_hub", f"tokenizer '{reference}'")
     reachable = hub_answers()
     try:
         with quietly():
-            return Path(
-                hub.hf_hub_download(reference, "tokenizer.json", local_files_only=not reachable)
-            )
-    except Exception as error:  # of the hub's client and what it is built on
-        why = (
-            " ".join(str(error).split())[:160]
-            if reachable
-            else "not on this machine, and no network to fetch it"
-        )
+            path = hub.hf_hub_download(reference, "tokenizer.json", local_files_only=not reachable)
+        return Path(path)
+    except Exception as error:  # the hub's client and its dependencies raise errors of many types
+        why = "not on this machine, and no network to fetch it"
+        if reachable:
+            why = " ".join(str(error).split())[:160]
         raise BadInput(
-            f"tokenizer '{reference}': {why}; leave tokenizer out to train one on the corpus"
+            f"tokenizer '{reference}': {why}; omit tokenizer to train one on the corpus"
         ) from error
 
 
 def trained(corpus: Corpus, vocab: int) -> Tokenizer:
-    """A byte-level BPE of that many tokens, trained on the first ten million characters that are
-    not for validation.
+    """Train a byte-level BPE of `vocab` tokens.
+
+    It sees the first ten million characters of the documents that are not for validation.
     """
     tokenizers = library("tokenizers", f"corpus '{corpus.name}'")
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -222,11 +217,13 @@ def trained(corpus: Corpus, vocab: int) -> Tokenizer:
         "show_progress": False,
     }
     texts = (text for index, text in enumerate(corpus.documents()) if not held_out(index))
-    inner.train_from_iterator(_first(texts, TRAINED_ON), tokenizers.trainers.BpeTrainer(**options))
+    trainer = tokenizers.trainers.BpeTrainer(**options)
+    inner.train_from_iterator(_take(texts, TRAINED_ON), trainer)
     return Tokenizer(inner)
 
 
-def _first(texts: Iterator[str], characters: int) -> Iterator[str]:
+def _take(texts: Iterator[str], characters: int) -> Iterator[str]:
+    """Yield the first texts, up to a total number of characters."""
     for text in texts:
         yield text[:characters]
         characters -= len(text)
@@ -238,11 +235,16 @@ def _first(texts: Iterator[str], characters: int) -> Iterator[str]:
 
 
 def held_out(index: int) -> bool:
-    """Whether the document of this number is for validation: one in fifty, and the second, for the
-    sake of few.
+    """Return whether the document of this number is for validation.
+
+    One in fifty is. The second document always is, so that small corpora have validation text too.
     """
-    key = hashlib.blake2b(f"held out {index}".encode(), digest_size=8).digest()
-    return index == 1 or (index > 0 and int.from_bytes(key) % _HELD_OUT == 0)
+    if index < 2:
+        return index == 1  # the first document is for training
+    label = f"held out {index}".encode()
+    key = hashlib.blake2b(label, digest_size=8).digest()
+    number = int.from_bytes(key)
+    return number % _HELD_OUT == 0
 
 
 @dataclass(frozen=True)
@@ -257,28 +259,32 @@ class Streams:
 
 
 def tokenized(corpus: Corpus, tokenizer: str | None, vocab: int, max_tokens: int | None) -> Streams:
-    """The tokens of a corpus, made unless that has been done; other processes that want them wait.
+    """Return the tokens of a corpus, tokenizing it unless that has been done before.
+
+    Other processes that need the same tokens wait.
 
     Args:
         corpus: the text.
         tokenizer: file, folder or hub name of a tokenizer; None trains one.
-        vocab: how many tokens one that is trained gets.
-        max_tokens: training tokens to stop at; None takes the whole corpus, and four million of an
-            endless one.
+        vocab: number of tokens of a trained tokenizer.
+        max_tokens: largest number of training tokens; None takes the whole corpus, or four million
+            tokens of an endless one.
 
     Raises:
-        BadInput: the corpus or the tokenizer cannot be had, or there is no text in the corpus.
+        BadInput: the corpus or the tokenizer is not available, or the corpus contains no text.
     """
-    own = None if tokenizer is None else opened(tokenizer)
+    given = None if tokenizer is None else opened(tokenizer)
+    tokenizer_key = vocab if given is None else given.inner.to_str()
     limit = max_tokens or (ENDLESS if corpus.endless else None)
-    made_by = vocab if own is None else own.inner.to_str()
-    folder = files.root() / "data" / digest([LAYOUT, corpus.fingerprint(), made_by, limit])
+    key = digest([LAYOUT, corpus.fingerprint(), tokenizer_key, limit])
+    folder = files.root() / "data" / key
     with _locked(folder):
-        if (found := _read(folder)) is None:
-            _make(folder, corpus, own or trained(corpus, vocab), limit)
-            found = _read(folder)
-    assert found is not None
-    return found
+        streams = _read(folder)
+        if streams is None:
+            _make(folder, corpus, given or trained(corpus, vocab), limit)
+            streams = _read(folder)
+    assert streams is not None
+    return streams
 
 
 @contextmanager
@@ -290,34 +296,33 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _read(folder: Path) -> Streams | None:
-    """Read the content of the folder; None if it is not complete."""
+    """Read the streams in a folder; return None if they are incomplete or damaged."""
     try:
         facts = json_files.parsed((folder / "facts.json").read_bytes(), dict[str, Any])
-        if any(file_digest(folder / name) != facts["digests"][name] for name in _HELD):
+        if any(file_digest(folder / name) != facts["digests"][name] for name in _FILES):
             return None
-        sizes = {"tokens.bin": facts["tokens"], "validation.bin": facts["validation_tokens"]}
         kind = np.dtype(facts["dtype"])
-        if any(
-            (folder / name).stat().st_size != size * kind.itemsize for name, size in sizes.items()
-        ):
+        train = _mapped(folder / "tokens.bin", facts["tokens"], kind)
+        validation = _mapped(folder / "validation.bin", facts["validation_tokens"], kind)
+        if train is None or validation is None:
             return None
-        train, validation = (
-            np.memmap(folder / name, kind, "r") if n else np.empty(0, kind)
-            for name, n in sizes.items()
-        )
-        return Streams(opened(str(folder / "tokenizer.json")), train, validation, facts, folder)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # BadInput of an unreadable tokenizer is a ValueError
+        tokenizer = opened(str(folder / "tokenizer.json"))
+        return Streams(tokenizer, train, validation, facts, folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # an unreadable tokenizer raises BadInput, which is a ValueError
+
+
+def _mapped(path: Path, count: int, kind: np.dtype) -> np.ndarray | None:
+    """Return the tokens in a file as an array on disk; None if their number differs."""
+    if path.stat().st_size != count * kind.itemsize:
         return None
+    return np.memmap(path, kind, "r") if count else np.empty(0, kind)
 
 
 def _make(folder: Path, corpus: Corpus, tokenizer: Tokenizer, limit: int | None) -> None:
-    for left in folder.glob(".*.new"):  # by a process that was killed
-        left.unlink()
+    """Tokenize a corpus, and write its folder."""
+    for leftover in folder.glob(".*.new"):  # of a process that was killed
+        leftover.unlink()
     (folder / "facts.json").unlink(missing_ok=True)
     with files.whole(folder / "tokenizer.json") as path:
         tokenizer.inner.save(str(path))
@@ -330,12 +335,15 @@ def _make(folder: Path, corpus: Corpus, tokenizer: Tokenizer, limit: int | None)
             counts = _write(corpus, tokenizer, limit, kind, train_file, validation_file)
         if not counts["tokens"]:
             raise BadInput(
-                f"corpus '{corpus.name}': there is no text in it; give one that has some"
+                f"corpus '{corpus.name}': it contains no text; give one that contains some"
             )
-    facts = {"dtype": kind.name, "vocab": tokenizer.size, "end": tokenizer.end, "max_tokens": limit}
-    facts |= {
+    facts = {
+        "dtype": kind.name,
+        "vocab": tokenizer.size,
+        "end": tokenizer.end,
+        "max_tokens": limit,
         "corpus": asdict(corpus),
-        "digests": {name: file_digest(folder / name) for name in _HELD},
+        "digests": {name: file_digest(folder / name) for name in _FILES},
     }
     with files.whole(folder / "facts.json") as path:
         path.write_text(json_files.dumped(counts | facts, indent=1), encoding="utf-8")
@@ -349,10 +357,8 @@ def _write(
     train: BinaryIO,
     validation: BinaryIO,
 ) -> dict[str, int]:
-    """Both streams; returns how many documents and tokens went into each."""
-    counts: dict[str, int] = dict.fromkeys(
-        ("documents", "tokens", "validation_documents", "validation_tokens"), 0
-    )
+    """Write both streams; return the numbers of documents and tokens in each."""
+    counts = {"documents": 0, "tokens": 0, "validation_documents": 0, "validation_tokens": 0}
     end = [] if tokenizer.end is None else [tokenizer.end]
     bar = tqdm(
         desc=f"tokenize {corpus.name}",
@@ -363,15 +369,18 @@ def _write(
         dynamic_ncols=True,
     )
     with bar:
-        for numbered in _batches(enumerate(corpus.documents())):
-            encoded = tokenizer.inner.encode_batch_fast(
-                [text for _, text in numbered], add_special_tokens=False
-            )
-            for (index, _), found in zip(numbered, encoded, strict=True):
-                prefix, file = ("validation_", validation) if held_out(index) else ("", train)
-                left = None if limit is None or prefix else limit - counts["tokens"]
-                ids = np.array([*found.ids, *end][:left], kind)
-                file.write(ids.tobytes())
+        for batch in _batches(enumerate(corpus.documents())):
+            texts = [text for _, text in batch]
+            encodings = tokenizer.inner.encode_batch_fast(texts, add_special_tokens=False)
+            for (index, _), encoding in zip(batch, encodings, strict=True):
+                ids = [*encoding.ids, *end]
+                if held_out(index):
+                    prefix, file = "validation_", validation
+                else:
+                    prefix, file = "", train
+                    if limit is not None:
+                        ids = ids[: limit - counts["tokens"]]
+                file.write(np.array(ids, kind).tobytes())
                 counts[f"{prefix}documents"] += 1
                 counts[f"{prefix}tokens"] += len(ids)
                 if limit is not None and counts["tokens"] >= limit:
@@ -381,11 +390,11 @@ def _write(
 
 
 def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Documents in lists, each as long as is tokenized together."""
-    for first in documents:
-        room = AT_ONCE - len(first[1])
-        batch = [first]
-        while room > 0 and (more := next(documents, None)):
-            batch.append(more)
-            room -= len(more[1])
+    """Group numbered documents into the lists that are tokenized together."""
+    for document in documents:
+        batch = [document]
+        room = AT_ONCE - len(document[1])
+        while room > 0 and (following := next(documents, None)):
+            batch.append(following)
+            room -= len(following[1])
         yield batch

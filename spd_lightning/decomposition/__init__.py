@@ -1,3 +1,7 @@
-"""The method: tensors in, tensors out. Nothing here reads a file, logs, draws, or knows a
-particular model.
+"""The decomposition method: tensors in, tensors out.
+
+Read in this order: `components` (sites and their rank-one components), `importance`, `masks`,
+`model` (the target under masks), `reconstruction`, `losses`, `metrics`.
+
+No module of this package reads a file, writes a log, plots, or depends on a particular model.
 """

@@ -1,4 +1,25 @@
-"""Adversaries: sources that hurt most, found by ascending a loss (section M of docs/method.md)."""
+"""Adversaries: the sources that hurt most, found by ascending a loss (section M of docs/method.md).
+
+With the vector v = (s, s_Δ) of a position, two adversaries search for sources that raise the
+reconstruction loss. Importances, routes and components are constants for both.
+
+*Fresh adversary (PGD).* It starts over in every training step.
+
+1. Start at random vectors, at ones, or at zeros.
+2. Repeat `steps` times: `v ← clamp(v + η · sign(∂loss/∂v), 0, 1)`.
+3. Return the sources.
+
+*Persistent adversary.* Its vectors live on from one training step to the next.
+
+1. Spread the vectors over the samples and positions of the batch.
+2. Climb `ascents` times by Adam: `v ← clamp(v + lr · m₁ / (√m₂ + 1e-8), 0, 1)`, with the
+   bias-corrected first and second moments m₁ and m₂ of the gradient.
+3. Use the vectors in the training loss, and climb once more from the gradient that its backward
+   pass leaves behind.
+
+Source: VPD (Bushnaq et al., 2026). This module does not know the model: a loss is a function of
+sources or vectors.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,9 +38,9 @@ class Adversary:
     """A fresh adversary that ascends the loss by projected gradient ascent (PGD).
 
     Args:
-        steps: ascents; always to be stated beside a result.
+        steps: number of ascents; state it next to every result.
         step_size: η of `s ← clamp(s + η·sign(∇L), 0, 1)`.
-        init: where the sources start.
+        init: the sources before the first ascent.
         scope: per_position, or per_batch (one vector shared by all positions and examples).
     """
 
@@ -33,13 +54,14 @@ class Adversary:
         check_range("adversary", above=0, step_size=self.step_size)
 
     def check_start(self, delta: bool, place: str) -> None:
-        """Reject a start from which no gradient leads away.
+        """Reject an initial point where the gradient is zero.
+
+        With the delta component on, sources of 1 give the target itself (D5). The loss and its
+        gradient are 0 there. The adversary would not move, which would look like robustness.
 
         Args:
-            delta: whether the model has the delta component. With it on, sources of 1 make the
-                target itself (D5): the loss is 0, its gradient too, and an adversary that stays
-                there would read as robustness.
-            place: where the adversary was asked for, for the message.
+            delta: whether the model has the delta component.
+            place: the setting that requests the adversary, for the message.
 
         Raises:
             BadInput: the adversary would start at the target itself.
@@ -47,8 +69,7 @@ class Adversary:
         if self.init == "ones" and delta:
             raise BadInput(
                 f"adversary init 'ones' in {place}: with the delta component on, the search starts "
-                "at the target "
-                "itself and never leaves it; use init 'random' or 'zeros'"
+                "at the target itself and never leaves it; use init 'random' or 'zeros'"
             )
 
 
@@ -59,35 +80,40 @@ def pgd_sources(
     generator: torch.Generator | None,
     start: Sources | None = None,
 ) -> Sources:
-    """Sources an adversary finds by ascending `loss`; the delta's source is one more entry of each
-    vector.
+    """Return the sources that a fresh adversary finds by ascending a loss.
 
-    loss: maps sources to the scalar to be raised; its parameters need no gradient and should carry
-    none. start: sources to go on from, instead of fresh ones.
+    Args:
+        adversary: the settings.
+        importances: g [..., C] of every site, for the shapes.
+        loss: maps sources to the scalar to raise. Parameters in it need no gradient.
+        generator: draws the initial sources.
+        start: sources to continue from; initial ones if omitted.
     """
-    names = list(importances)
-    vectors = [
-        _initial(adversary, g, generator) if start is None else _joined(*start[n])
-        for n, g in importances.items()
-    ]
-    for _ in range(adversary.steps):
-        leaves = [v.detach().requires_grad_() for v in vectors]
+    vectors = {}  # [..., C + 1] or [C + 1] at every site
+    for name, g in importances.items():
+        if start is None:
+            vectors[name] = _initial(adversary, g, generator)  # step 1
+        else:
+            vectors[name] = _join(*start[name])
+    for _ in range(adversary.steps):  # step 2
+        leaves = {name: v.detach().requires_grad_() for name, v in vectors.items()}
         with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                loss(split(dict(zip(names, leaves, strict=True)), importances)), leaves
-            )
-        vectors = [
-            (v.detach() + adversary.step_size * _shared(g).sign()).clamp(0, 1)
-            for v, g in zip(vectors, gradients, strict=True)
-        ]
-    return split(dict(zip(names, vectors, strict=True)), importances)
+            sources = split(leaves, importances)
+            gradients = torch.autograd.grad(loss(sources), list(leaves.values()))
+        vectors = {
+            name: _ascend(v, gradient, adversary.step_size)
+            for (name, v), gradient in zip(vectors.items(), gradients, strict=True)
+        }
+    return split(vectors, importances)  # step 3
 
 
 def _initial(
     adversary: Adversary, g: Float[Tensor, "... C"], generator: torch.Generator | None
 ) -> Tensor:
-    g = g.to(torch.promote_types(g.dtype, torch.float32))  # steps may be finer than half precision
-    shape = (g.shape[:-1] if adversary.scope == "per_position" else ()) + (g.shape[-1] + 1,)
+    """Return initial vectors: [..., C + 1], or [C + 1] if the whole batch shares one."""
+    g = g.to(torch.promote_types(g.dtype, torch.float32))  # steps can be finer than half precision
+    positions = g.shape[:-1] if adversary.scope == "per_position" else ()
+    shape = (*positions, g.shape[-1] + 1)
     match adversary.init:
         case "random":
             return uniform(g, shape, generator)
@@ -97,30 +123,40 @@ def _initial(
             return g.new_zeros(shape)
 
 
-def _joined(s: Tensor, delta: Tensor) -> Tensor:
-    """The inverse of `_split`: one vector a position, or one for the batch."""
-    return torch.cat([s, (delta if s.ndim > 1 else delta.flatten()[0])[..., None]], dim=-1)
+def _ascend(v: Tensor, gradient: Tensor, step_size: float) -> Tensor:
+    """Return a vector after one step of projected gradient ascent."""
+    direction = _sum_over_devices(gradient).sign()
+    moved = v.detach() + step_size * direction
+    return moved.clamp(0, 1)
 
 
-def _shared(gradient: Tensor) -> Tensor:
-    """Sources shared by a batch are shared by its devices too: their gradients are summed before
-    the sign is taken.
-    """
-    if (
-        gradient.ndim == 1
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-    ):
+def _join(s: Tensor, delta: Tensor) -> Tensor:
+    """Return the vectors of some sources: the inverse of `split`."""
+    if s.ndim == 1:  # one vector for the batch; its delta was repeated at every position
+        delta = delta.flatten()[0]
+    return torch.cat([s, delta[..., None]], dim=-1)
+
+
+def _sum_over_devices(gradient: Tensor) -> Tensor:
+    """Return the gradient, summed over devices in place if the batch shares one vector."""
+    shared = gradient.ndim == 1
+    if shared and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(gradient)
     return gradient
 
 
 def split(vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> Sources:
-    """Vectors [..., C+1] as the sources of components and of the delta, in the importances'
-    precision.
+    """Return the sources of vectors [..., C + 1]: the last entry is that of the delta component.
+
+    They have the dtype of the importances.
     """
-    like = {name: v.to(importances[name].dtype) for name, v in vectors.items()}
-    return {n: (v[..., :-1], v[..., -1].expand(importances[n].shape[:-1])) for n, v in like.items()}
+    cast = {name: v.to(importances[name].dtype) for name, v in vectors.items()}
+    sources = {}
+    for name, v in cast.items():
+        s = v[..., :-1]  # [..., C]
+        s_delta = v[..., -1].expand(importances[name].shape[:-1])  # [...]
+        sources[name] = (s, s_delta)
+    return sources
 
 
 # ---- the persistent adversary --------------------------------------------------------------------
@@ -128,16 +164,17 @@ def split(vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> S
 
 @dataclass(frozen=True)
 class Persistent:
-    """An adversary whose sources live on from step to step, climbing by Adam (VPD).
+    """An adversary whose sources live on from step to step and climb by Adam (VPD).
 
     Args:
-        lr: Adam's, once warmed up.
-        warmup: fraction of training over which it rises from 0.
-        betas: of Adam.
-        ascents: climbs a step with all else at rest; one more follows from the gradient of the
-            training loss.
-        particles: a pool of so many sources, dealt out to the samples of a batch and the same at
-            all positions of one; left out, every sample and position has its own.
+        lr: learning rate of Adam after the warm-up.
+        warmup: fraction of training over which the learning rate rises from 0.
+        betas: decay rates of Adam's moments.
+        ascents: number of climbs in a training step before the loss is computed; one more follows
+            from the gradient of the loss.
+        particles: size of a pool of source vectors, which are assigned to the samples of a batch
+            in turn, at all positions of a sample; if omitted, every sample and position has its
+            own vector.
     """
 
     lr: float = 0.01
@@ -155,24 +192,25 @@ class Persistent:
             "persistent",
             least=1,
             whole=True,
-            hint="leave it out for no pool",
+            hint="omit it to have no pool",
             particles=self.particles,
         )
 
 
 State = dict[str, Tensor]
+"""One tensor for each site."""
 
 
 class PersistentAdversary:
-    """The sources of one persistent adversary, with Adam's moments.
+    """The source vectors of one persistent adversary, with Adam's moments.
 
     Args:
         settings: how it climbs.
         importances: g of every site, for the shapes.
-        generator: draws where the sources start, for all devices alike.
-        rank: this device's number; it holds its own part of the batch.
-        world: how many devices there are.
-        parts: how many equal parts a device takes its batch in; this one belongs to one of them.
+        generator: draws the initial vectors, the same on all devices.
+        rank: index of this device, which holds the vectors of its part of the batch.
+        world: number of devices.
+        parts: number of micro-batches on a device; this adversary belongs to one of them.
     """
 
     def __init__(
@@ -192,110 +230,156 @@ class PersistentAdversary:
         self.vectors: State = {}
         for name, g in importances.items():
             g = g.detach().to(torch.promote_types(g.dtype, torch.float32))
-            rows = len(g)
-            kept = (settings.particles,) if settings.particles else (world * rows, *g.shape[1:-1])
-            drawn = uniform(g, (*kept, g.shape[-1] + 1), generator)
-            self.vectors[name] = (
-                drawn if settings.particles else drawn[rank * rows : (rank + 1) * rows].clone()
-            )
+            self.vectors[name] = self._draw(g, generator)
         self.first = {name: torch.zeros_like(v) for name, v in self.vectors.items()}
         self.second = {name: torch.zeros_like(v) for name, v in self.vectors.items()}
         self._leaves: State = {}
         self._coeff = 1.0
 
+    def _draw(self, g: Float[Tensor, "batch ... C"], generator: torch.Generator | None) -> Tensor:
+        """Draw the vectors of a site: [particles, C + 1], or [batch, ..., C + 1] without a pool."""
+        width = g.shape[-1] + 1
+        if self.settings.particles:
+            return uniform(g, (self.settings.particles, width), generator)
+        global_batch = self.world * len(g)
+        shape = (global_batch, *g.shape[1:-1], width)
+        drawn = uniform(g, shape, generator)
+        return self._part(drawn, len(g)).clone()
+
+    def _part(self, whole: Tensor, rows: int) -> Tensor:
+        """Return the rows of this device."""
+        start = self.rank * rows
+        return whole[start : start + rows]
+
     def spread(
         self, vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The vector of every sample and position ([..., C+1]); sample b of all devices' has
-        particle b mod K.
+        """Return the vector of every sample and position, [batch, ..., C + 1] (step 1).
+
+        With a pool of K particles, sample b of the global batch uses particle b mod K.
         """
-        if not self.settings.particles:
+        particles = self.settings.particles
+        if not particles:
             return dict(vectors)
         spread = {}
         for name, v in vectors.items():
             shape = importances[name].shape[:-1]
-            mine = (
-                torch.arange(shape[0], device=v.device) + self.rank * shape[0]
-            ) % self.settings.particles
-            spread[name] = v[mine].view(shape[0], *[1] * (len(shape) - 1), -1).expand(*shape, -1)
+            batch = shape[0]
+            sample = torch.arange(batch, device=v.device) + self.rank * batch  # [batch]
+            of_sample = v[sample % particles]  # [batch, C + 1]
+            ones = [1] * (len(shape) - 1)
+            spread[name] = of_sample.view(batch, *ones, -1).expand(*shape, -1)
         return spread
 
     def ascend(self, loss: Callable[[Mapping[str, Tensor]], Tensor], progress: float) -> None:
-        """Climbs the loss, a function of the vectors alone. progress: fraction of training."""
+        """Climb a loss, a function of the vectors, several times (step 2).
+
+        Args:
+            loss: the scalar to raise.
+            progress: fraction of training.
+        """
         for _ in range(self.settings.ascents):
-            leaves = self._fresh()
+            leaves = self._fresh_leaves()
             with torch.enable_grad():
                 gradients = torch.autograd.grad(loss(leaves), list(leaves.values()))
-            self._climb(dict(zip(leaves, gradients, strict=True)), progress)
+            by_site = dict(zip(leaves, gradients, strict=True))
+            self._climb(by_site, progress)
 
     def leaves(self, coeff: float) -> State:
-        """Vectors that the training loss's backward pass leaves its gradient in. coeff: the loss's,
-        divided out.
+        """Return vectors for the training loss, whose backward pass leaves its gradient in them.
+
+        Args:
+            coeff: weight of this adversary's loss in the total; `finish` divides by it.
         """
-        self._leaves = self._fresh()
+        self._leaves = self._fresh_leaves()
         self._coeff = coeff
         return self._leaves
 
     def finish(self, progress: float) -> None:
-        """The last climb of a step, from that gradient, of the mean loss over all parts."""
+        """Climb once more, from the gradient that the training loss left behind (step 3)."""
         share = self._coeff / self.parts
-        gradients = {
-            name: leaf.grad / share for name, leaf in self._leaves.items() if leaf.grad is not None
-        }
+        gradients = {}
+        for name, leaf in self._leaves.items():
+            if leaf.grad is not None:
+                gradients[name] = leaf.grad / share
         if gradients:
             self._climb(gradients, progress)
         self._leaves = {}
 
     def state(self) -> dict[str, State | int]:
-        """All that lives on, whole: the parts of all devices together."""
-        parts = {"vectors": self.vectors, "first": self.first, "second": self.second}
-        return {k: {n: self._whole(v) for n, v in part.items()} for k, part in parts.items()} | {
-            "updates": self.updates
+        """Return everything that lives on, with the vectors and moments of all devices."""
+        return {
+            "vectors": self._gather_state(self.vectors),
+            "first": self._gather_state(self.first),
+            "second": self._gather_state(self.second),
+            "updates": self.updates,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state; each device takes its part."""
-        for part in ("vectors", "first", "second"):
-            own: State = getattr(self, part)
-            for name, v in state[part].items():
-                rows = len(own[name])
-                mine = (
-                    v if self.settings.particles else v[self.rank * rows : (self.rank + 1) * rows]
-                )
-                own[name] = mine.to(own[name].device, copy=True)
+        """Continue from a state; each device takes its part."""
+        self._copy(state["vectors"], self.vectors)
+        self._copy(state["first"], self.first)
+        self._copy(state["second"], self.second)
         self.updates = state["updates"]
+
+    def _copy(self, saved: Mapping[str, Tensor], current: State) -> None:
+        """Overwrite this device's tensors with its part of the saved ones."""
+        for name, v in saved.items():
+            if not self.settings.particles:
+                v = self._part(v, len(current[name]))
+            current[name] = v.to(current[name].device, copy=True)
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes from step to step."""
-        return sum(
-            v.nbytes for part in (self.vectors, self.first, self.second) for v in part.values()
-        )
+        """Memory in bytes that the vectors and moments take."""
+        total = 0
+        for state in (self.vectors, self.first, self.second):
+            total += sum(v.nbytes for v in state.values())
+        return total
 
-    def _fresh(self) -> State:
-        return {name: v.detach().clone().requires_grad_() for name, v in self.vectors.items()}
+    def _fresh_leaves(self) -> State:
+        """Return copies of the vectors that collect gradients."""
+        leaves = {}
+        for name, v in self.vectors.items():
+            leaf = v.detach().clone()
+            leaves[name] = leaf.requires_grad_()
+        return leaves
 
     def _climb(self, gradients: Mapping[str, Tensor], progress: float) -> None:
-        """One update of Adam, upwards, kept within [0, 1]; from gradients of the mean over one part
-        of one device.
+        """Do one update of Adam, upwards, and clamp to [0, 1].
+
+        Args:
+            gradients: of the mean loss over one part of the batch of one device.
+            progress: fraction of training.
         """
-        (b1, b2), warmup = self.settings.betas, self.settings.warmup
-        lr = self.settings.lr * (min(1.0, progress / warmup) if warmup else 1.0)
+        beta1, beta2 = self.settings.betas
+        lr = self._learning_rate(progress)
         self.updates += 1
+        bias1 = 1 - beta1**self.updates
+        bias2 = 1 - beta2**self.updates
         for name, gradient in gradients.items():
-            g = gradient / (self.world * self.parts)
+            g = gradient / (self.world * self.parts)  # of the mean over the global batch
             if self.settings.particles and self.world > 1:
                 torch.distributed.all_reduce(g)
-            self.first[name].lerp_(g, 1 - b1)
-            self.second[name].mul_(b2).addcmul_(g, g, value=1 - b2)
-            size = (self.second[name] / (1 - b2**self.updates)).sqrt_().add_(1e-8)
-            self.vectors[name] = (
-                self.vectors[name]
-                .addcdiv(self.first[name], size, value=lr / (1 - b1**self.updates))
-                .clamp_(0, 1)
-            )
+            first = self.first[name]
+            second = self.second[name]
+            first.lerp_(g, 1 - beta1)
+            second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            size = (second / bias2).sqrt_().add_(1e-8)  # √m₂ + 1e-8
+            v = self.vectors[name].addcdiv(first, size, value=lr / bias1)
+            self.vectors[name] = v.clamp_(0, 1)
 
-    def _whole(self, v: Tensor) -> Tensor:
+    def _learning_rate(self, progress: float) -> float:
+        """Return the learning rate at a fraction of training."""
+        warmup = self.settings.warmup
+        share = min(1.0, progress / warmup) if warmup else 1.0
+        return self.settings.lr * share
+
+    def _gather_state(self, state: State) -> State:
+        """Return one state of all devices together."""
+        return {name: self._gather(v) for name, v in state.items()}
+
+    def _gather(self, v: Tensor) -> Tensor:
         if self.settings.particles or self.world == 1:
             return v.clone()
         parts = [torch.empty_like(v) for _ in range(self.world)]

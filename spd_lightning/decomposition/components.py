@@ -1,20 +1,28 @@
-"""Sites and the rank-one components they are split into (laws D1–D4, D7–D9 of docs/method.md).
+"""Sites, and the rank-one components they are split into (laws D1–D4, D7–D9 of docs/method.md).
 
-A *site* is one linear map of the frozen target model, with weight `W [d_out, d_in]`. Component c of
-a site is the rank-one matrix `U[c]ᵀ V[:, c]ᵀ`; what all of them together miss, `Δ = W − (V U)ᵀ`, is
-the *delta component*. Under component masks m and delta mask m_Δ the site computes
+A *site* is one linear map of the frozen target model, with weight `W [d_out, d_in]`. SPD writes W
+as a sum of C rank-one matrices, its components, plus a remainder:
 
-    y = (m ∘ a) U + m_Δ (x Δᵀ) + b,          a = x V                                       (D3)
-      = m_Δ (x Wᵀ) + ((m − m_Δ) ∘ a) U + b,
+    W = Σ_c U[c]ᵀ V[:, c]ᵀ + Δ          V [d_in, C] reads, U [C, d_out] writes             (D1)
 
-the second form being the one computed: it builds neither `V U` nor Δ and needs no gradient through
-W.
+The remainder Δ is the *delta component*. Under component masks m and a delta mask m_Δ, the site
+computes its output in three steps:
+
+1. Inner activations: `a = x V`                                                            (D2)
+2. Masked output:
+       y = (m ∘ a) U + m_Δ (x Δᵀ) + b                                                      (D3)
+         = ((m − m_Δ) ∘ a) U + m_Δ (x Wᵀ) + b
+   The code uses the second form. It builds neither `V U` nor Δ, and it needs no gradient through W.
+3. Routing: a position that the route skips keeps the output of the target             (D4)
+
+Source: SPD (Bushnaq et al., 2025, arXiv 2506.20790). This module does not decide which masks to
+use: see `masks`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,11 +33,14 @@ from spd_lightning.errors import BadInput, nearest
 
 Kind = Literal["linear", "conv1d", "embedding", "identity"]
 IDENTITY = ".pre_identity"
+"""Ending of the names of identity sites (D8)."""
+Map = Callable[[Tensor], Tensor]
+"""The forward pass of a module."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One linear map of the target: where it is, what kind it is, how wide."""
+    """One linear map of the target: its name, kind, module and widths."""
 
     name: str
     kind: Kind
@@ -39,7 +50,7 @@ class Site:
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """W as the law writes it, whatever way round the module stores it."""
+        """W [d_out, d_in], also if the module stores its transpose."""
         match self.kind:
             case "linear":
                 return self.module.weight  # pyright: ignore[reportReturnType]
@@ -51,20 +62,23 @@ class Site:
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
-        """b, or None where the map has none."""
-        return None if self.kind in ("identity", "embedding") else self.module.bias  # pyright: ignore[reportReturnType]
+        """b, or None if the map has no bias."""
+        if self.kind in ("identity", "embedding"):
+            return None
+        return self.module.bias  # pyright: ignore[reportReturnType]
 
     def inner(self, x: Tensor, V: Float[Tensor, "d_in C"]) -> Float[Tensor, "... C"]:
-        """Inner activations `a = x V` (D2); for embeddings x holds token ids and rows of V are
-        picked.
+        """Return the inner activations `a = x V` (D2).
+
+        At an embedding, x holds token ids, and the result consists of the rows of V at these ids.
         """
-        return nn.functional.embedding(x, V) if self.kind == "embedding" else matmul(x, V)
+        if self.kind == "embedding":
+            return nn.functional.embedding(x, V)
+        return matmul(x, V)
 
 
 class Components(nn.Module):
-    """The C rank-one components of one site: `V [d_in, C]` reads, `U [C, d_out]` writes (D1), drawn
-    by D7.
-    """
+    """The C rank-one components of one site: V reads, U writes (D1); drawn as D7 says."""
 
     def __init__(self, d_in: int, d_out: int, C: int):
         super().__init__()
@@ -73,8 +87,9 @@ class Components(nn.Module):
 
 
 class TiedComponents(nn.Module):
-    """Components of a site whose weight is the transpose of a partner's (D9): the partner's own,
-    read the other way.
+    """Components of a site whose weight is the transpose of its partner's (D9).
+
+    They have no parameters: V is the transpose of the partner's U, and U that of its V.
     """
 
     def __init__(self, partner: Components):
@@ -93,11 +108,14 @@ class TiedComponents(nn.Module):
 class Mask(NamedTuple):
     """The masks of one site in one forward pass.
 
-    components: m [..., C], or None for all ones. delta: m_Δ [...], or a number. route: r [...]
-    boolean, where False leaves the position to the target's own map (D4); None decomposes every
-    position. rows: the flat numbers of positions, all that the route decomposes at least; where
-    given, components and delta hold these alone ([rows, C] and [rows]), and all other positions
-    cost nothing.
+    Attributes:
+        components: m [..., C]; None means all ones.
+        delta: m_Δ [...], or a number.
+        route: r [...], boolean. A position where it is False keeps the output of the target (D4).
+            None means that every position is decomposed.
+        rows: flat indices of positions, among them all that the route decomposes. If given,
+            components and delta have values for these positions only ([rows, C] and [rows]), and
+            the other positions cost nothing.
     """
 
     components: Tensor | None
@@ -107,8 +125,13 @@ class Mask(NamedTuple):
 
     @property
     def bare(self) -> bool:
-        """Whether the site's own output plays no part: no delta, and every position decomposed."""
-        return self.route is None and isinstance(self.delta, float | int) and self.delta == 0
+        """Whether the target's output at this site is not needed: no delta, no route."""
+        return self.route is None and self.without_delta
+
+    @property
+    def without_delta(self) -> bool:
+        """Whether the delta component is switched off everywhere."""
+        return isinstance(self.delta, float | int) and self.delta == 0
 
 
 def masked_output(
@@ -118,157 +141,123 @@ def masked_output(
     U: Float[Tensor, "C d_out"],
     mask: Mask,
 ) -> Float[Tensor, "... d_out"]:
-    """A site's output under masks (D3, D4).
+    """Return the output of a site under masks (D3, D4).
 
-    clean: the site's own output x Wᵀ + b; may be None where the mask is bare. a: x V, of the mask's
-    rows alone where it names them.
+    Args:
+        clean: the target's output x Wᵀ + b at this site; it can be None if the mask is bare.
+        bias: b.
+        a: x V; at the mask's rows only, if the mask has rows.
+        U: what the components write.
+        mask: the masks and the route.
     """
     if mask.rows is not None:
         assert clean is not None
-        assert mask.route is not None
-        flat = clean.flatten(0, -2)
-        here = mask.route.flatten().index_select(0, mask.rows)
-        own = flat.index_select(0, mask.rows)
-        y = _decomposed(own, bias, a, U, mask).to(flat.dtype)
-        return flat.index_copy(0, mask.rows, torch.where(here.unsqueeze(-1), y, own)).view_as(clean)
-    y = _decomposed(clean, bias, a, U, mask)
+        return _masked_rows(clean, bias, a, U, mask, mask.rows)
+    y = _decomposed(clean, bias, a, U, mask)  # step 2
     if mask.route is None:
         return y
     assert clean is not None
-    return torch.where(mask.route.unsqueeze(-1), y, clean)
+    return torch.where(mask.route.unsqueeze(-1), y, clean)  # step 3
+
+
+def _masked_rows(
+    clean: Tensor, bias: Tensor | None, a: Tensor, U: Tensor, mask: Mask, rows: Tensor
+) -> Tensor:
+    """Do steps 2 and 3 at some positions, and copy the target's output everywhere else."""
+    assert mask.route is not None
+    flat = clean.flatten(0, -2)  # [positions, d_out]
+    routed = mask.route.flatten().index_select(0, rows)  # [rows]
+    original = flat.index_select(0, rows)  # [rows, d_out]
+    y = _decomposed(original, bias, a, U, mask)  # step 2
+    y = y.to(flat.dtype)  # [rows, d_out]
+    chosen = torch.where(routed.unsqueeze(-1), y, original)  # step 3
+    return flat.index_copy(0, rows, chosen).view_as(clean)
 
 
 def _decomposed(
     clean: Tensor | None, bias: Tensor | None, a: Tensor, U: Tensor, mask: Mask
 ) -> Tensor:
-    """The second form of D3, at the positions of a."""
-    m, delta = mask.components, mask.delta
-    fixed = isinstance(delta, float | int)
-    gate = delta if fixed else delta.unsqueeze(-1)
-    if m is None:
-        w = a if fixed and delta == 0 else (1 - gate) * a
-    else:
-        w = m * a if fixed and delta == 0 else (m - gate) * a
-    y = matmul(w, U)
-    if not (fixed and delta == 0):
-        assert clean is not None
-        y = y + gate * (clean if bias is None else clean - bias)
+    """Compute step 2, `((m − m_Δ) ∘ a) U + m_Δ (x Wᵀ) + b`, at the positions of a."""
+    m = mask.components
+    if mask.without_delta:
+        w = a if m is None else m * a  # [..., C]
+        y = matmul(w, U)  # [..., d_out]
+        return y if bias is None else y + bias
+    assert clean is not None
+    gate = mask.delta
+    if isinstance(gate, Tensor):
+        gate = gate.unsqueeze(-1)  # [..., 1]
+    w = (1 - gate) * a if m is None else (m - gate) * a  # [..., C]
+    y = matmul(w, U)  # [..., d_out]
+    y = y + gate * _without_bias(clean, bias)
     return y if bias is None else y + bias
 
 
+def _without_bias(clean: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ from x Wᵀ + b."""
+    return clean if bias is None else clean - bias
+
+
+# ---- finding sites -------------------------------------------------------------------------------
+
+
 def _kind(module: nn.Module) -> Kind | None:
-    match module:
-        case nn.Linear():
-            return "linear"
-        case nn.Embedding():
-            return "embedding"
-        case _ if type(module).__name__ == "Conv1D" and hasattr(
-            module, "nf"
-        ):  # HuggingFace's, weight transposed
-            return "conv1d"
+    """Return the kind of site that a module can be, or None."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if type(module).__name__ == "Conv1D" and "nf" in vars(module):  # HuggingFace's, with Wᵀ
+        return "conv1d"
     return None
 
 
-def _width(module: nn.Module, kind: Kind) -> tuple[int, int]:
+def _width(module: Any, kind: Kind) -> tuple[int, int]:
+    """Return d_in and d_out."""
     if kind == "embedding":
-        return module.num_embeddings, module.embedding_dim  # pyright: ignore[reportReturnType]
-    rows, columns = module.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
-    return (rows, columns) if kind == "conv1d" else (columns, rows)  # pyright: ignore[reportReturnType]
+        return module.num_embeddings, module.embedding_dim
+    rows, columns = module.weight.shape
+    return (rows, columns) if kind == "conv1d" else (columns, rows)
 
 
 def available(model: nn.Module) -> dict[str, Site]:
-    """Every map of a model that can be a site, by name; `M.pre_identity` stands for the identity
-    before M (D8).
+    """Return every map of a model that can be a site, by name.
+
+    The name `M.pre_identity` means an identity map in front of M (D8).
     """
-    found = {}
+    sites = {}
     for name, module in model.named_modules():
-        if kind := _kind(module):
-            d_in, d_out = _width(module, kind)
-            if kind != "embedding":
-                found[name + IDENTITY] = Site(name + IDENTITY, "identity", module, d_in, d_in)
-            found[name] = Site(name, kind, module, d_in, d_out)
-    return found
-
-
-def _refuse_experts(model: nn.Module, pattern: str, modules: Sequence[str]) -> None:
-    """Raise BadInput if a pattern that matches no map means experts that are kept as one tensor."""
-    for name, parameter in model.named_parameters():
-        holder = name.rpartition(".")[0]
-        meant = (
-            fnmatchcase(name, pattern)
-            or fnmatchcase(holder, pattern)
-            or fnmatchcase(pattern, f"{holder}.*")
-        )
-        if parameter.ndim == 3 and (meant or ("experts" in holder and "experts" in pattern)):
-            block = holder.rpartition(".")[0].rpartition(".")[0]
-            others = [m for m in modules if m.startswith(f"{block}.")] or list(modules)
-            raise BadInput(
-                f"sites: pattern '{pattern}' refers to experts stored as one three-dimensional "
-                f"tensor, '{name}' "
-                f"{list(parameter.shape)}, which cannot be a site; decompose the maps next to "
-                f"them, for example {', '.join(others[:4])}"
-            )
-
-
-@torch.no_grad()
-def _refuse_other_maps(site: Site) -> None:
-    """Raise BadInput if a module does not compute what its weight and bias say (D3).
-
-    A subclass may do more: scale what it looks up, look up other rows than it is given, or keep its
-    weight packed.
-    """
-    module, W = site.module, site.weight
-    if (
-        site.kind == "identity"
-        or W.is_meta
-        or type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
-    ):
-        return
-    if site.kind == "embedding":
-        x = torch.arange(min(site.d_in, 16), device=W.device)[None]
-        wanted = W.T[x]
-    else:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, 4, site.d_in, generator=generator).to(W.device, W.dtype)
-        wanted = nn.functional.linear(x, W, site.bias)
-    try:
-        apart = (module(x) - wanted).abs().max()
-    except Exception:  # it takes something else
-        apart = torch.inf
-    if not apart <= torch.finfo(W.dtype).eps ** 0.5 * wanted.abs().max():
-        lacks = "look up the rows of its weight" if site.kind == "embedding" else "compute x Wᵀ + b"
-        raise BadInput(
-            f"sites: '{site.name}' is a {type(module).__name__}, which does not {lacks}; leave it "
-            "out"
-        )
+        kind = _kind(module)
+        if kind is None:
+            continue
+        d_in, d_out = _width(module, kind)
+        if kind != "embedding":
+            identity = name + IDENTITY
+            sites[identity] = Site(identity, "identity", module, d_in, d_in)
+        sites[name] = Site(name, kind, module, d_in, d_out)
+    return sites
 
 
 def find_sites(model: nn.Module, patterns: Mapping[str, int]) -> dict[str, tuple[Site, int]]:
-    """The sites that fnmatch patterns name, in the model's own order, each with its number of
-    components.
+    """Return the sites that fnmatch patterns match, each with its number of components.
 
-    `*` reaches maps only; identity sites are named by patterns that end in `.pre_identity`.
+    The sites are in the order of the model. `*` matches maps only; a pattern that ends in
+    `.pre_identity` matches identity sites.
 
     Raises:
         BadInput: a pattern matches nothing, a module is matched twice, or a count is not positive.
     """
     sites = available(model)
-    owner = {}
-    counts = {}
+    owner: dict[str, str] = {}
     for pattern, C in patterns.items():
         if C < 1:
             raise BadInput(
                 f"sites: '{pattern}: {C}' must have at least one component; give a positive number"
             )
-        identity = pattern.endswith(IDENTITY)
-        matched = [
-            name
-            for name in sites
-            if fnmatchcase(name, pattern) and name.endswith(IDENTITY) == identity
-        ]
+        matched = _match(pattern, sites)
         if not matched:
             modules = [name for name in sites if not name.endswith(IDENTITY)]
-            _refuse_experts(model, pattern, modules)
+            _reject_experts(model, pattern, modules)
             raise BadInput(
                 f"sites: pattern '{pattern}' matches no module of the target; "
                 f"{nearest(pattern, modules)}"
@@ -279,6 +268,77 @@ def find_sites(model: nn.Module, patterns: Mapping[str, int]) -> dict[str, tuple
                     f"sites: '{name}' is matched by both '{owner[name]}' and '{pattern}'; narrow "
                     "one of them"
                 )
-            owner[name], counts[name] = pattern, C
-            _refuse_other_maps(sites[name])
-    return {name: (site, counts[name]) for name, site in sites.items() if name in counts}
+            owner[name] = pattern
+            _reject_other_maps(sites[name])
+    return {name: (site, patterns[owner[name]]) for name, site in sites.items() if name in owner}
+
+
+def _match(pattern: str, sites: Mapping[str, Site]) -> list[str]:
+    """Return the names of the sites that a pattern matches."""
+    identity = pattern.endswith(IDENTITY)
+    alike = [name for name in sites if name.endswith(IDENTITY) == identity]
+    return [name for name in alike if fnmatchcase(name, pattern)]
+
+
+def _reject_experts(model: nn.Module, pattern: str, modules: Sequence[str]) -> None:
+    """Raise BadInput if a pattern that matches no map refers to experts kept as one tensor."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim != 3 or not _refers_to_experts(pattern, name):
+            continue
+        holder = name.rpartition(".")[0]
+        block = holder.rpartition(".")[0].rpartition(".")[0]
+        neighbors = [m for m in modules if m.startswith(f"{block}.")]
+        examples = (neighbors or list(modules))[:4]
+        raise BadInput(
+            f"sites: pattern '{pattern}' refers to experts stored as one three-dimensional "
+            f"tensor, '{name}' {list(parameter.shape)}, which cannot be a site; decompose the maps "
+            f"next to them, for example {', '.join(examples)}"
+        )
+
+
+def _refers_to_experts(pattern: str, name: str) -> bool:
+    """Return whether a pattern means the parameter of that name, or the module that holds it."""
+    holder = name.rpartition(".")[0]
+    if "experts" in holder and "experts" in pattern:
+        return True
+    if fnmatchcase(name, pattern) or fnmatchcase(holder, pattern):
+        return True
+    return fnmatchcase(pattern, f"{holder}.*")
+
+
+@torch.no_grad()
+def _reject_other_maps(site: Site) -> None:
+    """Raise BadInput if a module does not compute what its weight and bias say (D3).
+
+    A subclass can do more: scale the rows that it looks up, look up other rows, or keep its weight
+    packed.
+    """
+    module = site.module
+    W = site.weight
+    if site.kind == "identity" or W.is_meta:
+        return
+    if type(module).forward in (nn.Linear.forward, nn.Embedding.forward):
+        return
+    x, expected = _probe(site, W)
+    try:
+        error = (module(x) - expected).abs().max()
+    except Exception:  # the module takes other inputs
+        error = torch.inf
+    tolerance = torch.finfo(W.dtype).eps ** 0.5
+    if not error <= tolerance * expected.abs().max():  # also if it is not a number
+        lacks = "look up the rows of its weight" if site.kind == "embedding" else "compute x Wᵀ + b"
+        raise BadInput(
+            f"sites: '{site.name}' is a {type(module).__name__}, which does not {lacks}; leave it "
+            "out"
+        )
+
+
+def _probe(site: Site, W: Float[Tensor, "d_out d_in"]) -> tuple[Tensor, Tensor]:
+    """Return some inputs of a site, and the outputs that its weight and bias give on them."""
+    if site.kind == "embedding":
+        x = torch.arange(min(site.d_in, 16), device=W.device)[None]  # [1, tokens]
+        return x, W.T[x]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, site.d_in, generator=generator)
+    x = x.to(W.device, W.dtype)
+    return x, nn.functional.linear(x, W, site.bias)

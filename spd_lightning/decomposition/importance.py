@@ -1,9 +1,15 @@
-"""Causal importance: which components does this input need? (laws G1–G5 of docs/method.md)
+"""Causal importance: which components does an input need? (laws G1–G5 of docs/method.md)
 
-An importance function looks at the site inputs of the clean target run and gives one pre-activation
-z per component; a sigmoid turns z into the importance. Two of them are used: the *lower-leaky* one
-makes masks (G2), the *upper-leaky* one feeds the minimality losses (G3), so that training keeps a
-gradient on both sides of [0, 1].
+1. An importance function reads the site inputs x or the inner activations a of the clean run. It
+   returns one pre-activation z for each component at each position                       (G1)
+2. Two sigmoids turn z into importances: *lower-leaky*, `g = σ_lower(z)`, for masks       (G2)
+3. and *upper-leaky*, `ĝ = σ_upper(z)`, for the minimality losses                         (G3)
+
+Both are the hard sigmoid `clamp(z, 0, 1)` between 0 and 1. They leak on different sides, so that
+training has a gradient both below 0 and above 1.
+
+Source: SPD (Bushnaq et al., 2025, arXiv 2506.20790). The networks of step 1 are in
+`importance_functions` and `importance_transformer`.
 """
 
 from abc import ABC, abstractmethod
@@ -18,21 +24,32 @@ from torch import Tensor, nn
 from spd_lightning.errors import BadInput, check_range
 
 LEAK = 0.01
+"""Slope of the sigmoids on their leaky side."""
+
+
+# ---- sigmoids ------------------------------------------------------------------------------------
 
 
 def _between(grad: Tensor, z: Tensor) -> Tensor:
-    """The gradient where 0 < z ≤ 1, else 0; one pass over memory, fifteen times quicker than
-    `torch.where`.
+    """Return the gradient where 0 < z ≤ 1, and 0 elsewhere.
+
+    This operation passes over memory once. It is 15 times as fast as `torch.where`.
     """
-    return torch.ops.aten.hardtanh_backward(grad, z, 0.0, 1.0 + torch.finfo(z.dtype).eps)
+    above_one = 1.0 + torch.finfo(z.dtype).eps  # the operation excludes its bounds
+    return torch.ops.aten.hardtanh_backward(grad, z, 0.0, above_one)
 
 
 def _above(grad: Tensor, z: Tensor, bound: float) -> Tensor:
-    """The gradient where z > bound, else 0."""
+    """Return the gradient where z > bound, and 0 elsewhere."""
     return torch.ops.aten.threshold_backward(grad, z, bound)
 
 
 class _LowerLeaky(torch.autograd.Function):
+    """clamp(z, 0, 1); for z ≤ 0, the gradient is LEAK · min(gradient, 0).
+
+    A negative gradient makes z rise. A positive one, which would push z further down, is dropped.
+    """
+
     @staticmethod
     def forward(ctx, z):
         ctx.save_for_backward(z)
@@ -42,39 +59,49 @@ class _LowerLeaky(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (z,) = ctx.saved_tensors
         rising = grad.clamp(max=0).mul_(LEAK)
-        return _between(grad, z) + (rising - _above(rising, z, 0.0))
+        below = rising - _above(rising, z, 0.0)  # where z ≤ 0
+        return _between(grad, z) + below
 
 
 class _UpperLeaky(torch.autograd.Function):
+    """clamp(z, 0, 1) + LEAK · max(z − 1, 0), with its own gradient."""
+
     @staticmethod
     def forward(ctx, z):
         ctx.save_for_backward(z)
-        return z.clamp(0, 1).add_((z - 1).clamp_(min=0), alpha=LEAK)
+        excess = (z - 1).clamp_(min=0)
+        return z.clamp(0, 1).add_(excess, alpha=LEAK)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (z,) = ctx.saved_tensors
-        return _between(grad, z).add_(_above(grad, z, 1.0), alpha=LEAK)
+        above = _above(grad, z, 1.0)
+        return _between(grad, z).add_(above, alpha=LEAK)
 
 
 def lower_leaky(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Hard sigmoid whose gradient below 0 still lets an importance rise, never fall (G2)."""
+    """Hard sigmoid whose gradient below 0 lets an importance rise but not fall (G2)."""
     return _LowerLeaky.apply(z)  # pyright: ignore[reportReturnType]
 
 
 def upper_leaky(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Hard sigmoid that goes on rising with slope 0.01 above 1 (G3)."""
+    """Hard sigmoid that rises with slope 0.01 above 1 (G3)."""
     return _UpperLeaky.apply(z)  # pyright: ignore[reportReturnType]
 
 
 def leaky_both_sides(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Hard sigmoid with slope 0.01 below 0 and above 1 (G4)."""
-    return torch.where(z > 1, 1 + LEAK * (z - 1), torch.where(z > 0, z, LEAK * z))
+    above = 1 + LEAK * (z - 1)
+    below = LEAK * z
+    up_to_one = torch.where(z > 0, z, below)
+    return torch.where(z > 1, above, up_to_one)
 
 
 def swish_hard(z: Float[Tensor, "..."], sharpness: float = 10.0) -> Float[Tensor, "..."]:
-    """Smooth hard sigmoid: the difference of two swishes one apart (G4)."""
-    return z * torch.sigmoid(sharpness * z) - (z - 1) * torch.sigmoid(sharpness * (z - 1))
+    """Smooth hard sigmoid: swish(z) − swish(z − 1) (G4)."""
+    swish = z * torch.sigmoid(sharpness * z)
+    shifted = (z - 1) * torch.sigmoid(sharpness * (z - 1))
+    return swish - shifted
 
 
 def hard(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -91,12 +118,14 @@ SIGMOIDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     "leaky_both_sides": (leaky_both_sides, leaky_both_sides),
     "swish_hard": (swish_hard, swish_hard),
 }
+"""For each name, the sigmoid of the masks (`lower`) and that of the losses (`upper`)."""
+
+
+# ---- settings ------------------------------------------------------------------------------------
 
 
 class Importances(NamedTuple):
-    """Importances of every site: `lower` [..., C] makes masks, `upper` [..., C] feeds the
-    minimality losses.
-    """
+    """Importances [..., C] of every site: `lower` for masks, `upper` for minimality losses."""
 
     lower: dict[str, Tensor]
     upper: dict[str, Tensor]
@@ -107,24 +136,25 @@ class Importance:
     """How causal importances are computed.
 
     Args:
-        kind: mlp (one tiny MLP per component on its own inner activation), vector_mlp (one per
-            component on the site's input), shared_mlp (one per site, all components at once),
+        kind: mlp (one tiny MLP per component on its inner activation), vector_mlp (one per
+            component on the site's input), shared_mlp (one per site for all its components),
             global_mlp (one for all sites), transformer (one for all sites, which sees all
-            positions). Embedding sites get `mlp` under every kind.
+            positions). Embedding sites use `mlp` with every kind.
         hidden: width of the hidden layer of an MLP.
-        sigmoid: leaky_hard is the paper's pair, lower-leaky for masks (G2) and upper-leaky for
+        sigmoid: leaky_hard is the pair of the paper, lower-leaky for masks (G2) and upper-leaky for
             minimality (G3).
         sampling: continuous sources in [0, 1], or binomial ones in {0, 1} (G5).
-        embedding_hidden: width of the hidden layer at embedding sites, where the kind is not `mlp`.
+        embedding_hidden: width of the hidden layer at embedding sites if the kind is not `mlp`.
         d_model: width of the transformer.
-        layers: blocks of the transformer.
-        heads: attention heads of a block.
+        layers: number of blocks of the transformer.
+        heads: number of attention heads of a block.
         d_mlp: width of a block's MLP; 4 × d_model if omitted.
-        causal: whether a position sees only itself and earlier ones.
-        chunk_layers: layers of the target that share a transformer, by the first number in a site's
-            name; sites without one go with the first. One transformer for all if omitted.
-        checkpoint_activations: blocks are run again in the backward pass instead of kept: less
-            memory, more time.
+        causal: whether a position sees only itself and earlier positions.
+        chunk_layers: number of layers of the target that share a transformer, by the first number
+            in a site's name; sites without a number belong to the first chunk. One transformer for
+            all layers if omitted.
+        checkpoint_activations: recompute blocks in the backward pass instead of storing their
+            activations; this saves memory and costs time.
     """
 
     kind: Kind = "mlp"
@@ -141,49 +171,55 @@ class Importance:
     checkpoint_activations: bool = False
 
     def __post_init__(self):
-        names = (
-            "hidden",
-            "embedding_hidden",
-            "d_model",
-            "layers",
-            "heads",
-            "d_mlp",
-            "chunk_layers",
-        )
         check_range(
-            "importance", least=1, whole=True, **{name: getattr(self, name) for name in names}
+            "importance",
+            least=1,
+            whole=True,
+            hidden=self.hidden,
+            embedding_hidden=self.embedding_hidden,
+            d_model=self.d_model,
+            layers=self.layers,
+            heads=self.heads,
+            d_mlp=self.d_mlp,
+            chunk_layers=self.chunk_layers,
         )
-        if self.kind == "transformer" and self.d_model % (2 * self.heads):
-            fitting = 2 * self.heads * max(1, round(self.d_model / (2 * self.heads)))
+        pairs = 2 * self.heads
+        if self.kind == "transformer" and self.d_model % pairs:
+            nearest_width = pairs * max(1, round(self.d_model / pairs))
             raise BadInput(
                 f"importance: d_model {self.d_model} with heads {self.heads}; rotary attention "
-                "needs heads of an even "
-                f"width, so take d_model {fitting}"
+                f"needs heads of an even width, so take d_model {nearest_width}"
             )
 
     def __call__(
         self, z: Mapping[str, Tensor], generator: torch.Generator | None = None
     ) -> Importances:
-        """Pre-activations to importances; a generator samples the binomial jitter (training only,
-        G5).
+        """Return the importances of pre-activations (steps 2 and 3).
+
+        Args:
+            z: pre-activations [..., C] of every site.
+            generator: draws the binomial jitter (G5); omitted outside training.
         """
         lower, upper = SIGMOIDS[self.sigmoid]
         jitter = self.sampling == "binomial" and generator is not None
-        return Importances(
-            {name: lower(_jittered(v, generator) if jitter else v) for name, v in z.items()},
-            {name: upper(v) for name, v in z.items()},
-        )
+        importances = Importances({}, {})
+        for name, v in z.items():
+            if jitter:
+                v = _jittered(v, generator)
+            importances.lower[name] = lower(v)
+        for name, v in z.items():
+            importances.upper[name] = upper(v)
+        return importances
 
 
 def _jittered(z: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return 1.05 z − 0.05 u, with u uniform on [0, 1) (G5)."""
     u = torch.rand(z.shape, generator=generator, device=z.device, dtype=z.dtype)
     return 1.05 * z - 0.05 * u
 
 
 class ImportanceFunction(nn.Module, ABC):
-    """Maps clean site inputs x and inner activations a to pre-activations z [..., C] of every site
-    (G1).
-    """
+    """A map from site inputs x and inner activations a to pre-activations z [..., C] (step 1)."""
 
     @abstractmethod
     def forward(

@@ -1,16 +1,14 @@
-"""The transformer that says which components are needed, from all sites and all positions at once
-(law G1).
+"""An importance function that reads all sites at all positions: a transformer (law G1).
 
-1. The input x of every site is divided by its root mean square and all are concatenated: `[batch
-   pos Σ d_in]`.
-2. A linear map brings them to `d_model`.
-3. Blocks: `h ← h + attention(norm(h))`, then `h ← h + MLP(norm(h))`. Norms have no gain. Attention
-   is rotary and looks both ways, or back only where `causal`; the MLP has one hidden layer with
-   GELU.
-4. A linear map gives the pre-activations of all components: `[batch pos Σ C]`.
+1. Divide the input x of every site by its root mean square, and concatenate: [batch, pos, Σ d_in].
+2. Project to width `d_model`.
+3. Apply blocks: `h ← h + attention(norm(h))`, then `h ← h + MLP(norm(h))`. Norms have no gain.
+   Attention is rotary. It sees all positions, or only earlier ones if `causal`. The MLP has one
+   hidden layer with GELU.
+4. Project to the pre-activations of all components: [batch, pos, Σ C].
 
-Source: VPD (Bushnaq et al., 2026). What has no position axis, as the inputs of toys, counts as one
-position each.
+Source: VPD (Bushnaq et al., 2026). Inputs without a position axis, as in toy models, are treated
+as prompts of one position.
 """
 
 import re
@@ -28,35 +26,40 @@ from spd_lightning.decomposition.importance import Importance, ImportanceFunctio
 from spd_lightning.decomposition.matmul import Linear
 
 ROTARY_BASE = 10_000.0
+"""Base of the rotation rates."""
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosine and sine [pos, d_head / 2] of every position's angles."""
+"""Cosines and sines [pos, d_head / 2] of the angles of every position."""
 
 
 def rotation(positions: int, d_head: int, like: Tensor) -> Rotation:
-    """The angles `pos · base^(−2i / d_head)` by which pair i of a head's entries turns at each
-    position (RoPE).
+    """Return cosine and sine of the angles `pos · base^(−2i / d_head)` of pair i (RoPE).
 
-    Taken in float64: in float32 the angles of late positions lose what tells neighbors apart.
+    Angles are computed in float64. In float32, neighboring late positions would get equal angles.
     """
-    rates = ROTARY_BASE ** (
-        -torch.arange(0, d_head, 2, device=like.device, dtype=torch.float64) / d_head
-    )
-    angles = torch.arange(positions, device=like.device, dtype=torch.float64)[:, None] * rates
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    device = like.device
+    even = torch.arange(0, d_head, 2, device=device, dtype=torch.float64)  # [d_head / 2]: 2i
+    rates = ROTARY_BASE ** (-even / d_head)  # [d_head / 2]
+    pos = torch.arange(positions, device=device, dtype=torch.float64)
+    angles = pos[:, None] * rates  # [pos, d_head / 2]
+    cos = angles.cos().to(like.dtype)
+    sin = angles.sin().to(like.dtype)
+    return cos, sin
 
 
 def rotated(
     x: Float[Tensor, "batch head pos d_head"], turn: Rotation
 ) -> Float[Tensor, "batch head pos d_head"]:
-    """Entry i and entry i + d_head/2 of every head, turned by the angle of their position."""
-    (cos, sin) = turn
-    (a, b) = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    """Rotate entries i and i + d_head/2 of every head by the angle of their position."""
+    cos, sin = turn
+    a, b = x.chunk(2, dim=-1)  # [batch, head, pos, d_head / 2] each
+    first = a * cos - b * sin
+    second = a * sin + b * cos
+    return torch.cat([first, second], dim=-1)
 
 
 def _linear(d_in: int, d_out: int, gain: float = 2.0, bias: bool = True) -> nn.Linear:
-    """Drawn by D7: gain 2 for hidden layers, 1 for the last."""
+    """Return a linear map drawn as D7 says; the gain is 2 for hidden layers, 1 for the last."""
     layer = Linear(d_in, d_out, bias=bias)
     nn.init.normal_(layer.weight, std=(gain / d_in) ** 0.5)
     if bias:
@@ -65,15 +68,17 @@ def _linear(d_in: int, d_out: int, gain: float = 2.0, bias: bool = True) -> nn.L
 
 
 def _normed(x: Tensor) -> Tensor:
+    """Return x divided by its root mean square."""
     return rms_norm(x, x.shape[-1:])
 
 
 class _Block(nn.Module):
-    """Attention over positions, then an MLP at each of them; both add to what is there."""
+    """One block of step 3: attention over positions, then an MLP at each position."""
 
     def __init__(self, d_model: int, heads: int, d_mlp: int, causal: bool):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads = heads
+        self.causal = causal
         self.qkv = _linear(d_model, 3 * d_model, bias=False)
         self.o = _linear(d_model, d_model, bias=False)
         self.up = _linear(d_model, d_mlp)
@@ -82,60 +87,83 @@ class _Block(nn.Module):
     def forward(
         self, h: Float[Tensor, "batch pos d_model"], turn: Rotation
     ) -> Float[Tensor, "batch pos d_model"]:
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in self.qkv(_normed(h)).chunk(3, dim=-1)
-        )
-        turn = (turn[0].to(q.dtype), turn[1].to(q.dtype))
+        q, k, v = self.qkv(_normed(h)).chunk(3, dim=-1)  # [batch, pos, d_model] each
+        q = self._by_head(q)
+        k = self._by_head(k)
+        v = self._by_head(v)
+        cos, sin = turn
+        turn = (cos.to(q.dtype), sin.to(q.dtype))
         mixed = scaled_dot_product_attention(
             rotated(q, turn), rotated(k, turn), v, is_causal=self.causal
-        )
+        )  # [batch, head, pos, d_head]
         h = h + self.o(mixed.transpose(1, 2).flatten(2))
-        return h + self.down(gelu(self.up(_normed(h))))
+        hidden = gelu(self.up(_normed(h)))  # [batch, pos, d_mlp]
+        return h + self.down(hidden)
+
+    def _by_head(
+        self, x: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch head pos d_head"]:
+        by_head = x.unflatten(-1, (self.heads, -1))  # [batch, pos, head, d_head]
+        return by_head.transpose(1, 2)
 
 
 class ImportanceTransformer(ImportanceFunction):
-    """`transformer`: one transformer from the inputs of all its sites to all of their
-    components.
-    """
+    """`transformer`: one transformer from the inputs of its sites to all their components."""
 
     def __init__(self, sites: Mapping[str, tuple[Site, int]], config: Importance):
         super().__init__()
         self.counts = {name: C for name, (_, C) in sites.items()}
         self.d_head = config.d_model // config.heads
         self.checkpointed = config.checkpoint_activations
-        self.first = _linear(sum(site.d_in for site, _ in sites.values()), config.d_model)
+        d_in = sum(site.d_in for site, _ in sites.values())
+        self.first = _linear(d_in, config.d_model)
         d_mlp = config.d_mlp or 4 * config.d_model
-        blocks = [
-            _Block(config.d_model, config.heads, d_mlp, config.causal) for _ in range(config.layers)
-        ]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList()
+        for _ in range(config.layers):
+            block = _Block(config.d_model, config.heads, d_mlp, config.causal)
+            self.blocks.append(block)
         self.last = _linear(config.d_model, sum(self.counts.values()), gain=1.0)
 
     def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
-        x = torch.cat([_normed(inputs[name]) for name in self.counts], dim=-1)
-        h = self.first(x[:, None] if x.ndim == 2 else x.flatten(0, -3))
+        # step 1; the list is not named, so that the normed inputs are freed
+        x = torch.cat([_normed(inputs[name]) for name in self.counts], dim=-1)  # [..., Σ d_in]
+        batched = x[:, None] if x.ndim == 2 else x.flatten(0, -3)  # [batch, pos, Σ d_in]
+        h = self.first(batched)  # step 2: [batch, pos, d_model]
         turn = rotation(h.shape[1], self.d_head, h)
-        for block in self.blocks:
+        for block in self.blocks:  # step 3
             if self.checkpointed and torch.is_grad_enabled():
                 h = checkpoint(block, h, turn, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, turn)
-        z = self.last(h).reshape(*x.shape[:-1], -1)
-        return dict(zip(self.counts, z.split(list(self.counts.values()), dim=-1), strict=True))
+        z = self.last(h)  # step 4: [batch, pos, Σ C]
+        z = z.reshape(*x.shape[:-1], -1)  # [..., Σ C]
+        widths = list(self.counts.values())
+        by_site = z.split(widths, dim=-1)
+        return dict(zip(self.counts, by_site, strict=True))
 
 
 def chunks_of_layers(names: Sequence[str], chunk_layers: int | None) -> list[list[str]]:
-    """Site names in chunks of so many layers of the target, by the first number in each; those
-    without go first.
+    """Return site names in chunks of at most `chunk_layers` layers of the target.
+
+    The layer of a site is the first number in its name. Sites without a number join the first
+    chunk. If `chunk_layers` is None, there is one chunk.
+
+    >>> chunks_of_layers(["embed", "h.0.up", "h.1.up", "h.2.up"], 2)
+    [['embed', 'h.0.up', 'h.1.up'], ['h.2.up']]
     """
     if chunk_layers is None:
         return [list(names)]
-    layers = {name: int(found[0]) if (found := re.search(r"\d+", name)) else None for name in names}
-    first = (
-        min((layer for layer in layers.values() if layer is not None), default=0) // chunk_layers
-    )
+    layers = {name: _layer(name) for name in names}
+    numbers = [layer for layer in layers.values() if layer is not None]
+    lowest = min(numbers, default=0)
     chunks: dict[int, list[str]] = {}
     for name, layer in layers.items():
-        chunks.setdefault(first if layer is None else layer // chunk_layers, []).append(name)
+        chunk = (lowest if layer is None else layer) // chunk_layers
+        chunks.setdefault(chunk, []).append(name)
     return [chunks[k] for k in sorted(chunks)]
+
+
+def _layer(name: str) -> int | None:
+    """Return the first number in a site's name, or None."""
+    match = re.search(r"\d+", name)
+    return int(match[0]) if match else None

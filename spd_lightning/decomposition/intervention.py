@@ -1,13 +1,20 @@
-"""Interventions: what a model says when chosen components are set, scaled, switched off, or all
-that is left.
+"""Interventions: the output of a model with chosen components ablated, scaled, set, or kept.
 
-1. *Name* components as graphs do: `layer:pos:component`, or `layer:component` at all positions.
-2. *Run* the target with every site in its decomposed form (D3), where a component writes `w U` with
-   `w = m a`; an edit changes w, everything behind it sees the change.
+1. *Name* components as graphs do: `layer:pos:component`, or `layer:component` for all positions.
+2. *Run* the target with every site in its decomposed form (D3). Component c adds `w_c U[c]` to the
+   output of its site, with `w = m ∘ a`, a = x V.
+3. *Edit*: an edit of component c replaces w_c by `factor · w_c + value`. All later computation sees
+   the change:
 
-Two bases. `unmasked`: all masks one and the delta in place, so that without edits the output is the
-target's (D5). `ci`: the importances of the clean run as masks, no delta. What does not belong here:
-attributions, whose checks hold all other sites still (`checks`).
+       y = w' U + b                        (base ci, or with `keep`)
+       y = x Wᵀ + b + (w' − a) U           (base unmasked)
+
+The base is the model without edits. In base `unmasked`, all masks are one and the delta component
+is present, so that the output is the target's (D5). In base `ci`, the importances of the clean run
+are the masks, and the delta component is absent.
+
+Source: activation patching, with components as the units. This module does not compute
+attributions; their checks, which hold all other sites fixed, are in `attribution.checks`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +25,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_lightning.decomposition import names
-from spd_lightning.decomposition.components import Site
-from spd_lightning.decomposition.model import ComponentModel, Map
+from spd_lightning.decomposition.components import Map, Site
+from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.names import BASES, Base, Place
 from spd_lightning.errors import BadInput, nearest
 
@@ -27,7 +34,7 @@ from spd_lightning.errors import BadInput, nearest
 class Edit(NamedTuple):
     """A change to a component: its w = m a becomes `factor · w + value`.
 
-    Ablating is factor 0; setting is factor 0 and a value.
+    To ablate it, use factor 0. To set it, use factor 0 and a value.
     """
 
     place: Place
@@ -36,9 +43,7 @@ class Edit(NamedTuple):
 
 
 class Intervened(NamedTuple):
-    """Outputs [batch, (pos,) K] of the target as it is, of the base without edits, and with
-    them.
-    """
+    """Outputs [batch, (pos,) K] of the target, of the base, and of the base with edits."""
 
     target: Tensor
     base: Tensor
@@ -49,34 +54,36 @@ class Intervened(NamedTuple):
 
 
 def place(model: ComponentModel, name: str) -> Place:
-    """Return the place that `layer:pos:component` or `layer:component` names (`names.place`).
+    """Return the place that `layer:pos:component` or `layer:component` refers to.
 
     Raises:
-        BadInput: the name has another form, or there is no such site or component.
+        BadInput: the name has another form, or the site or component does not exist.
     """
     return names.place(model.counts, name)
 
 
 def places(model: ComponentModel, nodes: Iterable[str]) -> list[Place]:
-    """The places that names of a graph's nodes mean; what is not a component (inputs, outputs,
-    rests, biases) has none.
+    """Return the places of those nodes of a graph that are components.
+
+    Inputs, outputs, rests and biases are skipped, and so are embeddings that are not sites.
 
     Raises:
-        BadInput: a name names nothing.
+        BadInput: a name does not refer to a node.
     """
-    fixed = {n for n, m in model.target.named_modules() if isinstance(m, nn.Embedding)} - set(
-        model.sites
-    )
-    fixed |= {"input", "output"}
-    split = [(name, name.strip().split(":")) for name in nodes]
-    return [
-        place(model, name)
-        for name, (layer, *at) in split
-        if layer not in fixed and at[-1:] not in _NO_COMPONENT
-    ]
+    not_sites = {"input", "output"}
+    for name, module in model.target.named_modules():
+        if isinstance(module, nn.Embedding) and name not in model.sites:
+            not_sites.add(name)
+    components = []
+    for node in nodes:
+        layer, *rest = node.strip().split(":")
+        if layer in not_sites or rest[-1:] in _NOT_COMPONENTS:
+            continue
+        components.append(place(model, node))
+    return components
 
 
-_NO_COMPONENT = (["rest"], ["bias"])
+_NOT_COMPONENTS = (["rest"], ["bias"])
 
 
 def named_edits(
@@ -85,18 +92,17 @@ def named_edits(
     scale: Mapping[str, float] | None = None,
     set: Mapping[str, float] | None = None,
 ) -> list[Edit]:
-    """Edits by the names of their components.
+    """Return edits from the names of their components.
 
     Raises:
-        BadInput: a name names nothing.
+        BadInput: a name does not refer to a component.
     """
     edits = [Edit(place(model, name)) for name in ablate]
-    edits += [
-        Edit(place(model, name), factor=float(factor)) for name, factor in (scale or {}).items()
-    ]
-    return edits + [
-        Edit(place(model, name), value=float(value)) for name, value in (set or {}).items()
-    ]
+    for name, factor in (scale or {}).items():
+        edits.append(Edit(place(model, name), factor=float(factor)))
+    for name, value in (set or {}).items():
+        edits.append(Edit(place(model, name), value=float(value)))
+    return edits
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -109,81 +115,118 @@ def intervene(
     keep: Sequence[Place] | None = None,
     base: Base = "unmasked",
 ) -> Intervened:
-    """Runs inputs through the target, through the base, and through the base with edits.
+    """Run inputs through the target, through the base, and through the base with edits.
 
-    inputs: [batch, features] floating point, or [batch, pos] token ids. keep: where given, all
-    components elsewhere are ablated, and so is the delta, which is one of them (D1). Edits of one
-    component act in their order. Importances are those of the clean run (G1), whatever is edited.
+    Importances are those of the clean run (G1), whatever is edited.
+
+    Args:
+        model: the decomposed model.
+        inputs: [batch, features] floating point, or [batch, pos] token ids.
+        edits: edits of one component act in their order.
+        keep: if given, all other components are ablated, and so is the delta component (D1).
+        base: the model to edit.
 
     Raises:
-        BadInput: no such base, site, component or position.
+        BadInput: the base, a site, a component or a position does not exist.
     """
     if base not in BASES:
-        raise BadInput(f"base '{base}': no such run of the model; {nearest(base, BASES)}")
-    for at in [*(edit.place for edit in edits), *(keep or ())]:
+        raise BadInput(f"base '{base}': not a base of interventions; {nearest(base, BASES)}")
+    edited_places = [edit.place for edit in edits]
+    for at in [*edited_places, *(keep or ())]:
         names.known(model.counts, at)
     with torch.no_grad():
         clean = model.clean(inputs)
-        g = model.importances(clean).lower if base == "ci" else None
-        plain = clean.output if g is None else _run(model, inputs, g, [], None)
-        return Intervened(clean.output, plain, _run(model, inputs, g, edits, keep))
+        g = None
+        unedited = clean.output
+        if base == "ci":
+            g = model.importances(clean).lower
+            unedited = _EditedRun(model, g, [], None).run(inputs)
+        edited = _EditedRun(model, g, edits, keep).run(inputs)
+        return Intervened(clean.output, unedited, edited)
 
 
-def _run(
-    model: ComponentModel,
-    inputs: Tensor,
-    g: Mapping[str, Tensor] | None,
-    edits: Sequence[Edit],
-    keep: Sequence[Place] | None,
-) -> Tensor:
-    """One forward pass; g as masks without a delta, or all masks one with it."""
+class _EditedRun:
+    """One forward pass with edits (steps 2 and 3).
 
-    def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
-        mine = [edit for edit in edits if edit.place.site == site.name]
-        whole = g is None and keep is None
-        if whole and not mine:
-            return own(x)
-        a = site.inner(x, model[site.name].V)
-        w = a if g is None else g[site.name] * a
-        view = _by_position(site, w)
-        if keep is not None:
-            view = view * _kept(site, view, keep)
-        for edit in mine:
-            view = _edited(view, edit)
-        w = view.reshape(w.shape)
-        if whole:
-            return own(x) + (w - a) @ model[site.name].U
-        y = w @ model[site.name].U
+    Args:
+        model: the decomposed model.
+        g: the masks, without a delta component; None means masks of one and the delta component.
+        edits: the changes.
+        keep: the components that are not ablated; None means all of them and the delta component.
+    """
+
+    def __init__(
+        self,
+        model: ComponentModel,
+        g: Mapping[str, Tensor] | None,
+        edits: Sequence[Edit],
+        keep: Sequence[Place] | None,
+    ):
+        self.model = model
+        self.g = g
+        self.edits = edits
+        self.keep = keep
+        self.with_delta = g is None and keep is None
+
+    def run(self, inputs: Tensor) -> Tensor:
+        """Return the output."""
+        with self.model.replaced(self._at_site):
+            return self.model.target(inputs)
+
+    def _at_site(self, site: Site, x: Tensor, forward: Map) -> Tensor:
+        edited_here = any(edit.place.site == site.name for edit in self.edits)
+        if self.with_delta and not edited_here:
+            return forward(x)
+        V = self.model[site.name].V
+        U = self.model[site.name].U
+        a = site.inner(x, V)  # [..., C]
+        w = a if self.g is None else self.g[site.name] * a  # step 2
+        w = self._edit(site, w)  # step 3
+        if self.with_delta:
+            return forward(x) + (w - a) @ U
+        y = w @ U  # [..., d_out]
         return y if site.bias is None else y + site.bias
 
-    with model.replaced(at_site):
-        return model.target(inputs)
+    def _edit(self, site: Site, w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """Return w' of a site."""
+        by_position = _by_position(site, w)  # [..., pos, C]
+        if self.keep is not None:
+            by_position = by_position * _keep_mask(site, by_position, self.keep)
+        for edit in self.edits:
+            if edit.place.site == site.name:
+                by_position = _apply(by_position, edit)
+        return by_position.reshape(w.shape)
 
 
 def _by_position(site: Site, w: Float[Tensor, "... C"]) -> Float[Tensor, "... pos C"]:
-    """With a dimension of positions; a model on vectors has one position."""
-    return w if w.ndim > 2 or site.kind == "embedding" else w.unsqueeze(-2)
+    """Return w with a dimension of positions; a model on vectors has one position."""
+    has_positions = w.ndim > 2 or site.kind == "embedding"
+    if has_positions:
+        return w
+    return w.unsqueeze(-2)
 
 
-def _at(view: Tensor, at: Place) -> tuple:
-    """Where a place lies in values [..., pos, C]."""
-    names.within(at, view.shape[-2])
-    return (..., slice(None) if at.positions is None else list(at.positions), at.component)
+def _index(at: Place, by_position: Float[Tensor, "... pos C"]) -> tuple:
+    """Return the index of a place in values [..., pos, C]."""
+    names.within(at, by_position.shape[-2])
+    positions = slice(None) if at.positions is None else list(at.positions)
+    return (..., positions, at.component)
 
 
-def _kept(
-    site: Site, view: Float[Tensor, "... pos C"], keep: Sequence[Place]
+def _keep_mask(
+    site: Site, by_position: Float[Tensor, "... pos C"], keep: Sequence[Place]
 ) -> Float[Tensor, "... pos C"]:
-    """One where a component is kept, zero elsewhere."""
-    mask = torch.zeros_like(view)
+    """Return one where a component is kept, and zero elsewhere."""
+    mask = torch.zeros_like(by_position)
     for at in keep:
         if at.site == site.name:
-            mask[_at(view, at)] = 1
+            mask[_index(at, by_position)] = 1
     return mask
 
 
-def _edited(view: Float[Tensor, "... pos C"], edit: Edit) -> Float[Tensor, "... pos C"]:
-    index = _at(view, edit.place)
-    out = view.clone()
+def _apply(by_position: Float[Tensor, "... pos C"], edit: Edit) -> Float[Tensor, "... pos C"]:
+    """Return the values with one edit applied."""
+    index = _index(edit.place, by_position)
+    out = by_position.clone()
     out[index] = edit.factor * out[index] + edit.value
     return out

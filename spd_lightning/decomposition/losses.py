@@ -1,15 +1,16 @@
-"""The losses that make a decomposition: faithful, minimal, and sufficient (section L of
-docs/method.md).
+"""The losses of a decomposition (section L of docs/method.md).
 
-Every loss reads one `LossContext`: a batch, its clean run, its importances and the random draws of
-this step. What two losses need alike is computed once: the clean run, the importances, and the
-stochastic masks.
+    total = Σ coeff · loss                                                                   (L7)
 
-    total = Σ coeff · loss    (L7)
+1. *Faithfulness*: the components add up to the weights                                     (L1)
+2. *Minimality*, *frequency* and *smooth L0*: few components are important               (L2–L4)
+3. *Reconstruction*: the masked model gives the outputs of the target (`reconstruction`) (L5, L6)
 
-The sum is over faithfulness, minimality, frequency, smooth_l0 and the reconstructions.
-A reconstruction is a source × a route × a divergence: how the masks are made, where they act, what
-is compared.
+All losses read one `LossContext`: a batch, its clean run, its importances, and the random draws of
+the training step. What several losses need is computed once.
+
+Sources: SPD (Bushnaq et al., 2025, arXiv 2506.20790); VPD (Bushnaq et al., 2026) for the frequency
+loss. This module does not update parameters.
 """
 
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from spd_lightning.decomposition.reconstruction import LossContext, Reconstructi
 from spd_lightning.errors import BadInput, check_range
 
 EPSILON = 1e-12
+"""ε in `(ĝ + ε)^p`."""
 
 
 # ---- penalties on weights and importances --------------------------------------------------------
@@ -33,7 +35,7 @@ EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """Components plus nothing should give the weights back (L1).
+    """The components alone should add up to the weights (L1).
 
     Args:
         coeff: weight in the total loss.
@@ -47,28 +49,33 @@ class Faithfulness:
         check_range("faithfulness", least=0, coeff=self.coeff)
 
     def __call__(self, model: ComponentModel) -> Float[Tensor, ""]:
-        """`(1/N) Σ_l ‖Δ_l‖²`, N the number of decomposed weights, in the parameters' own
-        precision.
+        """Return `(1/N) Σ_l ‖Δ_l‖²`, or the relative form, in the precision of the parameters.
+
+        N is the number of decomposed weights.
         """
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, enabled=False):
             squares = [model.delta_weight(name).square().sum() for name in model.sites]
+            sites = model.sites.values()
             if self.relative:
-                shares = [
-                    s / site.weight.square().sum()
-                    for s, site in zip(squares, model.sites.values(), strict=True)
-                ]
+                shares = []
+                for square, site in zip(squares, sites, strict=True):
+                    shares.append(square / site.weight.square().sum())
                 return torch.stack(shares).mean()
-            return torch.stack(squares).sum() / sum(
-                site.d_in * site.d_out for site in model.sites.values()
-            )
+            weights = sum(site.d_in * site.d_out for site in sites)
+            return torch.stack(squares).sum() / weights
 
 
 def anneal(
     start: float, final: float, progress: float, begin: float = 0.0, end: float = 1.0
 ) -> float:
-    """Linear from `start` to `final` between two fractions of training, constant outside."""
-    share = (progress - begin) / (end - begin) if end > begin else float(progress >= end)
-    return start + (final - start) * min(max(share, 0.0), 1.0)
+    """Interpolate from `start` to `final` between two fractions of training, constant outside."""
+    if end > begin:
+        share = (progress - begin) / (end - begin)
+    else:
+        share = float(progress >= end)
+    share = min(max(share, 0.0), 1.0)
+    return start + (final - start) * share
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,8 @@ class Minimality:
         coeff: weight in the total loss.
         p: exponent of `(ĝ + ε)^p`, here and in the frequency loss.
         p_final: exponent at the end of the annealing; p if omitted.
-        start: fraction of training at which p begins to move.
-        end: fraction of training at which p has arrived.
+        start: fraction of training at which the annealing of p begins.
+        end: fraction of training at which it ends.
         ramp: fraction of training over which the coefficient rises linearly from 0.
     """
 
@@ -101,37 +108,43 @@ class Minimality:
             )
 
     def coefficient(self, progress: float) -> float:
-        """The coefficient at a fraction of training."""
-        return (
-            self.coeff * anneal(0.0, 1.0, progress, end=self.ramp) if self.ramp > 0 else self.coeff
-        )
+        """Return the coefficient at a fraction of training."""
+        if self.ramp <= 0:
+            return self.coeff
+        return self.coeff * anneal(0.0, 1.0, progress, end=self.ramp)
 
     def means(
         self, upper: Mapping[str, Tensor], progress: float, weights: Float[Tensor, " batch"] | None
     ) -> "SiteMeans":
-        """Mean of `(ĝ + ε)^{p(t)}` for each component, by site: the sums that L2 and L3 share.
+        """Return the mean of `(ĝ + ε)^{p(t)}` for each component, which L2 and L3 share.
 
         Args:
             upper: upper-leaky importances ĝ [..., C] of every site.
             progress: t, the fraction of training.
-            weights: how many equal rows each row of the batch stands for.
+            weights: number of equal rows that each row of the batch represents.
         """
-        p_final = self.p if self.p_final is None else self.p_final
-        p = anneal(self.p, p_final, progress, self.start, self.end)
+        p = self._exponent(progress)
         return {name: component_means(g, p, weights) for name, g in upper.items()}
 
+    def _exponent(self, progress: float) -> float:
+        """Return p(t)."""
+        p_final = self.p if self.p_final is None else self.p_final
+        return anneal(self.p, p_final, progress, self.start, self.end)
+
     def __call__(self, means: "SiteMeans") -> Float[Tensor, ""]:
-        """`Σ_l Σ_c mean (ĝ + ε)^p`, from `means`; not divided by the number of sites."""
-        return torch.stack([site.sum() for site in means.values()]).sum()
+        """Return `Σ_l Σ_c mean (ĝ + ε)^p`, from `means`; not divided by the number of sites."""
+        by_site = [site.sum() for site in means.values()]
+        return torch.stack(by_site).sum()
 
 
 SiteMeans = dict[str, Float[Tensor, " C"]]
-"""For each site, the mean over batch and positions of what each component's importance costs."""
+"""For each site, the mean over batch and positions of `(ĝ + ε)^p` of each component."""
 
 
 class _Power(torch.autograd.Function):
-    """x^p of positive x, whose derivative p x^p / x takes no second power: the dearest operation of
-    its size.
+    """x^p of positive x, with the derivative p x^p / x.
+
+    This derivative needs no second power, which is the most expensive operation of its size.
     """
 
     @staticmethod
@@ -148,33 +161,33 @@ class _Power(torch.autograd.Function):
 
 
 def powered(g: Float[Tensor, "..."], p: float) -> Float[Tensor, "..."]:
-    """`(ĝ + ε)^p`, what one importance costs."""
-    return (
-        g + EPSILON
-        if p == 1
-        else (g + EPSILON).square()
-        if p == 2
-        else _Power.apply(g + EPSILON, p)
-    )
+    """Return `(ĝ + ε)^p`."""
+    if p == 1:
+        return g + EPSILON
+    if p == 2:
+        return (g + EPSILON).square()
+    return _Power.apply(g + EPSILON, p)
 
 
 def component_means(
     g: Float[Tensor, "... C"], p: float, weights: Float[Tensor, " batch"] | None
 ) -> Float[Tensor, " C"]:
-    """Per component, the mean of `(ĝ + ε)^p` over batch and positions."""
-    costs = powered(g, p)
-    return position_mean(costs.flatten(1, -2).mean(1) if g.ndim > 2 else costs, weights)
+    """Return the mean of `(ĝ + ε)^p` over batch and positions for each component."""
+    costs = powered(g, p)  # [batch, ..., C]
+    if g.ndim > 2:
+        costs = costs.flatten(1, -2).mean(1)  # [batch, C]
+    return position_mean(costs, weights)
 
 
 @dataclass(frozen=True)
 class Frequency:
-    """A component should be important rarely, by how often it is over the whole batch (L3).
+    """A component should rarely be important; its frequency is that in the whole batch (L3).
 
-    The exponent of the means is minimality's, annealed alike: L3 has none of its own.
+    The exponent of the means, and its annealing, are those of `Minimality`.
 
     Args:
         coeff: weight in the total loss; 0 switches it off.
-        positions: the reference number of positions a in `f log2(1 + a f)`.
+        positions: the reference number of positions, a in `f log2(1 + a f)`.
         until: fraction of training after which the term is switched off.
     """
 
@@ -194,35 +207,36 @@ class Frequency:
     def __call__(
         self, means: SiteMeans, whole: Float[Tensor, " components"] | None = None
     ) -> Float[Tensor, ""]:
-        """`Σ_l Σ_c f_c log2(1 + a f_c)`, where f_c is the mean over the batches of all devices.
+        """Return `Σ_l Σ_c f_c log2(1 + a f_c)`, with f_c the mean over the batches of all devices.
 
         Args:
             means: f_c on this device's batch, or on one of its equal parts (`Minimality.means`).
-            whole: f_c of the whole batch, if `means` are of one part. The gradients of all parts
-                then have the same mean as the gradient of the whole batch.
+            whole: f_c of the whole batch if `means` are those of one part. The gradients of all
+                parts then have the same mean as the gradient of the whole batch.
         """
         f = joined_means(means)
         if whole is not None:
-            f = whole + (f - f.detach())
+            f = whole + (f - f.detach())  # the value of the whole batch, the gradient of the part
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             f = differentiable.all_reduce(f) / torch.distributed.get_world_size()
-        return (f * torch.log2(1 + self.positions * f)).sum()
+        bits = torch.log2(1 + self.positions * f)  # [components]
+        return (f * bits).sum()
 
 
 def joined_means(means: SiteMeans) -> Float[Tensor, " components"]:
-    """The means of the components of all sites, in the order of the sites."""
+    """Return the means of all sites in one vector, in the order of the sites."""
     return torch.cat(list(means.values()))
 
 
 @dataclass(frozen=True)
 class SmoothL0:
-    """A smooth count of important components, sharpening over training (L4).
+    """A smooth count of the important components, which becomes sharper in training (L4).
 
     Args:
         coeff: weight in the total loss; 0 switches it off.
         gamma: width of the count at the start.
         gamma_final: width at the end of the annealing.
-        end: fraction of training at which the width has arrived.
+        end: fraction of training at which the annealing ends.
     """
 
     coeff: float = 0.0
@@ -238,12 +252,16 @@ class SmoothL0:
     def __call__(
         self, lower: Mapping[str, Tensor], progress: float, weights: Float[Tensor, " batch"] | None
     ) -> Float[Tensor, ""]:
-        """`Σ_l Σ_c mean g² / (g² + γ²)`."""
+        """Return `Σ_l Σ_c mean g² / (g² + γ²)`."""
         gamma = anneal(self.gamma, self.gamma_final, progress, end=self.end)
-        counts = {name: g.square() / (g.square() + gamma**2) for name, g in lower.items()}
-        return torch.stack(
-            [component_means(count, 1.0, weights).sum() for count in counts.values()]
-        ).sum()
+        counts = [_smooth_count(g, gamma) for g in lower.values()]  # [..., C] each
+        by_site = [component_means(count, 1.0, weights).sum() for count in counts]
+        return torch.stack(by_site).sum()
+
+
+def _smooth_count(g: Float[Tensor, "..."], gamma: float) -> Float[Tensor, "..."]:
+    """Return g² / (g² + γ²)."""
+    return g.square() / (g.square() + gamma**2)
 
 
 # ---- the total -----------------------------------------------------------------------------------
@@ -254,7 +272,7 @@ class Losses:
     """All terms of the training loss.
 
     Args:
-        faithfulness: components give the weights back.
+        faithfulness: the components add up to the weights.
         minimality: few components are important.
         frequency: each component is important rarely.
         smooth_l0: a smooth count of important components.
@@ -274,15 +292,20 @@ class Losses:
 
     @property
     def persistent(self) -> dict[str, Persistent]:
-        """The reconstructions with a persistent adversary, and how it climbs."""
-        kinds = ("persistent_pgd", "mixed")
-        return {name: r.persistent for name, r in self.reconstruction.items() if r.source in kinds}
+        """The settings of the persistent adversaries, by the name of their reconstruction."""
+        settings = {}
+        for name, reconstruction in self.reconstruction.items():
+            if reconstruction.source in ("persistent_pgd", "mixed"):
+                settings[name] = reconstruction.persistent
+        return settings
 
     def check_adversaries(self, delta: bool) -> None:
-        """Reject fresh adversaries that would start where they stay (see `Adversary.check_start`).
+        """Reject fresh adversaries that would not move from where they start.
+
+        See `Adversary.check_start`.
 
         Raises:
-            BadInput: one of them would.
+            BadInput: one of them would not move.
         """
         for name, reconstruction in self.reconstruction.items():
             if reconstruction.source == "pgd":
@@ -291,34 +314,40 @@ class Losses:
     def __call__(
         self, run: LossContext, progress: float = 0.0
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The total (L7) and every term raw. progress: fraction of training, for what anneals."""
-        terms: dict[str, tuple[float, Tensor]] = {}
-        if self.faithfulness.coeff:
+        """Return the total (L7), and every term before its coefficient.
+
+        Args:
+            run: the batch and what the losses share.
+            progress: fraction of training, for everything that is annealed.
+        """
+        terms: dict[str, tuple[float, Tensor]] = {}  # coefficient and value
+        if self.faithfulness.coeff:  # step 1
             terms["faithfulness"] = (self.faithfulness.coeff, self.faithfulness(run.model))
-        if self.minimality.coeff or self.frequency.coeff:
-            means = self.minimality.means(run.importances.upper, progress, run.weights)
-            if self.minimality.coeff:
-                terms["minimality"] = (
-                    self.minimality.coefficient(progress),
-                    self.minimality(means),
-                )
-            if self.frequency.coeff:
-                terms["frequency"] = (
-                    self.frequency.coefficient(progress),
-                    self.frequency(means, run.frequencies),
-                )
-        if self.smooth_l0.coeff:
-            terms["smooth_l0"] = (
-                self.smooth_l0.coeff,
-                self.smooth_l0(run.importances.lower, progress, run.weights),
-            )
+        terms |= self._penalties(run, progress)  # step 2
         run.progress = progress
-        for name, reconstruction in self.reconstruction.items():
+        for name, reconstruction in self.reconstruction.items():  # step 3
             if not reconstruction.counts:
                 continue
             value, hidden = reconstruction.terms(run, name)
             terms[f"reconstruction/{name}"] = (reconstruction.coeff, value)
             if hidden is not None:
                 terms[f"hidden/{name}"] = (reconstruction.hidden_coeff, hidden)
-        total = torch.stack([coeff * value for coeff, value in terms.values()]).sum()
+        weighted = [coeff * value for coeff, value in terms.values()]
+        total = torch.stack(weighted).sum()
         return total, {name: value.detach() for name, (_, value) in terms.items()}
+
+    def _penalties(self, run: LossContext, progress: float) -> dict[str, tuple[float, Tensor]]:
+        """Return coefficient and value of the losses on importances (L2–L4)."""
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if self.minimality.coeff or self.frequency.coeff:
+            means = self.minimality.means(run.importances.upper, progress, run.weights)
+            if self.minimality.coeff:
+                coeff = self.minimality.coefficient(progress)
+                terms["minimality"] = (coeff, self.minimality(means))
+            if self.frequency.coeff:
+                coeff = self.frequency.coefficient(progress)
+                terms["frequency"] = (coeff, self.frequency(means, run.frequencies))
+        if self.smooth_l0.coeff:
+            value = self.smooth_l0(run.importances.lower, progress, run.weights)
+            terms["smooth_l0"] = (self.smooth_l0.coeff, value)
+        return terms

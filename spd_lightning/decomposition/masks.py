@@ -1,17 +1,29 @@
-"""Masks: what is switched off, and where. A mask is a source × a route (section M of
-docs/method.md).
+"""Masks: how far each component is switched off, and where (section M of docs/method.md).
 
-    m = g + (1 − g)·s        g: causal importance, s in [0, 1]: the source            m_Δ = s_Δ
+A mask is a *source* × a *route*:
 
-A *source* says how far what is not needed is switched off: not at all, fully, at random, or by an
-adversary. A *route* says which sites and positions are decomposed in a forward pass, the others
-running as in the target.
+    m = g + (1 − g) · s          m_Δ = s_Δ
+
+with the causal importance g and the source s in [0, 1]. A component of importance 1 stays on, and
+one of importance 0 is at the mercy of the source.
+
+1. A *source* gives s at every site, position and component, and s_Δ at every site and position. It
+   can be constant, random, or found by an adversary (see `adversaries`).
+2. A *route* gives the forward passes, and for each of them the sites and positions that are
+   decomposed. Everything else runs as in the target.
+3. *Rows*: on CPUs, the masks are built at the decomposed positions only, so that the other
+   positions cost nothing.
+
+Sources: SPD (Bushnaq et al., 2025, arXiv 2506.20790) for stochastic masks; VPD (Bushnaq et al.,
+2026) for the route `subset` and adversarial sources. This module does not run the model: see
+`model`.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from spd_lightning.decomposition.components import Mask
@@ -21,59 +33,85 @@ SourceKind = Literal[
 ]
 RouteKind = Literal["all", "layerwise", "subset", "static"]
 Sources = dict[str, tuple[Tensor, Tensor]]
-"""Component source s [..., C] and delta source s_Δ [...] of every site."""
+"""For each site, the component sources s [..., C] and the delta sources s_Δ [...]."""
 Routes = dict[str, Tensor | None]
-"""The sites decomposed in one forward pass, each with its positions (None: all of them)."""
+"""One forward pass: the sites it decomposes, each with a boolean [...] (None: every position)."""
 Rows = dict[str, Tensor]
-"""The flat numbers of positions at each site, among them all that are decomposed; empty for whole
-batches.
+"""For each site, the flat indices [rows] of the positions where masks are built.
+
+They include every decomposed position. The dictionary is empty if masks are built everywhere.
 """
 SIZES = 16
-"""So many different numbers of them there are at most."""
+"""Maximum number of distinct row counts."""
+
+
+# ---- sources -------------------------------------------------------------------------------------
 
 
 def uniform(
     like: Tensor, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None
 ) -> Tensor:
-    """Numbers in [0, 1) of that shape, of the kind and place of `like`."""
-    if (
-        like.dtype == torch.bfloat16 and like.device.type == "cpu"
-    ):  # torch draws 64 bits for each of these
-        count = torch.Size(shape).numel()
-        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(
-            -(2**63), None, generator=generator
-        )
-        halves = bits.view(torch.int16)[:count].bitwise_and_(
-            255
-        )  # its 8 bits are all that they hold below 1
-        return halves.to(torch.bfloat16).mul_(2.0**-8).view(shape)
+    """Draw numbers in [0, 1) of a shape, with the dtype and device of `like`."""
+    if like.dtype == torch.bfloat16 and like.device.type == "cpu":
+        return _uniform_bfloat16(torch.Size(shape), generator)
     return torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def _uniform_bfloat16(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+    """Draw multiples of 1/256 in [0, 1), the precision of bfloat16 below 1.
+
+    `torch.rand` draws 64 bits for every such number. This function draws 16.
+    """
+    count = shape.numel()
+    quarter = -(-count // 4)  # an int64 holds four int16
+    words = torch.empty(quarter, dtype=torch.int64)
+    words.random_(-(2**63), None, generator=generator)
+    numerators = words.view(torch.int16)[:count].bitwise_and_(255)  # [count], 0 to 255
+    return numerators.to(torch.bfloat16).mul_(2.0**-8).view(shape)
 
 
 def masks_from_sources(
     importances: Mapping[str, Tensor], sources: Sources, delta: bool = True
 ) -> dict[str, Mask]:
-    """`m = g + (1 − g)·s` and `m_Δ = s_Δ` at every site; without a delta component m_Δ is 0
-    (G6).
+    """Return `m = g + (1 − g)·s` and `m_Δ = s_Δ` at every site (step 1).
+
+    Without a delta component, m_Δ is 0 (G6).
     """
     masks = {}
     for name, g in importances.items():
         s, s_delta = sources[name]
-        masks[name] = Mask(torch.addcmul(s, g, 1 - s), s_delta if delta else 0.0)
+        m = torch.addcmul(s, g, 1 - s)  # [..., C]: s + g (1 − s), the same number
+        masks[name] = Mask(m, s_delta if delta else 0.0)
     return masks
 
 
 def stochastic_sources(
     importances: Mapping[str, Tensor], generator: torch.Generator | None, binomial: bool = False
 ) -> Sources:
-    """Fresh uniform sources per position and component; in {0, 1} when binomial, the delta's
-    uniform still (G5).
+    """Draw uniform sources for every position and component.
+
+    If binomial, component sources are rounded to 0 or 1; delta sources stay uniform (G5).
     """
-    drawn = {}
+    sources = {}
     for name, g in importances.items():
-        s = uniform(g, g.shape, generator)
-        drawn[name] = (s.round() if binomial else s, uniform(g, g.shape[:-1], generator))
-    return drawn
+        s = uniform(g, g.shape, generator)  # [..., C]
+        if binomial:
+            s = s.round()
+        s_delta = uniform(g, g.shape[:-1], generator)  # [...]
+        sources[name] = (s, s_delta)
+    return sources
+
+
+def choose_sources(condition: Mapping[str, Tensor], first: Sources, second: Sources) -> Sources:
+    """Return the first sources where the condition [..., 1] of a site is True, else the second."""
+    sources = {}
+    for site, where in condition.items():
+        s, s_delta = first[site]
+        other_s, other_delta = second[site]
+        chosen_s = torch.where(where, s, other_s)  # [..., C]
+        chosen_delta = torch.where(where[..., 0], s_delta, other_delta)  # [...]
+        sources[site] = (chosen_s, chosen_delta)
+    return sources
 
 
 def fixed_masks(
@@ -82,27 +120,37 @@ def fixed_masks(
     generator: torch.Generator | None,
     threshold: float,
 ) -> dict[str, Mask]:
-    """Masks of the sources that need neither a fresh stochastic draw nor an adversary.
+    """Return the masks of a source that is neither stochastic nor adversarial.
 
-    ones: every component on. ci: m = g. zeros: nothing on. random: uniform masks, whatever the
-    importance. rounded: m = 1 where g exceeds the threshold, else 0. All of them switch the delta
-    component off: with it on, `ones` would be the target itself (D5).
+    - ones: every component is on.
+    - ci: m = g.
+    - zeros: everything is off.
+    - random: uniform masks that ignore the importances.
+    - rounded: m = 1 if g exceeds the threshold, else 0.
+
+    All of them switch the delta component off. With the delta on, `ones` would be the target
+    itself (D5).
     """
-    match kind:
-        case "ones":
-            return {name: Mask(None, 0.0) for name in importances}
-        case "ci":
-            return {name: Mask(g, 0.0) for name, g in importances.items()}
-        case "zeros":
-            return {name: Mask(torch.zeros_like(g), 0.0) for name, g in importances.items()}
-        case "random":
-            return {
-                name: Mask(uniform(g, g.shape, generator), 0.0) for name, g in importances.items()
-            }
-        case "rounded":
-            return {name: Mask((g > threshold).to(g.dtype), 0.0) for name, g in importances.items()}
-        case _:
-            raise ValueError(f"source '{kind}' is not a fixed one")
+    masks = {}
+    for name, g in importances.items():
+        match kind:
+            case "ones":
+                m = None
+            case "ci":
+                m = g
+            case "zeros":
+                m = torch.zeros_like(g)
+            case "random":
+                m = uniform(g, g.shape, generator)
+            case "rounded":
+                m = (g > threshold).to(g.dtype)
+            case _:
+                raise ValueError(f"source '{kind}' is not a fixed one")
+        masks[name] = Mask(m, 0.0)
+    return masks
+
+
+# ---- routes --------------------------------------------------------------------------------------
 
 
 def draw_routes(
@@ -111,11 +159,13 @@ def draw_routes(
     generator: torch.Generator | None,
     probability: float = 0.5,
 ) -> Iterator[Routes]:
-    """The forward passes a route asks for, each as the sites it decomposes and where.
+    """Yield the forward passes of a route (step 2).
 
-    all: one pass, everything decomposed. layerwise: one pass a site, that site alone. subset: one
-    pass, at each position a uniformly random number of sites, chosen uniformly (M1). static: one
-    pass, each site and position with a given probability.
+    - all: one pass that decomposes everything.
+    - layerwise: one pass for each site, which decomposes this site only.
+    - subset: one pass. At each position, the number of decomposed sites is uniform on 1..L, and
+      all subsets of that size are equally likely (M1).
+    - static: one pass. Each site is decomposed at each position with the given probability.
     """
     names = list(importances)
     like = next(iter(importances.values()))
@@ -127,54 +177,75 @@ def draw_routes(
             for name in names:
                 yield {name: None}
         case "subset":
-            rank = uniform(like, (len(names), *positions), generator).argsort(0).argsort(0)
+            order = uniform(like, (len(names), *positions), generator).argsort(0)
+            rank = order.argsort(0)  # [L, ...]: place of each site in a random order of the sites
             size = torch.randint(
                 1, len(names) + 1, positions, generator=generator, device=like.device
-            )
+            )  # [...]
             yield dict(zip(names, rank < size, strict=True))
         case "static":
             yield {name: uniform(like, positions, generator) < probability for name in names}
 
 
-def decomposed_rows(route: Routes) -> Rows:
-    """The positions that a route decomposes, by number, so that the others cost nothing; and a few
-    of these.
-
-    Empty where it decomposes all, and on other devices than a processor: they would have to wait
-    for the numbers.
-    """
-    if any(where is None or where.device.type != "cpu" for where in route.values()):
-        return {}
-    return {
-        name: pad_row_count(where.flatten()) for name, where in route.items() if where is not None
-    }
-
-
-def pad_row_count(where: Tensor) -> Tensor:
-    """The positions where that is true, and others up to a round number, one of 16.
-
-    Kernels of matrix products are rebuilt for every new size, which takes longer than such a
-    product.
-    """
-    found = where.nonzero()[:, 0]
-    missing = -len(found) % max(1, len(where) // SIZES)
-    return torch.cat([found, (~where).nonzero()[:missing, 0]]) if missing else found
-
-
-def gathered(values: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
-    """Values [..., C] of every site at some positions there ([rows, C]).
-
-    `index_select` and not an index: on a processor its backward pass takes a fifth of the time.
-    """
-    return {
-        n: v if n not in rows else v.flatten(0, -2).index_select(0, rows[n])
-        for n, v in values.items()
-    }
-
-
-def widened(route: Routes, samples: Tensor) -> Routes:
+def widened(route: Routes, samples: Bool[Tensor, " batch"]) -> Routes:
     """Return the route with some samples of the batch decomposed at every site and position."""
     wide = {}
     for name, where in route.items():
-        wide[name] = where if where is None else where | samples.view(-1, *[1] * (where.ndim - 1))
+        if where is None:
+            wide[name] = None
+        else:
+            ones = [1] * (where.ndim - 1)
+            wide[name] = where | samples.view(-1, *ones)  # [batch, ...]
     return wide
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def decomposed_rows(route: Routes) -> Rows:
+    """Return the flat indices of the positions that a route decomposes, plus padding (step 3).
+
+    The result is empty if the route decomposes every position of a site, or if the route is not on
+    a CPU: other devices would have to wait for the indices.
+    """
+    rows = {}
+    for name, where in _restricted(route).items():
+        rows[name] = pad_row_count(where.flatten())
+    return rows
+
+
+def _restricted(route: Routes) -> dict[str, Tensor]:
+    """Return the route if it restricts every site, on a CPU; else an empty one."""
+    restricted = {}
+    for name, where in route.items():
+        if where is None or where.device.type != "cpu":
+            return {}
+        restricted[name] = where
+    return restricted
+
+
+def pad_row_count(where: Bool[Tensor, " positions"]) -> Int[Tensor, " rows"]:
+    """Return the indices where `where` is True, and others up to one of 16 round numbers.
+
+    Kernels of matrix products are built for every new size, which takes longer than the product.
+    """
+    indices = where.nonzero()[:, 0]
+    step = max(1, len(where) // SIZES)
+    missing = -len(indices) % step
+    if not missing:
+        return indices
+    padding = (~where).nonzero()[:missing, 0]
+    return torch.cat([indices, padding])
+
+
+def gathered(values: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+    """Return the values of every site at its rows: [rows, C] from [..., C].
+
+    On a CPU, the backward pass of `index_select` takes a fifth of the time of indexing.
+    """
+    selected = {}
+    for name, value in values.items():
+        if name in rows:
+            value = value.flatten(0, -2).index_select(0, rows[name])
+        selected[name] = value
+    return selected

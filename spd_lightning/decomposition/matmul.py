@@ -1,20 +1,29 @@
-"""Matrix products in training: the same numbers as `x @ w`, by the quickest kernel at hand.
+"""Matrix products for training: `x @ w` by the fastest kernel available.
 
-On processors torch hands single precision to MKL, which keeps to half-width vectors on chips of
-other makers; oneDNN, which comes with torch too, uses the whole width: 2.2 times the speed on an
-AMD EPYC, the same on Intel's. What its kernel does not know (other precisions and devices,
-autocast, batched gradients, tiny matrices) goes the plain way.
+On CPUs, torch passes float32 products to MKL, which uses only half of the vector width on
+processors that Intel did not make. oneDNN is part of torch too, and uses all of it: it is 2.2 times
+as fast on an AMD EPYC and equally fast on Intel's processors. A product takes one of two ways:
+
+1. *Plain*: torch's own product, for everything that the oneDNN kernel does not support (other
+   precisions and devices, autocast, batched gradients) and for small matrices.
+2. *Kernel*: oneDNN's `y = x w + b` forwards, and two products of it backwards:
+   `dx = dy wᵀ` and `dw = xᵀ dy`.
+
+Source: https://github.com/uxlfoundation/oneDNN.
 """
 
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 SMALL = 1 << 20
-"""Multiplications below which the detour costs more than it saves."""
+"""Number of multiplications below which the call of the kernel costs more than it saves."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""The gradients to x, w and the bias."""
 KERNEL = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if torch.backends.mkldnn.is_available()
@@ -22,52 +31,66 @@ KERNEL = (
 )
 
 
-def matmul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x w + bias` of vectors x [..., n] and a matrix w [n, m], with gradients to all three."""
-    if _plain(x, w):
-        return x @ w if bias is None else nn.functional.linear(x, w.T, bias)
-    return _Product.apply(x, w, bias)  # pyright: ignore[reportReturnType]
+def matmul(
+    x: Float[Tensor, "... n"], w: Float[Tensor, "n m"], bias: Float[Tensor, " m"] | None = None
+) -> Float[Tensor, "... m"]:
+    """Return `x w + bias`, differentiable with respect to all three."""
+    if not _plain(x, w):  # way 2
+        return _Product.apply(x, w, bias)  # pyright: ignore[reportReturnType]
+    if bias is None:  # way 1
+        return x @ w
+    return nn.functional.linear(x, w.T, bias)
 
 
 class Linear(nn.Linear):
-    """A linear map that is trained: torch's own, by `matmul`."""
+    """A trainable linear map: `nn.Linear`, computed by `matmul`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """x Wᵀ + b."""
+        """Return x Wᵀ + b."""
         return matmul(input, self.weight.T, self.bias)
 
 
 def _plain(x: Tensor, w: Tensor) -> bool:
-    single = x.dtype == w.dtype == torch.float32 and x.device.type == "cpu"
-    if (
-        KERNEL is None
-        or not single
-        or x.numel() * w.shape[-1] < SMALL
-        or torch.is_autocast_enabled("cpu")
-    ):
+    """Return whether a product takes the plain way."""
+    if KERNEL is None or torch.is_autocast_enabled("cpu"):
         return True
-    return is_in_torch_dispatch_mode()  # whoever counts operations should see one that it knows
+    if not (x.dtype == w.dtype == torch.float32 and x.device.type == "cpu"):
+        return True
+    if x.numel() * w.shape[-1] < SMALL:
+        return True
+    return is_in_torch_dispatch_mode()  # modes that count operations know only torch's product
 
 
-def _multiplied(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One product of two matrices, either of which may lie transposed in memory."""
+def _multiply(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x w + bias of two matrices; both can be transposed views."""
     return KERNEL(x, w.T, bias, "none", [], "")  # pyright: ignore[reportOptionalCall]
 
 
 class _Product(torch.autograd.Function):
+    """The product by the kernel, with its gradients."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, w)
-        return _multiplied(x.flatten(0, -2), w, bias).view(*x.shape[:-1], w.shape[-1])
+        y = _multiply(x.flatten(0, -2), w, bias)  # [rows, m]
+        return y.view(*x.shape[:-1], w.shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # pyright: ignore
+    def backward(ctx: Any, dy: Tensor) -> Gradients:  # pyright: ignore
         x, w = ctx.saved_tensors
-        of_x, of_w, of_bias = ctx.needs_input_grad
-        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # pyright: ignore[reportAttributeAccessIssue]
-        times = torch.matmul if batched else _multiplied
-        flat = dy.reshape(-1, dy.shape[-1])
-        dx = times(flat, w.T).reshape(x.shape) if of_x else None
-        dw = times(x.flatten(0, -2).T, flat) if of_w else None
-        return dx, dw, flat.sum(0) if of_bias else None
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad
+        functorch: Any = torch._C._functorch
+        batched = functorch.is_legacy_batchedtensor(dy)
+        multiply = torch.matmul if batched else _multiply
+        rows = dy.reshape(-1, dy.shape[-1])  # [rows, m]
+        dx = None
+        dw = None
+        db = None
+        if needs_dx:
+            dx = multiply(rows, w.T).reshape(x.shape)
+        if needs_dw:
+            dw = multiply(x.flatten(0, -2).T, rows)  # [n, m]
+        if needs_db:
+            db = rows.sum(0)
+        return dx, dw, db

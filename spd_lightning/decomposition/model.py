@@ -1,19 +1,22 @@
-"""The target run under masks: activations and importances out.
+"""The decomposed model: a frozen target that can run under masks.
 
-1. A *clean* run of the frozen target gives its output and the input x of every site; a = x V
-   follows (D2).
-2. The importance function reads them and says which components are needed (G1).
-3. A *masked* run replaces the output of chosen sites by their masked components (D3, D4).
+1. A *clean* run of the target gives its output, and the input x and output of every site. The inner
+   activations a = x V follow (D2).
+2. The importance function reads them and returns the causal importance of every component (G1).
+3. A *masked* run replaces the output of chosen sites by their masked components (D3, D4):
 
-A masked run repeats nothing the clean run of the same batch already knows: up to the first site
-that it changes, every map answers from the clean run's record. (A target that changes tensors in
-place is always run in full: its record would not be what its own code sees.) What does not belong
-here: losses, schedules, where masks come from.
+       y = (m ∘ a) U + m_Δ (x Δᵀ) + b      at the sites and positions of the route
+       y = x Wᵀ + b                        everywhere else
+
+   Up to the first site that it changes, a masked run takes the outputs from the clean run of the
+   same batch (see `replay`).
+
+Source: SPD (Bushnaq et al., 2025, arXiv 2506.20790). Losses, schedules and the choice of masks do
+not belong here.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from spd_lightning.decomposition.components import (
     Components,
+    Map,
     Mask,
     Site,
     TiedComponents,
@@ -30,76 +34,26 @@ from spd_lightning.decomposition.components import (
 from spd_lightning.decomposition.importance import Importance, Importances
 from spd_lightning.decomposition.importance_functions import importance_function
 from spd_lightning.decomposition.matmul import matmul
+from spd_lightning.decomposition.replay import Clean, Inner, Recorder, Replay
 from spd_lightning.errors import BadInput, nearest
 
-Map = Callable[[Tensor], Tensor]
 Replacement = Callable[[Site, Tensor, Map], Tensor]
-"""Given a site, its input and its own map: the output to go on with."""
-
-
-class Inner(Mapping[str, Tensor]):
-    """Inner activations a = x V of every site (D2), each computed when it is first asked for.
-
-    Not every importance function reads them, and a masked run has use for few.
-    """
-
-    def __init__(self, compute: Callable[[str], Tensor], names: Iterable[str]):
-        self._compute = compute
-        self._names = list(names)
-        self._known = dict[str, Tensor]()
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._known:
-            self._known[name] = self._compute(name)
-        return self._known[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def known(self, name: str) -> bool:
-        """Whether it has been computed."""
-        return name in self._known
-
-
-@dataclass
-class Clean:
-    """One clean run of the target: its output, and per site the input x, the output x Wᵀ + b, and a
-    = x V.
-    """
-
-    output: Tensor
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    inner: Inner = field(init=False)
-    record: dict[nn.Module, Tensor] = field(default_factory=dict)
-    """Outputs of the parts of the target that hold no site."""
-    masked: dict[str, tuple[Mask, Tensor]] = field(default_factory=dict)
-    """Masked outputs on clean inputs already computed for this batch, to be shared by passes with
-    the same mask.
-    """
-    matrices: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """V and U in autocast's precision, of sites that have been masked: cast once a batch, not at
-    every use.
-    """
+"""A function of a site, its input and its original map, which returns the output to use."""
 
 
 class ComponentModel(nn.Module):
     """A frozen target with the components of its sites and their importance function.
 
     Args:
-        target: the network to take apart; it is put in eval mode and its parameters are frozen
-            (D6).
+        target: the network to decompose; it is put in eval mode and its parameters are frozen (D6).
         sites: fnmatch patterns of module names, each with a number of components.
-        tied: site → partner, where the site's weight is the transpose of its partner's (D9).
+        tied: site → partner, if the weight of the site is the transpose of its partner's (D9).
         importance: how causal importances are computed.
         delta: whether the delta component takes part in masked runs.
 
     Raises:
-        BadInput: a pattern matches nothing or overlaps another; a tie of no site, or one that does
-            not hold.
+        BadInput: a pattern matches nothing or overlaps another; a name in `tied` is not a site; the
+            weights of tied sites are not transposes.
     """
 
     def __init__(
@@ -112,28 +66,38 @@ class ComponentModel(nn.Module):
     ):
         super().__init__()
         self.target = target.eval().requires_grad_(False)
-        found = find_sites(target, sites)
-        self.sites = {name: site for name, (site, _) in found.items()}
-        self.counts = {name: C for name, (_, C) in found.items()}
+        sites_and_counts = find_sites(target, sites)
+        self.sites: dict[str, Site] = {}
+        self.counts: dict[str, int] = {}
+        for name, (site, C) in sites_and_counts.items():
+            self.sites[name] = site
+            self.counts[name] = C
         self.tied = dict(tied or {})
-        if unknown := set(self.tied) - set(self.sites):
+        unknown = set(self.tied) - set(self.sites)
+        if unknown:
             name = min(unknown)
             raise BadInput(f"tied: '{name}' is not a site; {nearest(name, self.sites)}")
-        self.components = nn.ModuleDict()  # its keys cannot hold dots
-        for name in sorted(self.sites, key=lambda n: n in self.tied):
+        self.components = nn.ModuleDict()  # its keys cannot contain dots
+        for name in sorted(self.sites, key=lambda name: name in self.tied):  # partners first
             self.components[name.replace(".", "/")] = self._components(name)
         self.importance = importance or Importance()
-        self.importance_function = importance_function(self.importance, found)
+        self.importance_function = importance_function(self.importance, sites_and_counts)
         self.delta = delta
         self._plain = self._modules_without_sites()
-        self._in_place = False  # until a clean run shows that the target changes tensors in place
-        self._places = torch.Size()  # of the run in progress: [batch] or [batch, pos]
+        self._in_place = False  # True after a clean run in which the target changed a tensor
+        self._places = torch.Size()  # [batch] or [batch, pos] of the current run
 
     def _components(self, name: str) -> nn.Module:
+        """Return the components of a site, which can be tied."""
         site = self.sites[name]
         partner = self.tied.get(name)
         if partner is None:
             return Components(site.d_in, site.d_out, self.counts[name])
+        self._check_tie(name, partner)
+        return TiedComponents(self[partner])  # pyright: ignore[reportArgumentType]
+
+    def _check_tie(self, name: str, partner: str) -> None:
+        """Raise BadInput if a site cannot be tied to its partner."""
         if partner not in self.sites:
             remedy = nearest(partner, self.sites)
             raise BadInput(f"tied: '{name}' is tied to '{partner}', which is not a site; {remedy}")
@@ -142,41 +106,44 @@ class ComponentModel(nn.Module):
                 f"tied: '{name}' is tied to '{partner}', which is tied itself; tie to a site that "
                 "is not"
             )
+        site = self.sites[name]
         other = self.sites[partner]
-        same = self.counts[name] == self.counts[partner] and (site.d_in, site.d_out) == (
-            other.d_out,
-            other.d_in,
-        )
-        if not same or not torch.equal(site.weight, other.weight.T):
+        same_count = self.counts[name] == self.counts[partner]
+        transposed = (site.d_in, site.d_out) == (other.d_out, other.d_in)
+        if not (same_count and transposed and torch.equal(site.weight, other.weight.T)):
             raise BadInput(
                 f"tied: the weight of '{name}' is not the transpose of '{partner}'s; remove the tie"
             )
-        return TiedComponents(self[partner])  # pyright: ignore[reportArgumentType]
 
     def __getitem__(self, site: str) -> Components | TiedComponents:
-        """The components of a site, by its name."""
+        """Return the components of a site."""
         return self.components[site.replace(".", "/")]  # pyright: ignore[reportReturnType]
 
     def train(self, mode: bool = True) -> "ComponentModel":
-        """The target stays in eval mode whatever the rest does (D6)."""
+        """Switch between training and evaluation; the target stays in eval mode (D6)."""
         super().train(mode)
         self.target.eval()
         return self
 
     def delta_weight(self, site: str) -> Float[Tensor, "d_out d_in"]:
-        """Δ = W − (V U)ᵀ of a site (D1)."""
-        return self.sites[site].weight - matmul(self[site].V, self[site].U).T
+        """Return Δ = W − (V U)ᵀ of a site (D1)."""
+        components = self[site]
+        product = matmul(components.V, components.U)  # [d_in, d_out]
+        return self.sites[site].weight - product.T
 
     # ---- runs ------------------------------------------------------------------------------------
 
     def _modules_without_sites(self) -> list[nn.Module]:
-        """The outermost modules with no site inside: the parts of the target whose clean output can
-        be replayed.
-        """
+        """Return the outermost modules without sites, whose clean outputs can be replayed."""
         sites = {site.module for site in self.sites.values()}
-        inside = {m: any(s in sites for s in m.modules()) for m in self.target.modules()}
-        holders = [m for m, holds in inside.items() if holds and m not in sites]
-        return list(dict.fromkeys(c for m in holders for c in m.children() if not inside[c]))
+        plain = dict[nn.Module, None]()  # an ordered set
+        for module in self.target.modules():
+            if module in sites or not _contains(module, sites):
+                continue
+            for child in module.children():
+                if not _contains(child, sites):
+                    plain[child] = None
+        return list(plain)
 
     @contextmanager
     def replaced(
@@ -185,98 +152,110 @@ class ComponentModel(nn.Module):
         plain: Callable[[nn.Module, Map], Map] | None = None,
         modules: Iterable[nn.Module] | None = None,
     ) -> Iterator[None]:
-        """While open, sites of the target give what `replacement` makes of them (D8 included).
+        """Replace the output of sites by that of `replacement` inside a `with` block (D8 included).
 
-        Some targets flatten batch and positions before a map, as OPT does. Replacements see both
-        dimensions all the same.
+        Some targets, such as OPT, flatten batch and positions before a map. Replacements see both
+        dimensions in any case.
 
-        plain: what to put in place of the forward of other modules: of the outermost without sites,
-        or of `modules`.
+        Args:
+            replacement: is called in place of the forward pass of every site.
+            plain: returns a new forward pass for a module; None to leave modules as they are.
+            modules: the modules that `plain` is applied to; the outermost modules without sites if
+                omitted.
         """
-        before: list[tuple[nn.Module, Map | None]] = []
-
-        def patch(module: nn.Module, forward: Map) -> None:
-            before.append((module, module.__dict__.get("forward")))
-            module.forward = forward
-
-        def noting(own: Map) -> Map:
-            def forward(inputs: Tensor) -> Tensor:
-                self._places = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
-                return own(inputs)
-
-            return forward
-
+        patches = _Patches()
         try:
-            patch(self.target, noting(self.target.forward))
+            patches.apply(self.target, self._noting_places(self.target.forward))
             if plain is not None:
                 for module in self._plain if modules is None else modules:
-                    patch(module, plain(module, module.forward))
+                    patches.apply(module, plain(module, module.forward))
             for site in self.sites.values():
                 if site.kind != "identity":
-                    patch(site.module, self._through(replacement, site, site.module.forward))
-            for site in self.sites.values():
+                    forward = self._through(replacement, site, site.module.forward)
+                    patches.apply(site.module, forward)
+            for site in self.sites.values():  # identity sites wrap what is there by now
                 if site.kind == "identity":
-                    patch(site.module, self._before(replacement, site, site.module.forward))
+                    forward = self._before(replacement, site, site.module.forward)
+                    patches.apply(site.module, forward)
             yield
         finally:
-            for module, forward in reversed(before):
-                if forward is None:
-                    del module.forward
-                else:
-                    module.forward = forward
+            patches.undo()
 
-    def _through(self, replacement: Replacement, site: Site, own: Map) -> Map:
-        def forward(x: Tensor) -> Tensor:
-            folded = self.folded(x)
-            return flattened(replacement(site, folded, own), folded.ndim - x.ndim)
+    def _noting_places(self, original: Map) -> Map:
+        """Return a forward pass of the target that notes the shape [batch] or [batch, pos]."""
+
+        def forward(inputs: Tensor) -> Tensor:
+            self._places = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
+            return original(inputs)
 
         return forward
 
-    def _before(self, replacement: Replacement, site: Site, own: Map) -> Map:
-        return lambda x: own(self._through(replacement, site, lambda y: y)(x))
+    def _through(self, replacement: Replacement, site: Site, original: Map) -> Map:
+        """Return a forward pass of a site that calls the replacement."""
+
+        def forward(x: Tensor) -> Tensor:
+            folded = self.folded(x)
+            out = replacement(site, folded, original)
+            return flattened(out, folded.ndim - x.ndim)
+
+        return forward
+
+    def _before(self, replacement: Replacement, site: Site, original: Map) -> Map:
+        """Return a forward pass of a module that calls the replacement on its input (D8)."""
+        identity = self._through(replacement, site, lambda x: x)
+        return lambda x: original(identity(x))
 
     def folded(self, x: Tensor) -> Tensor:
-        """Vectors [batch·pos, d], or token ids [batch·pos], with batch and positions apart; all
-        else as it is.
+        """Return x with batch and positions as two dimensions if the target has flattened them.
 
-        Of the run in progress, inside `replaced`.
+        Vectors [batch * pos, d] and token ids [batch * pos] are changed, and everything else is
+        returned as it is. Valid inside `replaced`.
         """
-        flat = x.ndim == (2 if x.is_floating_point() else 1)
-        if not flat or len(self._places) != 2 or len(x) != self._places.numel():
+        if len(self._places) != 2:
+            return x
+        flat_dimensions = 2 if x.is_floating_point() else 1
+        if x.ndim != flat_dimensions or len(x) != self._places.numel():
             return x
         return x.unflatten(0, self._places)
 
     def clean(self, batch: Tensor) -> Clean:
-        """Runs the target as it is, recording site inputs, and computes inner activations with
-        gradient to V.
+        """Run the target as it is, and record the inputs and outputs of its sites (step 1).
+
+        The inner activations of the result have a gradient to V.
 
         Raises:
-            BadInput: the target uses a site twice, or not at all, or on some of the positions
-                alone.
+            BadInput: the target uses a site twice, not at all, or only on some of the positions.
         """
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # inference tensors do not tell whether they were changed
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors have no `_version`
             batch = batch.clone() if batch.is_inference() else batch
             run, intact = self._recorded(batch)
             if not intact:
                 self._in_place = True
                 run, _ = self._recorded(batch)
-        if unused := [name for name in self.sites if name not in run.inputs]:
+        unused = [name for name in self.sites if name not in run.inputs]
+        if unused:
             raise BadInput(
                 f"sites: the target does not use '{unused[0]}' on its inputs; leave it out"
             )
-        self._refuse_selections(run)
-        run.inner = Inner(
-            lambda name: self.sites[name].inner(run.inputs[name], self[name].V), self.sites
-        )
+        self._reject_selections(run)
+
+        def inner(name: str) -> Tensor:
+            x = run.inputs[name]
+            V = self[name].V
+            return self.sites[name].inner(x, V)
+
+        run.inner = Inner(inner, self.sites)
         return run
 
-    def _refuse_selections(self, run: Clean) -> None:
-        """Raise BadInput if a site reads some positions of all prompts in one row, as the experts
-        of a mixture do.
-        """
+    def _recorded(self, batch: Tensor) -> tuple[Clean, bool]:
+        """Return a clean run without inner activations, and whether its record is intact."""
+        recorder = Recorder(batch, copies=self._in_place)
+        with self.replaced(recorder.at_site, recorder.at_module):
+            output = self.target(batch)
+        return recorder.finish(output), recorder.intact()
+
+    def _reject_selections(self, run: Clean) -> None:
+        """Raise BadInput if a site reads only some positions of all prompts, as experts do."""
         if len(self._places) != 2:
             return
         for name, x in run.inputs.items():
@@ -284,57 +263,17 @@ class ComponentModel(nn.Module):
             if len(places) == 1 and places[0] not in (1, *self._places):
                 raise BadInput(
                     f"sites: '{name}' reads {places[0]} vectors of a batch with "
-                    f"{self._places.numel()} positions: a "
-                    "selection, as an expert of a mixture does, and importances belong to "
-                    "positions; leave it out"
+                    f"{self._places.numel()} positions: a selection, like an expert of a mixture, "
+                    "but importances need every position; leave it out"
                 )
-
-    def _recorded(self, batch: Tensor) -> tuple[Clean, bool]:
-        """A clean run without inner activations, and whether what it recorded is still what it
-        was.
-        """
-        run = Clean(batch)
-        twice = set[nn.Module]()
-        watched = list[tuple[Tensor, int]]()
-
-        def kept(tensor: Tensor) -> Tensor:
-            watched.append((tensor, tensor._version))
-            return tensor.clone() if self._in_place else tensor
-
-        def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
-            if site.name in run.inputs:
-                raise BadInput(
-                    f"sites: the target uses '{site.name}' twice in one run; leave it out"
-                )
-            run.inputs[site.name] = kept(x)
-            out = own(x)
-            run.outputs[site.name] = kept(out)
-            return out
-
-        def at_module(module: nn.Module, own: Map) -> Map:
-            def forward(*args, **kwargs):
-                watched.extend(
-                    (t, t._version) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)
-                )
-                out = own(*args, **kwargs)
-                if module in run.record:
-                    twice.add(module)
-                elif isinstance(out, Tensor):
-                    run.record[module] = kept(out)
-                return out
-
-            return forward
-
-        with self.replaced(at_site, at_module):
-            run.output = self.target(batch)
-        run.record = {m: out for m, out in run.record.items() if m not in twice}
-        return run, all(tensor._version == version for tensor, version in watched)
 
     def importances(self, clean: Clean, generator: torch.Generator | None = None) -> Importances:
-        """Causal importances of every site on a clean run (G1); the generator is for binomial
-        sampling only (G5).
+        """Return the causal importances of every site on a clean run (step 2).
+
+        The generator is used for binomial sampling only (G5).
         """
-        return self.importance(self.importance_function(clean.inputs, clean.inner), generator)
+        z = self.importance_function(clean.inputs, clean.inner)
+        return self.importance(z, generator)
 
     def masked(
         self,
@@ -344,64 +283,59 @@ class ComponentModel(nn.Module):
         detach: bool = False,
         seen: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """The target's output with the masked sites in place; sites without a mask run as they are.
+        """Return the output of the target with masked sites (step 3).
 
-        clean: the clean run of this very batch, whose record is replayed up to the first masked
-        site. detach: keep V, U out of the graph, for ascents that need a gradient to the masks
-        alone. seen: where given, receives the input of every site in this run.
+        Args:
+            batch: the inputs.
+            masks: the masks by site; a site without a mask runs as in the target.
+            clean: the clean run of this batch. Its record is replayed up to the first masked site.
+            detach: whether V and U are constants, for adversaries, which need a gradient to the
+                masks only.
+            seen: if given, receives the input of every site in this run.
         """
-        changed = clean is None or self._in_place
+        replay = Replay(None if self._in_place else clean)
 
-        def at_site(site: Site, x: Tensor, own: Map) -> Tensor:
-            nonlocal changed
-            mask = masks.get(site.name)
+        def at_site(site: Site, x: Tensor, original: Map) -> Tensor:
             x = x.clone() if self._in_place else x
             if seen is not None:
                 seen[site.name] = x
-            known = not changed or (
-                clean is not None and x is clean.inputs[site.name]
-            )  # nothing has moved it
-            changed = changed or mask is not None
-            if clean is not None and known:
-                return (
-                    clean.outputs[site.name]
-                    if mask is None
-                    else self._on_clean(site, mask, clean, detach)
-                )
+            clean_output = replay.lookup(site, x)
+            mask = masks.get(site.name)
             if mask is None:
-                return own(x)
+                return original(x) if clean_output is None else clean_output
+            replay.leave()
+            if clean is not None and clean_output is not None:
+                return self._masked_on_clean(site, mask, clean, detach)
             V, U = self._matrices(site.name, clean, detach)
-            a = site.inner(x if mask.rows is None else _rows(site, x, mask.rows), V)
-            return masked_output(None if mask.bare else own(x), site.bias, a, U, mask)
+            return _masked(site, x, original, V, U, mask)
 
-        def at_module(module: nn.Module, own: Map) -> Map:
-            def forward(*args, **kwargs):
-                known = clean.record.get(module) if clean and not changed else None
-                return own(*args, **kwargs) if known is None else known
-
-            return forward
-
-        with self.replaced(at_site, at_module if clean else None):
+        with self.replaced(at_site, replay.at_module if clean else None):
             return self.target(batch)
 
     def _matrices(self, name: str, clean: Clean | None, detach: bool) -> tuple[Tensor, Tensor]:
+        """Return V and U of a site, cast to the precision of autocast once per batch."""
         V = self[name].V
         U = self[name].U
-        kind = V.device.type
-        if clean is not None and torch.is_grad_enabled() and torch.is_autocast_enabled(kind):
+        device = V.device.type
+        cast = torch.is_grad_enabled() and torch.is_autocast_enabled(device)
+        if clean is not None and cast:
             if name not in clean.matrices:
-                dtype = torch.get_autocast_dtype(kind)
+                dtype = torch.get_autocast_dtype(device)
                 clean.matrices[name] = (V.to(dtype), U.to(dtype))
             V, U = clean.matrices[name]
-        return (V.detach(), U.detach()) if detach else (V, U)
+        if detach:
+            return V.detach(), U.detach()
+        return V, U
 
-    def _on_clean(self, site: Site, mask: Mask, clean: Clean, detach: bool) -> Tensor:
-        """A site's masked output on its clean input, computed once for all passes that share the
-        mask.
+    def _masked_on_clean(self, site: Site, mask: Mask, clean: Clean, detach: bool) -> Tensor:
+        """Return the masked output of a site on its clean input.
+
+        It is computed once for all passes that share the mask.
         """
-        before = clean.masked.get(site.name)
-        if before is not None and before[0] is mask and not detach:
-            return before[1]
+        if site.name in clean.masked and not detach:
+            known_mask, known_output = clean.masked[site.name]
+            if known_mask is mask:
+                return known_output
         V, U = self._matrices(site.name, clean, detach)
         a = self._inner_on_clean(site, mask.rows, clean, V, detach)
         out = masked_output(clean.outputs[site.name], site.bias, a, U, mask)
@@ -412,13 +346,51 @@ class ComponentModel(nn.Module):
     def _inner_on_clean(
         self, site: Site, rows: Tensor | None, clean: Clean, V: Tensor, detach: bool
     ) -> Tensor:
-        """a = x V on the clean input, of some rows or of all; what is known already is not computed
-        again.
-        """
+        """Return a = x V on the clean input, [rows, C] or [..., C]; known values are used again."""
         if rows is not None and not clean.inner.known(site.name):
-            return site.inner(_rows(site, clean.inputs[site.name], rows), V)
-        a = clean.inner[site.name].detach() if detach else clean.inner[site.name]
-        return a if rows is None else a.flatten(0, -2).index_select(0, rows)
+            x = _rows(site, clean.inputs[site.name], rows)  # [rows, d_in]
+            return site.inner(x, V)
+        a = clean.inner[site.name]  # [..., C]
+        if detach:
+            a = a.detach()
+        if rows is None:
+            return a
+        return a.flatten(0, -2).index_select(0, rows)
+
+
+class _Patches:
+    """Forward passes set on modules, and what to restore."""
+
+    def __init__(self):
+        self._before: list[tuple[nn.Module, Map | None]] = []
+
+    def apply(self, module: nn.Module, forward: Map) -> None:
+        """Set the forward pass of a module."""
+        self._before.append((module, module.__dict__.get("forward")))
+        module.forward = forward
+
+    def undo(self) -> None:
+        """Restore every module, the last patch first."""
+        for module, forward in reversed(self._before):
+            if forward is None:
+                del module.forward  # the method of its class
+            else:
+                module.forward = forward
+
+
+def _contains(module: nn.Module, sites: set[nn.Module]) -> bool:
+    """Return whether a module is a site or contains one."""
+    return any(inside in sites for inside in module.modules())
+
+
+def _masked(
+    site: Site, x: Tensor, original: Map, V: Tensor, U: Tensor, mask: Mask
+) -> Float[Tensor, "... d_out"]:
+    """Return the masked output of a site on an input that differs from the clean one."""
+    read = x if mask.rows is None else _rows(site, x, mask.rows)
+    a = site.inner(read, V)  # [..., C] or [rows, C]
+    target_output = None if mask.bare else original(x)  # [..., d_out]
+    return masked_output(target_output, site.bias, a, U, mask)
 
 
 def flattened(x: Tensor, dimensions: int) -> Tensor:
@@ -427,7 +399,7 @@ def flattened(x: Tensor, dimensions: int) -> Tensor:
 
 
 def _rows(site: Site, x: Tensor, rows: Tensor) -> Tensor:
-    """Some positions of a site's input, which holds token ids for embeddings and vectors for all
-    else.
-    """
-    return (x.flatten() if site.kind == "embedding" else x.flatten(0, -2)).index_select(0, rows)
+    """Return some positions of a site's input: token ids at embeddings, vectors elsewhere."""
+    if site.kind == "embedding":
+        return x.flatten().index_select(0, rows)
+    return x.flatten(0, -2).index_select(0, rows)

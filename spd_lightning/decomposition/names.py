@@ -1,7 +1,10 @@
-"""Names of components, as graphs write them: `layer:pos:component`, or `layer:component` at all
-positions.
+"""Names of components: `layer:pos:component`, or `layer:component` for all positions.
 
-Nothing here needs torch: a name can be checked against a run's files before its model is loaded.
+1. *Parse* a name into a `Place`: a site, a component and positions.
+2. *Check* it: the site and the component must exist, and the positions must be in the prompt.
+
+Graphs write these names, and interventions read them. This module does not need torch, so that a
+name can be checked against the files of a run before its model is loaded.
 """
 
 from collections.abc import Mapping
@@ -11,14 +14,14 @@ from spd_lightning.errors import BadInput, nearest
 
 Base = Literal["unmasked", "ci"]
 BASES: tuple[Base, ...] = ("unmasked", "ci")
-"""The models that interventions edit: the target itself, or under its importances."""
+"""The models that interventions edit: the target itself, or the model under its importances."""
 
 DIGITS = 5
-"""A position has no more digits: tables hold 65536 of them."""
+"""Maximum number of digits of a position: tables store positions below 65536."""
 
 
 class Place(NamedTuple):
-    """A component of a site, at some positions; at all of them where positions is None."""
+    """A component of a site at some positions; if `positions` is None, at all of them."""
 
     site: str
     component: int
@@ -26,36 +29,41 @@ class Place(NamedTuple):
 
 
 def place(counts: Mapping[str, int], name: str) -> Place:
-    """Return the place that a name means; pos is a number or a range, `3-5`.
+    """Return the place that a name refers to.
+
+    >>> place({"h.0.mlp.up": 8}, "h.0.mlp.up:3-5:7")
+    Place(site='h.0.mlp.up', component=7, positions=(3, 4, 5))
 
     Args:
         counts: the number of components of each site.
-        name: `layer:pos:component` or `layer:component`.
+        name: `layer:pos:component` or `layer:component`; pos is a number or a range such as `3-5`.
 
     Raises:
-        BadInput: the name has another form, or there is no such site or component.
+        BadInput: the name has another form, or the site or component does not exist.
     """
     site, *numbers = name.strip(" ").split(":")
     if not 1 <= len(numbers) <= 2 or not _is_number(numbers[-1]):
         raise BadInput(
             f"component '{name}': write layer:pos:component, or layer:component for all positions"
         )
-    if len(numbers[-1]) > 2 * DIGITS:
+    component = numbers[-1]
+    if len(component) > 2 * DIGITS:
         raise BadInput(
             f"component '{name}': no site has that many components; take a smaller number"
         )
     positions = _positions(name, numbers[0]) if len(numbers) == 2 else None
-    found = Place(site, int(numbers[-1]), positions)
-    known(counts, found)
-    return found
+    parsed = Place(site, int(component), positions)  # step 1
+    known(counts, parsed)  # step 2
+    return parsed
 
 
 def _is_number(word: str) -> bool:
-    """Whether a word is a number in the digits 0 to 9."""
+    """Return whether a word consists of the digits 0 to 9."""
     return word.isascii() and word.isdecimal()
 
 
 def _positions(name: str, word: str) -> tuple[int, ...]:
+    """Return the positions of `3` or `3-5`."""
     first, dash, last = word.partition("-")
     if not _is_number(first) or (dash and not _is_number(last)):
         raise BadInput(
@@ -66,22 +74,24 @@ def _positions(name: str, word: str) -> tuple[int, ...]:
             f"component '{name}': position '{word}' is beyond the end of any prompt; write a "
             "smaller one"
         )
-    found = tuple(range(int(first), int(last or first) + 1))
-    if not found:
+    end = int(last or first)
+    positions = tuple(range(int(first), end + 1))
+    if not positions:
         raise BadInput(
             f"component '{name}': positions '{word}' end before they begin; write the smaller one "
             "first"
         )
-    return found
+    return positions
 
 
 def known(counts: Mapping[str, int], at: Place) -> None:
-    """Raise BadInput if there is no such site or component."""
+    """Raise BadInput if the site or the component of a place does not exist."""
     if at.site not in counts:
         raise BadInput(
-            f"site '{at.site}': not one of the decomposition; {nearest(at.site, counts)}"
+            f"site '{at.site}': not a site of the decomposition; {nearest(at.site, counts)}"
         )
-    if not 0 <= at.component < (count := counts[at.site]):
+    count = counts[at.site]
+    if not 0 <= at.component < count:
         raise BadInput(
             f"component {at.component} of '{at.site}': it has {count}; take one from 0 to "
             f"{count - 1}"
@@ -89,10 +99,10 @@ def known(counts: Mapping[str, int], at: Place) -> None:
 
 
 def within(at: Place, length: int) -> None:
-    """Raise BadInput if a place lies beyond the end of a prompt of `length` positions."""
-    late = [pos for pos in at.positions or () if not 0 <= pos < length]
-    if late:
-        raise BadInput(
-            f"position {late[0]} of '{at.site}': the prompt has {length}; take one from 0 to "
-            f"{length - 1}"
-        )
+    """Raise BadInput if a place is beyond the end of a prompt of `length` positions."""
+    for pos in at.positions or ():
+        if not 0 <= pos < length:
+            raise BadInput(
+                f"position {pos} of '{at.site}': the prompt has {length}; take one from 0 to "
+                f"{length - 1}"
+            )

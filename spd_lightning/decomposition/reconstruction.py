@@ -1,18 +1,33 @@
-"""Reconstruction: the masked model should do what the target does (L5 of docs/method.md).
+"""Reconstruction losses: the masked model should give the outputs of the target (L5, L6).
 
-A reconstruction is a source × a route × a divergence: how the masks are made, where they act, what
-is compared. All of them read one `LossContext`: a batch, its clean run, its importances and the
-random draws of this step. What two need alike is computed once: the clean run, the importances, and
-the stochastic masks.
+    loss = mean over draws and passes of D(masked output, target output)
+
+A reconstruction loss is a source × a route × a divergence D: how the masks are made, where they
+act, and how outputs are compared. For each draw:
+
+1. Draw the route: the forward passes, and the sites and positions that each of them decomposes.
+2. Make the sources. Constant and stochastic sources are functions of the importances. An adversary
+   climbs the divergence against the drawn route.
+3. Build the masks, `m = g + (1 − g) · s`.
+4. Run the masked model once for each pass, and compare its output with the target's. If `hidden` is
+   set, compare the inputs of some sites too (L6).
+
+With the source `mixed`, a random share of the samples belongs to the persistent adversary and is
+decomposed everywhere. The other samples have stochastic sources and follow the route. Both are
+computed in one forward pass.
+
+Sources: SPD (Bushnaq et al., 2025, arXiv 2506.20790); VPD (Bushnaq et al., 2026) for adversaries.
+All losses of a training step share one `LossContext`, so that the clean run, the importances and
+the stochastic masks are computed once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -31,6 +46,7 @@ from spd_lightning.decomposition.masks import (
     Rows,
     SourceKind,
     Sources,
+    choose_sources,
     decomposed_rows,
     draw_routes,
     fixed_masks,
@@ -40,14 +56,20 @@ from spd_lightning.decomposition.masks import (
     uniform,
     widened,
 )
-from spd_lightning.decomposition.model import Clean, ComponentModel
+from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.decomposition.replay import Clean
 from spd_lightning.errors import BadInput, check_range, nearest
 
 
 def position_mean(
     values: Float[Tensor, "..."], weights: Float[Tensor, " batch"] | None
 ) -> Float[Tensor, "..."]:
-    """Mean over the batch (the first axis); weights say how many equal rows each row stands for."""
+    """Return the mean over the batch, the first axis.
+
+    Args:
+        values: [batch, ...].
+        weights: number of equal rows that each row represents; one each if None.
+    """
     if weights is None:
         return values.mean(0)
     return torch.tensordot(weights, values, dims=1) / weights.sum()
@@ -59,21 +81,25 @@ def position_mean(
 def mse_rows(
     output: Float[Tensor, " batch *rest"], target: Float[Tensor, " batch *rest"]
 ) -> Float[Tensor, " batch"]:
-    """Mean squared difference over the entries of each row of a batch."""
-    return (output - target).square().flatten(1).mean(1)
+    """Return the mean squared difference of each row of a batch."""
+    squares = (output - target).square()  # [batch, ...]
+    return squares.flatten(1).mean(1)
 
 
 def kl_rows(
     output: Float[Tensor, " batch *rest"], target: Float[Tensor, " batch *rest"]
 ) -> Float[Tensor, " batch"]:
-    """KL(softmax target ‖ softmax output), mean over the positions of each row, in float32 or
-    better.
+    """Return KL(softmax target ‖ softmax output) of each row, averaged over its positions.
+
+    It is computed in float32, or in the precision of the output if that is higher.
     """
     dtype = torch.promote_types(output.dtype, torch.float32)
-    p = log_softmax(target.to(dtype), -1)
-    q = log_softmax(output.to(dtype), -1)
-    per_position = (p.exp() * (p - q)).sum(-1)
-    return per_position.flatten(1).mean(1) if per_position.ndim > 1 else per_position
+    log_p = log_softmax(target.to(dtype), -1)
+    log_q = log_softmax(output.to(dtype), -1)
+    per_position = (log_p.exp() * (log_p - log_q)).sum(-1)  # [batch, ...]
+    if per_position.ndim == 1:
+        return per_position
+    return per_position.flatten(1).mean(1)
 
 
 def mse(
@@ -81,7 +107,7 @@ def mse(
     target: Float[Tensor, " batch *rest"],
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean squared difference over all output entries."""
+    """Return the mean squared difference over all output entries."""
     return position_mean(mse_rows(output, target), weights)
 
 
@@ -90,7 +116,7 @@ def kl(
     target: Float[Tensor, " batch *rest"],
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """KL(softmax target ‖ softmax output), mean over positions, in float32 or better."""
+    """Return KL(softmax target ‖ softmax output), averaged over batch and positions."""
     return position_mean(kl_rows(output, target), weights)
 
 
@@ -98,24 +124,43 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {"mse": mse, "kl": kl}
 ROW_DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse_rows, "kl": kl_rows}
 
 
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+class RoutedImportances(NamedTuple):
+    """The importances at the positions that a route decomposes.
+
+    Attributes:
+        rows: flat indices of the positions at each site; empty if they are all positions.
+        g: importances of each site, [rows, C] there, or [..., C] at all positions.
+    """
+
+    rows: Rows
+    g: dict[str, Tensor]
+
+
+Terms = tuple[Float[Tensor, ""], Float[Tensor, ""] | None]
+"""The divergence, and the hidden reconstruction error (L6) or None."""
+
+
 @dataclass(frozen=True)
 class Reconstruction:
-    """The masked model should do what the target does (L5): a source × a route × a divergence.
+    """A reconstruction loss (L5): a source × a route × a divergence.
 
     Args:
-        source: how far what is not needed is switched off; `mixed` is stochastic for some samples
-            of a batch and persistent_pgd, routed everywhere, for the others.
+        source: how far unimportant components are switched off; `mixed` is persistent_pgd, routed
+            everywhere, for some samples of a batch and stochastic for the others.
         route: which sites and positions are decomposed in a pass.
         divergence: how outputs are compared.
         coeff: weight in the total loss; 0 switches it off.
-        samples: draws to average over.
+        samples: number of draws to average over.
         adversary: settings of the `pgd` source.
         persistent: settings of the `persistent_pgd` and `mixed` sources.
-        share: of the samples that the persistent adversary gets under `mixed`.
+        share: expected share of the samples that belong to the persistent adversary with `mixed`.
         probability: P(site and position decomposed) of the `static` route.
         threshold: τ of the `rounded` source.
-        hidden: fnmatch patterns of sites whose inputs should be the target's too (L6).
-        hidden_coeff: weight of that in the total loss.
+        hidden: fnmatch patterns of sites whose inputs are compared too (L6).
+        hidden_coeff: weight of that comparison in the total loss.
     """
 
     source: SourceKind = "stochastic"
@@ -138,131 +183,147 @@ class Reconstruction:
         check_range("reconstruction", above=0, most=1, probability=self.probability)
         if self.source == "persistent_pgd" and self.route != "all":
             raise BadInput(
-                f"route '{self.route}' of a persistent_pgd reconstruction: it acts everywhere; "
-                "take 'all'"
+                f"route '{self.route}' of a persistent_pgd reconstruction: the adversary acts "
+                "everywhere; take 'all'"
             )
         if self.source == "mixed" and self.route == "layerwise":
             raise BadInput(
-                "route 'layerwise' of a mixed reconstruction: it has many passes; take subset or "
-                "static"
+                "route 'layerwise' of a mixed reconstruction: it has many passes; take 'subset' or "
+                "'static'"
             )
 
     @property
     def counts(self) -> bool:
-        """Whether it adds anything to the total loss; its passes are skipped if it does not."""
-        return bool(self.coeff or (self.hidden and self.hidden_coeff))
+        """Whether the loss adds anything to the total; if not, its passes are skipped."""
+        has_hidden = bool(self.hidden and self.hidden_coeff)
+        return has_hidden or bool(self.coeff)
 
     def __call__(self, run: "LossContext", name: str = "") -> Float[Tensor, ""]:
-        """Mean divergence over draws and over the passes of the route."""
+        """Return the mean divergence over draws and over the passes of the route."""
         return self.terms(run, name)[0]
 
     def terms(
         self, run: "LossContext", name: str = ""
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
-        """Return the mean divergence, and the hidden reconstruction error (L6) of the same passes
-        or None.
+        """Return the mean divergence, and the hidden error (L6) of the same passes or None.
 
-        name: under which the run holds the persistent adversary of this reconstruction.
+        Args:
+            run: the batch and what the losses share.
+            name: the name of this loss; `run.adversaries` has its persistent adversary under it.
         """
-        compared = [self._draw(run, name, n) for n in range(self.samples)]
-        hidden = [h for _, h in compared if h is not None]
-        return torch.stack([d for d, _ in compared]).mean(), torch.stack(
-            hidden
-        ).mean() if hidden else None
+        divergences = []
+        hidden_errors = []
+        for n in range(self.samples):
+            divergence, hidden = self._draw(run, name, n)
+            divergences.append(divergence)
+            if hidden is not None:
+                hidden_errors.append(hidden)
+        return _mean(divergences), _mean(hidden_errors) if hidden_errors else None
 
-    def _draw(self, run: "LossContext", name: str, n: int) -> tuple[Tensor, Tensor | None]:
-        routes = list(
-            draw_routes(self.route, run.importances.lower, run.generator, self.probability)
-        )
+    def _draw(self, run: "LossContext", name: str, n: int) -> Terms:
+        """Return the terms of the n-th draw."""
+        lower = run.importances.lower
+        routes = list(draw_routes(self.route, lower, run.generator, self.probability))  # step 1
         if self.source == "mixed":
-            like = next(iter(run.importances.lower.values()))
-            return self._mixed(
-                run, name, routes[0], uniform(like, like.shape[:1], run.generator) < self.share
-            )
-        rows = decomposed_rows(routes[0])
-        g = gathered(run.importances.lower, rows)
-        match self.source:
-            case "pgd":
-                self.adversary.check_start(run.model.delta, f"reconstruction '{name}'")
-                sources = pgd_sources(
-                    self.adversary,
-                    g,
-                    self._adversary_objective(run, g, routes, rows),
-                    run.generator,
-                )
-                masks = masks_from_sources(g, sources, run.model.delta)
-            case "persistent_pgd":
-                masks = masks_from_sources(
-                    g, self._persistent_sources(run, name, routes[0], rows, g), run.model.delta
-                )
-            case _:
-                masks = (
-                    run.fresh(self.source, g, self.threshold)
-                    if rows
-                    else run.masks(self.source, n, self.threshold)
-                )
-        return self._compare(run, masks, routes, rows)
+            like = next(iter(lower.values()))
+            draw = uniform(like, like.shape[:1], run.generator)  # [batch]
+            return self._mixed_terms(run, name, routes[0], draw < self.share)
+        at_route = routed_importances(lower, routes[0])
+        masks = self._masks(run, name, n, routes, at_route)
+        return self._compare(run, masks, routes, at_route.rows)
 
-    def _mixed(
-        self, run: "LossContext", name: str, route: Routes, theirs: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """One pass in which the persistent adversary has some samples, everywhere, and chance the
-        others.
+    def _masks(
+        self,
+        run: "LossContext",
+        name: str,
+        n: int,
+        routes: list[Routes],
+        at_route: RoutedImportances,
+    ) -> dict[str, Mask]:
+        """Return the masks of the n-th draw (steps 2 and 3)."""
+        g = at_route.g
+        if self.source == "pgd":
+            self.adversary.check_start(run.model.delta, f"reconstruction '{name}'")
+            objective = self._adversary_objective(run, routes, at_route)
+            sources = pgd_sources(self.adversary, g, objective, run.generator)
+            return masks_from_sources(g, sources, run.model.delta)
+        if self.source == "persistent_pgd":
+            adversary = run.adversaries[name]
+            self._ascend(run, adversary, routes[0])
+            sources = self._persistent_sources(run, adversary, at_route)
+            return masks_from_sources(g, sources, run.model.delta)
+        if at_route.rows:
+            return run.fresh(self.source, g, self.threshold)
+        return run.masks(self.source, n, self.threshold)
+
+    def _mixed_terms(
+        self,
+        run: "LossContext",
+        name: str,
+        route: Routes,
+        adversarial: Bool[Tensor, " batch"],
+    ) -> Terms:
+        """Return the terms of one pass whose samples are partly adversarial, partly stochastic.
+
+        `adversarial` is True for the samples that belong to the persistent adversary. They are
+        decomposed everywhere; the other samples follow `route`.
         """
-        shapes = {n: g.shape[:-1] for n, g in run.importances.lower.items()}
-        whole = {
-            n: theirs.view(-1, *[1] * (len(shape) - 1)).expand(shape) for n, shape in shapes.items()
-        }
-        everywhere = dict[str, Tensor | None](whole)
-        both = widened(route, theirs)
-        rows = decomposed_rows(both)
-        g = gathered(run.importances.lower, rows)
-        drawn = stochastic_sources(g, run.generator, run.binomial)
-        persistent = self._persistent_sources(run, name, everywhere, rows, g)
-        picked = gathered({n: where.unsqueeze(-1) for n, where in whole.items()}, rows)
-        sources = {
-            n: (
-                torch.where(picked[n], persistent[n][0], s),
-                torch.where(picked[n][..., 0], persistent[n][1], s_delta),
-            )
-            for n, (s, s_delta) in drawn.items()
-        }
-        return self._compare(run, masks_from_sources(g, sources, run.model.delta), [both], rows)
+        lower = run.importances.lower
+        in_adversarial = {}  # site → [batch, ...]: the positions of the adversarial samples
+        for site, g in lower.items():
+            ones = [1] * (g.ndim - 2)
+            in_adversarial[site] = adversarial.view(-1, *ones).expand(g.shape[:-1])
+        union = widened(route, adversarial)  # all positions that this pass decomposes
+        at_union = routed_importances(lower, union)
+
+        # step 2: both kinds of sources, at the positions of the union
+        random = stochastic_sources(at_union.g, run.generator, run.binomial)
+        adversary = run.adversaries[name]
+        self._ascend(run, adversary, dict(in_adversarial))
+        persistent = self._persistent_sources(run, adversary, at_union)
+
+        as_column = {site: where.unsqueeze(-1) for site, where in in_adversarial.items()}
+        chosen = gathered(as_column, at_union.rows)  # site → [rows, 1]
+        sources = choose_sources(chosen, persistent, random)
+        masks = masks_from_sources(at_union.g, sources, run.model.delta)  # step 3
+        return self._compare(run, masks, [union], at_union.rows)
+
+    def _ascend(self, run: "LossContext", adversary: PersistentAdversary, route: Routes) -> None:
+        """Let a persistent adversary climb against a route (step 2)."""
+        at_route = routed_importances(run.importances.lower, route)
+        objective = self._adversary_objective(run, [route], at_route)
+
+        def damage(vectors: Mapping[str, Tensor]) -> Tensor:
+            return objective(_sources_of(adversary, vectors, run, at_route))
+
+        adversary.ascend(damage, run.progress)
 
     def _persistent_sources(
-        self, run: "LossContext", name: str, climbed: Routes, rows: Rows, g: Mapping[str, Tensor]
+        self, run: "LossContext", adversary: PersistentAdversary, at_route: RoutedImportances
     ) -> Sources:
-        """The persistent adversary's sources for g at some rows, after its ascents on the route
-        `climbed`.
+        """Return the sources of a persistent adversary at some positions.
 
-        They take one more step after the backward pass (`PersistentAdversary.finish`).
+        The backward pass of the training loss leaves its gradient in them, for one more climb
+        (`PersistentAdversary.finish`).
         """
-        adversary = run.adversaries[name]
-        whole = run.importances.lower
-
-        def sources(vectors: Mapping[str, Tensor], rows: Rows, g: Mapping[str, Tensor]) -> Sources:
-            return split(gathered(adversary.spread(vectors, whole), rows), g)
-
-        there = decomposed_rows(climbed)
-        theirs = gathered(whole, there)
-        damage = self._adversary_objective(run, theirs, [climbed], there)
-        adversary.ascend(lambda vectors: damage(sources(vectors, there, theirs)), run.progress)
-        return sources(adversary.leaves(self.coeff / self.samples), rows, g)
+        vectors = adversary.leaves(self.coeff / self.samples)
+        return _sources_of(adversary, vectors, run, at_route)
 
     def _adversary_objective(
-        self, run: "LossContext", g: Mapping[str, Tensor], routes: list[Routes], rows: Rows
+        self, run: "LossContext", routes: list[Routes], at_route: RoutedImportances
     ) -> Callable[[Sources], Tensor]:
-        """The divergence as a function of the sources alone: routes, importances and components
-        stand still.
+        """Return the divergence as a function of the sources alone.
+
+        Routes, importances and components are constants in it.
         """
-        fixed = {name: value.detach() for name, value in g.items()}
+        constant_g = {name: g.detach() for name, g in at_route.g.items()}
 
-        def damage(sources: Sources) -> Tensor:
-            return self._compare(
-                run, masks_from_sources(fixed, sources, run.model.delta), routes, rows, detach=True
-            )[0]
+        def objective(sources: Sources) -> Tensor:
+            masks = masks_from_sources(constant_g, sources, run.model.delta)
+            divergence, _ = self._compare(run, masks, routes, at_route.rows, detach=True)
+            return divergence
 
-        return damage
+        return objective
 
     def _compare(
         self,
@@ -271,60 +332,112 @@ class Reconstruction:
         routes: list[Routes],
         rows: Rows,
         detach: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Divergence and hidden error of the passes under given masks."""
+    ) -> Terms:
+        """Run the passes of a draw, and return their terms (step 4).
+
+        The masks have values for `rows` only. If `detach`, gradients are computed for them alone.
+        """
+        compare = DIVERGENCES[self.divergence]
+        target = run.clean.output
         divergences = []
-        hidden = []
+        hidden_errors = []
         for route in routes:
             seen = None if detach or not self.hidden else dict[str, Tensor]()
-            output = run.model.masked(
-                run.batch, routed(masks, route, rows), run.clean, detach, seen=seen
-            )
-            divergences.append(DIVERGENCES[self.divergence](output, run.clean.output, run.weights))
+            pass_masks = routed(masks, route, rows)
+            output = run.model.masked(run.batch, pass_masks, run.clean, detach, seen=seen)
+            divergences.append(compare(output, target, run.weights))
             if seen is not None:
-                hidden.append(hidden_error(run.clean.inputs, seen, self.hidden))
-        return torch.stack(divergences).mean(), torch.stack(hidden).mean() if hidden else None
+                hidden_errors.append(hidden_error(run.clean.inputs, seen, self.hidden))
+        return _mean(divergences), _mean(hidden_errors) if hidden_errors else None
+
+
+def routed_importances(lower: Mapping[str, Tensor], route: Routes) -> RoutedImportances:
+    """Return the importances at the positions that a route decomposes."""
+    rows = decomposed_rows(route)
+    return RoutedImportances(rows, gathered(lower, rows))
+
+
+def _sources_of(
+    adversary: PersistentAdversary,
+    vectors: Mapping[str, Tensor],
+    run: "LossContext",
+    at_route: RoutedImportances,
+) -> Sources:
+    """Return the sources that vectors of a persistent adversary give at some positions."""
+    everywhere = adversary.spread(vectors, run.importances.lower)  # [batch, ..., C + 1]
+    return split(gathered(everywhere, at_route.rows), at_route.g)
+
+
+def _mean(losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor, ""]:
+    return torch.stack(list(losses)).mean()
 
 
 def hidden_error(
     inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor], patterns: Sequence[str]
 ) -> Tensor:
-    """Relative squared error of the inputs of the sites that fnmatch patterns name, mean over sites
-    (L6).
+    """Return the relative squared error of site inputs, averaged over sites (L6).
+
+    Args:
+        inputs: x [..., d_in] of every site in the clean run.
+        seen: x of every site in the masked run.
+        patterns: fnmatch patterns of the sites to compare.
 
     Raises:
-        BadInput: they name no site with vectors for inputs.
+        BadInput: the patterns match no site whose inputs are vectors.
     """
     vectors = [name for name, x in inputs.items() if x.is_floating_point()]
-    named = [name for name in vectors if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not named:
+    names = [name for name in vectors if _matches(name, patterns)]
+    if not names:
         raise BadInput(f"hidden: {list(patterns)} match no site; {nearest(patterns[0], vectors)}")
-    errors = [
-        (seen[n] - inputs[n]).square().sum() / inputs[n].square().sum().clamp(min=1e-30)
-        for n in named
-    ]
+    errors = []
+    for name in names:
+        error = (seen[name] - inputs[name]).square().sum()
+        size = inputs[name].square().sum().clamp(min=1e-30)
+        errors.append(error / size)
     return torch.stack(errors).mean()
 
 
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def routed(masks: Mapping[str, Mask], route: Routes, rows: Rows | None = None) -> dict[str, Mask]:
-    """The masks of one pass: those of its sites, at its positions; `rows` where they hold no
-    others.
+    """Return the masks of one pass: those of its sites, with the route at each site.
+
+    Args:
+        masks: the masks of every site.
+        route: the sites and positions that the pass decomposes.
+        rows: the positions that the masks have values for; empty or None for all positions.
     """
-    at = rows or {}
-    return {
-        n: masks[n] if r is None else masks[n]._replace(route=r, rows=at.get(n))
-        for n, r in route.items()
-    }
+    rows = rows or {}
+    pass_masks = {}
+    for name, where in route.items():
+        mask = masks[name]
+        if where is not None:
+            mask = mask._replace(route=where, rows=rows.get(name))
+        pass_masks[name] = mask
+    return pass_masks
+
+
+# ---- what losses share ---------------------------------------------------------------------------
 
 
 @dataclass
 class LossContext:
-    """One batch on its way through the losses: what they share.
+    """One batch, and everything that the losses share.
 
-    weights [batch]: how many equal rows each row stands for (None: one each). adversaries: the
-    persistent ones, by the name of their reconstruction. progress: fraction of training.
-    frequencies: how often each component is important over the batch that this is a part of (None:
-    it is whole).
+    Attributes:
+        model: the decomposed model.
+        batch: the inputs.
+        clean: the clean run of the batch.
+        importances: the causal importances on the clean run.
+        generator: draws masks and routes.
+        weights: number of equal rows that each row represents [batch]; one each if None.
+        drawn: the stochastic and constant masks made so far.
+        adversaries: the persistent adversaries, by the name of their reconstruction loss.
+        progress: fraction of training.
+        frequencies: for each component, the mean of `(ĝ + ε)^p` over the whole batch, if `batch` is
+            a part of it; else None.
     """
 
     model: ComponentModel
@@ -347,21 +460,16 @@ class LossContext:
         weights: Float[Tensor, " batch"] | None = None,
         sample: bool = False,
     ) -> "LossContext":
-        """Runs the target and the importance function on a batch; `sample` allows binomial
-        importances (training).
+        """Run the target and the importance function on a batch.
+
+        `sample` allows binomial importances (G5), as in training.
         """
         clean = model.clean(batch)
-        return cls(
-            model,
-            batch,
-            clean,
-            model.importances(clean, generator if sample else None),
-            generator,
-            weights,
-        )
+        importances = model.importances(clean, generator if sample else None)
+        return cls(model, batch, clean, importances, generator, weights)
 
     def masks(self, source: SourceKind, n: int, threshold: float) -> dict[str, Mask]:
-        """The n-th draw of a source, the same for every loss that asks for it."""
+        """Return the n-th draw of a source, which all losses share."""
         key = (source, n, threshold if source == "rounded" else 0.0)
         if key not in self.drawn:
             self.drawn[key] = self.fresh(source, self.importances.lower, threshold)
@@ -370,7 +478,7 @@ class LossContext:
     def fresh(
         self, source: SourceKind, importances: Mapping[str, Tensor], threshold: float
     ) -> dict[str, Mask]:
-        """A draw of a source for importances at some positions."""
+        """Draw masks of a constant or stochastic source for the given importances."""
         if source != "stochastic":
             return fixed_masks(source, importances, self.generator, threshold)
         sources = stochastic_sources(importances, self.generator, self.binomial)
@@ -378,5 +486,5 @@ class LossContext:
 
     @property
     def binomial(self) -> bool:
-        """Whether sources are drawn from {0, 1} (G5)."""
+        """Whether component sources are drawn from {0, 1} (G5)."""
         return self.model.importance.sampling == "binomial"

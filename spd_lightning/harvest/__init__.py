@@ -1,3 +1,4 @@
-"""`trainer.predict` to rows: each harvester is a Lightning callback, and several share one pass
-over the prompts.
+"""Harvesters: Lightning callbacks that write rows about prompts during `trainer.predict`.
+
+Several harvesters can share one pass over the prompts.
 """

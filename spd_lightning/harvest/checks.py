@@ -1,6 +1,4 @@
-"""Checks of harvested graphs as rows: some edges tried by intervention, and what each prompt's
-graph is worth.
-"""
+"""Checks of harvested graphs as rows: interventions on some edges, and a summary of each prompt."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -21,12 +19,15 @@ from spd_lightning.store import AGREEMENT, TABLES, finite
 log = logging.getLogger(__name__)
 
 FACTOR = 0.0
-"""Sources are switched off."""
+"""The factor of the interventions, which multiply the source of an edge: 0 ablates it."""
 
 
 class PrunedGraphs(NamedTuple):
-    """The graphs of a batch of prompts: the edges that stay, the number before pruning, and the gap
-    of each prompt.
+    """The pruned graphs of a batch of prompts.
+
+    tables: the edges that remain.
+    total: the number of edges of each prompt before pruning.
+    gaps: the gap of each prompt (A6).
     """
 
     tables: list[EdgeTable]
@@ -41,8 +42,9 @@ def prune_and_count(
     min_share: float,
     max_edges: int = MAX_EDGES,
 ) -> PrunedGraphs:
-    """Prune the graphs of a batch of prompts; before that, count all edges, and add them up for the
-    gap.
+    """Prune the graphs of a batch of prompts, and measure them before pruning.
+
+    All edges are counted, and added up to compute the gap of each prompt.
     """
     inflow = Inflow(model, layers)
     total = torch.zeros(len(layers[0].nodes), dtype=torch.long)
@@ -57,26 +59,28 @@ def prune_and_count(
         tables.append(table)
         if share > min_share:
             log.warning(
-                "a graph has too many edges to hold in memory; edges below a share of %.2g of what "
-                "enters their "
-                "target are left out. Raise min_share or threshold to choose this yourself.",
+                "a graph has too many edges to fit in memory; edges below a share of %.2g of all "
+                "that enters their target are dropped. Raise min_share or threshold to choose "
+                "this yourself.",
                 share,
             )
     return PrunedGraphs(tables, total, inflow.gaps())
 
 
 def largest_gap(gaps: Tensor) -> float:
-    """The largest gap of any prompt; a prompt without any activation has none."""
-    return float(gaps.detach().nan_to_num(0.0).max())
+    """Return the largest gap of any prompt; a prompt without activations (NaN) counts as 0."""
+    known_gaps = gaps.detach().nan_to_num(0.0)
+    return float(known_gaps.max())
 
 
 def edges_per_prompt(table: EdgeTable, prompts: int) -> Tensor:
     """Count the edges of each prompt."""
-    return torch.bincount(table.prompt, minlength=prompts).cpu()
+    counts = torch.bincount(table.prompt, minlength=prompts)
+    return counts.cpu()
 
 
 class SampledEdges(NamedTuple):
-    """Edges to try, as edges of the table and as what is done about them."""
+    """Edges to test, once as rows of an edge table and once as interventions."""
 
     table: EdgeTable
     checks: Checks
@@ -85,23 +89,24 @@ class SampledEdges(NamedTuple):
 def sample_edges(
     layers: list[Layer], tables: list[EdgeTable], ids: list[int], count: int
 ) -> SampledEdges:
-    """Up to `count` edges of each prompt; which ones is a function of the prompt alone."""
+    """Draw up to `count` edges of each prompt; the draw depends only on the prompt's id."""
     graphs = Graphs(layers)
-    found = list[EdgeTable]()
+    samples = list[EdgeTable]()
     for table in tables:
-        for prompt, part in split_by_prompt(table):
-            found.append(
-                graphs.sample_edges(part, count, torch.Generator().manual_seed(ids[prompt] % 2**63))
-            )
-    table = joined(found) if found else no_edges()
-    return SampledEdges(table, graphs.checks(table))
+        for prompt, edges in split_by_prompt(table):
+            seed = ids[prompt] % 2**63
+            generator = torch.Generator().manual_seed(seed)
+            samples.append(graphs.sample_edges(edges, count, generator))
+    sampled = joined(samples) if samples else no_edges()
+    return SampledEdges(sampled, graphs.checks(sampled))
 
 
 def check_rows(tried: SampledEdges, changes: Tensor, ids: list[int]) -> pl.DataFrame:
-    """One row an edge: what its target gains without its source."""
+    """Return one row per edge: the change of its target when its source is ablated."""
     table = tried.table
+    prompt_ids = np.array(ids, dtype=np.uint64)
     columns = {
-        "prompt_id": np.array(ids, dtype=np.uint64)[table.prompt.cpu().numpy()],
+        "prompt_id": prompt_ids[table.prompt.cpu().numpy()],
         "source": array(table.source, np.uint32),
         "target": array(table.target, np.uint32),
         "attribution": array(table.attribution),
@@ -112,16 +117,19 @@ def check_rows(tried: SampledEdges, changes: Tensor, ids: list[int]) -> pl.DataF
 
 
 def split_by_prompt(table: EdgeTable) -> Iterator[tuple[int, EdgeTable]]:
-    """The edges of each prompt."""
+    """Yield the edges of each prompt that has edges, with the prompt's number in the batch."""
     if not len(table.prompt):
         return
-    first, last = (int(end) for end in table.prompt.aminmax())
+    extremes = table.prompt.aminmax()
+    first = int(extremes.min)
+    last = int(extremes.max)
     if first == last:
         yield first, table
         return
     order = table.prompt.argsort(stable=True)
-    counts = edges_per_prompt(table, last + 1).tolist()
-    for prompt, rows in enumerate(order.split(counts)):
+    counts = edges_per_prompt(table, last + 1)
+    rows_by_prompt = order.split(counts.tolist())
+    for prompt, rows in enumerate(rows_by_prompt):
         if len(rows):
             yield prompt, EdgeTable(*(column[rows] for column in table))
 
@@ -129,25 +137,20 @@ def split_by_prompt(table: EdgeTable) -> Iterator[tuple[int, EdgeTable]]:
 def graph_rows(
     layers: list[Layer], graphs: PrunedGraphs, checks: pl.DataFrame, ids: list[int]
 ) -> pl.DataFrame:
-    """One row a prompt: how large its graph is, by how much it misses what it explains, how its
-    checks went.
-    """
-    written = sum(
-        (edges_per_prompt(table, len(ids)) for table in graphs.tables),
-        torch.zeros(len(ids), dtype=torch.long),
-    )
-    frame = pl.DataFrame(
-        {
-            "prompt_id": pl.Series(ids, dtype=pl.UInt64),
-            "nodes": array(
-                torch.stack([layer.nodes.flatten(1).sum(1) for layer in layers]).sum(0), np.uint32
-            ),
-            "edges": array(written, np.uint32),
-            "edges_total": array(graphs.total, np.uint32),
-            "gap": array(graphs.gaps, np.float64),
-        }
-    ).with_columns(gap=finite(pl.col("gap")))
-    tried = checks.group_by("prompt_id").agg(**AGREEMENT)
-    return frame.join(tried, on="prompt_id", how="left").with_columns(
-        pl.col("checked").fill_null(0)
-    )
+    """Return one row per prompt: the size of its graph, its gap, and the result of its checks."""
+    written = torch.zeros(len(ids), dtype=torch.long)
+    for table in graphs.tables:
+        written += edges_per_prompt(table, len(ids))
+    nodes_by_layer = [layer.nodes.flatten(1).sum(1) for layer in layers]
+    nodes = torch.stack(nodes_by_layer).sum(0)  # [prompts]
+    columns = {
+        "prompt_id": pl.Series(ids, dtype=pl.UInt64),
+        "nodes": array(nodes, np.uint32),
+        "edges": array(written, np.uint32),
+        "edges_total": array(graphs.total, np.uint32),
+        "gap": array(graphs.gaps, np.float64),
+    }
+    frame = pl.DataFrame(columns).with_columns(gap=finite(pl.col("gap")))
+    agreement = checks.group_by("prompt_id").agg(**AGREEMENT)
+    rows = frame.join(agreement, on="prompt_id", how="left")
+    return rows.with_columns(pl.col("checked").fill_null(0))

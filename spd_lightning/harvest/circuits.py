@@ -1,10 +1,10 @@
-"""Sparse circuits: for every prompt the smallest graph that answers one objective, and how small
-against how good.
+"""Sparse circuits: the smallest graph of each prompt that preserves the output at one position.
 
-For each batch of prompts: importances are optimized under every λ (section A of docs/method.md); of
-each prompt one λ is taken, and its graph written as `PromptGraphs` writes one, with the optimized
-importances for masks and nodes and the outputs of the asked position alone. The table `frontier`
-has all λs, chosen or not.
+For each batch of prompts, importances are optimized under every λ (section A of docs/method.md).
+One λ is chosen for each prompt. Its graph is written like one of `PromptGraphs`, with two
+differences: the optimized importances determine masks and nodes, and only outputs at the position
+of the objective are nodes. The table `frontier` compares the size and accuracy of the circuits of
+all λs.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.attribution.circuit_objective import CircuitSearch, suited
+from spd_lightning.attribution.circuit_objective import CircuitSearch, check_search
 from spd_lightning.attribution.circuit_search import Frontier, optimize, select_circuits
 from spd_lightning.attribution.graph import MODES, GraphSpec, ModeName, check_mode
 from spd_lightning.attribution.outputs import OutputNodes, every_output
@@ -40,28 +40,30 @@ from spd_lightning.harvest.rows import (
     run_clean_and_masked,
     token_strings,
 )
+from spd_lightning.targets.protocols import vocab_of
 from spd_lightning.training.decompose import Decomposition
 
 HELD = 4
-"""Arrays over all components of a row that a step of the descent holds at once, at a guess."""
+"""Estimated number of arrays over all components of a row in memory during an optimization step."""
 
 
 class SparseCircuits(Harvester):
-    """Writes the optimized graph of every prompt: tables prompts, nodes, edges, outputs,
-    components, frontier.
+    """Write an optimized, sparse graph of every prompt.
 
-    Of the λs that are tried, the one with the fewest nodes is taken whose label probability under
-    adversarial masks is at least a share of the target's; where none is, the one with the highest.
-    (On vectors: the share of the outputs' mean square.)
+    The tables are prompts, nodes, edges, outputs, components and frontier. For each prompt, the
+    graph belongs to the λ with the fewest nodes whose label probability under adversarial masks is
+    at least `share` of the target's. If no λ qualifies, it belongs to the λ with the highest
+    probability. On vectors, the mean square of the outputs replaces the label probability.
 
     Args:
-        search: how circuits are looked for; its adversary's steps stand in the table.
-        share: of the target's answer that the adversary has to leave.
-        mode: the graph's kind (A5).
+        search: the settings of the search for circuits.
+        share: the share of the target's label probability that a circuit must keep under the
+            adversary.
+        mode: the mode of the graph (A5).
         threshold: importance above which a component is a node of the graph.
-        min_share: edges below this share of all that enters their target, sizes added up, are not
+        min_share: edges below this share of the total |attribution| into their target are not
             written.
-        name: the harvest's folder below `<run>/harvest/`.
+        name: the harvest's folder in `<run>/harvest/`.
     """
 
     def __init__(
@@ -73,79 +75,94 @@ class SparseCircuits(Harvester):
         min_share: float = 0.0,
         name: str = "circuits",
     ):
-        super().__init__(name)
+        self.mode: ModeName = check_mode(mode, "SparseCircuits")
+        super().__init__(name, graph_mode=self.mode)
         check_range("SparseCircuits", least=0, below=1, share=share, min_share=min_share)
         check_range("SparseCircuits", least=0, most=1, threshold=threshold)
         self.search = search or CircuitSearch()
         self.share = share
-        self.mode: ModeName = check_mode(mode, "SparseCircuits")
-        self.threshold, self.min_share = threshold, min_share
+        self.threshold = threshold
+        self.min_share = min_share
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
-        """Everything that the rows depend on."""
-        own = {"harvest": self.name, "mode": self.mode, "choices": asdict(MODES[self.mode])}
-        settings = {
+        """Return the settings of the harvest, which its rows depend on."""
+        mode = MODES[self.mode]
+        return harvest_metadata(module) | {
+            "harvest": self.name,
             "mode": self.mode,
+            "choices": asdict(mode),
             "threshold": self.threshold,
             "min_share": self.min_share,
-            "share": self.share,
+            "config": {
+                "mode": self.mode,
+                "threshold": self.threshold,
+                "min_share": self.min_share,
+                "share": self.share,
+                "search": asdict(self.search),
+            },
+            "layers": layer_names(module.model, mode.linearization == "frozen"),
         }
-        own |= {"threshold": self.threshold, "min_share": self.min_share}
-        own |= {"config": settings | {"search": asdict(self.search)}}
-        return (
-            harvest_metadata(module)
-            | own
-            | {"layers": layer_names(module.model, MODES[self.mode].linearization == "frozen")}
-        )
 
     def refuse(self, module: Decomposition, prompts: Prompts) -> None:
-        """Also the search has to suit the prompts."""
+        """Check prompts of one length, and that the search suits them."""
         super().refuse(module, prompts)
-        suited(self.search, prompts.inputs, getattr(module.network, "vocab", None))
+        check_search(self.search, prompts.inputs, vocab_of(module.network))
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
-        """Every λ of every prompt is a row of one batch."""
-        return max(1, super().at_once(model, inputs) // (HELD * (1 + len(self.search.lambdas))))
+        """Return the number of prompts that fit, when each has one row per λ and one without λ."""
+        rows = super().at_once(model, inputs) // HELD
+        rows_per_prompt = 1 + len(self.search.lambdas)
+        return max(1, rows // rows_per_prompt)
 
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]
     ) -> Mapping[str, pl.DataFrame]:
-        """One group of shards: the circuits of a batch of prompts."""
+        """Return the circuits of a batch of prompts."""
         inputs = prompts.inputs
-        (importances, frontier) = optimize(module.model, prompts.inputs, self.search)
-        best = select_circuits(frontier, self.share)
-        g = {site: held[best] for site, held in importances.items()}
+        importances, frontier = optimize(module.model, inputs, self.search)
+        best = select_circuits(frontier, self.share)  # one row of the frontier for each prompt
+        g = {site: values[best] for site, values in importances.items()}
         runs = run_clean_and_masked(module.model, inputs, g)
         label = None if frontier.label is None else frontier.label[best]
-        runs = runs._replace(nodes=asked(runs, self.search.position, label))
-        spec = GraphSpec(module.model, inputs, g, MODES[self.mode], self.threshold, runs.nodes)
-        layers, parts = as_native_decoder(module.model, spec.mode).parts(spec)
+        nodes = objective_outputs(runs, self.search.position, label)
+        runs = runs._replace(nodes=nodes)
+        spec = GraphSpec(
+            model=module.model,
+            inputs=inputs,
+            importances=g,
+            mode=MODES[self.mode],
+            threshold=self.threshold,
+            outputs=runs.nodes,
+        )
+        decoder = as_native_decoder(module.model, spec.mode)
+        layers, parts = decoder.parts(spec)
         graphs = prune_and_count(module.model, layers, parts, self.min_share)
         if spec.frozen:
             self.missed(largest_gap(graphs.gaps))
         pos = 0 if inputs.is_floating_point() else self.search.position % inputs.shape[1]
+        adversary_steps = self.search.judge.steps
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
             "nodes": node_rows(layers, ids),
             "edges": edge_rows(graphs.tables, ids),
             "outputs": output_rows(runs, ids, self.names),
             "components": component_rows(module, layers, self.threshold),
-            "frontier": frontier_rows(
-                frontier, best, ids, pos, self.search.judge.steps, self.names
-            ),
+            "frontier": frontier_rows(frontier, best, ids, pos, adversary_steps, self.names),
         }
 
 
-def asked(runs: Runs, position: int, label: Tensor | None) -> OutputNodes:
-    """The outputs in objective: at one position the label and what else is likely there; on vectors
-    all of them.
+def objective_outputs(runs: Runs, position: int, label: Tensor | None) -> OutputNodes:
+    """Choose the outputs of the objective: the label and other likely tokens at one position.
+
+    Without a label, for models on vectors, all outputs are chosen.
     """
     if label is None:
         return every_output
-    likely = runs.nodes(runs.ci)
+    likely = runs.nodes(runs.ci)  # [batch, pos, vocab]
     nodes = torch.zeros_like(likely)
     nodes[:, position] = likely[:, position]
-    nodes[torch.arange(len(label)), position, label] = True
+    every_prompt = torch.arange(len(label))
+    nodes[every_prompt, position, label] = True
     return lambda output: nodes
 
 
@@ -157,29 +174,34 @@ def frontier_rows(
     adversary_steps: int,
     names: Names,
 ) -> pl.DataFrame:
-    """One row a prompt and λ; that of the importance function itself has none."""
+    """Return one row per prompt and λ, and one row without λ for the importance function itself."""
     rows = len(frontier.prompt)
+    prompt_ids = np.array(ids, dtype=np.uint64)
+    label = None
+    token = None
+    if frontier.label is not None:
+        label = array(frontier.label, np.uint32)
+        token = token_strings(frontier.label.cpu().numpy(), names)
     columns: dict[str, Any] = {
-        "prompt_id": np.array(ids, dtype=np.uint64)[frontier.prompt.cpu().numpy()],
+        "prompt_id": prompt_ids[frontier.prompt.cpu().numpy()],
         "lambda": pl.Series(array(frontier.lambdas, np.float64)).fill_nan(None),
         "chosen": np.isin(np.arange(rows), best),
         "nodes": array(frontier.nodes, np.uint32),
         "important": array(frontier.important, np.uint32),
         "pos": np.full(rows, pos, dtype=np.uint16),
-        "label": None if frontier.label is None else array(frontier.label, np.uint32),
-        "token": None
-        if frontier.label is None
-        else token_strings(frontier.label.cpu().numpy(), names),
+        "label": label,
+        "token": token,
         "kept": array(frontier.kept),
         "adversary_steps": np.full(rows, adversary_steps, dtype=np.uint32),
         "steps": array(frontier.steps, np.uint32),
     }
-    columns |= {f"loss_{masks}": array(loss) for masks, loss in frontier.loss.items()}
+    types: dict[str, Any] = {"label": pl.UInt32, "token": pl.String}
+    for masks, loss in frontier.loss.items():
+        columns[f"loss_{masks}"] = array(loss)
     for masks in ("target", "ci", "stochastic", "adversarial"):
-        columns[f"p_{masks}"] = (
-            None if frontier.probability is None else array(frontier.probability[masks])
-        )
-    types = {"label": pl.UInt32, "token": pl.String} | {
-        n: pl.Float32 for n in columns if n.startswith("p_")
-    }
+        name = f"p_{masks}"
+        types[name] = pl.Float32
+        columns[name] = None
+        if frontier.probability is not None:
+            columns[name] = array(frontier.probability[masks])
     return pl.DataFrame(columns, schema_overrides=types)

@@ -1,9 +1,8 @@
-"""Dataset edges: what the edges of prompt graphs add up to over a corpus, as tables that add up
-further.
+"""Dataset edges: sums over a corpus of the edges of prompt graphs, as additive tables.
 
-For each batch of prompts: importances of the clean run choose the nodes, closed forms or batched
-products are summed by pairs of components (section A of docs/method.md). No graph is kept. What the
-sums are divided by, readers decide.
+For each batch of prompts, the importances of the clean run determine the nodes, and the edges are
+summed by pairs of components (section A of docs/method.md). The edges come from closed forms, or
+from batched products if there are none. No graph is kept. Readers choose how to normalize the sums.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,19 +31,22 @@ from spd_lightning.harvest.rows import (
     run_clean_and_masked,
 )
 from spd_lightning.store import KINDS, schema
+from spd_lightning.targets.protocols import vocab_of
 from spd_lightning.training.decompose import Decomposition
 
 
 class DatasetEdges(Harvester):
-    """Writes what edges add up to over all prompts: tables prompts, dataset_edges, dataset_nodes.
+    """Write the sums of edges over all prompts, by pairs of components.
+
+    The tables are prompts, dataset_edges and dataset_nodes.
 
     Args:
-        mode: whose edges (A5): of graphs unmasked, ci_masked, frozen, or reference.
-        threshold: importance above which a component is a node; readers cannot raise it.
-        layers: patterns of the layers between which edges are wanted: sites, embeddings, `output`.
-        group: prompts that are summed before they are written; a killed harvest loses the work of
-            fewer than these.
-        name: the harvest's folder below `<run>/harvest/`; "dataset-<mode>" if omitted.
+        mode: the mode of the graphs (A5): unmasked, ci_masked, frozen, or reference.
+        threshold: importance above which a component is a node; it cannot be raised afterwards.
+        layers: patterns of layers (sites, embeddings, `output`); only edges between them are added.
+        group: the number of prompts that are summed before they are written; a killed harvest loses
+            fewer prompts than that.
+        name: the harvest's folder in `<run>/harvest/`; "dataset-<mode>" if omitted.
     """
 
     def __init__(
@@ -55,122 +57,143 @@ class DatasetEdges(Harvester):
         group: int = 1000,
         name: str | None = None,
     ):
-        super().__init__(name or f"dataset-{mode}", group)
-        check_range("DatasetEdges", least=0, most=1, threshold=threshold)
         self.mode: ModeName = check_mode(mode, "DatasetEdges")
+        super().__init__(name or f"dataset-{mode}", group, self.mode)
+        check_range("DatasetEdges", least=0, most=1, threshold=threshold)
         self.threshold = threshold
         self.layers = list(layers)
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
-        """Everything that the rows depend on.
+        """Return the settings of the harvest, which its rows depend on.
 
         Raises:
             BadInput: a pattern matches no layer.
         """
-        settings = {"mode": self.mode, "threshold": self.threshold, "layers": self.layers}
-        own = {
-            "harvest": self.name,
-            "mode": self.mode,
-            "choices": asdict(MODES[self.mode]),
-            "corpus": True,
-        }
-        names = layer_names(module.model, MODES[self.mode].linearization == "frozen")
+        mode = MODES[self.mode]
+        names = layer_names(module.model, mode.linearization == "frozen")
         for pattern in self.layers:
             if not any(fnmatch(name, pattern) for name in names):
                 raise BadInput(
                     f"layers '{pattern}' in DatasetEdges: no such layer; {nearest(pattern, names)}"
                 )
-        own |= {"threshold": self.threshold, "config": settings, "layers": names}
-        return harvest_metadata(module) | own | {"token_layers": token_layers(module.model)}
+        return harvest_metadata(module) | {
+            "harvest": self.name,
+            "mode": self.mode,
+            "choices": asdict(mode),
+            "corpus": True,
+            "threshold": self.threshold,
+            "config": {
+                "mode": self.mode,
+                "threshold": self.threshold,
+                "layers": self.layers,
+            },
+            "layers": names,
+            "token_layers": token_layers(module.model),
+        }
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
-        """Where edges have no closed form, those across positions are all held at once."""
+        """Return the number of prompts that fit in memory, with their edges across positions.
+
+        All of these edges are in memory at once, unless they have a closed form.
+        """
+        count = super().at_once(model, inputs)
+        if inputs.is_floating_point():
+            return count
         mode = MODES[self.mode]
-        if (
-            inputs.is_floating_point()
-            or closed_form_obstacle(as_native_decoder(model, mode).model, mode) is None
-        ):
-            return super().at_once(model, inputs)
-        return min(super().at_once(model, inputs), max(1, PAIRS // inputs.shape[1] ** 2))
+        decoder = as_native_decoder(model, mode)
+        if closed_form_obstacle(decoder.model, mode) is None:
+            return count
+        pairs_per_prompt = inputs.shape[1] ** 2
+        return min(count, max(1, PAIRS // pairs_per_prompt))
 
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]
     ) -> Mapping[str, pl.DataFrame]:
-        """The sums over a batch of prompts."""
+        """Return the sums over a batch of prompts."""
         runs = run_clean_and_masked(module.model, prompts.inputs)
         mode = MODES[self.mode]
         spec = GraphSpec(
-            module.model, prompts.inputs, runs.importances, mode, self.threshold, runs.nodes
+            model=module.model,
+            inputs=prompts.inputs,
+            importances=runs.importances,
+            mode=mode,
+            threshold=self.threshold,
+            outputs=runs.nodes,
         )
-        nodes, pairs = as_native_decoder(module.model, mode).sums(spec, self._wanted)
+        decoder = as_native_decoder(module.model, mode)
+        nodes, pairs = decoder.sums(spec, self._includes)
         names = layer_names(module.model, spec.frozen)
-        if spec.frozen and all(self._wanted(layer) for layer in names):
+        if spec.frozen and all(self._includes(layer) for layer in names):
             self.missed(sums_gap(module.model, nodes, pairs))
+        positions = runs.target[..., 0].numel()  # of all prompts together
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
             "dataset_edges": pair_rows(pairs, names),
-            "dataset_nodes": sum_rows(nodes, names, positions=runs.target[..., 0].numel()),
+            "dataset_nodes": sum_rows(nodes, names, positions),
         }
 
-    def _wanted(self, layer: str) -> bool:
+    def _includes(self, layer: str) -> bool:
+        """Return whether a layer matches one of the patterns."""
         return any(fnmatch(layer, pattern) for pattern in self.layers)
 
 
 def token_layers(model: ComponentModel) -> list[str]:
-    """The layers whose components are tokens: embeddings of the whole vocabulary that are not
-    sites, and the output.
+    """Return the layers whose components are tokens.
+
+    These are the output, and the embeddings of the whole vocabulary that are not sites.
     """
-    vocab = getattr(model.target, "vocab", None)
-    found = [
-        name
-        for module, name in embeddings(model).items()
-        if getattr(module, "num_embeddings", None) == vocab
-    ]
-    return [*found, "output"] if vocab else []
+    vocab = vocab_of(model.target)
+    if not vocab:
+        return []
+    names = [name for module, name in embeddings(model).items() if module.num_embeddings == vocab]
+    return [*names, "output"]
 
 
 def pair_rows(pairs: Sequence[PairSums], names: list[str]) -> pl.DataFrame:
-    """One row for each two components that share an edge."""
-    frames = [
-        pl.DataFrame(
-            {
-                "source_kind": pl.repeat(
-                    pair.kind, len(pair.edges), dtype=pl.Enum(KINDS), eager=True
-                ),
-                "source_layer": pl.repeat(
-                    pair.source_layer, len(pair.edges), dtype=pl.Enum(names), eager=True
-                ),
-                "source": array(pair.source, np.uint32),
-                "target_layer": pl.repeat(
-                    pair.target_layer, len(pair.edges), dtype=pl.Enum(names), eager=True
-                ),
-                "target": array(pair.target, np.uint32),
-                "edges": array(pair.edges, np.uint64),
-                "sum": array(pair.total, np.float64),
-                "sum_abs_target": array(pair.size, np.float64),
-                "prompt_square_sum": array(pair.total_square, np.float64),
-                "prompt_square_sum_abs_target": array(pair.size_square, np.float64),
-            }
-        )
-        for pair in pairs
-    ]
-    return pl.concat([pl.DataFrame(schema=schema("dataset_edges", names)), *frames])
+    """Return one row for each pair of components with an edge between them."""
+    kinds = pl.Enum(KINDS)
+    layers = pl.Enum(names)
+    empty = pl.DataFrame(schema=schema("dataset_edges", names))
+    frames = [empty]
+    for pair in pairs:
+        rows = len(pair.edges)
+        columns = {
+            "source_kind": _constant(pair.kind, rows, kinds),
+            "source_layer": _constant(pair.source_layer, rows, layers),
+            "source": array(pair.source, np.uint32),
+            "target_layer": _constant(pair.target_layer, rows, layers),
+            "target": array(pair.target, np.uint32),
+            "edges": array(pair.edges, np.uint64),
+            "sum": array(pair.total, np.float64),
+            "sum_abs_target": array(pair.size, np.float64),
+            "prompt_square_sum": array(pair.total_square, np.float64),
+            "prompt_square_sum_abs_target": array(pair.size_square, np.float64),
+        }
+        frames.append(pl.DataFrame(columns))
+    return pl.concat(frames)
 
 
 def sum_rows(nodes: Sequence[NodeSums], names: list[str], positions: int) -> pl.DataFrame:
-    """One row a component, or a row of an embedding that is looked up: what sums are divided by."""
-    frames = [
-        pl.DataFrame(
-            {
-                "kind": pl.repeat(node.kind, len(node.firings), dtype=pl.Enum(KINDS), eager=True),
-                "layer": pl.repeat(node.layer, len(node.firings), dtype=pl.Enum(names), eager=True),
-                "component": array(node.component, np.uint32),
-                "firings": array(node.firings, np.int64),
-                "positions": np.full(len(node.firings), positions, dtype=np.int64),
-                "importance_sum": array(node.importance, np.float64),
-                "activation_square_sum": array(node.square, np.float64),
-            }
-        )
-        for node in nodes
-    ]
-    return pl.concat([pl.DataFrame(schema=schema("dataset_nodes", names)), *frames])
+    """Return one row for each component or embedding row that occurs, used to normalize edges."""
+    kinds = pl.Enum(KINDS)
+    layers = pl.Enum(names)
+    empty = pl.DataFrame(schema=schema("dataset_nodes", names))
+    frames = [empty]
+    for node in nodes:
+        rows = len(node.firings)
+        columns = {
+            "kind": _constant(node.kind, rows, kinds),
+            "layer": _constant(node.layer, rows, layers),
+            "component": array(node.component, np.uint32),
+            "firings": array(node.firings, np.int64),
+            "positions": np.full(rows, positions, dtype=np.int64),
+            "importance_sum": array(node.importance, np.float64),
+            "activation_square_sum": array(node.square, np.float64),
+        }
+        frames.append(pl.DataFrame(columns))
+    return pl.concat(frames)
+
+
+def _constant(value: str, rows: int, dtype: Any) -> pl.Series:
+    """Return a column with the same value in every row."""
+    return pl.repeat(value, rows, dtype=dtype, eager=True)

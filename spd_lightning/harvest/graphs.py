@@ -1,8 +1,8 @@
 """Prompt graphs: the attribution graph of every prompt, as tables.
 
-For each batch of prompts: importances of the clean run choose the nodes, closed forms or one cut
-run give all edges between them (section A of docs/method.md), and a run under the importances
-themselves gives the outputs. Some edges are tried by intervention.
+For each batch of prompts, the importances of the clean run determine the nodes. Closed forms, or
+one cut run, give all edges between them (section A of docs/method.md). A run under the importances
+as masks gives the outputs. Some edges are tested by intervention.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,35 +43,39 @@ from spd_lightning.harvest.rows import (
     prompt_rows,
     run_clean_and_masked,
 )
+from spd_lightning.targets.protocols import vocab_of
 from spd_lightning.training.decompose import Decomposition
 
 HEADS = 8
-"""So many times fewer prompts at once where each edge through attention has a row a head too."""
+"""The divisor of the number of prompts in memory if edges through attention have rows per head."""
 
 TOGETHER = 1 << 27
-"""Edges of all prompts that are harvested together."""
+"""The largest number of edges of all prompts that are harvested together."""
 
 
 class PromptGraphs(Harvester):
-    """Writes the attribution graph of every prompt: tables prompts, nodes, edges, checks, graphs,
-    outputs, components.
+    """Write the attribution graph of every prompt.
+
+    The tables are prompts, nodes, edges, checks, graphs, outputs and components; with `heads` also
+    head_edges.
 
     Args:
-        mode: the graph's kind (A5): unmasked, ci_masked, frozen (in-edges add up), or reference.
-        threshold: importance above which a component is a node; 0 keeps all that matter at all,
-            readers may raise it.
-        min_share: edges below this share of all that enters their target, sizes added up, are not
+        mode: the mode of the graphs (A5): unmasked, ci_masked, frozen (in-edges add up), or
+            reference.
+        threshold: importance above which a component is a node; 0 keeps every component with
+            positive importance. Readers can raise it.
+        min_share: edges below this share of the total |attribution| into their target are not
             written.
-        outputs: which outputs of a language model are nodes, standing for what; likely tokens'
-            logits if left out.
-        nodes: only these components, `layer:component`, `layer:pos:component` or a pattern of
-            layers; all if left out.
-        checks: how many written edges of each prompt to try by switching their source off, drawn by
-            their size; 0 for none.
-        heads: whether to write the table `head_edges` too: what each head adds to each written edge
-            through attention; weak heads of an edge stay, so that they add up. Only where graphs
-            have a closed form and all attention is decomposed.
-        name: the harvest's folder below `<run>/harvest/`; "graphs-<mode>" if omitted.
+        outputs: which outputs of a language model are nodes, and the quantity that they stand for;
+            the logits of likely tokens if omitted.
+        nodes: the components that can be nodes, as `layer:component`, `layer:pos:component`, or a
+            pattern of layers; all components if omitted.
+        checks: the number of edges of each prompt to test by ablating their source, 0 for none.
+            They are drawn from the written edges in proportion to their size.
+        heads: whether to write the table head_edges too: the part of each written edge that goes
+            through each attention head. All heads of an edge are written, so that they add up to
+            it. This requires graphs with a closed form and an attention whose maps are all sites.
+        name: the harvest's folder in `<run>/harvest/`; "graphs-<mode>" if omitted.
     """
 
     def __init__(
@@ -85,74 +89,88 @@ class PromptGraphs(Harvester):
         heads: bool = False,
         name: str | None = None,
     ):
-        super().__init__(name or f"graphs-{mode}")
+        self.mode: ModeName = check_mode(mode, "PromptGraphs")
+        super().__init__(name or f"graphs-{mode}", graph_mode=self.mode)
         check_range("PromptGraphs", least=0, below=1, min_share=min_share)
         check_range("PromptGraphs", least=0, most=1, threshold=threshold)
         check_range("PromptGraphs", least=0, whole=True, checks=checks)
-        self.min_share, self.checks, self.heads = min_share, checks, heads
-        self.mode: ModeName = check_mode(mode, "PromptGraphs")
-        self.threshold, self.outputs, self.nodes = threshold, outputs, nodes
+        self.threshold = threshold
+        self.min_share = min_share
+        self.outputs = outputs
+        self.nodes = nodes
+        self.checks = checks
+        self.heads = heads
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
-        """Everything that the rows depend on.
+        """Return the settings of the harvest, which its rows depend on.
 
         Raises:
-            BadInput: heads are asked for, and edges cannot be taken apart by them.
+            BadInput: `heads` is set, but edges cannot be split by attention heads.
         """
         mode = MODES[self.mode]
-        if self.heads and (
-            why := head_edges_obstacle(as_native_decoder(module.model, mode).model, mode)
-        ):
-            raise BadInput(
-                f"heads in PromptGraphs: attention needs its closed form, and {why}; leave them out"
-            )
-        own = {"harvest": self.name, "mode": self.mode, "choices": asdict(mode)}
-        settings = {
+        if self.heads:
+            decoder = as_native_decoder(module.model, mode)
+            obstacle = head_edges_obstacle(decoder.model, mode)
+            if obstacle:
+                raise BadInput(
+                    f"heads in PromptGraphs: attention needs its closed form, and {obstacle}; "
+                    "leave them out"
+                )
+        return harvest_metadata(module) | {
+            "harvest": self.name,
             "mode": self.mode,
+            "choices": asdict(mode),
             "threshold": self.threshold,
             "min_share": self.min_share,
-            "checks": self.checks,
+            "config": {
+                "mode": self.mode,
+                "threshold": self.threshold,
+                "min_share": self.min_share,
+                "checks": self.checks,
+                "outputs": self.outputs and asdict(self.outputs),
+                "nodes": self.nodes and list(self.nodes),
+                "heads": self.heads,
+            },
+            "layers": layer_names(module.model, mode.linearization == "frozen"),
         }
-        settings |= {
-            "outputs": self.outputs and asdict(self.outputs),
-            "nodes": self.nodes and list(self.nodes),
-        }
-        settings |= {"heads": self.heads}
-        own |= {"threshold": self.threshold, "min_share": self.min_share, "config": settings}
-        return (
-            harvest_metadata(module)
-            | own
-            | {"layers": layer_names(module.model, mode.linearization == "frozen")}
-        )
 
     def refuse(self, module: Decomposition, prompts: Prompts) -> None:
-        """Also what is asked for has to be there: components, tokens, positions."""
+        """Check prompts of one length, and that the chosen nodes and outputs exist."""
         super().refuse(module, prompts)
         inputs = prompts.inputs
         length = 1 if inputs.is_floating_point() else inputs.shape[1]
         if self.nodes is not None:
             thresholds(module.model, self.nodes, self.threshold, length)
         if self.outputs is not None:
-            output = torch.zeros(1, length, int(getattr(module.network, "vocab", 0)))
+            vocab = vocab_of(module.network) or 0
+            output = torch.zeros(1, length, vocab)
             self._outputs(inputs, every_output, output)
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
-        """Edges across positions grow with the square of the length, and are all held until they
-        are written.
+        """Return the number of prompts that fit in memory, with their edges across positions.
+
+        The number of these edges grows with the square of the length, and all of them are in memory
+        until they are written.
         """
+        count = super().at_once(model, inputs)
         length = 1 if inputs.is_floating_point() else inputs.shape[1]
-        each = HEADS if self.heads else 1
-        return min(super().at_once(model, inputs), max(1, PAIRS // (each * length**2)))
+        rows_per_edge = HEADS if self.heads else 1
+        return min(count, max(1, PAIRS // (rows_per_edge * length**2)))
 
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]
     ) -> Mapping[str, pl.DataFrame]:
-        """One group of shards: the graphs of a batch of prompts."""
+        """Return the graphs of a batch of prompts."""
         runs = self._runs(module.model, prompts.inputs)
         mode = MODES[self.mode]
         threshold = self._threshold(module.model, runs)
         spec = GraphSpec(
-            module.model, prompts.inputs, runs.importances, mode, threshold, runs.nodes
+            model=module.model,
+            inputs=prompts.inputs,
+            importances=runs.importances,
+            mode=mode,
+            threshold=threshold,
+            outputs=runs.nodes,
         )
         decoder = as_native_decoder(module.model, mode)
         max_edges = min(MAX_EDGES, TOGETHER // len(ids))
@@ -161,7 +179,8 @@ class PromptGraphs(Harvester):
         if spec.frozen:
             self.missed(largest_gap(graphs.gaps))
         tried = sample_edges(layers, graphs.tables, ids, self.checks)
-        checks = check_rows(tried, decoder.changes(spec, tried.checks, FACTOR), ids)
+        changes = decoder.changes(spec, tried.checks, FACTOR)
+        checks = check_rows(tried, changes, ids)
         rows = {
             "prompts": prompt_rows(prompts, ids, self.names),
             "nodes": node_rows(layers, ids),
@@ -176,22 +195,26 @@ class PromptGraphs(Harvester):
         return rows
 
     def _runs(self, model: ComponentModel, inputs: Tensor) -> Runs:
-        """Both runs of a batch of prompts, with the output nodes that are asked for."""
+        """Run a batch of prompts clean and under importances, and choose the output nodes."""
         runs = run_clean_and_masked(model, inputs)
-        return runs._replace(nodes=self._outputs(inputs, runs.nodes, runs.ci))
+        likely = runs.nodes
+        nodes = self._outputs(inputs, likely, runs.ci)
+        return runs._replace(nodes=nodes)
 
     def _outputs(self, inputs: Tensor, likely: OutputNodes, output: Tensor) -> OutputNodes:
+        """Return the chosen output nodes, or the likely tokens by default."""
         if self.outputs is None:
             return likely
         if inputs.is_floating_point():
             raise BadInput(
-                "outputs in PromptGraphs: a model on vectors has no tokens, all its outputs are "
-                "nodes"
+                "outputs in PromptGraphs: a model on vectors has no tokens; remove this option, "
+                "since all its outputs are nodes"
             )
         return self.outputs.outputs(likely, output, self.names)
 
     def _threshold(self, model: ComponentModel, runs: Runs) -> Threshold:
-        """Importances above which components are nodes."""
+        """Return the importances above which components are nodes."""
         if self.nodes is None:
             return self.threshold
-        return thresholds(model, self.nodes, self.threshold, runs.ci.shape[1])
+        length = runs.ci.shape[1]
+        return thresholds(model, self.nodes, self.threshold, length)

@@ -1,122 +1,142 @@
-"""The parts that all harvesters share: finding the run's store, skipping what it holds, closing it.
+"""The base class of all harvesters, which opens the run's store, fills it, and closes it.
 
-A harvester is a callback. On every predicted batch it turns prompts into rows and commits them as
-one group of shards; sums over prompts are held back until a group has enough of them. Prompts that
-the store already holds are not computed again; those of a group that was not committed are. A
-harvest lives in `<run>/harvest/<name>/`; nothing is there before all prompts and settings have been
-found fit.
+A harvester is a callback. It turns each predicted batch of prompts into rows and commits them as
+one group of shards. Rows that are sums over prompts are kept in memory until a group has enough
+prompts. Prompts in the store are skipped; prompts of a group that was not committed are computed
+again. A harvest is the folder `<run>/harvest/<name>/`, which is created after all prompts and
+settings have been checked.
 """
 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import polars as pl
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from spd_lightning.attribution.graph import MODES
+from spd_lightning.attribution.graph import MODES, ModeName
 from spd_lightning.data.modules import Prompts, StepData
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, check_range
 from spd_lightning.harvest.native_decoder import log_why_slow
 from spd_lightning.store import Store, Writer, added, gap_warning, prompt_hash
+from spd_lightning.targets.protocols import context_of, vocab_of
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.multi_step import non_finite
 
 log = logging.getLogger(__name__)
 
 DENSE = 1 << 25
+"""The largest number of entries of an array over all components of prompts harvested together."""
+
 LOGITS = 4
-"""Numbers in one array over all components of the prompts that are harvested together; arrays of
-logits beside it.
-"""
+"""Estimated number of arrays of logits in memory next to such an array."""
 
 PAIRS = 1 << 16
-"""Pairs of positions, of all prompts whose edges are held together."""
+"""The largest number of pairs of positions, over all prompts whose edges are in memory together."""
 
 HELD = 1 << 23
-"""Rows held back at most before sums of the same are added up."""
+"""The number of rows in memory above which rows of sums with the same keys are added up."""
+
+
+@runtime_checkable
+class NamesTokens(Protocol):
+    """Data that can name tokens."""
+
+    def names(self, ids: list[int]) -> list[str]:
+        """Return the text of each token."""
+        ...
 
 
 class Harvester(Callback, ABC):
     """A callback that turns prompts into the rows of one store.
 
     Attributes:
-        name: the harvest's folder below `<run>/harvest/`.
-        folder: that folder, once predicting has begun.
-        names: what tokens look like, as the data module says.
-        group: how many prompts a group of shards has at least.
+        name: the name of the harvest's folder in `<run>/harvest/`.
+        folder: the path of this folder; None before predicting starts.
+        names: the function of the data module that turns token ids into text.
+        group: the smallest number of prompts in a group of shards.
+        graph_mode: the kind of graph, for harvests of graphs; None for others.
     """
 
-    def __init__(self, name: str, group: int = 1):
+    def __init__(self, name: str, group: int = 1, graph_mode: ModeName | None = None):
         check_range(type(self).__name__, least=1, whole=True, group=group)
-        self.name, self.group = name, group
+        self.name = name
+        self.group = group
+        self.graph_mode = graph_mode
         self.folder: Path | None = None
         self.names: Callable[[list[int]], list[str]] = digits
         self._writer: Writer | None = None
         self._settings: dict[str, Any] = {}
-        self._held: list[dict[str, pl.DataFrame]] = []
+        self._frames: list[dict[str, pl.DataFrame]] = []
         self._pending: set[int] = set()
         self._gap: float | None = None
 
     @abstractmethod
     def manifest(self, module: Decomposition) -> dict[str, Any]:
-        """The settings of the harvest; a store made under other settings is not continued."""
+        """Return the settings of the harvest; a store with other settings is not continued."""
 
     @abstractmethod
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]
     ) -> Mapping[str, pl.DataFrame]:
-        """The rows of a batch of prompts, by table."""
+        """Return the rows of a batch of prompts, by table."""
 
     def at_once(self, model: ComponentModel, inputs: torch.Tensor) -> int:
-        """How many prompts of a batch fit into memory together: at least one.
+        """Return the number of prompts of a batch that fit in memory together, which is at least 1.
 
-        inputs: [batch, features] floating point, or [batch, pos] token ids. Counted are the numbers
-        of one dense array over all components, and several arrays of logits.
+        The estimate counts the entries of one dense array over all components and of a few arrays
+        of logits.
+
+        inputs: [batch, features] floating point, or [batch, pos] token ids.
         """
         positions = 1 if inputs.is_floating_point() else inputs.shape[1]
-        numbers = sum(model.counts.values()) + LOGITS * int(getattr(model.target, "vocab", 0))
-        return max(1, DENSE // max(1, positions * numbers))
+        components = sum(model.counts.values())
+        vocab = vocab_of(model.target) or 0
+        entries_per_prompt = positions * (components + LOGITS * vocab)
+        return max(1, DENSE // max(1, entries_per_prompt))
 
     def refuse(self, module: Decomposition, prompts: Prompts) -> None:
-        """Looks at prompts of one length before anything is computed or written.
+        """Check prompts of one length, before anything is computed or written.
 
         Raises:
-            BadInput: the model, or this harvest, cannot take one of them.
+            BadInput: the model or this harvest does not accept one of the prompts.
         """
         if not prompts.inputs.is_floating_point():
-            refuse_tokens(
-                prompts, *(getattr(module.network, name, None) for name in ("vocab", "context"))
-            )
+            refuse_tokens(prompts, vocab_of(module.network), context_of(module.network))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":
             return
         assert isinstance(pl_module, Decomposition)
-        if name := non_finite(
-            {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
-        ):
+        trained = {
+            name: parameter
+            for name, parameter in pl_module.named_parameters()
+            if parameter.requires_grad
+        }
+        broken = non_finite(trained)
+        if broken:
             raise BadInput(
-                f"harvest '{self.name}': the weights '{name}' are not finite; fit again, more "
-                "slowly"
+                f"harvest '{self.name}': the weights '{broken}' are not finite; fit again at a "
+                "lower learning rate"
             )
-        data = getattr(trainer, "datamodule", None)
-        self.names = getattr(data, "names", digits)
+        data = vars(trainer).get("datamodule")  # Lightning sets it only if there is one
+        self.names = data.names if isinstance(data, NamesTokens) else digits
         self._settings = self.manifest(pl_module)
-        for prompts in data.groups() if isinstance(data, StepData) else ():
-            self.refuse(pl_module, prompts)
+        if isinstance(data, StepData):
+            for prompts in data.groups():
+                self.refuse(pl_module, prompts)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Decomposition)
         self.folder = Path(trainer.default_root_dir) / "harvest" / self.name
         self._writer = Writer(self.folder, self._settings, trainer.global_rank, trainer.world_size)
-        if trainer.is_global_zero and (mode := getattr(self, "mode", None)):
-            log_why_slow(pl_module.model, MODES[mode], self.name)
-        self._held = []
+        if self.graph_mode is not None and trainer.is_global_zero:
+            log_why_slow(pl_module.model, MODES[self.graph_mode], self.name)
+        self._frames = []
         self._pending = set()
         self._gap = None
 
@@ -131,47 +151,61 @@ class Harvester(Callback, ABC):
     ) -> None:
         assert self._writer is not None
         assert isinstance(pl_module, Decomposition)
-        ids = [prompt_id(row) for row in batch.inputs]
         known = self._writer.finished | self._pending
-        fresh = [k for k, i in enumerate(ids) if i not in known and i not in ids[:k]]
+        new: dict[int, int] = {}  # for each new prompt, its id and its first row in the batch
+        for row, prompt in enumerate(batch.inputs):
+            number = prompt_id(prompt)
+            if number not in known:
+                new.setdefault(number, row)
+        ids = list(new)
         size = self.at_once(pl_module.model, batch.inputs)
-        for start in range(0, len(fresh), size):
-            self._harvest(pl_module, batch, fresh[start : start + size], ids)
+        for start in range(0, len(ids), size):
+            some = ids[start : start + size]
+            self._harvest(pl_module, batch, {number: new[number] for number in some})
 
-    def _harvest(
-        self, module: Decomposition, batch: Prompts, chosen: list[int], ids: list[int]
-    ) -> None:
-        """Make the rows of some prompts of a batch: in single precision, and with gradients, for
-        attributions.
+    def _harvest(self, module: Decomposition, batch: Prompts, new: Mapping[int, int]) -> None:
+        """Compute the rows of some prompts of a batch, and commit them once a group is complete.
+
+        new: for each of these prompts, its id and its row in the batch.
         """
-        plain = torch.autocast(module.device.type, enabled=False)
-        mine = [ids[k] for k in chosen]
-        with torch.inference_mode(False), torch.enable_grad(), plain:
-            self._held.append(dict(self.rows(module, batch.take(chosen), mine)))
-        self._pending.update(mine)
+        ids = list(new)
+        # Attributions need gradients, and at least single precision.
+        single_precision = torch.autocast(module.device.type, enabled=False)
+        with torch.inference_mode(False), torch.enable_grad(), single_precision:
+            prompts = batch.take(list(new.values()))  # a copy that gradients can be taken of
+            rows = self.rows(module, prompts, ids)
+        self._frames.append(dict(rows))
+        self._pending.update(ids)
         if len(self._pending) >= self.group:
             self._commit()
-        elif sum(frame.height for frames in self._held for frame in frames.values()) > HELD:
-            self._held = [self._together()]
+        elif self._rows_in_memory() > HELD:
+            self._frames = [self._joined()]
 
-    def _together(self) -> dict[str, pl.DataFrame]:
-        return {
-            table: added(table, [frames[table] for frames in self._held]) for table in self._held[0]
-        }
+    def _rows_in_memory(self) -> int:
+        count = 0
+        for frames in self._frames:
+            count += sum(frame.height for frame in frames.values())
+        return count
+
+    def _joined(self) -> dict[str, pl.DataFrame]:
+        """Join the uncommitted frames of each table; rows of sums with the same keys are added."""
+        joined = {}
+        for table in self._frames[0]:
+            parts = [frames[table] for frames in self._frames]
+            joined[table] = added(table, parts)
+        return joined
 
     def _commit(self) -> None:
-        """Write what is held as one group of shards."""
+        """Write the uncommitted rows as one group of shards."""
         assert self._writer is not None
-        if self._held:
-            self._writer.write(self._together(), self._gap)
-        self._held = []
+        if self._frames:
+            self._writer.write(self._joined(), self._gap)
+        self._frames = []
         self._pending = set()
         self._gap = None
 
     def missed(self, gap: float) -> None:
-        """Note by how much the in-edges of some frozen graphs miss the activations (A6), to be
-        written with them.
-        """
+        """Remember the gap of some frozen graphs (A6), to write it with them."""
         self._gap = max(gap, self._gap or 0.0)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,12 +214,10 @@ class Harvester(Callback, ABC):
         self._writer.complete()
         self._writer.close()
         if trainer.is_global_zero:
-            self._tell_of_gap()
+            self._log_gap()
 
-    def _tell_of_gap(self) -> None:
-        """Print how far the in-edges of frozen graphs are from adding up, loudly if they do not
-        (A6).
-        """
+    def _log_gap(self) -> None:
+        """Log the largest gap of frozen graphs, as a warning if in-edges do not add up (A6)."""
         assert self.folder is not None
         manifest = Store(self.folder).manifest
         if why := gap_warning(manifest):
@@ -205,33 +237,39 @@ class Harvester(Callback, ABC):
 
 
 def refuse_tokens(prompts: Prompts, vocab: int | None, context: int | None) -> None:
-    """Raises BadInput where a prompt is empty, longer than a model's context, or has tokens that it
-    does not know.
+    """Check that prompts are not empty, fit in the context, and have known tokens.
+
+    Raises:
+        BadInput: a prompt does not.
     """
     inputs = prompts.inputs
-    length = prompts.inputs.shape[1]
+    length = inputs.shape[1]
     if not length:
-        raise BadInput(f"prompt '{prompts.sources[0]}': it is empty; give it a token at least")
+        raise BadInput(f"prompt '{prompts.sources[0]}': it is empty; give it at least one token")
     if context is not None and length > context:
         remedy = "shorten it" if prompts.splits[0] == "given" else "lower data.n_ctx"
-        holds = f"the target's context holds {context}"
         raise BadInput(
-            f"prompt '{prompts.sources[0]}': it has {length} tokens, and {holds}; {remedy}"
+            f"prompt '{prompts.sources[0]}': it has {length} tokens, and the target's context "
+            f"holds {context}; {remedy}"
         )
-    if vocab is not None and (strange := ((inputs < 0) | (inputs >= vocab)).nonzero().tolist()):
-        row, pos = strange[0]
+    if vocab is None:
+        return
+    unknown = (inputs < 0) | (inputs >= vocab)  # [batch, pos]
+    places = unknown.nonzero().tolist()
+    if places:
+        row, pos = places[0]
         raise BadInput(
             f"prompt '{prompts.sources[row]}': token {int(inputs[row, pos])} is outside the "
-            "target's vocabulary of "
-            f"{vocab}; take the tokenizer it was trained with"
+            f"target's vocabulary of {vocab}; take the tokenizer it was trained with"
         )
 
 
 def digits(ids: list[int]) -> list[str]:
-    """Tokens that nobody can name go by their numbers."""
+    """Return the ids as strings, as names of tokens whose text is unknown."""
     return [str(i) for i in ids]
 
 
 def prompt_id(row: torch.Tensor) -> int:
-    """The id of one prompt: a hash of its numbers."""
-    return prompt_hash(row.cpu().contiguous().numpy().tobytes())
+    """Return the id of one prompt, a hash of its numbers."""
+    content = row.cpu().contiguous().numpy()
+    return prompt_hash(content.tobytes())

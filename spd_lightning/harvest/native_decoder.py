@@ -1,11 +1,12 @@
-"""Graphs of models that have a decoder's parts under other names: the same numbers, without a
-backward pass.
+"""Graphs of HuggingFace models through an equivalent decoder, which needs no backward pass.
 
-A HuggingFace GPT-2, Llama, Mistral or Qwen2 taken as it is (`hf:`) has an equivalent, our own
-decoder with the same weights. Where the sites have their places in it, graphs are the decoder's,
-and names stay those of the model. (GPT-2's one map for queries, keys and values has none: take such
-a checkpoint as `decoder:` to have closed forms. In frozen graphs biases of maps that are not sites
-are nodes, so they must have their places too.)
+A HuggingFace GPT-2, Llama, Mistral or Qwen2 (`hf:`) has an equivalent: our decoder with the same
+weights. If every site also exists in the decoder, graphs are computed with the decoder, and layers
+keep the names of the model. The numbers are the same.
+
+GPT-2 has one map for queries, keys and values, which the decoder does not have. Load such a
+checkpoint as `decoder:` to get closed forms. In frozen graphs, biases of maps that are not sites
+are nodes, so these maps must exist in the decoder too.
 """
 
 import logging
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spd_lightning.attribution.autograd import biased
-from spd_lightning.attribution.checks import Checks, Key, changes
+from spd_lightning.attribution.checks import Checks, LayerKey, changes
 from spd_lightning.attribution.closed_form.heads import HeadTable, head_edges
 from spd_lightning.attribution.closed_form.trace import closed_form_obstacle
 from spd_lightning.attribution.dataset_edges import NodeSums, PairSums, dataset_edges
@@ -27,13 +28,16 @@ from spd_lightning.attribution.pruning import prune_edges
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.targets.conversion import equivalent_decoder
 from spd_lightning.targets.huggingface import HuggingFaceLM
+from spd_lightning.targets.protocols import vocab_of
 
 log = logging.getLogger(__name__)
 
 
 class NativeDecoder(NamedTuple):
-    """A decomposed model as graphs are made of it; names: the decoder's names of the model's own
-    modules.
+    """The form of a decomposed model that its graphs are computed with.
+
+    model: the equivalent decoder, or the model itself.
+    names: the decoder's name of each module of the model; empty for the model itself.
     """
 
     model: ComponentModel
@@ -42,104 +46,120 @@ class NativeDecoder(NamedTuple):
     def graphs(
         self, spec: GraphSpec, min_share: float = 0.0
     ) -> tuple[list[Layer], Iterator[EdgeTable]]:
-        """Compute `attribution_graphs` of the equivalent decoder, under the model's own names."""
+        """Compute `attribution_graphs` of the decoder, with the model's names of layers."""
         layers, graphs = self.parts(spec)
         return layers, (prune_edges(parts, min_share).table for parts in graphs)
 
     def parts(
         self, spec: GraphSpec, max_edges: int | None = None
     ) -> tuple[list[Layer], Iterator[LazyEdges]]:
-        """Compute `lazy_graphs` of the equivalent decoder, under the model's own names."""
-        layers, graphs = lazy_graphs(self._theirs(spec), max_edges)
-        return [layer._replace(name=self._own(layer.name)) for layer in layers], graphs
+        """Compute `lazy_graphs` of the decoder, with the model's names of layers."""
+        layers, graphs = lazy_graphs(self._decoder_spec(spec), max_edges)
+        renamed = [layer._replace(name=self._model_name(layer.name)) for layer in layers]
+        return renamed, graphs
 
     def heads(self, spec: GraphSpec, edges: Iterable[EdgeTable]) -> Iterator[HeadTable]:
-        """Compute `head_edges` for edges of such graphs."""
-        return head_edges(self._theirs(spec), edges)
+        """Compute `head_edges` of the decoder, for edges of its graphs."""
+        return head_edges(self._decoder_spec(spec), edges)
 
     def sums(
         self, spec: GraphSpec, wanted: Callable[[str], bool] = lambda layer: True
     ) -> tuple[list[NodeSums], list[PairSums]]:
-        """Compute `dataset_edges` of the equivalent decoder, under the model's own names."""
-        own = self._own
-        nodes, pairs = dataset_edges(self._theirs(spec), lambda layer: wanted(own(layer)))
-        ends = (
-            {"source_layer": own(pair.source_layer), "target_layer": own(pair.target_layer)}
-            for pair in pairs
-        )
-        renamed = [pair._replace(**names) for pair, names in zip(pairs, ends, strict=True)]
-        return [node._replace(layer=own(node.layer)) for node in nodes], renamed
+        """Compute `dataset_edges` of the decoder, with the model's names of layers."""
+
+        def wanted_in_decoder(layer: str) -> bool:
+            return wanted(self._model_name(layer))
+
+        nodes, pairs = dataset_edges(self._decoder_spec(spec), wanted_in_decoder)
+        renamed_nodes = [node._replace(layer=self._model_name(node.layer)) for node in nodes]
+        renamed_pairs = []
+        for pair in pairs:
+            renamed = pair._replace(
+                source_layer=self._model_name(pair.source_layer),
+                target_layer=self._model_name(pair.target_layer),
+            )
+            renamed_pairs.append(renamed)
+        return renamed_nodes, renamed_pairs
 
     def changes(self, spec: GraphSpec, checks: Checks, factor: float) -> Tensor:
-        """Compute `checks.changes` for edges of such graphs."""
-        theirs: list[Key] = [(kind, self.names.get(name, name)) for kind, name in checks.layers]
-        return changes(self._theirs(spec), checks._replace(layers=theirs), factor)
+        """Compute `checks.changes` of the decoder, for edges of its graphs."""
+        layers: list[LayerKey] = [(kind, self._decoder_name(name)) for kind, name in checks.layers]
+        renamed = checks._replace(layers=layers)
+        return changes(self._decoder_spec(spec), renamed, factor)
 
-    def _theirs(self, spec: GraphSpec) -> GraphSpec:
-        """Return the specification of the same graphs for the equivalent decoder."""
+    def _decoder_spec(self, spec: GraphSpec) -> GraphSpec:
+        """Return the specification of the same graphs for the decoder."""
+        threshold = spec.threshold
+        if isinstance(threshold, Mapping):
+            threshold = self._rename_sites(threshold)
+        importances = self._rename_sites(spec.importances)
+        return spec._replace(model=self.model, importances=importances, threshold=threshold)
 
-        def renamed(sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {self.names.get(name, name): values for name, values in sites.items()}
+    def _rename_sites(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Replace the keys, the model's names of sites, by the decoder's names."""
+        return {self._decoder_name(site): tensor for site, tensor in values.items()}
 
-        threshold = (
-            renamed(spec.threshold) if isinstance(spec.threshold, Mapping) else spec.threshold
-        )
-        return spec._replace(
-            model=self.model, importances=renamed(spec.importances), threshold=threshold
-        )
+    def _decoder_name(self, name: str) -> str:
+        return self.names.get(name, name)
 
-    def _own(self, name: str) -> str:
-        return {theirs: own for own, theirs in self.names.items()}.get(name, name)
+    def _model_name(self, name: str) -> str:
+        model_names = {decoder: own for own, decoder in self.names.items()}
+        return model_names.get(name, name)
 
 
 def log_why_slow(model: ComponentModel, mode: Mode, harvest: str) -> None:
-    """Says why graphs of a language model have no closed form, if that is so."""
-    if hasattr(model.target, "vocab") and (
-        why := closed_form_obstacle(as_native_decoder(model, mode).model, mode)
-    ):
+    """Log the reason if the graphs of a language model have no closed form."""
+    if vocab_of(model.target) is None:
+        return
+    decoder = as_native_decoder(model, mode)
+    why = closed_form_obstacle(decoder.model, mode)
+    if why:
         log.info(
-            "harvest %s: no closed forms (%s); edges by batched products: slower, the same numbers",
+            "harvest %s: no closed forms (%s); computing edges by batched products, which gives "
+            "the same numbers but is slower",
             harvest,
             why,
         )
 
 
 def as_native_decoder(model: ComponentModel, mode: Mode) -> NativeDecoder:
-    """The quickest form of a decomposed model for graphs of a mode: itself, or a decoder's with the
-    same components.
+    """Return the fastest form of a decomposed model for graphs of a mode.
+
+    It is the model itself, or an equivalent decoder with the same components. It is computed once
+    for each state of the target's weights.
     """
-    with torch.inference_mode(
-        False
-    ):  # the decoder outlives the mode it is made in, and gradients may be asked of it
-        return _as_native_decoder(
-            model, mode, tuple((p.data_ptr(), p._version) for p in model.target.parameters())
-        )
+    # The decoder is cached and may need gradients later, so it cannot have inference tensors.
+    with torch.inference_mode(False):
+        # The address of a weight and the number of its changes identify its state.
+        weights = tuple((p.data_ptr(), p._version) for p in model.target.parameters())
+        return _as_native_decoder(model, mode, weights)
 
 
 @lru_cache(maxsize=2)
 def _as_native_decoder(
     model: ComponentModel, mode: Mode, weights: tuple[tuple[int, int], ...]
 ) -> NativeDecoder:
-    """The same, made once for each state of the target's weights: where they lie, and how often
-    they were changed.
-    """
-    del weights
-    itself = NativeDecoder(model, {})
-    if closed_form_obstacle(model, mode) is None or not isinstance(model.target, HuggingFaceLM):
-        return itself
-    found = equivalent_decoder(model.target)
-    if found is None or not all(name in found[1] for name in model.sites):
-        return itself
-    decoder, names = found
-    counts = {names[name]: C for name, C in model.counts.items()}
+    del weights  # only a key of the cache
+    unchanged = NativeDecoder(model, {})
+    if closed_form_obstacle(model, mode) is None:
+        return unchanged
+    if not isinstance(model.target, HuggingFaceLM):
+        return unchanged
+    equivalent = equivalent_decoder(model.target)
+    if equivalent is None:
+        return unchanged
+    decoder, names = equivalent
+    if not all(site in names for site in model.sites):
+        return unchanged
+    counts = {names[site]: C for site, C in model.counts.items()}
     other = ComponentModel(decoder, counts, delta=model.delta)
-    for name in model.sites:
-        other.components[names[name].replace(".", "/")] = model[name]
-    same = mode.linearization != "frozen" or {names.get(name) for name in biased(model)} == set(
-        biased(other)
-    )
-    return (
-        NativeDecoder(other, names)
-        if same and closed_form_obstacle(other, mode) is None
-        else itself
-    )
+    for site in model.sites:
+        key = names[site].replace(".", "/")
+        other.components[key] = model[site]
+    if mode.linearization == "frozen":
+        expected_biases = {names.get(name) for name in biased(model)}
+        if expected_biases != set(biased(other)):
+            return unchanged
+    if closed_form_obstacle(other, mode) is not None:
+        return unchanged
+    return NativeDecoder(other, names)

@@ -1,9 +1,8 @@
-"""Prompt nodes: which components every token of every prompt needs, as tables; no edges, so no
-backward pass.
+"""Prompt nodes: the components that each token of each prompt needs, as tables without edges.
 
-Two forward passes a batch: a clean one gives importances and inner activations, one under the
-importances the outputs. Activations are those of the clean run, as in graphs of mode `unmasked`
-(A5), whose nodes are the same.
+Each batch takes two forward passes and no backward pass. The clean pass gives the importances and
+the inner activations; the pass under the importances as masks gives the outputs. Graphs of mode
+`unmasked` (A5) have the same nodes with the same activations.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,13 +34,14 @@ from spd_lightning.training.decompose import Decomposition
 
 
 class PromptNodes(Harvester):
-    """Writes which components every prompt needs, and where: tables prompts, nodes, outputs,
-    components.
+    """Write the components that each prompt needs, by position, without edges.
+
+    The tables are prompts, nodes, outputs and components.
 
     Args:
-        threshold: importance above which a component is a node; 0 keeps all that matter at all,
-            readers may raise it.
-        name: the harvest's folder below `<run>/harvest/`.
+        threshold: importance above which a component is a node; 0 keeps every component with
+            positive importance. Readers can raise it.
+        name: the harvest's folder in `<run>/harvest/`.
     """
 
     def __init__(self, threshold: float = 0.0, name: str = "nodes"):
@@ -50,17 +50,22 @@ class PromptNodes(Harvester):
         self.threshold = threshold
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
-        """Everything that the rows depend on."""
-        own = {"harvest": self.name, "mode": "nodes", "threshold": self.threshold}
-        return harvest_metadata(module) | own | {"config": {"threshold": self.threshold}}
+        """Return the settings of the harvest, which its rows depend on."""
+        return harvest_metadata(module) | {
+            "harvest": self.name,
+            "mode": "nodes",
+            "threshold": self.threshold,
+            "config": {"threshold": self.threshold},
+        }
 
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]
     ) -> Mapping[str, pl.DataFrame]:
-        """One group of shards: the nodes of a batch of prompts."""
+        """Return the nodes of a batch of prompts."""
+        inputs = prompts.inputs
         with torch.no_grad(), embedded(module.model) as vectors:
-            runs = run_clean_and_masked(module.model, prompts.inputs)
-        layers = clean_layers(runs, prompts.inputs, vectors, self.threshold)
+            runs = run_clean_and_masked(module.model, inputs)
+        layers = clean_layers(runs, inputs, vectors, self.threshold)
         return {
             "prompts": prompt_rows(prompts, ids, self.names),
             "nodes": node_rows(layers, ids),
@@ -71,22 +76,23 @@ class PromptNodes(Harvester):
 
 @contextmanager
 def embedded(model: ComponentModel) -> Iterator[dict[str, Tensor]]:
-    """While open, what the target's embeddings give in the latest run, by name; those that are
-    sites are left out.
-    """
-    given: dict[str, Tensor] = {}
+    """Record the outputs of the target's embeddings that are not sites, by name.
 
-    def keep(name: str) -> Any:
+    The dictionary holds the outputs of the latest run inside the context.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Any:
         def hook(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-            given[name] = output.detach().clone()
+            outputs[name] = output.detach().clone()
 
         return hook
 
-    handles = [
-        module.register_forward_hook(keep(name)) for module, name in embeddings(model).items()
-    ]
+    handles = []
+    for module, name in embeddings(model).items():
+        handles.append(module.register_forward_hook(recorder(name)))
     try:
-        yield given
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
@@ -95,18 +101,23 @@ def embedded(model: ComponentModel) -> Iterator[dict[str, Tensor]]:
 def clean_layers(
     runs: Runs, inputs: Tensor, vectors: Mapping[str, Tensor], threshold: float
 ) -> list[Layer]:
-    """The layers of a batch of prompts with the values of the clean run, in forward order.
+    """Return the layers of a batch of prompts with the values of the clean run, in forward order.
 
-    inputs: [batch, features] or [batch, pos] token ids. vectors: what embeddings give, [(batch,)
-    pos, d].
+    inputs: [batch, features] floating point, or [batch, pos] token ids.
+    vectors: the outputs of embeddings, [batch, pos, d] or [pos, d].
     """
     layers = []
     if inputs.is_floating_point():
-        layers.append(Layer("input", "input", None, shape3(inputs), shape3(inputs) != 0))
-    for name, given in vectors.items():
-        size = full(given).norm(dim=-1, keepdim=True).expand(len(inputs), -1, 1)
-        layers.append(Layer(name, "embedding", None, size, torch.ones_like(size, dtype=torch.bool)))
+        features = shape3(inputs)  # [batch, 1, features]
+        layers.append(Layer("input", "input", None, features, features != 0))
+    for name, vector in vectors.items():
+        norms = full(vector).norm(dim=-1, keepdim=True)  # [batch, pos, 1] or [pos, 1]
+        value = norms.expand(len(inputs), -1, 1)
+        every_position = torch.ones_like(value, dtype=torch.bool)
+        layers.append(Layer(name, "embedding", None, value, every_position))
     for site in runs.clean.inputs:
-        g, a = (full(shape3(held[site])) for held in (runs.importances, runs.clean.inner))
+        g = full(shape3(runs.importances[site]))  # [batch, pos, C]
+        a = full(shape3(runs.clean.inner[site]))  # [batch, pos, C]
         layers.append(Layer(site, "component", None, a, g > threshold, g))
-    return [*layers, Layer("output", "output", None, runs.target, runs.nodes(runs.ci))]
+    chosen_outputs = runs.nodes(runs.ci)
+    return [*layers, Layer("output", "output", None, runs.target, chosen_outputs)]

@@ -1,6 +1,4 @@
-"""The outputs that prompt graphs explain, and their sources, as a user names them: tokens, nodes,
-positions.
-"""
+"""The outputs that prompt graphs explain, and the components in them, as users name them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spd_lightning.attribution.outputs import (
-    LogitAbove,
+    LogitDifference,
     OutputNodes,
     Outputs,
     Reading,
@@ -27,16 +25,17 @@ from spd_lightning.harvest.rows import Names
 
 @dataclass(frozen=True)
 class OutputTargets:
-    """The outputs of a language model that are nodes of its graphs, and the quantity they stand
-    for.
+    """The outputs of a language model that are nodes of its graphs.
+
+    A node stands for the logit of its token, unless `contrast` or `centered` is set.
 
     Args:
-        tokens: these at every position, by what they look like or by id; those that are likely
-            there if left out.
-        contrast: nodes stand for their logit above this token's.
-        centered: nodes stand for their logit above the mean of all.
-        positions: output nodes at these positions only, counted from the end where negative; all if
-            left out.
+        tokens: the tokens that are nodes at every position, as text or ids; the likely tokens of
+            each position if omitted.
+        contrast: a token whose logit is subtracted from the logits of all nodes, as text or id.
+        centered: whether to subtract the mean logit of all tokens.
+        positions: the positions of output nodes; negative ones count from the end. All positions if
+            omitted.
     """
 
     tokens: Sequence[int | str] | None = None
@@ -47,54 +46,58 @@ class OutputTargets:
     def __post_init__(self):
         if self.centered and self.contrast is not None:
             raise BadInput(
-                f"outputs: centered, and contrast {self.contrast!r}: a difference has no mean; "
+                f"outputs: centered and contrast {self.contrast!r} exclude each other; "
                 "leave one out"
             )
 
     def outputs(self, likely: OutputNodes, output: Tensor, names: Names) -> Outputs:
-        """The output nodes of a batch with outputs [batch, pos, vocab]; names: what tokens look
-        like.
+        """Return the output nodes of a batch with outputs [batch, pos, vocab].
 
         Raises:
-            BadInput: there is no such token or position.
+            BadInput: a token or position does not exist.
         """
         _, length, vocab = output.shape
-        nodes = (
-            likely
-            if self.tokens is None
-            else given_tokens([token_id(t, vocab, names) for t in self.tokens])
-        )
+        nodes = likely
+        if self.tokens is not None:
+            tokens = [token_id(token, vocab, names) for token in self.tokens]
+            nodes = given_tokens(tokens)
         for position in self.positions or ():
             if not -length <= position < length:
                 raise BadInput(
-                    f"position {position} in outputs: a prompt has {length}; take −{length} to "
-                    f"{length - 1}"
+                    f"position {position} in outputs: a prompt has {length} positions; take "
+                    f"−{length} to {length - 1}"
                 )
-        nodes = nodes if self.positions is None else at_positions(nodes, self.positions)
+        if self.positions is not None:
+            nodes = at_positions(nodes, self.positions)
         return Outputs(nodes, self._reading(vocab, names))
 
     def _reading(self, vocab: int, names: Names) -> Reading:
+        """Return the function of the logits that nodes stand for."""
         if self.contrast is not None:
-            return LogitAbove(token_id(self.contrast, vocab, names))
-        return centered if self.centered else logits
+            token = token_id(self.contrast, vocab, names)
+            return LogitDifference(token)
+        if self.centered:
+            return centered
+        return logits
 
 
 def token_id(token: int | str, vocab: int, names: Names) -> int:
-    """A token's id, from the id or from what it looks like.
+    """Return the id of a token that is given by its id or text.
 
     Raises:
-        BadInput: there is none.
+        BadInput: the token does not exist.
     """
     if isinstance(token, int):
         if not 0 <= token < vocab:
             raise BadInput(
-                f"token {token} in outputs: the vocabulary has {vocab}; take 0 to {vocab - 1}"
+                f"token {token} in outputs: the vocabulary has {vocab} tokens; take 0 to "
+                f"{vocab - 1}"
             )
         return token
     known = names(list(range(vocab)))
     if token not in known:
         raise BadInput(
-            f"token {token!r} in outputs: not one of the vocabulary's; {nearest(token, known)}"
+            f"token {token!r} in outputs: not one of the vocabulary; {nearest(token, known)}"
         )
     return known.index(token)
 
@@ -102,37 +105,47 @@ def token_id(token: int | str, vocab: int, names: Names) -> int:
 def thresholds(
     model: ComponentModel, names: Sequence[str], threshold: float, length: int
 ) -> dict[str, Tensor]:
-    """Importances [pos, C] above which the components that are named are nodes; out of reach for
-    all others.
+    """Return the importances [pos, C] above which the named components are nodes.
+
+    The threshold of all other components is infinite.
 
     Args:
-        names: `layer:component`, `layer:pos:component`, or an fnmatch pattern of layers for all of
-            theirs.
-        threshold: that of the named.
-        length: how many positions there are; models without any have one.
+        model: the decomposed model.
+        names: `layer:component`, `layer:pos:component`, or an fnmatch pattern of layers, which
+            names all of their components.
+        threshold: the importance above which a named component is a node.
+        length: the number of positions; 1 for models without positions.
 
     Raises:
-        BadInput: a name names nothing.
+        BadInput: a layer, component or position does not exist.
     """
     device = next(model.parameters()).device
-    found = {
-        site: torch.full((length, C), torch.inf, device=device) for site, C in model.counts.items()
-    }
+    by_site = {}
+    for site, C in model.counts.items():
+        by_site[site] = torch.full((length, C), torch.inf, device=device)
     for name in names:
-        for at in _places(model, name):
-            if beyond := [p for p in at.positions or () if p >= length]:
-                raise BadInput(
-                    f"nodes '{name}': there is no position {beyond[0]}; a prompt has {length}"
-                )
-            rows = slice(None) if at.positions is None else list(at.positions)
-            found[at.site][rows, at.component] = threshold
-    return found
+        for named in _places(model, name):
+            if named.positions is None:
+                by_site[named.site][:, named.component] = threshold
+                continue
+            for position in named.positions:
+                if position >= length:
+                    raise BadInput(
+                        f"nodes '{name}': there is no position {position}; a prompt has {length}"
+                    )
+            by_site[named.site][list(named.positions), named.component] = threshold
+    return by_site
 
 
 def _places(model: ComponentModel, name: str) -> list[Place]:
+    """Return the components that a name or a pattern names."""
     if ":" in name:
         return [place(model, name)]
     sites = [site for site in model.sites if fnmatchcase(site, name)]
     if not sites:
         raise BadInput(f"nodes '{name}': no such layer; {nearest(name, model.sites)}")
-    return [Place(site, c) for site in sites for c in range(model.counts[site])]
+    places = []
+    for site in sites:
+        components = range(model.counts[site])
+        places += [Place(site, component) for component in components]
+    return places

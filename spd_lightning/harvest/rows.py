@@ -1,11 +1,9 @@
-"""Rows of a batch of prompts: what every harvest of prompts writes, whatever else it finds out
-about them.
+"""The rows that all harvests of prompts have in common, for one batch of prompts.
 
-1. *Run* the prompts twice: clean, which gives the importances, and under those importances as
-   masks.
-2. *Layers* say which entries are nodes (A3) and what their values are; a harvester makes them.
-3. *Rows*: the tables prompts, nodes, edges, outputs and components are read off the two runs and
-   the layers.
+1. *Runs*: the prompts are run twice: clean, which gives the importances, and under those
+   importances as masks.
+2. *Layers*: the harvester determines which entries are nodes (A3), and their values.
+3. *Rows*: the runs and layers become the tables prompts, nodes, edges, outputs and components.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,15 +28,15 @@ from spd_lightning.store import KINDS, TABLES
 from spd_lightning.training.decompose import Decomposition
 
 Names = Callable[[list[int]], list[str]]
-"""Token ids to what they look like."""
+"""A function from token ids to their text."""
 
 
 class Runs(NamedTuple):
-    """A batch of prompts run clean and under its importances; `nodes` chooses which outputs are
-    nodes (A3).
+    """The clean run of a batch of prompts, and the run under its importances as masks.
 
-    target, ci: outputs [batch, pos, K] of the clean run and under the importances, in single
-    precision or better.
+    target, ci: the outputs [batch, pos, K] of the clean and the masked run, in single precision or
+        better.
+    nodes: chooses the outputs that are nodes (A3).
     """
 
     clean: Clean
@@ -53,56 +51,63 @@ def run_clean_and_masked(
     inputs: Shaped[Tensor, "batch _"],
     importances: Mapping[str, Tensor] | None = None,
 ) -> Runs:
-    """Run a batch of prompts clean and under importances, the clean run's lower-leaky ones unless
-    told otherwise.
+    """Run a batch of prompts clean and under importances as masks, without gradients.
 
-    inputs: [batch, features] floating point, or [batch, pos] token ids. No gradients.
+    Args:
+        model: the decomposed model.
+        inputs: [batch, features] floating point, or [batch, pos] token ids.
+        importances: the importances; the lower-leaky ones of the clean run if omitted.
 
     Raises:
-        BadInput: a site does not see prompts one by one.
+        BadInput: a site has the same input for all prompts.
     """
+    vectors = inputs.is_floating_point()
     with torch.no_grad():
         clean = model.clean(inputs)
         g = model.importances(clean).lower if importances is None else dict(importances)
-        places = inputs.shape[:1] if inputs.is_floating_point() else inputs.shape
-        if alike := [site for site, values in g.items() if values.shape[:-1] != places]:
-            raise BadInput(
-                f"site '{alike[0]}': it reads the same for all prompts, so none has its own; leave "
-                "it out"
-            )
-        masked = model.masked(inputs, {site: Mask(v, 0.0) for site, v in g.items()}, clean)
-        target, ci = (full(shape3(out)) for out in (clean.output, masked))
-        nodes = every_output if inputs.is_floating_point() else likely_tokens(ci.softmax(-1))
+        places = inputs.shape[:1] if vectors else inputs.shape
+        for site, values in g.items():
+            if values.shape[:-1] != places:
+                raise BadInput(
+                    f"site '{site}': its input is the same for all prompts, so no prompt has "
+                    "importances of its own; leave the site out"
+                )
+        masks = {site: Mask(values, 0.0) for site, values in g.items()}
+        masked = model.masked(inputs, masks, clean)
+        target = full(shape3(clean.output))
+        ci = full(shape3(masked))
+        nodes = every_output if vectors else likely_tokens(ci.softmax(-1))
     return Runs(clean, g, target, ci, nodes)
 
 
 def shape3(x: Tensor) -> Tensor:
-    """[batch, K] and [batch, pos, K] alike as [batch, pos, K]."""
-    return x[:, None] if x.ndim == 2 else x
+    """Return [batch, K] as [batch, 1, K], and [batch, pos, K] unchanged."""
+    if x.ndim == 2:
+        return x[:, None]
+    return x
 
 
 def full(x: Tensor) -> Tensor:
-    """In single precision at least."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    """Convert half precision to single precision; other tensors are unchanged."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.float() if half else x
 
 
-# ---- what a harvest says of itself ---------------------------------------------------------------
+# ---- metadata ------------------------------------------------------------------------------------
 
 
 def embeddings(model: ComponentModel) -> dict[nn.Module, str]:
-    """The embeddings of the target that are not sites, with their names."""
+    """Return the embeddings of the target that are not sites, with their names."""
     sites = {site.module for site in model.sites.values()}
     return {
-        m: n
-        for n, m in model.target.named_modules()
-        if isinstance(m, nn.Embedding) and m not in sites
+        module: name
+        for name, module in model.target.named_modules()
+        if isinstance(module, nn.Embedding) and module not in sites
     }
 
 
 def harvest_metadata(module: Decomposition) -> dict[str, Any]:
-    """Return the metadata that every harvest of prompts has: the weights' digest, and the layers in
-    forward order.
-    """
+    """Return the metadata of every harvest of prompts: its run, its kind and its layers."""
     tokens = any(isinstance(m, nn.Embedding) for m in module.model.target.modules())
     return {
         "run": module.origin,
@@ -114,55 +119,72 @@ def harvest_metadata(module: Decomposition) -> dict[str, Any]:
 
 
 def layer_names(model: ComponentModel, frozen: bool = False) -> list[str]:
-    """The names of all layers: inputs or embeddings, sites (in frozen graphs also what else adds a
-    bias), output.
+    """Return the names of all layers in forward order.
+
+    They are the input or the embeddings, the sites, and the output. Frozen graphs also have a layer
+    for each other module that adds a bias.
     """
+    first = list(embeddings(model).values()) or ["input"]
     between = list(model.sites)
-    if frozen and (adding := biased(model)):
+    biases = biased(model) if frozen else {}
+    if biases:
         order = [name for name, _ in model.target.named_modules()]
-        between = sorted(
-            [*between, *adding], key=lambda name: order.index(name.removesuffix(IDENTITY))
-        )
-    return [*([*embeddings(model).values()] or ["input"]), *between, "output"]
+
+        def place(name: str) -> int:
+            return order.index(name.removesuffix(IDENTITY))
+
+        between = sorted([*between, *biases], key=place)
+    return [*first, *between, "output"]
 
 
 def array(tensor: Tensor, dtype: Any = np.float32) -> np.ndarray:
-    """A tensor's values in the store's type."""
-    return full(tensor.detach()).cpu().numpy().astype(dtype, copy=False)
+    """Return the values of a tensor as an array of a type of the store."""
+    values = full(tensor.detach()).cpu().numpy()
+    return values.astype(dtype, copy=False)
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 
 def prompt_rows(prompts: Prompts, ids: list[int], names: Names) -> pl.DataFrame:
-    """One row a prompt: its token ids and how they look; of vectors, the features that are not
-    zero.
+    """Return one row per prompt, with its token ids and their text.
+
+    Prompts on vectors have their nonzero features in place of tokens.
     """
-    vectors = prompts.inputs.is_floating_point()
-    token_ids = [
-        row.nonzero().flatten().tolist() if vectors else row.tolist() for row in prompts.inputs
-    ]
-    if vectors:
-        rows = zip(prompts.inputs.tolist(), token_ids, strict=True)
-        tokens = [[f"f{i}={row[i]:.3g}" for i in held] for row, held in rows]
+    if prompts.inputs.is_floating_point():
+        token_ids = [row.nonzero().flatten().tolist() for row in prompts.inputs]
+        tokens = []
+        for values, features in zip(prompts.inputs.tolist(), token_ids, strict=True):
+            tokens.append([f"f{i}={values[i]:.3g}" for i in features])
     else:
+        token_ids = prompts.inputs.tolist()
         tokens = prompts.tokens or [names(row) for row in token_ids]
-    columns = {"prompt_id": ids, "token_ids": token_ids, "tokens": tokens}
-    columns |= {"source": prompts.sources, "split": prompts.splits}
-    types = {"prompt_id": pl.UInt64, "token_ids": pl.List(pl.UInt32), "tokens": pl.List(pl.String)}
+    columns = {
+        "prompt_id": ids,
+        "token_ids": token_ids,
+        "tokens": tokens,
+        "source": prompts.sources,
+        "split": prompts.splits,
+    }
+    types = {
+        "prompt_id": pl.UInt64,
+        "token_ids": pl.List(pl.UInt32),
+        "tokens": pl.List(pl.String),
+    }
     return pl.DataFrame(columns, schema_overrides=types)
 
 
 def node_rows(layers: list[Layer], ids: list[int]) -> pl.DataFrame:
-    """One row a node."""
+    """Return one row per node."""
     prompt_ids = np.array(ids, dtype=np.uint64)
-    names = pl.Enum(list(dict.fromkeys(layer.name for layer in layers)))
+    names = dict.fromkeys(layer.name for layer in layers)
+    layer_type = pl.Enum(list(names))
     frames = []
     for layer, numbers in zip(layers, node_numbers(layers), strict=True):
-        prompt, pos, component = layer.nodes.nonzero().cpu().numpy().T
-        importance = (
-            None if layer.importance is None else pl.Series(array(layer.importance[layer.nodes]))
-        )
+        prompt, pos, component = layer.nodes.nonzero().cpu().numpy().T  # [nodes] each
+        importance = pl.lit(None, pl.Float32)
+        if layer.importance is not None:
+            importance = pl.Series(array(layer.importance[layer.nodes]))
         columns = {
             "prompt_id": prompt_ids[prompt],
             "node": array(numbers[layer.nodes], np.uint32),
@@ -170,101 +192,120 @@ def node_rows(layers: list[Layer], ids: list[int]) -> pl.DataFrame:
             "component": component.astype(np.uint32),
             "activation": array(layer.value[layer.nodes]),
         }
-        frames.append(
-            pl.DataFrame(columns).with_columns(
-                kind=pl.lit(layer.kind, pl.Enum(KINDS)),
-                layer=pl.lit(layer.name, names),
-                importance=pl.lit(None, pl.Float32) if importance is None else importance,
-            )
+        frame = pl.DataFrame(columns).with_columns(
+            kind=pl.lit(layer.kind, pl.Enum(KINDS)),
+            layer=pl.lit(layer.name, layer_type),
+            importance=importance,
         )
+        frames.append(frame)
     return pl.concat(frames)
 
 
 def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
-    """One row an edge."""
+    """Return one row per edge."""
     prompt_ids = np.array(ids, dtype=np.uint64)
-    frames = [
-        pl.DataFrame(
-            {
-                "prompt_id": _owners(table.prompt, prompt_ids),
-                "source": table.source.int().cpu().numpy().view(np.uint32),
-                "target": table.target.int().cpu().numpy().view(np.uint32),
-                "attribution": array(table.attribution),
-            }
-        )
-        for table in tables
-    ]
-    return pl.concat([pl.DataFrame(schema=TABLES["edges"]), *frames])
+    frames = [pl.DataFrame(schema=TABLES["edges"])]
+    for table in tables:
+        columns = {
+            "prompt_id": _prompt_ids(table.prompt, prompt_ids),
+            "source": _unsigned(table.source),
+            "target": _unsigned(table.target),
+            "attribution": array(table.attribution),
+        }
+        frames.append(pl.DataFrame(columns))
+    return pl.concat(frames)
 
 
-def _owners(prompt: Tensor, ids: np.ndarray) -> np.ndarray:
-    """The ids of the prompts that edges belong to; closed forms give the edges of one prompt as one
-    number, spread.
+def _unsigned(numbers: Tensor) -> np.ndarray:
+    """Return node numbers in the type of the store."""
+    return numbers.int().cpu().numpy().view(np.uint32)
+
+
+def _prompt_ids(prompt: Tensor, ids: np.ndarray) -> np.ndarray:
+    """Return the id of the prompt of each edge.
+
+    prompt: the number of each edge's prompt in the batch. Closed forms give one number, expanded to
+        all edges (stride 0).
     """
     if len(prompt) and prompt.stride() == (0,):
-        return np.full(len(prompt), ids[int(prompt[0])])
+        only_id = ids[int(prompt[0])]
+        return np.full(len(prompt), only_id)
     return ids[prompt.cpu().numpy()]
 
 
 def head_rows(tables: Iterable[HeadTable], ids: list[int]) -> pl.DataFrame:
-    """One row an edge and head."""
-    tables = list(tables)
-    frame = edge_rows((EdgeTable(t.prompt, t.source, t.target, t.attribution) for t in tables), ids)
-    heads = np.concatenate([np.zeros(0, np.uint16), *(array(t.head, np.uint16) for t in tables)])
-    return frame.with_columns(head=pl.Series(heads))
+    """Return one row per edge and attention head."""
+    edges = []
+    heads = [np.zeros(0, np.uint16)]
+    for table in tables:
+        edges.append(
+            EdgeTable(
+                prompt=table.prompt,
+                source=table.source,
+                target=table.target,
+                attribution=table.attribution,
+            )
+        )
+        heads.append(array(table.head, np.uint16))
+    head = pl.Series(np.concatenate(heads))
+    return edge_rows(edges, ids).with_columns(head=head)
 
 
 def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
-    """Return rows of the table `outputs`: the model's outputs under its importances next to the
-    target's.
-    """
-    chosen = runs.nodes(runs.ci)
-    prompt, pos, token = chosen.nonzero().cpu().numpy().T
+    """Return one row per output node, with its values under ci masks and in the target."""
+    chosen = runs.nodes(runs.ci)  # [batch, pos, K]
+    prompt, pos, token = chosen.nonzero().cpu().numpy().T  # [outputs] each
+    prompt_ids = np.array(ids, dtype=np.uint64)
     columns: dict[str, Any] = {
-        "prompt_id": np.array(ids, dtype=np.uint64)[prompt],
+        "prompt_id": prompt_ids[prompt],
         "pos": pos.astype(np.uint16),
         "token_id": token.astype(np.uint32),
         "token": token_strings(token, names),
     }
-    tokens = runs.clean.output.ndim == 3
+    has_tokens = runs.clean.output.ndim == 3
     for name, logits in (("ci", runs.ci), ("target", runs.target)):
-        probability = (
-            (logits - logits.logsumexp(-1, keepdim=True))[chosen].exp() if tokens else None
-        )
-        columns[f"{name}_probability"] = None if probability is None else array(probability)
+        columns[f"{name}_probability"] = None
+        if has_tokens:
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            log_probability = (logits - log_sum)[chosen]  # [outputs]
+            columns[f"{name}_probability"] = array(log_probability.exp())
         columns[f"{name}_logit"] = array(logits[chosen])
-    types = {"token": pl.String, "ci_probability": pl.Float32, "target_probability": pl.Float32}
+    types = {
+        "token": pl.String,
+        "ci_probability": pl.Float32,
+        "target_probability": pl.Float32,
+    }
     return pl.DataFrame(columns, schema_overrides=types)
 
 
 def token_strings(tokens: np.ndarray, names: Names) -> list[str]:
-    """Return the text of some tokens."""
-    known, which = np.unique(tokens, return_inverse=True)
-    shown = names(known.tolist())
-    return [shown[k] for k in which]
+    """Return the text of each token; each distinct token is looked up once."""
+    distinct, indices = np.unique(tokens, return_inverse=True)
+    texts = names(distinct.tolist())
+    return [texts[k] for k in indices]
 
 
 def component_rows(module: Decomposition, layers: list[Layer], threshold: float) -> pl.DataFrame:
-    """Additive counts of this batch; norms, and whether they exceed 5 % of the site's largest, are
-    the weights' own.
+    """Return one row per component, with additive counts over this batch.
+
+    `norm` and `alive` (a norm above 5 % of the site's largest) depend on the weights alone.
     """
     frames = []
     for layer in layers:
         if layer.kind != "component" or layer.importance is None:
             continue
         parts = module.model[layer.name]
-        norms = component_norms(parts.V, parts.U).detach()
-        frames.append(
-            pl.DataFrame(
-                {
-                    "component": np.arange(len(norms), dtype=np.uint32),
-                    "firings": array((layer.importance > threshold).sum((0, 1)), np.int64),
-                    "positions": np.full(len(norms), layer.nodes[..., 0].numel(), dtype=np.int64),
-                    "importance_sum": array(layer.importance.sum((0, 1)), np.float64),
-                    "activation_sum": array(layer.value.sum((0, 1)), np.float64),
-                    "norm": array(norms),
-                    "alive": sizeable(parts.V, parts.U).cpu().numpy(),
-                }
-            ).with_columns(layer=pl.lit(layer.name))
-        )
+        norms = component_norms(parts.V, parts.U).detach()  # [C]
+        fires = layer.importance > threshold  # [batch, pos, C]
+        positions = layer.nodes[..., 0].numel()
+        columns = {
+            "component": np.arange(len(norms), dtype=np.uint32),
+            "firings": array(fires.sum((0, 1)), np.int64),
+            "positions": np.full(len(norms), positions, dtype=np.int64),
+            "importance_sum": array(layer.importance.sum((0, 1)), np.float64),
+            "activation_sum": array(layer.value.sum((0, 1)), np.float64),
+            "norm": array(norms),
+            "alive": sizeable(parts.V, parts.U).cpu().numpy(),
+        }
+        frames.append(pl.DataFrame(columns).with_columns(layer=pl.lit(layer.name)))
     return pl.concat(frames)

@@ -1,4 +1,4 @@
-"""The weights-only graph of a run as a table: what needs no prompts."""
+"""The weights-only graph of a run as a table, which needs no prompts."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -25,10 +25,10 @@ COLUMNS: dict[str, Any] = {
     "head": pl.UInt16,
     "weight": pl.Float32,
 }
-"""The columns of the table, and their types; `head` is null where no attention is between."""
+"""The columns of the table, and their types; `head` is null if a weight passes no attention."""
 
 MIN_SHARE = 0.3
-"""The share of the largest weight into a component that others need to be written."""
+"""The share of the largest weight into a component below which weights are not written."""
 
 Groups = Iterable[list[Link]]
 
@@ -38,58 +38,66 @@ def weight_table(
     min_share: float = MIN_SHARE,
     bar: Callable[[Sequence[list[Link]]], Groups] = iter,
 ) -> pl.DataFrame:
-    """Return the strongest weights between components, strongest first, whatever the prompt.
+    """Return the strongest weights between components, sorted by size.
 
     Args:
-        model: a decoder decomposed, or a HuggingFace model that has an equivalent decoder.
-        min_share: of the weights of a kind into a component, all sources and heads together, those
-            that are at least this share of the largest. Remnants (norm up to 5 % of their site's
-            largest) have none.
-        bar: what shows progress through the targets.
+        model: a decomposed decoder, or a HuggingFace model that has an equivalent decoder.
+        min_share: the least share that a weight needs of the largest weight of its kind into the
+            same component, over all sources and heads. Remnants (components with a norm of at most
+            5 % of their site's largest) have no weights.
+        bar: a function that shows progress over the targets.
 
     Returns:
-        One row a weight, with the columns of `COLUMNS`.
+        One row per weight, with the columns of `COLUMNS`.
 
     Raises:
         BadInput: the model is not a supported decoder.
     """
     decoder = as_native_decoder(model, MODES["unmasked"])
-    groups = [
-        list(group)
-        for _, group in groupby(links(decoder.model), lambda link: (link.target, link.kind))
-    ]
-    frames = [frame for group in bar(groups) for frame in _rows(decoder.model, group, min_share)]
-    whole = pl.concat([pl.DataFrame(schema=COLUMNS), *frames])
-    names = {theirs: own for own, theirs in decoder.names.items()}
-    ends = (
-        pl.col("source_layer", "target_layer").cast(pl.String).replace(names).cast(pl.Categorical())
-    )
-    return whole.with_columns(ends).sort(
-        pl.col("weight").abs(), descending=True, maintain_order=True
-    )
+    by_target = groupby(links(decoder.model), lambda link: (link.target, link.kind))
+    groups = [list(group) for _, group in by_target]
+    frames = [pl.DataFrame(schema=COLUMNS)]
+    for group in bar(groups):
+        frames += _rows(decoder.model, group, min_share)
+    rows = pl.concat(frames)
+    model_names = {decoder_name: name for name, decoder_name in decoder.names.items()}
+    layers = pl.col("source_layer", "target_layer")
+    renamed = layers.cast(pl.String).replace(model_names)
+    rows = rows.with_columns(renamed.cast(pl.Categorical()))
+    size = pl.col("weight").abs()
+    return rows.sort(size, descending=True, maintain_order=True)
 
 
 def _rows(model: ComponentModel, group: list[Link], min_share: float) -> Iterator[pl.DataFrame]:
-    """The strong weights of one kind into the components of one site."""
-    found = [(link, _of_sizeable(model, link)) for link in group]
-    largest = torch.stack([values.abs().amax(0) for _, values in found]).amax(0)
-    for link, values in found:
-        source, target = ((values.abs() >= min_share * largest) & (values != 0)).nonzero(
-            as_tuple=True
-        )
-        columns = {"source": array(source, np.uint32), "target": array(target, np.uint32)}
-        columns["weight"] = array(values[source, target])
-        ends = {
+    """Yield the strong weights of one kind into the components of one site, link by link."""
+    values_by_link = [_weights_of_sizeable(model, link) for link in group]  # [C_source, C] each
+    largest_by_link = [values.abs().amax(0) for values in values_by_link]
+    largest = torch.stack(largest_by_link).amax(0)  # [C]
+    for link, values in zip(group, values_by_link, strict=True):
+        large = values.abs() >= min_share * largest
+        strong = large & (values != 0)
+        source, target = strong.nonzero(as_tuple=True)
+        columns = {
+            "source": array(source, np.uint32),
+            "target": array(target, np.uint32),
+            "weight": array(values[source, target]),
+        }
+        constants = {
             "source_layer": link.source,
             "target_layer": link.target,
             "kind": link.kind,
             "head": link.head,
         }
-        same = [pl.lit(value, dtype=COLUMNS[name]).alias(name) for name, value in ends.items()]
-        yield pl.DataFrame(columns).with_columns(same).select(*COLUMNS)
+        frame = pl.DataFrame(columns)
+        for name, value in constants.items():
+            frame = frame.with_columns(pl.lit(value, dtype=COLUMNS[name]).alias(name))
+        yield frame.select(*COLUMNS)
 
 
-def _of_sizeable(model: ComponentModel, link: Link) -> Tensor:
-    """The weights of a link, zero where one of the two is a remnant."""
-    source, target = (sizeable(model[site].V, model[site].U) for site in (link.source, link.target))
-    return weights(model, link) * source[:, None] * target
+def _weights_of_sizeable(model: ComponentModel, link: Link) -> Tensor:
+    """Return the weights of a link [C_source, C_target], with zeros for remnants at either end."""
+    source = model[link.source]
+    target = model[link.target]
+    source_sizeable = sizeable(source.V, source.U)  # [C_source]
+    target_sizeable = sizeable(target.V, target.U)  # [C_target]
+    return weights(model, link) * source_sizeable[:, None] * target_sizeable

@@ -1,6 +1,4 @@
-"""Devices to plan for: those of a table by their makers' data sheets, and the one at hand by short
-measurements.
-"""
+"""Devices to plan for: a table from data sheets, and this machine by short measurements."""
 
 import os
 import time
@@ -15,25 +13,22 @@ from spd_lightning.errors import BadInput, nearest
 from spd_lightning.planning.dry_run import Work
 
 STREAM = 0.5
-"""The share of a memory's bandwidth that operations other than matrix products are assumed to
-reach.
-"""
+"""Share of the memory bandwidth that operations other than matrix products reach (assumed)."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A machine as far as hours depend on it.
+    """The properties of a machine that determine how long a step takes.
 
     Attributes:
-        name: as people know it.
+        name: name to show.
         half: peak of dense matrix products in bfloat16, in FLOP/s.
-        single: the same in float32.
-        bandwidth: of its memory, in byte/s.
-        memory: in bytes.
-        launch: seconds that one operation costs, however small.
-        share: of the peak that matrix products of these shapes are assumed to reach.
-        gpu: whether it is one: they decompose whole batches, where a processor picks the routed
-            positions.
+        single: peak of dense matrix products in float32, in FLOP/s.
+        bandwidth: memory bandwidth, in bytes per second.
+        memory: memory size, in bytes.
+        launch: seconds of overhead per operation.
+        share: share of the peak that matrix products of these shapes reach (assumed).
+        gpu: whether it is a GPU. GPUs decompose every position; CPUs only the routed ones.
     """
 
     name: str
@@ -46,9 +41,17 @@ class Device:
     gpu: bool = True
 
     def seconds(self, work: Work, mixed: bool) -> float:
-        """How long some work takes; mixed: whether matrix products are in bfloat16."""
-        products = work.flops / (self.share * (self.half if mixed else self.single))
-        return products + work.moved / (STREAM * self.bandwidth) + work.operations * self.launch
+        """Estimate the seconds that some work takes.
+
+        Args:
+            work: the work.
+            mixed: whether matrix products are in bfloat16.
+        """
+        peak = self.half if mixed else self.single
+        products = work.flops / (self.share * peak)
+        moves = work.moved / (STREAM * self.bandwidth)
+        launches = work.operations * self.launch
+        return products + moves + launches
 
 
 DEVICES = {
@@ -61,40 +64,49 @@ DEVICES = {
         "laptop CPU, 8 cores", 0.4e12, 0.4e12, 40e9, 16e9, launch=5e-6, share=0.6, gpu=False
     ),
 }
-"""Peaks from the makers' data sheets, without sparsity; the laptop is a guess."""
+"""Known devices: peaks from data sheets, without sparsity. The laptop is a guess."""
 
 
 def measured(threads: int | None = None) -> Device:
-    """This machine's GPU, or its processor where it has none, by short measurements."""
+    """Measure this machine's GPU, or its CPU if it has no GPU."""
     cuda = torch.cuda.is_available()
     place = torch.device("cuda" if cuda else "cpu")
-    name = torch.cuda.get_device_name() if cuda else f"this CPU, {torch.get_num_threads()} threads"
     before = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if cuda else f"this CPU, {before} threads"
     torch.set_num_threads(threads or before)
     try:
-        half, single = (_products(place, dtype) for dtype in (torch.bfloat16, torch.float32))
-        memory = machine_memory(place)
-        launch = _launch(place)
-        return Device(name, half, single, _bandwidth(place), memory, launch, share=0.7, gpu=cuda)
+        return Device(
+            name=name,
+            half=_products(place, torch.bfloat16),
+            single=_products(place, torch.float32),
+            memory=machine_memory(place),
+            launch=_launch(place),
+            bandwidth=_bandwidth(place),
+            share=0.7,
+            gpu=cuda,
+        )
     finally:
         torch.set_num_threads(before)
 
 
 def machine_memory(place: torch.device) -> float:
-    """Bytes that a process can have there: a GPU's, or the machine's up to the limit set for it."""
+    """Return the bytes that a process can use: a GPU's memory, or the machine's up to its limit."""
     if place.type == "cuda":
         return float(torch.cuda.mem_get_info(place)[1])
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    words = limit.read_text().strip() if limit.exists() else "max"
-    return float(min(physical, int(words))) if words.isdigit() else float(physical)
+    page = os.sysconf("SC_PAGE_SIZE")
+    physical = page * os.sysconf("SC_PHYS_PAGES")
+    limit_file = Path("/sys/fs/cgroup/memory.max")
+    limit = limit_file.read_text().strip() if limit_file.exists() else "max"
+    if limit.isdigit():
+        return float(min(physical, int(limit)))
+    return float(physical)
 
 
 def _quickest(work: Callable[[], Any], place: torch.device) -> float:
-    """Seconds of the quickest of many runs, within a fifth of a second."""
+    """Repeat a task for a fifth of a second, and return the seconds of the fastest run."""
     best = float("inf")
-    begun = time.perf_counter()
-    while (started := time.perf_counter()) < begun + 0.2:
+    end = time.perf_counter() + 0.2
+    while (started := time.perf_counter()) < end:
         work()
         if place.type == "cuda":
             torch.cuda.synchronize()
@@ -103,18 +115,23 @@ def _quickest(work: Callable[[], Any], place: torch.device) -> float:
 
 
 def _products(place: torch.device, dtype: torch.dtype) -> float:
+    """Measure the FLOP/s of a matrix product."""
     size = 4096 if place.type == "cuda" else 512
     a = torch.ones(size, size, device=place, dtype=dtype)
-    return 2 * size**3 / _quickest(lambda: a @ a, place)
+    flops = 2 * size**3
+    return flops / _quickest(lambda: a @ a, place)
 
 
 def _bandwidth(place: torch.device) -> float:
+    """Measure the bytes per second of a copy, which reads and writes each byte."""
     a = torch.ones(2**24, device=place)
     b = torch.empty_like(a)
-    return 2 * a.numel() * a.element_size() / _quickest(lambda: b.copy_(a), place)
+    moved = 2 * a.numel() * a.element_size()
+    return moved / _quickest(lambda: b.copy_(a), place)
 
 
 def _launch(place: torch.device) -> float:
+    """Measure the seconds of an operation on a single number."""
     a = torch.ones(1, device=place)
 
     def many() -> None:
@@ -125,7 +142,7 @@ def _launch(place: torch.device) -> float:
 
 
 def device_named(name: str) -> Device:
-    """Return a device of the table by its short name; `this` is measured.
+    """Return the device with this short name; `this` measures this machine.
 
     Raises:
         BadInput: the table has no device of this name.
@@ -133,5 +150,6 @@ def device_named(name: str) -> Device:
     if name == "this":
         return measured()
     if name not in DEVICES:
-        raise BadInput(f"--device '{name}': not in the table; {nearest(name, [*DEVICES, 'this'])}")
+        hint = nearest(name, [*DEVICES, "this"])
+        raise BadInput(f"--device '{name}': not in the table; {hint}")
     return DEVICES[name]

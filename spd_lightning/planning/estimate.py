@@ -1,13 +1,13 @@
-"""Estimates for a decomposition before anything is trained: parameters, memory, FLOPs, hours.
+"""Estimates before a decomposition is trained: parameters, memory, FLOPs, hours.
 
     memory  = weights + gradients + optimizer state + adversaries
             + what a step keeps until its backward pass
     seconds = FLOPs / (peak · share) + bytes moved / (bandwidth / 2)
             + operations · launch, for one step
 
-Weights are counted, and the rest is measured in a dry run of one step (`dry_run`). The target is
-not trained. Of a target on the hub only its configuration is fetched. Evaluations, checkpoints and
-the target's own training come on top.
+Weights are counted. The rest is measured in a dry run of one step (`dry_run`). The target need not
+be trained, and only the configuration of a target on the hub is downloaded. The estimates do not
+cover evaluations, checkpoints, or the training of the target.
 """
 
 from collections.abc import Callable
@@ -28,18 +28,20 @@ from spd_lightning.training.session import Settings
 GiB = 2**30
 MOST_STEPS = 10**12
 MODEST = 0.25
-"""The share of a machine's memory up to which a rough bound on the need makes a closer look
-unnecessary.
-"""
+"""A fit whose rough bound is below this share of the memory is not measured more closely."""
 
 
-# ---- what a config asks for ----------------------------------------------------------------------
+# ---- the size of a decomposition -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Site:
-    """A site's name, its number of components, and the parameters of them all (0 where they are
-    another site's).
+    """The size of a site.
+
+    Attributes:
+        name: the site.
+        C: number of components.
+        parameters: number of parameters of all its components; 0 if the site is tied to another.
     """
 
     name: str
@@ -52,15 +54,15 @@ class Size:
     """The size of a decomposition.
 
     Attributes:
-        target: parameters of the target.
+        target: number of parameters of the target.
         sites: the sites with their components.
-        importance: parameters of the importance functions.
-        weights: bytes of all these, as held in memory.
-        step: a rehearsed training step.
-        steps: how many there will be.
-        warm_up: how many on faithfulness alone before them.
+        importance: number of parameters of the importance functions.
+        weights: bytes of all weights in memory.
+        step: cost of a training step.
+        steps: number of training steps.
+        warm_up: number of faithfulness warm-up steps before them.
         mixed: whether matrix products are in bfloat16.
-        tokens: rows or tokens of a batch.
+        tokens: number of rows or tokens of a batch.
     """
 
     target: int
@@ -75,27 +77,28 @@ class Size:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes by what they are for."""
+        """Bytes by purpose."""
         step = self.step
-        kept = {
+        memory = {
+            "weights": self.weights,
             "gradients": step.gradients,
             "optimizer": step.state,
             "activations": step.activations,
         }
-        return {
-            "weights": self.weights,
-            **kept,
-            **({"adversaries": step.adversaries} if step.adversaries else {}),
-        }
+        if step.adversaries:
+            memory["adversaries"] = step.adversaries
+        return memory
 
     def seconds(self, device: Device) -> float:
         """Estimate the seconds of one step."""
         return device.seconds(self.step.total, self.mixed)
 
     def hours(self, device: Device) -> float:
-        """Estimate the hours of the whole training, with the warm-up and without evaluations."""
-        warming = device.seconds(self.step.parts.get(FAITHFULNESS, Work()), False) * self.warm_up
-        return (self.seconds(device) * self.steps + warming) / 3600
+        """Estimate the hours of the whole training, with the warm-up but without evaluations."""
+        warm_up_step = self.step.parts.get(FAITHFULNESS, Work())
+        warm_up = device.seconds(warm_up_step, mixed=False) * self.warm_up
+        training = self.seconds(device) * self.steps
+        return (training + warm_up) / 3600
 
 
 def size_of(settings: Settings, gpu: bool = False) -> Size:
@@ -103,10 +106,10 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
 
     Args:
         settings: the config.
-        gpu: whether it is to run on one.
+        gpu: whether the decomposition will run on a GPU.
 
     Raises:
-        BadInput: it is not a decomposition, or something in it is refused.
+        BadInput: the config does not describe a decomposition, or one of its settings is invalid.
     """
     make = _module(settings)
     batch = _batch(settings)
@@ -116,14 +119,16 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
         raise BadInput(f"trainer.max_steps: at most {MOST_STEPS:,} can be planned for")
     with fake_tensors():
         module = make()
-        rows = batch().numel() if not batch().is_floating_point() else len(batch())
+        example = batch()
+        rows = len(example) if example.is_floating_point() else example.numel()
+    weights = 0
+    for tensor in (*module.parameters(), *module.buffers()):
+        weights += tensor.numel() * tensor.element_size()
     return Size(
         target=_parameters(module.model.target),
         sites=_sites(module),
         importance=_parameters(module.model.importance_function),
-        weights=sum(
-            t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())
-        ),
+        weights=weights,
         step=measure_step(make, batch, torch.bfloat16 if mixed else None, whole=gpu),
         steps=max(0, trainer["max_steps"]),
         warm_up=module.warm_up.steps,
@@ -133,37 +138,47 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
 
 
 def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    """Return the number of parameters of a module."""
+    sizes = (parameter.numel() for parameter in module.parameters())
+    return sum(sizes)
 
 
 def _sites(module: Decomposition) -> list[Site]:
     model = module.model
-    return [Site(name, C, _parameters(model[name])) for name, C in model.counts.items()]
+    sites = []
+    for name, C in model.counts.items():
+        sites.append(Site(name, C, _parameters(model[name])))
+    return sites
 
 
 def _mixed(settings: Settings) -> bool:
-    return str(settings.config["trainer"].get("precision") or "").startswith("bf16")
+    """Return whether the config trains in bfloat16 mixed precision."""
+    precision = settings.config["trainer"].get("precision")
+    return str(precision or "").startswith("bf16")
 
 
 def _batch(settings: Settings) -> Callable[[], Tensor]:
-    """Makes a batch of the config's shape, all zeros."""
+    """Return a function that makes a batch of zeros of the config's shape."""
     data = settings.built("data")
     if hasattr(data, "seq_len"):
-        return lambda: torch.zeros(data.batch_size, data.seq_len, dtype=torch.long)
-    return lambda: torch.zeros(data.batch_size, data.n_features)
+        shape = (data.batch_size, data.seq_len)
+        return lambda: torch.zeros(shape, dtype=torch.long)
+    shape = (data.batch_size, data.n_features)
+    return lambda: torch.zeros(shape)
 
 
 def _module(settings: Settings) -> Callable[[], Decomposition]:
-    """Makes the config's module on an untrained target; to be called where tensors are fake."""
+    """Return a function that makes the config's module on an untrained target.
+
+    Call it while new tensors are fake.
+    """
     chosen = settings.config["model"]
-    target = (
-        chosen["init_args"].get("target")
-        if chosen["class_path"].endswith("Decomposition")
-        else None
-    )
+    target = None
+    if chosen["class_path"].endswith("Decomposition"):
+        target = chosen["init_args"].get("target")
     if not isinstance(target, str):
         raise BadInput(
-            "config: model: no decomposition of a target that a config or a checkpoint names"
+            "config: model: not a Decomposition whose target is named by a config or a checkpoint"
         )
     network = outline(target)
     return lambda: settings.built("model", target=network())
@@ -173,80 +188,84 @@ def outline(reference: str) -> Callable[[], nn.Module]:
     """Return a builder of an untrained network like the one a reference names (`open_target`).
 
     Raises:
-        BadInput: there is no such config, or no such model to be had.
+        BadInput: the config or the model does not exist, or the config does not train a target.
     """
     if not is_trained_here(reference):
         from spd_lightning.targets.conversion import decoder_like
         from spd_lightning.targets.huggingface import HuggingFaceLM, configuration
 
         kind, name = reference.split(":", 1)
-        found = configuration(name)
-        return (
-            (lambda: HuggingFaceLM(found.to_dict()))
-            if kind == "hf"
-            else (lambda: decoder_like(name, found))
-        )
+        architecture = configuration(name)
+        if kind == "hf":
+            return lambda: HuggingFaceLM(architecture.to_dict())
+        return lambda: decoder_like(name, architecture)
     try:
-        given = configs.load(reference)
+        section = configs.load(reference)
     except BadInput as error:
         raise BadInput(f"target '{reference}': {error}") from error
     for key in ("model", "init_args", "target"):
-        given = given.get(key) if isinstance(given, dict) else None
-    if not isinstance(given, dict) or "class_path" not in given:
+        section = section.get(key) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or "class_path" not in section:
         raise BadInput(
             f"target '{reference}': does not train a target; its model must be a TargetTraining"
         )
-    return lambda: build(given)
+    return lambda: build(section)
 
 
-# ---- what does not fit ---------------------------------------------------------------------------
+# ---- fits that are too large ---------------------------------------------------------------------
 
 
 def refuse_what_does_not_fit(settings: Settings, available: float | None = None) -> None:
-    """Stops a fit that its machine has no memory for, before anything is trained.
+    """Raise an error if a fit needs more memory than its machine has.
 
     Args:
-        settings: the fit's.
-        available: bytes there are; of the machine that the trainer would choose if omitted.
+        settings: the settings of the fit.
+        available: available bytes; those of the device that the trainer would choose if omitted.
 
     Raises:
-        BadInput: it takes more.
+        BadInput: the fit needs more memory.
     """
-    available = machine_memory(_place(settings)) if available is None else available
+    place = _place(settings)
+    if available is None:
+        available = machine_memory(place)
     if rough_bound(settings) < MODEST * available:
         return
-    size = size_of(settings, _place(settings).type == "cuda")
-    if (needed := sum(size.memory.values())) <= available:
+    size = size_of(settings, gpu=place.type == "cuda")
+    needed = sum(size.memory.values())
+    if needed <= available:
         return
     largest = max(size.sites, key=lambda site: site.C)
+    batch_size = settings.built("data").batch_size
     raise BadInput(
         f"sites: '{largest.name}: {largest.C}' and the others take {needed / GiB:.1f} GiB with "
-        "batches of "
-        f"{settings.built('data').batch_size}, and there are {available / GiB:.1f} GiB; take fewer "
-        "components or a "
-        "smaller batch ('plan' shows what takes how much)"
+        f"batches of {batch_size}, but only {available / GiB:.1f} GiB are available; use fewer "
+        "components or a smaller batch ('plan' shows the memory of each part)"
     )
 
 
 def _place(settings: Settings) -> torch.device:
-    chosen = settings.config["trainer"].get("accelerator", "auto")
-    return torch.device(
-        "cuda" if chosen in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
-    )
+    """Return the device that the trainer would choose."""
+    accelerator = settings.config["trainer"].get("accelerator", "auto")
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 def rough_bound(settings: Settings) -> float:
-    """More bytes than a fit can take, without rehearsing it: sixteen copies of every tensor of each
-    masked pass.
+    """Return an upper bound on the bytes of a fit, without a dry run.
+
+    It allows for sixteen copies of every tensor of each masked pass.
     """
     with fake_tensors():
         module = _module(settings)()
         tokens = _batch(settings)().numel()
-    trained = sum(p.numel() for p in module.parameters())
-    width = sum(module.model.counts.values()) + int(getattr(module.network, "vocab", 0))
-    width += sum(site.d_in + site.d_out for site in module.model.sites.values())
-    passes = 1 + sum(
-        term.samples * (len(module.model.sites) if term.route == "layerwise" else 1)
-        for term in module.losses.reconstruction.values()
-    )
+    model = module.model
+    trained = _parameters(module)
+    width = int(getattr(module.network, "vocab", 0))
+    for name, site in model.sites.items():
+        width += model.counts[name] + site.d_in + site.d_out
+    passes = 1
+    for term in module.losses.reconstruction.values():
+        passes_per_sample = len(model.sites) if term.route == "layerwise" else 1
+        passes += term.samples * passes_per_sample
     return 16.0 * trained + 64.0 * passes * tokens * width

@@ -1,15 +1,16 @@
-"""Where things are: run folders, who is working on them, and the trackers that hold copies.
+"""Run folders, their locks, and the trackers that hold copies of them.
 
     <root>/<run>/         config.yaml, run.json, checkpoints/, metrics.jsonl, figures/,
                           decomposition.{safetensors,json}, harvest/<name>/,
                           and summary.json, which is written last: a run that has it is finished
-    <root>/<run>/.lock    locked while a process works on the run; the lock ends with the process
+    <root>/<run>/.lock    locked while a process works on the run; the system frees it at its end
 
-The local folder is the truth and a tracker holds a copy of it. While a tracker may lack a part of a
-run, the run's folder has `uncopied.json`, and the command that made the run sends the rest instead
-of making another one. MLflow is the embedded one (a sqlite file and a folder of artifacts below the
-root) unless MLFLOW_TRACKING_URI names a server. A reference is the name of a run, the path of a run
-or of a harvest, `mlflow:<run id or name>`, or `wandb:<entity>/<project>/<artifact>:<version>`.
+The local folder is the original, and a tracker has a copy of it. While the copy may be incomplete,
+the run's folder contains `uncopied.json`. The command that made the run then completes the copy
+instead of starting another run. By default, MLflow's records are embedded: a sqlite file and a
+folder of artifacts below the root. MLFLOW_TRACKING_URI can name a server instead. A reference is
+the name of a run, the path of a run or of a harvest, `mlflow:<run id or name>`, or
+`wandb:<entity>/<project>/<artifact>:<version>`.
 """
 
 from spd_lightning.files import root

@@ -1,6 +1,4 @@
-"""Check run folders that come from a tracker or go to one: only known files, each with the digest
-on record.
-"""
+"""Checks of run folders before an upload and after a download: known files, correct digests."""
 
 import logging
 import re
@@ -16,44 +14,51 @@ log = logging.getLogger(__name__)
 
 _HARVEST = r"(manifest|manifest-\d+)\.json|[a-z_]+/part-\d+-\d+\.parquet"
 _KNOWN = re.compile(
-    r"config\.yaml|(run|summary|decomposition|pulled)\.json|decomposition\.safetensors|metrics\.jsonl"
+    r"config\.yaml|(run|summary|decomposition|pulled)\.json"
+    r"|decomposition\.safetensors|metrics\.jsonl"
     rf"|figures/[A-Za-z0-9._-]+\.png|{_HARVEST}|harvest/[A-Za-z0-9_][A-Za-z0-9._-]*/({_HARVEST})"
 )
 
 
 def keep_known(folder: Path, what: str) -> None:
-    """Remove from a downloaded folder whatever is not a file of a run or a harvest; links among
-    them.
+    """Remove all links from a downloaded folder, and all files that no run or harvest has.
 
-    A tracker holds what anybody put there: only data is taken, under the names that this tool
-    itself gives.
+    Anybody may have uploaded files to a tracker, so only data files with the names that this
+    package uses are accepted.
+
+    Args:
+        folder: the downloaded folder.
+        what: the name of the download, for messages.
+
+    Raises:
+        BadInput: no file remains; the folder is deleted.
     """
-    strange = []
+    removed = []
     for path in sorted(folder.rglob("*"), reverse=True):
         name = path.relative_to(folder).as_posix()
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
         elif path.is_symlink() or not path.is_file() or not _KNOWN.fullmatch(name):
-            strange.append(name)
+            removed.append(name)
             path.unlink()
-    if strange:
+    if removed:
         log.warning(
             "%s: skipped %d files that do not belong to a run: %s",
             what,
-            len(strange),
-            ", ".join(sorted(strange)[:5]),
+            len(removed),
+            ", ".join(sorted(removed)[:5]),
         )
     if not any(folder.iterdir()):
         shutil.rmtree(folder)
-        raise BadInput(f"'{what}': none of its files is one of a run or a harvest; name another")
+        raise BadInput(f"'{what}': none of its files belongs to a run or a harvest; name another")
 
 
 def factorization(folder: Path) -> Factorization:
-    """How a run's matrices are to be read, once its weights have been compared with their digest.
+    """Compare a run's weights with their digest, and return the facts needed to read them.
 
     Raises:
-        BadInput: decomposition.json is damaged, or the weights are not those that it describes.
+        BadInput: decomposition.json is damaged, or it describes other weights.
     """
     weights = folder / "decomposition.safetensors"
     remedy = "run the fit again, or pull the run again"
@@ -64,21 +69,24 @@ def factorization(folder: Path) -> Factorization:
 
 
 def check_whole(folder: Path) -> None:
-    """Compare every file of a run with its digest: before it is sent to a tracker, and after it
-    came from one.
+    """Compare every file of a run with its digest, before an upload and after a download.
 
     Raises:
-        BadInput: one is damaged; it is named.
+        BadInput: a file is damaged; the error names it.
     """
-    if (folder / "run.json").exists():
-        json_files.read(folder / "run.json", Record, RESTORE)
-    if (folder / "summary.json").exists():
-        read_summary(folder / "summary.json")
-    if (folder / "decomposition.json").exists() and (folder / "decomposition.safetensors").exists():
+    record = folder / "run.json"
+    if record.exists():
+        json_files.read(record, Record, RESTORE)
+    summary = folder / "summary.json"
+    if summary.exists():
+        read_summary(summary)
+    description = folder / "decomposition.json"
+    weights = folder / "decomposition.safetensors"
+    if description.exists() and weights.exists():
         factorization(folder)
-    manifests = sorted({*folder.glob("manifest.json"), *folder.glob("harvest/*/manifest.json")})
+    manifests = {*folder.glob("manifest.json"), *folder.glob("harvest/*/manifest.json")}
     if manifests:
         from spd_lightning.store import Store
 
-        for manifest in manifests:
+        for manifest in sorted(manifests):
             Store(manifest.parent).check()

@@ -1,6 +1,4 @@
-"""Files of a run folder: written whole or not at all, locked while somebody works, read even where
-torn.
-"""
+"""The files of a run folder: atomic writes, a lock for its process, and logs cut off by a crash."""
 
 import fcntl
 import json
@@ -21,10 +19,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Turn errors of the file system (no room, no permission, a read-only disk) into one line.
+    """Turn errors of the file system, such as a full or read-only disk, into one line.
 
     Raises:
-        BadInput: it refused.
+        BadInput: `path` cannot be written.
     """
     try:
         yield
@@ -37,33 +35,39 @@ def writable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: it becomes `path` at the end, or after an error nothing
-    does.
+    """Yield a temporary path to write to; it replaces `path` at the end unless an error occurs.
 
     Raises:
-        BadInput: the disk refuses.
+        BadInput: the file cannot be written.
     """
     with writable(path), whole(path) as temporary:
         yield temporary
 
 
 def write_json(path: Path, value: Any, seal: bool = True) -> None:
-    """A JSON file, whole or not at all; with a seal, unless it is for other tools.
+    """Write a JSON file completely or not at all.
+
+    Args:
+        path: the file.
+        value: its content.
+        seal: whether to add a digest of the content; other tools may not expect one.
 
     Raises:
-        BadInput: the disk refuses.
+        BadInput: the file cannot be written.
     """
-    text = json_files.dumped(value, indent=1) if seal else json.dumps(value, indent=1) + "\n"
+    if seal:
+        text = json_files.dumped(value, indent=1)
+    else:
+        text = json.dumps(value, indent=1) + "\n"
     with write_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON object of the type `kind`; an empty one if the file is missing, or damaged
-    (with a warning).
+    """Return a JSON object of the type `kind`, or an empty one if the file cannot be read.
 
-    This is for files that a caller can do without, as a listing can. Use `json_files.read` for all
-    others.
+    A damaged file causes a warning; a missing one does not. Use this only for files that are not
+    required, for example in a listing, and `json_files.read` for all others.
     """
     if not path.exists():
         return {}
@@ -75,11 +79,12 @@ def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
 
 
 def append_metrics(folder: Path, step: int, values: Mapping[str, float | int]) -> None:
-    """Add one logged step to a run's metrics.jsonl; half a line that a killed process left is cut
-    off first.
+    """Append one step to a run's metrics.jsonl.
+
+    If a killed process left an incomplete line at the end, it is removed first.
 
     Raises:
-        BadInput: the disk refuses.
+        BadInput: the file cannot be written.
     """
     line = json.dumps({"step": step, **values}) + "\n"
     path = folder / "metrics.jsonl"
@@ -89,58 +94,69 @@ def append_metrics(folder: Path, step: int, values: Mapping[str, float | int]) -
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:
-    end = start = file.seek(0, os.SEEK_END)
+    """Remove what follows the last line break of a file, which is read from its end."""
+    end = file.seek(0, os.SEEK_END)
+    start = end
     tail = b""
     while start and b"\n" not in tail:
         start = max(0, start - 4096)
         file.seek(start)
         tail = file.read(end - start)
-    file.truncate(start + tail.rfind(b"\n") + 1)
+    last_break = tail.rfind(b"\n")  # −1 if there is none
+    file.truncate(start + last_break + 1)
 
 
 def metrics_size(folder: Path) -> int:
-    """How many bytes a run has logged."""
+    """Return the number of bytes that a run has logged."""
     path = folder / "metrics.jsonl"
-    return path.stat().st_size if path.exists() else 0
+    if not path.exists():
+        return 0
+    return path.stat().st_size
 
 
 def cut_metrics(folder: Path, size: int) -> None:
-    """Takes back what a run logged after its first `size` bytes.
+    """Delete what a run logged after its first `size` bytes.
 
     Raises:
-        BadInput: the disk refuses.
+        BadInput: the file cannot be written.
     """
+    path = folder / "metrics.jsonl"
     if metrics_size(folder) > size:
-        with writable(folder / "metrics.jsonl"):
-            os.truncate(folder / "metrics.jsonl", size)
+        with writable(path):
+            os.truncate(path, size)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the logged metrics, one entry per step, in order; those logged again after a resume
-    replace earlier ones.
+    """Read the logged metrics: one entry per step, in order.
+
+    Values that were logged again after a resume replace earlier ones.
     """
     path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
     steps: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ()
-    ):
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line:
+            continue
         try:
-            values = dict(json.loads(line)) if line else {}
-            steps.setdefault(int(values.get("step", 0)), {}).update(values)
+            values = dict(json.loads(line))
+            step = int(values.get("step", 0))
+            steps.setdefault(step, {}).update(values)
         except (ValueError, TypeError, OverflowError, RecursionError):
-            log.warning("'%s', line %d: torn, left out", path, number + 1)
+            log.warning("'%s', line %d: incomplete, skipped", path, number)
     return [steps[step] for step in sorted(steps) if steps[step]]
 
 
 def lock(folder: Path) -> int | None:
-    """An open handle that holds the folder's lock, or None where another process holds it.
+    """Return an open handle that holds the folder's lock, or None if another process holds it.
 
     Raises:
-        BadInput: the disk refuses.
+        BadInput: the lock file cannot be written.
     """
     with writable(folder):
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    for _ in range(10):  # `held` takes it for a moment
+    for _ in range(10):  # several tries, since `held` takes the lock for a moment
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return handle
@@ -151,7 +167,7 @@ def lock(folder: Path) -> int | None:
 
 
 def held(folder: Path, name: str = ".lock") -> bool:
-    """Whether some process holds the folder's lock."""
+    """Return whether some process holds the folder's lock."""
     try:
         handle = os.open(folder / name, os.O_RDONLY)
     except OSError:

@@ -1,6 +1,4 @@
-"""Run folders: what one holds, which there are, and the families that repeated runs of one name
-form.
-"""
+"""Run folders: the contents of one, a list of all, and the family of runs that share a name."""
 
 import logging
 import re
@@ -35,29 +33,27 @@ _RESERVED = ("targets", "data", "mlartifacts")
 
 
 def check_name(name: str) -> str:
-    """The name, if it can name a run.
+    """Return the name after checking that a run can have it.
 
     Raises:
-        BadInput: it has other characters than letters, digits, '.', '_' and '-', or means something
-            else already.
+        BadInput: the name is reserved, too long, or has characters other than letters, digits, '.',
+            '_' and '-'.
     """
     if name in _RESERVED:
-        raise BadInput(
-            f"run name '{name}': the folder of that name holds something else; choose another"
-        )
+        raise BadInput(f"run name '{name}': reserved for another folder; choose another name")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
         raise BadInput(
             f"run name '{shown(name)}': use at most 100 letters, digits, '.', '_' and '-', and do "
-            "not start with '.' "
-            "or '-'"
+            "not start with '.' or '-'"
         )
     return name
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder, read afresh at every look; a bare harvest folder is a run with that one
-    harvest.
+    """The folder of a run. Its files are read again whenever an attribute is used.
+
+    A harvest folder without a run is also accepted, as a run with that one harvest.
     """
 
     path: Path
@@ -69,19 +65,22 @@ class Run:
 
     @property
     def state(self) -> State:
-        """Running while a process holds its lock, finished once it has a summary, interrupted
-        otherwise.
+        """The state of the run: running, finished, interrupted, or diverged.
 
-        It is diverged where the summary says that its numbers did not stay finite: it has no
-        decomposition then. A bare harvest counts as finished: its store says whether it is
-        complete.
+        A run is running while a process holds its lock. It is finished once it has a summary, and
+        interrupted otherwise. It is diverged if its summary says that its numbers became infinite
+        or NaN; it has no decomposition then. A harvest without a run counts as finished; its store
+        knows whether it is complete.
         """
         if held(self.path):
             return "running"
-        if str(self.summary.get("verdict", "")).startswith("diverged"):
+        verdict = str(self.summary.get("verdict", ""))
+        if verdict.startswith("diverged"):
             return "diverged"
-        done = (self.path / "summary.json").exists() or (self.path / "manifest.json").exists()
-        return "finished" if done else "interrupted"
+        for name in ("summary.json", "manifest.json"):
+            if (self.path / name).exists():
+                return "finished"
+        return "interrupted"
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -95,16 +94,15 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """How the folder was claimed: family, settings digest, start in seconds since 1970; empty
-        if it never was.
+        """The run's family, the digest of its settings, and its start in seconds since 1970.
+
+        The record is empty if the folder was not created by `acquire_run`.
         """
         return read_json(self.path / "run.json", Record)
 
     @property
     def problem(self) -> str | None:
-        """The first damage in the files that a list of runs reads, in one line; None if all are
-        sound.
-        """
+        """The first error in the files that a list of runs reads, in one line, or None."""
         try:
             for name, kind in (("run.json", Record), ("decomposition.json", Factorization)):
                 if (self.path / name).exists():
@@ -119,65 +117,77 @@ class Run:
 
     @property
     def pulled(self) -> bool:
-        """Whether it came from a tracker: what its config names is then not built."""
+        """Whether the run came from a tracker; the classes in its config are then not built."""
         return (self.path / "pulled.json").exists()
 
     def checked_config(self) -> dict[str, Any]:
-        """The config that the run was made with.
+        """The config that the run was made with, compared with the digest in run.json.
 
         Raises:
-            BadInput: it cannot be read, or is not the one of which run.json holds the digest.
+            BadInput: the config cannot be read, or it does not match the digest.
         """
         path = self.path / "config.yaml"
         record = self.record
-        found = load(str(path.resolve()), as_written=True)
-        if record and digest(found) != record["digest"]:
+        config = load(str(path.resolve()), as_written=True)
+        if record and digest(config) != record["digest"]:
             raise BadInput(
                 f"config '{path}': not what the run was made with; restore it from a copy"
             )
-        return found
+        return config
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config that the run was made with; empty if there is none."""
+        """The config that the run was made with; empty if it is missing or cannot be read."""
         path = self.path / "config.yaml"
+        if not path.exists():
+            return {}
         try:
-            return load(str(path.resolve()), as_written=True) if path.exists() else {}
+            return load(str(path.resolve()), as_written=True)
         except BadInput as error:
             log.warning("%s", error)
             return {}
 
     @property
     def figures(self) -> list[Path]:
-        """Its plots, by name."""
+        """The plots of the run, sorted by name."""
         return sorted(self.path.glob("figures/*.png"))
 
     @property
     def harvests(self) -> list[Path]:
-        """The folders of its harvests, by name: each opens with `store.Store`."""
-        bare = [self.path] if (self.path / "manifest.json").exists() else []
-        return bare + [path.parent for path in sorted(self.path.glob("harvest/*/manifest.json"))]
+        """The folders of the run's harvests, sorted by name; `store.Store` opens each of them."""
+        folders = []
+        if (self.path / "manifest.json").exists():
+            folders.append(self.path)
+        manifests = self.path.glob("harvest/*/manifest.json")
+        folders += [manifest.parent for manifest in sorted(manifests)]
+        return folders
 
     @property
     def changed(self) -> float:
-        """When something was last written at its top, in seconds since 1970."""
-        return max((_time(self.path / sign) for sign in _SIGNS), default=0.0)
+        """The time of the last change of the run's main files, in seconds since 1970."""
+        times = [_time(self.path / sign) for sign in _SIGNS]
+        return max(times)
 
     def metrics(self) -> "polars.DataFrame":
-        """The logged metrics, one row per step, in order; values logged again after a resume
-        replace earlier ones.
+        """Return the logged metrics: one row per step, in order.
+
+        Values that were logged again after a resume replace earlier ones.
         """
         import polars
 
         steps = read_metrics(self.path)
-        names = dict.fromkeys(name for step in steps for name in step)
-        types = {name: polars.Int64 if name == "step" else polars.Float64 for name in names}
-        return polars.DataFrame(
-            {name: [step.get(name) for step in steps] for name in names}, types, strict=False
-        )
+        types = {}
+        for step in steps:
+            for name in step:
+                types[name] = polars.Int64 if name == "step" else polars.Float64
+        columns = {}
+        for name in types:
+            columns[name] = [step.get(name) for step in steps]
+        return polars.DataFrame(columns, types, strict=False)
 
 
 def _time(path: Path) -> float:
+    """Return the time of a file's last change, or 0 if there is no such file."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -186,49 +196,53 @@ def _time(path: Path) -> float:
 
 def is_run(path: Path) -> bool:
     """Return whether a folder is a run or a harvest; the folder of a trained target is neither."""
-    if (path / "target.json").exists():
+    if (path / "target.json").exists() or not path.is_dir():
         return False
-    return path.is_dir() and any((path / sign).exists() for sign in _SIGNS)
+    return any((path / sign).exists() for sign in _SIGNS)
 
 
 def runs(root_: Path | None = None) -> list[Run]:
-    """Every run below a root (the usual one unless given), the latest written first."""
+    """Return all runs in a root folder ($SPD_RUNS by default), the most recently changed first."""
     folder = root_ or root()
-    paths = folder.iterdir() if folder.is_dir() else ()
-    found = [
-        Run(path)
-        for path in paths
-        if path.name not in _RESERVED and path.name[0] != "." and is_run(path)
-    ]
-    return sorted(found, key=lambda run: (run.changed, run.name), reverse=True)
+    if not folder.is_dir():
+        return []
+    members = []
+    for path in folder.iterdir():
+        special = path.name in _RESERVED or path.name.startswith(".")
+        if not special and is_run(path):
+            members.append(Run(path))
+    return sorted(members, key=lambda run: (run.changed, run.name), reverse=True)
 
 
 def family(name: str) -> list[Run]:
-    """The runs that were claimed under a name, in order of their numbers; unclaimed ones go by
-    their names alone.
+    """Return the runs of a family (name, name-2, name-3, …) in order of their numbers.
+
+    run.json records the family of a run. A run without this record belongs to every family that
+    its folder name fits.
     """
-    numbered = re.compile(re.escape(name) + r"(-[1-9][0-9]*)?")
-    alike = [
-        run
-        for run in runs()
-        if numbered.fullmatch(run.name) and run.record.get("family", name) == name
-    ]
-    return sorted(alike, key=lambda run: int(run.name.removeprefix(name)[1:] or 1))
+    pattern = re.compile(re.escape(name) + r"(-[1-9][0-9]*)?")
+    named_alike = [run for run in runs() if pattern.fullmatch(run.name)]
+    members = [run for run in named_alike if run.record.get("family", name) == name]
+
+    def number(run: Run) -> int:
+        suffix = run.name.removeprefix(name)  # "" or "-2", "-3", …
+        return int(suffix[1:] or 1)
+
+    return sorted(members, key=number)
 
 
 def newest(name: str) -> Run:
-    """The run of a family (name, name-2, name-3 …) that finished last.
+    """Return the run of a family (name, name-2, name-3, …) that finished last.
 
     Raises:
-        BadInput: none has finished.
+        BadInput: no run of the family has finished.
     """
     members = family(check_name(name))
-    if done := [
-        run for run in members if (run.path / "summary.json").exists() and run.state != "diverged"
-    ]:
-        return max(
-            enumerate(done), key=lambda item: (_time(item[1].path / "summary.json"), item[0])
-        )[1]
+    finished = [run for run in members if _has_finished(run)]
+    if finished:
+        times = [_time(run.path / "summary.json") for run in finished]
+        latest = max(range(len(finished)), key=lambda k: (times[k], k))
+        return finished[latest]
     if members:
         states = ", ".join(f"{run.name} is {run.state}" for run in members)
         raise BadInput(
@@ -237,8 +251,11 @@ def newest(name: str) -> Run:
     raise unknown(name)
 
 
+def _has_finished(run: Run) -> bool:
+    return (run.path / "summary.json").exists() and run.state != "diverged"
+
+
 def unknown(name: str) -> BadInput:
-    """The error for a name that no run here has."""
-    return BadInput(
-        f"run '{shown(name)}': not in '{root()}'; {nearest(name, [run.name for run in runs()])}"
-    )
+    """Return the error for a name that no run in the root folder has."""
+    names = [run.name for run in runs()]
+    return BadInput(f"run '{shown(name)}': not in '{root()}'; {nearest(name, names)}")

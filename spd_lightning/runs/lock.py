@@ -1,5 +1,6 @@
-"""Claiming a run folder: one process works on it, a second one takes the next number, a killed one
-is continued.
+"""Locks of run folders, so that only one process works on each.
+
+A second process with the same name takes the next number. The run of a killed process is resumed.
 """
 
 import logging
@@ -19,39 +20,43 @@ from spd_lightning.runs.folders import Run, check_name, family
 log = logging.getLogger(__name__)
 
 UNCOPIED = "uncopied.json"
-"""A run has this file while a tracker of its may not have everything."""
+"""A run has this file while the copy of one of its trackers may be incomplete."""
 
 _SHARED = "SPD_CLAIM"
-_REACHED = ("metrics.jsonl", "checkpoints", "decomposition.safetensors", "harvest", "summary.json")
+_RESULTS = ("metrics.jsonl", "checkpoints", "decomposition.safetensors", "harvest", "summary.json")
 
 
 class RunLock:
-    """A run folder that this process alone works on, until `release` or its own end.
+    """A run folder that only this process works on, until `release` or the end of the process.
 
     Attributes:
         run: the run.
         path: its folder.
-        resumed: whether an interrupted run goes on here.
+        resumed: whether this continues an interrupted run.
     """
 
     def __init__(self, run: Run, resumed: bool, handle: int | None):
-        self.run, self.path, self.resumed = run, run.path, resumed
+        self.run = run
+        self.path = run.path
+        self.resumed = resumed
         self._handle = handle
         if handle is not None:
             os.environ[_SHARED] = str(self.path)
 
     def release(self) -> None:
-        """Let others work on it; doing so twice is harmless."""
+        """Release the lock; a second call has no effect."""
         if self._handle is not None:
             os.environ.pop(_SHARED, None)
             os.close(self._handle)
         self._handle = None
 
     def release_and_discard(self) -> None:
-        """Release it; a folder in which nothing was reached yet is taken away, so that the next try
-        has its name.
+        """Release the lock, and delete the folder if the run has no results yet.
+
+        The next attempt can then use its name.
         """
-        if self._handle is not None and not any((self.path / sign).exists() for sign in _REACHED):
+        has_results = any((self.path / name).exists() for name in _RESULTS)
+        if self._handle is not None and not has_results:
             shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
@@ -63,27 +68,29 @@ class RunLock:
 
 
 def acquire_run(name: str, settings: Mapping[str, Any]) -> RunLock:
-    """A folder to work in: the family's interrupted run with the same settings, or a fresh one.
+    """Lock a folder to work in: an interrupted run with the same name and settings, or a new run.
 
-    A finished run is never touched, nor one that another process works on: the next number is taken
-    (name, name-2 …). The processes that Lightning starts for further devices share the claim of the
-    first.
+    Runs that are finished or that another process works on are left unchanged; a new run gets the
+    next free number (name, name-2, …). The processes that Lightning starts for further devices
+    share the lock of the first process.
 
     Args:
         name: the run's family, usually the name of its config.
-        settings: all that decides what the run will be; runs with an equal digest may continue each
-            other.
+        settings: everything that the results depend on; an interrupted run is resumed if its
+            settings have the same digest.
 
     Raises:
-        BadInput: the name cannot name a run, or the disk refuses.
+        BadInput: a run cannot have this name, or the folder cannot be written.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0" and (shared := os.environ.get(_SHARED)):
-        return RunLock(Run(Path(shared)), True, None)
+    shared = os.environ.get(_SHARED)
+    if os.environ.get("LOCAL_RANK", "0") != "0" and shared:
+        return RunLock(Run(Path(shared)), resumed=True, handle=None)
     key = digest(dict(settings))
     for run in family(check_name(name)):
         if run.record.get("digest") != key:
             continue
-        if (handle := lock(run.path)) is None:
+        handle = lock(run.path)
+        if handle is None:
             log.info("run %s: another process is working on it; taking the next number", run.name)
         elif (run.path / "summary.json").exists():
             os.close(handle)
@@ -91,46 +98,56 @@ def acquire_run(name: str, settings: Mapping[str, Any]) -> RunLock:
             log.info("run %s: resuming from where it was interrupted", run.name)
             for folder in (run.path, run.path / "checkpoints", run.path / "figures"):
                 sweep(folder)  # nobody else writes here: the lock is ours
-            return RunLock(run, True, handle)
-    return _fresh(name, key)
+            return RunLock(run, resumed=True, handle=handle)
+    return _new_run(name, key)
 
 
 def uncopied(name: str, settings: Mapping[str, Any]) -> RunLock | None:
-    """Claim the family's finished run with the same settings of which a tracker lacks a part, if
-    there is one.
+    """Lock a finished run with the same name and settings whose tracker has an incomplete copy.
 
-    The command that made it was killed while it sent the copy, or its tracker did not answer.
+    The command that made the run was killed during the copy, or the tracker did not answer.
 
     Args:
         name: the run's family.
         settings: as for `acquire_run`.
+
+    Returns:
+        The lock, or None if there is no such run.
     """
     key = digest(dict(settings))
     for run in family(check_name(name)):
-        finished = run.record.get("digest") == key and run.state == "finished"
-        if finished and (run.path / UNCOPIED).exists() and (handle := lock(run.path)) is not None:
-            return RunLock(run, True, handle)
+        same_settings = run.record.get("digest") == key
+        if not same_settings or run.state != "finished":
+            continue
+        if not (run.path / UNCOPIED).exists():
+            continue
+        handle = lock(run.path)
+        if handle is not None:
+            return RunLock(run, resumed=True, handle=handle)
     return None
 
 
-def _fresh(name: str, key: str) -> RunLock:
+def _new_run(name: str, key: str) -> RunLock:
+    """Make the folder of a new run, and lock it."""
     path = _new_folder(name)
     handle = lock(path)
-    assert handle is not None, f"a folder just made is locked: {path}"
-    write_json(path / "run.json", {"family": name, "digest": key, "started": time.time()})
-    return RunLock(Run(path), False, handle)
+    assert handle is not None, f"a new folder is locked: {path}"
+    record = {"family": name, "digest": key, "started": time.time()}
+    write_json(path / "run.json", record)
+    return RunLock(Run(path), resumed=False, handle=handle)
 
 
 def _new_folder(name: str) -> Path:
-    """Making the folder is what decides between two processes that want the same number."""
+    """Make a folder with the first free number; if two processes try the same, one gets it."""
     with writable(root()):
         make_folder(root())
         for number in count(1):
-            path = root() / (name if number == 1 else f"{name}-{number}")
+            numbered = name if number == 1 else f"{name}-{number}"
+            path = root() / numbered
             try:
                 path.mkdir()
                 sync_folder(root())
                 return path
             except FileExistsError:
                 continue
-    raise AssertionError("numbers do not end")
+    raise AssertionError("unreachable: count() never ends")

@@ -1,5 +1,6 @@
-"""From what a user writes to a run folder here: a name, a path, or a tracker's copy, downloaded
-once.
+"""Find the run folder that a reference names: a name, a path, or a copy on a tracker.
+
+A copy on a tracker is downloaded once.
 """
 
 import logging
@@ -26,45 +27,46 @@ _PULLS = {"mlflow": pull_mlflow, "wandb": pull_wandb}
 
 
 def find(reference: str) -> Run:
-    """The run that a reference means; one that only a tracker has is pulled, once.
+    """Find the run that a reference names; a run on a tracker is downloaded the first time.
 
     Args:
-        reference: a run's name, the path of a run or of a harvest, or what `pull` takes.
+        reference: a run's name, the path of a run or of a harvest, or a reference that `pull`
+            accepts.
 
     Raises:
-        BadInput: there is no such run (the nearest name is suggested), or its tracker does not
-            answer.
+        BadInput: the run does not exist (the error suggests the nearest name), or its tracker does
+            not answer.
     """
     if reference.partition(":")[0] in _PULLS:
-        had = [
-            run
-            for run in runs()
-            if read_json(run.path / "pulled.json", Origin).get("reference") == reference
-        ]
-        return had[0] if had else Run(pull(reference))
+        for run in runs():
+            origin = read_json(run.path / "pulled.json", Origin)
+            if origin.get("reference") == reference:
+                return run
+        return Run(pull(reference))
     for path in (root() / reference, Path(reference)):
         if reference and is_run(path):
             return Run(path)
     if os.sep in reference:
         raise BadInput(
-            f"run '{shown(reference)}': no run or harvest there; name a folder with config.yaml or "
+            f"run '{shown(reference)}': not a run or a harvest; name a folder with config.yaml or "
             "manifest.json"
         )
     raise unknown(reference)
 
 
 def pull(reference: str) -> Path:
-    """Download a tracked run or harvest; it lands whole as <root>/<its name>-pulled.
+    """Download a run or harvest from a tracker to <root>/<its name>-pulled, and return that path.
 
-    It takes the place of an older copy, unless that holds files that the tracker does not have,
-    such as a harvest that was made there: then it lands as <its name>-pulled-2, and so on.
+    The folder appears only when the download is complete. It replaces an older copy, unless that
+    copy has files that the tracker does not have, for example a harvest that was made in it. In
+    that case, the folder is called <its name>-pulled-2, and so on.
 
     Args:
         reference: `mlflow:<run id or name>` or `wandb:<entity>/<project>/<artifact>:<version>`.
 
     Raises:
-        BadInput: no such run or artifact, no answer, file names that point outside the folder, a
-            damaged file, or an older copy on which a process works.
+        BadInput: the run or artifact does not exist, the tracker does not answer, a file is damaged
+            or has a name that points outside the folder, or a process works on the older copy.
     """
     tracker, _, what = reference.partition(":")
     if tracker not in _PULLS or not what:
@@ -82,17 +84,18 @@ def pull(reference: str) -> Path:
             keep_known(folder, reference)
             check_whole(folder)
             write_json(folder / "pulled.json", {"reference": reference, "origin": origin})
-            return _land(
-                folder, re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-") or "run", origin
-            )
+            safe_name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-")
+            return _move_into_root(folder, safe_name or "run", origin)
 
 
-def _land(folder: Path, name: str, origin: str) -> Path:
-    """Move a downloaded folder to its place: over an older copy of the same thing, next to one of
-    another.
+def _move_into_root(folder: Path, name: str, origin: str) -> Path:
+    """Move a downloaded folder into the root folder, and return its new path.
+
+    It replaces an older copy of the same run, and gets another number than copies of other runs.
     """
     for number in count(1):
-        path = root() / (f"{name}-pulled" if number == 1 else f"{name}-pulled-{number}")
+        numbered = f"{name}-pulled" if number == 1 else f"{name}-pulled-{number}"
+        path = root() / numbered
         if not path.exists():
             folder.rename(path)
             sync_folder(path.parent)
@@ -100,14 +103,17 @@ def _land(folder: Path, name: str, origin: str) -> Path:
         if read_json(path / "pulled.json", Origin).get("origin") != origin:
             continue
         with _locked(path):
-            if more := sorted(_files(path) - _files(folder)):
-                log.info("'%s': the tracker does not have its file %s; %s", path, more[0], _KEPT)
+            only_local = sorted(_files(path) - _files(folder))
+            if only_local:
+                log.info(
+                    "'%s': the tracker does not have its file %s; %s", path, only_local[0], _KEPT
+                )
                 continue
             path.rename(folder.with_name("old"))
             folder.rename(path)
             sync_folder(path.parent)
             return path
-    raise AssertionError("numbers do not end")
+    raise AssertionError("unreachable: count() never ends")
 
 
 @contextmanager
@@ -115,14 +121,16 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold a pulled run's lock.
 
     Raises:
-        BadInput: another process works on the run, or on one of its harvests, which have locks of
-            their own.
+        BadInput: another process works on the run, or on one of its harvests, which have separate
+            locks.
     """
     handle = lock(path)
     try:
-        if handle is None or any(held(file.parent, file.name) for file in path.rglob(".lock-*")):
+        harvest_locks = path.rglob(".lock-*")
+        if handle is None or any(held(file.parent, file.name) for file in harvest_locks):
             raise BadInput(
-                f"run '{path}': another process is working on it; pull it again when that has ended"
+                f"run '{path}': another process is working on it; pull it again after that process "
+                "has ended"
             )
         yield
     finally:
@@ -131,8 +139,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _files(folder: Path) -> set[str]:
-    """The files below a folder; locks and temporary files, whose names begin with a dot, are left
-    out.
-    """
-    found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {path.relative_to(folder).as_posix() for path in found}
+    """Return the files below a folder, without locks and temporary files (names with a dot)."""
+    names = set()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.name.startswith("."):
+            names.add(path.relative_to(folder).as_posix())
+    return names

@@ -11,28 +11,29 @@ RESTORE = "restore it from a copy, or run the fit again"
 Figure = int | float | str | bool | None
 
 Summary = dict[str, Figure | dict[str, Figure]]
-"""What a run reached, by name: figures, seconds, steps, the verdict, versions."""
+"""The results of a run, by name: figures, seconds, steps, the verdict, versions."""
 
 
 def read_summary(path: Path) -> Summary:
     """Read the results of a run.
 
     Raises:
-        BadInput: the file is damaged, or holds something else for a figure (`mmcs/linear1`, …) than
-            a number.
+        BadInput: the file is damaged, or a figure (`mmcs/linear1`, …) is not a number.
     """
     summary = read(path, Summary, RESTORE)
-    remedy = f"expected a number; {RESTORE}"
     for name, value in summary.items():
-        figure = "/" in name and not name.startswith("version/")
-        if figure and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise BadInput(f"'{path}': {name[:60]}: found {str(value)[:40]!r}, {remedy}")
+        is_figure = "/" in name and not name.startswith("version/")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_figure and not is_number:
+            raise BadInput(
+                f"'{path}': {name[:60]}: found {str(value)[:40]!r}, expected a number; {RESTORE}"
+            )
     return summary
 
 
 @open_ended
 class Record(TypedDict):
-    """How a run's folder was claimed (run.json)."""
+    """The name, settings and start time of a run (run.json), written when its folder is made."""
 
     family: str
     digest: str
@@ -40,14 +41,14 @@ class Record(TypedDict):
 
 
 class Origin(TypedDict):
-    """Where a pulled run came from (pulled.json)."""
+    """The tracker's copy from which a run was pulled (pulled.json)."""
 
     reference: str
     origin: str
 
 
 class Network(TypedDict):
-    """The class of a network, its arguments, and how long its training took."""
+    """The class of a network, its arguments, and the seconds that its training took."""
 
     class_path: str
     init_args: NotRequired[dict[str, Any] | None]
@@ -55,7 +56,7 @@ class Network(TypedDict):
 
 
 class SiteShape(TypedDict):
-    """A decomposed weight: components, inputs, outputs."""
+    """The sizes of a decomposed weight: numbers of components, inputs and outputs."""
 
     C: int
     d_in: int
@@ -63,9 +64,7 @@ class SiteShape(TypedDict):
 
 
 class ModelSettings(TypedDict):
-    """The settings of a decomposition; `importance` and `evaluation` are checked by their
-    classes.
-    """
+    """The settings of a decomposition; their classes check `importance` and `evaluation`."""
 
     sites: dict[str, int]
     tied: dict[str, str]
@@ -88,7 +87,7 @@ class Description(TypedDict):
 
 @open_ended
 class Factorization(TypedDict):
-    """The part of decomposition.json that tells where a site's matrices are."""
+    """The part of decomposition.json that is needed to find the matrices of a site."""
 
     tied: dict[str, str]
     digest: str

@@ -1,4 +1,4 @@
-"""Trackers hold copies of runs: where they are, whether they answer, how files go up and down."""
+"""Trackers that hold copies of runs: their addresses, tests of a connection, and file transfers."""
 
 import contextlib
 import fcntl
@@ -28,40 +28,38 @@ MIRRORED = (
     "figures",
     "harvest",
 )
-"""What of a run folder a tracker gets; checkpoints are for resuming and stay."""
+"""The files of a run that are copied to a tracker; checkpoints, used to resume, are not."""
 
 
 EMBEDDED = "mlflow.db"
-"""The file of the embedded store, below the root."""
+"""The database file of the embedded store, in the root folder."""
 
 ARTIFACTS = "mlartifacts"
-"""The folder of its artifacts, next to it."""
+"""The folder with the artifacts of the embedded store, in the root folder."""
 
 _START = "start its server, or unset MLFLOW_TRACKING_URI to use the embedded store"
 _CHECK = "check MLFLOW_TRACKING_URI, or unset it to use the embedded store"
-_PATIENCE = 3  # seconds that an address has to answer
+_PATIENCE = 3  # seconds to wait for an answer of an address
 
 
 class NoAnswer(BadInput):
-    """A tracker does not answer now; it may later."""
+    """The error for a tracker that does not answer; a later attempt can succeed."""
 
 
-# ---- where the records are -----------------------------------------------------------------------
+# ---- addresses -----------------------------------------------------------------------------------
 
 
 def tracking_uri() -> str:
-    """Where MLflow's records are: $MLFLOW_TRACKING_URI, or a sqlite file below the root, which
-    needs no server.
-    """
+    """Return the address of MLflow's records: $MLFLOW_TRACKING_URI, or the embedded store's."""
     return os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri()
 
 
 def embedded_uri() -> str:
-    """The address of the embedded store.
+    """Return the address of the embedded store, a sqlite file in the root folder.
 
-    SQLAlchemy reads a path as a URL: `%` and `?` in it must be escaped. MLflow makes the parent
-    folder of a path that follows `sqlite:///` without reading the escapes, which would leave an
-    empty folder of the wrong name behind; it does not if the driver is named.
+    SQLAlchemy reads a path as a URL, so `%` and `?` must be escaped. MLflow creates the parent
+    folder of a path that follows `sqlite:///`, but it ignores the escapes and would leave an empty
+    folder with the wrong name. It does not do so if the address names the driver.
     """
     path = str(root().resolve() / EMBEDDED)
     if "%" in path or "?" in path:
@@ -70,31 +68,32 @@ def embedded_uri() -> str:
 
 
 def artifact_location() -> str | None:
-    """Where a new experiment of the embedded store keeps its artifacts; a server decides for itself
-    (None).
-    """
-    return (
-        None if os.environ.get("MLFLOW_TRACKING_URI") else (root().resolve() / ARTIFACTS).as_uri()
-    )
+    """Return the address for the artifacts of a new experiment, or None if a server chooses it."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return None
+    folder = root().resolve() / ARTIFACTS
+    return folder.as_uri()
 
 
 def _sqlite_file(uri: str) -> Path | None:
-    """The file of a sqlite store; None for any other."""
-    found = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
-    return Path(unquote(found[1])) if found else None
+    """Return the file of a sqlite store, or None for any other store."""
+    match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    if match is None:
+        return None
+    return Path(unquote(match[1]))
 
 
-# ---- whether they can be reached -----------------------------------------------------------------
+# ---- connections ---------------------------------------------------------------------------------
 
 
 def reachable(uri: str, remedy: str = _START) -> None:
-    """Try a tracker's address for a few seconds, before its client retries for minutes.
+    """Try to connect to a tracker for a few seconds, since its client would retry for minutes.
 
-    A server must answer a request, whatever it answers; a database must accept a connection; a
-    sqlite file must not be locked by another process.
+    A server must send any response to a request, a database must accept a connection, and a sqlite
+    file must not be locked by another process.
 
     Raises:
-        NoAnswer: it does not.
+        NoAnswer: the tracker cannot be reached.
     """
     try:
         if path := _sqlite_file(uri):
@@ -109,11 +108,11 @@ def reachable(uri: str, remedy: str = _START) -> None:
 
 
 def _try_sqlite(path: Path) -> None:
+    """Open and close a write transaction, which fails if another process locks the file."""
     if not path.exists():
         return
-    with contextlib.closing(
-        sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
-    ) as database:
+    connection = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
+    with contextlib.closing(connection) as database:
         database.execute("BEGIN IMMEDIATE")
         database.execute("ROLLBACK")
 
@@ -122,6 +121,7 @@ _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 
 
 
 def _try_address(parts: SplitResult) -> None:
+    """Connect to a server or a database; an address of any other scheme is not tested."""
     scheme = parts.scheme.partition("+")[0]
     if scheme not in _PORTS:
         return
@@ -142,9 +142,8 @@ def _try_http(parts: SplitResult, scheme: str, host: str, port: int) -> None:
         return  # the client goes through the proxy, which this check does not
     connection = HTTPConnection(host, port, timeout=_PATIENCE)
     if scheme == "https":
-        unverified = (
-            ssl.create_default_context()
-        )  # nothing secret is sent; the client itself verifies
+        # The certificate is not verified: no secret is sent, and the client verifies it later.
+        unverified = ssl.create_default_context()
         unverified.check_hostname = False
         unverified.verify_mode = ssl.CERT_NONE
         connection = HTTPSConnection(host, port, timeout=_PATIENCE, context=unverified)
@@ -152,7 +151,7 @@ def _try_http(parts: SplitResult, scheme: str, host: str, port: int) -> None:
         connection.request("GET", f"{parts.path.rstrip('/')}/health")
         connection.getresponse()
     except HTTPException as error:
-        raise OSError(f"it does not speak HTTP: {type(error).__name__}") from error
+        raise OSError(f"not an HTTP server: {type(error).__name__}") from error
     finally:
         connection.close()
 
@@ -161,28 +160,29 @@ def _try_http(parts: SplitResult, scheme: str, host: str, port: int) -> None:
 
 
 def mlflow_client(uri: str) -> Any:
-    """Return a client of an MLflow store; a sqlite store that does not exist yet is made, by one
-    process at a time.
+    """Return a client of an MLflow store; a missing sqlite store is created first.
 
-    Requests give up after 20 s and one retry, unless MLflow's own variables say otherwise (its
-    defaults are 120 s and seven retries, which wait longer and longer).
+    Requests give up after 20 s and one retry, unless MLflow's environment variables set other
+    limits. (MLflow's defaults are 120 s and seven retries with growing delays.)
 
     Raises:
         NoAnswer: the store does not answer.
     """
     reachable(uri)
-    _be_brief()
+    _limit_retries()
     from mlflow import MlflowClient
 
-    with _made_by_one(uri):
-        if (path := _sqlite_file(uri)) and not path.exists():
+    path = _sqlite_file(uri)
+    with _sqlite_lock(path):
+        if path and not path.exists():
             _make_store(path)
         return MlflowClient(tracking_uri=uri)
 
 
 def _make_store(path: Path) -> None:
-    """Make an empty sqlite store, whole or not at all: a process killed between its tables would
-    leave a broken one.
+    """Create an empty sqlite store completely or not at all.
+
+    If MLflow created it in place, a killed process could leave a store without some of its tables.
     """
     from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -192,21 +192,22 @@ def _make_store(path: Path) -> None:
         SqlAlchemyStore(address, DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
 
 
-def _be_brief() -> None:
+def _limit_retries() -> None:
+    """Limit the time that MLflow spends on a request, and silence its loggers."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-    # What fails is reported by us, once.
+    # We report errors ourselves, once.
     for name in ("alembic", "urllib3.connectionpool", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
-def _made_by_one(uri: str) -> Iterator[None]:
-    """Hold a lock next to a sqlite store, which breaks if two processes create or migrate it at
-    once.
+def _sqlite_lock(path: Path | None) -> Iterator[None]:
+    """Hold a lock next to a sqlite store; do nothing for other stores.
+
+    A store breaks if two processes create or migrate it at the same time.
     """
-    path = _sqlite_file(uri)
     if path is None:
         yield
         return
@@ -218,14 +219,14 @@ def _made_by_one(uri: str) -> Iterator[None]:
         yield
 
 
-_LATER = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
+_TEMPORARY_CODES = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
 
 
 def trouble(error: BaseException, uri: str, remedy: str = _CHECK) -> BadInput:
-    """Return what went wrong with a tracker as one line, which never holds its password.
+    """Turn an error of a tracker into one line that does not contain its password.
 
-    It is a NoAnswer if the same may work later: the connection failed, or the store is locked or
-    overloaded.
+    The result is a NoAnswer if a later attempt can succeed, because the connection failed or the
+    store is locked or overloaded.
     """
     if isinstance(error, BadInput):
         return error
@@ -233,20 +234,25 @@ def trouble(error: BaseException, uri: str, remedy: str = _CHECK) -> BadInput:
     with contextlib.suppress(ValueError):
         if password := urlsplit(uri).password:
             text = text.replace(password, "***").replace(unquote(password), "***")
-    if "already exists" in text and (path := _sqlite_file(uri)):
+    path = _sqlite_file(uri)
+    if path and "already exists" in text:
         remedy = (
             f"a process was killed while it changed the tables: move '{path.name}' away, and push "
             "the runs"
         )
-    said = f"tracker '{without_passwords(uri)}': {without_passwords(text)[:200]}; {remedy}"
-    later = getattr(error, "error_code", None) in _LATER or "API request to" in text
-    later = later or type(error).__name__ == "OperationalError" or isinstance(error, OSError)
-    return NoAnswer(said) if later else BadInput(said)
+    line = f"tracker '{without_passwords(uri)}': {without_passwords(text)[:200]}; {remedy}"
+    temporary = (
+        isinstance(error, OSError)
+        or type(error).__name__ == "OperationalError"
+        or "API request to" in text
+        or getattr(error, "error_code", None) in _TEMPORARY_CODES
+    )
+    return NoAnswer(line) if temporary else BadInput(line)
 
 
 @contextmanager
 def _mlflow(uri: str) -> Iterator[Any]:
-    """A client of the tracker; what it cannot do becomes one line."""
+    """Yield a client of the tracker, and turn its errors into one line."""
     if (path := _sqlite_file(uri)) and not path.exists():
         raise BadInput(f"tracker '{uri}': no such file yet; run a fit, or set MLFLOW_TRACKING_URI")
     try:
@@ -254,12 +260,12 @@ def _mlflow(uri: str) -> Iterator[Any]:
     except BadInput:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.filename:  # our own disk
+        if isinstance(error, OSError) and error.filename:  # an error of the local disk
             raise
         raise trouble(error, uri, "check the reference and MLFLOW_TRACKING_URI") from None
 
 
-# ---- files up and down ---------------------------------------------------------------------------
+# ---- uploads and downloads -----------------------------------------------------------------------
 
 
 def log_artifacts(
@@ -269,33 +275,34 @@ def log_artifacts(
     uri: str | None = None,
     before: Callable[[Path], None] = lambda path: None,
 ) -> None:
-    """Copy a run folder's files to its MLflow run, at the same places, so that a pulled run opens
-    like this one.
+    """Copy the files of a run folder to its MLflow run, under the same relative paths.
 
     Args:
         folder: the run's folder.
         mlflow_run: the id of the MLflow run.
-        names: which files and folders, relative to the folder (`harvest/graphs`, …); missing ones
-            are passed over.
-        uri: the tracker; the usual one if omitted.
-        before: called with every file that is about to be copied.
+        names: the files and folders to copy, relative to `folder` (`harvest/graphs`, …); missing
+            ones are skipped.
+        uri: the address of the tracker; `tracking_uri()` if omitted.
+        before: a function that is called with every file just before it is copied.
 
     Raises:
-        BadInput: the tracker does not answer, or does not know the run.
+        BadInput: the tracker does not answer, or the run is not on it.
     """
     uri = uri or tracking_uri()
     with _mlflow(uri) as client:
-        kept = _artifact_folder(client, uri, mlflow_run)
+        local = _artifact_folder(client, uri, mlflow_run)
         for name in names:
             for path in [folder / name, *sorted((folder / name).rglob("*"))]:
                 if not path.is_file() or path.name.startswith("."):
                     continue
                 before(path)
-                parent = path.parent.relative_to(folder).as_posix()
-                if kept:
-                    _copy(path, kept / path.relative_to(folder))
-                else:
-                    client.log_artifact(mlflow_run, str(path), None if parent == "." else parent)
+                place = path.relative_to(folder)
+                if local:
+                    _copy(path, local / place)
+                    continue
+                parent = place.parent.as_posix()
+                artifact_path = None if parent == "." else parent
+                client.log_artifact(mlflow_run, str(path), artifact_path)
 
 
 def _copy(path: Path, to: Path) -> None:
@@ -306,45 +313,50 @@ def _copy(path: Path, to: Path) -> None:
 
 
 def _artifact_folder(client: Any, uri: str, run_id: str) -> Path | None:
-    """The folder of a run's artifacts, if they are on this machine with their store; None if a
-    server has them.
+    """Return the folder of a run's artifacts on this machine, or None if a server has them.
 
-    A sqlite store records where they were when the run began. If the runs folder was moved, they
-    moved with it: they are looked for next to the store first.
+    A sqlite store records the path of the artifacts at the start of the run. If the runs folder was
+    moved since, the artifacts moved with it. So this function looks next to the store first.
     """
     store = _sqlite_file(uri)
-    recorded = urlsplit(client.get_run(run_id).info.artifact_uri)
+    info = client.get_run(run_id).info
+    recorded = urlsplit(info.artifact_uri)
     if store is None or recorded.scheme not in ("", "file"):
         return None
-    path = Path(unquote(recorded.path))
-    beside = store.parent / ARTIFACTS / run_id / "artifacts"
-    moved = path.parts[-3:] == beside.parts[-3:] and (beside.exists() or not path.exists())
-    return beside if moved else path
+    recorded_path = Path(unquote(recorded.path))
+    near_store = store.parent / ARTIFACTS / run_id / "artifacts"
+    same_names = recorded_path.parts[-3:] == near_store.parts[-3:]
+    if same_names and (near_store.exists() or not recorded_path.exists()):
+        return near_store
+    return recorded_path
 
 
 def pull_mlflow(what: str, folder: Path) -> tuple[str, str]:
     """Download a run's artifacts.
 
     Args:
-        what: a run's id, or a name; of several runs with it the latest.
-        folder: where they go.
+        what: a run's id or name; the latest run if several have this name.
+        folder: the folder for the files.
 
     Returns:
         The run's name and its id.
 
     Raises:
-        BadInput: no such run, no artifacts, no answer, or an artifact that points outside the
-            folder.
+        BadInput: the run does not exist or has no artifacts, the tracker does not answer, or an
+            artifact points outside the folder.
     """
     with _mlflow(tracking_uri()) as client:
         info = _mlflow_run(client, what).info
-        kept = _artifact_folder(client, tracking_uri(), info.run_id)
-        files = _files_below(kept) if kept else list(_mlflow_files(client, info.run_id, None))
+        local = _artifact_folder(client, tracking_uri(), info.run_id)
+        if local:
+            files = _files_below(local)
+        else:
+            files = list(_mlflow_files(client, info.run_id, None))
         for path in files:
             check_inside(path, what)
-        if kept:
+        if local:
             for path in files:
-                _copy(kept / path, folder / path)
+                _copy(local / path, folder / path)
         else:
             client.download_artifacts(info.run_id, "", str(folder))
     if not files:
@@ -353,27 +365,30 @@ def pull_mlflow(what: str, folder: Path) -> tuple[str, str]:
 
 
 def _mlflow_run(client: Any, what: str) -> Any:
+    """Find the run with an id, or the latest run with a name."""
     if re.fullmatch(r"[0-9a-f]{32}", what):
         return client.get_run(what)
-    held = [experiment.experiment_id for experiment in client.search_experiments()]
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     latest = {"order_by": ["attributes.start_time DESC"], "max_results": 1000}
-    quoted = what.replace("'", "")
-    for run in client.search_runs(held, f"attributes.run_name = '{quoted}'", **latest):
+    quotable = what.replace("'", "")
+    named = f"attributes.run_name = '{quotable}'"
+    for run in client.search_runs(experiments, named, **latest):
         if run.info.run_name == what:
             return run
-    names = {run.info.run_name for run in client.search_runs(held, **latest)}
+    names = {run.info.run_name for run in client.search_runs(experiments, **latest)}
     raise BadInput(
         f"run 'mlflow:{what}': not in {without_passwords(tracking_uri())}; {nearest(what, names)}"
     )
 
 
 def _files_below(folder: Path) -> list[str]:
-    return [
-        path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()
-    ]
+    """Return the relative paths of all files below a folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [path.relative_to(folder).as_posix() for path in files]
 
 
 def _mlflow_files(client: Any, run_id: str, folder: str | None) -> Iterator[str]:
+    """Yield the relative paths of all artifacts of a run that a server has."""
     for item in client.list_artifacts(run_id, folder):
         if item.is_dir:
             yield from _mlflow_files(client, run_id, item.path)
@@ -382,12 +397,13 @@ def _mlflow_files(client: Any, run_id: str, folder: str | None) -> Iterator[str]
 
 
 def check_inside(path: str, what: str) -> None:
-    """A tracker names the files that it sends: none may leave the folder that they go to.
+    """Check that a file name from a tracker stays inside the folder of the download.
 
     Raises:
-        BadInput: this one would.
+        BadInput: it points outside.
     """
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path:
+    parsed = PurePosixPath(path)
+    if parsed.is_absolute() or ".." in parsed.parts or "\\" in path:
         raise BadInput(
             f"artifact '{path}' of '{what}': it points outside the run's folder; do not trust this "
             "tracker"
@@ -399,14 +415,14 @@ def pull_wandb(what: str, folder: Path) -> tuple[str, str]:
 
     Args:
         what: <entity>/<project>/<artifact>:<version>.
-        folder: where its files go.
+        folder: the folder for its files.
 
     Returns:
         The artifact's name and its qualified name.
 
     Raises:
-        BadInput: no such artifact, no answer, not logged in, or a file that points outside the
-            folder.
+        BadInput: the artifact does not exist, W&B does not answer, the user is not logged in, or a
+            file points outside the folder.
     """
     if not re.fullmatch(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+", what):
         raise BadInput(

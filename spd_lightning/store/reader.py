@@ -1,4 +1,4 @@
-"""Reading a harvest: tables as lazy frames, and a damaged file told from a wrong query."""
+"""Read a harvest: its tables as lazy frames, with an error that names any damaged file."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -16,72 +16,78 @@ from spd_lightning.store.tables import TABLES, schema
 class Store:
     """One harvest, opened for reading: `Store(path).scan("edges")` is a polars LazyFrame.
 
-    It shows what was committed when it was opened; open it again to see more.
+    A store shows the rows that were committed when it was opened; open it again to see later ones.
 
     Args:
-        path: a harvest's folder, the one with manifest.json.
-        skip_damaged: leave out every group of shards that has a damaged file, instead of refusing
-            to read it.
+        path: the harvest's folder, which contains manifest.json.
+        skip_damaged: omit every group of shards with a damaged file instead of raising an error.
 
     Attributes:
-        manifest: the settings, and `rows` by table, `prompts`, `shards` (groups), `complete`; of
-            frozen graphs the largest `gap` between an activation and the sum of what enters it.
+        manifest: the settings; also the number of `rows` by table, of `prompts`, and of groups
+            (`shards`); whether the harvest is `complete`; and for frozen graphs the largest `gap`
+            between an activation and the sum of its in-edges.
         layers: the names of all layers in forward order.
 
     Raises:
-        BadInput: the folder has no manifest, or one that cannot be read, or one of another schema.
+        BadInput: the manifest is missing, cannot be read, or has another schema.
     """
 
     def __init__(self, path: str | Path, skip_damaged: bool = False):
         self.path = Path(path)
         settings = read_settings(self.path)
         ledgers = read_ledgers(self.path)
-        shards: list[Shard] = [shard for ledger in ledgers.values() for shard in ledger["shards"]]
-        self._shards = [
-            shard for shard in shards if not (skip_damaged and damaged(self.path, shard))
-        ]
+        self._shards: list[Shard] = []
+        for ledger in ledgers.values():
+            self._shards += ledger["shards"]
+        if skip_damaged:
+            self._shards = [shard for shard in self._shards if not damaged(self.path, shard)]
         self._scans: dict[str, pl.LazyFrame] = {}
-        self.manifest: dict[str, Any] = settings | totals(settings["world"], ledgers, self._shards)
+        world: int = settings["world"]
+        counts = totals(world, ledgers, self._shards)
+        self.manifest: dict[str, Any] = settings | counts
         self.layers: list[str] = settings["layers"]
 
     def require(self, *facts: str) -> "Store":
-        """Return the store, if its manifest has all of these.
+        """Return the store itself, after checking that its manifest has all of these entries.
 
         Raises:
-            BadInput: one is missing: the harvest was not written by `predict`, or somebody changed
-                it.
+            BadInput: an entry is missing: `predict` did not write the harvest, or it was changed.
         """
-        if lacking := [name for name in facts if name not in self.manifest]:
-            raise BadInput(
-                f"harvest '{self.path}': its manifest has no '{lacking[0]}'; harvest again with "
-                "`predict`"
-            )
+        for name in facts:
+            if name not in self.manifest:
+                raise BadInput(
+                    f"harvest '{self.path}': its manifest has no '{name}'; harvest again with "
+                    "`predict`"
+                )
         return self
 
     @property
     def tables(self) -> list[str]:
-        """The tables that have rows."""
+        """The names of the tables that have rows."""
         return [table for table in TABLES if self.manifest["rows"][table]]
 
     def scan(self, table: str, prompt_id: int | None = None) -> pl.LazyFrame:
-        """A table's rows, lazily; with `prompt_id` those of one prompt, for which one file is
-        opened.
+        """Return the rows of a table as a lazy frame.
+
+        With `prompt_id`, return the rows of one prompt; only one file is opened for them.
 
         Raises:
-            BadInput: no such table, or one of its files is damaged.
+            BadInput: the table does not exist, or one of its files is damaged.
         """
         if prompt_id is not None:
-            rows = self._frame(table, self._shards_of.get(prompt_id, []))
-            return rows.filter(pl.col("prompt_id") == pl.lit(prompt_id, pl.UInt64))
+            shards = self._shards_of.get(prompt_id, [])
+            rows = self._frame(table, shards)
+            wanted = pl.lit(prompt_id, pl.UInt64)
+            return rows.filter(pl.col("prompt_id") == wanted)
         if table not in self._scans:
             self._scans[table] = self._frame(table, self._shards)
         return self._scans[table]
 
     def check(self) -> None:
-        """Compare all files with their digests: what `scan` does table by table.
+        """Compare all files with their digests, as `scan` does for one table.
 
         Raises:
-            BadInput: one is damaged.
+            BadInput: a file is damaged.
         """
         for table in self.tables:
             self._files(table, self._shards)
@@ -90,7 +96,7 @@ class Store:
         """Run a query on this store's tables.
 
         Raises:
-            BadInput: a file is damaged inside, where `scan` does not look.
+            BadInput: a file is damaged in a place that `scan` does not read.
         """
         try:
             return query.collect()
@@ -102,17 +108,18 @@ class Store:
 
     @cached_property
     def _shards_of(self) -> dict[int, list[Shard]]:
-        """The group that each prompt's rows are in."""
+        """For each prompt, a list of the one group that contains its rows."""
         files = self._files("prompts", self._shards)
         if not files:
             return {}
-        ids = pl.scan_parquet(files, glob=False, include_file_paths="file").select(
-            "prompt_id", "file"
-        )
-        shards = {part(shard): [shard] for shard in self._shards}
-        return {
-            prompt_id: shards[Path(file).name] for prompt_id, file in self.collect(ids).iter_rows()
-        }
+        prompts = pl.scan_parquet(files, glob=False, include_file_paths="file")
+        rows = self.collect(prompts.select("prompt_id", "file"))
+        shards = {part(shard): shard for shard in self._shards}
+        shards_of = {}
+        for prompt_id, file in rows.iter_rows():
+            name = Path(file).name
+            shards_of[prompt_id] = [shards[name]]
+        return shards_of
 
     def _frame(self, table: str, shards: Sequence[Shard]) -> pl.LazyFrame:
         columns = schema(table, self.layers)
@@ -124,36 +131,43 @@ class Store:
         return pl.scan_parquet(files, glob=False)
 
     def _check_columns(self, table: str, path: Path, columns: Mapping[str, Any]) -> None:
-        """A file that is whole may still come from a stranger, and be another table."""
+        """Check the columns of a file, since even an intact file may hold another table."""
         try:
-            found = pl.read_parquet_schema(path)
+            actual = pl.read_parquet_schema(path)
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise self._refusal(path, " ".join(str(error).split())[:120]) from error
-        for name in {**columns, **found}:
-            if found.get(name) != columns.get(name):
-                raise self._refusal(
-                    path, f"its column '{name}' is not one that the table '{table}' has"
+            raise self._damage_error(path, _one_line(error)) from error
+        for name in {**columns, **actual}:
+            if actual.get(name) != columns.get(name):
+                raise self._damage_error(
+                    path, f"its column '{name}' is not a column of the table '{table}'"
                 )
 
     def _files(self, table: str, shards: Sequence[Shard]) -> list[Path]:
-        held = {
-            self.path / table / part(s): s["tables"][table] for s in shards if table in s["tables"]
-        }
-        for path, piece in held.items():
-            if why := damage(path, piece):
-                raise self._refusal(path, why)
-        return list(held)
+        """Return the files of a table, after comparing them with their digests."""
+        paths = []
+        for shard in shards:
+            if table not in shard["tables"]:
+                continue
+            path = self.path / table / part(shard)
+            if why := damage(path, shard["tables"][table]):
+                raise self._damage_error(path, why)
+            paths.append(path)
+        return paths
 
     def _read_through(self, path: Path) -> None:
         try:
             pl.scan_parquet(path, glob=False).collect()
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise self._refusal(path, " ".join(str(error).split())[:120]) from error
+            raise self._damage_error(path, _one_line(error)) from error
 
-    def _refusal(self, path: Path, why: str) -> BadInput:
+    def _damage_error(self, path: Path, why: str) -> BadInput:
         return BadInput(
             f"harvest '{self.path}': the file {path.relative_to(self.path)} is damaged ({why}); "
-            "the others are readable"
-            " with Store(path, skip_damaged=True); to mend it, delete the file and run the same "
-            "predict again"
+            "the other files are readable with Store(path, skip_damaged=True); "
+            "to repair the harvest, delete the file and run the same predict command again"
         )
+
+
+def _one_line(error: Exception) -> str:
+    """Return the start of an error's message on one line."""
+    return " ".join(str(error).split())[:120]

@@ -1,6 +1,4 @@
-"""Files of a harvest: written whole or not at all, told from damaged ones, locked while somebody
-writes.
-"""
+"""The files of a harvest: atomic writes, checks for damage, and a lock for each writing process."""
 
 import fcntl
 import os
@@ -19,55 +17,53 @@ from spd_lightning.files import whole
 from spd_lightning.store.manifest import Piece, Shard, part
 from spd_lightning.store.tables import SORTED
 
-# rows of a row group: at least, cut between prompts; exactly, elsewhere
 _PROMPT_GROUP = 512
+"""The smallest number of rows in a row group of a table that is sorted by prompt."""
+
 _OTHER_GROUP = 8192
+"""The number of rows in a row group of the other tables."""
 
 
 def damage(path: Path, piece: Piece) -> str | None:
-    """Return the damage of a group's file (its length, or a bit of its content), or None if it is
-    intact.
+    """Return what is wrong with the size or content of a file, or None if it is intact.
 
-    The content is read when the file is first opened in a process, and again after it has changed.
+    A process reads the content when it first opens the file, and again after the file has changed.
     """
     try:
-        if (there := path.stat().st_size) != piece["bytes"]:
-            return f"{there} of {piece['bytes']} bytes"
-        return (
-            None
-            if digest(path) == piece["digest"]
-            else "its content does not match its digest in the ledger"
-        )
+        size = path.stat().st_size
+        if size != piece["bytes"]:
+            return f"{size} of {piece['bytes']} bytes"
+        if digest(path) != piece["digest"]:
+            return "its content does not match its digest in the ledger"
     except OSError as error:
         return error.strerror or str(error)
+    return None
 
 
 def damaged(folder: Path, shard: Shard) -> bool:
-    """Whether any file of a group is."""
-    return any(
-        damage(folder / table / part(shard), piece) for table, piece in shard["tables"].items()
-    )
+    """Return whether any file of a group is damaged."""
+    name = part(shard)
+    return any(damage(folder / table / name, piece) for table, piece in shard["tables"].items())
 
 
 @contextmanager
 def disk(folder: Path) -> Iterator[None]:
-    """Turn errors of the file system (no room, no permission, a read-only disk) into one line."""
+    """Turn errors of the file system, such as a full or read-only disk, into one line."""
     try:
         yield
     except OSError as error:
         why = error.strerror or str(error)
         raise BadInput(
             f"harvest '{folder}': cannot be written ({why}); what was committed stays readable: "
-            "make room or choose "
-            "another folder, then run the same predict again"
+            "make room or choose another folder, then run the same predict command again"
         ) from error
 
 
 def lock(folder: Path, rank: int) -> int:
-    """An open handle that keeps other processes from writing this rank's share.
+    """Return an open handle that keeps other processes from writing this rank's share.
 
     Raises:
-        BadInput: another process writes it.
+        BadInput: another process is writing it.
     """
     handle = os.open(folder / f".lock-{rank}", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -75,61 +71,65 @@ def lock(folder: Path, rank: int) -> int:
     except BlockingIOError as error:
         os.close(handle)
         raise BadInput(
-            f"harvest '{folder}': another process is writing it; wait for it or name another one"
+            f"harvest '{folder}': another process is writing it; wait for it or choose another name"
         ) from error
     return handle
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all."""
+    """Write a JSON file completely or not at all."""
     with whole(path) as temporary:
         temporary.write_text(json_files.dumped(value), encoding="utf-8")
 
 
 def write_parquet(frame: pl.DataFrame, table: str, path: Path) -> Piece:
-    """A table's rows as one file: zstd, floats split by byte, a long prompt in a row group of its
-    own.
+    """Write the rows of a table to a Parquet file.
 
-    The file is made in memory, where its digest is taken. Pages have checksums too, for other
-    readers.
+    The file is compressed with zstd, and its floats are split by byte. A long prompt has a row
+    group of its own. The file is built in memory, to compute its digest. Pages also have checksums,
+    for other readers.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     floats = [name for name, dtype in frame.schema.items() if dtype.is_float()]
-    # The order of an Enum's names is not the order of their bytes, so no reader may skip by their
-    # extremes.
-    extremes = [name for name, dtype in frame.schema.items() if not isinstance(dtype, pl.Enum)]
+    # An Enum orders its names by position, not by their bytes. Minima and maxima of such a column
+    # would make readers skip row groups that they need, so they are not written.
+    with_extremes = [name for name, dtype in frame.schema.items() if not isinstance(dtype, pl.Enum)]
     options: dict[str, Any] = {
         "compression": "zstd",
         "compression_level": 3,
-        "write_statistics": extremes,
-    }
-    options |= {
-        "use_dictionary": [n for n in frame.columns if n not in floats],
+        "write_statistics": with_extremes,
+        "use_dictionary": [name for name in frame.columns if name not in floats],
         "use_byte_stream_split": floats,
+        "write_page_checksum": True,
     }
-    options |= {"write_page_checksum": True}
     arrow = frame.to_arrow()
     buffer = pa.BufferOutputStream()
     with pq.ParquetWriter(buffer, arrow.schema, **options) as out:
         for start, stop in pairwise(_cuts(frame, table)):
             out.write_table(arrow.slice(start, stop - start))
     content = memoryview(buffer.getvalue())
-    with open(path, "wb") as file:  # pyarrow's own files lose the system's error numbers
+    with open(path, "wb") as file:  # files opened by pyarrow lose the system's error numbers
         file.write(content)
     return {"rows": frame.height, "bytes": len(content), "digest": digest_of(content)}
 
 
 def _cuts(frame: pl.DataFrame, table: str) -> list[int]:
-    """Where row groups begin and end: between prompts where a table is sorted by prompt, so that
-    one is read alone.
+    """Return the rows at which row groups begin, and the end of the last.
+
+    If a table is sorted by prompt, row groups begin between prompts, so that a prompt can be read
+    alone.
     """
-    if SORTED[table][:1] != ("prompt_id",):
+    by_prompt = SORTED[table][:1] == ("prompt_id",)
+    if not by_prompt:
         return [*range(0, frame.height, _OTHER_GROUP), frame.height]
     ids = frame["prompt_id"]
+    is_first = ids.ne_missing(ids.shift())  # the first row of each prompt
     cuts = [0]
-    for start in ids.ne_missing(ids.shift()).arg_true():
-        if start - cuts[-1] >= _PROMPT_GROUP:
-            cuts.append(start)
-    return [*cuts, frame.height]
+    for row in is_first.arg_true():
+        size = row - cuts[-1]
+        if size >= _PROMPT_GROUP:
+            cuts.append(row)
+    cuts.append(frame.height)
+    return cuts

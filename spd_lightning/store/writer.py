@@ -1,4 +1,4 @@
-"""Writing a harvest: all tables of one batch of prompts at a time, or none of them."""
+"""Write a harvest: all tables of a batch of prompts are committed together or not at all."""
 
 import json
 import os
@@ -26,132 +26,137 @@ from spd_lightning.store.tables import SCHEMA_VERSION, checked
 
 
 class Writer:
-    """Appends one rank's rows to a harvest: begins a new one, or continues one made with the same
-    settings.
+    """A writer that appends one rank's rows to a harvest.
 
-    Ranks divide the prompts first and leave out the finished ones after, since each opens at its
-    own moment.
+    The harvest is created, or continued if it was made with the same settings.
+
+    Ranks first divide all prompts among themselves, and then skip those that are finished. The
+    order matters, since ranks open the harvest at different times.
 
     Args:
-        path: the harvest's folder; it is made if missing.
-        manifest: what the rows depend on (harvest, run, kind, mode, threshold, layers, C, config
-            …); JSON values. `layers` is required: the names of all layers in forward order.
-        rank: this process's number, from 0.
-        world: how many processes write; the harvest is complete when each of them has called
+        path: the harvest's folder; it is created if missing.
+        manifest: the settings that the rows depend on (harvest, run, kind, mode, threshold, layers,
+            C, config, …), as JSON values. `layers` is required: the names of all layers in forward
+            order.
+        rank: the number of this process, from 0.
+        world: the number of writing processes; the harvest is complete when each of them has called
             `complete`.
 
     Attributes:
-        finished: the ids of the prompts that any rank had committed when this writer was opened,
-            and this one since.
+        finished: the ids of the prompts that any rank had committed when this writer was opened, or
+            that this writer has committed since.
 
     Raises:
         BadInput: the folder holds a harvest with other settings, another process is writing it, or
-            the disk refuses.
+            the folder cannot be written.
     """
 
     def __init__(
         self, path: str | Path, manifest: Mapping[str, Any], rank: int = 0, world: int = 1
     ):
-        assert "layers" in manifest, "a harvest's manifest names its layers"
+        assert "layers" in manifest, "the manifest of a harvest must name its layers"
         assert 0 <= rank < world, f"rank {rank} of {world}"
         self.path = Path(path)
         self.rank = rank
         self.layers: list[str] = list(manifest["layers"])
+        versioned = {"schema_version": SCHEMA_VERSION, **manifest}
+        settings = json.loads(json.dumps(versioned))  # as they will be read back
         with disk(self.path):
             make_folder(self.path)
             self._unlock = weakref.finalize(self, os.close, lock(self.path, rank))
-            self._begin(
-                json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **manifest})), world
-            )
-            self._ledger = self._mended(world)
+            self._begin(settings, world)
+            self._ledger = self._repair(world)
             self._save(self._ledger["shards"], complete=False)
             self._sweep()
         store = Store(self.path, skip_damaged=True)
-        self.finished: set[int] = set(
-            store.collect(store.scan("prompts").select("prompt_id"))["prompt_id"]
-        )
+        prompts = store.collect(store.scan("prompts").select("prompt_id"))
+        self.finished: set[int] = set(prompts["prompt_id"])
 
     def write(self, tables: Mapping[str, pl.DataFrame], gap: float | None = None) -> None:
         """Commit all tables of one batch of prompts, or none of them.
 
         Args:
-            tables: frames by table, `prompts` always among them; columns as in `TABLES`, `layer`
-                and `kind` also as plain strings. `nodes_by_component` is made here.
-            gap: by how much in-edges miss the activations at most, where they should add up (A6).
+            tables: the frames by table, with the columns of `TABLES`. `prompts` is required.
+                `layer` and `kind` can also be plain strings. `nodes_by_component` is derived from
+                `nodes`.
+            gap: the largest gap between an activation and the sum of its in-edges, for graphs in
+                which they should add up (A6).
 
         Raises:
             BadInput: the disk is full or read-only; what was committed before stays readable.
-            ValueError: a frame is not what its table holds, or a prompt was committed before.
+            ValueError: a frame has the wrong columns, or a prompt was committed before.
         """
-        assert self._unlock.alive, "this writer has let go of its share"
+        assert self._unlock.alive, "this writer is closed"
         frames = checked(tables, self.layers)
         ids = set(frames["prompts"]["prompt_id"])
-        if again := self.finished & ids:
+        repeated = self.finished & ids
+        if repeated:
             raise ValueError(
-                f"table 'prompts', column 'prompt_id': {min(again)} was committed before"
+                f"table 'prompts', column 'prompt_id': {min(repeated)} was committed before"
             )
         shards: list[Shard] = self._ledger["shards"]
-        shard: Shard = {"rank": self.rank, "n": shards[-1]["n"] + 1 if shards else 0, "tables": {}}
+        n = shards[-1]["n"] + 1 if shards else 0
+        shard: Shard = {"rank": self.rank, "n": n, "tables": {}}
         with disk(self.path):
-            shard["tables"] = {
-                t: self._put(t, f, part(shard)) for t, f in frames.items() if f.height
-            }
+            for table, frame in frames.items():
+                if frame.height:
+                    shard["tables"][table] = self._put(table, frame, part(shard))
             if gap is not None:
                 shard["gap"] = gap
             self._save([*shards, shard], complete=False)
         self.finished |= ids
 
     def complete(self) -> None:
-        """Mark this rank's share as whole, and let go of it."""
+        """Mark this rank's share as complete, and close the writer."""
         with disk(self.path):
             self._save(self._ledger["shards"], complete=True)
         self.close()
 
     def close(self) -> None:
-        """Let another process write this rank's share; dropping the writer, or dying, does the
-        same.
-        """
+        """Release the lock of this rank's share; it is also released when the writer is deleted."""
         self._unlock()
 
     def _begin(self, settings: dict[str, Any], world: int) -> None:
+        """Write the manifest, or check that an existing one has the same settings."""
         path = self.path / "manifest.json"
-        held = read_settings(self.path) if path.exists() else settings
-        check_same(
-            self.path, {key: value for key, value in held.items() if key != "world"}, settings
-        )
-        if held.get("world") != world:
+        previous_world = None
+        if path.exists():
+            previous = read_settings(self.path)
+            previous_world = previous.pop("world", None)
+            check_same(self.path, previous, settings)
+        if previous_world != world:
             replace_json(path, settings | {"world": world})
 
-    def _mended(self, world: int) -> Ledger:
-        """This rank's ledger, after groups with a damaged file are struck from it: they will be
-        harvested again.
+    def _repair(self, world: int) -> Ledger:
+        """Remove the groups with a damaged file from this rank's ledger, and return the ledger.
 
-        Rank 0 does the same for ranks of an earlier, wider sitting.
+        Their prompts will be harvested again. Rank 0 does the same for the ranks of an earlier
+        harvest with more processes.
         """
         ledgers = read_ledgers(self.path)
-        mine = ledgers.setdefault(self.rank, {"shards": [], "complete": False})
+        own_ledger = ledgers.setdefault(self.rank, {"shards": [], "complete": False})
         for rank, ledger in ledgers.items():
-            if rank == self.rank or (self.rank == 0 and rank >= world):
-                held = ledger["shards"]
-                ledger["shards"] = [shard for shard in held if not damaged(self.path, shard)]
-                if len(ledger["shards"]) < len(held):
-                    replace_json(ledger_path(self.path, rank), ledger)
-        return mine
+            abandoned = self.rank == 0 and rank >= world
+            if rank != self.rank and not abandoned:
+                continue
+            intact = [shard for shard in ledger["shards"] if not damaged(self.path, shard)]
+            changed = len(intact) < len(ledger["shards"])
+            ledger["shards"] = intact
+            if changed:
+                replace_json(ledger_path(self.path, rank), ledger)
+        return own_ledger
 
     def _sweep(self) -> None:
-        """Remove what a killed process of this rank left uncommitted, and temporary files of other
-        dead ones.
-        """
+        """Remove the uncommitted files of killed processes of this rank, and temporary files."""
         sweep(self.path)
-        held = {
-            self.path / table / part(shard)
-            for shard in self._ledger["shards"]
-            for table in shard["tables"]
-        }
-        for path in {
+        committed = set[Path]()
+        for shard in self._ledger["shards"]:
+            committed.update(self.path / table / part(shard) for table in shard["tables"])
+        written = {
             *self.path.glob(f"*/part-{self.rank}-*"),
             *self.path.glob(f"*/.part-{self.rank}-*"),
-        } - held:
+        }
+        for path in written - committed:
             path.unlink()
 
     def _put(self, table: str, frame: pl.DataFrame, name: str) -> Piece:

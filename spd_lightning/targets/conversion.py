@@ -1,8 +1,8 @@
-"""HuggingFace checkpoints on our own decoder: the same logits from parts that can be read.
+"""HuggingFace checkpoints converted to our decoder: the same logits, from separate parts.
 
-GPT-2 keeps queries, keys and values in one map and its weights transposed; both are undone. Llama,
-Mistral and Qwen2 share one layout. What the decoder has no switch for is refused by name: `hf:`
-takes any model as it is.
+GPT-2 stores queries, keys and values as one map, and its weights transposed; the conversion undoes
+both. Llama, Mistral and Qwen2 share one layout. A setting that the decoder does not support is an
+error that names it; `hf:` loads any model as it is.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,104 +26,115 @@ ACTIVATIONS = {
 
 
 def decoder_from(reference: str) -> Decoder:
-    """A GPT-2, Llama, Mistral or Qwen2 checkpoint as a `Decoder`, in float32.
+    """Return a GPT-2, Llama, Mistral or Qwen2 checkpoint as a `Decoder`, in float32.
 
     Args:
         reference: the checkpoint's folder, or its name on the hub.
 
     Raises:
-        BadInput: there is no such checkpoint, or it needs what the decoder does not have.
+        BadInput: the checkpoint does not exist, or needs something that the decoder lacks.
     """
-    return _converted(reference, checkpoint(reference, "float32"))
+    model = checkpoint(reference, "float32")
+    return _convert(reference, model)
 
 
-def _converted(reference: str, model: Any) -> Decoder:
-    """A model of transformers as a decoder, on the same device and in the same precision.
+def _convert(reference: str, model: Any) -> Decoder:
+    """Return a model of transformers as a decoder on the same device, in the same precision.
 
-    The weights decide and not the configuration: whether the unembedding is the embedding's own is
-    read off the parameters, every weight needs a place, and in the end the logits have to agree.
+    The weights decide, rather than the configuration: the unembedding is tied if it is the same
+    parameter as the embedding, every weight needs a place in the decoder, and the logits have to
+    agree in the end.
 
     Raises:
-        BadInput: it needs what the decoder does not have.
+        BadInput: the model needs something that the decoder lacks.
     """
-    like = next(model.parameters())
-    decoder = decoder_like(reference, model.config, tied=is_tied(model)).to(like.device, like.dtype)
+    weight = next(model.parameters())
+    decoder = decoder_like(reference, model.config, tied=is_tied(model))
+    decoder = decoder.to(weight.device, weight.dtype)
     _fill(reference, decoder, model)
     _compare_logits(reference, decoder, model)
     return decoder
 
 
 def _fill(reference: str, decoder: Decoder, model: Any) -> None:
-    """Give the decoder a model's weights."""
-    given = dict(_FAMILIES[model.config.model_type].weights(model.state_dict(), model.config))
-    own = decoder.state_dict()
-    if surplus := sorted(set(given) - set(own)):
+    """Copy the weights of a model into a decoder."""
+    family = _FAMILIES[model.config.model_type]
+    weights = dict(family.weights(model.state_dict(), model.config))
+    places = decoder.state_dict()
+    if surplus := sorted(set(weights) - set(places)):
         raise BadInput(
-            f"decoder:{reference}: no place for its '{surplus[0]}'; take it as it is: "
+            f"decoder:{reference}: the decoder has no place for '{surplus[0]}'; load it as it is: "
             f"hf:{reference}"
         )
-    for name, tensor in own.items():
-        if name in given:
-            tensor.copy_(given[name])
+    for name, place in places.items():
+        if name in weights:
+            place.copy_(weights[name])
         elif name.endswith("bias"):
-            tensor.zero_()
+            place.zero_()
         else:
             raise BadInput(
-                f"decoder:{reference}: its checkpoint has no '{name}'; take it as it is: "
+                f"decoder:{reference}: its checkpoint has no '{name}'; load it as it is: "
                 f"hf:{reference}"
             )
 
 
 SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
-"""How far the logits of model and decoder may be apart, as a share of the largest; norms are always
-in float32.
+"""Largest difference between the logits of model and decoder, as a share of the largest logit.
+
+It is not smaller in float64, since norms are always computed in float32.
 """
 
 
 @torch.no_grad()
 def _compare_logits(reference: str, decoder: Decoder, model: Any) -> None:
-    """Raise BadInput if the decoder says anything else than the model on a few random tokens."""
+    """Raise BadInput if decoder and model disagree on a few random tokens."""
     length = min(16, decoder.context)
-    tokens = torch.randint(decoder.vocab, (1, length), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(decoder.vocab, (1, length), generator=generator)
     tokens = tokens.to(next(model.parameters()).device)
-    theirs = model(input_ids=tokens, use_cache=False).logits
-    apart, largest = (float(x.abs().max()) for x in (decoder(tokens) - theirs, theirs))
-    if apart > SAME[theirs.dtype] * largest:
+    expected = model(input_ids=tokens, use_cache=False).logits  # [1, pos, vocab]
+    difference = float((decoder(tokens) - expected).abs().max())
+    largest = float(expected.abs().max())
+    if difference > SAME[expected.dtype] * largest:
         raise BadInput(
             f"decoder:{reference}: our decoder gives other logits than the checkpoint, by "
-            f"{apart:.2g} "
-            f"where the largest is {largest:.2g}; take it as it is: hf:{reference}"
+            f"{difference:.2g} where the largest is {largest:.2g}; load it as it is: "
+            f"hf:{reference}"
         )
 
 
 def equivalent_decoder(target: HuggingFaceLM) -> tuple[Decoder, dict[str, str]] | None:
-    """A model taken as it is, and the decoder that computes the same; None where the decoder has no
-    switch for it.
+    """Return a decoder that computes the same as a model; None if the decoder does not support it.
 
-    Returns the decoder, in the model's precision, and its names of the model's modules. GPT-2's one
-    map for queries, keys and values has no name there: the decoder has three.
+    The decoder is in the model's precision. It comes with its module names by the model's module
+    names. GPT-2's joint map to queries, keys and values is missing, as the decoder has three maps.
     """
     model = target.model
     try:
-        decoder = _converted("", model)
+        decoder = _convert("", model)
     except BadInput:
         return None
-    parts = _FAMILIES[model.config.model_type].parts
-    theirs = dict(decoder.named_modules())
-    names = {
-        name: _renamed(f"{name}.", parts).removesuffix(".") for name, _ in model.named_modules()
-    }
-    return decoder, {name: own for name, own in names.items() if own in theirs}
+    replacements = _FAMILIES[model.config.model_type].parts
+    decoder_names = dict(decoder.named_modules())
+    names = dict[str, str]()
+    for name, _ in model.named_modules():
+        renamed = _rename(f"{name}.", replacements).removesuffix(".")
+        if renamed in decoder_names:
+            names[name] = renamed
+    return decoder, names
 
 
 def decoder_like(reference: str, config: Any, tied: bool | None = None) -> Decoder:
-    """An untrained `Decoder` of the shape that a checkpoint's configuration describes.
+    """Return an untrained `Decoder` of the shape that a checkpoint's configuration describes.
 
-    tied: whether the unembedding is the embedding's own, if the weights have shown it; if omitted,
-    as configured.
+    Args:
+        reference: the checkpoint's folder or name, for messages.
+        config: the configuration.
+        tied: whether the unembedding is the embedding, if known from the weights; as configured if
+            omitted.
 
     Raises:
-        BadInput: it needs what the decoder does not have.
+        BadInput: the configuration needs something that the decoder lacks.
     """
     if config.model_type not in _FAMILIES:
         raise _unsupported(reference, "model_type", config.model_type)
@@ -135,15 +146,16 @@ def decoder_like(reference: str, config: Any, tied: bool | None = None) -> Decod
 
 def _unsupported(reference: str, name: str, value: Any) -> BadInput:
     return BadInput(
-        f"decoder:{reference}: {name} {value!r} is not for our decoder; take it as it is: "
+        f"decoder:{reference}: {name} {value!r} is not supported by our decoder; load it as it is: "
         f"hf:{reference}"
     )
 
 
-def _refuse(reference: str, config: Any, wanted: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises BadInput at the first setting that has none of the values wanted."""
-    for name, values in wanted.items():
-        if (value := getattr(config, name, values[0])) not in values:
+def _check_supported(reference: str, config: Any, supported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise BadInput at the first setting whose value is not among the supported ones."""
+    for name, values in supported.items():
+        value = getattr(config, name, values[0])
+        if value not in values:
             raise _unsupported(reference, name, value)
 
 
@@ -151,13 +163,13 @@ def _refuse(reference: str, config: Any, wanted: Mapping[str, tuple[Any, ...]]) 
 
 
 def _gpt2_settings(reference: str, config: Any) -> dict[str, Any]:
-    wanted = {
+    supported = {
         "activation_function": tuple(ACTIVATIONS),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     }
-    _refuse(reference, config, wanted)
+    _check_supported(reference, config, supported)
     return {
         "vocab": config.vocab_size,
         "d_model": config.n_embd,
@@ -186,37 +198,43 @@ _GPT2_PARTS = {
 
 
 def _gpt2_weights(weights: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and weights of the decoder; maps are transposed, and c_attn is split in three."""
     for name, tensor in weights.items():
-        mapped = name.endswith(
-            ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-        )  # Conv1D: [d_in, d_out]
-        own = _renamed(name, _GPT2_PARTS)
-        tensor = tensor.T if mapped else tensor
-        if ".attn.c_attn." not in own:
-            yield own, tensor
+        renamed = _rename(name, _GPT2_PARTS)
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            tensor = tensor.T  # a Conv1D stores [d_in, d_out]
+        if ".attn.c_attn." not in renamed:
+            yield renamed, tensor
             continue
-        for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-            yield own.replace("c_attn", f"{part}_proj"), piece
+        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+            yield renamed.replace("c_attn", f"{letter}_proj"), part
 
 
-# ---- Llama and its like --------------------------------------------------------------------------
+# ---- Llama, Mistral, Qwen2 -----------------------------------------------------------------------
 
 
 def _llama_settings(reference: str, config: Any) -> dict[str, Any]:
     rotary = dict(getattr(config, "rope_parameters", None) or {})
     base = rotary.pop("rope_theta", 10000.0)
-    if (
-        rotary.pop("rope_type", "default") != "default"
-        or rotary.pop("partial_rotary_factor", 1.0) != 1.0
-    ):
+    scaled = rotary.pop("rope_type", "default") != "default"
+    partial = rotary.pop("partial_rotary_factor", 1.0) != 1.0
+    if scaled or partial:
         raise _unsupported(reference, "rope_parameters", config.rope_parameters)
     d_head = config.hidden_size // config.num_attention_heads
-    _refuse(reference, config, {"hidden_act": tuple(ACTIVATIONS), "head_dim": (d_head, None)})
-    if getattr(
-        config, "use_sliding_window", True
-    ):  # Mistral slides by its window alone, Qwen2 has a switch
-        _refuse(reference, config, {"sliding_window": (None,)})
-    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    supported: dict[str, tuple[Any, ...]] = {
+        "hidden_act": tuple(ACTIVATIONS),
+        "head_dim": (d_head, None),
+    }
+    # Qwen2 can switch its window off; Mistral has a window unless its size is None
+    if getattr(config, "use_sliding_window", True):
+        supported["sliding_window"] = (None,)
+    _check_supported(reference, config, supported)
+    # the decoder has a bias at all maps or at none; biases that a checkpoint lacks become zero
+    bias = (
+        getattr(config, "attention_bias", False)
+        or getattr(config, "mlp_bias", False)
+        or config.model_type == "qwen2"
+    )
     return {
         "vocab": config.vocab_size,
         "d_model": config.hidden_size,
@@ -229,8 +247,7 @@ def _llama_settings(reference: str, config: Any) -> dict[str, Any]:
         "norm": "rms",
         "mlp": "gated",
         "activation": ACTIVATIONS[config.hidden_act],
-        "bias": bool(biased)
-        or config.model_type == "qwen2",  # where only some maps have one, the others' are zero
+        "bias": bool(bias),
         "tied_unembedding": bool(config.tie_word_embeddings),
         "rotary_base": float(base),
         "norm_eps": config.rms_norm_eps,
@@ -249,18 +266,22 @@ _LLAMA_PARTS = {
 
 def _llama_weights(weights: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in weights.items():
-        yield _renamed(name, _LLAMA_PARTS), tensor
+        yield _rename(name, _LLAMA_PARTS), tensor
 
 
-def _renamed(name: str, parts: Mapping[str, str]) -> str:
-    for theirs, ours in parts.items():
-        name = name.replace(theirs, ours)
+def _rename(name: str, replacements: Mapping[str, str]) -> str:
+    for old, new in replacements.items():
+        name = name.replace(old, new)
     return name
 
 
 class _Family(NamedTuple):
-    """How models of one family become decoders: their settings, their weights, and what their
-    modules are called.
+    """The conversion of one family of models.
+
+    Attributes:
+        settings: returns the decoder's arguments for a configuration.
+        weights: yields the decoder's weights by name, from the model's weights and configuration.
+        parts: replacements that turn the model's module names into the decoder's.
     """
 
     settings: Callable[[str, Any], dict[str, Any]]

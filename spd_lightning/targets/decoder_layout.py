@@ -1,6 +1,6 @@
 """The names of a decoder's parts, in the order in which a prompt passes through them.
 
-Closed forms, weight graphs and searches for maps take every module name from here.
+Closed forms, weight graphs and searches for maps take every module name from this file.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,12 @@ from typing import NamedTuple
 class BlockLayout(NamedTuple):
     """The names of one block's parts.
 
-    neuron_maps: the maps that feed the MLP's neurons, `c_fc` alone or `gate_proj` and `up_proj`.
+    Attributes:
+        norm_1: the norm before the attention.
+        attn: the attention.
+        norm_2: the norm before the MLP.
+        mlp: the MLP.
+        neuron_maps: the maps to the MLP's neurons, only `c_fc` or `gate_proj` and `up_proj`.
     """
 
     norm_1: str
@@ -80,14 +85,14 @@ def decoder_layout(n_layers: int, gated: bool) -> DecoderLayout:
     'h.0.norm_2'
     """
     names = ("gate_proj", "up_proj") if gated else ("c_fc",)
-    blocks = (
-        BlockLayout(
+    blocks = list[BlockLayout]()
+    for k in range(n_layers):
+        block = BlockLayout(
             norm_1=f"h.{k}.norm_1",
             attn=f"h.{k}.attn",
             norm_2=f"h.{k}.norm_2",
             mlp=f"h.{k}.mlp",
             neuron_maps=tuple(f"h.{k}.mlp.{name}" for name in names),
         )
-        for k in range(n_layers)
-    )
+        blocks.append(block)
     return DecoderLayout(tuple(blocks))

@@ -1,5 +1,4 @@
-"""Any causal language model of HuggingFace transformers as a target, its modules under their own
-names.
+"""Any causal language model of HuggingFace transformers as a target; modules keep their names.
 
 HuggingFaceLM.from_pretrained("gpt2")              # a hub name, or the folder of a checkpoint
 Decomposition(target="hf:gpt2", sites={"transformer.h.*.mlp.c_fc": 1000})
@@ -28,18 +27,18 @@ Precision = Literal["float32", "bfloat16", "float16", "float64"]
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length", "n_ctx")
 _UNBOUNDED = 2**31 - 1
 _CONSTANTS = (".attn.bias", ".masked_bias", ".inv_freq", ".position_ids")
-"""Masks and tables that old checkpoints hold beside their weights."""
+"""Masks and tables that old checkpoints contain in addition to their weights."""
 
 
 class HuggingFaceLM(LanguageModel):
-    """A causal language model of HuggingFace transformers, as it is: its modules keep their names.
+    """A causal language model of HuggingFace transformers, unchanged.
 
-    The model itself stays outside the tree of modules; its parts are the parts of this one.
+    The modules of the model are registered directly on this module, and keep their names.
 
     Args:
-        config: the model's configuration as plain values, `model_type` among them. Weights are
+        config: the model's configuration as plain values, including `model_type`. Weights are
             drawn at random.
-        dtype: what its weights are held in.
+        dtype: precision of the weights.
     """
 
     def __init__(self, config: dict[str, Any], dtype: Precision = "float32") -> None:
@@ -51,7 +50,7 @@ class HuggingFaceLM(LanguageModel):
                 model = auto.AutoModelForCausalLM.from_config(
                     settings, dtype=getattr(torch, dtype), trust_remote_code=False
                 )
-        except Exception as error:  # of transformers, for a configuration that may be a stranger's
+        except Exception as error:  # transformers raises errors of many types
             raise BadInput(
                 f"config in HuggingFaceLM: {_line(error)}; take it from a causal language model"
             ) from error
@@ -59,49 +58,46 @@ class HuggingFaceLM(LanguageModel):
 
     @classmethod
     def from_pretrained(cls, reference: str, dtype: Precision | None = None) -> "HuggingFaceLM":
-        """A checkpoint as a target.
+        """Load a checkpoint as a target.
 
         Args:
             reference: the checkpoint's folder, or its name on the hub.
-            dtype: what its weights are held in; bfloat16 where there is a CUDA device, else
-                float32, if left out.
+            dtype: precision of the weights; if omitted, bfloat16 if a CUDA device is available,
+                float32 otherwise.
 
         Raises:
-            BadInput: there is no such causal language model, or it cannot be fetched.
+            BadInput: the causal language model does not exist, or cannot be fetched.
         """
-        own = cls.__new__(cls)
-        super(HuggingFaceLM, own).__init__()
-        own._adopt(
-            checkpoint(reference, dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
-        )
-        return own
+        if dtype is None:
+            dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        target = cls.__new__(cls)
+        super(HuggingFaceLM, target).__init__()
+        target._adopt(checkpoint(reference, dtype))
+        return target
 
     def _adopt(self, model: Any) -> None:
-        self._model = (
-            model.eval(),
-        )  # a tuple keeps the model from being a module of this one, and adding to names
+        """Register the modules of a model on this one."""
+        # inside a tuple the model is not a submodule, whose name would prefix all others
+        self._model = (model.eval(),)
         self._parameters = model._parameters
         self._buffers = model._buffers
         self._modules = model._modules
         config = json.loads(model.config.to_json_string(use_diff=False))
         config.pop("_name_or_path", None)
-        config["tie_word_embeddings"] = is_tied(
-            model
-        )  # by the weights: a configuration may say otherwise
-        self.init_args = {"config": config, "dtype": str(model.dtype).removeprefix("torch.")}
-        text = model.config.get_text_config()
-        self.vocab = int(text.vocab_size)
-        self.context = int(
-            next((n for n in (getattr(text, name, None) for name in _CONTEXT) if n), _UNBOUNDED)
-        )
+        config["tie_word_embeddings"] = is_tied(model)  # the original configuration can be wrong
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.init_args = {"config": config, "dtype": dtype}
+        text_config = model.config.get_text_config()
+        self.vocab = int(text_config.vocab_size)
+        self.context = _context_of(text_config)
 
     @property
     def model(self) -> Any:
-        """The model of transformers."""
+        """The model as transformers built it."""
         return self._model[0]
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
-        """The logits of the next token at every position.
+        """Return the logits of the next token at every position.
 
         Raises:
             BadInput: the sequence is longer than the context.
@@ -110,8 +106,16 @@ class HuggingFaceLM(LanguageModel):
         return self.model(input_ids=tokens, use_cache=False).logits
 
 
+def _context_of(text_config: Any) -> int:
+    """Return the largest number of positions that a configuration allows."""
+    for name in _CONTEXT:
+        if length := getattr(text_config, name, None):
+            return int(length)
+    return _UNBOUNDED
+
+
 def is_tied(model: Any) -> bool:
-    """Whether a model of transformers has one parameter for its embedding and its unembedding."""
+    """Return whether embedding and unembedding of a model of transformers are one parameter."""
     first = model.get_input_embeddings()
     last = model.get_output_embeddings()
     return first is not None and last is not None and first.weight is last.weight
@@ -121,11 +125,11 @@ def is_tied(model: Any) -> bool:
 
 
 def checkpoint(reference: str, dtype: Precision) -> Any:
-    """A causal language model of transformers with its weights, from a folder or from the hub.
+    """Load a causal language model of transformers from a folder or from the hub.
 
     Raises:
-        BadInput: there is none, its weights do not belong to its configuration, or the hub is out
-            of reach.
+        BadInput: the model does not exist, its weights do not match its configuration, or the hub
+            is not reachable.
     """
     options = {
         "dtype": getattr(torch, dtype),
@@ -134,24 +138,22 @@ def checkpoint(reference: str, dtype: Precision) -> Any:
     }
     auto = library(f"'{reference}'").AutoModelForCausalLM
     refuse_adapter(reference)
-    model, found = _taken(reference, lambda place: auto.from_pretrained(place, **options))
-    if getattr(
-        model, "_hf_peft_config_loaded", False
-    ):  # of the hub: transformers loads its base and lays it over
+    model, report = _load(reference, lambda place: auto.from_pretrained(place, **options))
+    # for an adapter on the hub, transformers loads the base model and applies the adapter to it
+    if getattr(model, "_hf_peft_config_loaded", False):
         raise _adapter(reference, str(model.config.name_or_path))
-    if lacking := sorted(
-        [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
-    ):
+    mismatched = [name for name, *_ in report["mismatched_keys"]]
+    if missing := sorted([*report["missing_keys"], *mismatched]):
         raise BadInput(
-            f"model '{reference}': its checkpoint has no fitting '{lacking[0]}'; take a causal "
+            f"model '{reference}': its checkpoint has no fitting '{missing[0]}'; give a causal "
             "language model"
         )
-    if unused := sorted(name for name in found["unexpected_keys"] if not name.endswith(_CONSTANTS)):
+    unexpected = report["unexpected_keys"]
+    if unused := sorted(name for name in unexpected if not name.endswith(_CONSTANTS)):
         raise BadInput(
             f"model '{reference}': its checkpoint holds '{unused[0]}', which the model that its "
-            "config.json describes "
-            "does not have; correct config.json, or take the weight out of the checkpoint if it is "
-            "not needed"
+            "config.json describes does not have; correct config.json, or remove the weight from "
+            "the checkpoint if it is not needed"
         )
     return model
 
@@ -171,66 +173,68 @@ def refuse_adapter(reference: str) -> None:
 def _adapter(reference: str, base: str) -> BadInput:
     return BadInput(
         f"model '{reference}': it is an adapter of {base}, and not a model; merge the adapter "
-        "first, with peft: "
-        f"AutoPeftModelForCausalLM.from_pretrained('{reference}')"
-        ".merge_and_unload().save_pretrained(FOLDER), "
-        "and take FOLDER"
+        f"first, with peft: AutoPeftModelForCausalLM.from_pretrained('{reference}')"
+        ".merge_and_unload().save_pretrained(FOLDER), and give FOLDER"
     )
 
 
 def configuration(reference: str) -> Any:
-    """The configuration of a causal language model of transformers, without its weights.
+    """Load the configuration of a causal language model of transformers, without its weights.
 
     Raises:
-        BadInput: there is none, or the hub is out of reach.
+        BadInput: the model does not exist, or the hub is not reachable.
     """
     refuse_adapter(reference)
     auto = library(f"'{reference}'").AutoConfig
-    return _taken(reference, lambda place: auto.from_pretrained(place, trust_remote_code=False))
+    return _load(reference, lambda place: auto.from_pretrained(place, trust_remote_code=False))
 
 
-def _taken(reference: str, take: Callable[[str], Any]) -> Any:
-    """Apply `take` to a checkpoint's folder, or to its name on the hub.
+def _load(reference: str, load: Callable[[str], Any]) -> Any:
+    """Apply `load` to a checkpoint's folder, or to its name on the hub.
 
     Raises:
-        BadInput: it can make nothing of it.
+        BadInput: the folder does not exist, or `load` fails.
     """
     folder = Path(reference).expanduser()
     local = folder.is_dir()
-    if not local and (
-        folder.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1
-    ):
+    names_folder = folder.is_absolute() or reference.startswith((".", "~"))
+    if not local and (names_folder or reference.count("/") > 1):
         raise BadInput(
             f"model '{reference}': no such folder; give the folder of a checkpoint, or a name on "
             "the hub"
         )
     try:
         with quietly():
-            return take(str(folder) if local else reference if hub_answers() else _kept(reference))
-    except (
-        Exception
-    ) as error:  # of transformers, the hub's client, safetensors and what they are built on
+            if local:
+                return load(str(folder))
+            if hub_answers():
+                return load(reference)
+            return load(_cached_folder(reference))
+    # transformers, the hub's client, safetensors and their dependencies raise errors of many types
+    except Exception as error:
         raise BadInput(_unavailable(reference, local, error)) from error
 
 
 def hub_answers() -> bool:
-    """Whether the hub's address is known here; its own client takes most of a minute to find out
-    that it is not.
+    """Return whether the address of the hub can be resolved.
+
+    Without a network, the hub's own client takes most of a minute to find out.
     """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if getproxies():  # then a proxy knows
+    if getproxies():  # the proxy resolves the address
         return True
+    host = urlsplit(constants.ENDPOINT).hostname
     try:
-        return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443))
+        return bool(socket.getaddrinfo(host, 443))
     except OSError:
         return False
 
 
-def _kept(reference: str) -> str:
-    """The folder in which the hub's client keeps a model that it has fetched before."""
+def _cached_folder(reference: str) -> str:
+    """Return the folder in which the hub's client has cached a model."""
     from huggingface_hub import snapshot_download
 
     return snapshot_download(reference, local_files_only=True)
@@ -242,20 +246,23 @@ def _unavailable(reference: str, local: bool, error: Exception) -> str:
             f"model '{reference}': cannot be loaded ({_line(error)}); give the folder of a causal "
             "language model"
         )
-    why = (
-        _line(error)
-        if hub_answers()
-        else "neither on this machine nor, without a network, to be had from the hub"
-    )
+    why = "not on this machine, and no network to fetch it"
+    if hub_answers():
+        why = _line(error)
     return f"model '{reference}': {why}; stories-2L.yaml and code-2L.yaml need no network"
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    """Return the message of an error on one line, shortened."""
+    message = " ".join(str(error).split())
+    return message[:160] or type(error).__name__
 
 
 def library(what: str) -> Any:
-    """The package transformers, which comes with the extra [lm].
+    """Import and return the package transformers, which comes with the extra [lm].
+
+    Args:
+        what: the value that needs it, for the message.
 
     Raises:
         BadInput: it is not installed.
@@ -269,22 +276,21 @@ def library(what: str) -> Any:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """transformers keeps its progress bars and its advice to itself, and is then as talkative as
-    before.
-    """
-    own = library("a checkpoint").utils.logging
-    client = logging.getLogger("huggingface_hub")
-    levels = (own.get_verbosity(), client.level)
-    bars = own.is_progress_bar_enabled()
-    own.set_verbosity(logging.CRITICAL)
-    client.setLevel(logging.CRITICAL)
-    own.disable_progress_bar()
+    """Suppress the progress bars, log messages and warnings of transformers in a `with` block."""
+    settings = library("a checkpoint").utils.logging
+    hub_log = logging.getLogger("huggingface_hub")
+    verbosity = settings.get_verbosity()
+    hub_level = hub_log.level
+    bars = settings.is_progress_bar_enabled()
+    settings.set_verbosity(logging.CRITICAL)
+    hub_log.setLevel(logging.CRITICAL)
+    settings.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        own.set_verbosity(levels[0])
-        client.setLevel(levels[1])
+        settings.set_verbosity(verbosity)
+        hub_log.setLevel(hub_level)
         if bars:
-            own.enable_progress_bar()
+            settings.enable_progress_bar()

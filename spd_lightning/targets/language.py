@@ -1,8 +1,7 @@
-"""The interface of language models here: a loss, a vocabulary, a context, and sampling.
+"""The interface of language models: a loss, a vocabulary, a context, and sampling.
 
-A language model is a module whose `forward` turns tokens [batch pos] into the logits [batch pos
-vocab] of the token that comes next at every position. Reading it out, scoring and sampling need
-nothing else.
+A language model is a module whose `forward` maps tokens [batch, pos] to the logits
+[batch, pos, vocab] of the next token at every position. Scoring and sampling need nothing else.
 """
 
 from abc import ABC, abstractmethod
@@ -18,9 +17,9 @@ class LanguageModel(nn.Module, ABC):
     """A network that predicts the next token.
 
     Attributes:
-        vocab: how many tokens it knows.
-        context: how many positions it takes at most.
-        init_args: the plain values it was built from.
+        vocab: number of tokens.
+        context: largest number of positions.
+        init_args: arguments of its constructor, as plain values.
     """
 
     vocab: int
@@ -29,35 +28,36 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
-        """The logits of the next token at every position."""
+        """Return the logits of the next token at every position."""
 
     def loss(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        """How badly it predicts these tokens: mean cross-entropy of all but the first, in nats."""
+        """Return the mean cross-entropy of all tokens but the first, in nats."""
         return self.score(self(tokens), tokens)
 
     def score(
         self, output: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, ""]:
-        """The loss of any logits on these tokens, in float32 or better."""
+        """Return the loss of any logits on these tokens, in float32 or better."""
         return next_token_loss(output, tokens)
 
     def unrepresented(self) -> list[int]:
-        """Nothing: which tokens a language model should know is not for us to say."""
+        """Return an empty list: language models have no known set of tokens to represent."""
         return []
 
 
 def next_token_loss(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy, in nats, of the token that follows each position but the last."""
-    predicted = logits[:, :-1].flatten(0, 1)
+    """Return the mean cross-entropy, in nats, of the token after each position but the last."""
+    predicted = logits[:, :-1].flatten(0, 1)  # [batch * (pos - 1), vocab]
     if predicted.dtype in (torch.float16, torch.bfloat16):
         predicted = predicted.float()
-    return nn.functional.cross_entropy(predicted, tokens[:, 1:].flatten())
+    following = tokens[:, 1:].flatten()
+    return nn.functional.cross_entropy(predicted, following)
 
 
 def fits(positions: int, context: int, model: str) -> None:
-    """Raises BadInput where a sequence is longer than a model's context."""
+    """Raise BadInput if a sequence is longer than a model's context."""
     if positions > context:
         raise BadInput(
             f"a sequence of {positions} tokens in {model}: its context holds {context}; lower "
@@ -73,14 +73,13 @@ def sample(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "batch longer"]:
-    """Lets a language model go on from given tokens; beyond its context it sees the last `context`
-    tokens only.
+    """Sample continuations of tokens from a language model, which sees the last `context` tokens.
 
     Args:
         model: any language model with a `context`.
-        tokens: what to go on from, at least one token a row.
-        steps: how many tokens to add.
-        temperature: logits are divided by it before drawing; 0 takes the likeliest token always.
+        tokens: the tokens to continue, at least one per row.
+        steps: number of tokens to add.
+        temperature: divides the logits before drawing; 0 always picks the likeliest token.
         generator: draws the tokens; torch's global one if omitted.
     """
     if temperature < 0 or not tokens.shape[1]:
@@ -88,13 +87,13 @@ def sample(
             f"temperature {temperature} and {tokens.shape[1]} tokens in sample: give at least 0 "
             "and 1"
         )
+    context = int(model.context)  # pyright: ignore[reportArgumentType]
     for _ in range(steps):
-        logits = model(tokens[:, -int(model.context) :])[:, -1].float()  # pyright: ignore[reportArgumentType]
+        logits = model(tokens[:, -context:])[:, -1].float()  # [batch, vocab]
         if temperature == 0:
-            following = logits.argmax(dim=-1, keepdim=True)
+            following = logits.argmax(dim=-1, keepdim=True)  # [batch, 1]
         else:
-            following = torch.multinomial(
-                torch.softmax(logits / temperature, dim=-1), 1, generator=generator
-            )
+            probability = torch.softmax(logits / temperature, dim=-1)
+            following = torch.multinomial(probability, 1, generator=generator)  # [batch, 1]
         tokens = torch.cat([tokens, following.to(tokens.dtype)], dim=1)
     return tokens

@@ -1,15 +1,16 @@
-"""One decoder-only transformer with switches: GPT-2's style, Llama's, and simpler ones between.
+"""A decoder-only transformer in the style of GPT-2 or Llama, or a simpler one in between.
 
     x = wte[token] (+ wpe[position])
     x = x + attn(norm_1(x));  x = x + mlp(norm_2(x))        for every block h.{i}
     logits = lm_head(norm_f(x))
 
-Every linear map is an `nn.Linear` of its own (q, k and v too), every norm and activation a module,
-the attention core a function, so that each part can be decomposed, replaced, or read. What it
-leaves out: dropout, caches of keys and values, scaled rotary positions, sliding windows.
-`targets/conversion.py` fills one from a HuggingFace checkpoint.
+Every linear map is a separate `nn.Linear` (q, k and v too), every norm and activation is a module,
+and the attention core is a function. So each part can be decomposed, replaced, or read. Dropout,
+caches of keys and values, scaled rotary positions and sliding windows are not supported.
+`targets/conversion.py` converts HuggingFace checkpoints to this decoder.
 
-Source: Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama); Su et al. 2021 (rotary positions).
+Sources: Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama); Su et al. 2021 (rotary
+positions).
 """
 
 from typing import Literal
@@ -34,32 +35,34 @@ Rotary = tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]]
 
 
 def rotary_tables(context: int, d_head: int, base: float) -> Rotary:
-    """Cosine and sine of the angle by which each position turns each pair of a head's
-    dimensions.
-    """
-    frequencies = 1.0 / base ** (torch.arange(0, d_head, 2).float() / d_head)
-    angles = torch.outer(torch.arange(context).float(), frequencies).repeat(1, 2)
+    """Return cosine and sine of the angle by which each position rotates each dimension pair."""
+    exponents = torch.arange(0, d_head, 2).float() / d_head  # [d_head / 2]
+    frequencies = 1.0 / base**exponents
+    positions = torch.arange(context).float()
+    angles = torch.outer(positions, frequencies).repeat(1, 2)  # [pos, d_head]
     return angles.cos(), angles.sin()
 
 
 def rotate(
     x: Float[Tensor, "batch head pos d_head"], rotary: Rotary
 ) -> Float[Tensor, "batch head pos d_head"]:
-    """Turns dimension i of a head against dimension i + d_head/2 by the position's angle."""
-    cos, sin = (table.to(x.dtype) for table in rotary)
+    """Rotate dimensions i and i + d_head/2 of every head by the position's angle."""
+    cos, sin = (table.to(x.dtype) for table in rotary)  # [pos, d_head]
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    quarter_turn = torch.cat([-second, first], dim=-1)
+    return x * cos + quarter_turn * sin
 
 
 def attention_pattern(
     q: Float[Tensor, "batch head pos d_head"], k: Float[Tensor, "batch head pos d_head"]
 ) -> Float[Tensor, "batch head pos pos"]:
-    """How much each position attends to itself and to each one before it: a softmax, each row adds
-    up to 1.
-    """
-    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.shape[-1] ** 0.5
+    """Return how much each position attends to itself and to every earlier one; rows sum to 1."""
+    d_head = q.shape[-1]
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k)  # [batch, head, query, key]
+    scores = scores / d_head**0.5
     future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-    return torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
+    scores = scores.masked_fill(future, -torch.inf)
+    return torch.softmax(scores, dim=-1)
 
 
 def attend(
@@ -68,32 +71,28 @@ def attend(
     v: Float[Tensor, "batch head pos d_head"],
     fused: bool,
 ) -> Float[Tensor, "batch head pos d_head"]:
-    """The values that the heads gather: by torch's fused kernel, or written out; the same numbers
-    either way.
-    """
-    if (
-        fused and q.device.type == "cpu" and q.dtype == torch.bfloat16
-    ):  # its backward pass takes four times as long
-        with torch.autocast("cpu", enabled=False):
-            return scaled_dot_product_attention(
-                q.float(), k.float(), v.float(), is_causal=True
-            ).bfloat16()
-    if fused:
+    """Return the values that each head gathers, by torch's fused kernel or step by step."""
+    if not fused:
+        return torch.einsum("bhqk,bhkd->bhqd", attention_pattern(q, k), v)
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return scaled_dot_product_attention(q, k, v, is_causal=True)
-    return torch.einsum("bhqk,bhkd->bhqd", attention_pattern(q, k), v)
+    # on CPU, the kernel's backward pass takes four times as long in bfloat16 as in float32
+    with torch.autocast("cpu", enabled=False):
+        values = scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    return values.bfloat16()
 
 
 class Attention(nn.Module):
-    """Causal attention; where there are fewer key heads than query heads, neighboring queries share
-    one.
-    """
+    """Causal attention; with fewer key heads than query heads, neighboring queries share a key."""
 
     def __init__(
         self, d_model: int, n_heads: int, n_kv_heads: int, bias: bool, fused: bool
     ) -> None:
         super().__init__()
         d_kv = d_model // n_heads * n_kv_heads
-        self.n_heads, self.n_kv_heads, self.fused = n_heads, n_kv_heads, fused
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.fused = fused
         self.q_proj = nn.Linear(d_model, d_model, bias=bias)
         self.k_proj = nn.Linear(d_model, d_kv, bias=bias)
         self.v_proj = nn.Linear(d_model, d_kv, bias=bias)
@@ -102,43 +101,49 @@ class Attention(nn.Module):
     def turned(
         self, x: Float[Tensor, "batch pos d_heads"], count: int, rotary: Rotary | None
     ) -> Float[Tensor, "batch head pos d_head"]:
-        """Split a projection's output into heads, and rotate it to its positions."""
+        """Split the output of a projection into `count` heads, and rotate it by position."""
         x = rearrange(x, "batch pos (head d_head) -> batch head pos d_head", head=count)
-        return x if rotary is None else rotate(x, rotary)
+        if rotary is None:
+            return x
+        return rotate(x, rotary)
 
     def heads_of(
         self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections as queries, keys and values [batch head pos d_head], turned, shared keys
-        repeated.
+        """Return queries, keys and values [batch, head, pos, d_head] of projections.
+
+        Queries and keys are rotated; shared keys and values are repeated.
         """
         q = self.turned(q, self.n_heads, rotary)
         k = self.turned(k, self.n_kv_heads, rotary)
         v = self.turned(v, self.n_kv_heads, None)
-        if (shared := self.n_heads // self.n_kv_heads) > 1:
-            k = k.repeat_interleave(shared, dim=1)
-            v = v.repeat_interleave(shared, dim=1)
+        queries_per_key = self.n_heads // self.n_kv_heads
+        if queries_per_key > 1:
+            k = k.repeat_interleave(queries_per_key, dim=1)
+            v = v.repeat_interleave(queries_per_key, dim=1)
         return q, k, v
 
     @staticmethod
     def pattern(q: Tensor, k: Tensor) -> Tensor:
-        """How much each position attends to each (`attention_pattern`)."""
+        """Return how much each position attends to every other one (see `attention_pattern`)."""
         return attention_pattern(q, k)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], rotary: Rotary | None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Compute the heads' contribution to the residual stream."""
-        heads = self.heads_of(self.q_proj(x), self.k_proj(x), self.v_proj(x), rotary)
-        gathered = attend(*heads, self.fused)
-        return self.o_proj(rearrange(gathered, "batch head pos d_head -> batch pos (head d_head)"))
+        """Return the heads' contribution to the residual stream."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.heads_of(q, k, v, rotary)
+        values = attend(q, k, v, self.fused)
+        joined = rearrange(values, "batch head pos d_head -> batch pos (head d_head)")
+        return self.o_proj(joined)
 
 
 # ---- the rest of a block -------------------------------------------------------------------------
 
 
 def activation_module(kind: Activation) -> nn.Module:
-    """An activation function by name."""
+    """Return the activation function of this name."""
     match kind:
         case "gelu":
             return nn.GELU()
@@ -151,7 +156,7 @@ def activation_module(kind: Activation) -> nn.Module:
 
 
 def norm_module(kind: NormKind, d_model: int, eps: float, bias: bool) -> nn.Module:
-    """A norm by name, with a gain, and in LayerNorm's case a bias if asked for."""
+    """Return the norm of this name, with a gain; `bias` applies to LayerNorm only."""
     match kind:
         case "rms":
             return nn.RMSNorm(d_model, eps=eps)
@@ -162,7 +167,7 @@ def norm_module(kind: NormKind, d_model: int, eps: float, bias: bool) -> nn.Modu
 
 
 class PlainMLP(nn.Module):
-    """`down_proj(act(c_fc(x)))`."""
+    """The MLP `down_proj(act(c_fc(x)))`."""
 
     def __init__(self, d_model: int, d_mlp: int, activation: Activation, bias: bool) -> None:
         super().__init__()
@@ -171,12 +176,13 @@ class PlainMLP(nn.Module):
         self.down_proj = nn.Linear(d_mlp, d_model, bias=bias)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Compute the neurons' contribution to the residual stream."""
-        return self.down_proj(self.act(self.c_fc(x)))
+        """Return the neurons' contribution to the residual stream."""
+        neurons = self.act(self.c_fc(x))
+        return self.down_proj(neurons)
 
 
 class GatedMLP(nn.Module):
-    """`down_proj(act(gate_proj(x)) * up_proj(x))`."""
+    """The gated MLP `down_proj(act(gate_proj(x)) * up_proj(x))`."""
 
     def __init__(self, d_model: int, d_mlp: int, activation: Activation, bias: bool) -> None:
         super().__init__()
@@ -186,23 +192,27 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(d_mlp, d_model, bias=bias)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Compute the neurons' contribution to the residual stream."""
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        """Return the neurons' contribution to the residual stream."""
+        neurons = self.act(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(neurons)
 
 
 class Block(nn.Module):
-    """One residual step of attention and one of an MLP, each behind its norm."""
+    """A residual step of attention and one of an MLP, each preceded by a norm."""
 
     def __init__(
         self, norm_1: nn.Module, attn: Attention, norm_2: nn.Module, mlp: nn.Module
     ) -> None:
         super().__init__()
-        self.norm_1, self.attn, self.norm_2, self.mlp = norm_1, attn, norm_2, mlp
+        self.norm_1 = norm_1
+        self.attn = attn
+        self.norm_2 = norm_2
+        self.mlp = mlp
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], rotary: Rotary | None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after this block."""
+        """Return the residual stream after this block."""
         x = x + self.attn(self.norm_1(x), rotary)
         return x + self.mlp(self.norm_2(x))
 
@@ -211,27 +221,27 @@ class Block(nn.Module):
 
 
 class Decoder(LanguageModel):
-    """A decoder-only transformer, in GPT-2's style or Llama's or between.
+    """A decoder-only transformer in the style of GPT-2 or Llama, or in between.
 
     Args:
-        vocab: how many tokens there are.
+        vocab: number of tokens.
         d_model: width of the residual stream.
-        n_layers: how many blocks.
-        n_heads: query heads of each block; they share d_model evenly.
-        context: how many positions a sequence has at most.
-        d_mlp: neurons of each block; four times d_model if omitted.
-        n_kv_heads: key and value heads; as many as n_heads if omitted, fewer where queries share
-            them.
+        n_layers: number of blocks.
+        n_heads: query heads per block, each of width d_model / n_heads.
+        context: largest number of positions in a sequence.
+        d_mlp: neurons per block; four times d_model if omitted.
+        n_kv_heads: key and value heads; n_heads if omitted, fewer if queries share them.
         positions: rotary (Llama), learned (GPT-2), or none.
         norm: rms (Llama), layer (GPT-2), or none.
         mlp: plain (GPT-2), or gated (Llama).
-        activation: of the neurons.
-        bias: whether attention and MLP maps, and LayerNorms, have one. The unembedding never has.
-        tied_unembedding: whether lm_head's weight is wte's own.
-        rotary_base: the slowest rotary pair turns once in about 2π times this many positions.
+        activation: activation function of the neurons.
+        bias: whether attention maps, MLP maps and LayerNorms have a bias; the unembedding has none.
+        tied_unembedding: whether lm_head and wte share one weight.
+        rotary_base: base of the rotary frequencies; the slowest pair of dimensions completes a turn
+            in about 2π times this number of positions.
         norm_eps: added inside the root of a norm.
-        fused_attention: torch's fused kernel; false writes attention out, which higher derivatives
-            need.
+        fused_attention: whether to use torch's fused kernel; set it to false for higher
+            derivatives.
     """
 
     cos: Float[Tensor, "pos d_head"] | None
@@ -256,84 +266,93 @@ class Decoder(LanguageModel):
         norm_eps: float = 1e-5,
         fused_attention: bool = True,
     ) -> None:
-        given = {
-            name: value for name, value in locals().items() if name not in ("self", "__class__")
-        }
+        arguments = dict(locals())  # first, while there are no other local variables
+        arguments.pop("self")
+        arguments.pop("__class__", None)
         super().__init__()
-        _check(given)
-        self.init_args, self.vocab, self.context = given, vocab, context
+        _check(arguments)
+        self.init_args = arguments
+        self.vocab = vocab
+        self.context = context
         self.layout = decoder_layout(n_layers, gated=mlp == "gated")
 
         def block() -> Block:
-            norms = [norm_module(norm, d_model, norm_eps, bias) for _ in range(2)]
+            norm_1 = norm_module(norm, d_model, norm_eps, bias)
+            norm_2 = norm_module(norm, d_model, norm_eps, bias)
             attn = Attention(d_model, n_heads, n_kv_heads or n_heads, bias, fused_attention)
-            kind = PlainMLP if mlp == "plain" else GatedMLP
-            return Block(
-                norms[0], attn, norms[1], kind(d_model, d_mlp or 4 * d_model, activation, bias)
-            )
+            mlp_kind = PlainMLP if mlp == "plain" else GatedMLP
+            neurons = mlp_kind(d_model, d_mlp or 4 * d_model, activation, bias)
+            return Block(norm_1, attn, norm_2, neurons)
 
         self.wte = nn.Embedding(vocab, d_model)
         self.wpe = nn.Embedding(context, d_model) if positions == "learned" else None
         self.h = nn.ModuleList(block() for _ in range(n_layers))
         self.norm_f = norm_module(norm, d_model, norm_eps, bias)
         self.lm_head = nn.Linear(d_model, vocab, bias=False)
-        tables = (
-            rotary_tables(context, d_model // n_heads, rotary_base)
-            if positions == "rotary"
-            else (None, None)
-        )
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            self.register_buffer(name, table, persistent=False)
+        cos, sin = None, None
+        if positions == "rotary":
+            cos, sin = rotary_tables(context, d_model // n_heads, rotary_base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         if tied_unembedding:
             self.lm_head.weight = self.wte.weight
-        self._draw(n_layers)
+        self._draw_weights(n_layers)
 
-    def _draw(self, n_layers: int) -> None:
-        """Initial weights as in GPT-2: N(0, 0.02), what writes into the residual stream smaller by
-        √(2 n_layers).
+    def _draw_weights(self, n_layers: int) -> None:
+        """Draw initial weights as in GPT-2, from a normal distribution.
+
+        Its standard deviation is 0.02, divided by √(2 n_layers) for maps that write to the residual
+        stream.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * n_layers) ** 0.5 if writes else 0.02)
+                std = 0.02
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std = 0.02 / (2 * n_layers) ** 0.5
+                nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def rotary(self, positions: int) -> Rotary | None:
-        """By what angles the first positions turn; None where nothing turns."""
-        return None if self.cos is None else (self.cos[:positions], self.sin[:positions])
+        """Return the rotary tables of the first positions; None if positions are not rotary."""
+        if self.cos is None:
+            return None
+        return self.cos[:positions], self.sin[:positions]
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
-        """The logits of the next token at every position.
+        """Return the logits of the next token at every position.
 
         Raises:
             BadInput: the sequence is longer than the context.
         """
         positions = tokens.shape[1]
         fits(positions, self.context, "Decoder")
-        x = self.wte(tokens)
+        x = self.wte(tokens)  # [batch, pos, d_model]
         if self.wpe is not None:
-            x = x + self.wpe(torch.arange(positions, device=tokens.device))
+            numbers = torch.arange(positions, device=tokens.device)
+            x = x + self.wpe(numbers)
         rotary = self.rotary(positions)
         for block in self.h:
             x = block(x, rotary)
         return self.lm_head(self.norm_f(x))
 
 
-def _check(given: dict) -> None:
+def _check(arguments: dict) -> None:
+    """Raise BadInput at the first argument that is out of range."""
     for name in ("vocab", "d_model", "n_layers", "n_heads", "context"):
-        if given[name] < 1:
-            raise BadInput(f"{name} {given[name]} in Decoder: it must be at least 1")
-    d_model = given["d_model"]
-    n_heads = given["n_heads"]
-    shared = given["n_kv_heads"] or given["n_heads"]
+        if arguments[name] < 1:
+            raise BadInput(f"{name} {arguments[name]} in Decoder: it must be at least 1")
+    d_model = arguments["d_model"]
+    n_heads = arguments["n_heads"]
+    n_kv_heads = arguments["n_kv_heads"] or n_heads
     if d_model % n_heads:
         raise BadInput(f"n_heads {n_heads} in Decoder: it must divide d_model, which is {d_model}")
-    if n_heads % shared:
+    if n_heads % n_kv_heads:
         raise BadInput(
-            f"n_kv_heads {shared} in Decoder: it must divide n_heads, which is {n_heads}"
+            f"n_kv_heads {n_kv_heads} in Decoder: it must divide n_heads, which is {n_heads}"
         )
-    if given["positions"] == "rotary" and d_model // n_heads % 2:
+    d_head = d_model // n_heads
+    if arguments["positions"] == "rotary" and d_head % 2:
         raise BadInput(
             f"d_model {d_model} and n_heads {n_heads} in Decoder: rotary positions need an even "
             "d_head"

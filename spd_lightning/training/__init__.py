@@ -1,3 +1,1 @@
-"""Lightning: modules that train targets and decompose them, their checkpoints, figures and
-progress.
-"""
+"""Training of targets and decompositions with Lightning, with checkpoints, trackers and figures."""

@@ -1,9 +1,9 @@
 """Checkpoints: everything Lightning needs to resume a training, as safetensors files.
 
 A checkpoint (`checkpoints/last.safetensors`) is a tree of tensors and plain values. The tensors are
-the file's own; the rest of the tree is JSON in the file's header.
+stored as such; the rest of the tree is JSON in the file's header.
 
-Not here: the result of a training (`saved`).
+The result of a training does not belong here (see `saved`).
 """
 
 import json
@@ -29,33 +29,41 @@ log = logging.getLogger(__name__)
 LAST = Path("checkpoints") / "last.safetensors"
 NEXT = LAST.with_name("next.safetensors")
 PREVIOUS = LAST.with_name("previous.safetensors")
-"""A checkpoint that is not `last` yet, and the one that was before: where `last` cannot be read,
-they are.
-"""
+"""The checkpoint about to become `last`, and the one before it. Both are fallbacks for `last`."""
 SECONDS = 300.0
-"""Most seconds between two checkpoints of a training."""
+"""Maximum seconds between two checkpoints of a training."""
 WORTH_KEEPING = 10.0
-"""Seconds of training after which a checkpoint is due before an evaluation, or the end: both may
-last long.
-"""
+"""Seconds of training that are worth a checkpoint before an evaluation or the last steps."""
 
 
 # ---- trees of tensors ----------------------------------------------------------------------------
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """A tree of tensors and plain values as JSON, its tensors set apart under their paths."""
+    """Return a tree of tensors and plain values as JSON.
+
+    Args:
+        tree: the tree.
+        tensors: filled with the tree's tensors by their paths.
+        path: path of the tree itself.
+    """
     match tree:
         case Tensor():
-            while path in tensors:  # keys may hold slashes, or differ only in type
+            while path in tensors:  # keys can contain slashes, or differ only in type
                 path += "'"
             tensors[path] = tree
             return {"tensor": path}
         case dict():
-            return {"items": [[k, pack(v, tensors, f"{path}/{k}")] for k, v in tree.items()]}
+            items = []
+            for key, value in tree.items():
+                items.append([key, pack(value, tensors, f"{path}/{key}")])
+            return {"items": items}
         case list() | tuple():
             kind = "tuple" if isinstance(tree, tuple) else "list"
-            return {kind: [pack(v, tensors, f"{path}/{k}") for k, v in enumerate(tree)]}
+            values = []
+            for index, value in enumerate(tree):
+                values.append(pack(value, tensors, f"{path}/{index}"))
+            return {kind: values}
         case None | bool() | int() | float() | str():
             return tree
     raise TypeError(
@@ -65,24 +73,24 @@ def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
 
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `pack`."""
+    """Return the tree that `pack` turned into JSON and tensors."""
     match tree:
         case {"tensor": path}:
             return tensors[path]
         case {"items": items}:
-            return {k: unpack(v, tensors) for k, v in items}
+            return {key: unpack(value, tensors) for key, value in items}
         case {"list": values}:
-            return [unpack(v, tensors) for v in values]
+            return [unpack(value, tensors) for value in values]
         case {"tuple": values}:
-            return tuple(unpack(v, tensors) for v in values)
+            return tuple(unpack(value, tensors) for value in values)
     return tree
 
 
 class SafetensorsIO(CheckpointIO):
-    """Lightning's checkpoints as one safetensors file each, renamed into place when whole.
+    """Writes each of Lightning's checkpoints as one safetensors file, atomically.
 
-    Of a file called `last` the one before is kept as `previous`. Where `last` is missing or cannot
-    be read, the newest other one is, and a line says so.
+    When `last` is replaced, the old file is kept as `previous`. If `last` is missing or cannot be
+    read, the newest other file is loaded instead, with a warning.
     """
 
     def save_checkpoint(
@@ -98,7 +106,7 @@ class SafetensorsIO(CheckpointIO):
             return
         following = path.with_name(NEXT.name)
         write_tensors(tensors, following, header)
-        with runs.writable(path):  # whoever is killed in between leaves two whole files
+        with runs.writable(path):  # a kill in between leaves two complete files
             os.replace(path, path.with_name(PREVIOUS.name))
             os.replace(following, path)
             sync_folder(path.parent)
@@ -107,30 +115,29 @@ class SafetensorsIO(CheckpointIO):
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         path = Path(path)
-        others = (
-            [path.with_name(other.name) for other in (NEXT, PREVIOUS)]
-            if path.name == LAST.name
-            else []
-        )
-        first, *rest = [path, *(other for other in others if other.exists())]
-        for other in rest:
+        fallbacks = []
+        if path.name == LAST.name:
+            fallbacks = [path.with_name(NEXT.name), path.with_name(PREVIOUS.name)]
+        for fallback in fallbacks:
+            if not fallback.exists():
+                continue
             try:
-                return _opened(first)
+                return _read(path)
             except BadInput as error:
-                what, _, _ = str(error).rpartition("; ")
-                log.warning("%s; resuming from '%s' instead", what, other.name)
-            first = other
-        return _opened(first)
+                problem, _, _ = str(error).rpartition("; ")
+                log.warning("%s; resuming from '%s' instead", problem, fallback.name)
+            path = fallback
+        return _read(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def _opened(path: Path) -> dict[str, Any]:
-    """A checkpoint as Lightning takes it.
+def _read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint in Lightning's form.
 
     Raises:
-        BadInput: it cannot be read, or is something else.
+        BadInput: the file cannot be read, or is not a checkpoint of this training.
     """
     remedy = f"delete the folder '{path.parent.name}', and run the same fit again to start over"
     tensors, header = read_tensors(path, remedy)
@@ -145,38 +152,46 @@ def _opened(path: Path) -> dict[str, Any]:
 
 
 def _training(path: Path) -> str:
-    """Return what identifies the training of a checkpoint: its run's settings and start, or its
-    target's folder.
+    """Return an identifier of the training that a checkpoint belongs to.
 
-    It is empty for a checkpoint outside the folders of runs and targets.
+    It is made of the run's settings and start time, or is the name of the target's folder. It is
+    empty for a checkpoint outside the folders of runs and targets.
     """
     folder = path.resolve().parent.parent
     if (folder / "run.json").exists():
         record = runs.Run(folder).record
-        return f"{record.get('digest')} {record.get('started')}"
-    return folder.name if folder.parent.name == "targets" else ""
+        settings = record.get("digest")
+        started = record.get("started")
+        return f"{settings} {started}"
+    if folder.parent.name == "targets":
+        return folder.name
+    return ""
 
 
 def resumable(folder: Path) -> Path | None:
-    """The checkpoint from which a training in this folder resumes; None if it has to begin."""
-    held = any((folder / name).exists() for name in (LAST, NEXT, PREVIOUS))
-    return folder / LAST if held else None
+    """Return the checkpoint from which a training resumes; None if there is no checkpoint."""
+    for name in (LAST, NEXT, PREVIOUS):
+        if (folder / name).exists():
+            return folder / LAST
+    return None
 
 
 class Checkpoints(Callback):
-    """Saves the newest state of a training, and ends it there when a signal asks for that.
+    """Saves the newest state of a training, and stops the training after a signal.
 
-    A checkpoint is due every `checkpoint_every` optimizer steps of its module, every few minutes,
-    and before an evaluation or the last steps where training has gone on for a while: those may
-    last long. It is written before a `training_step`, when all that belongs to the one before has
-    been logged, and only if all weights and losses are finite. A killed training resumes from there
-    as if nothing had been: what it had logged since is taken back, to be logged again.
+    A checkpoint is due every `checkpoint_every` optimizer steps of the module and every few
+    minutes. It is also due before an evaluation or the last steps, which can take long, if training
+    has run for `worth_keeping` seconds. It is written before a `training_step`, once the previous
+    step has been logged, and only if all weights and losses are finite.
+
+    A killed training resumes from its checkpoint. Metrics logged after the checkpoint are removed,
+    and logged again.
 
     Args:
         folder: the run's folder.
-        seconds: the most time between two checkpoints.
-        worth_keeping: seconds of training after which an evaluation, or the end, is preceded by a
-            checkpoint.
+        seconds: maximum time between two checkpoints.
+        worth_keeping: seconds of training that are worth a checkpoint before an evaluation or the
+            last steps.
     """
 
     def __init__(
@@ -185,7 +200,9 @@ class Checkpoints(Callback):
         self.folder = Path(folder)
         self.seconds = seconds
         self.worth_keeping = worth_keeping
-        self._saved, self._logged, self._since = 0, 0, 0.0
+        self._saved = 0  # the step of the last checkpoint
+        self._logged = 0  # size of the metrics file at that step, in bytes
+        self._since = 0.0  # time of the last checkpoint
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
@@ -197,9 +214,9 @@ class Checkpoints(Callback):
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
         assert isinstance(pl_module, MultiStepModule)
-        agreed = trainer.strategy.reduce_boolean_decision
-        stop = agreed(stopping.requested(), all=False)
-        if stop or agreed(self._due(trainer, pl_module), all=False):
+        any_device = trainer.strategy.reduce_boolean_decision
+        stop = any_device(stopping.requested(), all=False)
+        if stop or any_device(self._due(trainer, pl_module), all=False):
             self._save(trainer, pl_module)
         if stop:
             stopping.stop()
@@ -208,12 +225,14 @@ class Checkpoints(Callback):
     def _due(self, trainer: Trainer, module: MultiStepModule) -> bool:
         every = module.checkpoint_every
         seconds = time.monotonic() - self._since
-        if trainer.global_step // every > self._saved // every or seconds > self.seconds:
+        step = trainer.global_step
+        due_by_step = step // every > self._saved // every
+        if due_by_step or seconds > self.seconds:
             return True
         return seconds > self.worth_keeping and _last_before_long_work(trainer, module)
 
     def _save(self, trainer: Trainer, module: MultiStepModule) -> None:
-        if trainer.global_step > self._saved:  # else it is there already
+        if trainer.global_step > self._saved:  # otherwise it has been saved already
             module.check_losses()
             module.check_weights()
             trainer.save_checkpoint(self.folder / LAST)
@@ -224,8 +243,9 @@ class Checkpoints(Callback):
         stopping.release()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            stopping.hold()  # what is logged from here on belongs to the next checkpoint
+        in_training = trainer.state.fn == "fit"
+        if in_training and not trainer.sanity_checking:
+            stopping.hold()  # later metrics belong to the next checkpoint
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stopping.release()
@@ -234,23 +254,22 @@ class Checkpoints(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         stopping.let_go()
-        if (
-            isinstance(exception, stopping.Stopped)
-            and trainer.state.fn == "fit"
-            and trainer.global_step
-        ):
-            exception.place = f"at step {trainer.global_step}"
-            if trainer.global_step > self._saved:
-                exception.place += (
-                    f" (saved at step {self._saved})" if self._saved else " (nothing saved yet)"
-                )
+        if not isinstance(exception, stopping.Stopped):
+            return
+        if trainer.state.fn != "fit" or not trainer.global_step:
+            return
+        exception.place = f"at step {trainer.global_step}"
+        if trainer.global_step > self._saved:
+            saved = f"saved at step {self._saved}" if self._saved else "nothing saved yet"
+            exception.place += f" ({saved})"
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # Lightning counts the coming training_step as begun; a resumed run would validate one too
-        # early.
-        total = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+        # Lightning counts the next training_step as begun: a resumed run would validate one step
+        # too early.
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        total = fit_loop["epoch_loop.batch_progress"]["total"]
         if total["started"] == total["completed"]:
             total["ready"] = total["completed"]
 
@@ -262,8 +281,12 @@ class Checkpoints(Callback):
 
 
 def _last_before_long_work(trainer: Trainer, module: MultiStepModule) -> bool:
-    """Whether the coming `training_step` is followed by an evaluation, or is the last."""
+    """Return whether the next `training_step` is the last, or the last before an evaluation."""
     if trainer.global_step + module.inner_steps >= trainer.max_steps:
         return True
-    every = trainer.val_check_batch  # pyright: ignore[reportAttributeAccessIssue]  (Lightning's, not declared)
-    return isinstance(every, int) and (trainer.fit_loop.total_batch_idx + 1) % every == 0
+    untyped: Any = trainer  # Lightning does not declare this attribute
+    every = untyped.val_check_batch
+    if not isinstance(every, int):
+        return False
+    batches = trainer.fit_loop.total_batch_idx + 1
+    return batches % every == 0

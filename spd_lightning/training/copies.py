@@ -1,18 +1,18 @@
-"""Copies of a run in its trackers, made by threads that no training waits for.
+"""Copies of a run in its trackers, made by background threads.
 
-The run's own metrics.jsonl is the truth. A copy is never logged to by the training: its thread
-reads what the file has gained and sends it, so that a tracker that is slow, locked, or gone costs a
-training nothing. What could not be sent is sent by the next try, which is a few seconds later, or
-by the end of the command, or by `push`.
+The run's metrics.jsonl is the source of truth. Training never logs to a tracker. Instead, a thread
+per tracker reads new lines of the file and sends them, so a slow, locked or unreachable tracker
+does not slow down training. Whatever could not be sent is sent by a later try: a few seconds later,
+at the end of the command, or by `push`.
 
-    1. connect:  reach the tracker, before anything is built. One that can never work ends
+    1. connect:  reach the tracker, before anything is built. A tracker that can never work ends
                  the command.
-    2. begin:    open the record and send the settings. From here on metrics are sent as they
-                 come, and no error ends the command: it is logged once.
-    3. complete: send the rest of the metrics and the files, and close the record.
+    2. begin:    open the record and send the settings. From now on metrics are sent as they are
+                 logged. Errors no longer end the command; each is logged once.
+    3. complete: send the remaining metrics and the files, and close the record.
 
-A run of which a tracker may not have everything holds `uncopied.json`, with the addresses of such
-trackers.
+While a tracker may lack a part of the run, the run's folder contains `uncopied.json` with the
+addresses of such trackers.
 """
 
 import importlib
@@ -31,35 +31,38 @@ from spd_lightning.training.trackers import SPEED, Row, Tracker
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 5.0  # seconds that a command waits for a tracker before the training begins without it
-POLL = 2.0  # seconds between two looks at the metrics file
-RETRY, RARELY = 10.0, 300.0  # seconds between two tries after a failure: at first, and at most
-PATIENCE = 30.0  # seconds that one request may take at the end
+AT_ONCE = 5.0  # seconds that a command waits for a tracker before training starts
+POLL = 2.0  # seconds between two reads of the metrics file
+RETRY, RARELY = 10.0, 300.0  # initial and maximum seconds between two tries after a failure
+PATIENCE = 30.0  # maximum seconds of one request at the end
 
 
-# ---- what there is to send -----------------------------------------------------------------------
+# ---- new metrics ---------------------------------------------------------------------------------
 
 
 class Tail:
-    """Reads what a metrics file has gained since the last look.
+    """Reads the new lines of a metrics file.
 
-    A training that resumes cuts the file back to its checkpoint and writes the same lines again.
-    Until the file has its length again there is nothing new. If the last line read is then another,
-    reading begins again at the top.
+    A training that resumes truncates the file to its checkpoint and writes the same lines again.
+    Until the file has reached its old length, nothing is new. If the last line read has changed by
+    then, reading starts again from the top.
 
     Args:
         path: the file, which need not exist yet.
-        start: where to begin, in bytes.
+        start: position to start from, in bytes.
     """
 
     def __init__(self, path: Path, start: int = 0):
-        self.path, self.position, self._last = path, start, b""
+        self.path = path
+        self.position = start
+        self._last = b""  # the last line read
 
     def rows(self) -> list[Row]:
-        """Return the whole lines that were added, as rows; a torn line is passed over."""
+        """Return the new complete lines as rows; damaged lines are skipped."""
         try:
             with open(self.path, "rb") as file:
-                if file.seek(0, os.SEEK_END) < self.position:
+                size = file.seek(0, os.SEEK_END)
+                if size < self.position:
                     return []
                 file.seek(self.position - len(self._last))
                 if file.read(len(self._last)) != self._last:
@@ -68,14 +71,16 @@ class Tail:
                 lines = file.read().splitlines(keepends=True)
         except FileNotFoundError:
             return []
-        whole = [line for line in lines if line.endswith(b"\n")]
-        self.position += sum(map(len, whole))
-        if whole:
-            self._last = whole[-1]
-        return [row for row in map(_row, whole) if row]
+        complete = [line for line in lines if line.endswith(b"\n")]
+        self.position += sum(map(len, complete))
+        if complete:
+            self._last = complete[-1]
+        rows = map(_row, complete)
+        return [row for row in rows if row]
 
 
 def _row(line: bytes) -> Row | None:
+    """Parse a line of a metrics file; return None if it is damaged."""
     try:
         values = dict(json.loads(line))
         return int(values.pop("step")), values
@@ -90,20 +95,22 @@ class Copy:
     """A tracker's copy of a run, and the thread that makes it.
 
     Args:
-        tracker: where it goes.
-        needed: whether the command has nothing else to do than to make it.
+        tracker: the tracker.
+        needed: whether making the copy is the only purpose of the command.
 
     Attributes:
-        error: why the last try failed; None if it did not.
-        whole: whether all was sent and the record is closed.
+        error: why the last try failed; None if it succeeded.
+        whole: whether everything was sent and the record is closed.
     """
 
     def __init__(self, tracker: Tracker, needed: bool = False):
-        self.tracker, self._needed = tracker, needed
+        self.tracker = tracker
         self.error: BadInput | None = None
         self.whole = False
-        self._connected = self._begun = False
-        self._may_raise = True  # until `begin` returns; errors that come later are logged
+        self._needed = needed
+        self._connected = False
+        self._begun = False
+        self._may_raise = True  # until `begin` returns; later errors are logged
         self._lock = threading.Lock()  # around `error` and `_may_raise`
         self._settings: Mapping[str, Any] | None = None
         self._names: Sequence[str] = ()
@@ -118,10 +125,10 @@ class Copy:
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def connect(self) -> None:
-        """Start the thread; it connects.
+        """Start the thread, which connects to the tracker.
 
-        The library is imported first: devices may be forked off, and an import that another thread
-        had begun would never end in a fork.
+        The library is imported before that. Lightning can fork processes for further devices, and
+        an import that is under way in another thread never ends in a fork.
 
         Raises:
             BadInput: the tracker can never work.
@@ -131,52 +138,67 @@ class Copy:
         except ImportError as error:
             raise self.tracker.trouble(error) from error
         self._thread.start()
-        self._wait_at_once()
+        self._wait_for_try()
 
     def begin(self, settings: Mapping[str, Any] | None) -> None:
-        """Let it open the record and send what there is.
+        """Let the thread open the record and send what has been logged.
+
+        Args:
+            settings: the hyperparameters of the record; None if it already has them.
 
         Raises:
             BadInput: the tracker can never work.
         """
-        self._raise_if_hopeless()  # it may have failed since `connect` returned
+        self._raise_if_hopeless()  # the thread can have failed since `connect` returned
         self._settings = settings
-        known = self.error is not None  # then there is nothing to wait for
+        has_failed = self.error is not None  # then waiting is useless
         self._tried.clear()
         self._go.set()
         self._wake.set()
-        if self._needed or not known:
-            self._wait_at_once()
+        if self._needed or not has_failed:
+            self._wait_for_try()
         with self._lock:
             self._raise_if_hopeless()
             self._may_raise = False
 
-    def _wait_at_once(self) -> None:
-        self._tried.wait(PATIENCE if self._needed else AT_ONCE)
+    def _wait_for_try(self) -> None:
+        """Wait until the thread has tried once, but not for long."""
+        timeout = PATIENCE if self._needed else AT_ONCE
+        self._tried.wait(timeout)
         self._raise_if_hopeless()
 
     def _raise_if_hopeless(self) -> None:
-        if self.error and (self._needed or not isinstance(self.error, runs.NoAnswer)):
-            raise self.error
+        """Raise the last error, unless training can go ahead and a later try can succeed."""
+        error = self.error
+        can_succeed_later = isinstance(error, runs.NoAnswer) and not self._needed
+        if error and not can_succeed_later:
+            raise error
 
     def end(self, names: Sequence[str], status: str, patience: float) -> None:
-        """Let it send the rest, and wait until it has, or until it takes too long."""
-        self._names, self._status = names, status
+        """Let the thread send the rest, and wait until it is done or takes too long."""
+        self._names = names
+        self._status = status
         self._deadline = time.monotonic() + patience
         self._end.set()
         self._wake.set()
-        while self._thread.is_alive() and time.monotonic() < self._deadline:
+        while self._thread.is_alive():
+            if time.monotonic() >= self._deadline:
+                break
             self._thread.join(0.05)
         if self._thread.is_alive():
             self.error = runs.NoAnswer(f"tracker '{self.tracker.address}': it takes too long")
 
     def _allow(self, size: int) -> None:
-        """Something begins that may take long: how many bytes are to be sent."""
-        if self._end.is_set() and self._status == "success":
-            self._deadline = time.monotonic() + PATIENCE + size / SPEED
+        """Extend the deadline by the time that an upload of `size` bytes can take."""
+        ending = self._end.is_set()
+        if ending and self._status == "success":
+            seconds = PATIENCE + size / SPEED
+            self._deadline = time.monotonic() + seconds
 
     def _work(self) -> None:
-        pause, next_pause = POLL, RETRY
+        """Try to bring the copy up to date, again and again, until the command ends."""
+        pause = POLL
+        next_pause = RETRY
         while True:
             self._wake.clear()
             ending = self._end.is_set()
@@ -184,17 +206,25 @@ class Copy:
             try:
                 self._try(ending, going)
             except Exception as error:
-                self._failed(self.tracker.trouble(error))
+                self._note(self.tracker.trouble(error))
                 pause = next_pause
                 next_pause = min(2 * next_pause, RARELY)
             else:
-                self.error, pause, next_pause = None, POLL, RETRY
+                self.error = None
+                pause = POLL
+                next_pause = RETRY
             self._tried.set()
             if ending:
                 return
             self._wake.wait(pause if going else None)
 
     def _try(self, ending: bool, going: bool) -> None:
+        """Bring the copy up to date once.
+
+        Args:
+            ending: whether to complete the copy and close the record.
+            going: whether the record can be opened; if not, only connect.
+        """
         tracker = self.tracker
         if not self._connected:
             tracker.connect()
@@ -205,7 +235,7 @@ class Copy:
             tracker.begin(self._settings)
             self._begun = True
         tail = self._tail
-        if tail is None or ending:  # at the end, and after a failure, all is looked at again
+        if tail is None or ending:  # read the whole file at the end, and after a failure
             tail = Tail(tracker.folder / "metrics.jsonl", tracker.start())
         self._tail = None
         rows = tail.rows()
@@ -216,17 +246,19 @@ class Copy:
             tracker.close(self._status)
             self.whole = True
 
-    def _failed(self, error: BadInput) -> None:
-        """Note an error, and log it if it is news and `begin` does not raise it."""
+    def _note(self, error: BadInput) -> None:
+        """Store an error, and log it if it is new and `begin` does not raise it."""
+        no_answer = isinstance(error, runs.NoAnswer)
         with self._lock:
-            before, self.error = self.error, error
-            raised = self._needed or (self._may_raise and not isinstance(error, runs.NoAnswer))
+            before = self.error
+            self.error = error
+            raised = self._needed or (self._may_raise and not no_answer)
         if raised or self._end.is_set():
             return
-        if isinstance(error, runs.NoAnswer):
+        if no_answer:
             if before is None:
                 log.warning(
-                    "%s. The work continues without it; what it misses is sent later.", error
+                    "%s. The work continues without it; the missing data is sent later.", error
                 )
         elif before is None or isinstance(before, runs.NoAnswer):
             again = f"python -m spd_lightning push {self.tracker.folder.name}"
@@ -234,12 +266,12 @@ class Copy:
 
 
 class Copies:
-    """All copies of a run; a context, in which an error closes them as failed.
+    """All copies of a run. Used as a context, it closes them as failed if an error is raised.
 
     Args:
-        trackers: where they go.
+        trackers: the trackers.
         folder: the run's folder.
-        needed: whether the command has nothing else to do than to make them.
+        needed: whether making the copies is the only purpose of the command.
     """
 
     def __init__(self, trackers: Sequence[Tracker], folder: Path, needed: bool = False):
@@ -250,19 +282,19 @@ class Copies:
         return len(self._copies)
 
     def connect(self) -> None:
-        """Reach the trackers; one that does not answer is tried again later.
+        """Connect to the trackers; those that do not answer are tried again later.
 
         Raises:
-            BadInput: one can never work.
+            BadInput: a tracker can never work.
         """
         for copy in self._copies:
             copy.connect()
 
     def begin(self, settings: Mapping[str, Any] | None = None) -> None:
-        """Open the records, and note that what is there is not the whole run.
+        """Open the records, and mark them as incomplete.
 
         Args:
-            settings: what becomes the run's hyperparameters; None if it has them already.
+            settings: the hyperparameters of the records; None if they already have them.
 
         Raises:
             BadInput: a tracker can never work.
@@ -274,13 +306,13 @@ class Copies:
             copy.begin(settings)
 
     def complete(self, names: Sequence[str] = runs.MIRRORED) -> list[BadInput]:
-        """Send what the trackers miss of a run, and close the records.
+        """Send what the trackers still lack, and close the records.
 
         Args:
-            names: files and folders of the run; all that trackers get, if omitted.
+            names: files and folders of the run to send; all that trackers get if omitted.
 
         Returns:
-            Why some of them do not have it.
+            The errors of the copies that are still incomplete.
         """
         for copy in self._copies:
             copy.end(names, "success", PATIENCE)
@@ -288,7 +320,8 @@ class Copies:
         path = self.folder / runs.UNCOPIED
         if path.exists() and names is runs.MIRRORED:
             if failed:
-                runs.write_json(path, {"trackers": [copy.tracker.address for copy in failed]})
+                addresses = [copy.tracker.address for copy in failed]
+                runs.write_json(path, {"trackers": addresses})
             else:
                 path.unlink()
         return [copy.error for copy in failed if copy.error]
@@ -301,6 +334,6 @@ class Copies:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close the records as failed, as far as that can be done in a moment."""
+        """Close the records as failed, if that takes no more than a moment."""
         for copy in self._copies:
             copy.end((), "failed", 2.0)

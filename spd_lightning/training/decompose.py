@@ -1,6 +1,6 @@
-"""The LightningModule that takes a target apart.
+"""The LightningModule that decomposes a target.
 
-train_target("targets/tms_5-2")  # once: it is kept
+train_target("targets/tms_5-2")  # needed once
 d = Decomposition("targets/tms_5-2", sites={"linear*": 20}, tied={"linear2": "linear1"})
 Trainer(max_steps=2000).fit(d, SparseFeatures(5, 0.05, batch_size=1024))
 """
@@ -19,7 +19,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from spd_lightning.data.modules import generator_for
-from spd_lightning.decomposition.adversaries import PersistentAdversary
+from spd_lightning.decomposition.adversaries import Persistent, PersistentAdversary
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.intervention import (
     Base,
@@ -47,13 +47,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FaithfulnessWarmup:
-    """Updates on faithfulness alone before training begins, so that components start by adding up
-    to the weights.
+    """Updates on faithfulness alone before training, so that components add up to the weights.
 
     Args:
-        steps: how many; 0 for none.
-        lr: their own AdamW's learning rate.
-        weight_decay: and weight decay.
+        steps: number of updates; 0 for none.
+        lr: learning rate of the warm-up's AdamW.
+        weight_decay: weight decay of the warm-up's AdamW.
     """
 
     steps: int = 200
@@ -67,8 +66,7 @@ class FaithfulnessWarmup:
 
 
 class Decomposition(MultiStepModule):
-    """Splits a trained network's weight matrices into rank-one components and learns which of them
-    each input needs.
+    """Splits weight matrices into rank-one components and learns which ones each input needs.
 
     Source: SPD (arXiv 2506.20790); the laws of docs/method.md.
 
@@ -76,22 +74,21 @@ class Decomposition(MultiStepModule):
         target: a trained network, or a reference to one: a config that has trained it (see
             `train_target`), or `hf:<folder or hub name>`, or `decoder:<folder or hub name>`.
         sites: fnmatch patterns of module names, each with a number of components.
-        tied: site → partner, where the site's weight is the transpose of its partner's (D9).
-        delta: whether what components miss of a weight takes part in masked runs (D3).
+        tied: site → partner, if the site's weight is the transpose of its partner's (D9).
+        delta: whether the delta component takes part in masked runs (D3).
         importance: how causal importances are computed (G1).
         losses: the terms of the training loss (L7).
-        optimizer: of components and importance functions.
+        optimizer: the optimizer of components and importance functions.
         warm_up: updates on faithfulness alone, before the first step.
-        evaluation: what to measure, and what is known to be true.
-        inner_steps: optimizer steps taken in one `training_step`.
+        evaluation: what to measure, and the known ground truth.
+        inner_steps: optimizer steps in one `training_step`.
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
-        threads: processor threads; as many as torch takes if omitted. Small models are quickest on
-            one.
-        micro_batches: equal parts in which a batch is taken, one after the other: less memory, the
-            update of the whole batch. Masks are drawn, and fresh adversaries climb, for each part
-            on its own.
-        seed: of initial values and masks.
+        threads: CPU threads; torch's default if omitted. Small models are fastest on one.
+        micro_batches: equal parts in which a batch is processed, one after the other. This saves
+            memory and keeps the update of the whole batch. Each part has its own masks and fresh
+            adversaries.
+        seed: seed of initial values and masks.
     """
 
     def __init__(
@@ -120,19 +117,20 @@ class Decomposition(MultiStepModule):
             if adversary.particles and micro_batches > 1:
                 raise BadInput(
                     f"micro_batches {micro_batches} with particles in reconstruction '{name}': a "
-                    "pool climbs on whole "
-                    "batches; leave particles out, or micro_batches"
+                    "pool of particles needs whole batches; omit particles, or micro_batches"
                 )
         self.settings = {
             "sites": dict(sites),
             "tied": dict(tied or {}),
             "delta": delta,
             "importance": importance,
+            "evaluation": evaluation,
+            "seed": seed,
         }
-        self.settings |= {"evaluation": evaluation, "seed": seed}
-        network, self.target_spec = (
-            open_target(target) if isinstance(target, str) else (target, None)
-        )
+        if isinstance(target, str):
+            network, self.target_spec = open_target(target)
+        else:
+            network, self.target_spec = target, None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = ComponentModel(network, sites, tied, importance, delta)
@@ -141,29 +139,29 @@ class Decomposition(MultiStepModule):
         self.arrays: dict[str, Tensor] = {}
         self.figures: dict[str, float] = {}
         self.warning: str | None = None
-        self.origin, self.digest = "", ""  # the run it was loaded from, and its weights' digest
-        self._inert: bool | None = None
+        self.origin = ""  # the run that it was loaded from
+        self.digest = ""  # the digest of that run's weights
+        self._inert: bool | None = None  # whether a zero input is zero at every site
         self._adversaries: dict[str, PersistentAdversary] = {}
-        self._resumed: dict[
-            str, Any
-        ] = {}  # the state of adversaries from a checkpoint, until they are made
+        self._resumed: dict[str, Any] = {}  # checkpointed states of adversaries not made yet
         self._progress = 0.0
         self._frequencies: Tensor | None = None
-        self._rehearsed = False  # whether the figures are those of the evaluation before step 0
+        self._rehearsed = False  # whether the figures are from the evaluation before step 0
 
     @classmethod
     def from_pretrained(
         cls, reference: str | Path, target: nn.Module | None = None
     ) -> "Decomposition":
-        """A decomposition from a run: its name, its folder, or `mlflow:…` / `wandb:…` in a tracker.
+        """Load the decomposition of a run.
 
         Args:
-            reference: the run.
-            target: a network like the decomposed one, where that was given as an object; it gets
-                its weights.
+            reference: the run: its name, its folder, or `mlflow:…` / `wandb:…` in a tracker.
+            target: a network like the decomposed one, if that was given as an object. The saved
+                weights are loaded into it.
 
         Raises:
-            BadInput: there is none, or its files are damaged or belong to another model.
+            BadInput: the run has no decomposition, or its files are damaged or belong to another
+                model.
         """
         saved = SavedDecomposition.read(reference)
         module = cls(saved.network(target), **saved.settings)
@@ -174,7 +172,7 @@ class Decomposition(MultiStepModule):
         return module.eval()
 
     def save(self, folder: Path) -> None:
-        """Write the decomposition into a folder, where `from_pretrained` finds it."""
+        """Write the decomposition into a folder, from which `from_pretrained` can load it."""
         save_decomposition(self.model, self.settings, self.target_spec, folder)
 
     def intervene(
@@ -188,26 +186,24 @@ class Decomposition(MultiStepModule):
     ) -> Intervened:
         """Run the model with components ablated, scaled or set, or with only some of them kept.
 
-        Components are named `layer:pos:component`, or `layer:component` at all positions. See
-        `decomposition.intervention.intervene`: outputs of the target, of the base, and under the
-        edits.
+        Components are named `layer:pos:component`, or `layer:component` for all positions. The
+        result has the outputs of the target, of the base and of the edited model (see
+        `decomposition.intervention.intervene`).
 
         Args:
             inputs: [batch, features] floating point, or [batch, pos] token ids.
-            ablate: components that write nothing.
-            scale: factors of what components write.
-            set: values in the place of inner activations.
-            keep: of all components these alone, and no delta.
-            base: what is edited: the target itself (`unmasked`), or the model under its importances
-                (`ci`).
+            ablate: components to switch off.
+            scale: factors by which to scale components.
+            set: values that replace inner activations.
+            keep: the only components to keep on; the delta components are off, too.
+            base: the model to edit: the target (`unmasked`), or the CI-masked model (`ci`).
 
         Raises:
-            BadInput: there is no such component or position.
+            BadInput: a component or a position does not exist.
         """
         edits = named_edits(self.model, ablate, scale, set)
-        return intervene(
-            self.model, inputs, edits, None if keep is None else places(self.model, keep), base
-        )
+        remaining = None if keep is None else places(self.model, keep)
+        return intervene(self.model, inputs, edits, remaining, base)
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -218,22 +214,24 @@ class Decomposition(MultiStepModule):
         return [CollapseMonitor()]
 
     def on_train_start(self) -> None:
-        if self.global_step == 0 and self._rehearsed:
+        if self.global_step > 0:
+            return  # the training has been resumed
+        if self._rehearsed:
             self._log_figures()
-        if self.global_step == 0 and self.warm_up.steps:
+        if self.warm_up.steps:
             self._warm_up()
 
     def _warm_up(self) -> None:
-        """Faithfulness alone, with an optimizer of its own."""
-        w = self.warm_up
+        """Train the components on faithfulness alone, with a separate optimizer."""
+        warm_up = self.warm_up
         loss = torch.tensor(0.0)
         term = Faithfulness()
         losses = list[Tensor]()
         optimizer = torch.optim.AdamW(
-            self.model.components.parameters(), lr=w.lr, weight_decay=w.weight_decay
+            self.model.components.parameters(), lr=warm_up.lr, weight_decay=warm_up.weight_decay
         )
         with torch.enable_grad():
-            for _ in range(w.steps):
+            for _ in range(warm_up.steps):
                 loss = term(self.model)
                 optimizer.zero_grad()
                 loss.backward()
@@ -248,7 +246,7 @@ class Decomposition(MultiStepModule):
             )
         self.check_weights()
         if self.trainer.is_global_zero:
-            log.info("faithfulness after %d warm-up steps: %.2e", w.steps, loss.item())
+            log.info("faithfulness after %d warm-up steps: %.2e", warm_up.steps, loss.item())
 
     @property
     def network(self) -> nn.Module:
@@ -256,66 +254,77 @@ class Decomposition(MultiStepModule):
         return self.model.target
 
     def before_parts(self, parts: Sequence[Tensor], step: int) -> None:
-        """Measure how often components are important over the whole batch, for the frequency loss
-        of each part (L3).
-        """
+        """Measure how often components are important in the whole batch, for the frequency loss."""
         self._frequencies = None
-        if len(parts) > 1 and self.losses.frequency.coeff:
-            with torch.no_grad():
-                merged = [self._merged(part) for part in parts]
-                runs = [
-                    LossContext.from_batch(self.model, rows, weights=weights)
-                    for rows, weights in merged
-                ]
-                means = [
-                    self.losses.minimality.means(
-                        run.importances.upper, self._progress_at(step), run.weights
-                    )
-                    for run in runs
-                ]
-            self._frequencies = torch.stack([joined_means(part) for part in means]).mean(0)
+        if len(parts) <= 1 or not self.losses.frequency.coeff:
+            return  # a single part measures its frequencies itself
+        progress = self._progress_at(step)
+        means = list[Tensor]()
+        with torch.no_grad():
+            for part in parts:
+                rows, weights = self._merged(part)
+                run = LossContext.from_batch(self.model, rows, weights=weights)
+                upper = run.importances.upper
+                by_site = self.losses.minimality.means(upper, progress, run.weights)
+                means.append(joined_means(by_site))
+        self._frequencies = torch.stack(means).mean(0)
 
     def objective(
         self, batch: Tensor, step: int, part: int = 0
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The training loss of a batch or a part of it (L7); masks are a function of (seed, step,
-        part, rank) alone.
+        """Return the training loss of a batch or of a part of it (L7).
+
+        Masks depend on (seed, step, part, rank) alone.
         """
         rows, weights = self._merged(batch)
-        run = LossContext.from_batch(
-            self.model, rows, self._generator(_stream("masks", part), step), weights, sample=True
-        )
-        run.adversaries, self._progress = self.adversaries(run, part), self._progress_at(step)
+        generator = self._generator(_stream("masks", part), step)
+        run = LossContext.from_batch(self.model, rows, generator, weights, sample=True)
+        run.adversaries = self.adversaries(run, part)
+        self._progress = self._progress_at(step)
         run.frequencies = self._frequencies
         return self.losses(run, self._progress)
 
     def _progress_at(self, step: int) -> float:
-        """The fraction of training at an optimizer step: 0 at the first, 1 at the last."""
-        return step / max(1, self.steps - 1)
+        """Return the fraction of training at an optimizer step: 0 at the first, 1 at the last."""
+        last = self.steps - 1
+        return step / max(1, last)
 
     def adversaries(self, run: LossContext, part: int = 0) -> Mapping[str, PersistentAdversary]:
-        """The persistent adversary of every reconstruction that has one, made when the first batch
-        shows the shapes.
+        """Return the persistent adversary of every reconstruction that has one.
 
-        Each part of a batch has its own: they know samples by their place.
+        They are made at the first batch, which shows the shapes. Each part of a batch has its own
+        adversaries, because they identify samples by position in the batch.
         """
-        keys = {name: _stream(name, part) for name in self.losses.persistent}
+        adversaries = dict[str, PersistentAdversary]()
         for name, settings in self.losses.persistent.items():
-            if (key := keys[name]) not in self._adversaries:
-                rank, world = (
-                    (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
-                )
-                generator = self._generator(f"adversary/{key}", 0, rank=0)
-                g = run.importances.lower
-                made = PersistentAdversary(settings, g, generator, rank, world, self.micro_batches)
-                self._adversaries[key] = made
-                if key in self._resumed:
-                    made.restore(self._resumed.pop(key))
-        return {name: self._adversaries[key] for name, key in keys.items()}
+            key = _stream(name, part)
+            if key not in self._adversaries:
+                self._adversaries[key] = self._make_adversary(key, settings, run)
+            adversaries[name] = self._adversaries[key]
+        return adversaries
+
+    def _make_adversary(
+        self, key: str, settings: Persistent, run: LossContext
+    ) -> PersistentAdversary:
+        rank, world = 0, 1
+        if self._trainer:
+            rank, world = self.global_rank, self.trainer.world_size
+        adversary = PersistentAdversary(
+            settings,
+            run.importances.lower,
+            self._generator(f"adversary/{key}", 0, rank=0),
+            rank,
+            world,
+            self.micro_batches,
+        )
+        if key in self._resumed:
+            adversary.restore(self._resumed.pop(key))
+        return adversary
 
     def lasting_bytes(self) -> int:
-        """Return the bytes that the persistent adversaries take."""
-        return sum(adversary.bytes for adversary in self._adversaries.values())
+        """Return the bytes of the persistent adversaries."""
+        adversaries = self._adversaries.values()
+        return sum(adversary.bytes for adversary in adversaries)
 
     def after_backward(self) -> None:
         for adversary in self._adversaries.values():
@@ -331,54 +340,52 @@ class Decomposition(MultiStepModule):
         self._resumed = checkpoint.get("adversaries", {})
 
     def _generator(self, stream: str, step: int, rank: int | None = None) -> torch.Generator:
-        generator = generator_for(
-            self.seed, stream, step, self.global_rank if rank is None else rank
-        )
+        if rank is None:
+            rank = self.global_rank
+        generator = generator_for(self.seed, stream, step, rank)
         if self.device.type == "cpu":
             return generator
-        return torch.Generator(self.device).manual_seed(generator.initial_seed() % 2**63)
+        seed = generator.initial_seed() % 2**63
+        return torch.Generator(self.device).manual_seed(seed)
 
     def _merged(self, batch: Tensor) -> tuple[Tensor, Float[Tensor, " rows"] | None]:
-        """A batch with all its zero rows as one, weighted by their number; exact where zeros are
-        inert.
+        """Merge all zero rows of a batch into one, weighted by their number.
 
-        Sparse inputs are mostly zero rows. Where a zero input is zero at every site, masks cannot
-        change its output: it adds nothing to reconstruction, and one row says all about its
-        importances. (Counting rows would stall a GPU, where the rows cost little; persistent
-        adversaries know rows by their place.)
+        Sparse inputs are mostly zero rows. If a zero input is zero at every site, merging is exact:
+        masks cannot change its output, so it adds nothing to the reconstruction losses, and one row
+        gives its importances. Batches on a GPU are not merged, because counting rows would stall
+        it. With persistent adversaries they are not, either: these identify rows by position.
         """
-        if (
-            batch.device.type != "cpu"
-            or not batch.is_floating_point()
-            or batch.ndim != 2
-            or self.losses.persistent
-        ):
+        on_cpu = batch.device.type == "cpu"
+        are_vectors = batch.is_floating_point() and batch.ndim == 2
+        if not on_cpu or not are_vectors or self.losses.persistent:
             return batch, None
         if self._inert is None:
             inputs = self.model.clean(torch.zeros_like(batch[:1])).inputs
             self._inert = not any(x.any() for x in inputs.values())
         if not self._inert:
             return batch, None
-        rows = torch.cat([batch[batch.any(1)], batch.new_zeros(1, batch.shape[1])])
+        non_zero = batch[batch.any(1)]
+        rows = torch.cat([non_zero, batch.new_zeros(1, batch.shape[1])])
         weights = batch.new_ones(len(rows))
         weights[-1] = len(batch) - len(rows) + 1
         return rows, weights
 
     def clip(self) -> Mapping[str, Tensor]:
-        """Bounds the gradients of components and of importance functions separately."""
-        o = self.optimizer
+        """Clip the gradients of components and of importance functions separately."""
+        settings = self.optimizer
         parts = {
-            "components": (self.model.components, o.clip_components),
-            "importance": (self.model.importance_function, o.clip_importance),
+            "components": (self.model.components, settings.clip_components),
+            "importance": (self.model.importance_function, settings.clip_importance),
         }
         logged = self.global_step % self.log_every == 0
-        return {
-            f"gradient_norm/{name}": nn.utils.clip_grad_norm_(
-                part.parameters(), bound or float("inf")
-            )
-            for name, (part, bound) in parts.items()
-            if bound or logged
-        }
+        norms = dict[str, Tensor]()
+        for name, (part, bound) in parts.items():
+            if bound or logged:
+                largest = bound or float("inf")
+                norm = nn.utils.clip_grad_norm_(part.parameters(), largest)
+                norms[f"gradient_norm/{name}"] = norm
+        return norms
 
     # ---- evaluation ------------------------------------------------------------------------------
 
@@ -387,49 +394,43 @@ class Decomposition(MultiStepModule):
         self._ladder = dict[str, float]()
 
     def validation_step(self, batch: Tensor, batch_index: int) -> None:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            self._full_precision(),
-        ):  # an adversary needs gradients
+        part = Part(self.global_rank, self.trainer.world_size)
+        # An adversary needs gradients, which inference mode would forbid.
+        with torch.inference_mode(False), torch.no_grad(), self._full_precision():
             batch = batch.clone()
-            first = self._generator("evaluation", batch_index, rank=0)
-            run = LossContext.from_batch(self.model, batch, first)
-            count(
-                self.model,
-                run,
-                self.evaluation,
-                self._totals,
-                Part(self.global_rank, self.trainer.world_size),
-            )
+            generator = self._generator("evaluation", batch_index, rank=0)
+            run = LossContext.from_batch(self.model, batch, generator)
+            count(self.model, run, self.evaluation, self._totals, part)
             if batch_index == 0:
                 self._ladder = pgd_sweep(self.model, batch, self.evaluation, self.say)
                 self._width = batch.shape[1] if batch.is_floating_point() else None
 
     def _full_precision(self) -> AbstractContextManager[Any]:
-        """Figures are taken in float32 whatever the training's precision; a target in half
-        precision keeps its own.
-        """
-        half = any(
-            p.dtype in (torch.float16, torch.bfloat16) for p in self.model.target.parameters()
-        )
-        return nullcontext() if half else torch.autocast(self.device.type, enabled=False)
+        """Return a context without autocast, unless the target itself is in half precision."""
+        types = {parameter.dtype for parameter in self.model.target.parameters()}
+        if types & {torch.float16, torch.bfloat16}:
+            return nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
 
     def on_validation_epoch_end(self) -> None:
         with torch.no_grad():
             self.adopt(self._figures())
-        self.log_dict({k: float(v) for k, v in self.figures.items()}, logger=False, sync_dist=True)
-        self._rehearsed = self.trainer.sanity_checking  # then loggers are not listening yet
+        figures = {name: float(value) for name, value in self.figures.items()}
+        self.log_dict(figures, logger=False, sync_dist=True)
+        self._rehearsed = self.trainer.sanity_checking  # loggers are not active yet
         if not self._rehearsed:
             self._log_figures()
 
     def _log_figures(self) -> None:
+        step = self.global_step
         for logger in self.loggers:
-            logger.log_metrics(self.figures, self.global_step)
+            logger.log_metrics(self.figures, step)
 
     def adopt(self, figures: Mapping[str, Any]) -> None:
-        """Takes the figures of an evaluation, perhaps one that another process ran, and judges
-        them.
+        """Take over the figures of an evaluation, and compare them with the ground truth.
+
+        Args:
+            figures: the figures; another process may have computed them.
 
         Raises:
             Diverged: a figure is not finite.
@@ -439,46 +440,39 @@ class Decomposition(MultiStepModule):
             if not math.isfinite(value):
                 when = f" after {self.global_step} steps" if self.global_step else ""
                 raise Diverged(f"the figure '{name}' is {value} in the evaluation{when}", LOWER)
-        self.figures = {
-            name: round(value) if counts(name) else value for name, value in values.items()
-        }
-        known = "features" in self.figures
-        self.warning = (
-            verdict(self.figures, self.evaluation, round(self.figures["features"]))
-            if known
-            else None
-        )
+        self.figures = {}
+        for name, value in values.items():
+            self.figures[name] = round(value) if counts(name) else value
+        self.warning = None
+        if "features" in self.figures:
+            n_features = round(self.figures["features"])
+            self.warning = verdict(self.figures, self.evaluation, n_features)
 
     def _figures(self) -> dict[str, float]:
         totals = self._totals.over_devices()
-        settings = self.evaluation
-        found = figures_of(self.model, totals, settings) | self._ladder
-        found["loss/faithfulness"] = float(Faithfulness()(self.model))
-        self.arrays = {
-            f"mean_importance/{k[11:]}": totals.mean(k)
-            for k in totals.sums
-            if k.startswith("importance/")
-        }
-        self.arrays |= {
-            f"density/{k[6:]}": totals.mean(k) for k in totals.sums if k.startswith("fired/")
-        }
-        self.arrays |= {k: v for k, v in totals.sums.items() if k.startswith("histogram/")}
+        figures = figures_of(self.model, totals, self.evaluation) | self._ladder
+        figures["loss/faithfulness"] = float(Faithfulness()(self.model))
+        self.arrays = {}
+        for site in self.model.sites:
+            self.arrays[f"mean_importance/{site}"] = totals.mean(f"importance/{site}")
+            self.arrays[f"density/{site}"] = totals.mean(f"fired/{site}")
+            self.arrays[f"histogram/{site}"] = totals.sums[f"histogram/{site}"]
         if self._width is not None:
             alone = lone_features(self.model, self._width)
-            self.arrays |= {f"alone/{site}": g for site, g in alone.importances.items()}
-            found |= {"features": self._width, **truth(self.model, alone, settings)}
-        return found
+            for site, importances in alone.importances.items():
+                self.arrays[f"alone/{site}"] = importances
+            figures["features"] = self._width
+            figures |= truth(self.model, alone, self.evaluation)
+        return figures
 
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if batch_idx == 0:
             self.try_on(batch.inputs)
 
     def predict_step(self, batch: Any, batch_index: int) -> None:
-        """Nothing by itself: harvesters, callbacks that share the pass, read the batch (see
-        harvest/).
-        """
+        """Do nothing: harvesters are callbacks that read the batch (see harvest/)."""
 
 
 def _stream(name: str, part: int) -> str:
-    """The name of what each part of a batch has for itself."""
+    """Return a name that is different for each part of a batch."""
     return f"{name}/{part}" if part else name

@@ -1,6 +1,4 @@
-"""How near a toy's decomposition comes to its known mechanism, and whether near enough (section
-E).
-"""
+"""Comparison of a toy's decomposition with its known mechanism (section E)."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,62 +12,65 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.training.evaluate import Evaluation
 
 PROBE = 0.75
+"""The value of a feature that is fed alone."""
 
 
 class LoneFeatures(NamedTuple):
-    """The inputs and importances of each site when every feature is fed alone at 0.75."""
+    """Inputs and importances of each site if every feature is fed alone at 0.75."""
 
     inputs: dict[str, Float[Tensor, "features d_in"]]
     importances: dict[str, Float[Tensor, "features C"]]
 
 
 def lone_features(model: ComponentModel, n_features: int) -> LoneFeatures:
-    """Feeds each feature alone: what the truth of toy models is judged by."""
+    """Feed each feature alone to the model."""
     parameter = next(model.parameters())
-    clean = model.clean(
-        PROBE * torch.eye(n_features, dtype=parameter.dtype, device=parameter.device)
-    )
+    features = torch.eye(n_features, dtype=parameter.dtype, device=parameter.device)
+    clean = model.clean(PROBE * features)
     return LoneFeatures(clean.inputs, model.importances(clean).lower)
 
 
 def truth(
     model: ComponentModel, alone: LoneFeatures, settings: Evaluation
 ) -> dict[str, float | int]:
-    """How near a model on vectors comes to its known mechanism: MMCS, ML2R, identity and dense
-    error.
+    """Compare a model on vectors with its known mechanism: MMCS, ML2R, identity and dense error.
 
-    A site's columns are taken along the features as they reach it: for the first map of a TMS, the
-    columns of W.
+    The columns of a site's weight are taken along the features as they reach the site. For the
+    first map of a TMS, these are the columns of W.
     """
-    found: dict[str, float | int] = {}
-    for name in settings.identity:
-        X = alone.inputs[name] / PROBE
-        cosine, ratio = column_match(
-            model.sites[name].weight @ X.T, X @ model[name].V, model[name].U
-        )
-        found[f"mmcs/{name}"] = float(cosine)
-        found[f"ml2r/{name}"] = float(ratio)
-        found[f"identity_error/{name}"] = identity_error(alone.importances[name])
-    for name, k in settings.dense.items():
-        found[f"dense_error/{name}"] = dense_error(alone.importances[name], k)
-    return found
+    figures: dict[str, float | int] = {}
+    for site in settings.identity:
+        features = alone.inputs[site] / PROBE  # [features, d_in]
+        columns = model.sites[site].weight @ features.T  # [d_out, features]
+        reads = features @ model[site].V  # [features, C]
+        cosine, ratio = column_match(columns, reads, model[site].U)
+        figures[f"mmcs/{site}"] = float(cosine)
+        figures[f"ml2r/{site}"] = float(ratio)
+        figures[f"identity_error/{site}"] = identity_error(alone.importances[site])
+    for site, k in settings.dense.items():
+        figures[f"dense_error/{site}"] = dense_error(alone.importances[site], k)
+    return figures
 
 
 def verdict(found: Mapping[str, float | int], settings: Evaluation, n_features: int) -> str | None:
-    """Why a decomposition with known truth has ended in a local minimum, or None where it has
-    not.
+    """Return how a decomposition differs from the known mechanism; None if it does not.
+
+    Args:
+        found: the figures of the decomposition.
+        settings: the sites with a known mechanism.
+        n_features: number of input features.
     """
-    wrong = [
-        f"{name}: {found[f'alive/{name}']:.0f} components for {n_features} features, identity "
-        "error "
-        f"{found[f'identity_error/{name}']:.0f}"
-        for name in settings.identity
-        if found[f"identity_error/{name}"] or found[f"alive/{name}"] != n_features
-    ]
-    wrong += [
-        f"{name}: {found[f'alive/{name}']:.0f} components instead of {k}, dense error "
-        f"{found[f'dense_error/{name}']:.0f}"
-        for name, k in settings.dense.items()
-        if found[f"dense_error/{name}"] or found[f"alive/{name}"] != k
-    ]
-    return "; ".join(wrong) or None
+    problems = []
+    for site in settings.identity:
+        alive = found[f"alive/{site}"]
+        error = found[f"identity_error/{site}"]
+        if error or alive != n_features:
+            components = f"{alive:.0f} components for {n_features} features"
+            problems.append(f"{site}: {components}, identity error {error:.0f}")
+    for site, k in settings.dense.items():
+        alive = found[f"alive/{site}"]
+        error = found[f"dense_error/{site}"]
+        if error or alive != k:
+            components = f"{alive:.0f} components instead of {k}"
+            problems.append(f"{site}: {components}, dense error {error:.0f}")
+    return "; ".join(problems) or None

@@ -1,8 +1,7 @@
-"""Signals while Lightning is at work: its own handlers are put aside, and devices' processes stop
-together.
+"""Signals during Lightning's work: our handlers replace Lightning's, on all devices.
 
-Lightning notes a SIGTERM, ends without a word and with exit code 0, and talks to other devices from
-within the handler.
+Lightning's handler of SIGTERM ends the command with exit code 0 and without a message, and
+communicates with other devices from within the handler.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from spd_lightning import stopping
 
 GRACE = 60.0
-"""Seconds that the processes of further devices have to save and end."""
+"""Maximum seconds in which the processes of further devices save and end."""
 
 
 class Interruption(Callback):
@@ -33,14 +32,12 @@ class Interruption(Callback):
         stopping.take_back()
 
     def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
-        stopping.check()  # should a library have swallowed what the handler raised
+        stopping.check()  # in case a library has caught the handler's exception
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Passes a signal on to the processes of further devices that this one has started, and
-        waits for them.
-        """
+        """Pass a signal on to the processes that this one has started, and wait for them."""
         launcher = trainer.strategy.launcher
         if not isinstance(exception, stopping.Stopped) or launcher is None:
             return

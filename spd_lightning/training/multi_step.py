@@ -1,13 +1,12 @@
-"""Several optimizer steps in one `training_step`, and a processor that is not wasted on small
-models.
+"""Several optimizer steps in one `training_step`, which makes small models fast.
 
-Lightning spends about 0.3 ms around each `training_step`. A toy's whole optimizer step takes little
-more, so modules here receive a list of batches and take one step for each.
+Lightning has an overhead of about 0.3 ms per `training_step`. A toy's whole optimizer step takes
+little longer. Our modules therefore receive a list of batches and take one step for each.
 """
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,18 +18,22 @@ from spd_lightning.errors import BadInput, Diverged, check_range
 from spd_lightning.training.schedule import Schedule
 
 MOST_UNCHECKED = 100
-"""Losses that are collected on the device before it is looked whether they are finite: looking
-waits for the device.
+"""Number of steps whose losses are collected on the device before they are checked to be finite.
+A check waits for the device.
 """
 LOWER = "lower the learning rate, or bound the gradients"
-"""What to do about a training that diverges."""
+"""The remedy in messages about a training that diverges."""
 
 
 class MultiStepModule(L.LightningModule, ABC):
     """A LightningModule whose `training_step` takes one optimizer step for each batch of a list.
 
-    Its optimizer has one parameter group or more; a group's `peak` is the learning rate that the
+    The optimizer has one or more parameter groups. A group's `peak` is the learning rate that the
     schedule scales.
+
+    Attributes:
+        recorded: the last logged step, with its losses and gradient norms.
+        say: called with the progress of a long part of an evaluation.
     """
 
     def __init__(
@@ -57,16 +60,9 @@ class MultiStepModule(L.LightningModule, ABC):
         self.schedule, self.inner_steps = schedule, inner_steps
         self.log_every, self.checkpoint_every, self.threads = log_every, checkpoint_every, threads
         self.micro_batches = micro_batches
-        self.recorded: tuple[int, dict[str, float]] = (
-            -1,
-            {},
-        )  # the newest logged step and its losses and norms
-        self.say: Callable[[str], None] = (
-            _nobody_listens  # told how far a long part of an evaluation is
-        )
-        self._unchecked: list[
-            tuple[int, Mapping[str, Tensor]]
-        ] = []  # steps and losses not yet known to be finite
+        self.recorded: tuple[int, dict[str, float]] = (-1, {})
+        self.say: Callable[[str], None] = _say_nothing
+        self._unchecked = list[tuple[int, Mapping[str, Tensor]]]()  # steps and their losses
 
     @property
     @abstractmethod
@@ -77,7 +73,13 @@ class MultiStepModule(L.LightningModule, ABC):
     def objective(
         self, batch: Tensor, step: int, part: int = 0
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of a batch, or of a part of it by number, and what to log of it."""
+        """Return the loss of a batch or of one of its parts, and the terms to log.
+
+        Args:
+            batch: the batch, or the part.
+            step: the optimizer step.
+            part: number of the part.
+        """
 
     def before_parts(self, parts: Sequence[Tensor], step: int) -> None:
         """Compute what depends on the whole batch, before its parts are processed one by one."""
@@ -86,28 +88,28 @@ class MultiStepModule(L.LightningModule, ABC):
         """Use the gradients for more than the update, for example for adversaries."""
 
     def clip(self) -> Mapping[str, Tensor]:
-        """Bounds gradients before an update and names their norms."""
+        """Clip gradients before an update, and return their norms by name."""
         return {}
 
     @property
     def steps(self) -> int:
-        """How many optimizer steps this training has."""
+        """The number of optimizer steps of this training."""
         return self.trainer.max_steps
 
     def try_on(self, inputs: Tensor) -> None:
-        """Runs the network once, before work begins.
+        """Run the network once, to find unsuitable data before the work begins.
 
         Raises:
-            BadInput: it cannot take such inputs.
+            BadInput: the network cannot process these inputs.
         """
-        _known(inputs, getattr(self.network, "vocab", None))
+        _check_tokens(inputs, getattr(self.network, "vocab", None))
         try:
             with torch.no_grad():
                 self.network(inputs)
         except (RuntimeError, IndexError) as error:
             why = str(error).partition("\n")[0]
             raise BadInput(
-                f"data: a batch {list(inputs.shape)} does not go through the target ({why}); take "
+                f"data: a batch {list(inputs.shape)} does not go through the target ({why}); use "
                 "data made for it"
             ) from error
 
@@ -118,30 +120,25 @@ class MultiStepModule(L.LightningModule, ABC):
             self.try_on(batch)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        held, own = (
-            {k: v.shape for k, v in state.items()}
-            for state in (checkpoint["state_dict"], self.state_dict())
-        )
-        if held != own:
-            name = min(k for k in {*held, *own} if held.get(k) != own.get(k))
+        saved = _shapes(checkpoint["state_dict"])
+        expected = _shapes(self.state_dict())
+        names = sorted({*saved, *expected})
+        different = [name for name in names if saved.get(name) != expected.get(name)]
+        if different:
             raise BadInput(
-                f"checkpoint: weights of another model ('{name}' differs); delete it, and run the "
-                "same fit again to "
-                "start over"
+                f"checkpoint: weights of another model ('{different[0]}' differs); delete it, and "
+                "run the same fit again to start over"
             )
 
     def setup(self, stage: str) -> None:
-        """The processor's settings for this module's work; `teardown` puts back what others may
-        rely on.
-        """
+        """Set up the CPU for this module's work; `teardown` restores what others can rely on."""
         self._threads_before = torch.get_num_threads()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         if self.trainer.strategy.root_device.type == "cpu":
             settle_allocator()
-            torch.set_flush_denormal(
-                True
-            )  # dying components are full of denormals, a hundred times slower than others
+            # Dying components are full of denormals, which are a hundred times slower.
+            torch.set_flush_denormal(True)
 
     def teardown(self, stage: str) -> None:
         torch.set_flush_denormal(False)
@@ -155,31 +152,29 @@ class MultiStepModule(L.LightningModule, ABC):
             for group in optimizer.param_groups:  # pyright: ignore[reportAttributeAccessIssue]
                 group["lr"] = group["peak"] * factor
             optimizer.zero_grad()  # pyright: ignore[reportAttributeAccessIssue]
-            found = self._accumulate(batch, step)
+            losses = self._accumulate(batch, step)
             norms = self.clip()
             optimizer.step()  # pyright: ignore[reportAttributeAccessIssue]
-            self._unchecked += [(step, values) for values in found]
+            self._unchecked += [(step, values) for values in losses]
             if len(self._unchecked) >= MOST_UNCHECKED:
                 self.check_losses()
             if step % self.log_every == 0 or step == self.steps - 1:
                 self.check_losses()  # logging waits for the device anyway
-                means = {
-                    name: torch.stack([values[name] for values in found]).mean()
-                    for name in found[0]
-                }
-                self._record({**means, **norms}, factor, step)
+                self._record({**_means(losses), **norms}, factor, step)
 
     def _accumulate(self, batch: Tensor, step: int) -> list[Mapping[str, Tensor]]:
-        """Leaves the gradient of a batch's loss, one part of the batch after the other; what to log
-        of each part.
+        """Compute the gradient of a batch's loss, one part of the batch after the other.
+
+        Returns:
+            The loss of each part, and the terms to log.
         """
         count = self.micro_batches
-        found = list[Mapping[str, Tensor]]()
-        if len(batch) % count:
+        size = len(batch)
+        losses = list[Mapping[str, Tensor]]()
+        if size % count:
             raise BadInput(
-                f"micro_batches {count} in {type(self).__name__}: a batch of {len(batch)} cannot "
-                "be cut so; take a "
-                "divisor of data.batch_size"
+                f"micro_batches {count} in {type(self).__name__}: a batch of {size} cannot be "
+                "divided into equal parts; use a divisor of data.batch_size"
             )
         parts = batch.chunk(count)
         self.before_parts(parts, step)
@@ -187,91 +182,124 @@ class MultiStepModule(L.LightningModule, ABC):
             loss, terms = self.objective(part, step, k)
             self.manual_backward(loss / count)
             self.after_backward()
-            found.append({"loss": loss.detach(), **terms})
-        return found
+            losses.append({"loss": loss.detach(), **terms})
+        return losses
 
     def check_losses(self) -> None:
-        """Looks whether all losses since the last check are finite, in one exchange with the
-        device.
+        """Check that all losses since the last check are finite, in one exchange with the device.
 
         Raises:
-            Diverged: one is not; it names the first such step and term.
+            Diverged: a loss is not finite; the message names the first such step and term.
         """
         pending = self._unchecked
         self._unchecked = []
-        named = [
-            (step, name, value) for step, values in pending for name, value in _terms_first(values)
-        ]
-        if not named:
+        losses = list[tuple[int, str, Tensor]]()
+        for step, values in pending:
+            for name, value in _terms_first(values):
+                losses.append((step, name, value))
+        if not losses:
             return
-        finite = torch.stack([value.detach().isfinite().all() for _, _, value in named])
+        finite = _are_finite([value for _, _, value in losses])
         good = bool(finite.all())
         if self.trainer.strategy.reduce_boolean_decision(good, all=True):  # devices stop together
             return
         if good:
             raise Diverged("a loss on another device is not finite", LOWER)
-        step, name, value = named[int(finite.int().argmin())]
+        first = int(finite.int().argmin())
+        step, name, value = losses[first]
         what = "the loss" if name == "loss" else f"the loss term '{name}'"
         raise Diverged(f"{what} is {float(value)} at step {step}", LOWER)
 
     def check_weights(self) -> None:
-        """Looks whether all trained weights are finite.
+        """Check that all trained weights are finite.
 
         Raises:
-            Diverged: one is not.
+            Diverged: a weight is not finite.
         """
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        parameters = self.named_parameters()
+        trained = {name: value for name, value in parameters if value.requires_grad}
         if name := non_finite(trained):
             raise Diverged(
                 f"the weights '{name}' are not finite after {self.global_step} steps", LOWER
             )
 
     def on_validation_start(self) -> None:
-        """The loss that diverged is named rather than a figure that follows from it."""
+        """Check the losses first: a loss that diverged explains more than a figure."""
         self.check_losses()
 
     def on_train_end(self) -> None:
-        """The last update may have been the fatal one."""
+        """Check the last update."""
         self.check_losses()
         self.check_weights()
 
     def _record(self, values: Mapping[str, Tensor], factor: float, step: int) -> None:
-        reduced = {f"train/{k}": float(self.trainer.strategy.reduce(v)) for k, v in values.items()}
-        self.recorded = (
-            step,
-            {name.removeprefix("train/"): value for name, value in reduced.items()},
-        )
-        self.log("loss", reduced["train/loss"], prog_bar=True, logger=False)
+        """Log the losses and gradient norms of a step."""
+        reduced = {}
+        for name, value in values.items():
+            reduced[name] = float(self.trainer.strategy.reduce(value))
+        self.recorded = (step, reduced)
+        self.log("loss", reduced["loss"], prog_bar=True, logger=False)
+        metrics = {f"train/{name}": value for name, value in reduced.items()}
+        metrics["train/lr_factor"] = factor
         for logger in self.loggers:
-            logger.log_metrics({**reduced, "train/lr_factor": factor}, step)
+            logger.log_metrics(metrics, step)
 
 
-def _nobody_listens(what: str) -> None:
+def _say_nothing(progress: str) -> None:
     pass
 
 
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def _means(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each term over the parts of a batch."""
+    means = {}
+    for name in losses[0]:
+        values = torch.stack([terms[name] for terms in losses])
+        means[name] = values.mean()
+    return means
+
+
 def _terms_first(values: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """The terms of a loss before their sum: a term says more about what went wrong."""
-    return sorted(values.items(), key=lambda item: item[0] == "loss")
+    """Sort the terms of a loss before their sum, because a term explains more."""
+
+    def is_sum(item: tuple[str, Tensor]) -> bool:
+        return item[0] == "loss"
+
+    return sorted(values.items(), key=is_sum)
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Return for each tensor whether all its values are finite, without waiting for the device."""
+    flags = [tensor.detach().isfinite().all() for tensor in tensors]
+    return torch.stack(flags)
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a number that is infinite or none; None if all are
-    finite.
-    """
+    """Return the name of the first tensor with a non-finite value; None if there is none."""
     if not tensors:
         return None
-    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors.values()])
-    return None if bool(finite.all()) else list(tensors)[int(finite.int().argmin())]
+    finite = _are_finite(tensors.values())
+    if bool(finite.all()):
+        return None
+    first = int(finite.int().argmin())
+    return list(tensors)[first]
 
 
-def _known(inputs: Tensor, vocab: int | None) -> None:
-    """Raises BadInput where token ids reach beyond a vocabulary; a GPU would not say which."""
+def _check_tokens(inputs: Tensor, vocab: int | None) -> None:
+    """Check that token ids are in the vocabulary; a GPU's own error would not name the token.
+
+    Raises:
+        BadInput: a token id is outside the vocabulary.
+    """
     if vocab is None or inputs.is_floating_point() or not inputs.numel():
         return
-    if (token := int(inputs.max())) >= vocab:
+    token = int(inputs.max())
+    if token >= vocab:
         raise BadInput(
-            f"data: token {token} is outside the target's vocabulary of {vocab}; take the "
+            f"data: token {token} is outside the target's vocabulary of {vocab}; use the "
             "tokenizer it was trained with"
         )
 
@@ -281,15 +309,15 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from malloc.h
 
 @cache
 def settle_allocator() -> None:
-    """Keeps glibc from giving big blocks back to the kernel at every step, only to fetch them
-    again; once a process.
+    """Keep glibc from returning large blocks to the kernel, once per process.
 
-    That fetching is a third of a toy's step. Another C library has another allocator, and is left
-    alone.
+    Otherwise it requests them again at every step, which is a third of the time of a toy's step. A
+    different C library has a different allocator and is left alone.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 1 << 28)):
-        mallopt(option, value)
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TOP_PAD, 1 << 28)

@@ -1,6 +1,6 @@
-"""Targets opened by reference: one that a config has trained, or a HuggingFace model.
+"""Opening a target by reference: one that a config has trained, or a HuggingFace model.
 
-Not here: training one (`pretraining`).
+Training a target does not belong here (see `pretraining`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,24 +23,25 @@ KINDS = ("hf", "decoder")
 
 
 def is_trained_here(reference: str) -> bool:
-    """Whether a reference names a config that trains a target, rather than a HuggingFace model."""
+    """Return whether a reference names a config that trains a target, not a HuggingFace model."""
     kind, _, name = reference.partition(":")
-    return not (kind in KINDS and name)
+    is_huggingface = kind in KINDS and name != ""
+    return not is_huggingface
 
 
 def open_target(reference: str) -> tuple[nn.Module, dict[str, Any]]:
     """Open a target, and return it with a description from which a network like it can be built.
 
     Args:
-        reference: a config whose target has been trained; `hf:<folder or hub name>`, any causal
-            language model of HuggingFace as it is; or `decoder:<folder or hub name>`, one on our
-            decoder.
+        reference: a config whose target has been trained; `hf:<folder or hub name>` for any causal
+            language model of HuggingFace; or `decoder:<folder or hub name>` to load such a model
+            into our decoder.
 
     Returns:
-        The network, and its `class_path`, `init_args`, and the `seconds` that its training took.
+        The network, and its `class_path`, `init_args`, and the `seconds` of its training.
 
     Raises:
-        BadInput: the target has not been trained, its files are damaged, or there is no such model.
+        BadInput: the target has not been trained, its files are damaged, or the model is not found.
     """
     if not is_trained_here(reference):
         return _open_huggingface(*reference.split(":", 1))
@@ -52,30 +53,33 @@ def open_target(reference: str) -> tuple[nn.Module, dict[str, Any]]:
         raise BadInput(
             f"target '{reference}': not trained yet; train it first: train_target('{reference}')"
         )
-    facts = described(folder)
+    description = described(folder)
     path = folder / "target.safetensors"
     remedy = _remedy(folder)
     tensors, _ = read_tensors(path, remedy)
-    if digest(path) != facts["digest"]:
+    if digest(path) != description["digest"]:
         raise BadInput(f"'{path}': not the weights that target.json describes; {remedy}")
-    network = build(facts["spec"], tensors)
+    spec = description["spec"]
+    network = build(spec, tensors)
     network.load_state_dict(tensors)
-    return network, {**facts["spec"], "seconds": facts["seconds"]}
+    return network, {**spec, "seconds": description["seconds"]}
 
 
 def target_folder(name: str, config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
     """Return the folder of the target that these settings train, whether or not it exists."""
     key = configs.digest([config, list(overrides)])
-    return runs.root() / "targets" / f"{Path(name).stem}-{key}"
+    folder = f"{Path(name).stem}-{key}"
+    return runs.root() / "targets" / folder
 
 
 def described(folder: Path) -> TargetDescription:
-    """Read what is known of a trained target.
+    """Read the description of a trained target.
 
     Raises:
         BadInput: its target.json is damaged.
     """
-    return json_files.read(folder / "target.json", TargetDescription, _remedy(folder))
+    path = folder / "target.json"
+    return json_files.read(path, TargetDescription, _remedy(folder))
 
 
 def _remedy(folder: Path) -> str:
@@ -86,6 +90,13 @@ def _open_huggingface(kind: str, name: str) -> tuple[LanguageModel, dict[str, An
     from spd_lightning.targets.conversion import decoder_from
     from spd_lightning.targets.huggingface import HuggingFaceLM
 
-    network = decoder_from(name) if kind == "decoder" else HuggingFaceLM.from_pretrained(name)
-    spec = {"class_path": f"spd_lightning.{type(network).__name__}", "init_args": network.init_args}
-    return network, spec | {"seconds": 0.0}
+    if kind == "decoder":
+        network = decoder_from(name)
+    else:
+        network = HuggingFaceLM.from_pretrained(name)
+    description = {
+        "class_path": f"spd_lightning.{type(network).__name__}",
+        "init_args": network.init_args,
+        "seconds": 0.0,
+    }
+    return network, description

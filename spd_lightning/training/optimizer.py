@@ -1,4 +1,4 @@
-"""How components and importance functions are updated: AdamW, or Muon for matrices."""
+"""The optimizer of components and importance functions: AdamW, or Muon for matrices."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +18,17 @@ class Optimizer:
     """An optimizer without weight decay on components and importance functions.
 
     Args:
-        lr: full learning rate.
-        importance_lr: that of the importance functions, where it differs.
-        kind: adamw; or muon, which makes the updates of matrices orthogonal, scaled so that AdamW's
-            learning rates suit it, and leaves biases and MLPs of single components to AdamW.
-        betas: of AdamW.
-        momentum: of Muon.
-        schedule: how the learning rate moves.
-        clip_components: largest gradient norm of all V and U together; none if omitted.
-        clip_importance: largest gradient norm of all importance functions together; none if
+        lr: peak learning rate.
+        importance_lr: peak learning rate of the importance functions; `lr` if omitted.
+        kind: adamw, or muon. Muon makes the updates of matrices orthogonal, scaled so that AdamW's
+            learning rates suit it. It leaves biases and MLPs of single components to AdamW.
+        betas: betas of AdamW.
+        momentum: momentum of Muon.
+        schedule: how the learning rate changes.
+        clip_components: maximum gradient norm of all V and U together; no bound if omitted.
+        clip_importance: maximum gradient norm of all importance functions together; no bound if
             omitted.
-        components: whether V and U are trained at all; if not they stay as drawn, which makes a
+        components: whether V and U are trained. If not, they keep their initial values, which is a
             baseline.
     """
 
@@ -46,36 +46,43 @@ class Optimizer:
         check_range("optimizer", above=0, lr=self.lr)
         check_range("optimizer", least=0, importance_lr=self.importance_lr)
         check_range("optimizer", least=0, below=1, betas=self.betas, momentum=self.momentum)
-        hint = "leave it out for none"
+        hint = "omit it for no bound"
         check_range("optimizer", above=0, hint=hint, clip_components=self.clip_components)
         check_range("optimizer", above=0, hint=hint, clip_importance=self.clip_importance)
 
     def over(self, model: ComponentModel) -> torch.optim.Optimizer:
-        """The optimizer of a model; each group's `peak` is the learning rate that the schedule
-        scales.
+        """Return the optimizer of a model.
+
+        Each group's `peak` is the learning rate that the schedule scales.
         """
-        parts = [
-            (model.components, self.lr if self.components else 0.0),
-            (
-                model.importance_function,
-                self.lr if self.importance_lr is None else self.importance_lr,
-            ),
-        ]
+        components_lr = self.lr if self.components else 0.0
+        importance_lr = self.lr if self.importance_lr is None else self.importance_lr
+        parts = [(model.components, components_lr), (model.importance_function, importance_lr)]
         if self.kind == "adamw":
-            return self._adamw(
-                [{"params": list(part.parameters()), "peak": peak} for part, peak in parts]
-            )
-        split = [(matrices_of(part), list(part.parameters()), peak) for part, peak in parts]
-        ids = {id(p) for matrices, _, _ in split for p in matrices}
-        matrices = [{"params": found, "peak": peak} for found, _, peak in split if found]
-        rest = [
-            {"params": [p for p in all_ if id(p) not in ids], "peak": peak}
-            for _, all_, peak in split
-        ]
-        return Together(self._muon(matrices), *(self._adamw([g]) for g in rest if g["params"]))
+            groups = []
+            for part, peak in parts:
+                groups.append({"params": list(part.parameters()), "peak": peak})
+            return self._adamw(groups)
+        matrix_groups = []
+        others = list[torch.optim.Optimizer]()
+        for part, peak in parts:
+            matrices = matrices_of(part)
+            ids = {id(matrix) for matrix in matrices}
+            rest = [p for p in part.parameters() if id(p) not in ids]
+            if matrices:
+                matrix_groups.append({"params": matrices, "peak": peak})
+            if rest:
+                others.append(self._adamw([{"params": rest, "peak": peak}]))
+        return Together(self._muon(matrix_groups), *others)
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, weight_decay=0.0, fused=True)
+        return torch.optim.AdamW(
+            groups,
+            lr=self.lr,
+            betas=self.betas,
+            weight_decay=0.0,
+            fused=True,
+        )
 
     def _muon(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.Muon(
@@ -88,23 +95,33 @@ class Optimizer:
 
 
 def matrices_of(part: nn.Module) -> list[Tensor]:
-    """V and U, and the weights of linear maps: what is a matrix, and no stack of small vectors."""
-    found = [m.weight for m in part.modules() if isinstance(m, nn.Linear)]
-    return found + [p for m in part.modules() if isinstance(m, Components) for p in (m.V, m.U)]
+    """Return the matrices among the parameters: V, U and the weights of linear maps.
+
+    Stacks of small vectors are not matrices.
+    """
+    weights = list[Tensor]()
+    factors = list[Tensor]()
+    for module in part.modules():
+        if isinstance(module, nn.Linear):
+            weights.append(module.weight)
+        if isinstance(module, Components):
+            factors += [module.V, module.U]
+    return weights + factors
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers that step as one: Lightning counts a step once, and a checkpoint holds one
-    state.
-    """
+    """Several optimizers that act as one, so that a step counts once and there is one state."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts: Sequence[torch.optim.Optimizer] = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})
+        groups = list[dict[str, Any]]()
+        for part in parts:
+            groups += part.param_groups
+        super().__init__(groups, {})
         self._share()
 
     def _share(self) -> None:
-        """The parts work on this optimizer's own groups and state."""
+        """Let the parts use this optimizer's groups and state."""
         first = 0
         for part in self.parts:
             last = first + len(part.param_groups)
@@ -113,7 +130,7 @@ class Together(torch.optim.Optimizer):
             first = last
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of each."""
+        """Take one step with each optimizer."""
         loss = closure() if closure else None
         for part in self.parts:
             part.step()

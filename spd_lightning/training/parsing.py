@@ -1,14 +1,15 @@
-"""LightningCLI's parser, whose complaints are one line.
+"""LightningCLI's parser, with error messages of one line.
 
-jsonargparse wraps what is wrong in layers: the key of every level, each type that was tried and why
-it did not fit, the whole value. The layers are chained as causes: going down them gives the place
-key by key, and at the bottom the cause.
+jsonargparse reports an error in layers: the key of every level, each type that was tried and why it
+did not fit, and the whole value. The layers are chained exceptions. Going down the chain gives the
+place of the error key by key; the last layer is the cause.
 """
 
 import importlib
 import json
 import re
 import textwrap
+from argparse import Action
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -26,25 +27,27 @@ class Complaint(BadInput):
     """An error in a setting, and its place."""
 
     def __init__(self, place: str, why: str):
-        super().__init__(f"config: {place}: {why}" if place else f"config: {why}")
-        self.place, self.why = place, why
+        message = f"{place}: {why}" if place else why
+        super().__init__(f"config: {message}")
+        self.place = place
+        self.why = why
 
 
 _yaml_of_jsonargparse = get_loader("yaml")
 
 
 def _load_once_only(text: str) -> Any:
-    """jsonargparse's own reader of YAML, for files and values on the command line, which rejects a
-    key given twice.
-    """
+    """Read YAML of a file or of the command line like jsonargparse, but reject duplicate keys."""
     check_keys(text)
     return _yaml_of_jsonargparse(text)
 
 
 def _dump_all_characters(settings: Any) -> str:
-    """Settings as YAML; jsonargparse's own writer loses the line ends that only Unicode knows."""
+    """Return settings as YAML. jsonargparse's own writer loses the line ends of Unicode."""
     readable = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    return yaml.safe_dump(settings, sort_keys=False) if MORE_LINE_ENDS & set(readable) else readable
+    if MORE_LINE_ENDS & set(readable):
+        return yaml.safe_dump(settings, sort_keys=False)
+    return readable
 
 
 set_dumper("yaml", _dump_all_characters)
@@ -52,7 +55,7 @@ set_loader("yaml", _load_once_only, exceptions=(yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong with a config in one line; takes no abbreviated options."""
+    """A parser with one-line error messages and without abbreviated options."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs["allow_abbrev"] = False
@@ -61,28 +64,27 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         key = re.match(r'Parser key "([^"]+)":', str(message))
         place = key[1] if key and key[1] != "config" else ""
-        found = told(ex)
-        inner, why = (
-            (found.place, found.why) if isinstance(found, Complaint) else ("", str(found or ""))
-        )
-        if not found:
-            inner, why = self._cause([str(layer) for layer in causes(ex)] or [str(message)])
-        raise Complaint(".".join(filter(None, (place, inner))), why) from ex
+        known = told(ex)
+        if isinstance(known, Complaint):
+            inner, why = known.place, known.why
+        elif known:
+            inner, why = "", str(known)
+        else:
+            layers = [str(layer) for layer in causes(ex)]
+            inner, why = self._cause(layers or [str(message)])
+        places = [part for part in (place, inner) if part]
+        raise Complaint(".".join(places), why) from ex
 
     def _cause(self, layers: list[str]) -> tuple[str, str]:
-        """The setting within this parser, and what is wrong with it, from the layers of a
-        complaint.
-        """
-        union = layers[-2] if len(layers) > 1 else ""
-        leaf = layers[-1]
-        if m := re.search(r"Importing '(.+?)' is not allowed", "\n".join(layers)):
+        """Return the setting in this parser, and what is wrong with it, from the layers."""
+        text = "\n".join(layers)
+        if m := re.search(r"Importing '(.+?)' is not allowed", text):
             return "", _not_allowed(m[1])
-        if m := re.search(
-            r"^Problem with given class_path '(.+?)':(.*)",
-            "\n".join(layers),
-            re.DOTALL | re.MULTILINE,
-        ):
-            return "", _no_class(m[1], m[2].strip().partition("\n")[0])
+        problem = r"^Problem with given class_path '(.+?)':(.*)"
+        if m := re.search(problem, text, re.DOTALL | re.MULTILINE):
+            first_line = m[2].strip().partition("\n")[0]
+            return "", _no_class(m[1], first_line)
+        leaf = layers[-1]
         if m := re.match(r"Expected a dot import path string: (.+)", leaf):
             return "", _no_class(m[1], "names no package")
         if m := re.match(r"Not a valid subclass of (\S+)\. Got value: (.*)", leaf):
@@ -90,7 +92,8 @@ class Parser(LightningArgumentParser):
         if m := re.match(r"Import path (\S+) does not correspond to a subclass of (\S+)", leaf):
             return "", f"class_path '{m[1]}' is not a {m[2]}"
         if m := re.match(r"(?:Group '(.+)' does not accept option|Option) '(.+?)'", leaf):
-            return self._unknown(".".join(filter(None, m.groups())))
+            keys = [key for key in m.groups() if key]
+            return self._unknown(".".join(keys))
         if m := re.match(r"unrecognized arguments: --([^\s=]+)", leaf):
             return self._unknown(m[1])
         if m := re.match(r"unrecognized arguments: (\S+)", leaf):
@@ -100,29 +103,25 @@ class Parser(LightningArgumentParser):
         if m := re.match(r"argument --(\S+): expected one argument", leaf):
             return m[1], f"no value; for example: --{m[1]}=1"
         if m := re.match(r"Expected an? (.+)\. Got value: (.*)", leaf, re.DOTALL):
+            union = layers[-2] if len(layers) > 1 else ""
             types = re.findall(r"- Expected an? (.+)", union) or [m[1]]
-            value = " ".join(m[2].split())[:80]
-            wanted = " or ".join(map(_readable, types))
-            near = nearest(value, re.findall(r"'(\w+)'", wanted))
-            return "", f"'{value}' is not {wanted}" + (
-                f"; {near}" if near.startswith("did") else ""
-            )
+            return "", _wrong_type(m[2], types)
         return "", " ".join(leaf.split())[:300]
 
     def _unknown(self, name: str) -> tuple[str, str]:
-        """The first part of a dotted name that this parser does not have, and the nearest one
-        beside it.
-        """
+        """Return the first unknown part of a dotted name, and a message with the nearest one."""
         known = {action.dest for action in self._actions}
-        parts = name.split(".")
-        for depth in range(len(parts)):
-            parent = "".join(f"{part}." for part in parts[:depth])
-            beside = {
-                k.removeprefix(parent).split(".")[0] for k in known if k.startswith(parent)
-            } - _NO_SETTINGS
-            if parts[depth] not in beside:
-                hint = nearest(parts[depth], beside) if beside else "is a class_path missing?"
-                return parent + parts[depth], f"no such setting; {hint}"
+        parent = ""
+        for part in name.split("."):
+            children = set[str]()
+            for key in known:
+                if key.startswith(parent):
+                    children.add(key.removeprefix(parent).split(".")[0])
+            children -= _NO_SETTINGS
+            if part not in children:
+                hint = nearest(part, children) if children else "is a class_path missing?"
+                return parent + part, f"no such setting; {hint}"
+            parent += f"{part}."
         return name, "no such setting"
 
 
@@ -131,8 +130,18 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 _KINDS |= {"dict": "'key: value' pairs", "list": "a list", "NoneType": "null"}
 
 
+def _wrong_type(value: str, types: list[str]) -> str:
+    """Return the message about a value that has none of the possible types."""
+    value = " ".join(value.split())[:80]
+    expected = " or ".join(map(_readable, types))
+    choices = re.findall(r"'(\w+)'", expected)
+    hint = nearest(value, choices)
+    message = f"'{value}' is not {expected}"
+    return f"{message}; {hint}" if hint.startswith("did") else message
+
+
 def _readable(kind: str) -> str:
-    """A type as a newcomer would say it."""
+    """Return the everyday name of a type."""
     if m := re.match(r"typing\.Literal\[(.*)\]", kind):
         return f"one of {m[1]}"
     name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kind)
@@ -140,72 +149,90 @@ def _readable(kind: str) -> str:
 
 
 _BASES = ("lightning.LightningModule", "lightning.LightningDataModule")
-"""What jsonargparse takes for the class of a setting without a class_path."""
+"""The class that jsonargparse assumes for a setting without a class_path."""
 
 
 def _not_allowed(path: str) -> str:
+    """Return the message about a class that a config must not name."""
     if path in _BASES:
         return "no class_path; name the class, for example class_path: spd_lightning.Decomposition"
-    near = nearest(path, [f"spd_lightning.{name}" for name in spd_lightning.__all__])
-    near = f"{near} " if near.startswith("did") else ""
-    remedy = (
-        f"{near}A package of your own is named on the command line: --allow_classes "
-        f"{path.partition('.')[0]}"
-    )
+    package = path.partition(".")[0]
+    remedy = f"allow your own package on the command line: --allow_classes {package}"
+    if hint := _did_you_mean(path):
+        remedy = f"{hint} Or {remedy}"
     return f"class_path '{path}': not one that a config may name; {remedy}"
 
 
 def _no_class(path: str, why: str) -> str:
-    near = nearest(path, [f"spd_lightning.{name}" for name in spd_lightning.__all__])
-    return (
-        f"class_path '{path}': {why}; {near if near.startswith('did') else 'write package.Class'}"
-    )
+    """Return the message about a class that does not exist."""
+    remedy = _did_you_mean(path) or "write package.Class"
+    return f"class_path '{path}': {why}; {remedy}"
+
+
+def _did_you_mean(path: str) -> str:
+    """Return a hint to the public class with the most similar name; empty if none is similar."""
+    public = [f"spd_lightning.{name}" for name in spd_lightning.__all__]
+    hint = nearest(path, public)
+    return hint if hint.startswith("did") else ""
 
 
 def refuse_unknown(
     given: Mapping[str, Any], parsed: Mapping[str, Any], place: tuple[str, ...] = ()
 ) -> None:
-    """jsonargparse passes over empty mappings, whatever their names: those that no setting has are
-    refused here.
+    """Reject mappings under unknown keys, because jsonargparse ignores them if they are empty.
+
+    Args:
+        given: the settings as given.
+        parsed: the same settings after parsing.
+        place: keys above these settings.
 
     Raises:
-        BadInput: there is one.
+        BadInput: a key is unknown.
     """
     for key, value in given.items():
         if not isinstance(value, Mapping):
             continue
+        keys = (*place, key)
         if key not in parsed:
-            where = ".".join(part for part in (*place, key) if part != "init_args")
-            raise Complaint(where, f"no such setting; {nearest(key, set(parsed) - _NO_SETTINGS)}")
-        if isinstance(inner := parsed[key], Mapping):
-            refuse_unknown(value, inner, (*place, key))
+            name = ".".join(part for part in keys if part != "init_args")
+            hint = nearest(key, set(parsed) - _NO_SETTINGS)
+            raise Complaint(name, f"no such setting; {hint}")
+        inner = parsed[key]
+        if isinstance(inner, Mapping):
+            refuse_unknown(value, inner, keys)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it goes back to; a config given as text is first tried as a path, which
-    is not a cause.
+    """Yield an exception and its causes.
+
+    A config given as text is tried as a path first; that error is not a cause.
     """
-    while error is not None and not str(error).startswith("File does not exist"):
+    while error is not None:
+        if str(error).startswith("File does not exist"):
+            return
         yield error
         error = error.__cause__ or error.__context__
 
 
 def told(error: BaseException | None) -> BadInput | None:
-    """The outermost cause that was written for the user."""
-    return next((cause for cause in causes(error) if isinstance(cause, BadInput)), None)
+    """Return the outermost cause that was written for the user."""
+    for cause in causes(error):
+        if isinstance(cause, BadInput):
+            return cause
+    return None
 
 
 def complaint(error: Exception) -> BadInput:
     """Turn an error raised while building from a config into one line for the user."""
-    inner = told(error)
-    return (
-        BadInput(str(inner))
-        if inner
-        else Complaint("", " ".join(str(list(causes(error))[-1]).split())[:300])
-    )
+    known = told(error)
+    if known:
+        return BadInput(str(known))
+    *_, last = causes(error)
+    message = " ".join(str(last).split())
+    return Complaint("", message[:300])
 
 
-# ---- what settings there are ---------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------------
 
 TOPICS = {
     "model": ("spd_lightning.Decomposition", "model"),
@@ -216,60 +243,62 @@ TOPICS = {
         "model.losses.reconstruction.NAME",
     ),
 }
-"""The classes that whole parts of a config set up, and what options call them."""
+"""The class of each topic of --help, and the prefix of its options."""
 
 
 def settings_of(topic: str) -> str:
-    """Return the settings of a part of configs or of a public class, each with its type, its
-    default, its docstring.
+    """Return the settings of a part of a config or of a public class, with defaults and help.
 
     Args:
         topic: `model`, `data`, `trainer`, `reconstruction`, or the name of a class, with or without
             `spd_lightning.`.
 
     Raises:
-        BadInput: there is no such part or class.
+        BadInput: the part or class does not exist.
     """
     path, prefix = TOPICS.get(topic, (topic, ""))
     if "." not in path:
         path = f"spd_lightning.{path}"
     module, _, name = path.rpartition(".")
     public = spd_lightning.__all__
+    hint = nearest(topic, [*TOPICS, *public])
     if module == "spd_lightning" and name not in public:
-        raise BadInput(f"--help {topic}: no such settings; {nearest(topic, [*TOPICS, *public])}")
+        raise BadInput(f"--help {topic}: no such settings; {hint}")
     if not (topic in TOPICS or classes.allowed(path)):
-        raise BadInput(
-            f"--help {shown(topic)}: not a class with settings; "
-            f"{nearest(topic, [*TOPICS, *public])}"
-        )
+        raise BadInput(f"--help {shown(topic)}: not a class with settings; {hint}")
     try:
         kind = getattr(importlib.import_module(module), name)
         parser = LightningArgumentParser(prog="", usage="", add_help=False)
         parser.add_class_arguments(kind, prefix or None, fail_untyped=False)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise BadInput(
-            f"--help {topic}: not a class with settings; {nearest(topic, [*TOPICS, *public])}"
-        ) from error
+        raise BadInput(f"--help {topic}: not a class with settings; {hint}") from error
     lines = [f"{path}: its settings, as options and as keys of a config", ""]
     for action in parser._actions:
-        if (
-            action.dest.endswith("help")
-            or not action.option_strings
-            or "CONFIG" in str(action.metavar)
-        ):
-            continue
-        default = "" if action.required else f" (default: {_plain_default(action.default)})"
-        lines.append(f"  {action.option_strings[0]}{' (required)' if action.required else default}")
-        lines += textwrap.wrap(
-            action.help or "", 110, initial_indent="      ", subsequent_indent="      "
-        )
+        lines += _help_lines(action)
     if topic == "data":
         lines += ["", "Settings of other data: --help SparseFeatures, --help InductionTokens"]
     return "\n".join([*lines, ""])
 
 
+def _help_lines(action: Action) -> list[str]:
+    """Return an option with its default and its help; nothing if it is not a setting."""
+    is_help = action.dest.endswith("help")
+    takes_config = "CONFIG" in str(action.metavar)
+    if is_help or takes_config or not action.option_strings:
+        return []
+    note = "required" if action.required else f"default: {_plain_default(action.default)}"
+    option = f"  {action.option_strings[0]} ({note})"
+    indent = 6 * " "
+    text = textwrap.wrap(action.help or "", 110, initial_indent=indent, subsequent_indent=indent)
+    return [option, *text]
+
+
 def _plain_default(value: Any) -> str:
-    """Return a default as one writes it in a config."""
+    """Return a default value as one would write it in a config."""
+
+    def name_of_type(item: Any) -> str:
+        return type(item).__name__
+
     if isinstance(value, str | bool | list | dict | None):
-        return json.dumps(value, default=lambda held: type(held).__name__)
+        return json.dumps(value, default=name_of_type)
     return str(value)

@@ -1,7 +1,6 @@
-"""The PGD ladder: how badly a fresh adversary can hurt the output, by how many ascents it is given
-(section M).
-"""
+"""The PGD sweep: the harm that a fresh adversary does, by its number of ascents (section M)."""
 
+import math
 from collections.abc import Callable
 from itertools import count
 
@@ -15,9 +14,7 @@ from spd_lightning.decomposition.reconstruction import ROW_DIVERGENCES, LossCont
 from spd_lightning.training.evaluate import Evaluation, Totals
 
 POSITIONS = 512
-"""What an adversary gets where the settings do not say: 160 ascents on a whole batch would outlast
-all else.
-"""
+"""Default number of positions to attack. Attacking a whole batch would take too long."""
 
 
 def pgd_sweep(
@@ -26,32 +23,39 @@ def pgd_sweep(
     settings: Evaluation,
     say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, float]:
-    """`pgd/<steps>` and its standard error for every rung: one vector of sources for all rows and
-    devices.
+    """Return the harm `pgd/<steps>` and its standard error for each number of ascents.
 
-    Several adversaries, where restarts are asked for, start from different sources; each rung
-    states the worst.
+    An adversary has one vector of sources for all rows and devices. With several restarts, they
+    start from different sources, and the worst result for each number of ascents is returned.
 
-    say: told after every ascent how far the work is.
+    Args:
+        model: the decomposed model.
+        batch: a batch, of which the first rows are attacked.
+        settings: numbers of ascents, rows, restarts, and the divergence.
+        say: called with the progress after every ascent.
     """
     if not settings.pgd_steps:
         return {}
-    rows, total = _first_rows(batch, settings.pgd_rows or _rows_of(batch, POSITIONS))
+    n_rows = settings.pgd_rows or _rows_of(batch, POSITIONS)
+    rows, total = _first_rows(batch, n_rows)
     run = LossContext.from_batch(model, rows)
     worst: dict[str, float] = {}
     ascents = count(1)
+    all_ascents = max(settings.pgd_steps) * settings.restarts
 
-    def climbed() -> None:
-        say(f"adversary {next(ascents)}/{max(settings.pgd_steps) * settings.restarts}")
+    def report_ascent() -> None:
+        say(f"adversary {next(ascents)}/{all_ascents}")
 
     for seed in range(settings.restarts):
-        found = _climb(
-            model, run, settings, total, torch.Generator(rows.device).manual_seed(seed), climbed
-        )
+        generator = torch.Generator(rows.device).manual_seed(seed)
+        figures = _climb(model, run, settings, total, generator, report_ascent)
         for steps in sorted(settings.pgd_steps):
             figure = f"pgd/{steps}"
-            if not found[figure] <= worst.get(figure, -torch.inf):  # what is not a number is worst
-                worst |= {name: found[name] for name in (figure, f"se/{figure}") if name in found}
+            if figures[figure] <= worst.get(figure, -torch.inf):
+                continue
+            worst[figure] = figures[figure]  # nan counts as worse than any number
+            if f"se/{figure}" in figures:
+                worst[f"se/{figure}"] = figures[f"se/{figure}"]
     return worst
 
 
@@ -61,47 +65,63 @@ def _climb(
     settings: Evaluation,
     total: int,
     generator: torch.Generator,
-    climbed: Callable[[], None],
+    report_ascent: Callable[[], None],
 ) -> dict[str, float]:
-    compare = ROW_DIVERGENCES[settings.divergence]
-    found = dict[str, float]()
-    fixed = {name: g.detach() for name, g in run.importances.lower.items()}
+    """Return the harm of one adversary for each number of ascents.
 
-    def rows(sources: Sources) -> Tensor:
-        masks = masks_from_sources(fixed, sources, model.delta)
-        return compare(model.masked(run.batch, masks, run.clean, detach=True), run.clean.output)
+    Args:
+        model: the decomposed model.
+        run: the attacked rows of this device.
+        settings: numbers of ascents, and the divergence.
+        total: number of attacked rows on all devices.
+        generator: draws the initial sources.
+        report_ascent: called after every ascent.
+    """
+    compare = ROW_DIVERGENCES[settings.divergence]
+    figures = dict[str, float]()
+    importances = {name: g.detach() for name, g in run.importances.lower.items()}
+
+    def harm_by_row(sources: Sources) -> Tensor:
+        masks = masks_from_sources(importances, sources, model.delta)
+        output = model.masked(run.batch, masks, run.clean, detach=True)
+        return compare(output, run.clean.output)  # [batch]
 
     def harm(sources: Sources) -> Tensor:
-        climbed()
-        return rows(sources).sum() / total
+        report_ascent()
+        return harm_by_row(sources).sum() / total
 
-    sources, done = None, 0
-    for steps in sorted(settings.pgd_steps):  # every rung goes on from the one below
-        adversary = Adversary(steps=steps - done)
-        sources = pgd_sources(adversary, fixed, harm, generator, sources)
+    sources = None
+    ascents = 0
+    for steps in sorted(settings.pgd_steps):  # each number continues the ascent of the previous
+        adversary = Adversary(steps=steps - ascents)
+        sources = pgd_sources(adversary, importances, harm, generator, sources)
         totals = Totals()
         totals.add("rows", run.batch.new_tensor(len(run.batch)))
-        totals.add_rows("pgd", rows(sources))
-        found |= totals.over_devices().stated("pgd", f"pgd/{steps}")
-        done = steps
-    return found
+        totals.add_rows("pgd", harm_by_row(sources))
+        figures |= totals.over_devices().stated("pgd", f"pgd/{steps}")
+        ascents = steps
+    return figures
 
 
 def _rows_of(batch: Tensor, positions: int) -> int:
-    """How many rows make so many positions: token ids have one in every place, vectors one each."""
-    held = batch.shape[1:-1] if batch.is_floating_point() else batch.shape[1:]
-    return -(-positions // max(1, held.numel()))
+    """Return the number of rows that contain this many positions.
+
+    A row of token ids has a position for each; a vector is a single position.
+    """
+    shape = batch.shape[1:-1] if batch.is_floating_point() else batch.shape[1:]
+    per_row = max(1, shape.numel())
+    return math.ceil(positions / per_row)
 
 
 def _first_rows(batch: Tensor, rows: int) -> tuple[Tensor, int]:
-    """This device's share of the first rows of the batch that all devices hold together, and how
-    many those are.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    """Return this device's share of the first rows of the joint batch, and their number."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
         return batch[:rows], min(rows, len(batch))
-    rank = torch.distributed.get_rank()
-    world = torch.distributed.get_world_size()
+    rank = distributed.get_rank()
+    world = distributed.get_world_size()
     parts = [torch.empty_like(batch) for _ in range(world)]
-    torch.distributed.all_gather(parts, batch.contiguous())
-    first = torch.cat(parts)[: max(rows, world)]  # at least one for each
+    distributed.all_gather(parts, batch.contiguous())
+    at_least_one_each = max(rows, world)
+    first = torch.cat(parts)[:at_least_one_each]
     return first.tensor_split(world)[rank], len(first)

@@ -1,11 +1,11 @@
-"""Target training: a network trained once, and kept for every decomposition that names it.
+"""Target training: a network is trained once and shared by all decompositions that name it.
 
     <root>/targets/<name>-<digest>/    target.safetensors, metrics.jsonl, figures/loss.png,
                                        and target.json, which is written last;
                                        samples.txt and tokenizer.json of a language model;
-                                       checkpoints/ and attempt.json until it is trained
+                                       checkpoints/ and attempt.json until training is complete
 
-A killed training resumes from its last checkpoint, and ends with the same weights, bit for bit.
+A killed training resumes from its last checkpoint and ends with bitwise the same weights.
 """
 
 import fcntl
@@ -40,23 +40,23 @@ ATTEMPT = "attempt.json"
 SAMPLES, SAMPLE_PROMPT, TEMPERATURE = 6, 8, 0.8
 
 
-# ---- training one --------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def train_target(
     name: str, config: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> Path:
-    """Train a target unless that has been done, and return its folder.
+    """Train a target unless it has been trained before, and return its folder.
 
     A target that leaves features unrepresented is trained again from the next seed.
 
     Args:
         name: a config that trains a target: a path, or a name that `list` shows.
-        config: its settings; those that the name loads if omitted.
-        overrides: settings of the command line.
+        config: its settings; loaded by name if omitted.
+        overrides: settings from the command line.
 
     Raises:
-        BadInput: the config does not describe a target.
+        BadInput: the config does not train a target.
     """
     config = configs.load(name) if config is None else config
     folder = target_folder(name, config, overrides)
@@ -71,8 +71,9 @@ def train_target(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Another process that trains the same target is waited for; those that Lightning starts for
-    devices are one.
+    """Wait for other processes that train the same target, and lock them out.
+
+    The processes that Lightning starts for further devices share the lock of the first.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         yield
@@ -91,45 +92,52 @@ def _train(name: str, config: Mapping[str, Any], overrides: Sequence[str], folde
         missed = session.model.target.unrepresented()  # pyright: ignore[reportCallIssue]
         if not missed:
             break
-        said = f"target {name}: seed {seed} leaves {missed} unrepresented"
+        problem = f"target {name}: seed {seed} leaves {missed} unrepresented"
         if seed >= first + session.model.retries:
-            log.warning("%s; no retries left, it is kept so", said)
+            log.warning("%s; no retries left, the target is used as it is", problem)
             break
         seed += 1
-        log.warning("%s; training again with seed %d", said, seed)
+        log.warning("%s; training again with seed %d", problem, seed)
         shutil.rmtree(folder / LAST.parent, ignore_errors=True)
         runs.write_json(folder / ATTEMPT, {"seed": seed})
     if session.trainer.is_global_zero:
-        _keep(
-            session,
-            folder,
-            {"seed": seed, "unrepresented": missed, "config": dict(config)},
-            started,
-        )
+        facts = {"seed": seed, "unrepresented": missed, "config": dict(config)}
+        _save(session, folder, facts, started)
     session.trainer.strategy.barrier()
 
 
 def _attempt(
     name: str, config: Mapping[str, Any], overrides: Sequence[str], folder: Path
 ) -> Session:
-    """One training to its end, from the last checkpoint if there is one; the target is then in eval
-    mode.
-    """
-    plan = Plan(folder, f"target {Path(name).stem}", callbacks=[Checkpoints(folder)], logged=True)
+    """Train with one seed, from the last checkpoint if it exists; leave the target in eval mode."""
+    title = f"target {Path(name).stem}"
+    checkpoints = Checkpoints(folder)
+    plan = Plan(folder, title, callbacks=[checkpoints], logged=True)
     session = Session(config, overrides, lambda _: plan)
-    if not hasattr(session.model, "target"):
+    trainer = session.trainer
+    model = session.model
+    data = session.datamodule
+    if not hasattr(model, "target"):
         raise BadInput("does not train a target; its model must be a TargetTraining")
-    session.trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=resumable(folder))
-    session.trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
-    session.model.target.eval()
+    trainer.fit(model, datamodule=data, ckpt_path=resumable(folder))
+    trainer.validate(model, datamodule=data, verbose=False)
+    model.target.eval()
     return session
 
 
-def _keep(session: Session, folder: Path, facts: dict[str, Any], started: float) -> None:
-    """Writes what a training came to, and takes away what it needed."""
+def _save(session: Session, folder: Path, facts: dict[str, Any], started: float) -> None:
+    """Write the results of a training, and delete its temporary files.
+
+    Args:
+        session: the training.
+        folder: the target's folder.
+        facts: what target.json says about the training.
+        started: when the training started.
+    """
     network: nn.Module = session.model.target  # pyright: ignore[reportAssignmentType]
     write_tensors(network.state_dict(), folder / "target.safetensors")
-    losses = {"validation": float(session.trainer.callback_metrics.get(VALIDATION, math.nan))}
+    validation_loss = session.trainer.callback_metrics.get(VALIDATION, math.nan)
+    losses = {"validation": float(validation_loss)}
     if isinstance(network, LanguageModel):
         losses["perplexity"] = math.exp(losses["validation"])
         with runs.write_whole(folder / "samples.txt") as temporary:
@@ -146,54 +154,65 @@ def _keep(session: Session, folder: Path, facts: dict[str, Any], started: float)
     (folder / ATTEMPT).unlink(missing_ok=True)
 
 
-# ---- what is shown of it -------------------------------------------------------------------------
+# ---- reports -------------------------------------------------------------------------------------
 
 
 def report(folder: Path) -> str:
-    """One line on a trained target: its losses and where it is."""
-    facts = described(folder)
-    losses = facts["losses"]
-    said = f"validation loss {losses['validation']:.4g}" if "validation" in losses else ""
+    """Return one line about a trained target: its folder, losses and training time."""
+    description = described(folder)
+    losses = description["losses"]
+    text = ""
+    if "validation" in losses:
+        text = f"validation loss {losses['validation']:.4g}"
     if "perplexity" in losses:
-        said += f" nats, perplexity {losses['perplexity']:.4g}"
-    return f"target: {folder}    {said}    {facts['seconds']:.0f} s"
+        text += f" nats, perplexity {losses['perplexity']:.4g}"
+    seconds = description["seconds"]
+    return f"target: {folder}    {text}    {seconds:.0f} s"
 
 
 def samples(network: LanguageModel, data: Any) -> str:
-    """Beginnings of a few validation sequences, and how a language model goes on from them."""
+    """Return the beginnings of some validation sequences, with the model's continuations."""
     device = next(network.parameters()).device
     batch = next(iter(data.val_dataloader()))
-    prompts = batch[:SAMPLES, : min(SAMPLE_PROMPT, batch.shape[1] // 2)].to(device)
-    steps = network.context - prompts.shape[1]
+    length = min(SAMPLE_PROMPT, batch.shape[1] // 2)
+    prompts = batch[:SAMPLES, :length].to(device)
+    steps = min(network.context - length, 200)
     generator = torch.Generator(device).manual_seed(0)
-    longer = sample(network, prompts, min(steps, 200), TEMPERATURE, generator).tolist()
-    parts = [(ids[: prompts.shape[1]], ids[prompts.shape[1] :]) for ids in longer]
-    lines = [
-        f"({number}) {_text(data, given)}▸{_text(data, own)}\n"
-        for number, (given, own) in enumerate(parts, 1)
-    ]
-    return "\n".join([f"From ▸ on the model speaks, at temperature {TEMPERATURE}.\n", *lines])
+    sequences = sample(network, prompts, steps, TEMPERATURE, generator).tolist()
+    lines = [f"The model continues from ▸ on, at temperature {TEMPERATURE}.\n"]
+    for number, ids in enumerate(sequences, 1):
+        prompt = _text(data, ids[:length])
+        continuation = _text(data, ids[length:])
+        lines.append(f"({number}) {prompt}▸{continuation}\n")
+    return "\n".join(lines)
 
 
 def _text(data: Any, ids: list[int]) -> str:
-    return data.decode(ids) if hasattr(data, "decode") else " ".join(data.names(ids))
+    """Return the text of token ids, or their names if the data cannot decode them."""
+    if hasattr(data, "decode"):
+        return data.decode(ids)
+    names = data.names(ids)
+    return " ".join(names)
 
 
 def draw_losses(folder: Path) -> None:
-    """Draws `figures/loss.png`: the losses in a folder's metrics.jsonl over optimizer steps."""
+    """Draw `figures/loss.png`: the losses in a folder's metrics.jsonl over optimizer steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    logged = runs.Run(folder).metrics()
+    metrics = runs.Run(folder).metrics()
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for name, label in (("train/loss", "training"), (VALIDATION, "validation")):
-        if name in logged.columns:
-            curve = logged.select("step", name).drop_nulls()
-            axis.plot(curve["step"].to_numpy(), curve[name].to_numpy(), label=label, linewidth=1)
+        if name in metrics.columns:
+            curve = metrics.select("step", name).drop_nulls()
+            steps = curve["step"].to_numpy()
+            losses = curve[name].to_numpy()
+            axis.plot(steps, losses, label=label, linewidth=1)
     axis.set(xlabel="optimizer steps", ylabel="loss", title=folder.name)
     axis.legend(frameon=False)
     make_folder(folder / "figures")
-    with runs.write_whole(folder / "figures" / "loss.png") as temporary:
+    path = folder / "figures" / "loss.png"
+    with runs.write_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -1,8 +1,7 @@
-"""Progress bars: of training in optimizer steps, whatever a `training_step` holds; of evaluation;
-of other long work.
+"""Progress bars of training (in optimizer steps), evaluation and other long work.
 
-An evaluation inside a training has a bar of its own below the training's, which says how far a long
-batch is, too.
+An evaluation during training has a separate bar below that of the training. It also shows the
+progress of a long batch.
 """
 
 import sys
@@ -17,22 +16,23 @@ from tqdm.auto import tqdm
 
 from spd_lightning.training.multi_step import MultiStepModule
 
-INTERVAL = 0.2  # seconds between two drawings of a bar
+INTERVAL = 0.2  # minimum seconds between two updates of a bar on the screen
 
 
 class Progress(ProgressBar):
-    """One line: how far, how fast, how long still, and the loss.
+    """A progress bar of one line: progress, speed, remaining time and loss.
 
     Args:
-        name: what is worked on.
+        name: name of the work.
     """
 
     def __init__(self, name: str = ""):
         super().__init__()
-        self.name, self._enabled = name, True
-        self._bar: Any = None  # of the training, or the harvest
-        self._evaluation: Any = None
-        self._drawn = 0.0  # when the evaluation's bar was drawn last
+        self.name = name
+        self._enabled = True
+        self._bar: Any = None  # of the training or the harvest
+        self._evaluation: Any = None  # of the evaluation
+        self._drawn = 0.0  # time of the last update of the evaluation's bar
 
     def disable(self) -> None:
         self._enabled = False
@@ -42,16 +42,16 @@ class Progress(ProgressBar):
 
     def _open(self, what: str, done: int, total: int | None, unit: str) -> None:
         self._close()
-        self._bar = self._made(what, done, total, unit)
+        self._bar = self._make(what, done, total, unit)
 
-    def _made(self, what: str, done: int, total: int | None, unit: str, keep: bool = True) -> Any:
+    def _make(self, what: str, done: int, total: int | None, unit: str, keep: bool = True) -> Any:
+        visible = keep or sys.stderr.isatty()  # temporary bars make sense in a terminal only
         return tqdm(
             initial=done,
             total=total,
             unit=unit,
             desc=f"{what} {self.name}".strip(),
-            disable=not self._enabled
-            or not (keep or sys.stderr.isatty()),  # a bar that goes is for a terminal
+            disable=not (self._enabled and visible),
             dynamic_ncols=True,
             mininterval=INTERVAL,
             leave=keep,
@@ -65,10 +65,8 @@ class Progress(ProgressBar):
 
     @contextmanager
     def stage(self, what: str, unit: str, total: int | None = None) -> Iterator[Any]:
-        """A bar for other work, whose `update` is called after every unit of it; it is gone at the
-        end.
-        """
-        bar = self._made(what, 0, total, unit, keep=False)
+        """Show a temporary bar for other work; call its `update` after every unit of work."""
+        bar = self._make(what, 0, total, unit, keep=False)
         try:
             yield bar
         finally:
@@ -82,12 +80,12 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        if self._bar is not None:
-            if "loss" in trainer.progress_bar_metrics:
-                self._bar.set_postfix_str(
-                    f"loss={trainer.progress_bar_metrics['loss']:.3g}", refresh=False
-                )
-            self._bar.update(trainer.global_step - self._bar.n)
+        if self._bar is None:
+            return
+        loss = trainer.progress_bar_metrics.get("loss")
+        if loss is not None:
+            self._bar.set_postfix_str(f"loss={loss:.3g}", refresh=False)
+        self._bar.update(trainer.global_step - self._bar.n)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._close()
@@ -95,20 +93,22 @@ class Progress(ProgressBar):
     # ---- evaluation, before, inside and after training -------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        counts = (
-            trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        )
-        total = sum(counts)
-        known = int(total) if total != float("inf") else None
-        self._evaluation = self._made("evaluate", 0, known, "batch", keep=False)
+        counts = trainer.num_val_batches
+        if trainer.sanity_checking:
+            counts = trainer.num_sanity_val_batches
+        total = _known(sum(counts))
+        self._evaluation = self._make("evaluate", 0, total, "batch", keep=False)
         if isinstance(pl_module, MultiStepModule):
             pl_module.say = self._say
 
-    def _say(self, what: str) -> None:
-        """Shows how far the current batch is, but not more often than bars are drawn."""
-        if self._evaluation is not None and time.monotonic() - self._drawn > INTERVAL:
-            self._drawn = time.monotonic()
-            self._evaluation.set_postfix_str(what)
+    def _say(self, progress: str) -> None:
+        """Show the progress of the current batch, but at most once per interval."""
+        if self._evaluation is None:
+            return
+        now = time.monotonic()
+        if now - self._drawn > INTERVAL:
+            self._drawn = now
+            self._evaluation.set_postfix_str(progress)
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         if self._evaluation is not None:
@@ -123,8 +123,8 @@ class Progress(ProgressBar):
     # ---- harvests --------------------------------------------------------------------------------
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = trainer.num_predict_batches[0]
-        self._open("predict", 0, int(batches) if batches != float("inf") else None, "batch")
+        total = _known(trainer.num_predict_batches[0])
+        self._open("predict", 0, total, "batch")
 
     def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
         if self._bar is not None:
@@ -135,3 +135,10 @@ class Progress(ProgressBar):
 
     def on_exception(self, *_: Any, **__: Any) -> None:
         self._close()
+
+
+def _known(batches: float | int) -> int | None:
+    """Return a number of batches; None if it is infinite."""
+    if batches == float("inf"):
+        return None
+    return int(batches)

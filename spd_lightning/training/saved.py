@@ -1,10 +1,10 @@
-"""Saved decompositions: what a training leaves in its run's folder, and how to read it.
+"""Saved decompositions: the files that a training leaves in its run's folder.
 
     decomposition.safetensors    components.<site>.V and .U, importance.*, target.*
     decomposition.json           the settings, and the digest of the weights
 
-The target's weights are inside, so that a decomposition opens on a machine that has never seen the
-target.
+The files include the target's weights, so a decomposition can be opened on a machine that does not
+have the target.
 """
 
 from collections.abc import Mapping
@@ -41,20 +41,17 @@ def save_decomposition(
 
     Args:
         model: the decomposed target.
-        settings: the arguments it was built with.
-        target_spec: how to build the target (`class_path`, `init_args`); None for a target given as
-            an object.
+        settings: the arguments of the `Decomposition`, except for its target.
+        target_spec: `class_path` and `init_args` of the target; None if it was given as an object.
         folder: the run's folder.
     """
     path = folder / "decomposition.safetensors"
-    tensors = {f"importance.{k}": v for k, v in model.importance_function.state_dict().items()}
-    tensors |= {f"target.{k}": v for k, v in model.target.state_dict().items()}
+    tensors = _with_prefix("importance.", model.importance_function.state_dict())
+    tensors |= _with_prefix("target.", model.target.state_dict())
     for site in model.sites:
         if site not in model.tied:
-            tensors |= {
-                f"components.{site}.V": model[site].V,
-                f"components.{site}.U": model[site].U,
-            }
+            tensors[f"components.{site}.V"] = model[site].V
+            tensors[f"components.{site}.U"] = model[site].U
     write_tensors(tensors, path)
     shapes = {}
     for name, site in model.sites.items():
@@ -76,12 +73,12 @@ def save_decomposition(
 
 @dataclass(frozen=True)
 class SavedDecomposition:
-    """A decomposition as its run's folder holds it: a description, and tensors that fit it.
+    """A decomposition as read from its run's folder.
 
     Args:
         folder: the run's folder.
-        description: decomposition.json.
-        tensors: decomposition.safetensors.
+        description: the content of decomposition.json.
+        tensors: the content of decomposition.safetensors.
         settings: the arguments of the `Decomposition` to build, except for its target.
     """
 
@@ -92,25 +89,29 @@ class SavedDecomposition:
 
     @classmethod
     def read(cls, reference: str | Path) -> "SavedDecomposition":
-        """Read the decomposition of a run: its name, its folder, or `mlflow:…` / `wandb:…` in a
-        tracker.
+        """Read the decomposition of a run.
+
+        Args:
+            reference: the run: its name, its folder, or `mlflow:…` / `wandb:…` in a tracker.
 
         Raises:
-            BadInput: the run holds no decomposition, or one whose files are damaged.
+            BadInput: the run has no decomposition, or the files are damaged.
         """
         folder = runs.find(str(reference)).path
         described = folder / "decomposition.json"
         weights = folder / "decomposition.safetensors"
         if not described.exists() or not weights.exists():
-            if runs.Run(folder).state == "diverged":
-                verdict = runs.Run(folder).summary["verdict"]
+            run = runs.Run(folder)
+            if run.state == "diverged":
+                verdict = run.summary["verdict"]
                 raise BadInput(
                     f"run '{folder}': its training {verdict}; it holds no decomposition, fit again"
                 )
             raise BadInput(f"run '{folder}': holds no decomposition (yet); let its fit finish")
 
-        def check_schema(held: Mapping[str, Any]) -> None:
-            if isinstance(schema := held.get("schema"), int) and schema > SCHEMA:
+        def check_schema(values: Mapping[str, Any]) -> None:
+            schema = values.get("schema")
+            if isinstance(schema, int) and schema > SCHEMA:
                 raise BadInput(
                     f"'{described}': schema {schema} is newer than this tool's {SCHEMA}; upgrade "
                     "the tool"
@@ -128,25 +129,25 @@ class SavedDecomposition:
 
     @property
     def target_spec(self) -> dict[str, Any] | None:
-        """How to build the target; None if it was given as an object."""
+        """Class path and arguments of the target; None if it was given as an object."""
         spec = self.description["target"]
         return None if spec is None else dict(spec)
 
     @property
     def digest(self) -> str:
-        """The digest of the weights, as decomposition.json has it."""
+        """The digest of the weights in decomposition.json."""
         return self.description["digest"]
 
     def network(self, target: nn.Module | None = None) -> nn.Module:
-        """Return the target with its saved weights, in single precision at least.
+        """Return the target with its saved weights, in float32 or better.
 
         Args:
             target: a network like the decomposed one, to load the weights into; built from
                 `target_spec` if omitted.
 
         Raises:
-            BadInput: the target was an object and none is given, or the weights belong to another
-                model.
+            BadInput: `target` is omitted although the target was an object, or the weights belong
+                to another model.
         """
         spec = self.target_spec
         if target is None and spec is None:
@@ -154,25 +155,30 @@ class SavedDecomposition:
                 f"'{self._weights}': its target was an object; use "
                 "Decomposition.from_pretrained(path, target=…)"
             )
-        weights = _below("target.", self.tensors)
+        weights = _without_prefix("target.", self.tensors)
         network = target or build(spec or {}, weights)
         _load(network, weights, self._weights)
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in network.parameters()):
-            network.float()  # components are, and graphs multiply both
+        types = {parameter.dtype for parameter in network.parameters()}
+        if types & {torch.float16, torch.bfloat16}:
+            network.float()  # components are in float32, and graphs multiply both
         self._check_sizes(network)
         return network
 
     def load_into(self, model: ComponentModel) -> None:
-        """Load the weights of components and importance function into a model that was built with
-        `settings`.
+        """Load the weights of components and importance function into a model.
+
+        Args:
+            model: the model, built with `settings`.
 
         Raises:
-            BadInput: they belong to another model, or are not finite.
+            BadInput: the weights belong to another model, or are not finite.
         """
         for site in model.sites:
             if site not in model.tied:
-                _load(model[site], _below(f"components.{site}.", self.tensors), self._weights)
-        _load(model.importance_function, _below("importance.", self.tensors), self._weights)
+                factors = _without_prefix(f"components.{site}.", self.tensors)
+                _load(model[site], factors, self._weights)
+        importance_weights = _without_prefix("importance.", self.tensors)
+        _load(model.importance_function, importance_weights, self._weights)
         if name := non_finite(dict(model.named_parameters())):
             raise BadInput(
                 f"'{self._weights}': the weights '{name}' are not finite; fit again, at a lower "
@@ -184,29 +190,31 @@ class SavedDecomposition:
         return self.folder / "decomposition.safetensors"
 
     def _check_sizes(self, network: nn.Module) -> None:
-        """Check that the components and the importance function are as large as their weights,
-        before allocating them.
+        """Check that components and importance function have the size of their weights.
+
+        Nothing is allocated for that.
 
         Raises:
-            BadInput: they are not.
+            BadInput: they have a different size.
         """
         place = f"'{self.folder / 'decomposition.json'}'"
-        sites = find_sites(network, self.description["model"]["sites"])
+        model = self.description["model"]
+        sites = find_sites(network, model["sites"])
         for name, (site, count) in sites.items():
-            if name in self.description["model"]["tied"]:
+            if name in model["tied"]:
                 continue
             factors = (f"components.{name}.V", f"components.{name}.U")
             shapes = [list(self.tensors[key].shape) for key in factors if key in self.tensors]
-            if shapes != [[site.d_in, count], [count, site.d_out]]:
+            expected = [[site.d_in, count], [count, site.d_out]]
+            if shapes != expected:
                 raise BadInput(
                     f"{place}: model.sites: {count} components of '{name}', and V and U of "
-                    f"{shapes or 'no size'} in "
-                    f"the weights: weights of another model; {RESTORE}"
+                    f"{shapes or 'no size'} in the weights: weights of another model; {RESTORE}"
                 )
         importance = self.settings["importance"]
         check_shapes(
             lambda: importance_function(importance, sites),
-            _below("importance.", self.tensors),
+            _without_prefix("importance.", self.tensors),
             place,
         )
 
@@ -215,7 +223,7 @@ def _settings(description: Description, place: str) -> dict[str, Any]:
     """Return the arguments of the `Decomposition` to build, each checked by its class.
 
     Raises:
-        BadInput: a setting is not one of its class.
+        BadInput: a setting is invalid.
     """
     settings: dict[str, Any] = dict(description["model"])
     try:
@@ -225,21 +233,31 @@ def _settings(description: Description, place: str) -> dict[str, Any]:
         settings["evaluation"] = json_files.conform(
             settings["evaluation"], Evaluation, "model.evaluation"
         )
-    except ValueError as error:  # BadInput of their own checks among them
+    except ValueError as error:  # includes BadInput, which their own checks raise
         raise BadInput(f"{place}: {error}; {RESTORE}") from error
     return settings
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with a prefix before their names."""
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names begin with a prefix, by the rest of their names."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
+    selected = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            selected[name.removeprefix(prefix)] = tensor
+    return selected
 
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights into a module.
+
+    Raises:
+        BadInput: the weights belong to another model.
+    """
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

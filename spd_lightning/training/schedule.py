@@ -1,6 +1,4 @@
-"""Learning rates over training, as pure functions of the step: nothing to save, nothing to
-restore.
-"""
+"""Learning-rate schedules: pure functions of the step, without state to save."""
 
 import math
 from dataclasses import dataclass
@@ -11,13 +9,14 @@ from spd_lightning.errors import check_range
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a learning rate moves over training.
+    """The change of a learning rate over training.
 
     Args:
-        kind: constant, linear or cosine, from the full rate to its final fraction.
-        warmup: updates over which the rate first rises linearly, from 1/warmup of its full value.
-        hold: fraction of training that has passed before the rate begins to fall.
-        final: fraction of the full rate that the last update uses.
+        kind: constant, linear or cosine, from the peak rate to its final fraction.
+        warmup: number of updates over which the rate first rises linearly, from 1/warmup of its
+            peak.
+        hold: fraction of training after which the rate begins to fall.
+        final: fraction of the peak rate at the last update.
     """
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
@@ -30,18 +29,23 @@ class Schedule:
         check_range("schedule", least=0, most=1, hold=self.hold, final=self.final)
 
     def factor(self, step: int, steps: int) -> float:
-        """The share of the full rate that update `step` of `steps` uses (both counted from 0;
-        L7).
+        """Return the fraction of the peak rate at an update (L7).
+
+        Args:
+            step: the update, counted from 0.
+            steps: number of updates of the training.
         """
         if step < self.warmup:
             return (step + 1) / self.warmup
-        begin = max(self.warmup, self.hold * (steps - 1))
-        fall = steps - 1 - begin
-        progress = max(0.0, step - begin) / fall if fall > 0 else 0.0
+        last = steps - 1
+        start = max(self.warmup, self.hold * last)
+        length = last - start
+        progress = max(0.0, step - start) / length if length > 0 else 0.0
         match self.kind:
             case "constant":
                 return 1.0
             case "linear":
                 return 1 + (self.final - 1) * progress
             case "cosine":
-                return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+                cosine = math.cos(math.pi * progress)
+                return self.final + (1 - self.final) * 0.5 * (1 + cosine)

@@ -1,4 +1,4 @@
-"""From a config to a trainer, a module and its data, by LightningCLI."""
+"""Sessions: a trainer, a module and its data, built from a config with LightningCLI."""
 
 import logging
 import os
@@ -40,11 +40,15 @@ TRAINER = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Additions of a session to its config: a folder, a name, and a module in place of the
-    config's.
+    """Additions of a session to its config.
 
-    A logged session writes its folder's metrics; a tracked one also speaks to the trackers that its
-    config chooses.
+    Args:
+        folder: folder of the run or the target.
+        name: name of the work, for progress bars.
+        model: a module that replaces the config's.
+        callbacks: callbacks in addition to the config's.
+        tracked: whether to copy the run to the config's trackers; implies `logged`.
+        logged: whether to write metrics into the folder.
     """
 
     folder: Path
@@ -56,14 +60,15 @@ class Plan:
 
 
 class Session(LightningCLI):
-    """A trainer, a module and its data, put together from a config.
+    """A trainer, a module and its data, built from a config.
 
     Args:
-        args: a config (merged with all it builds on) and what the command line overrides.
-        plan: called with the parsed settings before anything is built; says where to work.
+        config: a config, merged with all configs it builds on.
+        overrides: options of the command line.
+        plan: returns the plan for the parsed settings, before anything is built.
 
     Raises:
-        BadInput: a setting is unknown, of a wrong type, or refused by what it is for.
+        BadInput: a setting is unknown, of a wrong type, or invalid.
     """
 
     def __init__(
@@ -72,7 +77,8 @@ class Session(LightningCLI):
         overrides: Sequence[str],
         plan: Callable[[dict[str, Any]], Plan],
     ):
-        self._plan, self._given = plan, config
+        self._plan = plan
+        self._given = config
         self.copies = Copies([], Path())
         forget_ranks()
         _check_shape(config)
@@ -104,98 +110,103 @@ class Session(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         refuse_unknown(self._given, self.config.as_dict())
-        said = self.parser.dump(_plain(self.config), skip_validation=True, skip_link_targets=False)
-        self.settings = yaml.safe_load(said)
+        plain = _plain(self.config)
+        text = self.parser.dump(plain, skip_validation=True, skip_link_targets=False)
+        self.settings = yaml.safe_load(text)
         self._take_trackers()
         self.plan = self._plan(self.settings)
         if self.plan.model is not None:
             self.config["model"] = self.plan.model
         if self.plan.tracked and is_first_process():
-            self.copies = Copies(trackers(self.trackers, self.plan.folder), self.plan.folder)
+            folder = self.plan.folder
+            self.copies = Copies(trackers(self.trackers, folder), folder)
             self.copies.connect()
 
     def _take_trackers(self) -> None:
-        """Trackers are not for Lightning: they get copies of what the run itself holds (see
-        `copies`).
-        """
+        """Take the trackers out of the config: they get copies of the run (see `copies`)."""
         trainer = self.config["trainer"]
         self.trackers = _dicts(trainer.get("logger"))
         trainer["logger"] = False
-        self.settings["trainer"]["logger"] = without_secrets(self.settings["trainer"].get("logger"))
+        saved = self.settings["trainer"]
+        saved["logger"] = without_secrets(saved.get("logger"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        chosen = self.config_init["trainer"]
-        own = [SafetensorsIO(), *forgotten_launcher(), *(chosen.get("plugins") or [])]
-        own_callbacks = [Progress(self.plan.name), Interruption(), *self.plan.callbacks]
-        callbacks = [*(chosen.get("callbacks") or []), *own_callbacks]
-        own_file = [MetricsFile(self.plan.folder)] if self.plan.logged or self.plan.tracked else []
-        if chosen.get("val_check_interval") == 0:
+        plan = self.plan
+        settings = self.config_init["trainer"]
+        plugins = [SafetensorsIO(), *forgotten_launcher(), *(settings.get("plugins") or [])]
+        callbacks = list(settings.get("callbacks") or [])
+        callbacks += [Progress(plan.name), Interruption(), *plan.callbacks]
+        loggers = [MetricsFile(plan.folder)] if plan.logged or plan.tracked else []
+        if settings.get("val_check_interval") == 0:
             raise BadInput(
                 "config: trainer.val_check_interval: it must be at least 1, the number of batches "
                 "between evaluations"
             )
         try:
             return super().instantiate_trainer(
-                logger=own_file or False,
-                plugins=own,
+                logger=loggers or False,
+                plugins=plugins,
                 callbacks=callbacks,
-                default_root_dir=str(self.plan.folder),
+                default_root_dir=str(plan.folder),
                 **kwargs,
             )
-        except (
-            RuntimeError,
-            KeyError,
-        ) as error:  # which is how Lightning rejects the variables of a launcher
+        except (RuntimeError, KeyError) as error:  # Lightning rejects a launcher's variables
             raise BadInput(
                 f"trainer: {error}; unset the variables of the launcher, or start with it"
             ) from error
 
 
 class Settings(Session):
-    """A config parsed and checked, of which nothing is built unless asked for: no folder, no
-    target, no trainer.
+    """A config that is parsed and checked, but not built: no folder, no target, no trainer.
 
     Args:
-        config: a config (merged with all it builds on).
-        overrides: what the command line adds.
+        config: a config, merged with all configs it builds on.
+        overrides: options of the command line.
 
     Raises:
         BadInput: a setting is unknown, or of a wrong type.
     """
 
     def __init__(self, config: Mapping[str, Any], overrides: Sequence[str] = ()):
-        super().__init__(config, overrides, lambda settings: Plan(Path(), ""))
+        plan = Plan(Path(), "")
+        super().__init__(config, overrides, lambda settings: plan)
 
     def instantiate_classes(self) -> None:
-        """Nothing: see `built`."""
+        """Do nothing (see `built`)."""
 
     def built(self, owner: str, **given: Any) -> Any:
-        """The model or the data, with some of its arguments given as objects.
+        """Build the model or the data, with some of its arguments given as objects.
+
+        Args:
+            owner: `model` or `data`.
+            **given: arguments that replace those of the config.
 
         Raises:
-            BadInput: it refuses one of its arguments.
+            BadInput: an argument is invalid.
         """
-        chosen = self.config[owner].clone()
+        section = self.config[owner].clone()
         for name, value in given.items():
-            chosen["init_args"][name] = value
+            section["init_args"][name] = value
         try:
-            return self.parser.instantiate_classes(Namespace({owner: chosen}))[owner]
+            return self.parser.instantiate_classes(Namespace({owner: section}))[owner]
         except (ValueError, TypeError) as error:
             raise complaint(error) from error
 
 
 def _dicts(value: Any) -> Any:
-    """Settings with dicts in the place of namespaces."""
+    """Return settings with dicts in place of namespaces."""
     if isinstance(value, Namespace):
-        return {key: _dicts(held) for key, held in vars(value).items()}
-    return [_dicts(held) for held in value] if isinstance(value, list | tuple) else value
+        return {key: _dicts(item) for key, item in vars(value).items()}
+    if isinstance(value, list | tuple):
+        return [_dicts(item) for item in value]
+    return value
 
 
 def _check_shape(config: Mapping[str, Any]) -> None:
     """Check the parts of a config that are read before jsonargparse checks it.
 
     Raises:
-        BadInput: its trainer is not a mapping, or it has a key of the command line's.
+        BadInput: its trainer is not a mapping, or it has a key that is a command-line option.
     """
     if not isinstance(config.get("trainer", {}), dict):
         raise BadInput("config: trainer: expected 'key: value' lines")
@@ -204,16 +215,17 @@ def _check_shape(config: Mapping[str, Any]) -> None:
 
 
 def _check_files(overrides: Sequence[str]) -> None:
-    """Read every YAML file that an override names, so that what is wrong with it is said with the
-    file's name.
+    """Check the files that overrides name, so that error messages contain the file's name.
+
+    Raises:
+        BadInput: a file is not valid YAML, or not a YAML file.
     """
     for word in overrides:
         path = Path(word.partition("=")[2] if word.startswith("--") else word)
         if path.suffix in (".yaml", ".yml") and path.is_file():
             configs.read_file(path)
     for option, value in _pairs(overrides):
-        # jsonargparse reads a file that the value of such an option names, and takes its text for
-        # the setting.
+        # jsonargparse would read the file and use its text as the setting.
         takes_class = option == "--data" or option.startswith(("--model", "--trainer"))
         if takes_class and _is_other_file(value):
             raise BadInput(
@@ -231,52 +243,52 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _is_other_file(value: str) -> bool:
-    """Whether a value names something on the disk that is neither a folder nor a YAML file."""
+    """Return whether a value names a file that is not a YAML file."""
     path = Path(value)
+    if value == "" or path.suffix in (".yaml", ".yml"):
+        return False
     try:
-        return (
-            value != ""
-            and path.exists()
-            and not path.is_dir()
-            and path.suffix not in (".yaml", ".yml")
-        )
+        return path.exists() and not path.is_dir()
     except (OSError, ValueError):  # not a possible name
         return False
 
 
 def _plain(value: Any) -> Any:
-    """Settings with dataclasses, as defaults have them, as maps: jsonargparse cannot write those
-    inside a map.
+    """Return settings with dataclasses as dicts.
+
+    Defaults contain dataclasses, and jsonargparse cannot write them inside a dict.
     """
     if isinstance(value, Namespace):
-        return Namespace(**{key: _plain(held) for key, held in vars(value).items()})
+        items = {key: _plain(item) for key, item in vars(value).items()}
+        return Namespace(**items)
     if isinstance(value, dict):
-        return {key: _plain(held) for key, held in value.items()}
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        return {key: _plain(item) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Libraries' advice on settings that are ours to choose is kept from the user."""
+    """Hide advice of libraries about settings that we choose on purpose."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is imported
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's to heed
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(
-        logging.ERROR
-    )  # "not found. Creating it."
+    mlflow_log = logging.getLogger("lightning.pytorch.loggers.mlflow")
+    mlflow_log.setLevel(logging.ERROR)  # it warns "not found. Creating it."
     with warnings.catch_warnings():
-        for text in _OURS_TO_CHOOSE:
+        for text in _UNWANTED_ADVICE:
             warnings.filterwarnings("ignore", message=f".*{text}.*")
         yield
 
 
-_OURS_TO_CHOOSE = (
+_UNWANTED_ADVICE = (
     "LeafSpec",
-    "args parameter is intended to run",  # LightningCLI, if it is given words
-    "in eval mode at the start of training",  # the target is (D6)
-    "max_epochs. was not set",  # steps count here
+    "args parameter is intended to run",  # LightningCLI, because it gets arguments
+    "in eval mode at the start of training",  # the target is in eval mode (D6)
+    "max_epochs. was not set",  # training is measured in steps
     "GPU available but not used",
     "does not have many workers",
-    "predict returned None",  # harvesters write what there is to return
+    "predict returned None",  # harvesters write their results
 )

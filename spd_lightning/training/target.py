@@ -1,11 +1,11 @@
-"""Training the networks that are to be taken apart.
+"""Training of the networks to decompose.
 
-A target is an ordinary network with `forward`, `loss(inputs)` and `unrepresented()`. Training one
-is an ordinary fit.
+A target is an ordinary network with `forward`, `loss(inputs)` and `unrepresented()`. It is trained
+like any other network.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +22,21 @@ class TargetTraining(MultiStepModule):
 
     Args:
         target: the network: a module with `loss(inputs) -> scalar`.
-        lr: full learning rate.
-        weight_decay: AdamW's.
-        decay: what decays: all parameters, or matrices alone (embeddings too, but no biases and
+        lr: peak learning rate.
+        weight_decay: weight decay of AdamW.
+        decay: the parameters that decay: all, or only matrices (with embeddings, without biases and
             gains).
-        betas: AdamW's.
-        clip: largest gradient norm of all parameters together; none if omitted.
-        schedule: how the learning rate moves.
-        inner_steps: optimizer steps taken in one `training_step`.
+        betas: betas of AdamW.
+        clip: maximum gradient norm of all parameters together; no bound if omitted.
+        schedule: how the learning rate changes.
+        inner_steps: optimizer steps in one `training_step`.
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
-        threads: processor threads; as many as torch takes if omitted.
-        micro_batches: equal parts in which a batch is taken, one after the other: less memory, the
-            same update.
-        retries: how many further seeds to try when the trained target leaves features
-            unrepresented.
-        seed: of the initial weights.
+        threads: CPU threads; torch's default if omitted.
+        micro_batches: equal parts in which a batch is processed, one after the other. This saves
+            memory and keeps the update of the whole batch.
+        retries: number of further seeds to try if the trained target leaves features unrepresented.
+        seed: seed of the initial weights.
     """
 
     def __init__(
@@ -59,12 +58,15 @@ class TargetTraining(MultiStepModule):
     ):
         super().__init__(schedule, inner_steps, log_every, checkpoint_every, threads, micro_batches)
         check_range("TargetTraining", above=0, lr=lr)
-        check_range("TargetTraining", above=0, hint="leave it out for none", clip=clip)
+        check_range("TargetTraining", above=0, hint="omit it for no bound", clip=clip)
         check_range("TargetTraining", least=0, weight_decay=weight_decay)
         check_range("TargetTraining", least=0, below=1, betas=betas)
         check_range("TargetTraining", least=0, whole=True, retries=retries)
-        self.target, self.lr, self.weight_decay, self.retries = target, lr, weight_decay, retries
-        self.decay, self.betas, self.bound = decay, betas, clip
+        self.target = target
+        self.lr, self.betas = lr, betas
+        self.weight_decay, self.decay = weight_decay, decay
+        self.bound = clip
+        self.retries = retries
 
     @property
     def network(self) -> nn.Module:
@@ -74,46 +76,51 @@ class TargetTraining(MultiStepModule):
     def objective(
         self, batch: Tensor, step: int, part: int = 0
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The target's own loss."""
+        """Return the target's loss; it has no further terms."""
         return self.target.loss(batch), {}  # pyright: ignore[reportCallIssue]
 
     def clip(self) -> Mapping[str, Tensor]:
-        """Bounds the gradient of all parameters together."""
-        if self.bound is None and self.global_step % self.log_every:
+        """Clip the gradient of all parameters together."""
+        logged = self.global_step % self.log_every == 0
+        if self.bound is None and not logged:
             return {}
         bound = float("inf") if self.bound is None else self.bound
-        return {"gradient_norm": nn.utils.clip_grad_norm_(self.target.parameters(), bound)}
+        norm = nn.utils.clip_grad_norm_(self.target.parameters(), bound)
+        return {"gradient_norm": norm}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        trained = [p for p in self.target.parameters() if p.requires_grad]
-        groups = [{"params": trained, "weight_decay": self.weight_decay}]
+        decaying = [p for p in self.target.parameters() if p.requires_grad]
+        others = []
         if self.decay == "matrices":
-            groups = [
-                {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-            ]
-        groups = [group | {"peak": self.lr} for group in groups if group["params"]]
+            others = [p for p in decaying if p.ndim < 2]
+            decaying = [p for p in decaying if p.ndim >= 2]
+        groups = list[dict[str, Any]]()
+        for parameters, weight_decay in ((decaying, self.weight_decay), (others, 0.0)):
+            if parameters:
+                group = {"params": parameters, "weight_decay": weight_decay, "peak": self.lr}
+                groups.append(group)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
 
     # ---- validation ------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._losses = torch.zeros(
-            2, dtype=torch.float64, device=self.device
-        )  # their sum, and how many rows
+        # The sum of the losses of all rows, and the number of rows.
+        self._losses = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Tensor) -> None:
         with torch.autocast(self.device.type, enabled=False):
             loss = self.target.loss(batch)  # pyright: ignore[reportCallIssue]
-        self._losses += torch.stack([loss * len(batch), torch.full_like(loss, len(batch))])
+        rows = len(batch)
+        self._losses += torch.stack([loss * rows, torch.full_like(loss, rows)])
 
     def on_validation_epoch_end(self) -> None:
-        total, rows = self.trainer.strategy.reduce(self._losses, reduce_op="sum")  # pyright: ignore[reportArgumentType]
-        if not (total / rows).isfinite():
-            raise Diverged(
-                f"the {VALIDATION} is {float(total / rows)} after {self.global_step} steps", LOWER
-            )
-        self.log(VALIDATION, total / rows, logger=False, sync_dist=True)
+        strategy: Any = self.trainer.strategy  # its annotation of reduce_op is too narrow
+        total, rows = strategy.reduce(self._losses, reduce_op="sum")
+        loss = total / rows
+        if not loss.isfinite():
+            problem = f"the {VALIDATION} is {float(loss)} after {self.global_step} steps"
+            raise Diverged(problem, LOWER)
+        self.log(VALIDATION, loss, logger=False, sync_dist=True)
         if not self.trainer.sanity_checking:
             for logger in self.loggers:
-                logger.log_metrics({VALIDATION: float(total / rows)}, self.global_step)
+                logger.log_metrics({VALIDATION: float(loss)}, self.global_step)

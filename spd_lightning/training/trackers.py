@@ -1,8 +1,7 @@
-"""Destinations for the copy of a run: an MLflow store, Weights & Biases, or another of Lightning's
-loggers.
+"""Trackers for copies of a run: MLflow, Weights & Biases, or any logger of Lightning.
 
-Each speaks to one tracker and lets its errors pass; `copies` decides when to try, and what to do
-about an error.
+A class here communicates with one tracker and does not catch its errors. `copies` decides when to
+try and how to handle an error.
 """
 
 import json
@@ -12,7 +11,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,23 @@ from spd_lightning import classes, runs
 from spd_lightning.errors import BadInput, without_passwords
 
 EXPERIMENT = "spd_lightning"
-SPEED = 1e6  # bytes a second that an upload has at least
+SPEED = 1e6  # minimum speed of an upload that is waited for, in bytes per second
 
 Row = tuple[int, Mapping[str, float]]
-"""A step and what was logged at it."""
+"""A step, and the metrics that were logged at it."""
 
 
 class Tracker(ABC):
-    """Where a copy of a run goes. Any method may be called again after it failed.
+    """A tracker that receives a copy of a run. A method that failed can be called again.
 
-    Each tracker has a thread and a file of its own in the run's folder, and is the only writer of
-    that file.
+    Each tracker has a separate thread, and a separate file in the run's folder that only this
+    thread writes.
 
     Attributes:
-        library: the module that speaks to it.
-        address: what it is called in messages; it holds no password.
+        library: the module that communicates with the tracker.
+        address: its name in messages, without passwords.
         remedy: what to do if it can never work.
+        allow: called with the number of bytes before a long upload.
     """
 
     library: str
@@ -44,17 +44,15 @@ class Tracker(ABC):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.allow: Callable[[int], None] = lambda size: (
-            None
-        )  # called before so many bytes are sent
+        self.allow: Callable[[int], None] = _ignore
 
     def start(self) -> int:
-        """Return the byte of the metrics file from which on the tracker may not have it."""
+        """Return the number of leading bytes of the metrics file that the tracker surely has."""
         return 0
 
     @abstractmethod
     def connect(self) -> None:
-        """Reach the tracker; nothing is written there yet."""
+        """Connect to the tracker, without writing anything."""
 
     @abstractmethod
     def begin(self, settings: Mapping[str, Any] | None) -> None:
@@ -65,8 +63,8 @@ class Tracker(ABC):
         """Send metrics.
 
         Args:
-            rows: in the order of the file.
-            position: where they end in the file, in bytes.
+            rows: the metrics, in the order of the file.
+            position: the position in the file after the last row, in bytes.
         """
 
     @abstractmethod
@@ -75,23 +73,27 @@ class Tracker(ABC):
 
     @abstractmethod
     def close(self, status: str) -> None:
-        """Close the record: `success` or `failed`."""
+        """Close the record with a status, `success` or `failed`."""
 
     def trouble(self, error: Exception) -> BadInput:
-        """Return what went wrong as one line."""
+        """Return an error of the tracker as a message of one line."""
         return runs.trouble(error, self.address, self.remedy)
+
+
+def _ignore(size: int) -> None:
+    pass
 
 
 class MLflow(Tracker):
     """A run of an MLflow store.
 
-    No value is logged twice: per metric the store knows the last step that it has, and steps are
-    sent in order. After a failure, when it is unknown what arrived, it is asked again.
+    No value is logged twice. The store knows the last step of each metric, and steps are sent in
+    order. After a failure it is unknown what has arrived, so the last steps are requested again.
 
     Args:
-        folder: the run's folder, whose `mlflow.json` holds the id of its record.
+        folder: the run's folder, whose `mlflow.json` contains the id of the record.
         given: the arguments of Lightning's MLFlowLogger.
-        number: which of the run's MLflow stores it is; the second one has `mlflow-2.json`.
+        number: number of this store among the run's MLflow stores; the second has `mlflow-2.json`.
     """
 
     library = "mlflow"
@@ -104,15 +106,19 @@ class MLflow(Tracker):
         self.address = without_passwords(self.uri)
         self._given = given
         self._client: Any = None
-        self._steps: dict[str, int] | None = None  # the last step that the store has, by metric
+        self._steps: dict[str, int] | None = None  # the last step in the store, by metric
         self.run_id: str | None = given.get("run_id")
 
     @property
     def _store(self) -> str:
-        """The store's name in the record's file: its address, or "embedded", which stays true if
-        the runs are moved.
+        """The name of the store in the record's file.
+
+        It is the address of the store. The embedded store is called "embedded", because its address
+        changes when the runs are moved.
         """
-        return "embedded" if self.uri == runs.embedded_uri() else self.address
+        if self.uri == runs.embedded_uri():
+            return "embedded"
+        return self.address
 
     def connect(self) -> None:
         client = runs.mlflow_client(self.uri)
@@ -123,9 +129,7 @@ class MLflow(Tracker):
             try:
                 client.get_run(self.run_id)
             except Exception as error:
-                remedy = (
-                    f"bring the record back, or delete '{self._record}' to begin a new one there"
-                )
+                remedy = f"restore the record, or delete '{self._record}' to start a new one"
                 raise runs.trouble(error, self.uri, remedy) from None
         self._client = client
 
@@ -140,11 +144,13 @@ class MLflow(Tracker):
         from mlflow.tracking.context.registry import resolve_tags
 
         name = self._given.get("run_name") or self.folder.name
-        tags = resolve_tags(dict(self._given.get("tags") or {}) | {"mlflow.runName": name})
-        return self._client.create_run(self._experiment(), tags=tags, run_name=name).info.run_id
+        tags = dict(self._given.get("tags") or {})
+        tags = resolve_tags(tags | {"mlflow.runName": name})
+        record = self._client.create_run(self._experiment(), tags=tags, run_name=name)
+        return record.info.run_id
 
     def _experiment(self) -> str:
-        """The id of the experiment, which another process may make at the same time."""
+        """Return the id of the experiment, which is created if necessary."""
         from mlflow.exceptions import MlflowException
 
         name = self._given.get("experiment_name")
@@ -153,22 +159,25 @@ class MLflow(Tracker):
         place = self._given.get("artifact_location")
         if not place and self._store == "embedded":
             place = runs.artifact_location()
-        if found := self._client.get_experiment_by_name(name):
-            return found.experiment_id
+        if experiment := self._client.get_experiment_by_name(name):
+            return experiment.experiment_id
         try:
             return self._client.create_experiment(name, artifact_location=place)
-        except MlflowException:
-            if found := self._client.get_experiment_by_name(name):
-                return found.experiment_id
+        except MlflowException:  # another process may have created it in the meantime
+            if experiment := self._client.get_experiment_by_name(name):
+                return experiment.experiment_id
             raise
 
     def _hyperparameters(self, settings: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
         known = self._client.get_run(self.run_id).data.params
-        fresh = [Param(key, value[:250]) for key, value in settings.items() if key not in known]
-        for first in range(0, len(fresh), 100):  # MLflow takes no more at once
-            self._client.log_batch(self.run_id, params=fresh[first : first + 100])
+        new = []
+        for key, value in settings.items():
+            if key not in known:
+                new.append(Param(key, value[:250]))
+        for params in _batches(new, 100):  # the maximum of MLflow
+            self._client.log_batch(self.run_id, params=params)
 
     def metrics(self, rows: Sequence[Row], position: int) -> None:
         from mlflow.entities import Metric
@@ -178,60 +187,67 @@ class MLflow(Tracker):
             self._steps = {metric.key: metric.step for metric in data._metric_objs}
         steps = dict(self._steps)
         now = int(time.time() * 1000)
-        fresh = []
+        new = []
         for step, values in rows:
             for name, value in values.items():
                 key = self._key(name)
-                if step > steps.get(key, -1):
+                last = steps.get(key, -1)
+                if step > last:
                     steps[key] = step
-                    fresh.append(Metric(key, value, now, step))
-        self._steps = None  # until all have arrived
-        for first in range(0, len(fresh), 1000):  # MLflow takes no more at once
-            self._client.log_batch(self.run_id, metrics=fresh[first : first + 1000])
+                    new.append(Metric(key, value, now, step))
+        self._steps = None  # unknown until all metrics have arrived
+        for metrics in _batches(new, 1000):  # the maximum of MLflow
+            self._client.log_batch(self.run_id, metrics=metrics)
         self._steps = steps
 
     def _key(self, name: str) -> str:
-        """A metric's name as MLflow takes it."""
+        """Return a metric's name without characters that MLflow rejects."""
         prefix = self._given.get("prefix")
-        return re.sub(r"[^a-zA-Z0-9_/. -]+", "", f"{prefix}-{name}" if prefix else name)
+        if prefix:
+            name = f"{prefix}-{name}"
+        return re.sub(r"[^a-zA-Z0-9_/. -]+", "", name)
 
     def files(self, names: Sequence[str]) -> None:
         def before(path: Path) -> None:
-            self.allow(path.stat().st_size)
+            size = path.stat().st_size
+            self.allow(size)
 
         runs.log_artifacts(self.folder, str(self.run_id), names, self.uri, before)
 
     def close(self, status: str) -> None:
-        self._client.set_terminated(self.run_id, "FINISHED" if status == "success" else "FAILED")
+        state = "FINISHED" if status == "success" else "FAILED"
+        self._client.set_terminated(self.run_id, state)
 
     def trouble(self, error: Exception) -> BadInput:
         return runs.trouble(error, self.uri, self.remedy)
 
 
 class Lightning(Tracker):
-    """A logger of Lightning, or of a user.
+    """A logger of Lightning or of the user.
 
-    It cannot be asked which rows it has, so the run's `sent-<class>.json` records that.
+    A logger does not know which rows it has, so `sent-<class>.json` in the run's folder records it.
 
     Args:
         folder: the run's folder.
-        class_path: where its class is.
-        given: its arguments.
-        number: which of the run's loggers of that class it is; the second one has
+        class_path: class path of the logger.
+        given: arguments of the logger.
+        number: number of this logger among the run's loggers of its class; the second has
             `sent-<class>-2.json`.
     """
 
     def __init__(self, folder: Path, class_path: str, given: Mapping[str, Any], number: int = 1):
         super().__init__(folder)
         self.library, _, self.address = class_path.rpartition(".")
-        self._class_path, self._given, self._number = class_path, given, number
+        self._class_path = class_path
+        self._given = given
+        self._number = number
         self._sent = _numbered(folder / f"sent-{self.address}.json", number)
         self.logger: Any = None
 
     def start(self) -> int:
         path = self._sent
         if self._number == 1 and not path.exists():
-            path = self.folder / "sent.json"  # older runs have one file for all loggers
+            path = self.folder / "sent.json"  # older runs use one file for all loggers
         sent = runs.read_json(path, dict[str, int]).get(self.address, 0)
         return sent if isinstance(sent, int) else 0
 
@@ -250,7 +266,7 @@ class Lightning(Tracker):
             runs.write_json(self._sent, {self.address: position})
 
     def files(self, names: Sequence[str]) -> None:
-        """Loggers of other libraries have no place for them."""
+        """Do nothing, because loggers cannot store files."""
 
     def close(self, status: str) -> None:
         self.logger.finalize(status)
@@ -259,7 +275,7 @@ class Lightning(Tracker):
 class Wandb(Lightning):
     """A run of Weights & Biases, offline unless WANDB_MODE says otherwise.
 
-    The run's `wandb.json` holds its id; that of a second one is in `wandb-2.json`.
+    `wandb.json` in the run's folder contains its id; that of a second one is in `wandb-2.json`.
     """
 
     remedy = "log in with `wandb login`, or set WANDB_MODE=offline, and `wandb sync` later"
@@ -293,15 +309,15 @@ class Wandb(Lightning):
         super().begin(settings)
 
     def files(self, names: Sequence[str]) -> None:
-        """A whole run is one artifact, and so is each harvest."""
+        """Send the whole run as one artifact, or each harvest as one artifact."""
         import wandb
 
         bundles = {name.replace("/", "-"): [name] for name in names}
         if names is runs.MIRRORED:
             bundles = {"run": list(names)}
-        for title, held in bundles.items():
+        for title, members in bundles.items():
             artifact = wandb.Artifact(f"{self.folder.name}-{title}", type="spd")
-            for name in held:
+            for name in members:
                 path = self.folder / name
                 if path.is_dir():
                     artifact.add_dir(str(path), name=name)
@@ -312,82 +328,98 @@ class Wandb(Lightning):
 
     def close(self, status: str) -> None:
         super().close(status)
-        self.allow(int(os.environ["WANDB_FINISH_TIMEOUT"]) * int(SPEED))
-        self.logger.experiment.finish(exit_code=0 if status == "success" else 1)
+        seconds = int(os.environ["WANDB_FINISH_TIMEOUT"])
+        self.allow(seconds * int(SPEED))
+        exit_code = 0 if status == "success" else 1
+        self.logger.experiment.finish(exit_code=exit_code)
 
 
 def trackers(chosen: Any, folder: Path) -> list[Tracker]:
-    """Return the trackers that a config's `trainer.logger` chooses: MLflow if it says nothing, none
-    if it is false.
+    """Return the trackers that a config's `trainer.logger` chooses.
 
-    A run that is resumed, or harvested, goes on in its own record.
+    MLflow is the default; `false` means no tracker. A run that is resumed or harvested continues
+    its record.
     """
     if chosen is False:
         return []
     if chosen in (None, True):
         chosen = {"class_path": "MLFlowLogger"}
-    alike: Counter[str] = Counter()
-    return [
-        _tracker(each, folder, alike) for each in (chosen if isinstance(chosen, list) else [chosen])
-    ]
+    if not isinstance(chosen, list):
+        chosen = [chosen]
+    counts: Counter[str] = Counter()
+    return [_tracker(logger, folder, counts) for logger in chosen]
 
 
-def _tracker(chosen: Any, folder: Path, alike: Counter[str]) -> Tracker:
-    """Return a tracker, and count it among those of its class."""
+def _tracker(chosen: Any, folder: Path, counts: Counter[str]) -> Tracker:
+    """Return the tracker of a logger in a config, and count its class."""
     if not isinstance(chosen, Mapping) or "class_path" not in chosen:
         raise BadInput(f"config: trainer.logger: '{chosen}' is not a logger; give its class_path")
     path = str(chosen["class_path"])
-    path = path if "." in path else f"lightning.pytorch.loggers.{path}"  # the short form
+    if "." not in path:  # the short form
+        path = f"lightning.pytorch.loggers.{path}"
     classes.check(path)
-    given = {**(chosen.get("init_args") or {}), **(chosen.get("dict_kwargs") or {})}
+    given = dict(chosen.get("init_args") or {})
+    given |= chosen.get("dict_kwargs") or {}
     name = path.rpartition(".")[2]
-    alike[name] += 1
+    counts[name] += 1
+    number = counts[name]
     match name:
         case "MLFlowLogger":
-            return MLflow(folder, given, alike[name])
+            return MLflow(folder, given, number)
         case "WandbLogger":
-            return Wandb(folder, path, given, alike[name])
-    return Lightning(folder, path, given, alike[name])
+            return Wandb(folder, path, given, number)
+    return Lightning(folder, path, given, number)
 
 
 def _numbered(path: Path, number: int) -> Path:
     """Return the path for the first, and `name-2.json`, `name-3.json`, … for further ones."""
-    return path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+    if number == 1:
+        return path
+    return path.with_stem(f"{path.stem}-{number}")
+
+
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Yield parts of a list of at most this size."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _object(class_path: str, given: Mapping[str, Any]) -> Any:
-    """An object of a class, as a config that was checked describes it."""
-    made = {}
+    """Build the object that a checked config describes."""
+    arguments = {}
     for key, value in given.items():
-        nested = isinstance(value, Mapping) and "class_path" in value
-        made[key] = _object(value["class_path"], value.get("init_args") or {}) if nested else value
-    return classes.imported(class_path)(**made)
+        if isinstance(value, Mapping) and "class_path" in value:
+            value = _object(value["class_path"], value.get("init_args") or {})
+        arguments[key] = value
+    return classes.imported(class_path)(**arguments)
 
 
 def _with_password(uri: str) -> str:
-    """Return the address to use for one that a config.yaml keeps without its password."""
+    """Return an address with the password that config.yaml has hidden, if it is known."""
     if "***" not in uri:
         return uri
-    if uri == without_passwords(runs.tracking_uri()):
-        return runs.tracking_uri()
-    return uri.replace("***@", "")  # MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD may help
+    known = runs.tracking_uri()
+    if uri == without_passwords(known):
+        return known
+    return uri.replace("***@", "")  # MLflow can read the user and the password from the environment
 
 
 def acceptable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as trackers take them: a mapping with names that MLflow refuses (patterns of sites)
-    becomes text.
+    """Return settings in a form that trackers accept.
+
+    A mapping becomes text if MLflow would reject its keys, such as patterns of sites.
     """
-    taken: dict[str, Any] = {}
+    accepted: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
             plain = all(re.fullmatch(r"[\w\-. :/]+", str(name)) for name in value)
             value = acceptable(value) if plain else json.dumps(value)
-        taken[key] = value
-    return taken
+        accepted[key] = value
+    return accepted
 
 
 def flat(settings: Mapping[str, Any], path: str = "") -> dict[str, str]:
-    """Settings as text under their paths, `model/init_args/seed`."""
+    """Return settings as text by their paths, such as `model/init_args/seed`."""
     leaves: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:

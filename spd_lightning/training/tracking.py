@@ -1,4 +1,4 @@
-"""Records of a run: its own metrics file, and a copy of everything for the trackers."""
+"""Records of a run: its metrics file, and the copies in its trackers."""
 
 import logging
 import re
@@ -16,9 +16,12 @@ from spd_lightning.training.trackers import trackers
 
 log = logging.getLogger(__name__)
 
+SECRET = re.compile("token|passw|secret|api_key", re.IGNORECASE)
+"""Names of settings that are not stored or shown."""
+
 
 class MetricsFile(Logger):
-    """Logs to the run's own metrics.jsonl, which the viewer's curves are drawn from.
+    """Logs to the run's metrics.jsonl, from which the viewer draws curves.
 
     Args:
         folder: the run's folder.
@@ -41,27 +44,30 @@ class MetricsFile(Logger):
         runs.append_metrics(self.folder, step or 0, metrics)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Settings are in config.yaml."""
+        """Do nothing, because settings are in config.yaml."""
 
 
 def without_secrets(chosen: Any) -> Any:
-    """Return the settings of trackers without passwords and tokens, to be kept and shown."""
+    """Return the settings of trackers without passwords and tokens."""
     if isinstance(chosen, Mapping):
-        secret = re.compile("token|passw|secret|api_key", re.IGNORECASE)
-        hidden = {key: "***" for key, value in chosen.items() if value and secret.search(str(key))}
-        return {key: without_secrets(value) for key, value in chosen.items()} | hidden
+        public = {}
+        for key, value in chosen.items():
+            is_secret = value and SECRET.search(str(key))
+            public[key] = "***" if is_secret else without_secrets(value)
+        return public
     if isinstance(chosen, list):
         return [without_secrets(value) for value in chosen]
-    return without_passwords(chosen) if isinstance(chosen, str) else chosen
+    if isinstance(chosen, str):
+        return without_passwords(chosen)
+    return chosen
 
 
 def publish(copies: Copies, names: Sequence[str] = runs.MIRRORED) -> None:
-    """Complete the copies of a run; a tracker that cannot have its copy now gets a line, and
-    nothing is lost.
+    """Complete the copies of a run, and warn about those that are still incomplete.
 
     Args:
-        copies: those of the run.
-        names: files and folders of the run; all that trackers get, if omitted.
+        copies: the copies of the run.
+        names: files and folders of the run to send; all that trackers get if omitted.
     """
     if len(copies):
         log.info(
@@ -73,7 +79,7 @@ def publish(copies: Copies, names: Sequence[str] = runs.MIRRORED) -> None:
 
 
 def send(chosen: Any, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Send a finished run to its trackers; what they have already is not sent again.
+    """Send a finished run to its trackers, except for what they already have.
 
     Args:
         chosen: a config's `trainer.logger`.
@@ -81,7 +87,7 @@ def send(chosen: Any, folder: Path, settings: Mapping[str, Any]) -> None:
         settings: the run's hyperparameters.
 
     Raises:
-        BadInput: there is no tracker, or one does not get its copy.
+        BadInput: the run has no tracker, or a copy is still incomplete.
     """
     copies = Copies(trackers(chosen, folder), folder, needed=True)
     if not len(copies):

@@ -1,8 +1,7 @@
-"""The viewer: `gradio app.py`, or `python -m spd_lightning view`. It shows what runs left on disk
-and changes nothing.
+"""The viewer: `gradio app.py`, or `python -m spd_lightning view`. It only reads the files of runs.
 
-It listens on this machine alone unless told otherwise, sends no analytics, and opens only what lies
-below the place it was given: a browser names runs, harvests and prompts, never paths.
+By default it listens on this machine only. It sends no analytics, and opens only files below the
+given path: requests name runs, harvests and prompts, never paths.
 """
 
 import os
@@ -28,46 +27,66 @@ TITLE = '<h1 class="spd-brand">spd_lightning</h1>'
 PAGES = {"Graph": graph_page, "Tokens": token_page, "Components": component_page, "Run": run_page}
 STYLES = ("widget.css", "graph.css", "tokens.css", "page.css")
 EMPTY = (HERE / "empty.html").read_text(encoding="utf-8")
-# Plots that were drawn while their page was hidden have the wrong size until the window is resized.
+# A plot that was drawn while its page was hidden has the wrong size until the window is resized.
 FIT = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 60); }"
 FONT = ["ui-sans-serif", "system-ui", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
 
 def build(path: str | None = None) -> gr.Blocks:
-    """The pages, for the runs below `path` (see `Library`); `serve` serves them.
+    """Build the pages for the runs below `path` (see `Library`); `serve` serves them.
 
     Raises:
-        BadInput: there is nothing at `path`.
+        BadInput: `path` does not exist.
     """
     library = Library(path)
-    plain: dict[str, Any] = {"show_label": False, "container": False, "choices": []}
+    plain: dict[str, Any] = {
+        "show_label": False,
+        "container": False,
+        "choices": [],
+    }
     with gr.Blocks(title="spd_lightning", analytics_enabled=False, fill_width=True) as demo:
         with gr.Row(elem_id="top"):
             gr.HTML(TITLE, apply_default_css=False, min_width=180)
             run = gr.Dropdown(label="Run", scale=3, min_width=340, **plain)
-            harvest = gr.Dropdown(label="Harvest", scale=1, min_width=160, visible=False, **plain)
+            harvest = gr.Dropdown(
+                label="Harvest",
+                scale=1,
+                min_width=160,
+                visible=False,
+                **plain,
+            )
             refresh = gr.Button("Refresh", scale=0, min_width=100, size="md")
         message = gr.HTML(visible=False, apply_default_css=False)
         with gr.Tabs(visible=False) as pages:
-            panels = [_page(name, module, library) for name, module in PAGES.items()]
-        _wire(demo, library, refresh, [run, harvest, message, pages], panels)
+            panels = [_build_page(name, module, library) for name, module in PAGES.items()]
+        outputs = [run, harvest, message, pages]
+        _connect(demo, library, refresh, outputs, panels)
     return demo
 
 
-def _page(name: str, module: Any, library: Library) -> Panel:
+def _build_page(name: str, module: Any, library: Library) -> Panel:
     with gr.Tab(name, id=name.lower()) as tab:
         panel = module.widgets(library)
     tab.select(None, js=FIT, queue=False)
     return panel
 
 
-def _wire(
+def _connect(
     demo: gr.Blocks, library: Library, refresh: gr.Button, top: list[Any], panels: list[Panel]
 ) -> None:
+    """Connect the events of the pages with the functions that fill them.
+
+    Args:
+        demo: The pages.
+        library: The runs.
+        refresh: The button that looks for new runs.
+        top: The choice of run, the choice of harvest, the message, and the tabs.
+        panels: The pages' widgets.
+    """
     run, harvest = top[:2]
-    # Without preprocess, gradio compares no value with choices that another event may have changed;
-    # `choose` does it.
+    # Without `preprocess`, gradio does not compare a value with choices that another event may have
+    # changed. `Library.choose` checks the values.
     quick: dict[str, Any] = {
         "queue": False,
         "preprocess": False,
@@ -79,48 +98,56 @@ def _wire(
         return _look(library, wanted_run, wanted_harvest)
 
     def arrive(wanted_run: Any, wanted_harvest: Any) -> list[Any]:
-        return [*look(wanted_run, wanted_harvest)[:-1], _pages(library, wanted_run, wanted_harvest)]
+        values = look(wanted_run, wanted_harvest)
+        pages = _pages(library, wanted_run, wanted_harvest)
+        return [*values[:-1], pages]
 
     looked = gr.on([refresh.click, run.input], look, [run, harvest], top, **quick)
     arrived = demo.load(arrive, [run, harvest], top, **quick)
     for panel in panels:
-        draw = _chosen(library, panel)
+        draw = _draw_chosen(library, panel)
         inputs = [run, harvest, *panel.inputs]
         outputs = list(panel.outputs)
         looked.then(draw, inputs, outputs, **quick)
         arrived.then(draw, inputs, outputs, **quick)
-        gr.on([control.input for control in inputs[1:]], draw, inputs, outputs, **quick)
+        changes = [control.input for control in inputs[1:]]
+        gr.on(changes, draw, inputs, outputs, **quick)
 
 
-def _chosen(library: Library, panel: Panel) -> Callable[..., Any]:
-    """The panel's `draw` on what a browser's wishes mean; they may be a moment older than what
-    `_look` answered.
+def _draw_chosen(library: Library, panel: Panel) -> Callable[..., Any]:
+    """Return a function that draws a panel for the run and harvest that a browser names.
+
+    The names can be a moment older than the last result of `_look`, so they are resolved again.
     """
 
     def draw(wanted_run: Any, wanted_harvest: Any, *values: Any) -> Any:
         chosen = library.choose(wanted_run, wanted_harvest)
-        drawn = (
-            panel.draw(chosen[0].name, chosen[1], *values)
-            if chosen
-            else [gr.skip()] * len(panel.outputs)
-        )
+        if chosen is None:
+            drawn = [gr.skip()] * len(panel.outputs)
+        else:
+            run, harvest = chosen
+            drawn = panel.draw(run.name, harvest, *values)
         return drawn if len(panel.outputs) > 1 else drawn[0]
 
     return draw
 
 
 def _look(library: Library, wanted_run: Any, wanted_harvest: Any) -> list[Any]:
-    """The choice of run, the choice of harvest, a message, the pages."""
+    """Return updates for the choice of run, the choice of harvest, the message, and the tabs."""
     chosen = library.choose(wanted_run, wanted_harvest)
     if chosen is None:
         nothing = gr.update(choices=[], value=None)
-        return [nothing, nothing, gr.update(value=EMPTY, visible=True), gr.update(visible=False)]
+        return [
+            nothing,
+            nothing,
+            gr.update(value=EMPTY, visible=True),
+            gr.update(visible=False),
+        ]
     run, harvest = chosen
     harvests = harvest_names(run)
+    choices = [(_describe(known), known.name) for known in library.runs()]
     return [
-        gr.update(
-            choices=[(_describe(held), held.name) for held in library.runs()], value=run.name
-        ),
+        gr.update(choices=choices, value=run.name),
         gr.update(choices=harvests, value=harvest, visible=len(harvests) > 1),
         gr.update(visible=False),
         gr.update(visible=True),
@@ -128,19 +155,22 @@ def _look(library: Library, wanted_run: Any, wanted_harvest: Any) -> list[Any]:
 
 
 def _pages(library: Library, wanted_run: Any, wanted_harvest: Any) -> Any:
-    """The pages for one who arrives: where there are no graphs to see, the tokens are in front."""
+    """Return the tabs for a new visitor: Tokens is selected if the harvest has no graphs."""
     chosen = library.choose(wanted_run, wanted_harvest)
     if chosen is None:
         return gr.update(visible=False)
+    run, harvest = chosen
     try:
-        bare = library.store(chosen[0].name, chosen[1]).manifest["mode"] == "nodes"
+        mode = library.store(run.name, harvest).manifest["mode"]
     except BadInput:
-        bare = False
-    return gr.update(visible=True, selected="tokens" if bare else "graph")
+        mode = None
+    selected = "tokens" if mode == "nodes" else "graph"
+    return gr.update(visible=True, selected=selected)
 
 
 def _describe(run: Run) -> str:
-    return f"{run.name} · {run.state} · {datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}"
+    changed = datetime.fromtimestamp(run.changed)
+    return f"{run.name} · {run.state} · {changed:%Y-%m-%d %H:%M}"
 
 
 def launch(
@@ -153,17 +183,17 @@ def launch(
     """Serve the viewer until it is interrupted, and return its address.
 
     Args:
-        path: A folder of runs, a run, a harvest or a tracker's reference; the usual root of runs if
-            None.
-        port: Where to listen; the first free port from 7860 on if None.
-        host: Which interface to listen on: this machine alone by default.
-        open_browser: Whether to open a browser window, where there is a display.
-        wait: Whether to block; without it the caller keeps the process alive.
+        path: A folder of runs, a run, a harvest or a tracker's reference; the default folder of
+            runs if None.
+        port: The port to listen on; the first free port from 7860 on if None.
+        host: The interface to listen on; by default, only this machine can connect.
+        open_browser: Whether to open a browser window if there is a display.
+        wait: Whether to block; if not, the caller keeps the process alive.
 
     Raises:
-        BadInput: there is nothing at `path`, or the port is taken.
+        BadInput: `path` does not exist, or the port is taken.
     """
-    listening = serving.listen(host, port)  # before the pages are built, which takes seconds
+    listening = serving.listen(host, port)  # first, since building the pages takes seconds
     try:
         return _serve(build(path), listening, host, open_browser, wait)
     except BaseException:
@@ -178,21 +208,24 @@ def serve(
     open_browser: bool = False,
     wait: bool = True,
 ) -> str:
-    """Serve pages that `build` made; arguments and errors as for `launch`."""
-    return _serve(demo, serving.listen(host, port), host, open_browser, wait)
+    """Serve pages from `build`; arguments and errors as for `launch`."""
+    listening = serving.listen(host, port)
+    return _serve(demo, listening, host, open_browser, wait)
 
 
 def _serve(
     demo: gr.Blocks, listening: socket.socket, host: str, open_browser: bool, wait: bool
 ) -> str:
-    appearance = {"theme": theme(), "css_paths": [HERE / name for name in STYLES]}
-    return serving.serve(
-        serving.protected(demo, host, appearance), listening, host, open_browser, wait
-    )
+    appearance = {
+        "theme": theme(),
+        "css_paths": [HERE / name for name in STYLES],
+    }
+    app = serving.protected(demo, host, appearance)
+    return serving.serve(app, listening, host, open_browser, wait)
 
 
 def theme() -> gr.themes.Base:
-    """Quiet colors and the system's own fonts, so that no page asks the network for anything."""
+    """Return quiet colors and system fonts, so that no page loads anything from the network."""
     return gr.themes.Default(
         primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO
     ).set(

@@ -8,21 +8,21 @@ from spd_lightning.analysis.dataset_edges import MIN_EDGES, Side, corpus_harvest
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
 from spd_lightning.store import Store
-from spd_lightning.viewer.panel import name_element, shortened
+from spd_lightning.viewer.panel import name_element, problem, shortened
 
 TOP_K = 12
 HEADS = ("", "to activation", "95 % interval", "to |activation|", "edges")
 
 
 EdgeRow = tuple[str, float, float | None, float | None, float, int]
+"""Name, sum to activation, low and high end of its interval, sum to |activation|, edges."""
 
 
 @dataclass(frozen=True)
 class EdgeTables:
     """The strongest sources and targets of a component, normalized.
 
-    Rows are name, sum to activation, low and high end of its interval, sum to |activation|, number
-    of edges. `note` says which corpus they are of.
+    `note` describes the corpus.
     """
 
     component: str
@@ -32,77 +32,86 @@ class EdgeTables:
 
 
 def page_data(store: Store, layer: str, component: int, top_k: int = TOP_K) -> EdgeTables:
-    """The tables of one component, from a harvest of sums.
+    """Return the tables of one component, from a harvest of sums.
 
     Raises:
         BadInput: the harvest has no such component, or a file cannot be read.
     """
 
     def rows(side: Side) -> list[EdgeRow]:
-        found = strongest(store, layer, component, side, top_k=top_k)
-        values = (
-            found[name].to_list() for name in ("to_activation", "low", "high", "to_size", "edges")
-        )
-        return list(zip(named(store, found), *values, strict=True))
+        edges = strongest(store, layer, component, side, top_k=top_k)
+        names = named(store, edges)
+        columns = edges.select("to_activation", "low", "high", "to_size", "edges")
+        return [(name, *values) for name, values in zip(names, columns.iter_rows(), strict=True)]
 
     prompts = store.manifest["prompts"]
     mode = store.manifest["mode"]
     note = (
-        f"Edges of {prompts:,} {mode} graphs, summed, over the source's importance and the "
-        "target's usual size. Pairs "
-        f"with fewer than {MIN_EDGES} edges are left out; rows are in order of how far their "
-        "interval over prompts "
-        "stays above 0."
+        f"Edges of {prompts:,} {mode} graphs, summed, and divided by the source's importance and "
+        f"the target's usual size. Pairs with fewer than {MIN_EDGES} edges are left out. Rows are "
+        "ordered by how far their interval over prompts stays above 0."
     )
-    return EdgeTables(f"{layer}:{component}", rows("sources"), rows("targets"), note)
+    return EdgeTables(
+        component=f"{layer}:{component}",
+        sources=rows("sources"),
+        targets=rows("targets"),
+        note=note,
+    )
 
 
 def of_run(run: Run, layer: str, component: int) -> EdgeTables | None:
-    """The tables of one component from the latest harvest of sums that a run has; None where it has
-    none.
-    """
-    found = corpus_harvests(run.harvests)
-    return (
-        page_data(Store(found[0]).require("mode", "token_layers"), layer, component)
-        if found
-        else None
-    )
+    """Return the tables of a component from a run's latest harvest of sums; None without one."""
+    harvests = corpus_harvests(run.harvests)
+    if not harvests:
+        return None
+    store = Store(harvests[0]).require("mode", "token_layers")
+    return page_data(store, layer, component)
 
 
 def html(page: EdgeTables) -> str:
-    """The tables side by side."""
-    sides = (("sources", page.sources), ("targets", page.targets))
-    grids = "".join(
-        _grid(f"Strongest {side} of {shortened(page.component)}", page.component, rows)
-        for side, rows in sides
-    )
-    return f'<div class="spd-grids">{grids}</div><p class="spd-note">{escape(page.note)}</p>'
+    """Return the two tables next to each other, as HTML."""
+    component = shortened(page.component)
+    sources = _grid(f"Strongest sources of {component}", page.component, page.sources)
+    targets = _grid(f"Strongest targets of {component}", page.component, page.targets)
+    note = f'<p class="spd-note">{escape(page.note)}</p>'
+    return f'<div class="spd-grids">{sources}{targets}</div>{note}'
 
 
 def _grid(title: str, component: str, rows: list[EdgeRow]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in HEADS)
-    body = "".join(f"<tr>{_line(row)}</tr>" for row in rows)
-    body = body or f'<tr><td colspan="{len(HEADS)}">none</td></tr>'
+    body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
+    if not rows:
+        body = f'<tr><td colspan="{len(HEADS)}">none</td></tr>'
+    heading = f'<h3 title="{escape(component)}">{escape(title)}</h3>'
     table = f'<table class="spd-table"><tr>{head}</tr>{body}</table>'
-    return f'<section><h3 title="{escape(component)}">{escape(title)}</h3>{table}</section>'
+    return f"<section>{heading}{table}</section>"
 
 
-def _line(row: EdgeRow) -> str:
-    name, signed, low, high, size, count = row
-    interval = "–" if low is None else f"{low:+.3g} to {high:+.3g}"
-    values = (f"{signed:+.3g}", interval, f"{size:+.3g}", f"{count:,}")
-    return name_element("td", name) + "".join(f"<td>{value}</td>" for value in values)
+def _cells(row: EdgeRow) -> str:
+    name, to_activation, low, high, to_size, edges = row
+    values = (
+        f"{to_activation:+.3g}",
+        "–" if low is None else f"{low:+.3g} to {high:+.3g}",
+        f"{to_size:+.3g}",
+        f"{edges:,}",
+    )
+    cells = [f"<td>{value}</td>" for value in values]
+    return name_element("td", name) + "".join(cells)
 
 
 def update(run: Run, layer: str, wanted: Any, default: int, count: int) -> tuple[int | None, str]:
     """Return the component to show, and its tables as HTML.
 
-    The component is the one asked for if it exists, else the default. It is None if the run has no
-    sums over a corpus.
+    It is the wanted component if that exists, else the default. It is None if the run has no sums
+    over a corpus.
     """
-    asked = int(wanted) if isinstance(wanted, int | float) and 0 <= wanted < count else default
+    component = default
+    if isinstance(wanted, int | float) and 0 <= wanted < count:
+        component = int(wanted)
     try:
-        page = of_run(run, layer, asked)
+        page = of_run(run, layer, component)
     except BadInput as error:
-        return asked, f'<p class="spd-problem" role="alert">{escape(str(error))}</p>'
-    return (asked, html(page)) if page else (None, "")
+        return component, problem(str(error))
+    if page is None:
+        return None, ""
+    return component, html(page)

@@ -1,21 +1,20 @@
-"""The gate in front of the viewer: lets through what its own pages send, and answers everything
-else with a 4xx.
+"""The gate in front of the viewer: passes the requests of its own pages and rejects all others.
 
-A viewer on loopback is still reachable for every page that the browser has open: by a host name
-that an attacker points at this machine (DNS rebinding), or by requests to 127.0.0.1 from another
-origin. Gradio itself checks neither, accepts uploads and has many routes that these pages never
-use. For every request the gate therefore
+Every page that is open in the browser can reach a viewer on loopback: by a host name that an
+attacker points at this machine (DNS rebinding), or by requests to 127.0.0.1 from another origin.
+Gradio itself checks neither, accepts uploads, and has many routes that these pages never use.
+Therefore the gate does the following with each request:
 
-1. compares the Host header with the names that this viewer has (403),
-2. rejects another origin, by the headers Origin and Sec-Fetch-Site (403),
-3. knows the paths and methods that the pages use, and no others (404, 405; websockets are closed),
-4. reads at most 1 MB of body, however it is sent (413), and
-5. rebuilds the two kinds of question that the pages ask, so that nothing else reaches Gradio (400,
-   415).
+1. It compares the Host header with the names of this viewer (403).
+2. It rejects other origins, by the headers Origin and Sec-Fetch-Site (403).
+3. It accepts only the paths and methods that the pages use (404, 405), and closes websockets.
+4. It reads at most 1 MB of body, however it is sent (413).
+5. It rebuilds the two kinds of request that the pages send, so that nothing else reaches Gradio
+   (400, 415).
 
-Every answer carries headers that forbid framing, guessing of content types and, by a content
-security policy, anything from another host. The gate does not log in users: whoever can open a
-connection under a right name may look.
+Every response carries headers that forbid framing, guessing of content types and, by a content
+security policy, anything from another host. The gate does not log in users: anyone who can connect
+under one of the viewer's names can see the pages.
 """
 
 import base64
@@ -36,10 +35,10 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MOST_BYTES = 2**20
-"""Of a request's body; the longest question of a page has a few hundred."""
+"""The largest request body; the longest request of a page has a few hundred bytes."""
 
 MOST_LEVELS = 20
-"""Of lists and objects inside each other; the pages use two."""
+"""The largest depth of nested lists and objects; the pages use two."""
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 EVERYWHERE = frozenset({"0.0.0.0", "::"})
@@ -60,7 +59,7 @@ HEADERS = {
 
 
 class Rejected(Exception):
-    """A request that is not answered: its status and one line that says why."""
+    """A rejected request: the status of the response, and one line with the reason."""
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)
@@ -68,46 +67,51 @@ class Rejected(Exception):
 
 
 class Questions:
-    """The questions that the pages of one viewer can ask.
+    """The requests that the pages of one viewer can send.
 
     Args:
-        config: What Gradio tells the browser about the pages: their components and events.
+        config: Gradio's description of the pages for the browser: their components and events.
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        self._inputs = {
-            one["id"]: len(one["inputs"]) for one in config["dependencies"] if one["backend_fn"]
-        }
-        self._functions = {
-            (component["id"], name)
-            for component in config["components"]
-            for name in component["props"].get("server_fns") or ()
-        }
+        self._inputs: dict[int, int] = {}  # the number of inputs, by event
+        for event in config["dependencies"]:
+            if event["backend_fn"]:
+                self._inputs[event["id"]] = len(event["inputs"])
+        self._functions: set[tuple[int, str]] = set()
+        for component in config["components"]:
+            names = component["props"].get("server_fns") or ()
+            self._functions.update((component["id"], name) for name in names)
 
     def event(self, body: bytes) -> bytes:
-        """Rebuild the body of an event: which one, and the values of its inputs.
+        """Rebuild the body of an event: its number, and the values of its inputs.
 
         Raises:
             Rejected: there is no such event, or the body is not of this form.
         """
-        asked = _json_object(body)
-        index = asked.get("fn_index")
-        data = asked.get("data")
+        request = _json_object(body)
+        index = request.get("fn_index")
+        data = request.get("data")
         if not _is_integer(index) or index not in self._inputs:
             raise Rejected(400, "fn_index: not an event of these pages")
         if not isinstance(data, list) or len(data) != self._inputs[index]:
             raise Rejected(400, f"data: expected a list of {self._inputs[index]} values")
-        return _json({"fn_index": index, "data": data, "session_hash": _session(asked)})
+        event = {
+            "fn_index": index,
+            "data": data,
+            "session_hash": _session(request),
+        }
+        return _json(event)
 
     def server_function(self, body: bytes) -> bytes:
-        """Rebuild the body of a call of a server function: which one, and its argument.
+        """Rebuild the body of a call of a server function: its name, and its argument.
 
         Raises:
             Rejected: there is no such function, or the body is not of this form.
         """
-        asked = _json_object(body)
-        component = asked.get("component_id")
-        name = asked.get("fn_name")
+        request = _json_object(body)
+        component = request.get("component_id")
+        name = request.get("fn_name")
         known = (
             _is_integer(component)
             and isinstance(name, str)
@@ -115,37 +119,36 @@ class Questions:
         )
         if not known:
             raise Rejected(400, "component_id, fn_name: not a function of these pages")
-        session = _session(asked)
-        called = {
+        session = _session(request)
+        call = {
             "component_id": component,
             "fn_name": name,
-            "data": asked.get("data"),
+            "data": request.get("data"),
             "session_hash": session,
         }
-        return _json(called)
+        return _json(call)
 
 
 class Gate:
-    """ASGI middleware that does what the top of this file says.
+    """ASGI middleware that checks requests as described at the top of this file.
 
     Args:
         app: The application behind the gate.
-        questions: What the pages may ask.
-        host: The name or address that the viewer was told to listen on. If that is every interface,
-            any IP address and this machine's own names are right names too: an attacker's page
-            always has a name of its own.
+        questions: The requests that the pages can send.
+        host: The name or address that the viewer listens on. If it listens on every interface, any
+            IP address and the names of this machine are accepted too: the page of an attacker
+            always comes under another name.
     """
 
     def __init__(self, app: App, questions: Questions, host: str):
         self._app = app
         self._readers = {EVENT: questions.event, SERVER_FUNCTION: questions.server_function}
         self._any_address = host in EVERYWHERE
-        own = (
-            {socket.gethostname().lower(), socket.getfqdn().lower()}
-            if self._any_address
-            else {host.lower()}
-        )
-        self._names = LOOPBACK | own
+        if self._any_address:
+            names = {socket.gethostname().lower(), socket.getfqdn().lower()}
+        else:
+            names = {host.lower()}
+        self._names = LOOPBACK | names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -156,65 +159,66 @@ class Gate:
                 raise Rejected(403, "the viewer has no websockets")
             await self._pass_on(scope, receive, send)
         except Rejected as rejected:
-            await _answer(scope, send, rejected)
+            await _respond(scope, send, rejected)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check a request and hand it to the application, without what the application has no use
-        for.
-        """
+        """Check a request, and pass on to the application only what it needs."""
         headers = _Headers(scope)
         self._check_host(headers)
         self._check_origin(scope, headers)
         read = self._check_path(scope)
-        body = await _body(headers, receive)
+        is_page = scope["path"] == "/"
+        body = await _read_body(headers, receive)
         if read is None:
             body = b""
-        elif headers.one("content-type").partition(";")[0].strip().lower() != "application/json":
-            raise Rejected(415, "content-type: expected application/json")
         else:
+            content_type = headers.one("content-type").partition(";")[0]
+            if content_type.strip().lower() != "application/json":
+                raise Rejected(415, "content-type: expected application/json")
             body = read(body)
-        kept = headers.without_forwarding(
-            ("content-length", "transfer-encoding", "content-encoding")
-        )
-        if scope["path"] == "/":
-            kept = [
-                (name, value) for name, value in kept if name != b"accept-encoding"
-            ]  # its scripts are hashed below
-        kept.append((b"content-length", str(len(body)).encode()))
-        inner = {**scope, "headers": kept, "query_string": b""}
-        await self._app(inner, _replay(body, receive), _Guarded(send, page=scope["path"] == "/"))
+        dropped = ["content-length", "transfer-encoding", "content-encoding"]
+        if is_page:
+            dropped.append("accept-encoding")  # the scripts of the page are hashed below
+        passed = headers.without_forwarding(*dropped)
+        passed.append((b"content-length", str(len(body)).encode()))
+        inner = {**scope, "headers": passed, "query_string": b""}
+        guarded = _Guarded(send, page=is_page)
+        await self._app(inner, _replay(body, receive), guarded)
 
     def _check_host(self, headers: "_Headers") -> None:
-        """The port is not compared: an ssh tunnel may have another one at its near end."""
-        found = NAME_AND_PORT.fullmatch(headers.one("host").lower())
-        name = found[1].strip("[]") if found else ""
+        """Reject other host names. The port can differ, since an ssh tunnel can change it."""
+        match = NAME_AND_PORT.fullmatch(headers.one("host").lower())
+        name = match[1].strip("[]") if match else ""
         if name in self._names or (self._any_address and _is_address(name)):
             return
         raise Rejected(
-            403, "Host: not a name of this viewer; open it by the address that it printed"
+            403, "Host: not a name of this viewer; open the address that the viewer printed"
         )
 
     def _check_origin(self, scope: Scope, headers: "_Headers") -> None:
-        """A page's own requests have its origin, which is its Host; a followed link has none, and
-        opens the page.
+        """Reject requests of other pages.
+
+        The origin of this viewer's pages is its Host. A link that the user follows has no origin,
+        and can only open the page.
         """
         origin = headers.one("origin").lower()
-        if origin and origin not in (
-            f"{scheme}://{headers.one('host').lower()}" for scheme in ("http", "https")
-        ):
-            raise Rejected(403, "Origin: not this viewer's own pages")
-        link = scope["path"] == "/" and headers.one("sec-fetch-mode") == "navigate"
-        if headers.one("sec-fetch-site") in ("cross-site", "same-site") and not link:
-            raise Rejected(403, "Sec-Fetch-Site: not this viewer's own pages")
+        host = headers.one("host").lower()
+        if origin and origin not in (f"http://{host}", f"https://{host}"):
+            raise Rejected(403, "Origin: not a page of this viewer")
+        is_link = scope["path"] == "/" and headers.one("sec-fetch-mode") == "navigate"
+        from_elsewhere = headers.one("sec-fetch-site") in ("cross-site", "same-site")
+        if from_elsewhere and not is_link:
+            raise Rejected(403, "Sec-Fetch-Site: not a page of this viewer")
 
     def _check_path(self, scope: Scope) -> Callable[[bytes], bytes] | None:
-        """The reader of a question; None for the page and its files."""
+        """Return the reader of the request's body; None for the page and its files."""
         path = scope["path"]
         read = self._readers.get(path)
         if read is None and path != "/" and not FILES.fullmatch(path):
             raise Rejected(404, "not found")
-        if scope["method"] not in (("GET", "HEAD") if read is None else ("POST",)):
-            raise Rejected(405, "the pages do not use this method here")
+        methods = ("GET", "HEAD") if read is None else ("POST",)
+        if scope["method"] not in methods:
+            raise Rejected(405, f"method: expected {' or '.join(methods)}")
         return read
 
 
@@ -231,28 +235,32 @@ class _Headers:
         """Return the value of a header, or an empty string if it is missing.
 
         Raises:
-            Rejected: the header is there twice.
+            Rejected: the header occurs twice.
         """
-        values = [value for key, value in self._pairs if key == name.encode()]
+        wanted = name.encode()
+        values = [value for key, value in self._pairs if key == wanted]
         if len(values) > 1:
-            raise Rejected(400, f"{name}: there twice")
+            raise Rejected(400, f"{name}: given twice")
         return values[0].decode("latin-1") if values else ""
 
-    def without_forwarding(self, names: tuple[str, ...]) -> list[tuple[bytes, bytes]]:
-        """Return all headers but these and those of proxies, from which Gradio would make
-        addresses.
+    def without_forwarding(self, *names: str) -> list[tuple[bytes, bytes]]:
+        """Return all headers except these and those of proxies.
+
+        Gradio would derive addresses from the headers of proxies.
         """
         dropped = {name.encode() for name in names}
         return [
-            (k, v) for k, v in self._pairs if k not in dropped and not k.startswith(b"x-forwarded-")
+            (name, value)
+            for name, value in self._pairs
+            if name not in dropped and not name.startswith(b"x-forwarded-")
         ]
 
 
-async def _body(headers: _Headers, receive: Receive) -> bytes:
-    """The whole body of a request.
+async def _read_body(headers: _Headers, receive: Receive) -> bytes:
+    """Read the body of a request.
 
     Raises:
-        Rejected: it has more than `MOST_BYTES`, or does not arrive.
+        Rejected: it has more than `MOST_BYTES`, or does not arrive completely.
     """
     too_long = Rejected(413, f"body: more than {MOST_BYTES} bytes")
     declared = headers.one("content-length")
@@ -263,7 +271,7 @@ async def _body(headers: _Headers, receive: Receive) -> bytes:
     while more:
         message = await receive()
         if message["type"] != "http.request":
-            raise Rejected(400, "body: not sent to its end")
+            raise Rejected(400, "body: incomplete")
         body += message.get("body", b"")
         if len(body) > MOST_BYTES:
             raise too_long
@@ -272,31 +280,32 @@ async def _body(headers: _Headers, receive: Receive) -> bytes:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that hands out the body first, and then whatever happens to the connection."""
+    """Return a `receive` that yields the body first, and then the events of the connection."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_message() -> Message:
-        return messages.pop() if messages else await receive()
+        if messages:
+            return messages.pop()
+        return await receive()
 
     return next_message
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
-    """The body as a JSON object of modest depth, with finite numbers and whole characters only."""
+    """Parse a body as a JSON object of limited depth, with finite numbers and valid characters."""
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        value = json.loads(body, parse_constant=_reject_constant)
         check_levels(value, MOST_LEVELS)
-        json.dumps(
-            value, allow_nan=False, ensure_ascii=False
-        ).encode()  # fails at 1e999 and at half a character
+        # This fails for 1e999 and for half a surrogate pair.
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
-        raise Rejected(400, "body: not JSON that these pages send") from None
+        raise Rejected(400, "body: not valid JSON of these pages") from None
     if not isinstance(value, dict):
         raise Rejected(400, "body: expected an object")
     return value
 
 
-def _no_constant(name: str) -> float:
+def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -304,10 +313,10 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value).encode()
 
 
-def _session(asked: Mapping[str, Any]) -> str:
-    session = asked.get("session_hash")
+def _session(request: Mapping[str, Any]) -> str:
+    session = request.get("session_hash")
     if not isinstance(session, str) or not SESSION.fullmatch(session):
-        raise Rejected(400, "session_hash: expected lower-case letters and digits")
+        raise Rejected(400, "session_hash: expected lowercase letters and digits")
     return session
 
 
@@ -323,17 +332,18 @@ def _is_address(name: str) -> bool:
     return True
 
 
-# ---- answers -------------------------------------------------------------------------------------
+# ---- responses -----------------------------------------------------------------------------------
 
 
 class _Guarded:
-    """A `send` that adds the headers of protection; a page is held back until its scripts are
-    known.
+    """A `send` that adds the security headers.
+
+    The page itself is sent once it is complete, since its policy needs the hashes of its inline
+    scripts.
 
     Args:
-        send: Where answers go.
-        page: Whether the answer is the page itself, whose policy names its inline scripts by their
-            hashes.
+        send: Sends the response.
+        page: Whether the response is the page itself.
     """
 
     def __init__(self, send: Send, page: bool):
@@ -343,38 +353,40 @@ class _Guarded:
         self._body = bytearray()
 
     async def __call__(self, message: Message) -> None:
+        is_start = message["type"] == "http.response.start"
         if not self._page:
-            await self._send(
-                _guarded(message, policy()) if message["type"] == "http.response.start" else message
-            )
+            await self._send(_guarded(message, policy()) if is_start else message)
             return
-        if message["type"] == "http.response.start":
+        if is_start:
             self._start = message
             return
         self._body += message.get("body", b"")
         if message.get("more_body", False):
             return
-        await self._send(_guarded(self._start, policy(bytes(self._body))))
-        await self._send({"type": "http.response.body", "body": bytes(self._body)})
+        body = bytes(self._body)
+        await self._send(_guarded(self._start, policy(body)))
+        await self._send({"type": "http.response.body", "body": body})
 
 
 def _guarded(start: Message, content_policy: str) -> Message:
-    added = {**HEADERS, "content-security-policy": content_policy}
-    kept = [
+    """Add the security headers to the start of a response; they replace others of their names."""
+    security = {**HEADERS, "content-security-policy": content_policy}
+    headers = [
         (name, value)
         for name, value in start.get("headers", [])
-        if name.decode("latin-1") not in added
+        if name.decode("latin-1") not in security
     ]
-    own = [(name.encode(), value.encode()) for name, value in added.items()]
-    return {**start, "headers": [*kept, *own]}
+    for name, value in security.items():
+        headers.append((name.encode(), value.encode()))
+    return {**start, "headers": headers}
 
 
 def policy(page: bytes = b"") -> str:
-    """The content security policy of an answer; of a page, with the hashes of its inline scripts.
+    """Return the content security policy of a response.
 
-    Inline event handlers and scripts that a hostile name or text might bring do not run. Gradio's
-    components make their functions from text (`unsafe-eval`), and Gradio and plotly set styles
-    where they draw.
+    The policy of a page contains the hashes of its inline scripts. Scripts and inline event
+    handlers from a hostile name or text do not run. Gradio's components compile functions from
+    text (`unsafe-eval`), and Gradio and plotly set inline styles.
     """
     scripts = [_script_hash(script) for script in INLINE_SCRIPT.findall(page)]
     allowed = {
@@ -389,16 +401,19 @@ def policy(page: bytes = b"") -> str:
         "form-action": ["'none'"],
         "frame-ancestors": ["'none'"],
     }
-    return "; ".join(" ".join([name, *sources]) for name, sources in allowed.items())
+    directives = [" ".join([name, *sources]) for name, sources in allowed.items()]
+    return "; ".join(directives)
 
 
 def _script_hash(script: bytes) -> str:
     text = script.replace(b"\r\n", b"\n")  # as browsers read it
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
+    digest = hashlib.sha256(text).digest()
+    encoded = base64.b64encode(digest).decode()
+    return f"'sha256-{encoded}'"
 
 
-async def _answer(scope: Scope, send: Send, rejected: Rejected) -> None:
-    """Send the status and the line of a rejection."""
+async def _respond(scope: Scope, send: Send, rejected: Rejected) -> None:
+    """Send the status and the reason of a rejection."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
@@ -407,6 +422,12 @@ async def _answer(scope: Scope, send: Send, rejected: Rejected) -> None:
         (b"content-type", b"text/plain; charset=utf-8"),
         (b"content-length", str(len(body)).encode()),
     ]
-    start = {"type": "http.response.start", "status": rejected.status, "headers": headers}
+    start = {
+        "type": "http.response.start",
+        "status": rejected.status,
+        "headers": headers,
+    }
     await send(_guarded(start, policy()))
-    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+    if scope["method"] == "HEAD":
+        body = b""
+    await send({"type": "http.response.body", "body": body})

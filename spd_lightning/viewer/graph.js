@@ -1,6 +1,7 @@
-// The attribution graph of one prompt: SVG nodes over a canvas of edges. Runs as the body of gr.HTML's js_on_load,
-// with `element` (this component's root), `props.value` (which harvest, its prompts), `server` and `watch`.
-// widget.js and graph_layout.js stand before it. Nodes and edges come from the server already filtered.
+// The attribution graph of one prompt: SVG nodes over a canvas of edges. It runs as the body of
+// gr.HTML's js_on_load, with `element` (the root of this component), `props.value` (the harvest and
+// its prompts), `server` and `watch`. widget.js and graph_layout.js are put before it. The server
+// sends nodes and edges already filtered.
 
 const STEPS = {
   influence: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1],
@@ -10,7 +11,7 @@ const STEPS = {
 };
 const START = { influence: 1, top_k: 200, threshold: 0, min_importance: 0 };
 const MEANING = {
-  replacement: 'Of the influence of all leaves on the outputs, the share that tokens have and not rests and biases',
+  replacement: 'The share of the influence of all leaves on the outputs that comes from tokens, not from rests or biases',
   completeness: 'The share of a node’s in-edges that comes neither from a rest nor from a bias, averaged by influence',
 };
 const SVG = 'http://www.w3.org/2000/svg';
@@ -22,26 +23,27 @@ const shape = (tag, attributes, parent) => {
   return made;
 };
 let prompts = [], graph = null, places = new Map(), byNode = new Map();
-let hovered = null, pinned = null, edgeLit = null, asked = 0, askedNode = 0;
+let hovered = null, pinned = null, edgeLit = null, requests = 0, nodeRequests = 0;
 
-// ---- asking the server ----------------------------------------------------------------------------------------
+// ---- requests to the server -----------------------------------------------------------------------------------
 
 const setting = (name) => STEPS[name][Number($(`[data-setting=${name}]`).value)];
 const request = (more) => ({ run: props.value.run, harvest: props.value.harvest, prompt: $('.prompt').value, ...more });
 
 async function load() {
-  const turn = ++asked;
+  const turn = ++requests;
   if (!props.value || !props.value.run) return;
-  const answer = await ask('graph', request(Object.fromEntries(Object.keys(STEPS).map((name) => [name, setting(name)]))));
-  if (turn !== asked) return;
-  show(answer.problem);
-  if (answer.problem) return clear();
-  const kept = pinned && pinned.name;
-  graph = answer;
+  const filters = Object.fromEntries(Object.keys(STEPS).map((name) => [name, setting(name)]));
+  const response = await ask('graph', request(filters));
+  if (turn !== requests) return;
+  show(response.problem);
+  if (response.problem) return clear();
+  const pinnedName = pinned && pinned.name;
+  graph = response;
   byNode = new Map(graph.nodes.map((node) => [node.node, node]));
   hovered = edgeLit = null;
   $('.tip').hidden = true;
-  pinned = graph.nodes.find((node) => node.name === kept) || null;
+  pinned = graph.nodes.find((node) => node.name === pinnedName) || null;
   render();
   if (pinned) pin(pinned); else emptyPanel();
 }
@@ -70,7 +72,9 @@ function render() {
   svg.setAttribute('width', plan.width);
   svg.setAttribute('height', plan.height);
   svg.replaceChildren();
-  plan.centers.forEach((y) => shape('line', { class: 'guide', x1: plan.left - 14, x2: plan.width - 12, y1: y, y2: y }, svg));
+  plan.centers.forEach((y) => {
+    shape('line', { class: 'guide', x1: plan.left - 14, x2: plan.width - 12, y1: y, y2: y }, svg);
+  });
   graph.nodes.forEach((node) => drawNode(node, svg));
   drawRows(plan);
   drawAxis(plan);
@@ -78,7 +82,10 @@ function render() {
   drawSummary();
   drawFrontier(graph.frontier);
   drawTable();
-  element.querySelectorAll('.extra').forEach((item, index) => { item.hidden = !graph.nodes.some((node) => node.kind === ['rest', 'bias'][index]); });
+  element.querySelectorAll('.extra').forEach((item, index) => {
+    const kind = ['rest', 'bias'][index];
+    item.hidden = !graph.nodes.some((node) => node.kind === kind);
+  });
 }
 
 function drawRows(plan) {
@@ -105,19 +112,31 @@ function drawAxis(plan) {
 function drawNode(node, svg) {
   const { x, y, r, gap } = places.get(node.node);
   const strength = node.kind === 'component' ? Math.max(0, Math.min(1, node.importance)) : 0;
-  const group = shape('g', { class: `node ${node.kind}${strength > 0.55 ? ' strong' : ''}`, 'data-node': node.node, transform: `translate(${x},${y})`,
-    tabindex: 0, role: 'button', 'aria-label': node.name }, svg);
+  const group = shape('g', {
+    class: `node ${node.kind}${strength > 0.55 ? ' strong' : ''}`,
+    'data-node': node.node,
+    transform: `translate(${x},${y})`,
+    tabindex: 0,
+    role: 'button',
+    'aria-label': node.name,
+  }, svg);
   for (const layer of ['under', 'shape']) {
     const fill = layer === 'under' || node.kind === 'rest' ? {} : { 'fill-opacity': node.kind === 'component' ? strength : 0.08 };
     if (node.kind === 'component' || node.kind === 'rest') shape('circle', { class: layer, r, ...fill }, group);
     else if (node.kind === 'bias') shape('path', { class: layer, d: `M0 ${-r}L${r} 0L0 ${r}L${-r} 0Z`, ...fill }, group);
     else shape('rect', { class: layer, x: -r, y: -r, width: 2 * r, height: 2 * r, rx: r * 0.3, ...fill }, group);
   }
-  if (node.kind !== 'rest' && node.kind !== 'bias' && 7 * String(node.component).length + 3 <= 2 * r) shape('text', { class: 'inside', y: 4 }, group).textContent = node.component;
-  if (node.label && gap >= 58 && !graph.tokens.length) shape('text', { y: node.layer === 0 ? r + 17 : -r - 9 }, group).textContent = node.label;
+  const numberFits = 7 * String(node.component).length + 3 <= 2 * r;
+  if (node.kind !== 'rest' && node.kind !== 'bias' && numberFits) {
+    shape('text', { class: 'inside', y: 4 }, group).textContent = node.component;
+  }
+  if (node.label && gap >= 58 && !graph.tokens.length) {
+    const y = node.layer === 0 ? r + 17 : -r - 9;
+    shape('text', { y }, group).textContent = node.label;
+  }
 }
 
-// A node's name; where inputs are tokens, that of an input or output with its token.
+// A node's name; if inputs are tokens, an input or output also shows its token.
 const titled = ({ name, label }) => (label && graph.tokens.length ? `${name} “${glyphs(label)}”` : name);
 
 const color = (name) => getComputedStyle($('.spd-graph')).getPropertyValue(name).trim();
@@ -129,7 +148,8 @@ function curve(edge) {
   return [from.x, y1, from.x, y1 + bend, to.x, level ? y1 + bend : y2 - bend, to.x, level ? y1 : y2];
 }
 
-// A node is lit when it is hovered, else when it is pinned; an edge lit from the table outranks both.
+// The hovered node is lit; if there is none, the pinned one. An edge that is lit from the table takes
+// precedence over both.
 const lit = () => hovered || pinned;
 const touches = (edge, node) => edge.source === node.node || edge.target === node.node;
 const isLit = (edge) => edgeLit ? edge === edgeLit : lit() ? touches(edge, lit()) : null;
@@ -149,7 +169,10 @@ function drawEdges(plan) {
   pen.clearRect(0, 0, canvas.width, canvas.height);
   const ink = { plus: color('--plus'), minus: color('--minus') };
   const largest = Math.max(...graph.edges.map((edge) => Math.abs(edge.attribution)), 1e-30);
-  const strokes = graph.edges.map((edge) => ({ edge, share: Math.abs(edge.attribution) / largest, on: isLit(edge) })).reverse();
+  const strokes = graph.edges.map((edge) => {
+    const share = Math.abs(edge.attribution) / largest;
+    return { edge, share, on: isLit(edge) };
+  }).reverse();
   for (const stroke of strokes) if (stroke.on !== true) strokeEdge(pen, stroke, ink);
   for (const stroke of strokes) if (stroke.on === true) strokeEdge(pen, stroke, ink);
   labelEdges(pen, strokes.filter((stroke) => stroke.on === true).slice(-14), ink);
@@ -168,8 +191,8 @@ function strokeEdge(pen, { edge, share, on }, ink) {
   pen.globalAlpha = 1;
 }
 
-// Values stand at the far end of the lit node's edges, where they fan out; one that finds no free place is left to the
-// panel.
+// Values are written near the far end of the lit node's edges, where they fan out. A value without a
+// free place is left out; the panel shows it.
 function labelEdges(pen, strokes, ink) {
   pen.font = '600 12px system-ui, sans-serif';
   pen.textAlign = 'center';
@@ -181,7 +204,10 @@ function labelEdges(pen, strokes, ink) {
     const text = number(edge.attribution), half = pen.measureText(text).width / 2 + 3;
     const outward = edgeLit || edge.source === lit().node;
     const spots = [0.62, 0.5, 0.74, 0.4, 0.84].map((t) => along(curve(edge), outward ? t : 1 - t));
-    const spot = spots.find(([x, y]) => taken.every(([a, b, other]) => Math.abs(x - a) > half + other || Math.abs(y - b) > 14));
+    const isFree = ([x, y]) => taken.every(
+      ([a, b, other]) => Math.abs(x - a) > half + other || Math.abs(y - b) > 14,
+    );
+    const spot = spots.find(isFree);
     if (!spot) continue;
     taken.push([...spot, half]);
     pen.strokeText(text, ...spot);
@@ -202,13 +228,15 @@ function markNodes() {
   if (edgeLit) near.add(edgeLit.source).add(edgeLit.target);
   else if (lit()) {
     near.add(lit().node);
-    graph.edges.filter((edge) => touches(edge, lit())).forEach((edge) => near.add(edge.source).add(edge.target));
+    graph.edges
+      .filter((edge) => touches(edge, lit()))
+      .forEach((edge) => near.add(edge.source).add(edge.target));
   }
   element.querySelectorAll('.node').forEach((group) => {
-    const own = Number(group.dataset.node);
-    group.classList.toggle('off', near.size > 0 && !near.has(own));
-    group.classList.toggle('on', own === (lit() && lit().node));
-    group.setAttribute('aria-pressed', String(Boolean(pinned) && pinned.node === own));
+    const node = Number(group.dataset.node);
+    group.classList.toggle('off', near.size > 0 && !near.has(node));
+    group.classList.toggle('on', node === (lit() && lit().node));
+    group.setAttribute('aria-pressed', String(Boolean(pinned) && pinned.node === node));
   });
 }
 
@@ -216,25 +244,43 @@ function drawSummary() {
   const counts = `${graph.edges.length} of ${graph.edges_total} edges, ${graph.nodes.length} of ${graph.nodes_total} nodes`;
   const hidden = graph.edges_passing > graph.edges.length ? ` (${graph.edges_passing} pass the filters)` : '';
   const rest = `${counts}${hidden} · largest |attribution| ${number(graph.largest)} · mode ${graph.mode}`;
-  $('.summary').replaceChildren(make('b', '', graph.label), make('span', '', ` · ${rest}`), ...['replacement', 'completeness'].filter((name) => graph[name] !== null).map((name) => {
+  const scores = ['replacement', 'completeness'].filter((name) => graph[name] !== null).map((name) => {
     const fact = make('span', '', ` · ${name} ${number(graph[name])}`);
     fact.title = MEANING[name];
     return fact;
-  }));
+  });
+  $('.summary').replaceChildren(make('b', '', graph.label), make('span', '', ` · ${rest}`), ...scores);
   $('.checks').replaceChildren(...checked(graph.checks));
   $('.warning').textContent = graph.warning;
 }
 
-// How the whole graph stood up to interventions, whatever part of it is shown.
+// How well the whole graph agrees with interventions, whichever part of it is shown.
 function checked(checks) {
   if (!checks) return [];
   const percent = (share) => (share < 1e-4 ? 'under 0.01 %' : `${number(Number((100 * share).toPrecision(2)))} %`);
-  const fact = (text, meaning) => { const span = make('span', '', text); span.title = meaning; return span; };
-  const agreement = [['r = ', checks.correlation, (r) => number(r)], ['off by ', checks.relative_error, percent]]
-    .filter(([, value]) => value !== null).map(([before, value, format]) => before + format(value)).join(', ');
+  const fact = (text, meaning) => {
+    const span = make('span', '', text);
+    span.title = meaning;
+    return span;
+  };
+  const figures = [
+    ['r = ', checks.correlation, (r) => number(r)],
+    ['off by ', checks.relative_error, percent],
+  ];
+  const agreement = figures
+    .filter(([, value]) => value !== null)
+    .map(([before, value, format]) => before + format(value))
+    .join(', ');
+  const gapMeaning = 'How far the in-edges are from adding up to the values they explain: '
+    + 'Σ|value − Σ in-edges| / Σ|value| over components and outputs, with all edges. '
+    + 'In frozen graphs it is 0; in others it is what the linearization misses.';
+  const checkMeaning = 'The source of each edge was ablated while all other sites were held fixed, and the change '
+    + 'of the target was measured. This checks single edges, not whether the in-edges of a node add up. '
+    + 'r: correlation between the edge and the loss of the target. '
+    + 'Off by: the norm of the differences divided by the norm of the edges.';
   return [
-    checks.gap !== null && fact(`gap ${percent(checks.gap)}`, 'How far in-edges are from adding up to the values they explain: Σ|value − Σ in-edges| / Σ|value| over components and outputs, of all edges. Frozen graphs have none; in others it is what the linearization leaves out.'),
-    checks.checked && fact(`${checks.checked} edges checked by intervention${agreement && `: ${agreement}`}`, 'The source of each was switched off while all other sites were held fixed, and the target read. This checks single edges, not whether the in-edges of a node add up. r: correlation of what the target lost with what the edge says. Off by: the size of the differences as a share of the size of the edges.'),
+    checks.gap !== null && fact(`gap ${percent(checks.gap)}`, gapMeaning),
+    checks.checked && fact(`${checks.checked} edges checked by intervention${agreement && `: ${agreement}`}`, checkMeaning),
   ].filter(Boolean);
 }
 
@@ -254,7 +300,12 @@ function drawTable() {
     row.addEventListener('mouseleave', () => { edgeLit = null; drawEdges(); });
     return row;
   });
-  if (!rows.length) { const row = make('tr'); const cell = make('td', '', 'No edge passes these filters.'); cell.colSpan = 4; row.append(cell); rows.push(row); }
+  if (!rows.length) {
+    const row = make('tr'), cell = make('td', '', 'No edge passes these filters.');
+    cell.colSpan = 4;
+    row.append(cell);
+    rows.push(row);
+  }
   $('.strongest tbody').replaceChildren(...rows);
 }
 
@@ -277,8 +328,10 @@ function hover(node) {
   tip.hidden = !node;
   if (!node) return;
   const edges = graph.edges.filter((edge) => touches(edge, node));
+  const ins = edges.filter((edge) => edge.target === node.node);
+  const outs = edges.filter((edge) => edge.source === node.node);
   const list = facts(node);
-  list.append(make('dt', '', 'edges shown'), make('dd', '', `${edges.filter((e) => e.target === node.node).length} in, ${edges.filter((e) => e.source === node.node).length} out`));
+  list.append(make('dt', '', 'edges shown'), make('dd', '', `${ins.length} in, ${outs.length} out`));
   tip.replaceChildren(make('div', 'name', titled(node)), list);
   const { x, y, r } = places.get(node.node), stage = $('.stage');
   const right = x - stage.scrollLeft + r + 14, left = right - 2 * r - 28 - tip.offsetWidth;
@@ -288,8 +341,10 @@ function hover(node) {
 
 function emptyPanel() {
   $('.panel').replaceChildren(...[
-    'A circle is a component that takes part in this prompt, the fuller the more important it is. A line is an attribution: how much of one node’s value reaches the next along the direct path. A component’s own sign is arbitrary: two negative lines in a row do what two positive ones would.',
-    'Hover a node to see its edges and their values. Click it to pin it here, with everything that flows in and out.',
+    'A circle is a component that is active on this prompt; the more important it is, the darker its fill. '
+      + 'A line is an attribution: how much of one node’s value reaches the next along the direct path. '
+      + 'The sign of a component is arbitrary: two negative lines in a row have the same effect as two positive ones.',
+    'Hover over a node to see its edges and their values. Click it to pin it here with all edges into and out of it.',
   ].map((text) => make('p', 'hint', text)));
 }
 
@@ -299,35 +354,42 @@ async function pin(node) {
   hovered = null;
   $('.tip').hidden = true;
   drawEdges();
-  const turn = ++askedNode, turnGraph = asked;
-  const answer = await ask('node', request({ node: node.node }));
-  if (turn !== askedNode || turnGraph !== asked || pinned !== node) return;
-  show(answer.problem);
-  if (answer.problem) return;
+  const turn = ++nodeRequests, turnGraph = requests;
+  const response = await ask('node', request({ node: node.node }));
+  if (turn !== nodeRequests || turnGraph !== requests || pinned !== node) return;
+  show(response.problem);
+  if (response.problem) return;
   const head = make('div', 'head'), close = make('button', 'close', '×');
   close.setAttribute('aria-label', 'Unpin');
   close.addEventListener('click', unpin);
   head.append(make('div', 'name', titled(node)), close);
-  $('.panel').replaceChildren(head, facts(node), ...side('In', answer.ins, answer.in_count, answer.in_sum), ...side('Out', answer.outs, answer.out_count, answer.out_sum));
+  const ins = side('In', response.ins, response.in_count, response.in_sum);
+  const outs = side('Out', response.outs, response.out_count, response.out_sum);
+  $('.panel').replaceChildren(head, facts(node), ...ins, ...outs);
 }
 
 function unpin() {
   pinned = null;
-  askedNode++;
+  nodeRequests++;
   emptyPanel();
   if (graph) drawEdges();
 }
 
 function side(title, ends, count, sum) {
   const head = make('h4', '', `${title}-edges`);
-  head.append(make('small', '', count ? `${ends.length < count ? `${ends.length} of ` : ''}${count}, sum ${number(sum)}` : 'none'));
+  const part = ends.length < count ? `${ends.length} of ` : '';
+  head.append(make('small', '', count ? `${part}${count}, sum ${number(sum)}` : 'none'));
   const largest = Math.max(...ends.map((end) => Math.abs(end.attribution)), 0);
   return [head, ...ends.map((end) => {
     const button = make('button', 'end');
-    button.append(named('span', '', titled(end), NAME_IN_PANEL), make('span', 'value', number(end.attribution)), meter(end.attribution, largest));
-    const heads = [...end.heads].sort((a, b) => Math.abs(b.attribution) - Math.abs(a.attribution)).slice(0, 4).map(({ head, attribution }) => `head ${head}: ${number(attribution)}`);
+    const name = named('span', '', titled(end), NAME_IN_PANEL);
+    button.append(name, make('span', 'value', number(end.attribution)), meter(end.attribution, largest));
+    const heads = [...end.heads]
+      .sort((a, b) => Math.abs(b.attribution) - Math.abs(a.attribution))
+      .slice(0, 4)
+      .map(({ head, attribution }) => `head ${head}: ${number(attribution)}`);
     if (heads.length) button.append(make('small', 'heads', heads.join(' · ')));
-    button.title = `${titled(end)}: ${byNode.has(end.node) ? 'pin this node' : 'hidden by a filter'}`;
+    button.title = `${titled(end)}: ${byNode.has(end.node) ? 'click to pin this node' : 'hidden by a filter'}`;
     button.addEventListener('click', () => pin(byNode.get(end.node)));
     return button;
   })];
@@ -340,14 +402,18 @@ function fillPrompts() {
   const matching = prompts.filter((prompt) => prompt.label.toLowerCase().includes(wanted)).slice(0, 500);
   const groups = new Map();
   for (const prompt of matching) {
-    if (!groups.has(prompt.split)) { const group = make('optgroup'); group.label = prompt.split; groups.set(prompt.split, group); }
+    if (!groups.has(prompt.split)) {
+      const group = make('optgroup');
+      group.label = prompt.split;
+      groups.set(prompt.split, group);
+    }
     const option = make('option', '', prompt.label);
     option.value = prompt.id;
     groups.get(prompt.split).append(option);
   }
-  const kept = $('.prompt').value;
+  const selected = $('.prompt').value;
   $('.prompt').replaceChildren(...groups.values());
-  if (matching.some((prompt) => prompt.id === kept)) $('.prompt').value = kept;
+  if (matching.some((prompt) => prompt.id === selected)) $('.prompt').value = selected;
 }
 
 function describeSliders() {
@@ -361,7 +427,9 @@ function describeSliders() {
     }[name];
   }
   const index = $('.prompt').selectedIndex, last = $('.prompt').length - 1;
-  element.querySelectorAll('.step').forEach((button) => { button.disabled = button.dataset.step === '1' ? index >= last : index <= 0; });
+  element.querySelectorAll('.step').forEach((button) => {
+    button.disabled = button.dataset.step === '1' ? index >= last : index <= 0;
+  });
 }
 
 function refresh() { describeSliders(); return load(); }
@@ -398,10 +466,16 @@ $('svg').addEventListener('mouseover', (event) => graph && hover(nodeUnder(event
 $('svg').addEventListener('mouseleave', () => graph && hover(null));
 $('svg').addEventListener('focusin', (event) => event.target.matches(':focus-visible') && hover(nodeUnder(event)));
 $('svg').addEventListener('focusout', () => graph && hover(null));
-$('svg').addEventListener('click', (event) => { const node = nodeUnder(event); if (node) pin(node); else unpin(); });
+$('svg').addEventListener('click', (event) => {
+  const node = nodeUnder(event);
+  if (node) pin(node); else unpin();
+});
 element.addEventListener('keydown', (event) => {
   if (event.key === 'Escape') unpin();
-  if ((event.key === 'Enter' || event.key === ' ') && nodeUnder(event)) { event.preventDefault(); pin(nodeUnder(event)); }
+  if ((event.key === 'Enter' || event.key === ' ') && nodeUnder(event)) {
+    event.preventDefault();
+    pin(nodeUnder(event));
+  }
 });
 let seenWidth = 0;
 new ResizeObserver(() => {

@@ -1,16 +1,22 @@
-// Where every node of an attribution graph stands. Pure: a graph and the room for it in, places out; graph.js draws them.
+// The places of the nodes of an attribution graph. This is a pure function of a graph and the room
+// for it; graph.js draws the result.
 //
-// Rows are layers, the input at the bottom; columns are positions. Nodes of one layer and position share a cell and wrap
-// into several lines when it is full. With `untangle`, cells are then swept upwards and downwards, each node moving to
-// the mean place of its neighbors (the barycenter heuristic of Sugiyama, Tagawa and Toda, 1981).
+// Rows are layers, with the input at the bottom; columns are positions. The nodes of one layer and
+// position share a cell, and wrap into several lines when it is full. With `untangle`, cells are
+// then swept upwards and downwards, and each node moves to the mean place of its neighbors (the
+// barycenter heuristic of Sugiyama, Tagawa and Toda, 1981).
 
 const LEAST_LEFT = 150, LETTER = 7, RIGHT = 40, TOP = 46, BOTTOM = 46, CELL_GAP = 14, NARROW = 15;
 
 // The room for the names of layers, left of the first column.
-const roomForNames = (layers) => Math.max(LEAST_LEFT, 24 + LETTER * Math.max(...layers.map((name) => shortened(name).length)));
+const roomForNames = (layers) => {
+  const lengths = layers.map((name) => shortened(name).length);
+  return Math.max(LEAST_LEFT, 24 + LETTER * Math.max(...lengths));
+};
 
-// Returns the sheet's width and height, the room `left` of the columns, the y of each layer, the columns {widths, starts}, and `places`: by node its
-// center {x, y}, radius r, the gap to its neighbors, and how many lines its cell has.
+// Returns the sheet's width and height, the room `left` of the columns, the y of each layer, the
+// columns {widths, starts}, and `places`: for each node, its center {x, y}, radius r, the gap to its
+// neighbors, and the number of lines of its cell.
 function layout(graph, room, untangle) {
   const cells = new Map();
   for (const node of graph.nodes) {
@@ -42,7 +48,11 @@ function columnWidths(cells, positions, room, left) {
   const stretch = positions === 1 ? room / wanted : Math.max(1, room / wanted);
   const starts = [];
   let total = 0;
-  widths.forEach((width, index) => { starts[index] = left + total; widths[index] = width * stretch; total += widths[index]; });
+  widths.forEach((width, index) => {
+    starts[index] = left + total;
+    widths[index] = width * stretch;
+    total += widths[index];
+  });
   return { widths, starts, total };
 }
 
@@ -78,8 +88,9 @@ function placeCell(nodes, { columns, centers, places }) {
   });
 }
 
-// Moves a cell's nodes toward the mean place of their neighbors below (or above), weighted by |attribution|. Inputs
-// keep their order and outputs their places, which mean something; cells of several lines are only reordered.
+// Moves a cell's nodes toward the mean place of their neighbors below (or above), weighted by
+// |attribution|. Inputs keep their order and outputs keep their places, since these have a meaning.
+// Cells of several lines are only reordered.
 function straighten(nodes, graph, incoming, plan) {
   if (nodes[0].kind === 'output') return;
   const wishes = wishesOf(nodes, graph, incoming, plan.places);
@@ -96,19 +107,26 @@ function straighten(nodes, graph, incoming, plan) {
 function wishesOf(nodes, graph, incoming, places) {
   const pulls = new Map(nodes.map(({ node }) => [node, [0, 0]]));
   for (const { source, target, attribution } of graph.edges) {
-    const [own, other] = incoming ? [target, source] : [source, target];
-    const pull = pulls.get(own), weight = Math.abs(attribution) + 1e-9 * graph.largest;
-    if (pull) { pull[0] += weight * places.get(other).x; pull[1] += weight; }
+    const [node, neighbor] = incoming ? [target, source] : [source, target];
+    const pull = pulls.get(node);
+    const weight = Math.abs(attribution) + 1e-9 * graph.largest;
+    if (pull) {
+      pull[0] += weight * places.get(neighbor).x;
+      pull[1] += weight;
+    }
   }
   return new Map([...pulls].map(([node, [sum, weight]]) => [node, weight > 0 ? sum / weight : places.get(node).x]));
 }
 
-// Places in the given order, at least `gap` apart and between `first` and `last`, near to the wishes.
+// Returns places in the given order, at least `gap` apart, between `first` and `last`, and close to
+// the wishes.
 function spread(wishes, gap, first, last) {
   const xs = [];
   wishes.forEach((wish, index) => { xs.push(index ? Math.max(wish, xs[index - 1] + gap) : wish); });
   const shift = xs.reduce((sum, x, index) => sum + x - wishes[index], 0) / xs.length;
-  for (let index = xs.length - 1, limit = last; index >= 0; index--, limit -= gap) xs[index] = Math.min(xs[index] - shift, limit);
+  for (let index = xs.length - 1, limit = last; index >= 0; index--, limit -= gap) {
+    xs[index] = Math.min(xs[index] - shift, limit);
+  }
   xs.forEach((x, index) => { xs[index] = Math.max(x, first + index * gap); });
   return xs;
 }

@@ -1,6 +1,4 @@
-"""The graph page: what one prompt's attribution graph shows, as plain values, and the widget that
-draws them.
-"""
+"""The graph page: one prompt's attribution graph as plain values, and the widget that draws it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,7 +23,7 @@ from spd_lightning.viewer.library import Library
 from spd_lightning.viewer.panel import Panel, finite, integer, number, prompt_id
 
 MOST_EDGES = 5000
-MANY_NODES = 600  # in a graph of more, those without a shown edge are left out
+MANY_NODES = 600  # in larger graphs, nodes without a visible edge are left out
 VALUES = {
     "vectors": {"under CI masks": "ci_logit", "target": "target_logit"},
     "tokens": {"p under CI masks": "ci_probability", "p of target": "target_probability"},
@@ -34,9 +32,7 @@ VALUES = {
 
 @dataclass(frozen=True)
 class GraphSelection:
-    """The selected prompt, and how much of its graph to show: see
-    `analysis.graphs.prompt_graph`.
-    """
+    """The selected prompt, and the filters of `analysis.graphs.prompt_graph`."""
 
     prompt: int
     top_k: int = 200
@@ -46,17 +42,17 @@ class GraphSelection:
 
     @classmethod
     def read(cls, question: Mapping[str, Any]) -> "GraphSelection":
-        """The selection that a browser asked for.
+        """Read the selection from a browser's request.
 
         Raises:
             BadInput: a value has the wrong type or lies outside its range.
         """
         return cls(
-            prompt_id(question),
-            integer(question, "top_k", MOST_EDGES),
-            number(question, "threshold", 0, 1),
-            number(question, "min_importance", 0, 1),
-            number(question, "influence", 0, 1),
+            prompt=prompt_id(question),
+            top_k=integer(question, "top_k", MOST_EDGES),
+            threshold=number(question, "threshold", 0, 1),
+            min_importance=number(question, "min_importance", 0, 1),
+            influence=number(question, "influence", 0, 1),
         )
 
 
@@ -65,13 +61,13 @@ class GraphPage:
     """One prompt's graph, ready to draw.
 
     A node is {node, name, kind, layer (index into `layers`), pos, component, importance,
-    activation, label, outputs}; an edge {source, target, attribution}, strongest first. Of a graph
-    with many nodes, only those on an edge are here. `tokens` are the prompt's tokens by position,
-    empty for models on vectors. `replacement` and `completeness` are the scores of the whole graph,
-    None unless it is frozen (see `analysis.influence.Scores`). `checks` is the graph's
-    `analysis.checks.Fidelity`, None for a harvest without any and for several prompts together.
-    `frontier` holds the rows of that table by λ, where the harvest has one. `warning` says that
-    frozen graphs of this harvest do not add up.
+    activation, label, outputs}; an edge is {source, target, attribution}, strongest first. In a
+    graph with many nodes, those without a visible edge are left out. `tokens` are the prompt's
+    tokens by position, empty for models on vectors. `replacement` and `completeness` are the scores
+    of the whole graph, None unless it is frozen (see `analysis.influence.Scores`). `checks` is the
+    graph's `analysis.checks.Fidelity`, None if the harvest has no checks and for several prompts
+    together. `frontier` holds the rows of that table by λ, if the harvest has one. `warning` is not
+    empty if frozen graphs of this harvest do not add up.
     """
 
     label: str
@@ -93,9 +89,11 @@ class GraphPage:
 
 @dataclass(frozen=True)
 class NodePage:
-    """All that meets in one node: ends {node, name, label, attribution, heads}, strongest first,
-    with counts and sums over all (None where a sum is not finite). `heads` lists what each head
-    adds, {head, attribution}, where known.
+    """The edges of one node, with counts and sums over all of them.
+
+    An edge is described by its other end, {node, name, label, attribution, heads}, strongest first.
+    `heads` lists the contribution of each head, {head, attribution}, if known. A sum is None if it
+    is not finite.
     """
 
     ins: list[dict[str, Any]]
@@ -107,13 +105,20 @@ class NodePage:
 
 
 def page_data(store: Store, selection: GraphSelection) -> GraphPage:
-    """The graph of the selected prompt, filtered as selected.
+    """Return the graph of the selected prompt, filtered as selected.
 
     Raises:
         BadInput: the harvest has no such prompt, or a file is damaged.
     """
-    filters = selection.top_k, selection.threshold, selection.min_importance, selection.influence
-    graph = prompt_graph(store, selection.prompt, *filters)
+    graph = prompt_graph(
+        store,
+        selection.prompt,
+        top_k=selection.top_k,
+        threshold=selection.threshold,
+        min_importance=selection.min_importance,
+        influence=selection.influence,
+    )
+    frontier = store.collect(store.scan("frontier", selection.prompt)).drop("prompt_id")
     label, tokens = _prompt(store, selection.prompt)
     nodes = graph.nodes
     if len(nodes) > MANY_NODES:
@@ -133,18 +138,17 @@ def page_data(store: Store, selection: GraphSelection) -> GraphPage:
         replacement=graph.scores.replacement,
         completeness=graph.scores.completeness,
         checks=_checks(store, selection.prompt),
-        frontier=finite(
-            store.collect(store.scan("frontier", selection.prompt)).drop("prompt_id")
-        ).to_dicts(),
+        frontier=finite(frontier).to_dicts(),
         warning=gap_warning(store.manifest),
     )
 
 
 def _checks(store: Store, prompt: int) -> dict[str, Any] | None:
-    """How the prompt's graph stood up to interventions."""
+    """Return how well the prompt's graph agrees with interventions."""
     if prompt == ALL_PROBES or "graphs" not in store.tables:
         return None
-    return asdict(fidelity(store, prompt))
+    figures = fidelity(store, prompt)
+    return asdict(figures)
 
 
 def _prompt(store: Store, prompt: int) -> tuple[str, list[str]]:
@@ -152,90 +156,103 @@ def _prompt(store: Store, prompt: int) -> tuple[str, list[str]]:
     if prompt == ALL_PROBES:
         return together_label(len(probes(store))), []
     row = store.collect(store.scan("prompts", prompt)).row(0, named=True)
-    return prompt_label(row), [] if store.manifest["kind"] == "vectors" else row["tokens"]
+    tokens = [] if store.manifest["kind"] == "vectors" else row["tokens"]
+    return prompt_label(row), tokens
 
 
 def node_data(store: Store, prompt: int, node: int) -> NodePage:
-    """The strongest edges into and out of one node, of all edges that were stored.
+    """Return the strongest edges into and out of one node, among all stored edges.
 
     Raises:
         BadInput: the prompt has no such node, or a file is damaged.
     """
-    nodes = tables(store, prompt)[0]
+    nodes, _ = tables(store, prompt)
     if not (nodes["node"] == node).any():
         raise BadInput(
             f"node {node} is not in the graph of prompt {prompt}; it has {len(nodes)} nodes"
         )
     edges = node_edges(store, prompt, node)
-    met = nodes.filter(pl.col("node").is_in([*edges.ins["source"], *edges.outs["target"]]))
-    named = {
-        held["node"]: {k: held[k] for k in ("node", "name", "label")}
-        for held in _nodes(store, prompt, met)
-    }
     heads = node_heads(store, prompt, node)
-    ins, outs = (
-        [
-            named[row[end]]
-            | {
+    neighbors = nodes.filter(pl.col("node").is_in([*edges.ins["source"], *edges.outs["target"]]))
+    names = {}
+    for row in _nodes(store, prompt, neighbors):
+        names[row["node"]] = {key: row[key] for key in ("node", "name", "label")}
+
+    def other_ends(side: pl.DataFrame, end: str) -> list[dict[str, Any]]:
+        rows = []
+        for row in finite(side).to_dicts():
+            edge = {
                 "attribution": row["attribution"],
                 "heads": heads.get((row["source"], row["target"]), []),
             }
-            for row in side.to_dicts()
-        ]
-        for end, side in (("source", finite(edges.ins)), ("target", finite(edges.outs)))
+            rows.append(names[row[end]] | edge)
+        return rows
+
+    return NodePage(
+        ins=other_ends(edges.ins, "source"),
+        outs=other_ends(edges.outs, "target"),
+        in_count=edges.in_count,
+        out_count=edges.out_count,
+        in_sum=edges.in_sum if isfinite(edges.in_sum) else None,
+        out_sum=edges.out_sum if isfinite(edges.out_sum) else None,
     )
-    in_sum, out_sum = (
-        total if isfinite(total) else None for total in (edges.in_sum, edges.out_sum)
-    )
-    return NodePage(ins, outs, edges.in_count, edges.out_count, in_sum, out_sum)
 
 
 def _nodes(store: Store, prompt: int, nodes: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return nodes of a graph as rows with their layers as indices, names, labels and outputs."""
     values = VALUES[store.manifest["kind"]]
-    tokens = _prompt(store, prompt)[1]
-    rows = store.collect(
-        store.scan("outputs", prompt).select("pos", "token_id", "token", **values)
-    ).to_dicts()
-    outputs = {(row["pos"], row["token_id"]): row for row in rows}
-    order = {layer: index for index, layer in enumerate(store.layers)}
-    found = []
+    _, tokens = _prompt(store, prompt)
+    table = store.scan("outputs", prompt).select("pos", "token_id", "token", **values)
+    outputs = {(row["pos"], row["token_id"]): row for row in store.collect(table).to_dicts()}
+    layer_index = {layer: index for index, layer in enumerate(store.layers)}
+    rows = []
     for node in finite(nodes).to_dicts():
-        output = outputs.get((node["pos"], node["component"])) if node["kind"] == "output" else None
-        own = {
-            "layer": order[node["layer"]],
+        output = None
+        if node["kind"] == "output":
+            output = outputs.get((node["pos"], node["component"]))
+        more = {
+            "layer": layer_index[node["layer"]],
             "name": node_name(node),
             "label": _label(node, tokens, output),
+            "outputs": output and {name: output[name] for name in values},
         }
-        found.append(node | own | {"outputs": output and {name: output[name] for name in values}})
-    return found
+        rows.append(node | more)
+    return rows
 
 
 def _label(node: Mapping[str, Any], tokens: list[str], output: Mapping[str, Any] | None) -> str:
     """Return the label of an input or output node: a value for vectors, a token for text."""
-    if node["kind"] not in ("input", "embedding", "output") or node["activation"] is None:
+    kind = node["kind"]
+    if kind not in ("input", "embedding", "output") or node["activation"] is None:
         return ""
-    if tokens:
-        return (
-            tokens[node["pos"]] if node["kind"] != "output" else output["token"] if output else ""
-        )
-    return f"{node['activation'] + 0.0:.3g}".replace("-", "−")  # + 0.0: there is no −0
+    if not tokens:
+        value = node["activation"] + 0.0  # turns −0 into 0
+        return f"{value:.3g}".replace("-", "−")
+    if kind != "output":
+        return tokens[node["pos"]]
+    return output["token"] if output else ""
 
 
-# The browser's side of it.
+# ---- responses to a browser ----------------------------------------------------------------------
 
 
 def graph_answer(library: Library, question: Any) -> dict[str, Any]:
-    """The `GraphPage` that a browser asked for, as JSON values, or {"problem": one line}."""
-    return library.answer(
-        question, lambda store, asked: asdict(page_data(store, GraphSelection.read(asked)))
-    )
+    """Return the `GraphPage` that a browser requests, as JSON values, or {"problem": one line}."""
+
+    def read(store: Store, request: Mapping[str, Any]) -> dict[str, Any]:
+        selection = GraphSelection.read(request)
+        return asdict(page_data(store, selection))
+
+    return library.answer(question, read)
 
 
 def node_answer(library: Library, question: Any) -> dict[str, Any]:
-    """The `NodePage` that a browser asked for, as JSON values, or {"problem": one line}."""
+    """Return the `NodePage` that a browser requests, as JSON values, or {"problem": one line}."""
 
-    def read(store: Store, asked: Mapping[str, Any]) -> dict[str, Any]:
-        return asdict(node_data(store, prompt_id(asked), integer(asked, "node", 2**32 - 1)))
+    def read(store: Store, request: Mapping[str, Any]) -> dict[str, Any]:
+        prompt = prompt_id(request)
+        node = integer(request, "node", 2**32 - 1)
+        return asdict(node_data(store, prompt, node))
 
     return library.answer(question, read)
 
@@ -244,31 +261,36 @@ def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
     """Return the widget's first data: the harvest, and its prompts.
 
     Raises:
-        BadInput: the run has no harvest, or one without edges, or an empty one, or it cannot be
-            read.
+        BadInput: the run has no harvest, or the harvest has no graphs, is empty or unreadable.
     """
     store = library.store(run, harvest)
     if store.manifest["mode"] == "nodes":
         raise BadInput(
             f"harvest '{harvest}' of run '{run}': it has no graphs. Choose another harvest above, "
-            "or harvest graphs: "
-            "predict with --config graphs.yaml. The page Tokens shows this harvest."
+            "or harvest graphs: run predict with --config graphs.yaml. The page Tokens shows this "
+            "harvest."
         )
-    listed = graph_list(store)
-    if listed.is_empty():
+    graphs = graph_list(store)
+    if graphs.is_empty():
         raise BadInput(
             f"harvest '{harvest}' of run '{run}': no prompts yet; refresh when `predict` has "
             "written some"
         )
     prompts = [
-        {"id": str(i), "label": label, "split": split} for i, label, split in listed.iter_rows()
+        {"id": str(prompt), "label": label, "split": split}
+        for prompt, label, split in graphs.iter_rows()
     ]
     written = f"{store.manifest.get('checkpoint_digest')} {store.manifest['shards']}"
-    return {"run": run, "harvest": harvest, "prompts": prompts, "written": written}
+    return {
+        "run": run,
+        "harvest": harvest,
+        "prompts": prompts,
+        "written": written,
+    }
 
 
 def widgets(library: Library) -> Panel:
-    """The interactive graph: a `gr.HTML` whose value is `contents` or {"problem": one line}."""
+    """Create the interactive graph: a `gr.HTML` with `contents` or {"problem": one line}."""
     import gradio as gr
 
     def graph(question: Any) -> dict[str, Any]:
@@ -283,14 +305,14 @@ def widgets(library: Library) -> Panel:
         except BadInput as error:
             return [{"problem": str(error)}]
 
-    template, shared, layout, frontier, script = (
-        Path(__file__).with_name(name).read_text(encoding="utf-8")
-        for name in ("graph.html", "widget.js", "graph_layout.js", "frontier.js", "graph.js")
-    )
+    def file(name: str) -> str:
+        return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+    scripts = ("widget.js", "graph_layout.js", "frontier.js", "graph.js")
     shown = gr.HTML(
         value={},
-        html_template=template,
-        js_on_load=shared + layout + frontier + script,
+        html_template=file("graph.html"),
+        js_on_load="".join(file(name) for name in scripts),
         server_functions=[graph, node],
         apply_default_css=False,
         elem_id="graph",

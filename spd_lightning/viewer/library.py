@@ -1,5 +1,6 @@
-"""Runs that the viewer may open: those below one root, one run, or one harvest; by name, never by
-path.
+"""The runs that the viewer can open: those below one root, one run, or one harvest.
+
+A browser names runs and harvests; it never gives a path.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,10 +23,10 @@ class Library:
 
     Args:
         path: A folder of runs, a run, a harvest, or a tracker's reference (see `runs.find`); the
-            usual root of runs where it is None.
+            default root of runs if None.
 
     Raises:
-        BadInput: there is nothing at `path`.
+        BadInput: `path` does not exist.
     """
 
     def __init__(self, path: str | None = None):
@@ -42,112 +43,127 @@ class Library:
 
     @property
     def place(self) -> Path:
-        """Where it looks for runs."""
-        return self._only.path if self._only else self._root or runs.root()
+        """The folder in which the library looks for runs."""
+        if self._only:
+            return self._only.path
+        return self._root or runs.root()
 
     def runs(self) -> list[Run]:
-        """All runs there are at this moment, the latest written first."""
-        return [self._only] if self._only else runs.runs(self._root)
+        """List all runs that exist at this moment, the latest written first."""
+        if self._only:
+            return [self._only]
+        return runs.runs(self._root)
 
     def run(self, name: Any) -> Run:
-        """The run of this name.
+        """Return the run of this name.
 
         Raises:
-            BadInput: there is none.
+            BadInput: there is no such run.
         """
-        held = {run.name: run for run in self.runs()}
-        if not isinstance(name, str) or name not in held:
-            asked = str(name)[:100]
-            raise BadInput(f"run '{asked}': not in '{self.place}'; {nearest(asked, held)}")
-        return held[name]
+        by_name = {run.name: run for run in self.runs()}
+        if not isinstance(name, str) or name not in by_name:
+            given = str(name)[:100]
+            raise BadInput(f"run '{given}': not in '{self.place}'; {nearest(given, by_name)}")
+        return by_name[name]
 
     def choose(self, run: Any, harvest: Any) -> tuple[Run, str | None] | None:
-        """Choose the run and harvest to show: those asked for, if they exist.
+        """Choose the run and harvest to show: the requested ones, if they exist.
 
-        Otherwise the latest run that has a harvest, and the latest harvest of the run; None if
-        there is no run.
+        The default is the latest run that has a harvest, and the latest harvest of the run. The
+        result is None if there is no run.
         """
-        held = self.runs()
-        asked = (
-            [one for one in held if one.name == run]
-            or [one for one in held if one.harvests]
-            or held
-        )
-        if not asked:
+        known = self.runs()
+        requested = [candidate for candidate in known if candidate.name == run]
+        harvested = [candidate for candidate in known if candidate.harvests]
+        candidates = requested or harvested or known
+        if not candidates:
             return None
-        names = harvest_names(asked[0])
-        return asked[0], harvest if harvest in names else next(iter(names), None)
+        chosen = candidates[0]
+        names = harvest_names(chosen)
+        if harvest in names:
+            return chosen, harvest
+        return chosen, names[0] if names else None
 
     def store(self, run: Any, harvest: Any) -> Store:
-        """A run's harvest of this name, as it is on disk now.
+        """Open a run's harvest of this name, as it is on disk now.
 
         Raises:
             BadInput: there is no such run or harvest, or it cannot be read.
         """
-        opened = self.run(run)
-        held = {path.name: path for path in opened.harvests}
-        if not held or harvest is None:
-            family = opened.record.get("family", opened.name)
-            command = f"python -m spd_lightning predict --config {family}.yaml"
-            if corpus_harvests(opened.harvests):
-                sums = f"python -m spd_lightning edges {opened.name} LAYER:COMPONENT"
-                command += f" --config graphs.yaml; the sums themselves: {sums}"
-                raise BadInput(
-                    f"run '{run}': its harvests are sums, which show no prompts; harvest graphs: "
-                    f"{command}"
-                )
-            raise BadInput(f"run '{run}': no harvest yet; make one: {command}")
-        if not isinstance(harvest, str) or harvest not in held:
-            asked = str(harvest)[:100]
-            raise BadInput(f"harvest '{asked}': not in run '{run}'; {nearest(asked, held)}")
-        ledgers = sorted(held[harvest].glob("manifest*.json"))
-        return _opened(held[harvest], tuple(path.stat().st_mtime_ns for path in ledgers))
+        owner = self.run(run)
+        by_name = {path.name: path for path in owner.harvests}
+        if not by_name or harvest is None:
+            raise _no_harvest(owner)
+        if not isinstance(harvest, str) or harvest not in by_name:
+            given = str(harvest)[:100]
+            raise BadInput(f"harvest '{given}': not in run '{run}'; {nearest(given, by_name)}")
+        path = by_name[harvest]
+        manifests = sorted(path.glob("manifest*.json"))
+        written = tuple(manifest.stat().st_mtime_ns for manifest in manifests)
+        return _open(path, written)
 
     def answer(self, question: Any, read: Callable[[Store, Mapping[str, Any]], Answer]) -> Answer:
-        """Answer a browser's question about one harvest, or say in {"problem": …} what is wrong
-        with it.
+        """Respond to a browser's request about one harvest.
 
         Args:
-            question: An object with at least the names of a `run` and a `harvest`.
-            read: Takes that harvest and the question.
+            question: The request, an object with at least the names of a `run` and a `harvest`.
+            read: Takes that harvest and the request, and returns the response.
+
+        Returns:
+            The response of `read`, or {"problem": one line} if the request is invalid.
         """
         try:
             if not isinstance(question, Mapping):
-                raise BadInput(f"question {repr(question)[:40]}: expected an object")
-            return read(self.store(question.get("run"), question.get("harvest")), question)
+                raise BadInput(f"request {repr(question)[:40]}: expected an object")
+            store = self.store(question.get("run"), question.get("harvest"))
+            return read(store, question)
         except BadInput as problem:
             return {"problem": str(problem)}
 
 
-def harvest_names(run: Run) -> list[str]:
-    """Return the names of a run's harvests: those with graphs before those of nodes, the latest
-    begun first.
+def _no_harvest(run: Run) -> BadInput:
+    """Return the error for a run without harvests to show, with the command that makes one."""
+    family = run.record.get("family", run.name)
+    command = f"python -m spd_lightning predict --config {family}.yaml"
+    if not corpus_harvests(run.harvests):
+        return BadInput(f"run '{run.name}': no harvest yet; make one: {command}")
+    sums = f"python -m spd_lightning edges {run.name} LAYER:COMPONENT"
+    return BadInput(
+        f"run '{run.name}': its harvests are sums, which have no prompts to show; harvest graphs: "
+        f"{command} --config graphs.yaml; print the sums: {sums}"
+    )
 
-    Sums over a corpus are not among them: the page Components shows those.
+
+def harvest_names(run: Run) -> list[str]:
+    """Return the names of a run's harvests: graphs before nodes, the latest begun first.
+
+    Sums over a corpus are left out, since the page Components shows them.
     """
     sums = corpus_harvests(run.harvests)
-    newest = sorted(
-        (path for path in run.harvests if path not in sums),
-        key=lambda path: (_has_graphs(path), (path / "manifest.json").stat().st_mtime),
-        reverse=True,
-    )
-    return [path.name for path in newest]
+    harvests = [path for path in run.harvests if path not in sums]
+    harvests.sort(key=_has_graphs_and_time, reverse=True)
+    return [path.name for path in harvests]
 
 
-def _has_graphs(harvest: Path) -> bool:
-    """Whether a harvest is of graphs; False if its manifest cannot be read, which is reported when
+def _has_graphs_and_time(harvest: Path) -> tuple[bool, float]:
+    """Return whether a harvest has graphs, and when it was begun.
+
+    A harvest whose manifest cannot be read counts as one without graphs; the error is reported when
     it is opened.
     """
     try:
-        return read_settings(harvest).get("mode") != "nodes"
+        has_graphs = read_settings(harvest).get("mode") != "nodes"
     except BadInput:
-        return False
+        has_graphs = False
+    begun = (harvest / "manifest.json").stat().st_mtime
+    return has_graphs, begun
 
 
 @lru_cache(maxsize=8)
-def _opened(path: Path, written: tuple[int, ...]) -> Store:
-    """A store, opened once for each state of its manifests (`written`: when each was last
-    replaced).
+def _open(path: Path, written: tuple[int, ...]) -> Store:
+    """Open a store, once for each state of its manifests.
+
+    `written` holds the times at which they were last replaced.
     """
     del written
     return Store(path).require("kind", "mode", "C")

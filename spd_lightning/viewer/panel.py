@@ -1,6 +1,4 @@
-"""The parts that the viewer's pages share: their interface to the app, requests of a browser, and
-values for one.
-"""
+"""Shared parts of the viewer's pages: the interface to the app, HTML elements, and requests."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ class Panel:
     Attributes:
         draw: Takes the names of a run and of its harvest (None if it has none), then the values of
             `inputs`; returns the values of `outputs`.
-        inputs: The page's own controls; a change of one redraws the page.
+        inputs: The controls of the page; a change of one redraws the page.
         outputs: The widgets that `draw` fills.
     """
 
@@ -29,21 +27,25 @@ class Panel:
 
 
 def problem(text: str) -> str:
-    """One line that says what is wrong, as HTML."""
-    return f'<p class="spd-problem" role="alert">{escape(text)}</p>' if text else ""
+    """Return an error message as HTML; an empty string if there is no text."""
+    if not text:
+        return ""
+    return f'<p class="spd-problem" role="alert">{escape(text)}</p>'
 
 
 def sentence(text: str) -> str:
-    """A remark, as HTML."""
-    return f'<p class="spd-note">{escape(text)}</p>' if text else ""
+    """Return a note as HTML; an empty string if there is no text."""
+    if not text:
+        return ""
+    return f'<p class="spd-note">{escape(text)}</p>'
 
 
 NAME = 34
-"""Letters of a name where room is short."""
+"""The largest number of letters of a name in a narrow place."""
 
 
 def shortened(name: str, most: int = NAME) -> str:
-    """Return a name that fits: a long one loses its middle, since both ends tell modules apart.
+    """Shorten a long name in its middle, since both ends tell modules apart.
 
     >>> shortened("model.layers.11.block_sparse_moe.experts.3.down_proj")
     'model.layers.11.blo…ts.3.down_proj'
@@ -51,18 +53,21 @@ def shortened(name: str, most: int = NAME) -> str:
     if len(name) <= most:
         return name
     end = most * 3 // 7
-    return f"{name[: most - 1 - end]}…{name[-end:]}"
+    beginning = most - 1 - end
+    return f"{name[:beginning]}…{name[-end:]}"
 
 
 def name_element(tag: str, name: str, most: int = NAME) -> str:
-    """An HTML element with a name in it, and the whole name as its title where it was shortened."""
-    shown = shortened(name, most)
-    title = f' title="{escape(name)}"' if shown != name else ""
-    return f"<{tag}{title}>{escape(shown)}</{tag}>"
+    """Return an HTML element that shows a name; if shortened, the full name is its title."""
+    text = shortened(name, most)
+    title = ""
+    if text != name:
+        title = f' title="{escape(name)}"'
+    return f"<{tag}{title}>{escape(text)}</{tag}>"
 
 
 def table(rows: Sequence[tuple[str, str]], title: str) -> str:
-    """(name, value) rows as an HTML table; nothing where there are none."""
+    """Return rows of name and value as an HTML table; an empty string if there are no rows."""
     if not rows:
         return ""
     body = "".join(
@@ -71,39 +76,47 @@ def table(rows: Sequence[tuple[str, str]], title: str) -> str:
     return f'<section><h3>{escape(title)}</h3><table class="spd-table">{body}</table></section>'
 
 
-# Questions from a browser, which may hold anything, and values for one.
+# Requests of a browser, which can contain anything, and values for the response.
 
 
 def prompt_id(question: Mapping[str, Any]) -> int:
-    """The prompt that a browser asked for; ids travel as decimal strings, since they exceed a
-    JavaScript number.
+    """Return the prompt that a browser requests.
+
+    Ids are sent as decimal strings, since they are too large for a JavaScript number.
+
+    Raises:
+        BadInput: it is not an id.
     """
     text = question.get("prompt")
-    if not (isinstance(text, str) and text.isdecimal() and len(text) <= 20 and int(text) < 2**64):
-        raise BadInput(
-            f"prompt {repr(text)[:40]}: expected the id of a prompt, a number from 0 to 2^64 − 1"
-        )
-    return int(text)
+    if isinstance(text, str) and text.isdecimal() and len(text) <= 20:
+        prompt = int(text)
+        if prompt < 2**64:
+            return prompt
+    raise BadInput(
+        f"prompt {repr(text)[:40]}: expected the id of a prompt, a number from 0 to 2^64 − 1"
+    )
 
 
 def number(question: Mapping[str, Any], name: str, low: int, high: int) -> float:
-    """A number that a browser asked for.
+    """Return a number from a browser's request.
 
     Raises:
-        BadInput: it is none, or outside its range.
+        BadInput: it is not a number, or outside its range.
     """
     value = question.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    is_bool = isinstance(value, bool)  # a kind of int in Python
+    if is_bool or not isinstance(value, int | float) or not low <= value <= high:
         raise BadInput(f"{name} {repr(value)[:40]}: expected a number from {low} to {high}")
     return float(value)
 
 
 def integer(question: Mapping[str, Any], name: str, high: int) -> int:
-    """A whole number from 0 that a browser asked for; what stands behind the point is dropped."""
+    """Return a whole number of at least 0 from a browser's request; decimals are dropped."""
     return int(number(question, name, 0, high))
 
 
 def finite(frame: pl.DataFrame) -> pl.DataFrame:
-    """JSON has no infinities: they become null."""
+    """Replace numbers that are not finite by null, since JSON cannot contain them."""
     floats = pl.col(pl.Float32, pl.Float64)
-    return frame.with_columns(pl.when(floats.is_finite()).then(floats))
+    finite_or_null = pl.when(floats.is_finite()).then(floats)
+    return frame.with_columns(finite_or_null)

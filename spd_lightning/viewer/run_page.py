@@ -1,4 +1,4 @@
-"""The run page: what a run reached, how its losses fell, its figures and its config."""
+"""The run page: a run's results, loss curves, figures and config."""
 
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
@@ -18,13 +18,14 @@ from spd_lightning.viewer.library import Library
 from spd_lightning.viewer.panel import Panel, name_element, problem, table
 
 MOST_POINTS = 2000
-MOST_LETTERS = 110  # of the names of a grid's columns
+MOST_LETTERS = 110  # in the names of a grid's columns together
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Results named measure/thing, of measures that tell of the same things: the values of each
-    measure, by thing.
+    """Results named measure/thing, for measures of the same things.
+
+    `measures` holds the values of each measure, in the order of `things`.
     """
 
     things: list[str]
@@ -35,10 +36,10 @@ class Grid:
 class RunPage:
     """A run, ready to draw.
 
-    `facts`, `results` and `harvest` are (name, value) rows; `grids` are the results that several
-    things share, such as sites or kinds of masks. `losses` and each group of `measures` hold a
-    frame (step, value) by name; `figures` are PNG files as data URIs by name. `warning` says that
-    frozen graphs of the harvest do not add up.
+    `facts`, `results` and `harvest` are rows of name and value. `grids` are the results that exist
+    for several things, such as sites or kinds of masks. `losses` and each group of `measures` hold
+    a frame (step, value) by name. `figures` are PNG files as data URIs, by name. `warning` is not
+    empty if frozen graphs of the harvest do not add up.
     """
 
     facts: list[tuple[str, str]]
@@ -53,13 +54,14 @@ class RunPage:
 
 
 def page_data(run: Run, store: Store | None) -> RunPage:
-    """The page of a run, and of one of its harvests where it has any.
+    """Return the page of a run, and of one of its harvests if there is one.
 
     Raises:
         BadInput: a file cannot be read.
     """
     lines = _lines(run.metrics())
     losses = {name: line for name, line in lines.items() if is_loss(name)}
+    others = {name: line for name, line in lines.items() if name not in losses}
     grids, results = gridded(rows(run.summary))
     return RunPage(
         facts=_facts(run),
@@ -67,7 +69,7 @@ def page_data(run: Run, store: Store | None) -> RunPage:
         grids=grids,
         results=results,
         losses=losses,
-        measures=_grouped({name: line for name, line in lines.items() if name not in losses}),
+        measures=_grouped(others),
         figures={path.stem: _data_uri(path) for path in run.figures},
         config=_config(run),
         warning=gap_warning(store.manifest) if store else "",
@@ -75,46 +77,47 @@ def page_data(run: Run, store: Store | None) -> RunPage:
 
 
 def is_loss(name: str) -> bool:
-    """Whether a logged number is one of the losses that training follows (L7: each is logged
-    raw).
-    """
-    return name.startswith(("train/", "loss")) and not (
-        "gradient_norm" in name or "lr" in name.split("/")[-1]
-    )
+    """Return whether a logged number is one of the training losses, which are logged raw (L7)."""
+    if not name.startswith(("train/", "loss")):
+        return False
+    last_part = name.split("/")[-1]
+    return "gradient_norm" not in name and "lr" not in last_part
 
 
 def gridded(results: list[tuple[str, str]]) -> tuple[list[Grid], list[tuple[str, str]]]:
-    """Split results into grids, of two measures or more that tell of the same things, and the
-    rest.
-    """
-    told: dict[str, dict[str, str]] = {}
+    """Split results into grids, each of at least two measures of the same things, and the rest."""
+    by_measure: dict[str, dict[str, str]] = {}
     for name, value in results:
         measure, _, thing = name.partition("/")
         if thing:
-            told.setdefault(measure, {})[thing] = value
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for measure, values in told.items():
-        alike.setdefault(tuple(values), []).append(measure)
-    shared = {
-        things: measures
-        for things, measures in alike.items()
-        if len(things) > 1 and len(measures) > 1
-    }
-    grids = [
-        Grid(list(things), {m: list(told[m].values()) for m in ms}) for things, ms in shared.items()
-    ]
-    inside = {measure for measures in shared.values() for measure in measures}
-    return grids, [(name, value) for name, value in results if name.partition("/")[0] not in inside]
+            by_measure.setdefault(measure, {})[thing] = value
+    by_things: dict[tuple[str, ...], list[str]] = {}
+    for measure, values in by_measure.items():
+        by_things.setdefault(tuple(values), []).append(measure)
+
+    grids = []
+    inside = set[str]()
+    for things, measures in by_things.items():
+        if len(things) > 1 and len(measures) > 1:
+            values = {measure: list(by_measure[measure].values()) for measure in measures}
+            grids.append(Grid(list(things), values))
+            inside.update(measures)
+    rest = [(name, value) for name, value in results if name.partition("/")[0] not in inside]
+    return grids, rest
 
 
 def rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as (name, value) rows, inner names joined by slashes: {"a": {"b": 1}} gives
-    ("a/b", "1").
+    """Flatten a nested mapping into rows of name and value.
+
+    Inner names are joined by slashes: {"a": {"b": 1}} gives ("a/b", "1").
     """
     flat = []
     for name, value in values.items():
-        inner = isinstance(value, Mapping)
-        flat += rows(value, f"{prefix}{name}/") if inner else [(f"{prefix}{name}", _text(value))]
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            flat += rows(value, f"{path}/")
+        else:
+            flat.append((path, _text(value)))
     return flat
 
 
@@ -137,75 +140,72 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _harvest(store: Store) -> list[tuple[str, str]]:
+    """Return the facts about a harvest."""
     manifest = store.manifest
-    named = {
-        name: manifest[name]
-        for name in ("harvest", "mode", "threshold", "checkpoint_digest")
-        if name in manifest
-    }
+    names = ("harvest", "mode", "threshold", "checkpoint_digest")
+    settings = {name: manifest[name] for name in names if name in manifest}
     counts = {
         "prompts": manifest["prompts"],
         "nodes": manifest["rows"]["nodes"],
         "edges": manifest["rows"]["edges"],
     }
-    counted = [(name, f"{count:,}") for name, count in counts.items()]
+    facts = rows(settings)
+    facts += [(name, f"{count:,}") for name, count in counts.items()]
     if "gap" in manifest:
-        counted.append(
-            (
-                "largest gap of in-edges",
-                f"{manifest['gap']:.2g}" if manifest["gap"] < 0.01 else f"{manifest['gap']:.0%}",
-            )
-        )
-    return (
-        rows(named)
-        + counted
-        + [("complete", "yes" if manifest["complete"] else "no, harvesting was cut short")]
-    )
+        gap = manifest["gap"]
+        text = f"{gap:.2g}" if gap < 0.01 else f"{gap:.0%}"
+        facts.append(("largest gap of in-edges", text))
+    complete = "yes" if manifest["complete"] else "no, the harvest was interrupted"
+    facts.append(("complete", complete))
+    return facts
 
 
 def _lines(metrics: pl.DataFrame) -> dict[str, pl.DataFrame]:
-    """Every numeric column over steps, thinned to what a plot can show."""
+    """Return every numeric column over steps, with at most `MOST_POINTS` points."""
     if "step" not in metrics.columns:
         return {}
-    numeric = [
-        name for name, dtype in metrics.schema.items() if dtype.is_numeric() and name != "step"
-    ]
-    lines = {
-        name: metrics.select("step", value=pl.col(name).cast(pl.Float64)).drop_nulls()
-        for name in sorted(numeric)
-    }
-    return {
-        name: line.gather_every(-(-len(line) // MOST_POINTS))
-        for name, line in lines.items()
-        if len(line)
-    }
+    numeric = [name for name, dtype in metrics.schema.items() if dtype.is_numeric()]
+    lines = {}
+    for name in sorted(numeric):
+        if name == "step":
+            continue
+        value = pl.col(name).cast(pl.Float64)
+        line = metrics.select("step", value=value).drop_nulls()
+        if len(line):
+            stride = -(-len(line) // MOST_POINTS)
+            lines[name] = line.gather_every(stride)
+    return lines
 
 
 def _grouped(lines: dict[str, pl.DataFrame]) -> dict[str, dict[str, pl.DataFrame]]:
-    """Lines by all of their name but its last word; the last word tells them apart."""
+    """Group lines by their names without the last part, which tells the lines of a group apart."""
     groups: dict[str, dict[str, pl.DataFrame]] = {}
     for name, line in lines.items():
         group, _, last = name.rpartition("/")
-        groups.setdefault(group or name, {})[last] = line
+        lines_of_group = groups.setdefault(group or name, {})
+        lines_of_group[last] = line
     return groups
 
 
 def _data_uri(path: Path) -> str:
     try:
-        return "data:image/png;base64," + b64encode(path.read_bytes()).decode()
+        content = path.read_bytes()
     except OSError as error:
         raise BadInput(
-            f"figure '{path}': cannot be read ({error.strerror}); delete it or mend its rights"
+            f"figure '{path}': cannot be read ({error.strerror}); delete it or make it readable"
         ) from error
+    return "data:image/png;base64," + b64encode(content).decode()
 
 
 def _config(run: Run) -> str:
     path = run.path / "config.yaml"
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def widgets(library: Library) -> Panel:
-    """The page's tables and plots."""
+    """Create the page's tables and plots."""
     import gradio as gr
 
     tables = gr.HTML(apply_default_css=False)
@@ -220,69 +220,78 @@ def widgets(library: Library) -> Panel:
             store = library.store(run, harvest) if harvest is not None else None
             page = page_data(library.run(run), store)
         except BadInput as error:
-            return [
-                problem(str(error)),
-                *[gr.update(visible=False)] * 2,
-                "",
-                gr.update(visible=False),
-            ]
+            hidden = gr.update(visible=False)
+            return [problem(str(error)), hidden, hidden, "", hidden]
         drawn = [gr.update(value=figure, visible=figure is not None) for figure in figures(page)]
-        return [
-            _tables(page),
-            *drawn,
-            _gallery(page),
-            gr.update(value=page.config, visible=bool(page.config)),
-        ]
+        config_file = gr.update(value=page.config, visible=bool(page.config))
+        return [_tables(page), *drawn, _gallery(page), config_file]
 
     return Panel(draw, outputs=[tables, *charts, gallery, config])
 
 
 def figures(page: RunPage) -> list[Any]:
-    """The page's plots: losses on a log axis, and all else that was logged in small; None where
-    there is nothing.
+    """Return the page's plots, each None if it has no data.
+
+    The first plot shows the losses on a log axis; the second shows everything else that was logged,
+    in small plots.
     """
-    losses = plots.curves(page.losses, "Losses") if page.losses else None
-    return [losses, plots.small_curves(page.measures) if page.measures else None]
+    losses = measures = None
+    if page.losses:
+        losses = plots.curves(page.losses, "Losses")
+    if page.measures:
+        measures = plots.small_curves(page.measures)
+    return [losses, measures]
 
 
 def _tables(page: RunPage) -> str:
-    lists = (
-        table(page.facts, "Run") + table(page.harvest, "Harvest") + table(page.results, "Results")
+    warning = ""
+    if page.warning:
+        warning = problem(f"Harvest: {page.warning}")
+    grids = "".join(_grid(grid) for grid in page.grids)
+    tables = (
+        table(page.facts, "Run"),
+        table(page.harvest, "Harvest"),
+        table(page.results, "Results"),
     )
-    warning = problem(f"Harvest: {page.warning}") if page.warning else ""
-    grids = f'<div class="spd-grids">{"".join(map(_grid, page.grids))}</div>'
-    return f'{warning}{grids}<div class="spd-tables">{lists}</div>'
+    return (
+        f'{warning}<div class="spd-grids">{grids}</div>'
+        f'<div class="spd-tables">{"".join(tables)}</div>'
+    )
 
 
 def _grid(grid: Grid) -> str:
-    """One grid; things whose names would not fit side by side stand below each other."""
-    if sum(map(len, grid.things)) > MOST_LETTERS:
-        head = "".join(f"<th>{escape(measure)}</th>" for measure in grid.measures)
+    """Return a grid as an HTML table, with a column for each thing.
+
+    If the names of the things are too long for that, it has a row for each thing.
+    """
+    if sum(len(thing) for thing in grid.things) <= MOST_LETTERS:
+        head = [name_element("th", thing) for thing in grid.things]
+        body = [
+            f"<tr><th>{escape(measure)}</th>{_cells(values)}</tr>"
+            for measure, values in grid.measures.items()
+        ]
+    else:
+        head = [f"<th>{escape(measure)}</th>" for measure in grid.measures]
         by_thing = zip(*grid.measures.values(), strict=True)
-        rows = [
+        body = [
             f"<tr>{name_element('th', thing, 60)}{_cells(values)}</tr>"
             for thing, values in zip(grid.things, by_thing, strict=True)
         ]
-        body = "".join(rows)
-        return f'<table class="spd-table"><tr><th></th>{head}</tr>{body}</table>'
-    head = "".join(name_element("th", thing) for thing in grid.things)
-    body = "".join(
-        f"<tr><th>{escape(measure)}</th>{_cells(values)}</tr>"
-        for measure, values in grid.measures.items()
-    )
-    return f'<table class="spd-table"><tr><th></th>{head}</tr>{body}</table>'
+    first_row = f"<tr><th></th>{''.join(head)}</tr>"
+    return f'<table class="spd-table">{first_row}{"".join(body)}</table>'
 
 
 def _cells(values: Iterable[str]) -> str:
-    return "".join(f"<td>{escape(value)}</td>" for value in values)
+    cells = [f"<td>{escape(value)}</td>" for value in values]
+    return "".join(cells)
 
 
 def _gallery(page: RunPage) -> str:
     if not page.figures:
         return ""
-    pictures = (
-        f'<figure><img src="{uri}" '
-        f'alt="{escape(name)}"><figcaption>{escape(name)}</figcaption></figure>'
-        for name, uri in page.figures.items()
-    )
-    return f'<h3 class="spd-title">Figures</h3><div class="spd-gallery">{"".join(pictures)}</div>'
+    pictures = []
+    for name, uri in page.figures.items():
+        image = f'<img src="{uri}" alt="{escape(name)}">'
+        pictures.append(f"<figure>{image}<figcaption>{escape(name)}</figcaption></figure>")
+    title = '<h3 class="spd-title">Figures</h3>'
+    return f'{title}<div class="spd-gallery">{"".join(pictures)}</div>'

@@ -1,4 +1,4 @@
-"""Serves the viewer's pages behind their gate: where it listens, and what it prints about that."""
+"""Serving of the viewer's pages behind their gate: the address, and the lines printed about it."""
 
 import getpass
 import os
@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -25,11 +25,9 @@ def protected(demo: gr.Blocks, host: str, appearance: Mapping[str, Any]) -> Gate
     Args:
         demo: The pages.
         host: Where they will be served, as for `serve`.
-        looks: The arguments of `gr.mount_gradio_app` that say how they look.
+        appearance: The arguments of `gr.mount_gradio_app` for their appearance.
     """
-    demo.root_path = (
-        ""  # the pages are where the browser found them, whatever $GRADIO_ROOT_PATH says
-    )
+    demo.root_path = ""  # overrides $GRADIO_ROOT_PATH: the pages are where the browser found them
     bare = FastAPI(openapi_url=None)
     app = gr.mount_gradio_app(
         bare,
@@ -50,16 +48,16 @@ def protected(demo: gr.Blocks, host: str, appearance: Mapping[str, Any]) -> Gate
 def serve(app: Gate, listening: socket.socket, host: str, open_browser: bool, wait: bool) -> str:
     """Serve an application until the process is interrupted, and return its address.
 
-    Gradio's own `launch` is not used: its queue and its watcher of files wake up a thousand times a
-    second, and nothing can stand between it and the network. Without lifespan events its queue
-    never starts; no page uses it.
+    Gradio's own `launch` is not used: its queue and its file watcher wake up a thousand times a
+    second, and no gate can be put in front of it. Without lifespan events, its queue never starts;
+    no page uses it.
 
     Args:
-        app: What to serve.
-        listening: The socket that connections come from (`listen`).
+        app: The application.
+        listening: The socket for connections (`listen`).
         host: The name or address of its interface.
-        open_browser: Whether to open a browser window, where there is a display.
-        wait: Whether to block; without it the caller keeps the process alive.
+        open_browser: Whether to open a browser window if there is a display.
+        wait: Whether to block; if not, the caller keeps the process alive.
     """
     settings = uvicorn.Config(
         app,
@@ -73,13 +71,15 @@ def serve(app: Gate, listening: socket.socket, host: str, open_browser: bool, wa
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(settings)
-    address = _address(host, listening.getsockname()[1])
+    port = listening.getsockname()[1]
+    address = _address(host, port)
     if wait:
-        opened = open_browser and _opened(address)
-        print("\n".join(_lines(host, listening.getsockname()[1], opened)), flush=True)
+        opened = open_browser and _open_browser(address)
+        print("\n".join(_lines(host, port, opened)), flush=True)
         server.run([listening])
     else:
-        threading.Thread(target=server.run, args=[[listening]], daemon=True).start()
+        thread = threading.Thread(target=server.run, args=[[listening]], daemon=True)
+        thread.start()
     return address
 
 
@@ -88,57 +88,80 @@ def listen(host: str, port: int | None) -> socket.socket:
 
     Args:
         host: The name or address of the interface.
-        port: Where to listen; the first free port from 7860 (or $GRADIO_SERVER_PORT) on if None.
+        port: The port; if None, the first free one from 7860 (or $GRADIO_SERVER_PORT) on.
 
     Raises:
-        BadInput: the port is taken, or the host is not one of this machine.
+        BadInput: the port is taken, or the host is not this machine.
     """
-    if port is not None and not 0 <= port < 2**16:
-        raise BadInput(
-            f"--port {port}: not a port; take one from 1024 to 65535, for example --port 7860"
-        )
-    word = os.environ.get("GRADIO_SERVER_PORT") or str(FIRST_PORT)
-    if port is None and not (word.isascii() and word.isdecimal() and int(word) < 2**16):
-        raise BadInput(f"GRADIO_SERVER_PORT='{word}': not a port; for example {FIRST_PORT}")
-    ports = [port] if port is not None else range(int(word), min(int(word) + PORTS, 2**16))
+    ports = _ports(port)
     try:
-        family, _, _, _, place = socket.getaddrinfo(
-            host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        addresses = socket.getaddrinfo(
+            host,
+            None,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
     except (OSError, UnicodeError) as error:
-        remedy = "take a name or address of this machine, for example 0.0.0.0"
         raise BadInput(
-            f"--host '{host}': not a name or address that this machine knows; {remedy}"
+            f"--host '{host}': not a name or address of this machine; use for example 0.0.0.0"
         ) from error
+    family, _, _, _, socket_address = addresses[0]
     problem = None
-    for one in ports:
+    for candidate in ports:
         try:
-            return socket.create_server((place[0], one), family=family, backlog=128)
+            address = (socket_address[0], candidate)
+            return socket.create_server(address, family=family, backlog=128)
         except OSError as error:
             problem = error
     where = f"port {port}" if port is not None else f"ports {ports[0]} to {ports[-1]}"
     reason = problem.strerror if problem else "no ports"
     raise BadInput(
-        f"{where} of {host}: cannot listen there ({reason}); choose another --port or --host"
+        f"{where} of {host}: cannot be opened ({reason}); choose another --port or --host"
     ) from problem
 
 
+def _ports(port: int | None) -> Sequence[int]:
+    """Return the ports to try, in order.
+
+    Raises:
+        BadInput: the number of a port is out of range.
+    """
+    if port is not None:
+        if not 0 <= port < 2**16:
+            raise BadInput(
+                f"--port {port}: not a port; use one from 1024 to 65535, for example --port 7860"
+            )
+        return [port]
+    text = os.environ.get("GRADIO_SERVER_PORT") or str(FIRST_PORT)
+    is_number = text.isascii() and text.isdecimal()
+    if not is_number or int(text) >= 2**16:
+        raise BadInput(f"GRADIO_SERVER_PORT='{text}': not a port; use for example {FIRST_PORT}")
+    first = int(text)
+    return range(first, min(first + PORTS, 2**16))
+
+
 def _address(host: str, port: int) -> str:
-    """Where this machine itself finds the pages."""
+    """Return the address of the pages on this machine."""
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    return f"http://{_bracketed(name)}:{port}"
+
+
+def _bracketed(host: str) -> str:
+    """Put an IPv6 address into brackets, as addresses with a port need it."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _lines(host: str, port: int, opened: bool) -> list[str]:
     """Return the lines for the user: the address, and how to reach it from another machine."""
-    here = socket.gethostname()
-    lines = [f"viewer: {_address(host, port)}    (Ctrl-C ends it)"]
+    machine = socket.gethostname()
+    lines = [f"viewer: {_address(host, port)}    (press Ctrl-C to stop)"]
     if host in EVERYWHERE:
-        lines.append(f"Whoever can reach this machine can look at these runs: http://{here}:{port}")
+        address = f"http://{machine}:{port}"
+        lines.append(f"Anyone who can reach this machine can view these runs: {address}")
     elif host not in LOOPBACK:
-        lines.append("Whoever can reach this address can look at these runs.")
+        lines.append("Anyone who can reach this address can view these runs.")
     elif not opened:
-        tunnel = f"ssh -L {port}:{host if ':' not in host else f'[{host}]'}:{port} {_user()}@{here}"
+        tunnel = f"ssh -L {port}:{_bracketed(host)}:{port} {_user()}@{machine}"
         lines.append(f"From another machine: {tunnel}, then open http://localhost:{port} there.")
     return lines
 
@@ -146,12 +169,12 @@ def _lines(host: str, port: int, opened: bool) -> list[str]:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
+    except (OSError, KeyError):  # the user of a container can have no name
         return "USER"
 
 
-def _opened(address: str) -> bool:
-    """Open a browser window where there is a display on which the user can see it."""
+def _open_browser(address: str) -> bool:
+    """Open a browser window if the user can see it, and return whether one was opened."""
     if not has_display(os.environ, sys.platform):
         return False
     try:
@@ -161,11 +184,12 @@ def _opened(address: str) -> bool:
 
 
 def has_display(environment: Mapping[str, str], platform: str) -> bool:
-    """Whether a window would appear in front of the user: not over ssh, and not on a machine
-    without a screen.
+    """Return whether a browser window would appear in front of the user.
+
+    It would not over ssh, unless the display is forwarded, nor on a machine without a screen.
     """
+    always_has_screen = platform in ("darwin", "win32")
     if "SSH_CONNECTION" in environment:
-        return bool(environment.get("DISPLAY")) and platform not in ("darwin", "win32")
-    return platform in ("darwin", "win32") or any(
-        environment.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
-    )
+        return bool(environment.get("DISPLAY")) and not always_has_screen
+    displays = [environment.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")]
+    return always_has_screen or any(displays)

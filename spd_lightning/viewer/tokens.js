@@ -1,8 +1,9 @@
-// Prompts as text, colored by one component; what is in use at a token, and where a component is most important. Runs as
-// the body of gr.HTML's js_on_load, with `element`, `props.value` (which harvest, its sites and prompts), `server` and
-// `watch`. widget.js stands before it.
+// Prompts as text, colored by one component; the components that are active at a token, and the
+// places where a component is most important. It runs as the body of gr.HTML's js_on_load, with
+// `element`, `props.value` (the harvest, its sites and prompts), `server` and `watch`. widget.js is
+// put before it.
 
-let page = null, lit = [], pinned = null, asked = 0, askedPlace = 0;
+let page = null, lit = [], pinned = null, requests = 0, placeRequests = 0;
 let spans = [], rows = [], numbers = new Map();
 
 const request = (more) => ({ run: props.value.run, harvest: props.value.harvest, ...more });
@@ -12,13 +13,13 @@ const layerNow = () => $('.layer').value;
 // ---- one component --------------------------------------------------------------------------------------------
 
 async function load(layer, component) {
-  const turn = ++asked;
+  const turn = ++requests;
   if (!props.value || !props.value.run) return;
-  const answer = await ask('component', request({ layer, component }));
-  if (turn !== asked) return;
-  show(answer.problem);
-  if (answer.problem) return;
-  page = answer;
+  const response = await ask('component', request({ layer, component }));
+  if (turn !== requests) return;
+  show(response.problem);
+  if (response.problem) return;
+  page = response;
   fillComponents();
   color();
   if ($('.rank').checked) order();
@@ -28,13 +29,23 @@ async function load(layer, component) {
 }
 
 function fillComponents() {
-  const listed = page.components.map(({ component, share, mean }) => [component, `${component} — at ${percent(share)} of tokens, mean ${number(mean)}`]);
-  if (!listed.some(([component]) => component === page.component)) listed.push([page.component, `${page.component} — at no token`]);
+  const listed = page.components.map(({ component, share, mean }) => {
+    const text = `${component} — at ${percent(share)} of tokens, mean ${number(mean)}`;
+    return [component, text];
+  });
+  const isListed = listed.some(([component]) => component === page.component);
+  if (!isListed) listed.push([page.component, `${page.component} — not active`]);
   $('.layer').value = $('.layer').title = page.layer;
-  $('.component').replaceChildren(...listed.map(([component, text]) => { const option = make('option', '', text); option.value = component; return option; }));
+  $('.component').replaceChildren(...listed.map(([component, text]) => {
+    const option = make('option', '', text);
+    option.value = component;
+    return option;
+  }));
   $('.component').value = page.component;
   const index = $('.component').selectedIndex, last = $('.component').length - 1;
-  element.querySelectorAll('.step').forEach((button) => { button.disabled = button.dataset.step === '1' ? index >= last : index <= 0; });
+  element.querySelectorAll('.step').forEach((button) => {
+    button.disabled = button.dataset.step === '1' ? index >= last : index <= 0;
+  });
 }
 
 function paint(span, importance) {
@@ -45,8 +56,8 @@ function paint(span, importance) {
 function color() {
   lit.forEach((span) => { paint(span, 0); delete span.values; });
   const { prompt, pos, importance, activation } = page.places;
-  lit = prompt.map((held, k) => {
-    const span = spans[held][pos[k]];
+  lit = prompt.map((row, k) => {
+    const span = spans[row][pos[k]];
     span.values = { importance: importance[k], activation: activation[k] };
     paint(span, importance[k] || 0);
     return span;
@@ -55,7 +66,7 @@ function color() {
 
 function order() {
   const sums = new Array(rows.length).fill(0);
-  page.places.prompt.forEach((held, k) => { sums[held] += page.places.importance[k] || 0; });
+  page.places.prompt.forEach((row, k) => { sums[row] += page.places.importance[k] || 0; });
   const ranked = rows.map((row, k) => [row, sums[k] / spans[k].length, k]);
   if ($('.rank').checked) ranked.sort((a, b) => b[1] - a[1] || a[2] - b[2]);
   $('.texts').replaceChildren(...ranked.map(([row]) => row));
@@ -63,14 +74,20 @@ function order() {
 }
 
 function drawSummary() {
-  const own = page.components.find(({ component }) => component === page.component);
-  const told = own ? `in use at ${page.total} of ${page.positions} tokens (${percent(own.share)}) · mean importance ${number(own.mean)} · spread ${number(own.spread)}` : 'in use at no token';
-  $('.summary').replaceChildren(named('b', '', `${page.layer}:${page.component}`, 60), make('span', '', ` · ${told}`));
+  const entry = page.components.find(({ component }) => component === page.component);
+  const facts = entry ? [
+    `active at ${page.total} of ${page.positions} tokens (${percent(entry.share)})`,
+    `mean importance ${number(entry.mean)}`,
+    `spread ${number(entry.spread)}`,
+  ] : ['not active at any token'];
+  const name = named('b', '', `${page.layer}:${page.component}`, 60);
+  $('.summary').replaceChildren(name, make('span', '', ` · ${facts.join(' · ')}`));
 }
 
 function drawTop() {
   const made = page.top.map((place) => {
-    const row = make('tr'), before = make('td'), token = make('td', 'it'), after = make('td', 'after'), mark = make('span', 'token');
+    const row = make('tr'), mark = make('span', 'token');
+    const before = make('td'), token = make('td', 'it'), after = make('td', 'after');
     const left = make('div', 'before'), words = make('span');
     place.before.forEach((word) => words.append(...written(word), gap()));
     left.append(words);
@@ -81,11 +98,18 @@ function drawTop() {
     place.after.forEach((word) => after.append(gap(), ...written(word)));
     const source = make('td', '', place.source);
     source.title = `${place.source}, position ${place.pos}`;
-    row.append(make('td', 'number', number(place.importance)), make('td', 'number', number(place.activation)), before, token, after, source);
+    const importance = make('td', 'number', number(place.importance));
+    const activation = make('td', 'number', number(place.activation));
+    row.append(importance, activation, before, token, after, source);
     row.addEventListener('click', () => pin(place.prompt, place.pos, true));
     return row;
   });
-  if (!made.length) { const row = make('tr'), cell = make('td', '', 'It is in use at no token of this harvest.'); cell.colSpan = 6; row.append(cell); made.push(row); }
+  if (!made.length) {
+    const row = make('tr'), cell = make('td', '', 'This component is not active at any token of this harvest.');
+    cell.colSpan = 6;
+    row.append(cell);
+    made.push(row);
+  }
   $('.strongest tbody').replaceChildren(...made);
 }
 
@@ -93,7 +117,7 @@ function drawTop() {
 
 const spanOf = (prompt, pos) => (spans[numbers.get(prompt)] || [])[pos];
 
-// Scrolls the frame, not the page, to the pinned token; within a page that is not shown there is nothing to scroll.
+// Scrolls the frame, not the page, to the pinned token. In a hidden page there is nothing to scroll.
 function reveal() {
   const box = $('.texts');
   if (!pinned || !pinned.span || !box.clientHeight) return;
@@ -102,7 +126,7 @@ function reveal() {
 }
 
 async function pin(prompt, pos, far) {
-  const turn = ++askedPlace;
+  const turn = ++placeRequests;
   if (pinned && pinned.span) pinned.span.classList.remove('pinned');
   pinned = { prompt, pos, span: spanOf(prompt, pos) };
   if (pinned.span) {
@@ -110,26 +134,28 @@ async function pin(prompt, pos, far) {
     pinned.span.closest('.text').hidden = false;
     if (far) reveal();
   }
-  const answer = await ask('place', request({ prompt, pos }));
-  if (turn !== askedPlace) return;
-  show(answer.problem);
-  if (answer.problem) return;
-  const head = make('div', 'head'), name = make('div', 'name'), word = make('span', 'token'), close = make('button', 'close', '×');
-  word.append(...written(answer.token));
+  const response = await ask('place', request({ prompt, pos }));
+  if (turn !== placeRequests) return;
+  show(response.problem);
+  if (response.problem) return;
+  const head = make('div', 'head'), name = make('div', 'name');
+  const word = make('span', 'token'), close = make('button', 'close', '×');
+  word.append(...written(response.token));
   name.append(word);
   close.setAttribute('aria-label', 'Unpin');
   close.addEventListener('click', unpin);
   head.append(name, close);
-  const where = make('p', 'where', `position ${answer.pos} of ${answer.source}`);
-  $('.panel').replaceChildren(head, where, ...predictions(answer), ...inUse(answer));
+  const where = make('p', 'where', `position ${response.pos} of ${response.source}`);
+  $('.panel').replaceChildren(head, where, ...predictions(response), ...activeComponents(response));
   $('.panel').scrollTop = 0;
   markChosen();
 }
 
 function predictions({ outputs, rest, follows }) {
-  const head = make('h4', '', 'What comes next'), table = make('table'), body = make('tbody'), top = make('tr');
+  const head = make('h4', '', 'Predicted next token'), table = make('table'), body = make('tbody'), top = make('tr');
   top.append(make('th', '', 'token'), make('th', '', 'masked'), make('th', '', 'target'));
-  top.title = 'masked: with the importances as masks; target: the network itself. Tokens that are likely when masked';
+  top.title = 'masked: the network under CI masks; target: the unmasked network. '
+    + 'The tokens are the likeliest ones under CI masks.';
   for (const output of outputs) {
     const row = make('tr', output.next ? 'follows' : ''), word = make('td');
     word.append(...written(output.token));
@@ -141,18 +167,26 @@ function predictions({ outputs, rest, follows }) {
   others.append(make('td', '', 'others'), make('td', '', percent(rest[0])), make('td', '', percent(rest[1])));
   body.append(others);
   table.append(top, body);
-  if (follows !== null) { const told = make('small'); told.append('follows: ', ...written(follows)); head.append(told); }
+  if (follows !== null) {
+    const actual = make('small');
+    actual.append('actual: ', ...written(follows));
+    head.append(actual);
+  }
   return [head, table];
 }
 
-function inUse({ components, count }) {
-  const head = make('h4', '', 'In use here');
-  head.append(make('small', '', count ? `${components.length < count ? `${components.length} of ` : ''}${count} components` : 'none'));
+function activeComponents({ components, count }) {
+  const head = make('h4', '', 'Active components');
+  const part = components.length < count ? `${components.length} of ` : '';
+  head.append(make('small', '', count ? `${part}${count}` : 'none'));
   return [head, ...components.map(({ layer, component, importance, activation }) => {
     const button = make('button', 'end');
-    button.append(named('span', '', `${layer}:${component}`, NAME_IN_PANEL), make('span', 'value', number(importance)), meter(importance, 1));
-    button.title = `${layer}:${component}, importance ${number(importance)}, activation ${number(activation)}: color the text by it`;
-    button.dataset.name = `${layer}:${component}`;
+    const name = `${layer}:${component}`;
+    const label = named('span', '', name, NAME_IN_PANEL);
+    button.append(label, make('span', 'value', number(importance)), meter(importance, 1));
+    const facts = `importance ${number(importance)}, activation ${number(activation)}`;
+    button.title = `${name}, ${facts}: click to color the text by this component`;
+    button.dataset.name = name;
     button.addEventListener('click', () => load(layer, component));
     return button;
   })];
@@ -164,10 +198,13 @@ function markChosen() {
 }
 
 function unpin() {
-  askedPlace++;
+  placeRequests++;
   if (pinned && pinned.span) pinned.span.classList.remove('pinned');
   pinned = null;
-  $('.panel').replaceChildren(make('p', 'hint', 'The darker a token, the more the chosen component is needed there. Click a token to see which components are in use at it, and what the model expects next: under their importances as masks, and unmasked.'));
+  const hint = 'A darker token means that the selected component is more important there. '
+    + 'Click a token to see the components that are active at it and the predicted next tokens, '
+    + 'both under CI masks and for the unmasked network.';
+  $('.panel').replaceChildren(make('p', 'hint', hint));
 }
 
 // ---- the text -------------------------------------------------------------------------------------------------
@@ -201,7 +238,7 @@ function find() {
   const prompts = props.value.prompts;
   let count = 0;
   rows.forEach((row, k) => {
-    const text = prompts[k].text ?? prompts[k].tokens.join('');  // characters that several tokens share are whole in text
+    const text = prompts[k].text ?? prompts[k].tokens.join('');  // `text` joins characters that are split over tokens
     row.hidden = Boolean(wanted) && !`${prompts[k].source}\n${text}`.toLowerCase().includes(wanted);
     count += !row.hidden;
   });
@@ -215,12 +252,17 @@ function hover(span) {
   const tip = $('.tip');
   tip.hidden = !span;
   if (!span) return;
-  const [held, pos] = span.at, list = make('dl', 'facts'), word = make('div', 'name');
+  const [row, pos] = span.at;
+  const list = make('dl', 'facts'), word = make('div', 'name');
   const fact = (name, value) => list.append(make('dt', '', name), make('dd', '', value));
-  word.append(...written(props.value.prompts[held].tokens[pos]));
+  word.append(...written(props.value.prompts[row].tokens[pos]));
   fact('position', pos);
-  if (span.values) { fact('importance', number(span.values.importance)); fact('activation', number(span.values.activation)); }
-  else fact('importance', `${props.value.threshold ? `≤ ${number(props.value.threshold)}` : '0'}`);
+  if (span.values) {
+    fact('importance', number(span.values.importance));
+    fact('activation', number(span.values.activation));
+  } else {
+    fact('importance', props.value.threshold ? `≤ ${number(props.value.threshold)}` : '0');
+  }
   tip.replaceChildren(word, list);
   const frame = $('.frame').getBoundingClientRect(), box = span.getClientRects()[0];
   const below = box.bottom - frame.top + 8, above = box.top - frame.top - tip.offsetHeight - 8;
@@ -243,8 +285,15 @@ async function open() {
   $('.tip').hidden = true;
   show(value.problem);
   $('.spd-widget').classList.toggle('blank', !prompts.length);
-  if (!prompts.length) { asked++; return; }
-  $('.layer').replaceChildren(...value.layers.map((layer) => { const option = named('option', '', layer); option.value = layer; return option; }));
+  if (!prompts.length) {
+    requests++;
+    return;
+  }
+  $('.layer').replaceChildren(...value.layers.map((layer) => {
+    const option = named('option', '', layer);
+    option.value = layer;
+    return option;
+  }));
   $('.find').value = '';
   fillTexts();
   find();
@@ -271,7 +320,10 @@ element.addEventListener('keydown', (event) => {
   if (event.key === 'Escape') unpin();
   if (event.target !== $('.texts')) return;
   const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (by) { event.preventDefault(); step(by); }
+  if (by) {
+    event.preventDefault();
+    step(by);
+  }
 });
 let seenWidth = 0;
 new ResizeObserver(() => {

@@ -1,5 +1,6 @@
-// What the interactive pages share: elements, numbers, tokens as text, questions to the server. It stands before the page's
-// own script, as the body of gr.HTML's js_on_load. Whatever comes from a prompt becomes text, never markup.
+// Shared by the interactive pages: elements, numbers, tokens as text, requests to the server. This
+// file is put before the page's own script, as the body of gr.HTML's js_on_load. Anything from a
+// prompt becomes text, never markup.
 
 const $ = (selector) => element.querySelector(selector);
 const make = (tag, className, text) => {
@@ -11,11 +12,14 @@ const make = (tag, className, text) => {
 const number = (value) => {
   if (value === null || value === undefined) return '–';
   const size = Math.abs(value);
-  const text = size === 0 ? '0' : size >= 1e5 || size < 1e-4 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
+  if (size === 0) return '0';
+  const scientific = size >= 1e5 || size < 1e-4;
+  const text = scientific ? value.toExponential(1) : String(Number(value.toPrecision(3)));
   return text.replaceAll('-', '−');
 };
 
-// A name that fits: a long one loses its middle, since both ends tell modules apart; `panel.shortened` does the same.
+// Shortens a long name in its middle, since both ends tell modules apart. `panel.shortened` does the
+// same.
 const NAME = 34, NAME_IN_PANEL = 28;
 const shortened = (text, most = NAME) => {
   const letters = [...text];
@@ -24,7 +28,7 @@ const shortened = (text, most = NAME) => {
   return `${letters.slice(0, most - 1 - end).join('')}…${letters.slice(-end).join('')}`;
 };
 
-// An element with a name in it, and the whole name as its title where it was shortened.
+// An element that shows a name; if shortened, the full name is its title.
 const named = (tag, className, text, most = NAME) => {
   const made = make(tag, className, shortened(text, most));
   if (made.textContent !== text) made.title = text;
@@ -41,31 +45,37 @@ function meter(value, largest) {
 // ---- tokens ---------------------------------------------------------------------------------------------------
 
 const GLYPHS = { ' ': '·', '\n': '↵', '\t': '→', '\r': '␍' };
-// Controls, and what would turn or hide the text around it: marks of direction, of width zero, of lines.
+// Control characters, and others that would turn or hide the text around them: direction marks,
+// characters of width zero, and line separators.
 const BLANK = /([ \u0000-\u001f\u007f-\u009f\u00a0\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff])/;
 const glyph = (character) => GLYPHS[character] || `\\u${character.codePointAt(0).toString(16).padStart(4, '0')}`;
 
 // A token as plain text in which blanks are visible.
-const glyphs = (token) => (token === '' ? '∅' : token.split(BLANK).map((part) => (BLANK.test(part) ? glyph(part) : part)).join(''));
+const glyphs = (token) => {
+  if (token === '') return '∅';
+  return token.split(BLANK).map((part) => (BLANK.test(part) ? glyph(part) : part)).join('');
+};
 
-// A token as nodes: the text as it is, each blank with a faint glyph over it. With `breaks`, lines end where the text's do.
+// A token as DOM nodes: the text itself, with a faint glyph over each blank. With `breaks`, line
+// breaks in the token are kept.
 function written(token, breaks = false) {
   if (token === '') return [make('i', 'blank', '∅')];
   return token.split(BLANK).filter((part) => part !== '').map((part) => {
     if (!BLANK.test(part)) return document.createTextNode(part);
-    const shown = make('i', part === ' ' ? 'blank space' : 'blank', part === ' ' || (breaks && part === '\n') ? part : '');
+    const isKept = part === ' ' || (breaks && part === '\n');
+    const shown = make('i', part === ' ' ? 'blank space' : 'blank', isKept ? part : '');
     shown.dataset.glyph = glyph(part);
     return shown;
   });
 }
 
-// ---- asking the server ----------------------------------------------------------------------------------------
+// ---- requests to the server -----------------------------------------------------------------------------------
 
-async function ask(name, question) {
+async function ask(name, request) {
   try {
-    return await server[name](question);
+    return await server[name](request);
   } catch (error) {
-    return { problem: 'The viewer does not answer; is the process that serves this page still running?' };
+    return { problem: 'The viewer does not respond. Is the process that serves this page still running?' };
   }
 }
 

@@ -1,4 +1,4 @@
-"""Edges as tests handle them: tables in a list, and what lazily computed edges consist of."""
+"""Edges as lists of tables, which are easier to test than lazily computed ones."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from spd_lightning.attribution.graph import EdgeTable, LazyEdges
 
 
 class EdgeList:
-    """Edges that are held already, in the place of edges that are computed."""
+    """A list of tables with the interface of lazily computed edges."""
 
     def __init__(self, tables: list[EdgeTable]):
         self.tables = tables
@@ -17,7 +17,7 @@ class EdgeList:
 
 
 def tables_of(edges: LazyEdges) -> list[EdgeTable]:
-    """All pieces of some edges."""
+    """Return all pieces of lazily computed edges."""
     tables = list[EdgeTable]()
     edges.for_each(tables.append)
     return tables

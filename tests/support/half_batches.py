@@ -1,5 +1,6 @@
-"""A batch on one device, and the two halves of it on two: what a process of its own needs, and
-light to import.
+"""A batch on one device, and its two halves on two devices.
+
+Separate processes import this module, so it imports as little as possible.
 """
 
 import json
@@ -30,8 +31,9 @@ def whole_batch():
 
 
 def losses_and_gradients(batch, rank=0, world=1):
-    """The terms of a batch, and the gradient of their total, when persistent adversaries have
-    climbed for a step.
+    """Return the loss terms of a batch, and the gradient of their total.
+
+    They are those of the second step, when the persistent adversaries have ascended once.
     """
     torch.manual_seed(0)
     target = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -58,7 +60,7 @@ def losses_and_gradients(batch, rank=0, world=1):
 
 
 def half_of_two(rank, folder):
-    """A process that holds half of the batch and averages gradients with the other, as DDP does."""
+    """Run one of two processes, each with half of the batch; average their gradients, as in DDP."""
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     terms, gradient = losses_and_gradients(whole_batch()[4 * rank : 4 * rank + 4], rank, 2)

@@ -1,5 +1,6 @@
-"""The figures of a batch on one device, and of its two halves on two: what a process of its own
-needs.
+"""The evaluation figures of a batch on one device, and of its two halves on two devices.
+
+Separate processes import this module.
 """
 
 import json
@@ -16,9 +17,7 @@ from spd_lightning.training.pgd_sweep import pgd_sweep
 
 
 def subjects():
-    """A model on tokens and one on vectors, each with a whole batch and how it is to be
-    evaluated.
-    """
+    """Yield a model on tokens and one on vectors, each with a batch and evaluation settings."""
     torch.manual_seed(0)
     sweep = {"threshold": 0.2, "pgd_steps": (2, 6), "restarts": 2, "groups": {"all": "*"}}
     tokens = torch.randint(1, 7, (8, 6))
@@ -37,7 +36,7 @@ def subjects():
 
 
 def figures(part=Part()):  # noqa: B008
-    """All figures of section E of the batch, of which this device has a part, by subject."""
+    """Return all figures of section E by subject; this device evaluates a part of the batch."""
     found = {}
     for name, model, batch, settings in subjects():
         for parameter in model.importance_function.parameters():
@@ -59,7 +58,7 @@ def figures(part=Part()):  # noqa: B008
 
 
 def half_of_two(rank, folder):
-    """A process that holds half of the batch and adds up its sums with the other's."""
+    """Run one of two processes, each with half of the batch; add up their sums."""
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     with open(f"{folder}/{rank}.json", "w") as file:

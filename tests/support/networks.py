@@ -1,8 +1,8 @@
-"""Small targets for the tests of the method, each with its forward pass written twice.
+"""Small targets for tests of the method, each with two implementations of its forward pass.
 
-`forward` is what the decomposition patches; `explicit(batch, at)` is the same computation on plain
-functions, where `at(name, x)` says what the site of that name gives. `naive` fills it with D1, D3
-and D4 as the laws are printed.
+The decomposition patches `forward`. `explicit(batch, at)` is the same computation with plain
+functions; `at(name, x)` computes the output of a site. `naive` runs `explicit` with a literal
+implementation of the laws D1, D3 and D4 for `at`.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ At = Callable[[str, Tensor], Tensor]
 
 
 class Perceptron(nn.Module):
-    """Vectors; a linear map with bias, one without."""
+    """A network on vectors: a linear map with a bias, and one without."""
 
     patterns: ClassVar = {"*": 5}
 
@@ -40,8 +40,9 @@ class Perceptron(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Token ids; an embedding, a Conv1D of HuggingFace, identities before the last map, positions
-    that mix.
+    """A network on token ids that mixes positions.
+
+    It has an embedding, a Conv1D of HuggingFace, and an identity site before the last map.
     """
 
     patterns: ClassVar = {"embed": 9, "conv": 4, "readout": 6, "readout.pre_identity": 7}
@@ -66,8 +67,9 @@ class Tokens(nn.Module):
 
 
 class Branches(nn.Module):
-    """Vectors at positions; three parallel branches, a norm and an activation that are used twice,
-    a tuple.
+    """A network on vectors at positions, with three parallel branches.
+
+    A norm and an activation are used twice, and an LSTM returns a tuple.
     """
 
     patterns: ClassVar = {"q": 3, "k": 4, "v": 5, "o": 6, "up": 4, "down": 3, "up.pre_identity": 2}
@@ -93,7 +95,7 @@ class Branches(nn.Module):
         q, k, v = (at(name, n) for name in "qkv")
         x = x + at("o", torch.softmax(q @ k.transpose(1, 2), -1) @ v)
         mixed, _ = self.mix(x)
-        n = self.norm(mixed)  # also read beside the sites
+        n = self.norm(mixed)  # also used outside the sites
         return x + n + at("down", self.act(at("up", at("up.pre_identity", n))))
 
     def batch(self, rows=3):
@@ -101,8 +103,10 @@ class Branches(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Vectors; changes a site's output by hand, by a module and by a sum, and a site's input when
-    it has been read.
+    """A network on vectors with in-place operations.
+
+    The output of a site is changed by an addition, by a module and by a sum; the input of a site is
+    changed after the site has read it.
     """
 
     patterns: ClassVar = {"*": 5}
@@ -134,7 +138,10 @@ class InPlace(nn.Module):
 
 
 class IgnoredAnswer(nn.Module):
-    """Vectors; in place on no recorded tensor but through a module whose answer nobody takes."""
+    """A network on vectors that uses an in-place module and ignores its return value.
+
+    The module does not change any recorded tensor.
+    """
 
     patterns: ClassVar = {"*": 5}
 
@@ -161,7 +168,7 @@ NETWORKS = (Perceptron, Tokens, Branches, InPlace, IgnoredAnswer)
 
 
 def decomposed(network: type, seed: int = 0, **settings) -> ComponentModel:
-    """A component model of a fresh network with its own patterns, in double precision."""
+    """Return a component model of a new network with its `patterns`, in double precision."""
     torch.manual_seed(seed)
     return ComponentModel(network(), network.patterns, **settings).double()
 
@@ -169,10 +176,15 @@ def decomposed(network: type, seed: int = 0, **settings) -> ComponentModel:
 def naive(
     model: ComponentModel, batch: Tensor, masks: Mapping[str, Mask], seen: dict | None = None
 ) -> Tensor:
-    """The masked run by the printed laws: explicit Δ, every component its own matrix, nothing
-    shared (D1, D3, D4).
+    """Return the output of a masked run, computed literally as in the laws D1, D3 and D4.
 
-    seen: where given, receives the input of every site.
+    Δ is explicit, every component is a separate matrix, and no intermediate result is shared.
+
+    Args:
+        model: a component model of one of these networks.
+        batch: the inputs.
+        masks: the masks by site; other sites are not masked.
+        seen: if given, is filled with the input of every site.
     """
 
     def at(name: str, x: Tensor) -> Tensor:
@@ -206,7 +218,7 @@ def naive(
 
 
 def spread(mask: Mask, positions: torch.Size) -> Mask:
-    """A mask that holds some positions alone, over all of them; what it does not hold is zero."""
+    """Return a mask over all positions for one over some of them; the others are zero."""
     if mask.rows is None:
         return mask
 
@@ -220,9 +232,7 @@ def spread(mask: Mask, positions: torch.Size) -> Mask:
 
 
 def printed_weight(target: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """W [d_out, d_in] and b of a site, read from the network itself; b is zeros where there is
-    none.
-    """
+    """Return W [d_out, d_in] and b of a site, read from the network; a missing b is zeros."""
     module = target.get_submodule(name.removesuffix(".pre_identity"))
     match module:
         case _ if name.endswith(".pre_identity"):

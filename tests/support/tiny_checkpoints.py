@@ -1,5 +1,6 @@
-"""Checkpoints as HuggingFace transformers writes them: tiny, every parameter random, biases and
-gains included.
+"""Tiny checkpoints in the format of HuggingFace transformers.
+
+All parameters are random, including biases and gains.
 """
 
 from pathlib import Path
@@ -31,7 +32,7 @@ LLAMA = {
 
 
 def write(folder: Path, kind: str, **settings: Any) -> Any:
-    """Writes a checkpoint of that kind and returns the model, in eval mode."""
+    """Write a checkpoint of this kind, and return the model in eval mode."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     defaults = GPT2 if kind == "gpt2" else LLAMA

@@ -1,5 +1,6 @@
-"""A config of TMS 5-2 that is fitted in a second, and commands on it in processes of their own, to
-be killed.
+"""A config of TMS 5-2 that takes a second to fit, and commands that run in separate processes.
+
+Tests can kill these processes.
 """
 
 import multiprocessing
@@ -46,7 +47,7 @@ data: {init_args: {batch_size: 64}}
 
 
 def lay_out(here: Path, steps: int, batch: int) -> Path:
-    """Writes tiny.yaml and the target.yaml that it needs; returns where runs are to go."""
+    """Write tiny.yaml and the target.yaml that it needs; return the folder for runs."""
     (here / "tiny.yaml").write_text(
         CONFIG.replace("STEPS", str(steps)).replace("BATCH", str(batch))
     )
@@ -66,10 +67,10 @@ SERVER.set_forkserver_preload(
         "spd_lightning.training.target",
         "spd_lightning.training.checkpoint",
         "spd_lightning.harvest.graphs",
-        "matplotlib.figure",  # this and what follows is imported only when it is needed
+        "matplotlib.figure",  # the product imports this and the following only when needed
         "matplotlib.backends.backend_agg",
         "pyarrow.parquet",
-        "mlflow.tracking",  # five seconds, for each command with a tracker
+        "mlflow.tracking",  # takes five seconds in each command with a tracker
         "mlflow.store.tracking.sqlalchemy_store",
         "mlflow.store.db.utils",
         "alembic.command",
@@ -78,23 +79,24 @@ SERVER.set_forkserver_preload(
 
 
 def one_figure(module: Decomposition) -> Iterator[tuple[str, Any]]:
-    """Draw the first figure of a decomposition alone. All of them took half of a fit's time."""
+    """Draw only the first figure of a decomposition: all of them took half of the time of a fit."""
     return islice(ALL_FIGURES(module), 1)
 
 
 def work(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
-    """One command, in a process that has imported much and done nothing."""
+    """Run a command, in a process that has already imported the large packages."""
     os.chdir(root.parent)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     os.environ.update(surroundings, SPD_RUNS=str(root), OMP_NUM_THREADS="1")
     figures.draw = one_figure
-    copies.POLL = 0.1  # the trainings here are over in the seconds between two looks
+    copies.POLL = 0.1  # these trainings end within the usual seconds between two polls
     sys.exit(cli.run(words))
 
 
 def work_uncopied(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
-    """The same, under a tracker that fails when the run's files are to be copied; what it says is
-    in a file, `said`.
+    """Run a command whose tracker fails when it should copy the run's files.
+
+    The standard error is written to a file, `said`.
     """
     from mlflow.exceptions import MlflowException
 
@@ -103,15 +105,16 @@ def work_uncopied(root: Path, words: list[str], surroundings: dict[str, str]) ->
 
     with open(
         root.parent / "said", "wb"
-    ) as said:  # a process of the server has the standard error that the server had
+    ) as said:  # processes of the fork server inherit its standard error
         os.dup2(said.fileno(), 2)
     runs.log_artifacts = dies
     work(root, words, surroundings)
 
 
 def work_hanging(root: Path, words: list[str], surroundings: dict[str, str]) -> None:
-    """The same, under a tracker that hangs when the run's files are to be copied; a file,
-    `copying`, says when.
+    """Run a command whose tracker hangs when it should copy the run's files.
+
+    The tracker then creates a file, `copying`.
     """
 
     def hangs(*_, **__):
@@ -129,14 +132,14 @@ def begun(root: Path, words: list[str], **surroundings: str) -> BaseProcess:
 
 
 def done(root: Path, words: list[str], **surroundings: str) -> None:
-    """Runs a command to its end."""
+    """Run a command to its end."""
     process = begun(root, words, **surroundings)
     process.join(120)
     assert process.exitcode == 0
 
 
 def killed(root: Path, words: list[str], ready: Callable[[], bool], **surroundings: str) -> None:
-    """Runs a command and kills it as soon as something is so."""
+    """Run a command, and kill it as soon as `ready` returns True."""
     process = begun(root, words, **surroundings)
     kill_when(ready, process.is_alive, process.pid)
     process.join()
@@ -153,5 +156,5 @@ def kill_when(
     deadline = time.monotonic() + 240  # a busy machine needs a minute to import torch and Lightning
     while alive() and not ready():
         assert time.monotonic() < deadline
-        time.sleep(0.005)  # the work needs the processor more than those who wait for it
+        time.sleep(0.005)  # leave the processor to the command
     os.kill(pid, by)

@@ -1,9 +1,8 @@
-"""A run of TMS 5-2 with a known answer, made without training: 5 of 20 components are the features,
-15 are dead.
+"""A run of TMS 5-2 with a known answer, created without training.
 
-`linear1` maps 5 features to 2 dimensions and `linear2` is its transpose, tied; each alive component
-is one column of the weight, in shuffled order, so that attributions follow from the weights by
-hand.
+`linear1` maps 5 features to 2 dimensions, and `linear2` is its transpose (tied). Of the 20
+components, 5 are alive: each is one column of the weight, in shuffled order. So the attributions
+can be derived from the weights by hand.
 """
 
 import json
@@ -29,7 +28,7 @@ SCHEMAS = {
 
 
 def make_run(folder: Path, harvests: tuple[str, ...] = ("probe",), finished: bool = True) -> Path:
-    """Write the run to `folder`: config, metrics, weights, one picture, and a harvest per name."""
+    """Write the run to a folder: config, metrics, weights, a picture, and a harvest per name."""
     folder.mkdir(parents=True)
     config = {
         "seed_everything": 0,
@@ -103,8 +102,9 @@ def _tables(prompts: list[tuple[str, str, np.ndarray]]) -> dict[str, pl.DataFram
 
 
 def _graph(x: np.ndarray, features: list[int]) -> dict[str, list]:
-    """Nodes and edges of one input, straight from the weights: a1 = x, a2 = W[:,f]·(W x), y =
-    relu(a2 + b).
+    """Return the nodes, edges and outputs of an input, computed from the weights.
+
+    a1 = x, a2 = W[:,f]·(W x), y = relu(a2 + b).
     """
     hidden = W @ x
     a2 = W.T @ hidden

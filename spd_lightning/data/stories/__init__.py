@@ -1,1 +1,1 @@
-"""Tiny stories whose hidden variables are known."""
+"""Tiny stories with known hidden variables."""

@@ -1,11 +1,22 @@
-"""The plots of the tiny stories; `stories.py` says how they become text.
+"""The plots of the tiny stories. `generator.py` turns them into text.
 
-A plot is a list of beats. A line that begins with "|" is another way to tell the beat above it; "-"
-leaves it out, and "@name" stands for a beat that plots share. In a line, `{A}` and `{B}` are
-people, `{G}` is A's grown-up, `{toy}`, `{place}` and so on are words drawn once a story, `{a toy}`
-has its article before it, `{at}` is the place's preposition, `{A.he}`, `{A.him}`, `{A.his}`,
-`{toy.it}`, `{they}` are pronouns, `{A.child}` is "girl" or "boy"; and `[cause: rain]`, `[effect:
-wet]` mark what leads to what.
+A plot is a list of beats, one per line. Some lines are special:
+
+    | text    another wording of the beat above
+    -         an empty wording, which omits the beat
+    @name     a beat from `BEATS`, which plots share
+
+Lines contain slots and marks:
+
+    {A}, {B}                              the two people
+    {G}                                   the grown-up of A
+    {toy}, {place}, ...                   a word, drawn once per story
+    {a toy}                               the word with its article
+    {at}                                  the preposition of the place
+    {A.he}, {A.him}, {A.his}, {toy.it}    a pronoun, or the name if a pronoun is ambiguous
+    {they}                                a plural pronoun for A and B
+    {A.child}                             "girl" or "boy"
+    [cause: rain], [effect: wet]          a cause, and the effect of the last cause
 """
 
 BEATS = {

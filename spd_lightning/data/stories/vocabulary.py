@@ -1,5 +1,6 @@
-"""The words of the tiny stories: few enough for a small network to learn, enough that no story need
-be told twice.
+"""The words of the tiny stories.
+
+There are few enough for a small network to learn them, and enough for stories not to repeat.
 """
 
 GIRLS = ["Mia", "Lily", "Anna", "Emma", "Zoe", "Ella", "Sara", "Nora", "Ruby", "Lucy"]
@@ -15,7 +16,7 @@ ADULTS = {
     "uncle": "male",
 }
 
-# Each with the preposition of being there.
+# Each place with its preposition, as in "at the park".
 PLACES = dict.fromkeys(
     ["park", "beach", "farm", "zoo", "lake", "market", "pond", "castle", "river", "fair"], "at"
 )
