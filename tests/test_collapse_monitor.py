@@ -247,7 +247,7 @@ def loud(model):
 def test_a_training_tells_what_befalls_it(harm, expected, caplog):
     with caplog.at_level(logging.WARNING, "spd_lightning.training.collapse_monitor"):
         fitted(Losses(minimality=Minimality(1e-4)), Spoil(harm) if harm else None)
-    told = [r.getMessage() for r in caplog.records if r.name.endswith("collapse")]
+    told = [r.getMessage() for r in caplog.records if r.name.endswith("collapse_monitor")]
     assert all(any(text in line for line in told) for text in expected), told
     assert bool(told) == bool(expected), told
     assert all(int(line.split()[1].rstrip(":")) >= 40 for line in told), (

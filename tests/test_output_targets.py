@@ -85,7 +85,7 @@ def test_a_harvest_of_what_is_asked_for(tmp_path):
             {"outputs": OutputTargets(positions=[6])},
             "position 6 in outputs: a prompt has 6 positions; take −6 to 5",
         ),
-        ({"nodes": ["h.0.mlp.up_pro:1"]}, r"site 'h.0.mlp.up_pro': not one .*h.0.mlp.up_proj"),
+        ({"nodes": ["h.0.mlp.up_pro:1"]}, r"site 'h.0.mlp.up_pro': not a site .*h.0.mlp.up_proj"),
         ({"nodes": ["h.7.*"]}, r"nodes 'h.7.\*': no such layer"),
         (
             {"nodes": ["h.0.mlp.up_proj:9:1"]},

@@ -446,7 +446,7 @@ def test_a_folder_without_manifest(tmp_path):
 @pytest.mark.parametrize("text", ["{", "", "[]", "3", "{}", "\ufffe", b"\xff\xfe"])
 def test_a_manifest_that_is_none(harvest, name, text):
     (harvest / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    reason = "(not JSON|no '|expected an object)"
+    reason = "(not JSON|'[a-z]+' is missing|expected an object)"
     line = rf"harvest manifest '.*{name}': {reason}.*; delete it and run"
     with pytest.raises(BadInput, match=line) as error:
         Store(harvest)

@@ -166,7 +166,7 @@ BAD = {
     ),
     "another vocabulary": (
         ["--data.vocab", "300"],
-        r"token \d+ is outside the target's vocabulary of 270; take the",
+        r"token \d+ is outside the target's vocabulary of 270; use the",
     ),
 }
 

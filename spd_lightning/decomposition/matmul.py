@@ -80,8 +80,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:  # pyright: ignore
         x, w = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad
-        functorch: Any = torch._C._functorch
-        batched = functorch.is_legacy_batchedtensor(dy)
+        torch_c: Any = torch._C
+        batched = torch_c._functorch.is_legacy_batchedtensor(dy)
         multiply = torch.matmul if batched else _multiply
         rows = dy.reshape(-1, dy.shape[-1])  # [rows, m]
         dx = None

@@ -66,7 +66,7 @@ class Harvester(Callback, ABC):
         check_range(type(self).__name__, least=1, whole=True, group=group)
         self.name = name
         self.group = group
-        self.graph_mode = graph_mode
+        self.graph_mode: ModeName | None = graph_mode
         self.folder: Path | None = None
         self.names: Callable[[list[int]], list[str]] = digits
         self._writer: Writer | None = None

@@ -1,7 +1,7 @@
-"""What the rest of the project may expect of a target network, as protocols.
+"""Protocols for features that a target network can have.
 
-Any `nn.Module` can be decomposed. These protocols name what a network offers in addition; a network
-of one's own takes part by having the attributes, without inheriting from anything here.
+Any `nn.Module` can be decomposed. A network that has the attributes of a protocol is treated as
+such; it does not need to inherit from anything in this module.
 """
 
 from typing import Protocol, runtime_checkable
