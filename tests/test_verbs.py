@@ -122,7 +122,7 @@ def test_settings_of_a_part(topic):
 
 def test_settings_of_a_class(capsys):
     assert cli.run(["fit", "--help", "PromptGraphs"]) == 0
-    assert '--mode (default: "unmasked")\n      the graph\'s kind' in capsys.readouterr().out
+    assert '--mode (default: "unmasked")\n      the mode of the graphs' in capsys.readouterr().out
     assert cli.run(["predict", "--help", "PromptGraph"]) == 2
     assert "did you mean 'PromptGraphs'?" in capsys.readouterr().err
 
