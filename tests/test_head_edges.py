@@ -66,7 +66,7 @@ def test_a7_a_heads_terms_are_the_graph_of_that_head_alone(style, mode, monkeypa
     the edges.
     """
     spec, layers, _, heads = both(style, mode)
-    alone = spec.alone(0, layers[-1].nodes)
+    alone = spec.single_prompt(0, layers[-1].nodes)
     mine = terms(layers, heads, 0)
     attend = transformer.attend
     assert sorted(mine) == [0, 1, 2, 3]

@@ -383,7 +383,7 @@ def test_draws_go_by_size():
     sizes[first], sizes[-5:] = -5.0, 1.0
     for seed in range(20):
         edges = table._replace(attribution=sizes, target=torch.arange(len(sizes)))
-        drawn = Graphs(layers).drawn(edges, 4, torch.Generator().manual_seed(seed)).target.tolist()
+        drawn = Graphs(layers).sample_edges(edges, 4, torch.Generator().manual_seed(seed)).target.tolist()
         assert first in drawn
         assert set(drawn) <= {first, *range(len(sizes) - 5, len(sizes))}
         assert len(drawn) == 3
@@ -561,7 +561,7 @@ def test_a_file_of_interventions_gives_what_each_gives_alone(capsys, runs_there,
                 '{"input": [1], "ablate": "x"}',
             ],
             [
-                "line 1: site 'h.0.attn.p_proj': not one",
+                "line 1: site 'h.0.attn.p_proj': not a site",
                 "line 3: component 'x': write layer:pos:component",
             ],
         ),

@@ -5,7 +5,7 @@ devices.
 import json
 import math
 import sys
-from itertools import matmul, pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -376,7 +376,7 @@ def test_l5_thresholds_of_two_rounded_losses_are_kept_apart(passes):
 
 
 @pytest.mark.parametrize("divergence", ["mse", "kl"])
-@pytest.mark.parametrize(("source", "route"), list(matmul(SOURCES, ROUTES)))
+@pytest.mark.parametrize(("source", "route"), list(product(SOURCES, ROUTES)))
 @pytest.mark.parametrize("sampling", ["continuous", "binomial"])
 def test_l5_every_source_route_and_divergence_trains(source, route, divergence, sampling):
     model = decomposed(Tokens, importance=Importance(sampling=sampling)).float()

@@ -502,7 +502,7 @@ def test_e_the_ladder_takes_about_512_positions_where_nothing_is_said(monkeypatc
     own = LossContext.from_batch.__func__
     monkeypatch.setattr(
         LossContext,
-        "of",
+        "from_batch",
         classmethod(lambda cls, model, batch: taken.append(batch) or own(cls, model, batch)),
     )
     settings = Evaluation(pgd_steps=(1,), divergence="kl")

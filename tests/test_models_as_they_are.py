@@ -93,7 +93,7 @@ def drawn(layers: list, table: EdgeTable) -> EdgeTable:
     """Some strong edges of every prompt."""
     graphs = Graphs(layers)
     parts = [EdgeTable(*(column[table.prompt == p] for column in table)) for p in range(3)]
-    found = [graphs.drawn(part, 20, torch.Generator().manual_seed(0)) for part in parts]
+    found = [graphs.sample_edges(part, 20, torch.Generator().manual_seed(0)) for part in parts]
     return joined(found)
 
 

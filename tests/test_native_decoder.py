@@ -59,7 +59,7 @@ def test_a7_a_model_of_transformers_has_the_oracles_graph_without_a_backward_pas
     layers, found = quick.graphs(spec)
     found = list(found)
     for p in range(len(tokens)):
-        cut = cut_run(spec.alone(p, layers[-1].nodes))
+        cut = cut_run(spec.single_prompt(p, layers[-1].nodes))
         assert [(layer.kind, layer.name) for layer in layers] == [
             (layer.kind, layer.name) for layer in cut
         ]
@@ -90,7 +90,7 @@ def test_a7_checkpoints_as_a_decoder(tmp_path, kind, mode):
     layers, found = quick.graphs(spec)
     found = list(found)
     for p in range(len(tokens)):
-        cut = cut_run(spec.alone(p, layers[-1].nodes))
+        cut = cut_run(spec.single_prompt(p, layers[-1].nodes))
         assert_equal(dictionary(layers, found, p), oracle(cut), atol=1e-11)
 
 
@@ -116,7 +116,7 @@ def test_a6_a_twin_made_in_inference_mode_has_graphs(tmp_path, kind):
     for table in found:
         inflow.add(table)
     assert inflow.gaps().max() < 1e-4
-    some = graphs.drawn(found[0], 10, torch.Generator().manual_seed(0))
+    some = graphs.sample_edges(found[0], 10, torch.Generator().manual_seed(0))
     lost = -quick.changes(spec, graphs.checks(some), 0.0)
     torch.testing.assert_close(
         lost, some.attribution, rtol=1e-4, atol=1e-5 * some.attribution.abs().max().item()
@@ -150,7 +150,7 @@ def test_maps_that_are_no_sites_need_no_place_but_their_biases_do(tmp_path, kind
     spec = GraphSpec(model, tokens, g, CLOSED[mode], 0.3, odd_tokens)
     layers, found = quick.graphs(spec)
     found = list(found)
-    cut = cut_run(spec.alone(0, layers[-1].nodes))
+    cut = cut_run(spec.single_prompt(0, layers[-1].nodes))
     assert [(layer.kind, layer.name) for layer in layers] == [
         (layer.kind, layer.name) for layer in cut
     ]

@@ -450,7 +450,7 @@ def test_plan_refuses(words, said, capsys):
 
 def test_a_target_has_no_plan(capsys):
     assert cli.run(["plan", "--config", "pretrain/stories-1L-tiny"]) == 2
-    assert "no decomposition" in capsys.readouterr().err
+    assert "not a Decomposition" in capsys.readouterr().err
 
 
 # ---- what does not fit ---------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_edges_through_the_residual_stream_are_weights_times_activations(style, 
             expected = (
                 run.weight[source][0, pos, i]
                 * M[source, target][i, j]
-                / denominator(norm, run.into[norm])[0, pos]
+                / denominator(norm, run.norm_inputs[norm])[0, pos]
             )
             assert value == pytest.approx(expected.item(), rel=1e-9, abs=1e-14)
             checked.add((source, target))
@@ -230,7 +230,7 @@ def test_the_verb_writes_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.run(["weights", "text", "--min_share", "0"]) == 0
     assert capsys.readouterr().out.startswith(
-        "weights: weights.parquet    16 rows, at least 0 of the largest"
+        "weights: weights.parquet    16 rows, each at least 0 of the largest"
     )
     assert len(pl.read_parquet("weights.parquet")) == 16
     for words, said in REFUSED.items():

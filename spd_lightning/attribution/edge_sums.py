@@ -265,7 +265,7 @@ class EdgeSums:
         """Return the layers of nodes that lie side by side, and the range of each."""
         layers, counts = self._signed.layers(slots).unique_consecutive(return_counts=True)
         ends = counts.cumsum(0).tolist()
-        starts = [0, *ends[:-1]]
+        starts = [0, *ends][: len(ends)]
         spans = (slice(start, end) for start, end in zip(starts, ends, strict=True))
         return list(zip(layers.tolist(), spans, strict=True))
 

@@ -260,7 +260,7 @@ def refuse_tokens(prompts: Prompts, vocab: int | None, context: int | None) -> N
         row, pos = places[0]
         raise BadInput(
             f"prompt '{prompts.sources[row]}': token {int(inputs[row, pos])} is outside the "
-            f"target's vocabulary of {vocab}; take the tokenizer it was trained with"
+            f"target's vocabulary of {vocab}; use the tokenizer it was trained with"
         )
 
 
