@@ -383,7 +383,11 @@ def test_draws_go_by_size():
     sizes[first], sizes[-5:] = -5.0, 1.0
     for seed in range(20):
         edges = table._replace(attribution=sizes, target=torch.arange(len(sizes)))
-        drawn = Graphs(layers).sample_edges(edges, 4, torch.Generator().manual_seed(seed)).target.tolist()
+        drawn = (
+            Graphs(layers)
+            .sample_edges(edges, 4, torch.Generator().manual_seed(seed))
+            .target.tolist()
+        )
         assert first in drawn
         assert set(drawn) <= {first, *range(len(sizes) - 5, len(sizes))}
         assert len(drawn) == 3
