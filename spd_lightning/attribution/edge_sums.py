@@ -129,7 +129,7 @@ class PairMatrices(NamedTuple):
     total: Float64[Tensor, "S T2"]
     edges: Int[Tensor, "S T2"]
     prompt: Float64[Tensor, "S T2"]
-    squares: Float64[Tensor, "2 S T"]
+    squares: Float64[Tensor, "S T 2"]
 
 
 class EdgeSums:
@@ -168,9 +168,9 @@ class EdgeSums:
             total[entries] = total[entries] + own
             to_activation = own[:, 0] + own[:, 1]
             to_size = own[:, 0] - own[:, 1]
-            activation_squares, size_squares = sums.squares.flatten(1)
-            activation_squares[entries] = activation_squares[entries] + to_activation.square()
-            size_squares[entries] = size_squares[entries] + to_size.square()
+            squares = sums.squares.view(-1, 2)
+            own_squares = torch.stack([to_activation, to_size], dim=1).square()
+            squares[entries] = squares[entries] + own_squares
             by_sign[entries] = 0.0
         self._touched = {}
 
@@ -182,7 +182,7 @@ class EdgeSums:
             edges = sums.edges.unflatten(1, (-1, 2))
             i, j = edges.any(-1).nonzero(as_tuple=True)
             positive, negative = total[i, j].unbind(-1)
-            squares = sums.squares[:, i, j]
+            squares = sums.squares[i, j].T
             pairs.append(
                 PairSums(
                     kind=self.layers[s].kind,
@@ -293,7 +293,7 @@ class EdgeSums:
                 total=like.new_zeros(sources, width, dtype=torch.float64),
                 edges=like.new_zeros(sources, width, dtype=torch.int32),
                 prompt=like.new_zeros(sources, width, dtype=torch.float64),
-                squares=like.new_zeros(2, sources, width // 2, dtype=torch.float64),
+                squares=like.new_zeros(sources, width // 2, 2, dtype=torch.float64),
             )
         return self._sums[s, t]
 
