@@ -104,7 +104,7 @@ def check_range(
 
 
 class _Bounds(NamedTuple):
-    """The bounds of a range; None where there is no bound."""
+    """The bounds of a range; None means unbounded."""
 
     least: Bound
     above: Bound

@@ -940,6 +940,19 @@ def test_a_second_fit_is_a_run_of_its_own(here):
     assert Decomposition.from_pretrained("tiny").origin == "tiny"
 
 
+def in_bash(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of shell in a folder, with this checkout's package."""
+    return subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "code"),
     [("runs >&-", 0), ("--help >&-", 0), ("--help >/dev/full", 2), ("runs >/dev/full", 2)],
@@ -947,15 +960,7 @@ def test_a_second_fit_is_a_run_of_its_own(here):
 def test_output_that_goes_nowhere(tmp_path, command, code):
     """A closed output is not an error; a full disk gives one line."""
     line = f"{sys.executable} -m spd_lightning {command}"
-    done = subprocess.run(
-        ["bash", "-c", line],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-    )
+    done = in_bash(line, tmp_path)
     assert done.returncode == code, done.stderr
     assert done.stderr.count("\n") <= 1
     assert "Traceback" not in done.stderr
@@ -966,15 +971,7 @@ def test_a_folder_that_was_deleted(tmp_path):
         f"mkdir gone && cd gone && rmdir ../gone && {sys.executable} -m spd_lightning plan "
         "--config tms_5-2.yaml"
     )
-    done = subprocess.run(
-        ["bash", "-c", line],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-    )
+    done = in_bash(line, tmp_path)
     assert done.returncode == 2
     assert (
         done.stderr

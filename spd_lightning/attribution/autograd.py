@@ -16,7 +16,7 @@ follows from whether a gradient exists, never from their names.
 Not here: closed forms without a backward pass (`closed_form`), pruning.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -42,6 +42,16 @@ MAX_VJP_NUMBERS = 1 << 20
 
 
 # ---- step 1: the cut run -------------------------------------------------------------------------
+
+
+def embeddings(model: ComponentModel) -> dict[nn.Module, str]:
+    """Return the embeddings of the target that are not sites, with their names."""
+    sites = {site.module for site in model.sites.values()}
+    return {
+        module: name
+        for name, module in model.target.named_modules()
+        if isinstance(module, nn.Embedding) and module not in sites
+    }
 
 
 def biased(model: ComponentModel) -> dict[str, nn.Module]:
@@ -72,12 +82,7 @@ class _CutRun:
     def __init__(self, spec: GraphSpec):
         self.spec, self.model = spec, spec.model
         self.layers: list[Layer] = []
-        sites = {site.module for site in self.model.sites.values()}
-        self.embeddings: dict[nn.Module, str] = {
-            module: name
-            for name, module in self.model.target.named_modules()
-            if isinstance(module, nn.Embedding) and module not in sites
-        }
+        self.embeddings = embeddings(self.model)
         self.biases: dict[nn.Module, str] = {}
         if spec.frozen:
             self.biases = {module: name for name, module in biased(self.model).items()}
@@ -202,6 +207,14 @@ class LayerEdges(NamedTuple):
     target_at: Tensor
     attribution: Tensor
 
+    def look_up(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the values of both ends of each edge, from a tensor [batch, pos, K] per layer."""
+        source_pos, source_component = self.source_at.unbind(1)
+        target_pos, target_component = self.target_at.unbind(1)
+        source = values[self.source][self.prompt, source_pos, source_component]
+        target = values[self.target][self.prompt, target_pos, target_component]
+        return source, target
+
     def within_position(self) -> "LayerEdges":
         """Return the edges that stay at their position."""
         stays = self.source_at[:, 0] == self.target_at[:, 0]
@@ -211,10 +224,9 @@ class LayerEdges(NamedTuple):
 def as_tables(layers: list[Layer], edges: Iterable[LayerEdges]) -> Iterator[EdgeTable]:
     """Turn edges between layers into flat tables."""
     numbers = node_numbers(layers)
-    for e in edges:
-        source = numbers[e.source][e.prompt, e.source_at[:, 0], e.source_at[:, 1]]
-        target = numbers[e.target][e.prompt, e.target_at[:, 0], e.target_at[:, 1]]
-        yield EdgeTable(e.prompt, source, target, e.attribution)
+    for each in edges:
+        source, target = each.look_up(numbers)
+        yield EdgeTable(each.prompt, source, target, each.attribution)
 
 
 def vjp_edges(

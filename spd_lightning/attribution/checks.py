@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spd_lightning.attribution.graph import EdgeTable, GraphSpec, Layer, NodeKind, node_numbers
+from spd_lightning.attribution.autograd import embeddings
+from spd_lightning.attribution.graph import EdgeTable, GraphSpec, Layer, LayerKey, node_numbers
 from spd_lightning.attribution.linearize import Frozen
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map, flattened
@@ -29,9 +30,6 @@ MAX_TRIAL_NUMBERS = 1 << 24
 """The count of numbers that one run of trials holds at once."""
 
 # ---- which edges ---------------------------------------------------------------------------------
-
-LayerKey = tuple[NodeKind, str]
-"""A layer of a graph: the kind of its nodes, and its name."""
 
 
 class Checks(NamedTuple):
@@ -192,14 +190,8 @@ class _Trial:
         x = self.inputs
         if x.is_floating_point():
             x = x.detach().clone().requires_grad_()
-        sites = {site.module for site in self.model.sites.values()}
-        embeddings = [
-            module
-            for module in self.model.target.modules()
-            if isinstance(module, nn.Embedding) and module not in sites
-        ]
         # No gradient is computed, but the rules of A6 follow the values that would carry one.
-        replaced = self.model.replaced(self._at_site, self._at_embedding, embeddings)
+        replaced = self.model.replaced(self._at_site, self._at_embedding, embeddings(self.model))
         with torch.set_grad_enabled(self.spec.frozen), linear, replaced:
             out = self.model.target(x)
         with torch.no_grad():

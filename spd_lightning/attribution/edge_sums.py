@@ -55,7 +55,7 @@ class PairSums(NamedTuple):
 class Entries(NamedTuple):
     """The components of a layer that occur, and for each node its component's rank among them.
 
-    rank: by component [C]; if the layer is whole, by place [batch, pos, 1]. Where there is no node,
+    rank: by component [C]; if the layer is whole, by place [batch, pos, 1]. For other entries,
     it means nothing.
     """
 
@@ -89,7 +89,7 @@ class SignedSlots:
     """
 
     def __init__(self, entries: Sequence[Entries], device: torch.device):
-        widths = torch.tensor([2 * len(each.known) for each in entries])
+        widths = torch.tensor([2 * len(of_layer.known) for of_layer in entries])
         self.first = [0, *widths.cumsum(0).tolist()]  # the first number of every layer, and the end
         self._ends = torch.tensor(self.first[1:], device=device)
 
@@ -203,10 +203,7 @@ class EdgeSums:
 
     def add_listed(self, edges: LayerEdges) -> None:
         """Receive edges one by one, from one layer to another."""
-        ends = ((edges.source, edges.source_at), (edges.target, edges.target_at))
-        source, target = (
-            self.slots[layer][edges.prompt, place[:, 0], place[:, 1]] for layer, place in ends
-        )
+        source, target = edges.look_up(self.slots)
         ones = torch.ones_like(source)
         self._add(edges.source, edges.target, source, target, edges.attribution, ones)
 
@@ -275,8 +272,7 @@ class EdgeSums:
         """Add the edges of a pair of layers; the slots of their nodes broadcast with the values."""
         sums = self._matrices(s, t, values)
         width = self._signed.width(t)
-        # Where there is no node, the entries mean anything: clamp them, since nothing is added
-        # there.
+        # Slots without a node have meaningless numbers. Clamp them; their values are not added.
         entry = self._signed.entry(s, source)
         column = self._signed.column(t, target)
         places = ((entry * width).clamp_(min=0) + column.clamp_(min=0)).flatten()
@@ -309,7 +305,7 @@ def sum_over_readers(
         Σ_s A = Σ_h (Σ_s weight_h[s, i]) (left_h · right_h)[own]
               + Σ_h Σ_e (Σ_s weight_h[s, i] left_h[s, j, e]) right_h[i, e]     e: the others
 
-    column: the column of each target; `count` where there is no node, which is dropped.
+    column: the column of each target; slots without a node have the column `count` and are dropped.
     """
     sources = edges.weight.shape[-1]
     width = column.shape[1]

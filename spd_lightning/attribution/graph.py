@@ -114,6 +114,8 @@ class GraphSpec(NamedTuple):
 # ---- layers and edges ----------------------------------------------------------------------------
 
 NodeKind = Literal["component", "input", "embedding", "output", "rest", "bias"]
+LayerKey = tuple[NodeKind, str]
+"""A layer of a graph: the kind of its nodes, and its name."""
 
 
 def shape3(x: Tensor) -> tuple[int, int, int]:

@@ -37,7 +37,7 @@ AT_ONCE = 200_000  # characters that are tokenized together
 ENDS = (END, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 """Tokens with which tokenizers mark the end of a document."""
 
-_HELD_OUT = 50  # one document in so many is for validation
+_HELD_OUT = 50  # one document in 50 is for validation
 _FILES = ("tokenizer.json", "tokens.bin", "validation.bin")
 
 

@@ -1,8 +1,8 @@
 """Dataset edges: sums over a corpus of the edges of prompt graphs, as additive tables.
 
 For each batch of prompts, the importances of the clean run determine the nodes, and the edges are
-summed by pairs of components (section A of docs/method.md). The edges come from closed forms, or
-from batched products if there are none. No graph is kept. Readers choose how to normalize the sums.
+summed by pairs of components (section A of docs/method.md). The edges come from closed forms,
+otherwise from batched products. No graph is kept. Readers choose how to normalize the sums.
 """
 
 from collections.abc import Mapping, Sequence

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from spd_lightning.attribution.autograd import biased
+from spd_lightning.attribution.autograd import biased, embeddings
 from spd_lightning.attribution.closed_form.heads import HeadTable
 from spd_lightning.attribution.graph import EdgeTable, Layer, node_numbers
 from spd_lightning.attribution.outputs import OutputNodes, every_output, likely_tokens
@@ -94,16 +94,6 @@ def full(x: Tensor) -> Tensor:
 
 
 # ---- metadata ------------------------------------------------------------------------------------
-
-
-def embeddings(model: ComponentModel) -> dict[nn.Module, str]:
-    """Return the embeddings of the target that are not sites, with their names."""
-    sites = {site.module for site in model.sites.values()}
-    return {
-        module: name
-        for name, module in model.target.named_modules()
-        if isinstance(module, nn.Embedding) and module not in sites
-    }
 
 
 def harvest_metadata(module: Decomposition) -> dict[str, Any]:

@@ -4,8 +4,10 @@ A *tangent* is the change of a vector per unit of what one node writes. With r t
 ρ its denominator and γ its gain; with q, k and v the queries, keys and values of a head, p its
 pattern, and v̄_s = Σ_s' p[s, s'] v_s':
 
-    norm         γ ∘ (ṙ − r (r·ṙ)/(d ρ²))/ρ         LayerNorm: of centered r and ṙ; frozen: γ ∘ ṙ/ρ
-    attention    Σ_s' p[s, s'] (v̇_s' + (q̇_s·k_s' + q_s·k̇_s')/√d (v_s' − v̄_s))     frozen: v̇ alone
+    norm         γ ∘ (ṙ − r (r·ṙ)/(d ρ²))/ρ
+    attention    Σ_s' p[s, s'] (v̇_s' + (q̇_s·k_s' + q_s·k̇_s')/√d (v_s' − v̄_s))
+
+A LayerNorm takes r and ṙ centered. In frozen graphs these become γ ∘ ṙ/ρ and Σ_s' p[s, s'] v̇_s'.
 """
 
 from collections.abc import Mapping

@@ -48,7 +48,7 @@ missing.
 class PartialBlocks:
     """Adds the edges of one prompt through blocks in which only some maps are sites.
 
-    The methods add edges to the sink, and return the tangents that walk on; None if there are none.
+    The methods add edges to the sink. They return the tangents that walk on, or None.
     """
 
     def __init__(self, prompt: TracedPrompt, sink: EdgeSink):

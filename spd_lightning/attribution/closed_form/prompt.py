@@ -57,9 +57,13 @@ class NodeVectors(NamedTuple):
 
 def side_by_side(parts: list[NodeVectors]) -> NodeVectors:
     """Put the nodes of several layers next to each other."""
-    columns = zip(*(part.nodes for part in parts), strict=True)
-    nodes = Nodes(*(torch.cat(column, dim=1) for column in columns))
-    return NodeVectors(nodes, torch.cat([part.vectors for part in parts], dim=1))
+    nodes = Nodes(
+        component=torch.cat([part.nodes.component for part in parts], dim=1),
+        number=torch.cat([part.nodes.number for part in parts], dim=1),
+        real=torch.cat([part.nodes.real for part in parts], dim=1),
+    )
+    vectors = torch.cat([part.vectors for part in parts], dim=1)
+    return NodeVectors(nodes, vectors)
 
 
 class TracedPrompt:

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spd_lightning.attribution.graph import GraphSpec, Layer, Mode, NodeKind
+from spd_lightning.attribution.autograd import bias_of
+from spd_lightning.attribution.graph import GraphSpec, Layer, LayerKey, Mode, NodeKind
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map
 from spd_lightning.targets.transformer import Decoder
@@ -26,10 +27,6 @@ def closed_form_obstacle(model: ComponentModel, mode: Mode) -> str | None:
 
 
 # ---- one forward pass ----------------------------------------------------------------------------
-
-
-LayerKey = tuple[NodeKind, str]
-"""A layer of the graph: the kind of its nodes, and its name."""
 
 
 class Trace(NamedTuple):
@@ -106,9 +103,8 @@ class _Recorder:
             if module in self.embeddings:
                 spread = y.expand(len(self.spec.inputs), *y.shape[-2:])
                 self._add_whole("embedding", self.embeddings[module], y, spread)
-            elif self.spec.frozen and isinstance(module, nn.Linear | nn.LayerNorm):
-                if module.bias is not None:
-                    self._add_whole("bias", self.plain[module], module.bias, y)
+            elif self.spec.frozen and (bias := bias_of(module)) is not None:
+                self._add_whole("bias", self.plain[module], bias, y)
             self.trace.norm_inputs[module], self.trace.map_outputs[module] = x, y
             return y
 
