@@ -24,10 +24,10 @@ from support.tiny_run import SERVER, begun, done, killed, lay_out, work_hanging
 
 from spd_lightning import cli, runs
 from spd_lightning.errors import BadInput, without_passwords
-from spd_lightning.training import copies
-from spd_lightning.training.copies import Tail
-from spd_lightning.training.trackers import MLflow, trackers
-from spd_lightning.training.tracking import send
+from spd_lightning.tracking import copies
+from spd_lightning.tracking.copies import Tail
+from spd_lightning.tracking.publishing import send
+from spd_lightning.tracking.trackers import MLflow, trackers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),

@@ -11,8 +11,8 @@ from support.tiny_run import done, killed, lay_out
 from spd_lightning import cli, config, json_files, runs
 from spd_lightning.runs import trackers
 from spd_lightning.store import TABLES, Store
+from spd_lightning.tracking.trackers import acceptable
 from spd_lightning.training.decompose import Decomposition
-from spd_lightning.training.trackers import acceptable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),

@@ -93,7 +93,7 @@ def _train_missing_target(model: dict[str, Any]) -> None:
 
 def _complete_copy(run: runs.Run, settings: "Settings") -> None:
     """Send a finished run to the trackers that lack a part of it, instead of fitting it again."""
-    from spd_lightning.training.tracking import send
+    from spd_lightning.tracking.publishing import send
 
     log.info("run %s: already finished; sending the parts that a tracker lacks", run.name)
     try:
@@ -138,7 +138,7 @@ def _train(session: "Session") -> None:
 
 def _finish(session: "Session", started: float) -> None:
     """Write the results of the training, the summary last, and send copies to the trackers."""
-    from spd_lightning.training.tracking import publish
+    from spd_lightning.tracking.publishing import publish
 
     folder = session.plan.folder
     module = session.model

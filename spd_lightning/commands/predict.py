@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _harvest(session: "Session") -> None:
     from spd_lightning.harvest.module import Harvester
-    from spd_lightning.training.tracking import publish
+    from spd_lightning.tracking.publishing import publish
 
     trainer: Any = session.trainer
     harvesters = [callback for callback in trainer.callbacks if isinstance(callback, Harvester)]

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     if isinstance(trainer, dict) and not run.pulled:  # a pulled run can come from a stranger
         trackers = trainer.get("logger")
     with loading.trainer():
-        from spd_lightning.training.tracking import send
+        from spd_lightning.tracking.publishing import send
 
         send(trackers, run.path, settings)
     print(f"sent: {run.path}")

@@ -19,14 +19,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from spd_lightning import classes
 from spd_lightning import config as configs
 from spd_lightning.errors import BadInput, shown
+from spd_lightning.tracking.copies import Copies
+from spd_lightning.tracking.publishing import MetricsFile, without_secrets
+from spd_lightning.tracking.trackers import trackers
 from spd_lightning.training.checkpoint import SafetensorsIO
-from spd_lightning.training.copies import Copies
 from spd_lightning.training.interruption import Interruption
 from spd_lightning.training.launchers import forget_ranks, forgotten_launcher, is_first_process
 from spd_lightning.training.parsing import Parser, complaint, refuse_unknown
 from spd_lightning.training.progress import Progress
-from spd_lightning.training.trackers import trackers
-from spd_lightning.training.tracking import MetricsFile, without_secrets
 
 log = logging.getLogger(__name__)
 

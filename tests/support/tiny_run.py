@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from spd_lightning import cli, runs
-from spd_lightning.training import copies, figures
+from spd_lightning.tracking import copies
+from spd_lightning.training import figures
 from spd_lightning.training.decompose import Decomposition
 
 ALL_FIGURES = figures.draw

@@ -27,7 +27,7 @@ from typing import Any
 
 from spd_lightning import runs
 from spd_lightning.errors import BadInput
-from spd_lightning.training.trackers import SPEED, Row, Tracker
+from spd_lightning.tracking.trackers import SPEED, Row, Tracker
 
 log = logging.getLogger(__name__)
 

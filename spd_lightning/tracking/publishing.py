@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from spd_lightning import runs
 from spd_lightning.errors import BadInput, without_passwords
-from spd_lightning.training.copies import Copies
-from spd_lightning.training.trackers import trackers
+from spd_lightning.tracking.copies import Copies
+from spd_lightning.tracking.trackers import trackers
 
 log = logging.getLogger(__name__)
 
