@@ -51,21 +51,22 @@ class Site:
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
         """W [d_out, d_in], also if the module stores its transpose."""
-        match self.kind:
-            case "linear":
-                return self.module.weight  # pyright: ignore[reportReturnType]
-            case "conv1d" | "embedding":
-                return self.module.weight.T  # pyright: ignore[reportReturnType]
-            case "identity":
-                parameter = next(self.module.parameters())
-                return torch.eye(self.d_in, dtype=parameter.dtype, device=parameter.device)
+        if self.kind == "identity":
+            parameter = next(self.module.parameters())
+            return torch.eye(self.d_in, dtype=parameter.dtype, device=parameter.device)
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        if self.kind == "linear":
+            return weight
+        return weight.T
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
         """b, or None if the map has no bias."""
         if self.kind in ("identity", "embedding"):
             return None
-        return self.module.bias  # pyright: ignore[reportReturnType]
+        bias = self.module.bias
+        return bias if isinstance(bias, Tensor) else None
 
     def inner(self, x: Tensor, V: Float[Tensor, "d_in C"]) -> Float[Tensor, "... C"]:
         """Return the inner activations `a = x V` (D2).
@@ -82,8 +83,12 @@ class Components(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, C: int):
         super().__init__()
-        self.V = nn.Parameter(torch.randn(d_in, C) / d_in**0.5)
-        self.U = nn.Parameter(torch.randn(C, d_out) / C**0.5)
+        V = torch.randn(d_in, C)
+        U = torch.randn(C, d_out)
+        root_d_in = d_in**0.5
+        root_C = C**0.5
+        self.V = nn.Parameter(V / root_d_in)
+        self.U = nn.Parameter(U / root_C)
 
 
 class TiedComponents(nn.Module):
@@ -98,11 +103,13 @@ class TiedComponents(nn.Module):
 
     @property
     def V(self) -> Float[Tensor, "d_in C"]:
-        return self._partner[0].U.T
+        (partner,) = self._partner
+        return partner.U.T
 
     @property
     def U(self) -> Float[Tensor, "C d_out"]:
-        return self._partner[0].V.T
+        (partner,) = self._partner
+        return partner.V.T
 
 
 class Mask(NamedTuple):
@@ -126,12 +133,16 @@ class Mask(NamedTuple):
     @property
     def bare(self) -> bool:
         """Whether the target's output at this site is not needed: no delta, no route."""
-        return self.route is None and self.without_delta
+        if self.route is not None:
+            return False
+        return self.without_delta
 
     @property
     def without_delta(self) -> bool:
         """Whether the delta component is switched off everywhere."""
-        return isinstance(self.delta, float | int) and self.delta == 0
+        if isinstance(self.delta, Tensor):  # its values are not checked: that would stall a GPU
+            return False
+        return self.delta == 0
 
 
 def masked_output(
@@ -150,28 +161,39 @@ def masked_output(
         U: what the components write.
         mask: the masks and the route.
     """
+    route = mask.route
     if mask.rows is not None:
         assert clean is not None
-        return _masked_rows(clean, bias, a, U, mask, mask.rows)
+        assert route is not None
+        return _masked_rows(clean, bias, a, U, mask, route, mask.rows)
     y = _decomposed(clean, bias, a, U, mask)  # step 2
-    if mask.route is None:
+    if route is None:
         return y
     assert clean is not None
-    return torch.where(mask.route.unsqueeze(-1), y, clean)  # step 3
+    by_vector = route.unsqueeze(-1)  # [..., 1]
+    return torch.where(by_vector, y, clean)  # step 3
 
 
 def _masked_rows(
-    clean: Tensor, bias: Tensor | None, a: Tensor, U: Tensor, mask: Mask, rows: Tensor
+    clean: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    U: Tensor,
+    mask: Mask,
+    route: Tensor,
+    rows: Tensor,
 ) -> Tensor:
     """Do steps 2 and 3 at some positions, and copy the target's output everywhere else."""
-    assert mask.route is not None
-    flat = clean.flatten(0, -2)  # [positions, d_out]
-    routed = mask.route.flatten().index_select(0, rows)  # [rows]
-    original = flat.index_select(0, rows)  # [rows, d_out]
-    y = _decomposed(original, bias, a, U, mask)  # step 2
-    y = y.to(flat.dtype)  # [rows, d_out]
-    chosen = torch.where(routed.unsqueeze(-1), y, original)  # step 3
-    return flat.index_copy(0, rows, chosen).view_as(clean)
+    flat_clean = clean.flatten(0, -2)  # [positions, d_out]
+    original = flat_clean.index_select(0, rows)  # [rows, d_out]
+    y = _decomposed(original, bias, a, U, mask)  # [rows, d_out]: step 2
+    y = y.to(flat_clean.dtype)  # autocast can have lowered it
+    flat_route = route.flatten()  # [positions]
+    routed = flat_route.index_select(0, rows)  # [rows]
+    by_vector = routed.unsqueeze(-1)  # [rows, 1]
+    chosen = torch.where(by_vector, y, original)  # [rows, d_out]: step 3
+    out = flat_clean.index_copy(0, rows, chosen)
+    return out.view_as(clean)
 
 
 def _decomposed(
@@ -179,23 +201,31 @@ def _decomposed(
 ) -> Tensor:
     """Compute step 2, `((m − m_Δ) ∘ a) U + m_Δ (x Wᵀ) + b`, at the positions of a."""
     m = mask.components
+    gate = mask.delta
     if mask.without_delta:
         w = a if m is None else m * a  # [..., C]
         y = matmul(w, U)  # [..., d_out]
-        return y if bias is None else y + bias
-    assert clean is not None
-    gate = mask.delta
-    if isinstance(gate, Tensor):
-        gate = gate.unsqueeze(-1)  # [..., 1]
-    w = (1 - gate) * a if m is None else (m - gate) * a  # [..., C]
-    y = matmul(w, U)  # [..., d_out]
-    y = y + gate * _without_bias(clean, bias)
-    return y if bias is None else y + bias
+    else:
+        assert clean is not None
+        if isinstance(gate, Tensor):
+            gate = gate.unsqueeze(-1)  # [..., 1]
+        if m is None:
+            strength = 1 - gate
+        else:
+            strength = m - gate  # [..., C]
+        w = strength * a  # [..., C]
+        y = matmul(w, U)  # [..., d_out]
+        y = y + gate * _without_bias(clean, bias)
+    if bias is None:
+        return y
+    return y + bias
 
 
 def _without_bias(clean: Tensor, bias: Tensor | None) -> Tensor:
     """Return x Wᵀ from x Wᵀ + b."""
-    return clean if bias is None else clean - bias
+    if bias is None:
+        return clean
+    return clean - bias
 
 
 # ---- finding sites -------------------------------------------------------------------------------
@@ -217,7 +247,9 @@ def _width(module: Any, kind: Kind) -> tuple[int, int]:
     if kind == "embedding":
         return module.num_embeddings, module.embedding_dim
     rows, columns = module.weight.shape
-    return (rows, columns) if kind == "conv1d" else (columns, rows)
+    if kind == "conv1d":
+        return rows, columns
+    return columns, rows
 
 
 def available(model: nn.Module) -> dict[str, Site]:
@@ -275,9 +307,13 @@ def find_sites(model: nn.Module, patterns: Mapping[str, int]) -> dict[str, tuple
 
 def _match(pattern: str, sites: Mapping[str, Site]) -> list[str]:
     """Return the names of the sites that a pattern matches."""
-    identity = pattern.endswith(IDENTITY)
-    alike = [name for name in sites if name.endswith(IDENTITY) == identity]
-    return [name for name in alike if fnmatchcase(name, pattern)]
+    means_identities = pattern.endswith(IDENTITY)
+    matched = []
+    for name in sites:
+        is_identity = name.endswith(IDENTITY)
+        if is_identity == means_identities and fnmatchcase(name, pattern):
+            matched.append(name)
+    return matched
 
 
 def _reject_experts(model: nn.Module, pattern: str, modules: Sequence[str]) -> None:
@@ -285,10 +321,11 @@ def _reject_experts(model: nn.Module, pattern: str, modules: Sequence[str]) -> N
     for name, parameter in model.named_parameters():
         if parameter.ndim != 3 or not _refers_to_experts(pattern, name):
             continue
-        holder = name.rpartition(".")[0]
-        block = holder.rpartition(".")[0].rpartition(".")[0]
-        neighbors = [m for m in modules if m.startswith(f"{block}.")]
-        examples = (neighbors or list(modules))[:4]
+        experts = _parent(name)
+        block = _parent(_parent(experts))
+        neighbors = [module for module in modules if module.startswith(f"{block}.")]
+        candidates = neighbors or list(modules)
+        examples = candidates[:4]
         raise BadInput(
             f"sites: pattern '{pattern}' refers to experts stored as one three-dimensional "
             f"tensor, '{name}' {list(parameter.shape)}, which cannot be a site; decompose the maps "
@@ -298,12 +335,24 @@ def _reject_experts(model: nn.Module, pattern: str, modules: Sequence[str]) -> N
 
 def _refers_to_experts(pattern: str, name: str) -> bool:
     """Return whether a pattern means the parameter of that name, or the module that holds it."""
-    holder = name.rpartition(".")[0]
-    if "experts" in holder and "experts" in pattern:
+    module = _parent(name)
+    if "experts" in module and "experts" in pattern:
         return True
-    if fnmatchcase(name, pattern) or fnmatchcase(holder, pattern):
+    if fnmatchcase(name, pattern):
         return True
-    return fnmatchcase(pattern, f"{holder}.*")
+    if fnmatchcase(module, pattern):
+        return True
+    return fnmatchcase(pattern, f"{module}.*")
+
+
+def _parent(name: str) -> str:
+    """Return the name of the module that holds a module or a parameter.
+
+    >>> _parent("h.0.mlp.experts")
+    'h.0.mlp'
+    """
+    parent, _, _ = name.rpartition(".")
+    return parent
 
 
 @torch.no_grad()
@@ -336,9 +385,13 @@ def _reject_other_maps(site: Site) -> None:
 def _probe(site: Site, W: Float[Tensor, "d_out d_in"]) -> tuple[Tensor, Tensor]:
     """Return some inputs of a site, and the outputs that its weight and bias give on them."""
     if site.kind == "embedding":
-        x = torch.arange(min(site.d_in, 16), device=W.device)[None]  # [1, tokens]
+        count = min(site.d_in, 16)
+        tokens = torch.arange(count, device=W.device)
+        x = tokens[None]  # [1, tokens]
         return x, W.T[x]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()
+    generator.manual_seed(0)
     x = torch.randn(1, 4, site.d_in, generator=generator)
     x = x.to(W.device, W.dtype)
-    return x, nn.functional.linear(x, W, site.bias)
+    expected = nn.functional.linear(x, W, site.bias)  # [1, 4, d_out]
+    return x, expected

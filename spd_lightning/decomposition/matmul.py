@@ -12,6 +12,7 @@ as fast on an AMD EPYC and equally fast on Intel's processors. A product takes o
 Source: https://github.com/uxlfoundation/oneDNN.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,22 +25,32 @@ SMALL = 1 << 20
 """Number of multiplications below which the call of the kernel costs more than it saves."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """The gradients to x, w and the bias."""
-KERNEL = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
+
+
+def _find_kernel() -> Callable[..., Tensor] | None:
+    """Return oneDNN's product, or None if torch was built without it."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        return torch.ops.mkldnn._linear_pointwise
+    except AttributeError:
+        return None
+
+
+KERNEL = _find_kernel()
 
 
 def matmul(
     x: Float[Tensor, "... n"], w: Float[Tensor, "n m"], bias: Float[Tensor, " m"] | None = None
 ) -> Float[Tensor, "... m"]:
     """Return `x w + bias`, differentiable with respect to all three."""
-    if not _plain(x, w):  # way 2
-        return _Product.apply(x, w, bias)  # pyright: ignore[reportReturnType]
-    if bias is None:  # way 1
-        return x @ w
-    return nn.functional.linear(x, w.T, bias)
+    if _plain(x, w):  # way 1
+        if bias is None:
+            return x @ w
+        return nn.functional.linear(x, w.T, bias)
+    y = _Product.apply(x, w, bias)  # way 2
+    assert isinstance(y, Tensor)
+    return y
 
 
 class Linear(nn.Linear):
@@ -47,23 +58,31 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x Wᵀ + b."""
-        return matmul(input, self.weight.T, self.bias)
+        w = self.weight.T  # [n, m]
+        return matmul(input, w, self.bias)
 
 
 def _plain(x: Tensor, w: Tensor) -> bool:
     """Return whether a product takes the plain way."""
-    if KERNEL is None or torch.is_autocast_enabled("cpu"):
+    if KERNEL is None:
         return True
-    if not (x.dtype == w.dtype == torch.float32 and x.device.type == "cpu"):
+    if torch.is_autocast_enabled("cpu"):
         return True
-    if x.numel() * w.shape[-1] < SMALL:
+    if not x.dtype == w.dtype == torch.float32:
+        return True
+    if x.device.type != "cpu":
+        return True
+    multiplications = x.numel() * w.shape[-1]
+    if multiplications < SMALL:
         return True
     return is_in_torch_dispatch_mode()  # modes that count operations know only torch's product
 
 
 def _multiply(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x w + bias of two matrices; both can be transposed views."""
-    return KERNEL(x, w.T, bias, "none", [], "")  # pyright: ignore[reportOptionalCall]
+    assert KERNEL is not None
+    transposed = w.T  # the kernel expects a weight as `nn.Linear` stores it, [m, n]
+    return KERNEL(x, transposed, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
@@ -72,25 +91,35 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, w)
-        y = _multiply(x.flatten(0, -2), w, bias)  # [rows, m]
-        return y.view(*x.shape[:-1], w.shape[-1])
+        rows = x.flatten(0, -2)  # [rows, n]
+        y = _multiply(rows, w, bias)  # [rows, m]
+        places = x.shape[:-1]
+        return y.view(*places, w.shape[-1])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Gradients:  # pyright: ignore
-        x, w = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad
-        torch_c: Any = torch._C
-        batched = torch_c._functorch.is_legacy_batchedtensor(dy)
-        multiply = torch.matmul if batched else _multiply
-        rows = dy.reshape(-1, dy.shape[-1])  # [rows, m]
-        dx = None
-        dw = None
-        db = None
-        if needs_dx:
-            dx = multiply(rows, w.T).reshape(x.shape)
-        if needs_dw:
-            dw = multiply(x.flatten(0, -2).T, rows)  # [n, m]
-        if needs_db:
-            db = rows.sum(0)
-        return dx, dw, db
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
+        (dy,) = grad_outputs
+        return _gradients(ctx, dy)
+
+
+@once_differentiable
+def _gradients(ctx: Any, dy: Tensor) -> Gradients:
+    """Return dx, dw and db; None for those that are not needed."""
+    x, w = ctx.saved_tensors
+    needs_dx, needs_dw, needs_db = ctx.needs_input_grad
+    torch_c: Any = torch._C
+    batched = torch_c._functorch.is_legacy_batchedtensor(dy)
+    multiply = torch.matmul if batched else _multiply
+    dy_rows = dy.reshape(-1, dy.shape[-1])  # [rows, m]
+    dx = None
+    dw = None
+    db = None
+    if needs_dx:
+        dx_rows = multiply(dy_rows, w.T)  # [rows, n]
+        dx = dx_rows.reshape(x.shape)
+    if needs_dw:
+        x_rows = x.flatten(0, -2)  # [rows, n]
+        dw = multiply(x_rows.T, dy_rows)  # [n, m]
+    if needs_db:
+        db = dy_rows.sum(0)
+    return dx, dw, db

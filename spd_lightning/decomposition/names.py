@@ -41,7 +41,8 @@ def place(counts: Mapping[str, int], name: str) -> Place:
     Raises:
         BadInput: the name has another form, or the site or component does not exist.
     """
-    site, *numbers = name.strip(" ").split(":")
+    stripped = name.strip(" ")
+    site, *numbers = stripped.split(":")
     if not 1 <= len(numbers) <= 2 or not _is_number(numbers[-1]):
         raise BadInput(
             f"component '{name}': write layer:pos:component, or layer:component for all positions"
@@ -51,7 +52,9 @@ def place(counts: Mapping[str, int], name: str) -> Place:
         raise BadInput(
             f"component '{name}': no site has that many components; take a smaller number"
         )
-    positions = _positions(name, numbers[0]) if len(numbers) == 2 else None
+    positions = None
+    if len(numbers) == 2:
+        positions = _positions(name, numbers[0])
     parsed = Place(site, int(component), positions)  # step 1
     known(counts, parsed)  # step 2
     return parsed
