@@ -32,6 +32,9 @@ from torch import Tensor
 from spd_lightning.decomposition.masks import Sources, uniform
 from spd_lightning.errors import BadInput, check_range
 
+State = dict[str, Tensor]
+"""One tensor for each site."""
+
 
 @dataclass(frozen=True)
 class Adversary:
@@ -50,8 +53,9 @@ class Adversary:
     scope: Literal["per_position", "per_batch"] = "per_batch"
 
     def __post_init__(self):
-        check_range("adversary", least=0, whole=True, steps=self.steps)
-        check_range("adversary", above=0, step_size=self.step_size)
+        place = "adversary"
+        check_range(place, least=0, whole=True, steps=self.steps)
+        check_range(place, above=0, step_size=self.step_size)
 
     def check_start(self, delta: bool, place: str) -> None:
         """Reject an initial point where the gradient is zero.
@@ -89,31 +93,46 @@ def pgd_sources(
         generator: draws the initial sources.
         start: sources to continue from; initial ones if omitted.
     """
-    vectors = {}  # [..., C + 1] or [C + 1] at every site
+    vectors: State = {}  # [..., C + 1] or [C + 1] at every site
     for name, g in importances.items():
         if start is None:
             vectors[name] = _initial(adversary, g, generator)  # step 1
         else:
             vectors[name] = _join(*start[name])
+
+    def damage(leaves: Mapping[str, Tensor]) -> Tensor:
+        sources = split(leaves, importances)
+        return loss(sources)
+
     for _ in range(adversary.steps):  # step 2
         leaves = {name: v.detach().requires_grad_() for name, v in vectors.items()}
-        with torch.enable_grad():
-            sources = split(leaves, importances)
-            gradients = torch.autograd.grad(loss(sources), list(leaves.values()))
-        vectors = {
-            name: _ascend(v, gradient, adversary.step_size)
-            for (name, v), gradient in zip(vectors.items(), gradients, strict=True)
-        }
+        gradients = _gradients(damage, leaves)
+        for name, gradient in gradients.items():
+            vectors[name] = _ascend(vectors[name], gradient, adversary.step_size)
     return split(vectors, importances)  # step 3
+
+
+def _gradients(loss: Callable[[Mapping[str, Tensor]], Tensor], leaves: State) -> State:
+    """Return the gradient of a loss to the vectors of every site."""
+    vectors = list(leaves.values())
+    with torch.enable_grad():
+        value = loss(leaves)
+        gradients = torch.autograd.grad(value, vectors)
+    by_site = zip(leaves, gradients, strict=True)
+    return dict(by_site)
 
 
 def _initial(
     adversary: Adversary, g: Float[Tensor, "... C"], generator: torch.Generator | None
 ) -> Tensor:
     """Return initial vectors: [..., C + 1], or [C + 1] if the whole batch shares one."""
-    g = g.to(torch.promote_types(g.dtype, torch.float32))  # steps can be finer than half precision
-    positions = g.shape[:-1] if adversary.scope == "per_position" else ()
-    shape = (*positions, g.shape[-1] + 1)
+    g = _at_least_float32(g)
+    width = g.shape[-1] + 1  # C components and the delta component
+    if adversary.scope == "per_position":
+        positions = g.shape[:-1]
+        shape = (*positions, width)
+    else:
+        shape = (width,)
     match adversary.init:
         case "random":
             return uniform(g, shape, generator)
@@ -123,25 +142,36 @@ def _initial(
             return g.new_zeros(shape)
 
 
+def _at_least_float32(g: Tensor) -> Tensor:
+    """Return importances in single precision or higher: steps can be finer than half precision."""
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    return g.to(dtype)
+
+
 def _ascend(v: Tensor, gradient: Tensor, step_size: float) -> Tensor:
     """Return a vector after one step of projected gradient ascent."""
-    direction = _sum_over_devices(gradient).sign()
+    gradient = _sum_over_devices(gradient)
+    direction = gradient.sign()
     moved = v.detach() + step_size * direction
     return moved.clamp(0, 1)
 
 
 def _join(s: Tensor, delta: Tensor) -> Tensor:
     """Return the vectors of some sources: the inverse of `split`."""
-    if s.ndim == 1:  # one vector for the batch; its delta was repeated at every position
-        delta = delta.flatten()[0]
-    return torch.cat([s, delta[..., None]], dim=-1)
+    shared = s.ndim == 1
+    if shared:  # one vector for the batch; its delta was repeated at every position
+        repeated = delta.flatten()
+        delta = repeated[0]
+    column = delta[..., None]  # [..., 1]
+    return torch.cat([s, column], dim=-1)
 
 
 def _sum_over_devices(gradient: Tensor) -> Tensor:
     """Return the gradient, summed over devices in place if the batch shares one vector."""
+    distributed = torch.distributed
     shared = gradient.ndim == 1
-    if shared and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(gradient)
+    if shared and distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(gradient)
     return gradient
 
 
@@ -150,11 +180,14 @@ def split(vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> S
 
     They have the dtype of the importances.
     """
-    cast = {name: v.to(importances[name].dtype) for name, v in vectors.items()}
     sources = {}
-    for name, v in cast.items():
+    for name, v in vectors.items():
+        g = importances[name]
+        v = v.to(g.dtype)
         s = v[..., :-1]  # [..., C]
-        s_delta = v[..., -1].expand(importances[name].shape[:-1])  # [...]
+        positions = g.shape[:-1]
+        s_delta = v[..., -1]  # [...], or [] if the batch shares one vector
+        s_delta = s_delta.expand(positions)
         sources[name] = (s, s_delta)
     return sources
 
@@ -197,10 +230,6 @@ class Persistent:
         )
 
 
-State = dict[str, Tensor]
-"""One tensor for each site."""
-
-
 class PersistentAdversary:
     """The source vectors of one persistent adversary, with Adam's moments.
 
@@ -228,28 +257,35 @@ class PersistentAdversary:
         self.parts = parts
         self.updates = 0
         self.vectors: State = {}
+        self.first: State = {}
+        self.second: State = {}
         for name, g in importances.items():
-            g = g.detach().to(torch.promote_types(g.dtype, torch.float32))
-            self.vectors[name] = self._draw(g, generator)
-        self.first = {name: torch.zeros_like(v) for name, v in self.vectors.items()}
-        self.second = {name: torch.zeros_like(v) for name, v in self.vectors.items()}
+            g = _at_least_float32(g.detach())
+            v = self._draw(g, generator)
+            self.vectors[name] = v
+            self.first[name] = torch.zeros_like(v)
+            self.second[name] = torch.zeros_like(v)
         self._leaves: State = {}
         self._coeff = 1.0
 
     def _draw(self, g: Float[Tensor, "batch ... C"], generator: torch.Generator | None) -> Tensor:
         """Draw the vectors of a site: [particles, C + 1], or [batch, ..., C + 1] without a pool."""
-        width = g.shape[-1] + 1
-        if self.settings.particles:
-            return uniform(g, (self.settings.particles, width), generator)
-        global_batch = self.world * len(g)
-        shape = (global_batch, *g.shape[1:-1], width)
-        drawn = uniform(g, shape, generator)
-        return self._part(drawn, len(g)).clone()
+        batch, *positions, C = g.shape
+        width = C + 1  # C components and the delta component
+        particles = self.settings.particles
+        if particles:
+            return uniform(g, (particles, width), generator)
+        global_batch = self.world * batch
+        shape = (global_batch, *positions, width)
+        whole = uniform(g, shape, generator)
+        part = self._part(whole, batch)
+        return part.clone()  # so that the vectors of the other devices are freed
 
     def _part(self, whole: Tensor, rows: int) -> Tensor:
         """Return the rows of this device."""
         start = self.rank * rows
-        return whole[start : start + rows]
+        end = start + rows
+        return whole[start:end]
 
     def spread(
         self, vectors: Mapping[str, Tensor], importances: Mapping[str, Tensor]
@@ -263,12 +299,15 @@ class PersistentAdversary:
             return dict(vectors)
         spread = {}
         for name, v in vectors.items():
-            shape = importances[name].shape[:-1]
-            batch = shape[0]
-            sample = torch.arange(batch, device=v.device) + self.rank * batch  # [batch]
-            of_sample = v[sample % particles]  # [batch, C + 1]
-            ones = [1] * (len(shape) - 1)
-            spread[name] = of_sample.view(batch, *ones, -1).expand(*shape, -1)
+            g = importances[name]
+            batch, *positions, _ = g.shape
+            first_sample = self.rank * batch  # every device has `batch` samples
+            sample = torch.arange(batch, device=v.device) + first_sample  # [batch]
+            particle = sample % particles  # [batch]
+            vector = v[particle]  # [batch, C + 1]
+            ones = [1] * len(positions)
+            vector = vector.view(batch, *ones, -1)  # [batch, 1, ..., C + 1]
+            spread[name] = vector.expand(batch, *positions, -1)
         return spread
 
     def ascend(self, loss: Callable[[Mapping[str, Tensor]], Tensor], progress: float) -> None:
@@ -280,10 +319,8 @@ class PersistentAdversary:
         """
         for _ in range(self.settings.ascents):
             leaves = self._fresh_leaves()
-            with torch.enable_grad():
-                gradients = torch.autograd.grad(loss(leaves), list(leaves.values()))
-            by_site = dict(zip(leaves, gradients, strict=True))
-            self._climb(by_site, progress)
+            gradients = _gradients(loss, leaves)
+            self._climb(gradients, progress)
 
     def leaves(self, coeff: float) -> State:
         """Return vectors for the training loss, whose backward pass leaves its gradient in them.
@@ -317,24 +354,26 @@ class PersistentAdversary:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; each device takes its part."""
-        self._copy(state["vectors"], self.vectors)
-        self._copy(state["first"], self.first)
-        self._copy(state["second"], self.second)
         self.updates = state["updates"]
+        current = {"vectors": self.vectors, "first": self.first, "second": self.second}
+        for name, tensors in current.items():
+            self._copy(state[name], tensors)
 
     def _copy(self, saved: Mapping[str, Tensor], current: State) -> None:
-        """Overwrite this device's tensors with its part of the saved ones."""
+        """Replace this device's tensors by its part of the saved ones."""
         for name, v in saved.items():
+            replaced = current[name]
             if not self.settings.particles:
-                v = self._part(v, len(current[name]))
-            current[name] = v.to(current[name].device, copy=True)
+                v = self._part(v, len(replaced))
+            current[name] = v.to(replaced.device, copy=True)
 
     @property
     def bytes(self) -> int:
         """Memory in bytes that the vectors and moments take."""
         total = 0
         for state in (self.vectors, self.first, self.second):
-            total += sum(v.nbytes for v in state.values())
+            for tensor in state.values():
+                total += tensor.nbytes
         return total
 
     def _fresh_leaves(self) -> State:
@@ -355,32 +394,46 @@ class PersistentAdversary:
         beta1, beta2 = self.settings.betas
         lr = self._learning_rate(progress)
         self.updates += 1
-        bias1 = 1 - beta1**self.updates
+        bias1 = 1 - beta1**self.updates  # corrects that the moments start at zero
         bias2 = 1 - beta2**self.updates
+        step_size = lr / bias1
+        parts = self.world * self.parts  # of the global batch
         for name, gradient in gradients.items():
-            g = gradient / (self.world * self.parts)  # of the mean over the global batch
+            g = gradient / parts  # of the mean over the global batch
             if self.settings.particles and self.world > 1:
                 torch.distributed.all_reduce(g)
             first = self.first[name]
-            second = self.second[name]
             first.lerp_(g, 1 - beta1)
-            second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            size = (second / bias2).sqrt_().add_(1e-8)  # √m₂ + 1e-8
-            v = self.vectors[name].addcdiv(first, size, value=lr / bias1)
+            second = self.second[name]
+            second.mul_(beta2)
+            second.addcmul_(g, g, value=1 - beta2)
+            size = second / bias2  # m₂
+            size.sqrt_().add_(1e-8)  # √m₂ + 1e-8
+            v = self.vectors[name]
+            v = v.addcdiv(first, size, value=step_size)
             self.vectors[name] = v.clamp_(0, 1)
 
     def _learning_rate(self, progress: float) -> float:
         """Return the learning rate at a fraction of training."""
+        lr = self.settings.lr
         warmup = self.settings.warmup
-        share = min(1.0, progress / warmup) if warmup else 1.0
-        return self.settings.lr * share
+        if progress >= warmup:
+            return lr
+        share = progress / warmup
+        return lr * share
 
     def _gather_state(self, state: State) -> State:
         """Return one state of all devices together."""
-        return {name: self._gather(v) for name, v in state.items()}
+        gathered = {}
+        for name, v in state.items():
+            gathered[name] = self._gather(v)
+        return gathered
 
     def _gather(self, v: Tensor) -> Tensor:
-        if self.settings.particles or self.world == 1:
+        """Return the tensor of all devices together."""
+        if self.settings.particles:
+            return v.clone()  # all devices have the same pool
+        if self.world == 1:
             return v.clone()
         parts = [torch.empty_like(v) for _ in range(self.world)]
         torch.distributed.all_gather(parts, v)

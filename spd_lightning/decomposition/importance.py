@@ -56,11 +56,15 @@ class _LowerLeaky(torch.autograd.Function):
         return z.clamp(0, 1)
 
     @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *grad_outputs):
+        (grad,) = grad_outputs
         (z,) = ctx.saved_tensors
-        rising = grad.clamp(max=0).mul_(LEAK)
-        below = rising - _above(rising, z, 0.0)  # where z ≤ 0
-        return _between(grad, z) + below
+        rising = grad.clamp(max=0)
+        rising.mul_(LEAK)
+        above = _above(rising, z, 0.0)
+        below = rising - above  # where z ≤ 0
+        between = _between(grad, z)
+        return between + below
 
 
 class _UpperLeaky(torch.autograd.Function):
@@ -69,29 +73,38 @@ class _UpperLeaky(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z):
         ctx.save_for_backward(z)
-        excess = (z - 1).clamp_(min=0)
-        return z.clamp(0, 1).add_(excess, alpha=LEAK)
+        excess = z - 1
+        excess.clamp_(min=0)
+        clamped = z.clamp(0, 1)
+        return clamped.add_(excess, alpha=LEAK)
 
     @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *grad_outputs):
+        (grad,) = grad_outputs
         (z,) = ctx.saved_tensors
         above = _above(grad, z, 1.0)
-        return _between(grad, z).add_(above, alpha=LEAK)
+        between = _between(grad, z)
+        return between.add_(above, alpha=LEAK)
 
 
 def lower_leaky(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Hard sigmoid whose gradient below 0 lets an importance rise but not fall (G2)."""
-    return _LowerLeaky.apply(z)  # pyright: ignore[reportReturnType]
+    g = _LowerLeaky.apply(z)
+    assert isinstance(g, Tensor)
+    return g
 
 
 def upper_leaky(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Hard sigmoid that rises with slope 0.01 above 1 (G3)."""
-    return _UpperLeaky.apply(z)  # pyright: ignore[reportReturnType]
+    g = _UpperLeaky.apply(z)
+    assert isinstance(g, Tensor)
+    return g
 
 
 def leaky_both_sides(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Hard sigmoid with slope 0.01 below 0 and above 1 (G4)."""
-    above = 1 + LEAK * (z - 1)
+    excess = z - 1
+    above = 1 + LEAK * excess
     below = LEAK * z
     up_to_one = torch.where(z > 0, z, below)
     return torch.where(z > 1, above, up_to_one)
@@ -99,8 +112,10 @@ def leaky_both_sides(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 def swish_hard(z: Float[Tensor, "..."], sharpness: float = 10.0) -> Float[Tensor, "..."]:
     """Smooth hard sigmoid: swish(z) − swish(z − 1) (G4)."""
-    swish = z * torch.sigmoid(sharpness * z)
-    shifted = (z - 1) * torch.sigmoid(sharpness * (z - 1))
+    gate = torch.sigmoid(sharpness * z)
+    swish = z * gate
+    shifted_gate = torch.sigmoid(sharpness * (z - 1))
+    shifted = (z - 1) * shifted_gate
     return swish - shifted
 
 
@@ -201,10 +216,9 @@ class Importance:
             generator: draws the binomial jitter (G5); omitted outside training.
         """
         lower, upper = SIGMOIDS[self.sigmoid]
-        jitter = self.sampling == "binomial" and generator is not None
         importances = Importances({}, {})
         for name, v in z.items():
-            if jitter:
+            if self.sampling == "binomial" and generator is not None:
                 v = _jittered(v, generator)
             importances.lower[name] = lower(v)
         for name, v in z.items():
@@ -212,10 +226,11 @@ class Importance:
         return importances
 
 
-def _jittered(z: Tensor, generator: torch.Generator | None) -> Tensor:
+def _jittered(z: Tensor, generator: torch.Generator) -> Tensor:
     """Return 1.05 z − 0.05 u, with u uniform on [0, 1) (G5)."""
     u = torch.rand(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-    return 1.05 * z - 0.05 * u
+    stretched = 1.05 * z
+    return stretched - 0.05 * u
 
 
 class ImportanceFunction(nn.Module, ABC):

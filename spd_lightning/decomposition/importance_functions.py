@@ -33,8 +33,10 @@ from spd_lightning.decomposition.matmul import Linear
 
 def _normal(*shape: int, gain: float, fan_in: int) -> nn.Parameter:
     """Return a parameter with normal entries of standard deviation √(gain / fan_in) (D7)."""
-    std = (gain / fan_in) ** 0.5
-    return nn.Parameter(torch.randn(*shape) * std)
+    variance = gain / fan_in
+    std = variance**0.5
+    entries = torch.randn(*shape) * std
+    return nn.Parameter(entries)
 
 
 # ---- one MLP per component -----------------------------------------------------------------------
@@ -62,53 +64,98 @@ class _ScalarMLPs(torch.autograd.Function):
     """Hidden activations of a block on a GPU: 1 GiB of float32."""
 
     @staticmethod
-    def _blocks(a, hidden):
-        """Return slices of components."""
-        C, batch = a.shape
-        limit = _ScalarMLPs.CUDA_BLOCK if a.is_cuda else _ScalarMLPs.BLOCK
-        per_component = max(1, batch * hidden)
-        size = max(1, limit // per_component)
-        return [slice(start, start + size) for start in range(0, C, size)]
-
-    @staticmethod
-    def _hidden(a, W1, b1, block):
-        """Return h [block, hidden, batch]: step 1."""
-        bias = b1[block, :, None]
-        weight = W1[block, :, None]
-        return torch.addcmul(bias, weight, a[block, None, :])
-
-    @staticmethod
-    def _output(a, W1, b1, W2, block):
-        """Return W2 · gelu(h) [block, batch]: step 2."""
-        out = W2[block, None, :]  # [block, 1, hidden]
-        active = gelu(_ScalarMLPs._hidden(a, W1, b1, block))  # [block, hidden, batch]
-        return torch.bmm(out, active)[:, 0]
-
-    @staticmethod
     def forward(ctx, a, W1, b1, W2, b2):
         """Return z [C, batch] from a [C, batch], W1, b1 and W2 [C, hidden], and b2 [C]."""
         z = torch.empty_like(a)
-        for block in _ScalarMLPs._blocks(a, W1.shape[1]):
-            z[block] = _ScalarMLPs._output(a, W1, b1, W2, block)  # steps 1 and 2
+        for block in _blocks(a, W1):
+            z[block] = _output(a, W1, b1, W2, block)  # steps 1 and 2
         ctx.save_for_backward(a, W1, b1, W2)
-        return z.add_(b2[:, None])
+        bias = b2[:, None]  # [C, 1]
+        return z.add_(bias)
 
     @staticmethod
-    def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
-        a, W1, b1, W2 = ctx.saved_tensors
+    def backward(ctx, *grad_outputs):
+        """Return the gradients to a, W1, b1, W2 and b2, from the one to z [C, batch]."""
+        (dz,) = grad_outputs
         dz = dz.contiguous()
+        a, W1, b1, W2 = ctx.saved_tensors
         da = torch.empty_like(a)
         dW1 = torch.empty_like(W1)
         db1 = torch.empty_like(b1)
         dW2 = torch.empty_like(W2)
-        for block in _ScalarMLPs._blocks(a, W1.shape[1]):
-            h = _ScalarMLPs._hidden(a, W1, b1, block)  # step 1
-            dW2[block] = torch.bmm(gelu(h), dz[block, :, None])[..., 0]  # step 3
-            dh = torch.ops.aten.gelu_backward(dz[block, None, :] * W2[block, :, None], h)  # step 4
-            da[block] = torch.bmm(W1[block, None, :], dh)[:, 0]  # step 5
-            dW1[block] = torch.bmm(dh, a[block, :, None])[..., 0]
+        for block in _blocks(a, W1):
+            h = _hidden(a, W1, b1, block)  # step 1
+            dW2[block] = _sum_over_batch(gelu(h), dz, block)  # step 3
+            dh = _hidden_gradient(dz, W2, h, block)  # step 4
+            da[block] = _sum_over_hidden(W1, dh, block)  # step 5
+            dW1[block] = _sum_over_batch(dh, a, block)
             db1[block] = dh.sum(-1)
-        return da, dW1, db1, dW2, dz.sum(-1)
+        db2 = dz.sum(-1)
+        return da, dW1, db1, dW2, db2
+
+
+PerComponent = Float[Tensor, "C hidden"]
+"""Weights or biases between the inner activation and the hidden layer of each component."""
+Hidden = Float[Tensor, "block hidden batch"]
+"""Hidden activations of a block of components."""
+
+
+def _blocks(a: Float[Tensor, "C batch"], W1: PerComponent) -> list[slice]:
+    """Return slices of components whose hidden activations fit in the cache."""
+    C, batch = a.shape
+    _, hidden = W1.shape
+    limit = _ScalarMLPs.CUDA_BLOCK if a.is_cuda else _ScalarMLPs.BLOCK
+    per_component = max(1, batch * hidden)
+    size = max(1, limit // per_component)
+    starts = range(0, C, size)
+    return [slice(start, start + size) for start in starts]
+
+
+def _hidden(
+    a: Float[Tensor, "C batch"], W1: PerComponent, b1: PerComponent, block: slice
+) -> Hidden:
+    """Return h = W1 a + b1 of a block: step 1."""
+    bias = b1[block, :, None]  # [block, hidden, 1]
+    weight = W1[block, :, None]  # [block, hidden, 1]
+    read = a[block, None, :]  # [block, 1, batch]
+    return torch.addcmul(bias, weight, read)
+
+
+def _output(
+    a: Float[Tensor, "C batch"],
+    W1: PerComponent,
+    b1: PerComponent,
+    W2: PerComponent,
+    block: slice,
+) -> Float[Tensor, "block batch"]:
+    """Return W2 · gelu(h) of a block: steps 1 and 2."""
+    h = _hidden(a, W1, b1, block)
+    return _sum_over_hidden(W2, gelu(h), block)
+
+
+def _hidden_gradient(
+    dz: Float[Tensor, "C batch"], W2: PerComponent, h: Hidden, block: slice
+) -> Hidden:
+    """Return dh = gelu'(h) (W2 dz) of a block: step 4."""
+    written = dz[block, None, :]  # [block, 1, batch]
+    weight = W2[block, :, None]  # [block, hidden, 1]
+    return torch.ops.aten.gelu_backward(written * weight, h)
+
+
+def _sum_over_hidden(weight: PerComponent, h: Hidden, block: slice) -> Float[Tensor, "block batch"]:
+    """Return the sum over the hidden layer of weight times h."""
+    row = weight[block, None, :]  # [block, 1, hidden]
+    product = torch.bmm(row, h)  # [block, 1, batch]
+    return product[:, 0]
+
+
+def _sum_over_batch(
+    h: Hidden, a: Float[Tensor, "C batch"], block: slice
+) -> Float[Tensor, "block hidden"]:
+    """Return the sum over the batch of h times a."""
+    column = a[block, :, None]  # [block, batch, 1]
+    product = torch.bmm(h, column)  # [block, hidden, 1]
+    return product[..., 0]
 
 
 class _ScalarMLP(nn.Module):
@@ -124,11 +171,15 @@ class _ScalarMLP(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(C))
 
     def forward(self, a: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        by_component = a.reshape(-1, a.shape[-1]).T  # [C, batch]
-        by_component = by_component.to(self.W1.dtype).contiguous()
+        C = a.shape[-1]
+        by_position = a.reshape(-1, C)  # [batch, C]
+        by_component = by_position.T.to(self.W1.dtype)  # [C, batch]
+        by_component = by_component.contiguous()
         with torch.autocast(a.device.type, enabled=False):  # the backward pass has one precision
             z = _ScalarMLPs.apply(by_component, self.W1, self.b1, self.W2, self.b2)
-        return z.T.contiguous().reshape(a.shape)  # pyright: ignore[reportOptionalMemberAccess]
+        assert isinstance(z, Tensor)
+        z = z.T.contiguous()  # [batch, C]
+        return z.reshape(a.shape)
 
 
 class _VectorMLP(nn.Module):
@@ -138,15 +189,17 @@ class _VectorMLP(nn.Module):
 
     def __init__(self, site: Site, C: int, hidden: int):
         super().__init__()
-        self.W1 = _normal(C, site.d_in, hidden, gain=2.0, fan_in=site.d_in)
+        d_in = site.d_in
+        self.W1 = _normal(C, d_in, hidden, gain=2.0, fan_in=d_in)
         self.b1 = nn.Parameter(torch.zeros(C, hidden))
         self.W2 = _normal(C, hidden, gain=1.0, fan_in=hidden)
         self.b2 = nn.Parameter(torch.zeros(C))
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... C"]:
-        read = einsum(x, self.W1, "... d_in, C d_in hidden -> ... C hidden")
-        h = gelu(read + self.b1)  # [..., C, hidden]
-        return einsum(h, self.W2, "... C hidden, C hidden -> ... C") + self.b2
+        h = einsum(x, self.W1, "... d_in, C d_in hidden -> ... C hidden")
+        h = gelu(h + self.b1)
+        z = einsum(h, self.W2, "... C hidden, C hidden -> ... C")
+        return z + self.b2
 
 
 # ---- one MLP for many components -----------------------------------------------------------------
@@ -162,7 +215,8 @@ def _shared_network(d_in: int, hidden: int, d_out: int) -> nn.Sequential:
 
 
 def _initialize(layer: nn.Linear, gain: float) -> None:
-    std = (gain / layer.in_features) ** 0.5
+    variance = gain / layer.in_features
+    std = variance**0.5
     nn.init.normal_(layer.weight, std=std)
     nn.init.zeros_(layer.bias)
 
@@ -196,9 +250,11 @@ class PerSite(ImportanceFunction):
 
     def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
         z = {}
-        for name, network in zip(self.names, self.networks, strict=True):
+        networks = zip(self.names, self.networks, strict=True)
+        for name, network in networks:
             source = inner if network.reads_inner else inputs
-            z[name] = network(source[name])
+            activations = source[name]
+            z[name] = network(activations)
         return z
 
 
@@ -207,12 +263,17 @@ class GlobalMLP(ImportanceFunction):
 
     def __init__(self, sites: Mapping[str, tuple[Site, int]], hidden: int):
         super().__init__()
-        self.counts = {name: C for name, (_, C) in sites.items()}
-        d_in = sum(site.d_in for site, _ in sites.values())
-        self.network = _shared_network(d_in, hidden, sum(self.counts.values()))
+        self.counts: dict[str, int] = {}
+        d_in = 0
+        for name, (site, C) in sites.items():
+            self.counts[name] = C
+            d_in += site.d_in
+        components = sum(self.counts.values())
+        self.network = _shared_network(d_in, hidden, components)
 
     def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
-        x = torch.cat([inputs[name] for name in self.counts], dim=-1)  # [..., Σ d_in]
+        vectors = [inputs[name] for name in self.counts]  # [..., d_in] each
+        x = torch.cat(vectors, dim=-1)  # [..., Σ d_in]
         z = self.network(x)  # [..., Σ C]
         widths = list(self.counts.values())
         by_site = z.split(widths, dim=-1)
@@ -230,8 +291,8 @@ class Together(ImportanceFunction):
     def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
         z = {}
         for part in self.parts:
-            z.update(part(inputs, inner))
-        return {name: z[name] for name in self.names}
+            z |= part(inputs, inner)
+        return {name: z[name] for name in self.names}  # in the order of the sites
 
 
 def importance_function(
@@ -241,29 +302,32 @@ def importance_function(
 
     Embedding sites use `mlp` with every kind, since their input is a token id and not a vector.
     """
-    if config.kind in SITE_NETWORKS:
-        return PerSite({name: _network(config, site, C) for name, (site, C) in sites.items()})
+    one_per_site = config.kind in SITE_NETWORKS
     networks = {}
-    vector_sites = {}
+    joint_sites = {}
     for name, (site, C) in sites.items():
-        if site.kind == "embedding":
+        if one_per_site or site.kind == "embedding":
             networks[name] = _network(config, site, C)
         else:
-            vector_sites[name] = (site, C)
+            joint_sites[name] = (site, C)
     parts: list[ImportanceFunction] = []
     if networks:
         parts.append(PerSite(networks))
-    if vector_sites:
-        parts += _joint(config, vector_sites)
-    return parts[0] if len(parts) == 1 else Together(list(sites), parts)
+    if joint_sites:
+        parts += _joint(config, joint_sites)
+    if len(parts) == 1:
+        return parts[0]
+    return Together(list(sites), parts)
 
 
 def _network(config: Importance, site: Site, C: int) -> nn.Module:
     """Return the network of one site."""
     if site.kind != "embedding":
-        return SITE_NETWORKS[config.kind](site, C, config.hidden)
-    hidden = config.hidden if config.kind == "mlp" else config.embedding_hidden
-    return _ScalarMLP(site, C, hidden)
+        network = SITE_NETWORKS[config.kind]
+        return network(site, C, config.hidden)
+    if config.kind == "mlp":
+        return _ScalarMLP(site, C, config.hidden)
+    return _ScalarMLP(site, C, config.embedding_hidden)
 
 
 def _joint(config: Importance, sites: Mapping[str, tuple[Site, int]]) -> list[ImportanceFunction]:

@@ -12,6 +12,7 @@ as prompts of one position.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,13 +39,15 @@ def rotation(positions: int, d_head: int, like: Tensor) -> Rotation:
     Angles are computed in float64. In float32, neighboring late positions would get equal angles.
     """
     device = like.device
+    dtype = like.dtype
     even = torch.arange(0, d_head, 2, device=device, dtype=torch.float64)  # [d_head / 2]: 2i
-    rates = ROTARY_BASE ** (-even / d_head)  # [d_head / 2]
+    exponents = -even / d_head
+    rates = ROTARY_BASE**exponents  # [d_head / 2]
     pos = torch.arange(positions, device=device, dtype=torch.float64)
     angles = pos[:, None] * rates  # [pos, d_head / 2]
-    cos = angles.cos().to(like.dtype)
-    sin = angles.sin().to(like.dtype)
-    return cos, sin
+    cos = angles.cos()
+    sin = angles.sin()
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotated(
@@ -61,7 +64,8 @@ def rotated(
 def _linear(d_in: int, d_out: int, gain: float = 2.0, bias: bool = True) -> nn.Linear:
     """Return a linear map drawn as D7 says; the gain is 2 for hidden layers, 1 for the last."""
     layer = Linear(d_in, d_out, bias=bias)
-    nn.init.normal_(layer.weight, std=(gain / d_in) ** 0.5)
+    variance = gain / d_in
+    nn.init.normal_(layer.weight, std=variance**0.5)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
@@ -69,7 +73,8 @@ def _linear(d_in: int, d_out: int, gain: float = 2.0, bias: bool = True) -> nn.L
 
 def _normed(x: Tensor) -> Tensor:
     """Return x divided by its root mean square."""
-    return rms_norm(x, x.shape[-1:])
+    width = x.shape[-1]
+    return rms_norm(x, (width,))
 
 
 class _Block(nn.Module):
@@ -87,18 +92,31 @@ class _Block(nn.Module):
     def forward(
         self, h: Float[Tensor, "batch pos d_model"], turn: Rotation
     ) -> Float[Tensor, "batch pos d_model"]:
-        q, k, v = self.qkv(_normed(h)).chunk(3, dim=-1)  # [batch, pos, d_model] each
+        h = h + self._attention(_normed(h), turn)
+        return h + self._mlp(_normed(h))
+
+    def _attention(
+        self, x: Float[Tensor, "batch pos d_model"], turn: Rotation
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return what attention adds to the residual stream."""
+        qkv = self.qkv(x)  # [batch, pos, 3 d_model]
+        q, k, v = qkv.chunk(3, dim=-1)  # [batch, pos, d_model] each
         q = self._by_head(q)
         k = self._by_head(k)
         v = self._by_head(v)
         cos, sin = turn
-        turn = (cos.to(q.dtype), sin.to(q.dtype))
-        mixed = scaled_dot_product_attention(
-            rotated(q, turn), rotated(k, turn), v, is_causal=self.causal
-        )  # [batch, head, pos, d_head]
-        h = h + self.o(mixed.transpose(1, 2).flatten(2))
-        hidden = gelu(self.up(_normed(h)))  # [batch, pos, d_mlp]
-        return h + self.down(hidden)
+        turn = (cos.to(q.dtype), sin.to(q.dtype))  # autocast can have lowered it
+        q = rotated(q, turn)
+        k = rotated(k, turn)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        by_position = mixed.transpose(1, 2)  # [batch, pos, head, d_head]
+        return self.o(by_position.flatten(2))
+
+    def _mlp(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return what the MLP adds to the residual stream."""
+        h = self.up(x)  # [batch, pos, d_mlp]
+        h = gelu(h)
+        return self.down(h)
 
     def _by_head(
         self, x: Float[Tensor, "batch pos d_model"]
@@ -112,34 +130,55 @@ class ImportanceTransformer(ImportanceFunction):
 
     def __init__(self, sites: Mapping[str, tuple[Site, int]], config: Importance):
         super().__init__()
-        self.counts = {name: C for name, (_, C) in sites.items()}
-        self.d_head = config.d_model // config.heads
+        d_model = config.d_model
+        d_mlp = config.d_mlp or 4 * d_model
+        self.d_head = d_model // config.heads
         self.checkpointed = config.checkpoint_activations
-        d_in = sum(site.d_in for site, _ in sites.values())
-        self.first = _linear(d_in, config.d_model)
-        d_mlp = config.d_mlp or 4 * config.d_model
+        self.counts: dict[str, int] = {}
+        d_in = 0
+        for name, (site, C) in sites.items():
+            self.counts[name] = C
+            d_in += site.d_in
+        self.first = _linear(d_in, d_model)
         self.blocks = nn.ModuleList()
         for _ in range(config.layers):
-            block = _Block(config.d_model, config.heads, d_mlp, config.causal)
+            block = _Block(d_model, config.heads, d_mlp, config.causal)
             self.blocks.append(block)
-        self.last = _linear(config.d_model, sum(self.counts.values()), gain=1.0)
+        components = sum(self.counts.values())
+        self.last = _linear(d_model, components, gain=1.0)
 
     def forward(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]) -> dict[str, Tensor]:
-        # step 1; the list is not named, so that the normed inputs are freed
-        x = torch.cat([_normed(inputs[name]) for name in self.counts], dim=-1)  # [..., Σ d_in]
-        batched = x[:, None] if x.ndim == 2 else x.flatten(0, -3)  # [batch, pos, Σ d_in]
-        h = self.first(batched)  # step 2: [batch, pos, d_model]
-        turn = rotation(h.shape[1], self.d_head, h)
-        for block in self.blocks:  # step 3
-            if self.checkpointed and torch.is_grad_enabled():
-                h = checkpoint(block, h, turn, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h = block(h, turn)
+        x = self._concatenated(inputs)  # step 1: [..., Σ d_in]
+        positions = x.shape[:-1]
+        if len(positions) == 1:  # without a position axis
+            prompts = x[:, None]  # [batch, 1, Σ d_in]
+        else:
+            prompts = x.flatten(0, -3)  # [batch, pos, Σ d_in]
+        h = self.first(prompts)  # step 2: [batch, pos, d_model]
+        h = self._through_blocks(h)  # step 3
         z = self.last(h)  # step 4: [batch, pos, Σ C]
-        z = z.reshape(*x.shape[:-1], -1)  # [..., Σ C]
+        z = z.reshape(*positions, -1)  # [..., Σ C]
         widths = list(self.counts.values())
         by_site = z.split(widths, dim=-1)
         return dict(zip(self.counts, by_site, strict=True))
+
+    def _concatenated(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "... d_in"]:
+        """Return the normed inputs of all sites side by side."""
+        vectors = [_normed(inputs[name]) for name in self.counts]  # [..., d_in] each
+        return torch.cat(vectors, dim=-1)
+
+    def _through_blocks(
+        self, h: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Apply all blocks."""
+        turn = rotation(h.shape[1], self.d_head, h)
+        checkpointed = self.checkpointed and torch.is_grad_enabled()
+        for block in self.blocks:
+            if checkpointed:
+                h = checkpoint(block, h, turn, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = block(h, turn)
+        return h
 
 
 def chunks_of_layers(names: Sequence[str], chunk_layers: int | None) -> list[list[str]]:
@@ -156,14 +195,19 @@ def chunks_of_layers(names: Sequence[str], chunk_layers: int | None) -> list[lis
     layers = {name: _layer(name) for name in names}
     numbers = [layer for layer in layers.values() if layer is not None]
     lowest = min(numbers, default=0)
-    chunks: dict[int, list[str]] = {}
+    chunks = defaultdict[int, list[str]](list)
     for name, layer in layers.items():
-        chunk = (lowest if layer is None else layer) // chunk_layers
-        chunks.setdefault(chunk, []).append(name)
-    return [chunks[k] for k in sorted(chunks)]
+        if layer is None:
+            layer = lowest
+        chunk = layer // chunk_layers
+        chunks[chunk].append(name)
+    in_order = sorted(chunks)
+    return [chunks[chunk] for chunk in in_order]
 
 
 def _layer(name: str) -> int | None:
     """Return the first number in a site's name, or None."""
     match = re.search(r"\d+", name)
-    return int(match[0]) if match else None
+    if match is None:
+        return None
+    return int(match[0])

@@ -76,14 +76,14 @@ def places(model: ComponentModel, nodes: Iterable[str]) -> list[Place]:
             not_sites.add(name)
     components = []
     for node in nodes:
-        layer, *rest = node.strip().split(":")
-        if layer in not_sites or rest[-1:] in _NOT_COMPONENTS:
+        stripped = node.strip()
+        layer, *numbers = stripped.split(":")
+        if layer in not_sites:
+            continue
+        if numbers and numbers[-1] in ("rest", "bias"):
             continue
         components.append(place(model, node))
     return components
-
-
-_NOT_COMPONENTS = (["rest"], ["bias"])
 
 
 def named_edits(
@@ -97,11 +97,18 @@ def named_edits(
     Raises:
         BadInput: a name does not refer to a component.
     """
-    edits = [Edit(place(model, name)) for name in ablate]
-    for name, factor in (scale or {}).items():
-        edits.append(Edit(place(model, name), factor=float(factor)))
-    for name, value in (set or {}).items():
-        edits.append(Edit(place(model, name), value=float(value)))
+    scale = scale or {}
+    set = set or {}
+    edits = list[Edit]()
+    for name in ablate:
+        location = place(model, name)
+        edits.append(Edit(location))
+    for name, factor in scale.items():
+        location = place(model, name)
+        edits.append(Edit(location, factor=float(factor)))
+    for name, value in set.items():
+        location = place(model, name)
+        edits.append(Edit(location, value=float(value)))
     return edits
 
 
@@ -131,18 +138,22 @@ def intervene(
     """
     if base not in BASES:
         raise BadInput(f"base '{base}': not a base of interventions; {nearest(base, BASES)}")
-    edited_places = [edit.place for edit in edits]
-    for at in [*edited_places, *(keep or ())]:
-        names.known(model.counts, at)
+    locations = [edit.place for edit in edits]
+    if keep is not None:
+        locations += keep
+    for location in locations:
+        names.known(model.counts, location)
     with torch.no_grad():
         clean = model.clean(inputs)
         g = None
-        unedited = clean.output
+        base_output = clean.output
         if base == "ci":
             g = model.importances(clean).lower
-            unedited = _EditedRun(model, g, [], None).run(inputs)
-        edited = _EditedRun(model, g, edits, keep).run(inputs)
-        return Intervened(clean.output, unedited, edited)
+            unedited = _EditedRun(model, g, [], None)
+            base_output = unedited.run(inputs)
+        edited = _EditedRun(model, g, edits, keep)
+        output = edited.run(inputs)
+        return Intervened(clean.output, base_output, output)
 
 
 class _EditedRun:
@@ -170,31 +181,44 @@ class _EditedRun:
 
     def run(self, inputs: Tensor) -> Tensor:
         """Return the output."""
-        with self.model.replaced(self._at_site):
-            return self.model.target(inputs)
+        model = self.model
+        with model.replaced(self._at_site):
+            return model.target(inputs)
 
     def _at_site(self, site: Site, x: Tensor, forward: Map) -> Tensor:
-        edited_here = any(edit.place.site == site.name for edit in self.edits)
-        if self.with_delta and not edited_here:
+        """Return the output of a site with its edits."""
+        edits = self._edits_of(site)
+        if self.with_delta and not edits:
             return forward(x)
-        V = self.model[site.name].V
-        U = self.model[site.name].U
-        a = site.inner(x, V)  # [..., C]
-        w = a if self.g is None else self.g[site.name] * a  # step 2
-        w = self._edit(site, w)  # step 3
+        components = self.model[site.name]
+        a = site.inner(x, components.V)  # [..., C]
+        w = a
+        if self.g is not None:
+            w = self.g[site.name] * a  # step 2
+        w = self._edit(site, w, edits)  # step 3
         if self.with_delta:
-            return forward(x) + (w - a) @ U
-        y = w @ U  # [..., d_out]
-        return y if site.bias is None else y + site.bias
+            change = (w - a) @ components.U  # [..., d_out]
+            return forward(x) + change
+        y = w @ components.U  # [..., d_out]
+        bias = site.bias
+        if bias is None:
+            return y
+        return y + bias
 
-    def _edit(self, site: Site, w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+    def _edits_of(self, site: Site) -> list[Edit]:
+        """Return the edits of components of a site."""
+        return [edit for edit in self.edits if edit.place.site == site.name]
+
+    def _edit(
+        self, site: Site, w: Float[Tensor, "... C"], edits: Sequence[Edit]
+    ) -> Float[Tensor, "... C"]:
         """Return w' of a site."""
         by_position = _by_position(site, w)  # [..., pos, C]
         if self.keep is not None:
-            by_position = by_position * _keep_mask(site, by_position, self.keep)
-        for edit in self.edits:
-            if edit.place.site == site.name:
-                by_position = _apply(by_position, edit)
+            mask = _keep_mask(site, by_position, self.keep)
+            by_position = by_position * mask
+        for edit in edits:
+            by_position = _apply(by_position, edit)
         return by_position.reshape(w.shape)
 
 
@@ -206,11 +230,15 @@ def _by_position(site: Site, w: Float[Tensor, "... C"]) -> Float[Tensor, "... po
     return w.unsqueeze(-2)
 
 
-def _index(at: Place, by_position: Float[Tensor, "... pos C"]) -> tuple:
+def _index(location: Place, by_position: Float[Tensor, "... pos C"]) -> tuple:
     """Return the index of a place in values [..., pos, C]."""
-    names.within(at, by_position.shape[-2])
-    positions = slice(None) if at.positions is None else list(at.positions)
-    return (..., positions, at.component)
+    length = by_position.shape[-2]
+    names.within(location, length)
+    if location.positions is None:
+        positions = slice(None)
+    else:
+        positions = list(location.positions)
+    return (..., positions, location.component)
 
 
 def _keep_mask(
@@ -218,9 +246,10 @@ def _keep_mask(
 ) -> Float[Tensor, "... pos C"]:
     """Return one where a component is kept, and zero elsewhere."""
     mask = torch.zeros_like(by_position)
-    for at in keep:
-        if at.site == site.name:
-            mask[_index(at, by_position)] = 1
+    for location in keep:
+        if location.site == site.name:
+            index = _index(location, by_position)
+            mask[index] = 1
     return mask
 
 
@@ -228,5 +257,6 @@ def _apply(by_position: Float[Tensor, "... pos C"], edit: Edit) -> Float[Tensor,
     """Return the values with one edit applied."""
     index = _index(edit.place, by_position)
     out = by_position.clone()
-    out[index] = edit.factor * out[index] + edit.value
+    w = out[index]
+    out[index] = edit.factor * w + edit.value
     return out

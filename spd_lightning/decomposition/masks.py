@@ -52,9 +52,12 @@ def uniform(
     like: Tensor, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None
 ) -> Tensor:
     """Draw numbers in [0, 1) of a shape, with the dtype and device of `like`."""
-    if like.dtype == torch.bfloat16 and like.device.type == "cpu":
-        return _uniform_bfloat16(torch.Size(shape), generator)
-    return torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
+    device = like.device
+    dtype = like.dtype
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        size = torch.Size(shape)
+        return _uniform_bfloat16(size, generator)
+    return torch.rand(shape, generator=generator, device=device, dtype=dtype)
 
 
 def _uniform_bfloat16(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
@@ -63,11 +66,15 @@ def _uniform_bfloat16(shape: torch.Size, generator: torch.Generator | None) -> T
     `torch.rand` draws 64 bits for every such number. This function draws 16.
     """
     count = shape.numel()
-    quarter = -(-count // 4)  # an int64 holds four int16
-    words = torch.empty(quarter, dtype=torch.int64)
-    words.random_(-(2**63), None, generator=generator)
-    numerators = words.view(torch.int16)[:count].bitwise_and_(255)  # [count], 0 to 255
-    return numerators.to(torch.bfloat16).mul_(2.0**-8).view(shape)
+    n_words = -(-count // 4)  # an int64 holds four int16; rounded up
+    words = torch.empty(n_words, dtype=torch.int64)
+    words.random_(-(2**63), None, generator=generator)  # all 64 bits
+    quarters = words.view(torch.int16)
+    numerators = quarters[:count]
+    numerators.bitwise_and_(255)  # [count], 0 to 255
+    numbers = numerators.to(torch.bfloat16)
+    numbers.mul_(2.0**-8)
+    return numbers.view(shape)
 
 
 def masks_from_sources(
@@ -81,7 +88,8 @@ def masks_from_sources(
     for name, g in importances.items():
         s, s_delta = sources[name]
         m = torch.addcmul(s, g, 1 - s)  # [..., C]: s + g (1 − s), the same number
-        masks[name] = Mask(m, s_delta if delta else 0.0)
+        m_delta = s_delta if delta else 0.0
+        masks[name] = Mask(m, m_delta)
     return masks
 
 
@@ -97,7 +105,8 @@ def stochastic_sources(
         s = uniform(g, g.shape, generator)  # [..., C]
         if binomial:
             s = s.round()
-        s_delta = uniform(g, g.shape[:-1], generator)  # [...]
+        positions = g.shape[:-1]
+        s_delta = uniform(g, positions, generator)  # [...]
         sources[name] = (s, s_delta)
     return sources
 
@@ -109,7 +118,8 @@ def choose_sources(condition: Mapping[str, Tensor], first: Sources, second: Sour
         s, s_delta = first[site]
         other_s, other_delta = second[site]
         chosen_s = torch.where(where, s, other_s)  # [..., C]
-        chosen_delta = torch.where(where[..., 0], s_delta, other_delta)  # [...]
+        by_position = where[..., 0]  # [...]
+        chosen_delta = torch.where(by_position, s_delta, other_delta)  # [...]
         sources[site] = (chosen_s, chosen_delta)
     return sources
 
@@ -177,14 +187,21 @@ def draw_routes(
             for name in names:
                 yield {name: None}
         case "subset":
-            order = uniform(like, (len(names), *positions), generator).argsort(0)
-            rank = order.argsort(0)  # [L, ...]: place of each site in a random order of the sites
+            L = len(names)
+            numbers = uniform(like, (L, *positions), generator)
+            order = numbers.argsort(0)  # [L, ...]: a random order of the sites
+            rank = order.argsort(0)  # [L, ...]: the place of each site in this order
             size = torch.randint(
-                1, len(names) + 1, positions, generator=generator, device=like.device
+                1, L + 1, positions, generator=generator, device=like.device
             )  # [...]
-            yield dict(zip(names, rank < size, strict=True))
+            decomposed = rank < size  # [L, ...]
+            yield dict(zip(names, decomposed, strict=True))
         case "static":
-            yield {name: uniform(like, positions, generator) < probability for name in names}
+            route = {}
+            for name in names:
+                numbers = uniform(like, positions, generator)
+                route[name] = numbers < probability
+            yield route
 
 
 def widened(route: Routes, samples: Bool[Tensor, " batch"]) -> Routes:
@@ -209,8 +226,10 @@ def decomposed_rows(route: Routes) -> Rows:
     a CPU: other devices would have to wait for the indices.
     """
     rows = {}
-    for name, where in _restricted(route).items():
-        rows[name] = pad_row_count(where.flatten())
+    restricted = _restricted(route)
+    for name, where in restricted.items():
+        flat = where.flatten()  # [positions]
+        rows[name] = pad_row_count(flat)
     return rows
 
 
@@ -229,13 +248,20 @@ def pad_row_count(where: Bool[Tensor, " positions"]) -> Int[Tensor, " rows"]:
 
     Kernels of matrix products are built for every new size, which takes longer than the product.
     """
-    indices = where.nonzero()[:, 0]
+    indices = _indices(where)
     step = max(1, len(where) // SIZES)
-    missing = -len(indices) % step
-    if not missing:
+    missing = -len(indices) % step  # up to the next multiple of the step
+    if missing == 0:
         return indices
-    padding = (~where).nonzero()[:missing, 0]
+    others = _indices(~where)
+    padding = others[:missing]
     return torch.cat([indices, padding])
+
+
+def _indices(where: Bool[Tensor, " positions"]) -> Int[Tensor, " rows"]:
+    """Return the indices where `where` is True."""
+    coordinates = where.nonzero()  # [rows, 1]
+    return coordinates[:, 0]
 
 
 def gathered(values: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
@@ -246,6 +272,7 @@ def gathered(values: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
     selected = {}
     for name, value in values.items():
         if name in rows:
-            value = value.flatten(0, -2).index_select(0, rows[name])
+            flat = value.flatten(0, -2)  # [positions, C]
+            value = flat.index_select(0, rows[name])
         selected[name] = value
     return selected

@@ -87,25 +87,23 @@ def _positions(name: str, word: str) -> tuple[int, ...]:
     return positions
 
 
-def known(counts: Mapping[str, int], at: Place) -> None:
+def known(counts: Mapping[str, int], location: Place) -> None:
     """Raise BadInput if the site or the component of a place does not exist."""
-    if at.site not in counts:
+    site, component, _ = location
+    if site not in counts:
+        raise BadInput(f"site '{site}': not a site of the decomposition; {nearest(site, counts)}")
+    count = counts[site]
+    if not 0 <= component < count:
         raise BadInput(
-            f"site '{at.site}': not a site of the decomposition; {nearest(at.site, counts)}"
-        )
-    count = counts[at.site]
-    if not 0 <= at.component < count:
-        raise BadInput(
-            f"component {at.component} of '{at.site}': it has {count}; take one from 0 to "
-            f"{count - 1}"
+            f"component {component} of '{site}': it has {count}; take one from 0 to {count - 1}"
         )
 
 
-def within(at: Place, length: int) -> None:
+def within(location: Place, length: int) -> None:
     """Raise BadInput if a place is beyond the end of a prompt of `length` positions."""
-    for pos in at.positions or ():
+    for pos in location.positions or ():
         if not 0 <= pos < length:
             raise BadInput(
-                f"position {pos} of '{at.site}': the prompt has {length}; take one from 0 to "
+                f"position {pos} of '{location.site}': the prompt has {length}; take one from 0 to "
                 f"{length - 1}"
             )
