@@ -1,16 +1,16 @@
 """Sums of edges by the components of their ends (section A of docs/method.md).
 
 `EdgeSums` is an edge sink for the closed forms, and also receives edges one by one. For each pair
-of layers it keeps a matrix with a row for each source, and with two columns for each target: one
-for places where the target's value is positive or 0, one for places where it is negative.
-`dataset_edges` runs the model and returns the sums.
+of layers it keeps a matrix with a row for each source and a column for each target. An entry holds
+two sums: over places where the target's value is positive or 0, and over those where it is
+negative. `dataset_edges` runs the model and returns the sums.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Complex128, Float, Float64, Int, Int64
 from torch import Tensor
 
 from spd_lightning.attribution.autograd import LayerEdges
@@ -29,12 +29,12 @@ EmbeddingRows = Mapping[str, Int[Tensor, "batch pos"]]
 class PairSums(NamedTuple):
     """Sums of the edges from one layer to another, by pair of components that share an edge.
 
-    source, target: the component, or the row of an embedding. edges: the number of edges. Closed
-    forms count an edge through keys and values to a later position even if it is
-        zero; other ways leave it out. total: Σ A. size: Σ A·sign(a_T), the total with |a_T| as the
-    target; the sign of 0 is +. total_square, size_square: sums over prompts of the square of each
-    prompt's own total or size. They show how much the sums vary between prompts, and so how far to
-    trust them.
+    source, target: the component, or the row of an embedding.
+    edges: the number of edges. Closed forms count an edge through keys and values to a later
+        position even if it is zero; other ways leave it out.
+    total: Σ A. size: Σ A·sign(a_T), the total with |a_T| as the target; the sign of 0 is +.
+    total_square, size_square: sums over prompts of the square of each prompt's own total or size.
+        They show how much the sums vary between prompts, and so how far to trust them.
     """
 
     kind: NodeKind
@@ -81,8 +81,7 @@ class SignedSlots:
 
     Closed forms pass on one number with each node. Here it is `2 · entry + (value < 0)`, where
     entries are numbered through all layers. So the numbers of a layer are a range of their own,
-    twice as wide as its entries, and the sums of a pair of layers are a matrix [entries of the
-    source, numbers of the target].
+    twice as wide as its entries.
 
     Args:
         entries: the entries of each layer.
@@ -119,17 +118,21 @@ class SignedSlots:
 
 
 class PairMatrices(NamedTuple):
-    """Sums for one pair of layers, by the source's entry and the target's signed column.
+    """Sums for one pair of layers, by the entries of source and target.
+
+    A complex number holds two sums that are always read together, because one number is looked up
+    in half the time of two. In `total` and `prompt`, its parts are the sums over places where the
+    target's value is positive or 0 (real), and where it is negative (imaginary).
 
     total: the sums of finished prompts. prompt: those of the current prompt, which are not in
     `total` yet. squares: for finished prompts, the sums of the squares of each prompt's sums, to
-    activations and to their sizes.
+    activations (real) and to their sizes (imaginary).
     """
 
-    total: Float64[Tensor, "S T2"]
-    edges: Int[Tensor, "S T2"]
-    prompt: Float64[Tensor, "S T2"]
-    squares: Float64[Tensor, "S T 2"]
+    total: Complex128[Tensor, "S T"]
+    edges: Int[Tensor, "S T"]
+    prompt: Complex128[Tensor, "S T"]
+    squares: Complex128[Tensor, "S T"]
 
 
 class EdgeSums:
@@ -159,30 +162,24 @@ class EdgeSums:
     def end_prompt(self) -> None:
         """Add the current prompt's sums, and their squares, to those of all prompts."""
         for pair, touched in self._touched.items():
-            sums = self._sums[pair]
+            total, _, prompt, squares = (matrix.view(-1) for matrix in self._sums[pair])
             entries = torch.cat(touched)
-            by_sign = sums.prompt.view(-1, 2)
-            total = sums.total.view(-1, 2)
-            own = by_sign[entries]  # [entries, 2]: value positive or 0, and value negative
+            by_sign = prompt[entries]
+            to_activation = by_sign.real + by_sign.imag
+            to_size = by_sign.real - by_sign.imag
+            own_squares = torch.complex(to_activation.square(), to_size.square())
             # An entry may occur several times, always with the same numbers: so assign, do not add.
-            total[entries] = total[entries] + own
-            to_activation = own[:, 0] + own[:, 1]
-            to_size = own[:, 0] - own[:, 1]
-            squares = sums.squares.view(-1, 2)
-            own_squares = torch.stack([to_activation, to_size], dim=1).square()
+            total[entries] = total[entries] + by_sign
             squares[entries] = squares[entries] + own_squares
-            by_sign[entries] = 0.0
+            prompt[entries] = 0.0
         self._touched = {}
 
     def pairs(self) -> list[PairSums]:
         """Return the sums of every pair of layers that has edges."""
         pairs = []
         for (s, t), sums in sorted(self._sums.items()):
-            total = sums.total.unflatten(1, (-1, 2))  # [S, T, 2]
-            edges = sums.edges.unflatten(1, (-1, 2))
-            i, j = edges.any(-1).nonzero(as_tuple=True)
-            positive, negative = total[i, j].unbind(-1)
-            squares = sums.squares[i, j].T
+            i, j = sums.edges.nonzero(as_tuple=True)
+            total, squares = sums.total[i, j], sums.squares[i, j]
             pairs.append(
                 PairSums(
                     kind=self.layers[s].kind,
@@ -190,11 +187,11 @@ class EdgeSums:
                     target_layer=self.layers[t].name,
                     source=self.entries[s].known[i],
                     target=self.entries[t].known[j],
-                    edges=edges[i, j].sum(-1),
-                    total=positive + negative,
-                    size=positive - negative,
-                    total_square=squares[0],
-                    size_square=squares[1],
+                    edges=sums.edges[i, j].long(),
+                    total=total.real + total.imag,
+                    size=total.real - total.imag,
+                    total_square=squares.real,
+                    size_square=squares.imag,
                 )
             )
         return pairs
@@ -270,26 +267,28 @@ class EdgeSums:
         self, s: int, t: int, source: Tensor, target: Tensor, values: Tensor, edges: Tensor
     ) -> None:
         """Add the edges of a pair of layers; the slots of their nodes broadcast with the values."""
-        sums = self._matrices(s, t, values)
+        sums = self._matrices(s, t)
         width = self._signed.width(t)
         # Slots without a node have meaningless numbers. Clamp them; their values are not added.
-        entry = self._signed.entry(s, source)
-        column = self._signed.column(t, target)
-        places = ((entry * width).clamp_(min=0) + column.clamp_(min=0)).flatten()
-        sums.prompt.view(-1).index_add_(0, places, (values * (edges > 0)).flatten().double())
-        sums.edges.view(-1).index_add_(0, places, edges.flatten().int())
-        self._touched.setdefault((s, t), []).append(places // 2)
+        row = (self._signed.entry(s, source) * width).clamp_(min=0)
+        column = self._signed.column(t, target).clamp_(min=0)
+        places = (row + column).flatten()  # in the matrix [S, T] of both parts of each number
+        entries = places // 2
+        by_sign = torch.view_as_real(sums.prompt).view(-1)
+        by_sign.index_add_(0, places, (values * (edges > 0)).flatten().double())
+        sums.edges.view(-1).index_add_(0, entries, edges.flatten().int())
+        self._touched.setdefault((s, t), []).append(entries)
 
-    def _matrices(self, s: int, t: int, like: Tensor) -> PairMatrices:
+    def _matrices(self, s: int, t: int) -> PairMatrices:
         """Return the sums of a pair of layers; they are zeros at first."""
         if (s, t) not in self._sums:
-            sources = len(self.entries[s].known)
-            width = self._signed.width(t)
+            shape = (len(self.entries[s].known), len(self.entries[t].known))
+            device = self.slots[t].device
             self._sums[s, t] = PairMatrices(
-                total=like.new_zeros(sources, width, dtype=torch.float64),
-                edges=like.new_zeros(sources, width, dtype=torch.int32),
-                prompt=like.new_zeros(sources, width, dtype=torch.float64),
-                squares=like.new_zeros(sources, width // 2, 2, dtype=torch.float64),
+                total=torch.zeros(shape, dtype=torch.complex128, device=device),
+                edges=torch.zeros(shape, dtype=torch.int32, device=device),
+                prompt=torch.zeros(shape, dtype=torch.complex128, device=device),
+                squares=torch.zeros(shape, dtype=torch.complex128, device=device),
             )
         return self._sums[s, t]
 
