@@ -53,28 +53,52 @@ class Faithfulness:
 
         N is the number of decomposed weights.
         """
-        device = next(model.parameters()).device.type
-        with torch.autocast(device, enabled=False):
-            squares = [model.delta_weight(name).square().sum() for name in model.sites]
-            sites = model.sites.values()
+        parameter = next(model.parameters())
+        with torch.autocast(parameter.device.type, enabled=False):
             if self.relative:
-                shares = []
-                for square, site in zip(squares, sites, strict=True):
-                    shares.append(square / site.weight.square().sum())
-                return torch.stack(shares).mean()
-            weights = sum(site.d_in * site.d_out for site in sites)
-            return torch.stack(squares).sum() / weights
+                return _relative_error(model)
+            return _mean_square_error(model)
+
+
+def _mean_square_error(model: ComponentModel) -> Float[Tensor, ""]:
+    """Return `(1/N) Σ_l ‖Δ_l‖²`."""
+    squares = []
+    n_weights = 0
+    for name, site in model.sites.items():
+        square = _delta_square(model, name)
+        squares.append(square)
+        n_weights += site.d_in * site.d_out
+    by_site = torch.stack(squares)  # [sites]
+    return by_site.sum() / n_weights
+
+
+def _relative_error(model: ComponentModel) -> Float[Tensor, ""]:
+    """Return the mean over sites of `‖Δ_l‖² / ‖W_l‖²`."""
+    shares = []
+    for name, site in model.sites.items():
+        delta_square = _delta_square(model, name)
+        weight_square = site.weight.square().sum()
+        share = delta_square / weight_square
+        shares.append(share)
+    by_site = torch.stack(shares)  # [sites]
+    return by_site.mean()
+
+
+def _delta_square(model: ComponentModel, name: str) -> Float[Tensor, ""]:
+    """Return ‖Δ‖² of a site."""
+    delta = model.delta_weight(name)  # [d_out, d_in]
+    return delta.square().sum()
 
 
 def anneal(
     start: float, final: float, progress: float, begin: float = 0.0, end: float = 1.0
 ) -> float:
     """Interpolate from `start` to `final` between two fractions of training, constant outside."""
-    if end > begin:
-        share = (progress - begin) / (end - begin)
-    else:
-        share = float(progress >= end)
-    share = min(max(share, 0.0), 1.0)
+    if progress >= end:
+        return start + (final - start)  # rounded like the line below
+    if progress <= begin:
+        return start
+    share = (progress - begin) / (end - begin)
     return start + (final - start) * share
 
 
@@ -99,19 +123,20 @@ class Minimality:
     ramp: float = 0.0
 
     def __post_init__(self):
+        start = self.start
+        end = self.end
         check_range("minimality", least=0, coeff=self.coeff)
         check_range("minimality", above=0, p=self.p, p_final=self.p_final)
-        check_range("minimality", least=0, most=1, start=self.start, end=self.end, ramp=self.ramp)
-        if self.start > self.end:
-            raise BadInput(
-                f"start {self.start} in minimality: it must be at most end, which is {self.end}"
-            )
+        check_range("minimality", least=0, most=1, start=start, end=end, ramp=self.ramp)
+        if start > end:
+            raise BadInput(f"start {start} in minimality: it must be at most end, which is {end}")
 
     def coefficient(self, progress: float) -> float:
         """Return the coefficient at a fraction of training."""
         if self.ramp <= 0:
             return self.coeff
-        return self.coeff * anneal(0.0, 1.0, progress, end=self.ramp)
+        share = anneal(0.0, 1.0, progress, end=self.ramp)
+        return self.coeff * share
 
     def means(
         self, upper: Mapping[str, Tensor], progress: float, weights: Float[Tensor, " batch"] | None
@@ -124,17 +149,23 @@ class Minimality:
             weights: number of equal rows that each row of the batch represents.
         """
         p = self._exponent(progress)
-        return {name: component_means(g, p, weights) for name, g in upper.items()}
+        means: SiteMeans = {}
+        for name, g in upper.items():
+            means[name] = component_means(g, p, weights)
+        return means
 
     def _exponent(self, progress: float) -> float:
         """Return p(t)."""
-        p_final = self.p if self.p_final is None else self.p_final
+        p_final = self.p_final
+        if p_final is None:
+            return self.p
         return anneal(self.p, p_final, progress, self.start, self.end)
 
     def __call__(self, means: "SiteMeans") -> Float[Tensor, ""]:
         """Return `Σ_l Σ_c mean (ĝ + ε)^p`, from `means`; not divided by the number of sites."""
-        by_site = [site.sum() for site in means.values()]
-        return torch.stack(by_site).sum()
+        costs = [by_component.sum() for by_component in means.values()]
+        by_site = torch.stack(costs)  # [sites]
+        return by_site.sum()
 
 
 SiteMeans = dict[str, Float[Tensor, " C"]]
@@ -155,18 +186,23 @@ class _Power(torch.autograd.Function):
         return powered
 
     @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *grad_outputs):
+        (grad,) = grad_outputs
         x, powered = ctx.saved_tensors
-        return (grad * ctx.p).mul_(powered).div_(x), None
+        dx = grad * ctx.p
+        dx.mul_(powered)
+        dx.div_(x)
+        return dx, None
 
 
 def powered(g: Float[Tensor, "..."], p: float) -> Float[Tensor, "..."]:
     """Return `(ĝ + ε)^p`."""
+    positive = g + EPSILON
     if p == 1:
-        return g + EPSILON
+        return positive
     if p == 2:
-        return (g + EPSILON).square()
-    return _Power.apply(g + EPSILON, p)
+        return positive.square()
+    return _Power.apply(positive, p)
 
 
 def component_means(
@@ -175,7 +211,8 @@ def component_means(
     """Return the mean of `(ĝ + ε)^p` over batch and positions for each component."""
     costs = powered(g, p)  # [batch, ..., C]
     if g.ndim > 2:
-        costs = costs.flatten(1, -2).mean(1)  # [batch, C]
+        by_position = costs.flatten(1, -2)  # [batch, positions, C]
+        costs = by_position.mean(1)  # [batch, C]
     return position_mean(costs, weights)
 
 
@@ -202,7 +239,9 @@ class Frequency:
 
     def coefficient(self, progress: float) -> float:
         """Return the coefficient at a fraction of training."""
-        return self.coeff if progress <= self.until else 0.0
+        if progress > self.until:
+            return 0.0
+        return self.coeff
 
     def __call__(
         self, means: SiteMeans, whole: Float[Tensor, " components"] | None = None
@@ -217,15 +256,20 @@ class Frequency:
         f = joined_means(means)
         if whole is not None:
             f = whole + (f - f.detach())  # the value of the whole batch, the gradient of the part
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            f = differentiable.all_reduce(f) / torch.distributed.get_world_size()
-        bits = torch.log2(1 + self.positions * f)  # [components]
-        return (f * bits).sum()
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            total = differentiable.all_reduce(f)
+            f = total / distributed.get_world_size()
+        uses = self.positions * f  # expected number among the reference positions
+        bits = torch.log2(1 + uses)
+        costs = f * bits  # [components]
+        return costs.sum()
 
 
 def joined_means(means: SiteMeans) -> Float[Tensor, " components"]:
     """Return the means of all sites in one vector, in the order of the sites."""
-    return torch.cat(list(means.values()))
+    vectors = list(means.values())  # [C] each
+    return torch.cat(vectors)
 
 
 @dataclass(frozen=True)
@@ -254,14 +298,21 @@ class SmoothL0:
     ) -> Float[Tensor, ""]:
         """Return `Σ_l Σ_c mean g² / (g² + γ²)`."""
         gamma = anneal(self.gamma, self.gamma_final, progress, end=self.end)
-        counts = [_smooth_count(g, gamma) for g in lower.values()]  # [..., C] each
-        by_site = [component_means(count, 1.0, weights).sum() for count in counts]
-        return torch.stack(by_site).sum()
+        importances = list(lower.values())
+        counts = [_smooth_count(g, gamma, weights) for g in importances]
+        by_site = torch.stack(counts)  # [sites]
+        return by_site.sum()
 
 
-def _smooth_count(g: Float[Tensor, "..."], gamma: float) -> Float[Tensor, "..."]:
-    """Return g² / (g² + γ²)."""
-    return g.square() / (g.square() + gamma**2)
+def _smooth_count(
+    g: Float[Tensor, "... C"], gamma: float, weights: Float[Tensor, " batch"] | None
+) -> Float[Tensor, ""]:
+    """Return `Σ_c mean g² / (g² + γ²)` of a site."""
+    square = g.square()
+    size = g.square() + gamma**2
+    counts = square / size  # [..., C]
+    means = component_means(counts, 1.0, weights)  # [C]
+    return means.sum()
 
 
 # ---- the total -----------------------------------------------------------------------------------
@@ -309,7 +360,8 @@ class Losses:
         """
         for name, reconstruction in self.reconstruction.items():
             if reconstruction.source == "pgd":
-                reconstruction.adversary.check_start(delta, f"reconstruction '{name}'")
+                place = f"reconstruction '{name}'"
+                reconstruction.adversary.check_start(delta, place)
 
     def __call__(
         self, run: LossContext, progress: float = 0.0
@@ -320,34 +372,52 @@ class Losses:
             run: the batch and what the losses share.
             progress: fraction of training, for everything that is annealed.
         """
-        terms: dict[str, tuple[float, Tensor]] = {}  # coefficient and value
-        if self.faithfulness.coeff:  # step 1
-            terms["faithfulness"] = (self.faithfulness.coeff, self.faithfulness(run.model))
-        terms |= self._penalties(run, progress)  # step 2
         run.progress = progress
-        for name, reconstruction in self.reconstruction.items():  # step 3
+        terms: WeightedTerms = {}
+        if self.faithfulness.coeff:  # step 1
+            value = self.faithfulness(run.model)
+            terms["faithfulness"] = (self.faithfulness.coeff, value)
+        terms |= self._penalties(run, progress)  # step 2
+        terms |= self._reconstructions(run)  # step 3
+        weighted = []
+        values = {}
+        for name, (coeff, value) in terms.items():
+            weighted.append(coeff * value)
+            values[name] = value.detach()
+        total = torch.stack(weighted).sum()
+        return total, values
+
+    def _penalties(self, run: LossContext, progress: float) -> "WeightedTerms":
+        """Return the losses on importances (L2–L4)."""
+        minimality = self.minimality
+        frequency = self.frequency
+        smooth_l0 = self.smooth_l0
+        terms: WeightedTerms = {}
+        if minimality.coeff or frequency.coeff:
+            means = minimality.means(run.importances.upper, progress, run.weights)
+            if minimality.coeff:
+                value = minimality(means)
+                terms["minimality"] = (minimality.coefficient(progress), value)
+            if frequency.coeff:
+                value = frequency(means, run.frequencies)
+                terms["frequency"] = (frequency.coefficient(progress), value)
+        if smooth_l0.coeff:
+            value = smooth_l0(run.importances.lower, progress, run.weights)
+            terms["smooth_l0"] = (smooth_l0.coeff, value)
+        return terms
+
+    def _reconstructions(self, run: LossContext) -> "WeightedTerms":
+        """Return the reconstruction losses and the hidden errors of their passes (L5, L6)."""
+        terms: WeightedTerms = {}
+        for name, reconstruction in self.reconstruction.items():
             if not reconstruction.counts:
                 continue
             value, hidden = reconstruction.terms(run, name)
             terms[f"reconstruction/{name}"] = (reconstruction.coeff, value)
             if hidden is not None:
                 terms[f"hidden/{name}"] = (reconstruction.hidden_coeff, hidden)
-        weighted = [coeff * value for coeff, value in terms.values()]
-        total = torch.stack(weighted).sum()
-        return total, {name: value.detach() for name, (_, value) in terms.items()}
-
-    def _penalties(self, run: LossContext, progress: float) -> dict[str, tuple[float, Tensor]]:
-        """Return coefficient and value of the losses on importances (L2–L4)."""
-        terms: dict[str, tuple[float, Tensor]] = {}
-        if self.minimality.coeff or self.frequency.coeff:
-            means = self.minimality.means(run.importances.upper, progress, run.weights)
-            if self.minimality.coeff:
-                coeff = self.minimality.coefficient(progress)
-                terms["minimality"] = (coeff, self.minimality(means))
-            if self.frequency.coeff:
-                coeff = self.frequency.coefficient(progress)
-                terms["frequency"] = (coeff, self.frequency(means, run.frequencies))
-        if self.smooth_l0.coeff:
-            value = self.smooth_l0(run.importances.lower, progress, run.weights)
-            terms["smooth_l0"] = (self.smooth_l0.coeff, value)
         return terms
+
+
+WeightedTerms = dict[str, tuple[float, Tensor]]
+"""The coefficient and the value of terms of the total, by name."""

@@ -18,9 +18,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 
 from spd_lightning.decomposition.components import Mask
-from spd_lightning.decomposition.masks import fixed_masks, masks_from_sources, stochastic_sources
+from spd_lightning.decomposition.masks import (
+    fixed_masks,
+    masks_from_sources,
+    stochastic_sources,
+    uniform,
+)
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.replay import Clean
 
@@ -37,15 +43,19 @@ REMNANT = 0.05
 
 def component_norms(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> Float[Tensor, " C"]:
     """Return the Frobenius norm of each component, `‖V[:, c]‖ · ‖U[c]‖`."""
-    return V.norm(dim=0) * U.norm(dim=1)
+    read_norms = V.norm(dim=0)  # [C]
+    write_norms = U.norm(dim=1)  # [C]
+    return read_norms * write_norms
 
 
 def sizeable(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> Bool[Tensor, " C"]:
     """Mark the components whose norm is above 5 % of the site's largest."""
     norms = component_norms(V, U)  # [C]
     largest = norms.max()
-    large = ~(norms <= REMNANT * largest)
-    return large | ~(largest > 0)  # all components if all norms are zero or one is not a number
+    bound = REMNANT * largest
+    remnants = norms <= bound
+    comparable = largest > 0  # False if all norms are zero or one is not a number
+    return ~remnants | ~comparable  # all components if they are not comparable
 
 
 def column_match(
@@ -63,17 +73,21 @@ def column_match(
     alive = sizeable(V, U)  # step 1
     reads = V[:, alive]  # [d_in, alive]
     writes = U[alive]  # [alive, d_out]
-    directions = torch.nn.functional.normalize(writes, dim=1)
-    columns = torch.nn.functional.normalize(W, dim=0)
-    cosine = (directions @ columns).T * reads.sign()  # [d_in, alive]
+    directions = normalize(writes, dim=1)  # [alive, d_out]
+    columns = normalize(W, dim=0)  # [d_out, d_in]
+    overlap = directions @ columns  # [alive, d_in]
+    cosine = overlap.T * reads.sign()  # [d_in, alive]
     best = cosine.argmax(dim=1)  # [d_in]: step 2
-    best_cosine = cosine.gather(1, best[:, None])[:, 0]  # [d_in]
-    best_read = reads.gather(1, best[:, None])[:, 0]  # [d_in]
-    sizes = best_read.abs() * writes.norm(dim=1)[best]  # [d_in]
+    column = torch.arange(len(best), device=best.device)  # [d_in]
+    best_cosine = cosine[column, best]  # [d_in]
+    best_read = reads[column, best]  # [d_in]
+    write_norms = writes.norm(dim=1)  # [alive]
+    sizes = best_read.abs() * write_norms[best]  # [d_in]
     column_norms = W.norm(dim=0)  # [d_in]
+    ratios = sizes / column_norms  # [d_in]
     nonzero = column_norms > 0
     mmcs = best_cosine[nonzero].mean()  # step 3
-    ml2r = (sizes / column_norms)[nonzero].mean()  # step 4
+    ml2r = ratios[nonzero].mean()  # step 4
     return mmcs, ml2r
 
 
@@ -83,16 +97,18 @@ def identity_order(importances: Float[Tensor, "features C"]) -> Int[Tensor, " C"
     The Hungarian algorithm assigns components to features. Components without a feature follow in
     the order of their total importance, the largest first.
     """
-    given = importances.detach().cpu().nan_to_num()
-    features, components = linear_sum_assignment(given.numpy(), maximize=True)
-    assigned = torch.as_tensor(components[features.argsort()])
+    finite = importances.detach().cpu().nan_to_num()
+    _, C = finite.shape
+    features, components = linear_sum_assignment(finite.numpy(), maximize=True)
+    by_feature = features.argsort()
+    assigned = torch.as_tensor(components[by_feature])
     taken = set(assigned.tolist())
-    count = importances.shape[1]
-    free = [c for c in range(count) if c not in taken]
+    free = [c for c in range(C) if c not in taken]
     rest = torch.tensor(free, dtype=torch.long)
-    total = given.sum(0)  # [C]
+    total = finite.sum(0)  # [C]
     by_total = total[rest].argsort(descending=True)
-    return torch.cat([assigned, rest[by_total]])
+    ordered_rest = rest[by_total]
+    return torch.cat([assigned, ordered_rest])
 
 
 def identity_error(importances: Float[Tensor, "features C"]) -> int:
@@ -103,10 +119,14 @@ def identity_error(importances: Float[Tensor, "features C"]) -> int:
     """
     features, C = importances.shape
     missing = max(0, features - C)
-    padded = torch.nn.functional.pad(importances.detach().cpu(), (0, missing))
-    ordered = padded[:, identity_order(padded)]
-    error = (ordered - torch.eye(*ordered.shape)).abs()
-    wrong = ~(error <= TOLERANCE)  # also if it is not a number
+    on_cpu = importances.detach().cpu()
+    padded = pad(on_cpu, (0, missing))
+    order = identity_order(padded)
+    ordered = padded[:, order]
+    identity = torch.eye(*ordered.shape)
+    error = (ordered - identity).abs()
+    right = error <= TOLERANCE
+    wrong = ~right  # also if it is not a number
     return int(wrong.sum())
 
 
@@ -116,14 +136,18 @@ def dense_error(importances: Float[Tensor, "features C"], k: int) -> int:
     Components are ordered by their total importance. Each of the first k counts one if it never
     reaches an importance of 0.9. Each importance above 0.1 of the other components counts one.
     """
-    order = importances.sum(0).argsort(descending=True)
+    _, C = importances.shape
+    missing = max(0, k - C)
+    total = importances.sum(0)  # [C]
+    order = total.argsort(descending=True)
     ordered = importances[:, order]
     needed = ordered[:, :k]  # [features, k]
     others = ordered[:, k:]  # [features, C − k]
-    missing = max(0, k - ordered.shape[1])
-    idle = (needed.amax(0) < 1 - TOLERANCE).sum()
-    surplus = (others > TOLERANCE).sum()
-    return int(idle + missing + surplus)
+    largest = needed.amax(0)  # [k]
+    idle = largest < 1 - TOLERANCE
+    surplus = others > TOLERANCE
+    errors = idle.sum() + missing + surplus.sum()
+    return int(errors)
 
 
 # ---- importances ---------------------------------------------------------------------------------
@@ -136,22 +160,24 @@ def firings(importances: Float[Tensor, "... C"], threshold: float) -> Bool[Tenso
 
 def l0(importances: Float[Tensor, "... C"], threshold: float) -> Float[Tensor, ""]:
     """Return the mean number of components that fire at a position."""
-    count = firings(importances, threshold).sum(-1)  # [...]
-    return count.double().mean()
+    fired = firings(importances, threshold)  # [..., C]
+    count = fired.sum(-1).double()  # [...]
+    return count.mean()
 
 
 # ---- output under the maskings -------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """One of several equal parts of a batch: its index, and the number of parts."""
+class DeviceShare(NamedTuple):
+    """The share of a batch that one of several devices has: its index, and their number."""
 
     rank: int = 0
     world: int = 1
 
-    def of(self, whole: Tensor) -> Tensor:
-        """Return the rows of this part of a tensor that belongs to the whole batch."""
-        return whole.chunk(self.world)[self.rank]
+    def take(self, whole: Tensor) -> Tensor:
+        """Return the rows of this share, from a tensor that belongs to the whole batch."""
+        shares = whole.chunk(self.world)
+        return shares[self.rank]
 
 
 def masked_outputs(
@@ -161,7 +187,7 @@ def masked_outputs(
     importances: Mapping[str, Tensor],
     generator: torch.Generator | None,
     threshold: float,
-    part: Part = Part(),  # noqa: B008
+    share: DeviceShare = DeviceShare(),  # noqa: B008
 ) -> Iterator[tuple[Masking, Tensor]]:
     """Yield the output under each of the six maskings of section E, with everything decomposed.
 
@@ -176,11 +202,12 @@ def masked_outputs(
         generator: has the same state on all devices. Draws are made for the whole batch, so that
             they do not depend on how it is divided.
         threshold: τ of the masking `rounded`.
-        part: the part of the whole batch that `batch` is.
+        share: the share of the whole batch that `batch` is.
     """
     for masking in MASKINGS:
-        masks = _masks(masking, importances, generator, threshold, model.delta, part)
-        yield masking, model.masked(batch, masks, clean)
+        masks = _masks(masking, importances, generator, threshold, model.delta, share)
+        output = model.masked(batch, masks, clean)
+        yield masking, output
 
 
 def _masks(
@@ -189,7 +216,7 @@ def _masks(
     generator: torch.Generator | None,
     threshold: float,
     delta: bool,
-    part: Part,
+    share: DeviceShare,
 ) -> dict[str, Mask]:
     """Return the masks of one masking."""
     if masking == "unmasked":
@@ -198,13 +225,39 @@ def _masks(
         return fixed_masks(masking, importances, None, threshold)
     masks: dict[str, Mask] = {}
     for name, g in importances.items():  # one at a time: a draw for the whole batch is large
-        whole = {name: g[:1].expand(part.world * len(g), *g.shape[1:])}  # for its shape
         if masking == "random":
-            drawn = fixed_masks("random", whole, generator, threshold)[name].components
-            assert drawn is not None
-            masks[name] = Mask(part.of(drawn), 0.0)
+            masks[name] = _random_mask(g, generator, share)
         else:
-            s, s_delta = stochastic_sources(whole, generator)[name]
-            sources = {name: (part.of(s), part.of(s_delta))}
-            masks |= masks_from_sources({name: g}, sources, delta)
+            masks[name] = _stochastic_mask(g, generator, delta, share)
     return masks
+
+
+def _random_mask(
+    g: Float[Tensor, "batch ... C"], generator: torch.Generator | None, share: DeviceShare
+) -> Mask:
+    """Draw a mask for the whole batch that ignores g, and return this device's share."""
+    whole = _whole_batch(g, share)
+    drawn = uniform(whole, whole.shape, generator)
+    return Mask(share.take(drawn), 0.0)
+
+
+def _stochastic_mask(
+    g: Float[Tensor, "batch ... C"],
+    generator: torch.Generator | None,
+    delta: bool,
+    share: DeviceShare,
+) -> Mask:
+    """Draw sources for the whole batch, and return the mask of this device's share."""
+    site = ""  # any name: there is only one
+    whole = _whole_batch(g, share)
+    s, s_delta = stochastic_sources({site: whole}, generator)[site]
+    sources = {site: (share.take(s), share.take(s_delta))}
+    masks = masks_from_sources({site: g}, sources, delta)
+    return masks[site]
+
+
+def _whole_batch(g: Float[Tensor, "batch ... C"], share: DeviceShare) -> Float[Tensor, "... C"]:
+    """Return a tensor with the shape of g in the whole batch; its values do not matter."""
+    batch, *rest = g.shape
+    row = g[:1]
+    return row.expand(share.world * batch, *rest)

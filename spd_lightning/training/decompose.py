@@ -29,7 +29,7 @@ from spd_lightning.decomposition.intervention import (
     places,
 )
 from spd_lightning.decomposition.losses import Faithfulness, Losses, joined_means
-from spd_lightning.decomposition.metrics import Part
+from spd_lightning.decomposition.metrics import DeviceShare
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import LossContext
 from spd_lightning.errors import BadInput, Diverged, check_range
@@ -394,13 +394,13 @@ class Decomposition(MultiStepModule):
         self._ladder = dict[str, float]()
 
     def validation_step(self, batch: Tensor, batch_index: int) -> None:
-        part = Part(self.global_rank, self.trainer.world_size)
+        share = DeviceShare(self.global_rank, self.trainer.world_size)
         # An adversary needs gradients, which inference mode would forbid.
         with torch.inference_mode(False), torch.no_grad(), self._full_precision():
             batch = batch.clone()
             generator = self._generator("evaluation", batch_index, rank=0)
             run = LossContext.from_batch(self.model, batch, generator)
-            count(self.model, run, self.evaluation, self._totals, part)
+            count(self.model, run, self.evaluation, self._totals, share)
             if batch_index == 0:
                 self._ladder = pgd_sweep(self.model, batch, self.evaluation, self.say)
                 self._width = batch.shape[1] if batch.is_floating_point() else None

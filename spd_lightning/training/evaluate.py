@@ -14,7 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lightning.decomposition.metrics import MASKINGS, Part, firings, masked_outputs, sizeable
+from spd_lightning.decomposition.metrics import (
+    MASKINGS,
+    DeviceShare,
+    firings,
+    masked_outputs,
+    sizeable,
+)
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import ROW_DIVERGENCES, LossContext
 from spd_lightning.errors import BadInput, check_range, nearest
@@ -132,7 +138,7 @@ def count(
     run: LossContext,
     settings: Evaluation,
     totals: Totals,
-    part: Part = Part(),  # noqa: B008  # a constant
+    share: DeviceShare = DeviceShare(),  # noqa: B008  # a constant
 ) -> None:
     """Add one validation batch, or a device's part of it, to the totals."""
     importances = run.importances.lower
@@ -142,7 +148,7 @@ def count(
     clean_loss = _task(model, run.batch, clean_output)
     totals.add_rows("task/target", clean_loss)
     outputs = masked_outputs(
-        model, run.batch, run.clean, importances, run.generator, settings.threshold, part
+        model, run.batch, run.clean, importances, run.generator, settings.threshold, share
     )
     for masking, output in outputs:
         totals.add_rows(f"divergence/{masking}", compare(output, clean_output))

@@ -8,7 +8,7 @@ import json
 import torch
 
 from spd_lightning.decomposition.importance import Importance
-from spd_lightning.decomposition.metrics import Part
+from spd_lightning.decomposition.metrics import DeviceShare
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import LossContext
 from spd_lightning.targets.toy import TMS, InductionHead
@@ -35,21 +35,21 @@ def subjects():
     )
 
 
-def figures(part=Part()):  # noqa: B008
-    """Return all figures of section E by subject; this device evaluates a part of the batch."""
+def figures(share=DeviceShare()):  # noqa: B008
+    """Return all figures of section E by subject; this device evaluates its share of the batch."""
     found = {}
     for name, model, batch, settings in subjects():
         for parameter in model.importance_function.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
         with torch.no_grad():
             totals = Totals()
-            mine = part.of(batch)
+            mine = share.take(batch)
             count(
                 model,
                 LossContext.from_batch(model, mine, torch.Generator().manual_seed(0)),
                 settings,
                 totals,
-                part,
+                share,
             )
             swept = pgd_sweep(model, mine, settings)
             found[name] = figures_of(model, totals.over_devices(), settings) | swept
@@ -62,5 +62,5 @@ def half_of_two(rank, folder):
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump(figures(Part(rank, 2)), file)
+        json.dump(figures(DeviceShare(rank, 2)), file)
     torch.distributed.destroy_process_group()
