@@ -29,23 +29,30 @@ def importance_matrix(
         schema={"prompt_id": pl.UInt64},
     )
     rows = rows.with_row_index("row")
+    site_name = site(store, layer)
     nodes = store.scan("nodes_by_component").filter(
-        pl.col("layer") == site(store, layer),
+        pl.col("layer") == site_name,
         pl.col("kind") == "component",
     )
-    importance = pl.col("importance")
-    combined = importance.max() if over == "largest" else importance.sum()
-    groups = nodes.join(rows, on="prompt_id").group_by("row", "component")
+    combined = pl.col("importance")
+    if over == "largest":
+        combined = combined.max()
+    else:
+        combined = combined.sum()
+    wanted = nodes.join(rows, on="prompt_id")
+    groups = wanted.group_by("row", "component")
     cells = store.collect(groups.agg(combined))
 
-    shape = (len(prompts), store.manifest["C"][layer])
+    C = store.manifest["C"][layer]
+    shape = (len(prompts), C)
     matrix = np.zeros(shape, dtype=np.float32)
     row = cells["row"].to_numpy()
     column = cells["component"].to_numpy()
     matrix[row, column] = cells["importance"].to_numpy()
     if over == "largest":
         return matrix
-    return matrix / _count_positions(store, rows)[:, None]
+    positions = _count_positions(store, rows)
+    return matrix / positions[:, None]
 
 
 def _count_positions(store: Store, rows: pl.LazyFrame) -> Float32[np.ndarray, " prompt"]:
@@ -53,11 +60,13 @@ def _count_positions(store: Store, rows: pl.LazyFrame) -> Float32[np.ndarray, " 
     if store.manifest["kind"] == "vectors":
         count = store.collect(rows.select(pl.len())).item()
         return np.ones(count, dtype=np.float32)
+    prompts = store.scan("prompts")
     length = pl.col("token_ids").list.len()
-    lengths = store.scan("prompts").select("prompt_id", length=length)
-    in_order = rows.join(lengths, on="prompt_id", how="left").sort("row")
-    column = store.collect(in_order)["length"]
-    return column.to_numpy().astype("f4")
+    lengths = prompts.select("prompt_id", length=length)
+    joined = rows.join(lengths, on="prompt_id", how="left")
+    in_order = store.collect(joined.sort("row"))
+    positions = in_order["length"].to_numpy()
+    return positions.astype("f4")
 
 
 def identity_order(matrix: Float32[np.ndarray, "prompt C"]) -> Int64[np.ndarray, " C"]:
@@ -72,7 +81,9 @@ def identity_order(matrix: Float32[np.ndarray, "prompt C"]) -> Int64[np.ndarray,
     claimed = columns[importances > 0]
     C = matrix.shape[1]
     rest = np.setdiff1d(np.arange(C), claimed)
-    rest = rest[size_order(matrix[:, rest])]
+    unclaimed = matrix[:, rest]
+    by_size = size_order(unclaimed)
+    rest = rest[by_size]
     order = np.concatenate([claimed, rest])
     return order.astype(np.int64)
 
@@ -80,7 +91,10 @@ def identity_order(matrix: Float32[np.ndarray, "prompt C"]) -> Int64[np.ndarray,
 def size_order(matrix: Float32[np.ndarray, "prompt C"]) -> Int64[np.ndarray, " C"]:
     """Return the order of columns by decreasing sum."""
     sums = matrix.sum(axis=0)
-    order = np.argsort(-sums, kind="stable")
+    order = np.argsort(
+        -sums,
+        kind="stable",
+    )
     return order.astype(np.int64)
 
 
@@ -126,6 +140,8 @@ def site(store: Store, layer: str) -> str:
         BadInput: it is not a site.
     """
     known = sites(store)
-    if layer not in known:
-        raise BadInput(f"site '{layer}' is not in harvest '{store.path}'; {nearest(layer, known)}")
-    return layer
+    if layer in known:
+        return layer
+    harvest = store.path
+    remedy = nearest(layer, known)
+    raise BadInput(f"site '{layer}' is not in harvest '{harvest}'; {remedy}")

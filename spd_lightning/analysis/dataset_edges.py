@@ -99,14 +99,18 @@ def strongest(
     """
     check(store, layer, component)
     this, other = ("target", "source") if side == "sources" else ("source", "target")
-    ends_here = (pl.col(f"{this}_layer") == layer) & (pl.col(this) == component)
+    in_layer = pl.col(f"{this}_layer") == layer
+    has_number = pl.col(this) == component
+    ends_here = in_layer & has_number
     if this == "source":
-        ends_here &= ~pl.col("source_kind").is_in(BESIDE)
+        is_beside = pl.col("source_kind").is_in(BESIDE)
+        ends_here &= ~is_beside
     pair = ["source_kind", "source_layer", "source", "target_layer", "target"]
     shards = store.scan("dataset_edges").filter(ends_here)
     sums = shards.group_by(pair).agg(pl.col("edges", *_SUMS).sum())
     frequent = sums.filter(pl.col("edges") >= min_edges)
-    with_intervals = _with_half_widths(frequent, store.manifest["prompts"])
+    prompts = store.manifest["prompts"]
+    with_intervals = _with_half_widths(frequent, prompts)
     divided = _scaled(store, with_intervals, scale)
     half = "half" if metric == "activation" else "half_abs_target"
     rows = divided.select(
@@ -118,20 +122,24 @@ def strongest(
         to_size="sum_abs_target",
         half=half,
     )
-    value = pl.col(METRICS[metric])
-    certain = (value.abs() - pl.col("half")).clip(0).fill_null(0)
+    column = METRICS[metric]
+    value = pl.col(column)
+    half_width = pl.col("half")
+    nearer_end = value.abs() - half_width
+    certain = nearer_end.clip(0).fill_null(0)
     order: list[pl.Expr | str] = [
         -certain,
         -value.abs(),
         pl.col("layer").to_physical(),
         "component",
     ]
-    ranked = rows.filter(value != 0).sort(order).head(top_k)
-    interval = ranked.with_columns(
-        low=value - pl.col("half"),
-        high=value + pl.col("half"),
+    nonzero = rows.filter(value != 0)
+    ranked = nonzero.sort(order).head(top_k)
+    intervals = ranked.with_columns(
+        low=value - half_width,
+        high=value + half_width,
     )
-    return store.collect(interval.drop("half"))
+    return store.collect(intervals.drop("half"))
 
 
 def _with_half_widths(sums: pl.LazyFrame, prompts: int) -> pl.LazyFrame:
@@ -140,9 +148,10 @@ def _with_half_widths(sums: pl.LazyFrame, prompts: int) -> pl.LazyFrame:
     def half_width(total: str, squares: str) -> pl.Expr:
         if prompts < 2:
             return pl.lit(None, dtype=pl.Float64)
-        square = pl.col(total).pow(2) / prompts  # S²/P
-        spread = pl.col(squares) - square  # Q − S²/P
-        variance = spread.clip(0) * prompts / (prompts - 1)
+        square = pl.col(total).pow(2)  # S²
+        spread = pl.col(squares) - square / prompts  # Q − S²/P
+        spread = spread.clip(0)  # rounding can make it negative
+        variance = spread * prompts / (prompts - 1)
         return NORMAL_95 * variance.sqrt()
 
     return sums.with_columns(
@@ -213,18 +222,26 @@ def check(store: Store, layer: str, component: int) -> None:
 def _components(store: Store, layer: str) -> pl.Series:
     """Return the components of a layer that have sums, in order."""
     in_layer = pl.col("layer") == layer
-    is_component = ~pl.col("kind").is_in(BESIDE)
-    nodes = store.scan("dataset_nodes").filter(in_layer, is_component)
-    components = nodes.select(pl.col("component").unique().sort())
-    return store.collect(components)["component"]
+    is_beside = pl.col("kind").is_in(BESIDE)
+    nodes = store.scan("dataset_nodes")
+    components = nodes.filter(in_layer, ~is_beside).select("component")
+    distinct = components.unique().sort("component")
+    return store.collect(distinct)["component"]
 
 
 def named(store: Store, rows: pl.DataFrame) -> list[str]:
     """Name the rows of `strongest`: layer:component, a token with its text, a rest by its kind."""
-    has_tokens = set(rows["layer"]) & set(store.manifest["token_layers"])
-    token_strings = _tokens(store) if has_tokens else {}
+    layers = set(rows["layer"])
+    token_layers = store.manifest["token_layers"]
+    token_strings = {}
+    if layers.intersection(token_layers):
+        token_strings = _tokens(store)
+    names = []
     nodes = rows.select("kind", "layer", "component")
-    return [_name(store, token_strings, *node) for node in nodes.iter_rows()]
+    for kind, layer, component in nodes.iter_rows():
+        name = _name(store, token_strings, kind, layer, component)
+        names.append(name)
+    return names
 
 
 def _name(
@@ -233,14 +250,19 @@ def _name(
     if kind in BESIDE:
         return f"{layer} {kind}"
     name = f"{layer}:{component}"
-    if layer not in store.manifest["token_layers"]:
+    token_layers = store.manifest["token_layers"]
+    if layer not in token_layers:
         return name
     token = token_strings.get(component)
-    return name if token is None else f"{name} {token!r}"
+    if token is None:
+        return name
+    return f"{name} {token!r}"
 
 
 def _tokens(store: Store) -> dict[int, str]:
     """Return the text of every token of the corpus."""
-    columns = store.scan("prompts").select("token_ids", "tokens")
-    tokens = columns.explode("token_ids", "tokens").unique("token_ids")
-    return dict(store.collect(tokens).iter_rows())
+    prompts = store.scan("prompts")
+    lists = prompts.select("token_ids", "tokens")
+    pairs = lists.explode("token_ids", "tokens")
+    distinct = store.collect(pairs.unique("token_ids"))
+    return dict(distinct.iter_rows())

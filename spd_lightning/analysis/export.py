@@ -59,17 +59,19 @@ class Export:
         """The name of the prompt."""
         if self._row:
             return prompt_label(self._row, most=10**6)
-        return together_label(len(probes(self.store)))
+        all_probes = probes(self.store)
+        count = len(all_probes)
+        return together_label(count)
 
     @property
     def tokens(self) -> list[str]:
         """The prompt's tokens by position; for vectors, the active features."""
-        return self._row["tokens"] if self._row else []
+        return self._row.get("tokens", [])
 
     @property
     def token_ids(self) -> list[int]:
         """The ids of the tokens."""
-        return self._row["token_ids"] if self._row else []
+        return self._row.get("token_ids", [])
 
     @cached_property
     def _row(self) -> dict[str, Any]:
@@ -124,8 +126,11 @@ class Export:
 
     def edges(self) -> list[dict[str, Any]]:
         """Return the edges as rows, without those whose value is not finite."""
-        is_finite = pl.col("attribution").is_finite()
-        return self.graph.edges.filter(is_finite).to_dicts()
+        attribution = pl.col("attribution")
+        is_finite = attribution.is_finite()
+        edges = self.graph.edges
+        finite_edges = edges.filter(is_finite)
+        return finite_edges.to_dicts()
 
 
 # ---- NetworkX and GraphML ------------------------------------------------------------------------
@@ -145,8 +150,10 @@ def digraph(export: Export) -> "networkx.DiGraph":
 
     graph = networkx.DiGraph()
     manifest = export.store.manifest
-    graph.graph |= {key: str(manifest[key]) for key in ("run", "harvest", "mode")}
-    graph.graph |= {"prompt": _xml(export.label), "prompt_id": str(export.prompt)}
+    for key in ("run", "harvest", "mode"):
+        graph.graph[key] = str(manifest[key])
+    graph.graph["prompt"] = _xml(export.label)
+    graph.graph["prompt_id"] = str(export.prompt)
     for row in export.nodes():
         attributes = {name: row[name] for name in _ATTRIBUTES if row[name] is not None}
         if row["token"] is not None:
@@ -198,9 +205,11 @@ def write_circuit_tracer(export: Export, path: Path) -> None:
         raise BadInput(
             f"'{path}': circuit-tracer's list of graphs has that name; choose another file name"
         )
+    entries = [content["metadata"]]
     others = [entry for entry in _listed(listing) if entry.get("slug") != path.stem]
+    everything = {"graphs": others + entries}
     write_json(path, content, seal=False)
-    write_json(listing, {"graphs": [*others, content["metadata"]]}, seal=False)
+    write_json(listing, everything, seal=False)
 
 
 @open_ended
@@ -277,30 +286,36 @@ def local_scan(run: str) -> str:
 
 def _likeliest(nodes: list[dict[str, Any]]) -> set[int]:
     """Return the output of most weight at each position."""
-    outputs = [row for row in nodes if row["kind"] == "output"]
-    outputs.sort(key=lambda row: row["weight"])
-    by_position = {row["pos"]: row["node"] for row in outputs}  # the last one wins
-    return set(by_position.values())
+    heaviest = dict[int, dict[str, Any]]()  # output by position
+    for row in nodes:
+        if row["kind"] != "output":
+            continue
+        pos = row["pos"]
+        if pos not in heaviest or row["weight"] >= heaviest[pos]["weight"]:
+            heaviest[pos] = row
+    return {row["node"] for row in heaviest.values()}
 
 
 class _Picture:
     """The places of nodes in circuit-tracer's picture: rows are layers, columns are positions."""
 
     def __init__(self, export: Export):
-        layers = export.store.layers
-        columns = export.whole.nodes.select(pl.col("layer", "kind").cast(pl.String))
-        ends = {"input", "output"}
-        ends |= {layer for layer, kind in columns.unique().rows() if kind in TOKENS}
-        sites = [layer for layer in layers if layer not in ends]
+        store = export.store
+        nodes = export.whole.nodes
+        is_token = pl.col("kind").is_in(TOKENS)
+        token_layers = nodes.filter(is_token)["layer"]
+        ends = {"input", "output", *token_layers.cast(pl.String)}
+        sites = [layer for layer in store.layers if layer not in ends]
         self.rows = {layer: row for row, layer in enumerate(sites)}
-        self.embeddings = [layer for layer in layers if layer in ends]
-        if export.store.manifest["kind"] == "vectors":
+        self.embeddings = [layer for layer in store.layers if layer in ends]
+
+        inputs: list[int] = []
+        tokens = list(export.tokens)
+        if store.manifest["kind"] == "vectors":
             is_input = pl.col("kind") == "input"
-            inputs = export.whole.nodes.filter(is_input)["component"].to_list()
-            tokens = [*(f"f{component}" for component in inputs), ""]
-        else:
-            inputs = []
-            tokens = list(export.tokens)
+            inputs = nodes.filter(is_input)["component"].to_list()
+            tokens = [f"f{component}" for component in inputs]
+            tokens.append("")  # the column of the components
         self.inputs = {component: column for column, component in enumerate(inputs)}
         blank = max(0, 2 - len(tokens))  # the viewer cannot lay out a single column
         self.tokens = [""] * blank + tokens
@@ -340,14 +355,15 @@ class _Picture:
         layer = row["layer"]
         component = row["component"]
         if kind == "output":
-            token = str(row["token"] if row["token"] is not None else component)
-            token = token.replace('"', "″")  # the viewer ends the token at a quote
-            text = f'Output "{token}" (p={row["weight"]:.3f})'
-            last_row = str(len(self.rows) + 1)
-            return _Place(last_row, component, "logit", text)
+            token = component if row["token"] is None else row["token"]
+            shown = str(token).replace('"', "″")  # the viewer ends the token at a quote
+            text = f'Output "{shown}" (p={row["weight"]:.3f})'
+            last_row = len(self.rows) + 1
+            return _Place(str(last_row), component, "logit", text)
         if kind in TOKENS:
+            number = self._embedding_number(row)
             text = f'Emb: "{row["token"]}"'
-            return _Place("E", self._embedding_number(row), "embedding", text)
+            return _Place("E", number, "embedding", text)
         site = str(self.rows[layer])
         if kind == "component":
             return _Place(site, component, "cross layer transcoder", f"{layer} {component}")
@@ -358,9 +374,12 @@ class _Picture:
         """Return the number of an input or embedding node in the row `E`."""
         if row["kind"] == "input":
             return row["component"]
-        nth = self.embeddings.index(row["layer"])
-        # The first embedding is that of tokens. Others, for example of positions, count down.
-        return -nth if nth else self.ids[row["pos"]]
+        layer = row["layer"]
+        nth = self.embeddings.index(layer)
+        if nth > 0:  # not of tokens but, for example, of positions
+            return -nth
+        pos = row["pos"]
+        return self.ids[pos]
 
 
 class _Place(NamedTuple):

@@ -73,7 +73,8 @@ def prompt_graph(
     is_visible = importance.is_null() | (importance >= min_importance)
     nodes = part.nodes.drop("weight").filter(is_visible)
     finite_strength = STRENGTH.filter(STRENGTH.is_finite())
-    largest = float(whole.edges.select(finite_strength.max()).item() or 0.0)
+    maximum = whole.edges.select(finite_strength.max()).item()
+    largest = float(maximum or 0.0)
     visible = nodes["node"].implode()
     passing = part.edges.filter(
         STRENGTH.ge(threshold * largest),
@@ -126,9 +127,12 @@ def node_name(node: Mapping[str, Any]) -> str:
 
     For the rest and the bias of a site, the component is replaced by `rest` or `bias`.
     """
+    layer = node["layer"]
+    pos = node["pos"]
     kind = node["kind"]
-    last = kind if kind in ("rest", "bias") else node["component"]
-    return f"{node['layer']}:{node['pos']}:{last}"
+    if kind in ("rest", "bias"):
+        return f"{layer}:{pos}:{kind}"
+    return f"{layer}:{pos}:{node['component']}"
 
 
 def tables(store: Store, prompt: int) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -137,10 +141,12 @@ def tables(store: Store, prompt: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     The prompt can be `ALL_PROBES`.
     """
     if prompt == ALL_PROBES:
-        return _together(store, probes(store)["prompt_id"])
-    nodes = store.collect(store.scan("nodes", prompt)).drop("prompt_id")
-    edges = store.collect(store.scan("edges", prompt)).drop("prompt_id")
-    return nodes.sort("node"), edges
+        prompts = probes(store)["prompt_id"]
+        return _together(store, prompts)
+    nodes = store.collect(store.scan("nodes", prompt))
+    edges = store.collect(store.scan("edges", prompt))
+    in_order = nodes.sort("node")
+    return in_order.drop("prompt_id"), edges.drop("prompt_id")
 
 
 def _together(store: Store, prompts: pl.Series) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -150,10 +156,11 @@ def _together(store: Store, prompts: pl.Series) -> tuple[pl.DataFrame, pl.DataFr
     the merged one. A merged node gets the largest importance.
     """
     place = ["layer", "kind", "pos", "component"]
-    of_prompts = pl.col("prompt_id").is_in(prompts.implode())
-    parts = store.collect(store.scan("nodes").filter(of_prompts))
+    is_merged = pl.col("prompt_id").is_in(prompts.implode())
+    parts = store.collect(store.scan("nodes").filter(is_merged))
     parts = parts.sort(place)
-    merged_nodes = parts.group_by(place, maintain_order=True).agg(
+    places = parts.group_by(place, maintain_order=True)
+    merged_nodes = places.agg(
         pl.col("importance").max(),
         pl.col("activation").sum(),
     )
@@ -166,13 +173,12 @@ def _together(store: Store, prompts: pl.Series) -> tuple[pl.DataFrame, pl.DataFr
     )
     numbers = parts.select("prompt_id", was="node")
     numbers = numbers.with_columns(now=new_numbers["node"])
-    edges = store.collect(store.scan("edges").filter(of_prompts))
+    edges = store.collect(store.scan("edges").filter(is_merged))
     for end in ("source", "target"):
         renumbered = numbers.rename({"was": end, "now": f"{end}_now"})
         edges = edges.join(renumbered, on=["prompt_id", end])
-    merged_edges = edges.group_by(source="source_now", target="target_now").agg(
-        pl.col("attribution").sum()
-    )
+    pairs = edges.group_by(source="source_now", target="target_now")
+    merged_edges = pairs.agg(pl.col("attribution").sum())
     return nodes, merged_edges.sort("source", "target")
 
 
@@ -212,8 +218,10 @@ def node_edges(store: Store, prompt: int, node: int, top_k: int = 20) -> NodeEdg
 
 def _total(edges: pl.DataFrame) -> float:
     """Return the sum of the attributions of some edges."""
-    attribution = edges["attribution"].cast(pl.Float64)
-    return float(attribution.sum())
+    column = edges["attribution"]
+    attributions = column.cast(pl.Float64)
+    total = attributions.sum()
+    return float(total)
 
 
 def node_heads(store: Store, prompt: int, node: int) -> dict[tuple[int, int], list[dict[str, Any]]]:
@@ -225,11 +233,13 @@ def node_heads(store: Store, prompt: int, node: int) -> dict[tuple[int, int], li
     """
     if prompt == ALL_PROBES or "head_edges" not in store.tables:
         return {}
-    touching = (pl.col("source") == node) | (pl.col("target") == node)
-    terms = store.scan("head_edges", prompt).filter(touching)
+    starts_from = pl.col("source") == node
+    ends_in = pl.col("target") == node
+    terms = store.scan("head_edges", prompt).filter(starts_from | ends_in)
     in_order = store.collect(terms.sort("head"))
-    rows = in_order.with_columns(finite(pl.col("attribution"))).to_dicts()
-    heads: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    attribution = finite(pl.col("attribution"))
+    rows = in_order.with_columns(attribution).to_dicts()
+    heads = dict[tuple[int, int], list[dict[str, Any]]]()
     for row in rows:
         edge = (row["source"], row["target"])
         term = {"head": row["head"], "attribution": row["attribution"]}

@@ -88,22 +88,25 @@ def outputs_at(graph: Graph, pos: int | None = None, token: int | None = None) -
     Raises:
         BadInput: the graph has no such output.
     """
-    outputs = graph.nodes.filter(pl.col("kind") == "output")
+    is_output = pl.col("kind") == "output"
+    outputs = graph.nodes.filter(is_output)
     chosen = outputs
+    filters: list[str] = []
     if pos is not None:
         chosen = chosen.filter(pl.col("pos") == pos)
+        filters.append(f"pos {pos}")
     if token is not None:
         chosen = chosen.filter(pl.col("component") == token)
+        filters.append(f"token {token}")
     if chosen.is_empty():
-        wanted = {"pos": pos, "token": token}
-        given = [f"{name} {value}" for name, value in wanted.items() if value is not None]
-        place = ", ".join(given)
-        positions = outputs["pos"]
+        place = ", ".join(filters)
+        first = outputs["pos"].min()
+        last = outputs["pos"].max()
         raise BadInput(
-            f"{place}: the graph has no such output; its outputs are at positions "
-            f"{positions.min()} to {positions.max()}"
+            f"{place}: the graph has no such output; its outputs are at positions {first} to {last}"
         )
-    return chosen["node"].to_list()
+    numbers = chosen["node"]
+    return numbers.to_list()
 
 
 def pruned(
@@ -121,10 +124,12 @@ def pruned(
     weights = _weights(graph, outputs)
     shares = graph.shares
     influences = shares.flow_back(weights)
-    used_tokens = _is_kind(graph, TOKENS) & (influences > 0)
-    always = (weights > 0) | used_tokens
-    largest = top(influences, nodes, "nodes")
-    part = _keep_nodes(graph, largest | always)
+    is_token = _is_kind(graph, TOKENS)
+    is_used = influences > 0
+    is_output = weights > 0
+    always = is_output | (is_token & is_used)
+    is_large = top(influences, nodes, "nodes")
+    part = _keep_nodes(graph, is_large | always)
     stays = np.isin(_numbers(graph), _numbers(part))  # by node of the whole graph
     part = _keep_strong_edges(part, weights[stays], edges)
     return _drop_dead_ends(
@@ -184,7 +189,8 @@ def scores(graph: Graph, outputs: Sequence[int] | None = None) -> Scores:
     shares = graph.shares
     influences = shares.flow_back(weights)
     unexplained = _is_kind(graph, UNEXPLAINED)
-    tokens = influences[_token_leaves(graph, shares)].sum()
+    is_token_leaf = _token_leaves(graph, shares)
+    tokens = influences[is_token_leaf].sum()
     rest = influences[unexplained].sum()
     leaves = tokens + rest
     # By target: the share of its in-edges that comes from rests and biases.
@@ -198,21 +204,23 @@ def scores(graph: Graph, outputs: Sequence[int] | None = None) -> Scores:
     )
 
 
-def cumulative(found: np.ndarray) -> np.ndarray:
-    """Return, for each score, the share of the total that it and all larger ones make up."""
-    order = np.argsort(-found, kind="stable")
-    ranked = found[order]
-    total = found.sum() or 1.0
-    running = np.cumsum(ranked) / total
-    shares = np.empty(len(found))
-    shares[order] = np.minimum(running, 1.0)
+def cumulative(values: np.ndarray) -> np.ndarray:
+    """Return, for each value, the share of the total that it and all larger ones make up."""
+    order = np.argsort(-values, kind="stable")
+    ranked = values[order]
+    running = np.cumsum(ranked)
+    total = values.sum() or 1.0
+    share = running / total
+    capped = np.minimum(share, 1.0)  # rounding can lead to slightly more than 1
+    shares = np.empty(len(values))
+    shares[order] = capped
     return shares
 
 
-def top(found: np.ndarray, share: float, name: str) -> np.ndarray:
-    """Mark the largest scores that make up a share of their sum; all if the share is 1.
+def top(values: np.ndarray, share: float, name: str) -> np.ndarray:
+    """Mark the largest values that make up a share of their sum; all if the share is 1.
 
-    Scores that are equal up to rounding, as along a chain, stay together.
+    Values that are equal up to rounding, as along a chain, stay together.
 
     Raises:
         BadInput: the share lies outside 0 to 1.
@@ -220,16 +228,19 @@ def top(found: np.ndarray, share: float, name: str) -> np.ndarray:
     if not 0 <= share <= 1:
         raise BadInput(f"{name} {share}: expected a share of influence from 0 to 1")
     if share == 1:
-        return np.ones(len(found), dtype=bool)
-    positive = found[found > 0]
-    ranked = np.sort(positive)[::-1]
-    if not len(ranked):
-        return np.zeros(len(found), dtype=bool)
+        return np.ones(len(values), dtype=bool)
+    positive = values[values > 0]
+    ascending = np.sort(positive)
+    ranked = ascending[::-1]
+    count = len(ranked)
+    if count == 0:
+        return np.zeros(len(values), dtype=bool)
     wanted = share * ranked.sum()
-    last = np.searchsorted(np.cumsum(ranked), wanted)
-    last = min(last, len(ranked) - 1)
+    running = np.cumsum(ranked)
+    last = np.searchsorted(running, wanted)  # `count` if rounding leaves the sum below it
+    last = min(last, count - 1)
     smallest = ranked[last] * (1 - 1e-9)
-    return found >= smallest
+    return values >= smallest
 
 
 class _Shares:
@@ -241,17 +252,23 @@ class _Shares:
     """
 
     def __init__(self, graph: Graph):
-        numbers = _numbers(graph)
         self.size = len(graph.nodes)
+        numbers = _numbers(graph)
         largest = int(numbers.max(initial=0))
         row = np.zeros(largest + 1, dtype=np.int32)  # by number
         row[numbers] = np.arange(self.size)
-        self.source = row[graph.edges["source"].to_numpy()]
-        self.target = row[graph.edges["target"].to_numpy()]
-        attribution = graph.edges["attribution"].to_numpy().astype(np.float64)
-        strength = np.abs(attribution)
-        strength[~np.isfinite(strength)] = 0
-        inflow = np.bincount(self.target, strength, self.size)
+
+        edges = graph.edges
+        sources = edges["source"].to_numpy()
+        targets = edges["target"].to_numpy()
+        self.source = row[sources]
+        self.target = row[targets]
+
+        attribution = edges["attribution"].to_numpy()
+        strength = np.abs(attribution.astype(np.float64))
+        is_finite = np.isfinite(strength)
+        strength[~is_finite] = 0
+        inflow = np.bincount(self.target, strength, self.size)  # by target
         divisor = np.where(inflow > 0, inflow, 1)
         self.share = strength / divisor[self.target]
 
@@ -259,7 +276,8 @@ class _Shares:
     def matrix(self) -> Any:
         """The shares as a sparse matrix Ã[target, source]."""
         places = (self.target, self.source)
-        return csr_array((self.share, places), shape=(self.size, self.size))
+        shape = (self.size, self.size)
+        return csr_array((self.share, places), shape=shape)
 
     def flow_back(self, weights: np.ndarray) -> np.ndarray:
         """Return `weights (Ã + Ã² + …)`, by node."""
@@ -279,8 +297,11 @@ class _Shares:
 
     def has_out_edges(self) -> np.ndarray:
         """Mark the nodes that are the source of an edge."""
-        counts = np.bincount(self.source, minlength=self.size)
-        return counts > 0
+        out_degree = np.bincount(
+            self.source,
+            minlength=self.size,
+        )
+        return out_degree > 0
 
 
 def _numbers(graph: Graph) -> np.ndarray:
@@ -289,8 +310,11 @@ def _numbers(graph: Graph) -> np.ndarray:
 
 def _is_kind(graph: Graph, kinds: Sequence[str]) -> np.ndarray:
     """Mark the nodes of some kinds."""
-    kind = graph.nodes["kind"].cast(pl.String)
-    return kind.is_in(list(kinds)).to_numpy()
+    column = graph.nodes["kind"]
+    kind = column.cast(pl.String)
+    wanted = list(kinds)
+    is_wanted = kind.is_in(wanted)
+    return is_wanted.to_numpy()
 
 
 def _weights(graph: Graph, outputs: Sequence[int] | None) -> np.ndarray:
@@ -298,36 +322,48 @@ def _weights(graph: Graph, outputs: Sequence[int] | None) -> np.ndarray:
     weights = graph.nodes["weight"].to_numpy()
     if outputs is None:
         return weights
-    chosen = np.isin(_numbers(graph), list(outputs))
-    known = _numbers(graph)[chosen].tolist()
-    if unknown := set(outputs) - set(known):
+    numbers = _numbers(graph)
+    chosen = np.isin(numbers, list(outputs))
+    known = numbers[chosen].tolist()
+    unknown = set(outputs).difference(known)
+    if unknown:
         raise BadInput(
             f"node {min(unknown)}: not in the graph, which has {len(weights)} nodes; give the "
             "number of one of them"
         )
-    chosen_weights = np.where(_is_kind(graph, ["output"]), weights, 1.0)
-    return np.where(chosen, chosen_weights, 0.0)
+    is_output = _is_kind(graph, ["output"])
+    weights_if_chosen = np.where(is_output, weights, 1.0)
+    return np.where(chosen, weights_if_chosen, 0.0)
 
 
-def _keep_nodes(graph: Graph, kept: np.ndarray) -> Graph:
-    """Return some nodes and all edges between them."""
-    nodes = graph.nodes.filter(pl.Series(kept))
+def _keep_nodes(graph: Graph, stays: np.ndarray) -> Graph:
+    """Return the marked nodes and all edges between them."""
+    mask = pl.Series(stays)
+    nodes = graph.nodes.filter(mask)
     numbers = nodes["node"].implode()
     edges = graph.edges.filter(
         pl.col("source").is_in(numbers),
         pl.col("target").is_in(numbers),
     )
-    return replace(graph, nodes=nodes, edges=edges)
+    return replace(
+        graph,
+        nodes=nodes,
+        edges=edges,
+    )
 
 
 def _keep_strong_edges(graph: Graph, weights: np.ndarray, share: float) -> Graph:
     """Return the graph with the edges that make up a share of the influence of all edges."""
     shares = graph.shares
-    reached = shares.flow_back(weights) + weights
-    edge_influence = shares.share * reached[shares.target]
-    strong = top(edge_influence, share, "edges")
-    edges = graph.edges.filter(pl.Series(strong))
-    return replace(graph, edges=edges)
+    influences = shares.flow_back(weights)
+    reached = influences + weights
+    of_target = reached[shares.target]
+    edge_influences = shares.share * of_target
+    is_strong = top(edge_influences, share, "edges")
+    mask = pl.Series(is_strong)
+    edges = graph.edges
+    strong_edges = edges.filter(mask)
+    return replace(graph, edges=strong_edges)
 
 
 def _drop_dead_ends(graph: Graph, always: np.ndarray, first: np.ndarray, last: np.ndarray) -> Graph:
@@ -357,10 +393,13 @@ def _token_leaves(graph: Graph, shares: _Shares) -> np.ndarray:
 
     The latter are the components of layers that nothing leads to.
     """
+    is_token = _is_kind(graph, TOKENS)
     is_component = _is_kind(graph, ["component"])
-    layer = graph.nodes["layer"].cast(pl.String).to_numpy()
-    is_fed = is_component & shares.has_in_edges()
+    has_in_edges = shares.has_in_edges()
+    is_fed = is_component & has_in_edges
+    names = graph.nodes["layer"].cast(pl.String)
+    layer = names.to_numpy()
     fed_layers = set(layer[is_fed])
     in_fed_layer = np.isin(layer, list(fed_layers))
     is_leaf = is_component & ~in_fed_layer
-    return _is_kind(graph, TOKENS) | is_leaf
+    return is_token | is_leaf

@@ -69,7 +69,7 @@ def graph_list(store: Store) -> pl.DataFrame:
     return pl.concat([first, prompts])
 
 
-def find_prompt(store: Store, asked: str) -> int:
+def find_prompt(store: Store, name: str) -> int:
     """Return the prompt that a user names.
 
     A prompt can be named by its id, its number in `graph_list`, its source, or part of its text.
@@ -78,14 +78,14 @@ def find_prompt(store: Store, asked: str) -> int:
         BadInput: no prompt matches, or several do.
     """
     ids = graph_list(store)["prompt_id"].to_list()
-    by_number = _prompt_by_number(ids, asked)
+    by_number = _prompt_by_number(ids, name)
     if by_number is not None:
         return by_number
 
     rows = store.collect(store.scan("prompts")).to_dicts()
-    names = {row["prompt_id"]: prompt_label(row, most=10**6) for row in rows}
+    full_labels = {row["prompt_id"]: prompt_label(row, most=10**6) for row in rows}
     keys = {row["prompt_id"]: _search_keys(row) for row in rows}
-    wanted = search_key(asked)
+    wanted = search_key(name)
     prompts = [prompt for prompt in ids if prompt in keys]  # without the entry for all probes
     exact = [prompt for prompt in prompts if wanted in keys[prompt]]
     if wanted and exact:
@@ -93,33 +93,47 @@ def find_prompt(store: Store, asked: str) -> int:
 
     # A number that is not a prompt would be found in many values, so it is not searched for.
     matches: list[int] = []
-    if wanted and not asked.isdecimal():
-        matches = [prompt for prompt in prompts if any(wanted in key for key in keys[prompt])]
+    if wanted and not name.isdecimal():
+        matches = [prompt for prompt in prompts if _contains(keys[prompt], wanted)]
     if len(matches) == 1:
         return matches[0]
     if matches:
-        listed = _numbered(matches[:MOST_LISTED], ids, names)
+        listed = _numbered(matches[:MOST_LISTED], ids, full_labels)
         unlisted = len(matches) - MOST_LISTED
         more = f" and {unlisted} more" if unlisted > 0 else ""
         raise BadInput(
-            f"prompt '{asked[:80]}': {len(matches)} prompts contain it, {listed}{more}; give more "
+            f"prompt '{name[:80]}': {len(matches)} prompts contain it, {listed}{more}; give more "
             "of the text, or a number"
         )
-    resemblance = {
-        prompt: _resemblance(wanted[:200], search_key(names[prompt])) for prompt in prompts
-    }
-    closest = sorted(prompts, key=lambda prompt: -resemblance[prompt])[:3]
+    closest = _closest(wanted, prompts, full_labels)
     raise BadInput(
-        f"prompt '{asked[:80]}': not in harvest '{store.path}', whose prompts have the numbers 0 "
-        f"to {len(ids) - 1}; the nearest are {_numbered(closest, ids, names)}"
+        f"prompt '{name[:80]}': not in harvest '{store.path}', whose prompts have the numbers 0 "
+        f"to {len(ids) - 1}; the nearest are {_numbered(closest, ids, full_labels)}"
     )
 
 
-def _prompt_by_number(ids: list[int], asked: str) -> int | None:
+def _contains(keys: list[str], wanted: str) -> bool:
+    return any(wanted in key for key in keys)
+
+
+def _closest(wanted: str, prompts: list[int], names: Mapping[int, str]) -> list[int]:
+    """Return the three prompts whose names resemble the wanted text most."""
+    beginning = wanted[:200]
+
+    def distance(prompt: int) -> float:
+        name = names[prompt]
+        key = search_key(name)
+        return -_resemblance(beginning, key)
+
+    ranked = sorted(prompts, key=distance)
+    return ranked[:3]
+
+
+def _prompt_by_number(ids: list[int], name: str) -> int | None:
     """Return the prompt with this id or number; None if there is no such prompt."""
-    if not asked.isdecimal() or len(asked) > 20:
+    if not name.isdecimal() or len(name) > 20:
         return None
-    number = int(asked)
+    number = int(name)
     if number in ids:
         return number
     if number < len(ids):
@@ -129,11 +143,15 @@ def _prompt_by_number(ids: list[int], asked: str) -> int | None:
 
 def _numbered(chosen: list[int], ids: list[int], names: Mapping[int, str]) -> str:
     """List prompts on one line, each as its number and the beginning of its name."""
-    entries = []
+    entries: list[str] = []
     for prompt in chosen:
+        number = ids.index(prompt)
         name = names[prompt]
-        beginning = name if len(name) <= 60 else f"{name[:59]}…"
-        entries.append(f"{ids.index(prompt)} '{beginning}'")
+        if len(name) > 60:
+            beginning = name[:59]
+            name = f"{beginning}…"
+        entry = f"{number} '{name}'"
+        entries.append(entry)
     return "; ".join(entries)
 
 
@@ -143,14 +161,15 @@ def _resemblance(wanted: str, name: str) -> float:
     It is the share of the wanted text's runs of three characters that the name contains, plus the
     similarity of the two beginnings.
     """
-    starts = range(max(1, len(wanted) - 2))
-    runs = {wanted[start : start + 3] for start in starts}
+    count = max(1, len(wanted) - 2)  # a text of one or two characters is a run by itself
+    runs = {wanted[start : start + 3] for start in range(count)}
     contained = sum(run in name for run in runs)
     share = contained / len(runs)
 
-    beginning = name[: len(wanted) + 1]
-    similarity = SequenceMatcher(None, wanted, beginning).ratio()
-    return share + similarity
+    length = len(wanted) + 1
+    beginning = name[:length]
+    matcher = SequenceMatcher(None, wanted, beginning)
+    return share + matcher.ratio()
 
 
 def together_label(count: int) -> str:
@@ -160,10 +179,12 @@ def together_label(count: int) -> str:
 
 def _search_keys(prompt: Mapping[str, Any]) -> list[str]:
     """Return the search keys of a prompt's source, text and label."""
-    source = prompt["source"]
-    text = prompt_text(prompt)
-    label = prompt_label(prompt, most=10**6)
-    return [search_key(name) for name in (source, text, label)]
+    names = [
+        prompt["source"],
+        prompt_text(prompt),
+        prompt_label(prompt, most=10**6),
+    ]
+    return [search_key(name) for name in names]
 
 
 def prompt_text(prompt: Mapping[str, Any]) -> str:
@@ -203,12 +224,14 @@ def prompt_label(prompt: Mapping[str, Any], most: int = 80) -> str:
     """
     source: str = prompt["source"]
     tokens: list[str] = prompt["tokens"]
-    if len(tokens) == 1 and source.startswith("feature ") and "=" in tokens[0]:
-        value = tokens[0].partition("=")[2]
-        return f"{source} = {value}"
+    if len(tokens) == 1 and source.startswith("feature "):
+        _, is_vector, value = tokens[0].partition("=")  # for example, "f3=0.75"
+        if is_vector:
+            return f"{source} = {value}"
     words = prompt_text(prompt).split()
     text = " ".join(words)
     if not text:
         text = "(blank)" if tokens else "no active feature"
-    beginning = text if len(text) <= most else text[:most] + "…"
-    return f"{source} · {beginning}"
+    if len(text) > most:
+        text = f"{text[:most]}…"
+    return f"{source} · {text}"

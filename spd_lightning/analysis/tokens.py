@@ -12,6 +12,7 @@ from spd_lightning.store import Store
 
 IMPORTANCE = pl.col("importance").cast(pl.Float64)
 SIZE = pl.col("activation").abs()
+IN_FORWARD_ORDER = pl.col("layer").to_physical()
 
 
 def component_spread(store: Store) -> pl.DataFrame:
@@ -24,22 +25,31 @@ def component_spread(store: Store) -> pl.DataFrame:
     Raises:
         BadInput: a file is damaged.
     """
-    length = pl.col("token_ids").list.len()
-    total = store.collect(store.scan("prompts").select(length.sum())).item()
-    positions = total or 1
-    nodes = store.scan("nodes_by_component").filter(pl.col("kind") == "component")
+    positions = _count_positions(store) or 1
+    is_component = pl.col("kind") == "component"
+    nodes = store.scan("nodes_by_component").filter(is_component)
     moments = nodes.group_by("layer", "component").agg(
         share=pl.len() / positions,
         mean=IMPORTANCE.sum() / positions,
         square=IMPORTANCE.pow(2).sum() / positions,
     )
-    variance = pl.col("square") - pl.col("mean").pow(2)
+    square_of_mean = pl.col("mean").pow(2)
+    variance = pl.col("square") - square_of_mean
     spread = variance.clip(0).sqrt()
-    in_forward_order = pl.col("layer").to_physical()
-    ranked = moments.with_columns(spread=spread).sort(
-        -pl.col("spread"), in_forward_order, "component"
+    spreads = moments.with_columns(spread=spread)
+    ranked = spreads.sort(
+        -pl.col("spread"),
+        IN_FORWARD_ORDER,
+        "component",
     )
     return store.collect(ranked.drop("square"))
+
+
+def _count_positions(store: Store) -> int:
+    """Return the number of positions of all prompts together."""
+    length = pl.col("token_ids").list.len()
+    total = store.scan("prompts").select(length.sum())
+    return store.collect(total).item()
 
 
 def component_places(store: Store, layer: str, component: int) -> pl.DataFrame:
@@ -50,7 +60,8 @@ def component_places(store: Store, layer: str, component: int) -> pl.DataFrame:
     Raises:
         BadInput: the harvest has no such component, or a file is damaged.
     """
-    count = store.manifest["C"][site(store, layer)]
+    site_name = site(store, layer)
+    count = store.manifest["C"][site_name]
     if not 0 <= component < count:
         raise BadInput(
             f"component {component} of site '{layer}': it has {count} components; take one from 0 "
@@ -61,8 +72,14 @@ def component_places(store: Store, layer: str, component: int) -> pl.DataFrame:
         pl.col("layer") == layer,
         pl.col("kind") == "component",
     )
-    ranked = nodes.sort(-IMPORTANCE, -SIZE, "prompt_id", "pos")
-    return store.collect(ranked.select("prompt_id", "pos", "importance", "activation"))
+    ranked = nodes.sort(
+        -IMPORTANCE,
+        -SIZE,
+        "prompt_id",
+        "pos",
+    )
+    columns = ranked.select("prompt_id", "pos", "importance", "activation")
+    return store.collect(columns)
 
 
 def token_components(store: Store, prompt: int, pos: int) -> pl.DataFrame:
@@ -75,9 +92,14 @@ def token_components(store: Store, prompt: int, pos: int) -> pl.DataFrame:
         pl.col("pos") == pos,
         pl.col("kind") == "component",
     )
-    in_forward_order = pl.col("layer").to_physical()
-    ranked = nodes.sort(-IMPORTANCE, -SIZE, in_forward_order, "component")
-    return store.collect(ranked.select("layer", "component", "importance", "activation"))
+    ranked = nodes.sort(
+        -IMPORTANCE,
+        -SIZE,
+        IN_FORWARD_ORDER,
+        "component",
+    )
+    columns = ranked.select("layer", "component", "importance", "activation")
+    return store.collect(columns)
 
 
 def token_outputs(store: Store, prompt: int, pos: int) -> pl.DataFrame:
@@ -85,7 +107,9 @@ def token_outputs(store: Store, prompt: int, pos: int) -> pl.DataFrame:
 
     Columns token_id, token, ci_probability, target_probability.
     """
-    outputs = store.scan("outputs", prompt).filter(pl.col("pos") == pos)
+    at_position = pl.col("pos") == pos
+    outputs = store.scan("outputs", prompt).filter(at_position)
     columns = outputs.select("token_id", "token", "ci_probability", "target_probability")
-    ranked = columns.sort(-pl.col("ci_probability"), "token_id")
+    likeliest_first = -pl.col("ci_probability")
+    ranked = columns.sort(likeliest_first, "token_id")
     return store.collect(ranked)

@@ -46,13 +46,16 @@ def _read_factors(path: Path, site: str) -> tuple[np.ndarray, np.ndarray]:
     """Read V and U as the file holds them."""
     from safetensors import SafetensorError, safe_open
 
-    V = f"components.{site}.V"
-    U = f"components.{site}.U"
+    prefix = f"components.{site}"
+    V = f"{prefix}.V"
+    U = f"{prefix}.U"
     try:
         with safe_open(path, framework="numpy") as file:
             names = set(file.keys())
-            if not names.issuperset({V, U}):
-                raise BadInput(f"site '{site}' is not in {path}; {nearest(site, _sites(names))}")
+            if V not in names or U not in names:
+                known = _sites(names)
+                remedy = nearest(site, known)
+                raise BadInput(f"site '{site}' is not in {path}; {remedy}")
             return file.get_tensor(V), file.get_tensor(U)
     except SafetensorError as error:
         raise ValueError(error) from error
@@ -60,5 +63,9 @@ def _read_factors(path: Path, site: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _sites(names: set[str]) -> set[str]:
     """Return the sites whose factors are among these tensors."""
-    factors = (name for name in names if name.endswith((".V", ".U")))
-    return {name.removeprefix("components.")[:-2] for name in factors}
+    sites = set()
+    for name in names:
+        if name.endswith((".V", ".U")):
+            path = name.removeprefix("components.")
+            sites.add(path[:-2])
+    return sites
