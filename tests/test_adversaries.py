@@ -8,9 +8,10 @@ from support.networks import Branches, Perceptron, Tokens, decomposed, naive
 
 from spd_lightning.decomposition.adversaries import Persistent, PersistentAdversary
 from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.divergences import kl
 from spd_lightning.decomposition.losses import Losses
 from spd_lightning.decomposition.masks import masks_from_sources
-from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction, hidden_error, kl
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction, hidden_error
 from spd_lightning.errors import BadInput
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

@@ -18,6 +18,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from spd_lightning.decomposition import model as model_module
 from spd_lightning.decomposition.adversaries import Adversary
+from spd_lightning.decomposition.divergences import kl, mse
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import (
     EPSILON,
@@ -29,7 +30,7 @@ from spd_lightning.decomposition.losses import (
     anneal,
 )
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction, kl, mse
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.toy import TMS, ResidualMLP
 from spd_lightning.training.decompose import Decomposition

@@ -13,6 +13,7 @@ from support.networks import Branches, Perceptron, decomposed
 
 from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
 from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.divergences import mse
 from spd_lightning.decomposition.masks import (
     draw_routes,
     fixed_masks,
@@ -20,7 +21,7 @@ from spd_lightning.decomposition.masks import (
     stochastic_sources,
     uniform,
 )
-from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction, mse, routed
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction, routed
 
 unit = st.floats(0, 1, width=32)
 SCOPES = ("per_position", "per_batch")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
 from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.divergences import kl_rows, mse_rows
 from spd_lightning.decomposition.masks import (
     Sources,
     masks_from_sources,
@@ -23,7 +24,6 @@ from spd_lightning.decomposition.masks import (
     uniform,
 )
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import kl_rows, mse_rows
 from spd_lightning.errors import BadInput, check_range
 
 Loss = Literal["ce", "kl", "mse"]

@@ -22,8 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lightning.decomposition.adversaries import Persistent
+from spd_lightning.decomposition.divergences import position_mean
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction, position_mean
+from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction
 from spd_lightning.errors import BadInput, check_range
 
 EPSILON = 1e-12

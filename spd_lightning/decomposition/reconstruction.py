@@ -29,7 +29,6 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from spd_lightning.decomposition.adversaries import (
     Adversary,
@@ -39,6 +38,7 @@ from spd_lightning.decomposition.adversaries import (
     split,
 )
 from spd_lightning.decomposition.components import Mask
+from spd_lightning.decomposition.divergences import DIVERGENCES
 from spd_lightning.decomposition.importance import Importances
 from spd_lightning.decomposition.masks import (
     RouteKind,
@@ -59,72 +59,6 @@ from spd_lightning.decomposition.masks import (
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.replay import Clean
 from spd_lightning.errors import BadInput, check_range, nearest
-
-
-def position_mean(
-    values: Float[Tensor, "..."], weights: Float[Tensor, " batch"] | None
-) -> Float[Tensor, "..."]:
-    """Return the mean over the batch, the first axis.
-
-    Args:
-        values: [batch, ...].
-        weights: number of equal rows that each row represents; one each if None.
-    """
-    if weights is None:
-        return values.mean(0)
-    return torch.tensordot(weights, values, dims=1) / weights.sum()
-
-
-# ---- divergences ---------------------------------------------------------------------------------
-
-
-def mse_rows(
-    output: Float[Tensor, " batch *rest"], target: Float[Tensor, " batch *rest"]
-) -> Float[Tensor, " batch"]:
-    """Return the mean squared difference of each row of a batch."""
-    squares = (output - target).square()  # [batch, ...]
-    return squares.flatten(1).mean(1)
-
-
-def kl_rows(
-    output: Float[Tensor, " batch *rest"], target: Float[Tensor, " batch *rest"]
-) -> Float[Tensor, " batch"]:
-    """Return KL(softmax target ‖ softmax output) of each row, averaged over its positions.
-
-    It is computed in float32, or in the precision of the output if that is higher.
-    """
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    log_p = log_softmax(target.to(dtype), -1)
-    log_q = log_softmax(output.to(dtype), -1)
-    per_position = (log_p.exp() * (log_p - log_q)).sum(-1)  # [batch, ...]
-    if per_position.ndim == 1:
-        return per_position
-    return per_position.flatten(1).mean(1)
-
-
-def mse(
-    output: Float[Tensor, " batch *rest"],
-    target: Float[Tensor, " batch *rest"],
-    weights: Float[Tensor, " batch"] | None = None,
-) -> Float[Tensor, ""]:
-    """Return the mean squared difference over all output entries."""
-    return position_mean(mse_rows(output, target), weights)
-
-
-def kl(
-    output: Float[Tensor, " batch *rest"],
-    target: Float[Tensor, " batch *rest"],
-    weights: Float[Tensor, " batch"] | None = None,
-) -> Float[Tensor, ""]:
-    """Return KL(softmax target ‖ softmax output), averaged over batch and positions."""
-    return position_mean(kl_rows(output, target), weights)
-
-
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {"mse": mse, "kl": kl}
-ROW_DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse_rows, "kl": kl_rows}
-
-
-# ---- the loss ------------------------------------------------------------------------------------
 
 
 class RoutedImportances(NamedTuple):
@@ -195,42 +129,48 @@ class Reconstruction:
     @property
     def counts(self) -> bool:
         """Whether the loss adds anything to the total; if not, its passes are skipped."""
-        has_hidden = bool(self.hidden and self.hidden_coeff)
-        return has_hidden or bool(self.coeff)
+        if self.coeff:
+            return True
+        if self.hidden:
+            return bool(self.hidden_coeff)
+        return False
 
     def __call__(self, run: "LossContext", name: str = "") -> Float[Tensor, ""]:
         """Return the mean divergence over draws and over the passes of the route."""
-        return self.terms(run, name)[0]
+        divergence, _ = self.terms(run, name)
+        return divergence
 
-    def terms(
-        self, run: "LossContext", name: str = ""
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
+    def terms(self, run: "LossContext", name: str = "") -> Terms:
         """Return the mean divergence, and the hidden error (L6) of the same passes or None.
 
         Args:
             run: the batch and what the losses share.
             name: the name of this loss; `run.adversaries` has its persistent adversary under it.
         """
-        divergences = []
-        hidden_errors = []
+        draws = []
         for n in range(self.samples):
-            divergence, hidden = self._draw(run, name, n)
-            divergences.append(divergence)
-            if hidden is not None:
-                hidden_errors.append(hidden)
-        return _mean(divergences), _mean(hidden_errors) if hidden_errors else None
+            terms = self._draw(run, name, n)
+            draws.append(terms)
+        return _mean_terms(draws)
 
     def _draw(self, run: "LossContext", name: str, n: int) -> Terms:
         """Return the terms of the n-th draw."""
         lower = run.importances.lower
-        routes = list(draw_routes(self.route, lower, run.generator, self.probability))  # step 1
+        passes = draw_routes(self.route, lower, run.generator, self.probability)
+        routes = list(passes)  # step 1
         if self.source == "mixed":
-            like = next(iter(lower.values()))
-            draw = uniform(like, like.shape[:1], run.generator)  # [batch]
-            return self._mixed_terms(run, name, routes[0], draw < self.share)
+            adversarial = self._adversarial_samples(run)
+            return self._mixed_terms(run, name, routes[0], adversarial)
         at_route = routed_importances(lower, routes[0])
         masks = self._masks(run, name, n, routes, at_route)
         return self._compare(run, masks, routes, at_route.rows)
+
+    def _adversarial_samples(self, run: "LossContext") -> Bool[Tensor, " batch"]:
+        """Draw the samples that belong to the persistent adversary."""
+        importances = iter(run.importances.lower.values())
+        like = next(importances)
+        numbers = uniform(like, like.shape[:1], run.generator)  # [batch]
+        return numbers < self.share
 
     def _masks(
         self,
@@ -242,16 +182,17 @@ class Reconstruction:
     ) -> dict[str, Mask]:
         """Return the masks of the n-th draw (steps 2 and 3)."""
         g = at_route.g
+        delta = run.model.delta
         if self.source == "pgd":
-            self.adversary.check_start(run.model.delta, f"reconstruction '{name}'")
+            self.adversary.check_start(delta, f"reconstruction '{name}'")
             objective = self._adversary_objective(run, routes, at_route)
             sources = pgd_sources(self.adversary, g, objective, run.generator)
-            return masks_from_sources(g, sources, run.model.delta)
+            return masks_from_sources(g, sources, delta)
         if self.source == "persistent_pgd":
             adversary = run.adversaries[name]
             self._ascend(run, adversary, routes[0])
             sources = self._persistent_sources(run, adversary, at_route)
-            return masks_from_sources(g, sources, run.model.delta)
+            return masks_from_sources(g, sources, delta)
         if at_route.rows:
             return run.fresh(self.source, g, self.threshold)
         return run.masks(self.source, n, self.threshold)
@@ -269,32 +210,37 @@ class Reconstruction:
         decomposed everywhere; the other samples follow `route`.
         """
         lower = run.importances.lower
-        in_adversarial = {}  # site → [batch, ...]: the positions of the adversarial samples
+        attacked: Routes = {}  # site → [batch, ...]: the positions of the adversarial samples
+        attacked_columns = {}  # site → [batch, ..., 1]
         for site, g in lower.items():
-            ones = [1] * (g.ndim - 2)
-            in_adversarial[site] = adversarial.view(-1, *ones).expand(g.shape[:-1])
+            positions = g.shape[:-1]
+            ones = [1] * (len(positions) - 1)
+            where = adversarial.view(-1, *ones).expand(positions)
+            attacked[site] = where
+            attacked_columns[site] = where.unsqueeze(-1)
         union = widened(route, adversarial)  # all positions that this pass decomposes
         at_union = routed_importances(lower, union)
 
         # step 2: both kinds of sources, at the positions of the union
         random = stochastic_sources(at_union.g, run.generator, run.binomial)
         adversary = run.adversaries[name]
-        self._ascend(run, adversary, dict(in_adversarial))
+        self._ascend(run, adversary, attacked)
         persistent = self._persistent_sources(run, adversary, at_union)
 
-        as_column = {site: where.unsqueeze(-1) for site, where in in_adversarial.items()}
-        chosen = gathered(as_column, at_union.rows)  # site → [rows, 1]
+        chosen = gathered(attacked_columns, at_union.rows)  # site → [rows, 1]
         sources = choose_sources(chosen, persistent, random)
         masks = masks_from_sources(at_union.g, sources, run.model.delta)  # step 3
         return self._compare(run, masks, [union], at_union.rows)
 
     def _ascend(self, run: "LossContext", adversary: PersistentAdversary, route: Routes) -> None:
         """Let a persistent adversary climb against a route (step 2)."""
-        at_route = routed_importances(run.importances.lower, route)
+        lower = run.importances.lower
+        at_route = routed_importances(lower, route)
         objective = self._adversary_objective(run, [route], at_route)
 
         def damage(vectors: Mapping[str, Tensor]) -> Tensor:
-            return objective(_sources_of(adversary, vectors, run, at_route))
+            sources = _sources_of(adversary, vectors, run, at_route)
+            return objective(sources)
 
         adversary.ascend(damage, run.progress)
 
@@ -306,7 +252,8 @@ class Reconstruction:
         The backward pass of the training loss leaves its gradient in them, for one more climb
         (`PersistentAdversary.finish`).
         """
-        vectors = adversary.leaves(self.coeff / self.samples)
+        coeff = self.coeff / self.samples  # weight of one draw in the total
+        vectors = adversary.leaves(coeff)
         return _sources_of(adversary, vectors, run, at_route)
 
     def _adversary_objective(
@@ -316,11 +263,15 @@ class Reconstruction:
 
         Routes, importances and components are constants in it.
         """
-        constant_g = {name: g.detach() for name, g in at_route.g.items()}
+        delta = run.model.delta
+        rows = at_route.rows
+        constant_g = {}
+        for name, g in at_route.g.items():
+            constant_g[name] = g.detach()
 
         def objective(sources: Sources) -> Tensor:
-            masks = masks_from_sources(constant_g, sources, run.model.delta)
-            divergence, _ = self._compare(run, masks, routes, at_route.rows, detach=True)
+            masks = masks_from_sources(constant_g, sources, delta)
+            divergence, _ = self._compare(run, masks, routes, rows, detach=True)
             return divergence
 
         return objective
@@ -339,22 +290,26 @@ class Reconstruction:
         """
         compare = DIVERGENCES[self.divergence]
         target = run.clean.output
-        divergences = []
-        hidden_errors = []
+        passes = []
         for route in routes:
-            seen = None if detach or not self.hidden else dict[str, Tensor]()
             pass_masks = routed(masks, route, rows)
+            seen = None
+            if self.hidden and not detach:
+                seen = dict[str, Tensor]()
             output = run.model.masked(run.batch, pass_masks, run.clean, detach, seen=seen)
-            divergences.append(compare(output, target, run.weights))
+            divergence = compare(output, target, run.weights)
+            hidden = None
             if seen is not None:
-                hidden_errors.append(hidden_error(run.clean.inputs, seen, self.hidden))
-        return _mean(divergences), _mean(hidden_errors) if hidden_errors else None
+                hidden = hidden_error(run.clean.inputs, seen, self.hidden)
+            passes.append((divergence, hidden))
+        return _mean_terms(passes)
 
 
 def routed_importances(lower: Mapping[str, Tensor], route: Routes) -> RoutedImportances:
     """Return the importances at the positions that a route decomposes."""
     rows = decomposed_rows(route)
-    return RoutedImportances(rows, gathered(lower, rows))
+    g = gathered(lower, rows)
+    return RoutedImportances(rows, g)
 
 
 def _sources_of(
@@ -365,11 +320,23 @@ def _sources_of(
 ) -> Sources:
     """Return the sources that vectors of a persistent adversary give at some positions."""
     everywhere = adversary.spread(vectors, run.importances.lower)  # [batch, ..., C + 1]
-    return split(gathered(everywhere, at_route.rows), at_route.g)
+    at_rows = gathered(everywhere, at_route.rows)  # [rows, C + 1]
+    return split(at_rows, at_route.g)
 
 
-def _mean(losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor, ""]:
-    return torch.stack(list(losses)).mean()
+def _mean_terms(runs: Sequence[Terms]) -> Terms:
+    """Return the mean divergence and the mean hidden error; None if there are no hidden errors."""
+    divergences = []
+    hidden_errors = []
+    for divergence, hidden in runs:
+        divergences.append(divergence)
+        if hidden is not None:
+            hidden_errors.append(hidden)
+    mean_divergence = torch.stack(divergences).mean()
+    if not hidden_errors:
+        return mean_divergence, None
+    mean_error = torch.stack(hidden_errors).mean()
+    return mean_divergence, mean_error
 
 
 def hidden_error(
@@ -391,13 +358,18 @@ def hidden_error(
         raise BadInput(f"hidden: {list(patterns)} match no site; {nearest(patterns[0], vectors)}")
     errors = []
     for name in names:
-        error = (seen[name] - inputs[name]).square().sum()
-        size = inputs[name].square().sum().clamp(min=1e-30)
-        errors.append(error / size)
-    return torch.stack(errors).mean()
+        x = inputs[name]
+        change = seen[name] - x
+        square = change.square().sum()
+        size = x.square().sum()
+        size = size.clamp(min=1e-30)
+        errors.append(square / size)
+    by_site = torch.stack(errors)  # [sites]
+    return by_site.mean()
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether one of the patterns matches a name."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -465,26 +437,32 @@ class LossContext:
         `sample` allows binomial importances (G5), as in training.
         """
         clean = model.clean(batch)
-        importances = model.importances(clean, generator if sample else None)
+        sampler = generator if sample else None
+        importances = model.importances(clean, sampler)
         return cls(model, batch, clean, importances, generator, weights)
 
     def masks(self, source: SourceKind, n: int, threshold: float) -> dict[str, Mask]:
         """Return the n-th draw of a source, which all losses share."""
-        key = (source, n, threshold if source == "rounded" else 0.0)
+        if source != "rounded":
+            threshold = 0.0  # the other sources do not use it
+        key = (source, n, threshold)
         if key not in self.drawn:
-            self.drawn[key] = self.fresh(source, self.importances.lower, threshold)
+            lower = self.importances.lower
+            self.drawn[key] = self.fresh(source, lower, threshold)
         return self.drawn[key]
 
     def fresh(
         self, source: SourceKind, importances: Mapping[str, Tensor], threshold: float
     ) -> dict[str, Mask]:
         """Draw masks of a constant or stochastic source for the given importances."""
+        generator = self.generator
         if source != "stochastic":
-            return fixed_masks(source, importances, self.generator, threshold)
-        sources = stochastic_sources(importances, self.generator, self.binomial)
+            return fixed_masks(source, importances, generator, threshold)
+        sources = stochastic_sources(importances, generator, self.binomial)
         return masks_from_sources(importances, sources, self.model.delta)
 
     @property
     def binomial(self) -> bool:
         """Whether component sources are drawn from {0, 1} (G5)."""
-        return self.model.importance.sampling == "binomial"
+        importance = self.model.importance
+        return importance.sampling == "binomial"

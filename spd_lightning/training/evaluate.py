@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lightning.decomposition.divergences import ROW_DIVERGENCES
 from spd_lightning.decomposition.metrics import (
     MASKINGS,
     DeviceShare,
@@ -22,7 +23,7 @@ from spd_lightning.decomposition.metrics import (
     sizeable,
 )
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import ROW_DIVERGENCES, LossContext
+from spd_lightning.decomposition.reconstruction import LossContext
 from spd_lightning.errors import BadInput, check_range, nearest
 
 BINS = 50

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
+from spd_lightning.decomposition.divergences import ROW_DIVERGENCES
 from spd_lightning.decomposition.masks import Sources, masks_from_sources
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.decomposition.reconstruction import ROW_DIVERGENCES, LossContext
+from spd_lightning.decomposition.reconstruction import LossContext
 from spd_lightning.training.evaluate import Evaluation, Totals
 
 POSITIONS = 512
