@@ -18,6 +18,7 @@ from spd_lightning.attribution.closed_form.sinks import TableSink
 from spd_lightning.attribution.closed_form.trace import closed_form_obstacle
 from spd_lightning.attribution.graph import EdgeTable, GraphSpec, Mode, joined
 from spd_lightning.decomposition.model import ComponentModel
+from spd_lightning.targets.decoder_layout import BlockLayout
 from spd_lightning.targets.transformer import Decoder
 
 
@@ -53,36 +54,59 @@ def head_edges(spec: GraphSpec, edges: Iterable[EdgeTable]) -> Iterator[HeadTabl
             zero.
     """
     batch = trace_batch(spec)
-    for number, kept in enumerate(edges):
+    for number, prompt_edges in enumerate(edges):
+        prompt = TracedPrompt(batch, number)
         with torch.no_grad():
-            terms = list(_terms(TracedPrompt(batch, number), kept))
+            terms = list(_terms(prompt, prompt_edges))
         yield from terms
 
 
-def _terms(prompt: TracedPrompt, kept: EdgeTable) -> Iterator[HeadTable]:
+def _terms(prompt: TracedPrompt, edges: EdgeTable) -> Iterator[HeadTable]:
     """Yield the terms of one prompt's edges, head by head."""
-    wanted = _pair_keys(kept).sort().values
+    wanted = _pair_keys(edges).sort().values
     for block in prompt.layout.blocks:
         if not prompt.all_sites(*block.attention_maps):
             continue
-        for head in range(prompt.target.get_submodule(block.attn).n_heads):
-            tables = list[EdgeTable]()
-            sink = TableSink(prompt.prompt, tables.append)
-            add_attention_edges(prompt, block, sink, heads=slice(head, head + 1))
-            every = joined(tables)
-            terms = every.select(_rows_among(_pair_keys(every), wanted))
-            heads = torch.full_like(terms.source, head)
-            yield HeadTable(terms.prompt, terms.source, terms.target, heads, terms.attribution)
+        n_heads = prompt.target.get_submodule(block.attn).n_heads
+        for head in range(n_heads):
+            every_term = _edges_through(prompt, block, head)
+            keys = _pair_keys(every_term)
+            terms = every_term.select(_rows_among(keys, wanted))
+            yield HeadTable(
+                prompt=terms.prompt,
+                source=terms.source,
+                target=terms.target,
+                head=torch.full_like(terms.source, head),
+                attribution=terms.attribution,
+            )
+
+
+def _edges_through(prompt: TracedPrompt, block: BlockLayout, head: int) -> EdgeTable:
+    """Return the edges through a single head, as if all others were constants."""
+    tables = list[EdgeTable]()
+    sink = TableSink(prompt.prompt, tables.append)
+    only_head = slice(head, head + 1)
+    add_attention_edges(prompt, block, sink, only_head)
+    return joined(tables)
 
 
 def _pair_keys(edges: EdgeTable) -> Int[Tensor, " edges"]:
-    """Return one number that stands for both ends of each edge."""
-    return edges.source.long() << 32 | edges.target.long()
+    """Return one number that stands for both ends of each edge.
+
+    The source is in the upper 32 bits, the target in the lower ones.
+    """
+    upper = edges.source.long() << 32
+    return upper | edges.target.long()
 
 
-def _rows_among(keys: Int[Tensor, " edges"], wanted: Int[Tensor, " kept"]) -> Int[Tensor, " rows"]:
+def _rows_among(
+    keys: Int[Tensor, " edges"], wanted: Int[Tensor, " wanted"]
+) -> Int[Tensor, " rows"]:
     """Return the rows whose keys are wanted; `wanted` is in ascending order."""
     if not len(wanted):
         return wanted
-    place = torch.searchsorted(wanted, keys).clamp(max=len(wanted) - 1)
-    return (wanted[place] == keys).nonzero()[:, 0]
+    last = len(wanted) - 1
+    place = torch.searchsorted(wanted, keys)  # [edges]; len(wanted) for keys above all wanted ones
+    place = place.clamp(max=last)
+    is_wanted = wanted[place] == keys
+    return is_wanted.nonzero()[:, 0]

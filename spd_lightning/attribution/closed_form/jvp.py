@@ -26,18 +26,22 @@ def norm_jvp(
     """Push tangents through a norm at input r; if frozen, its denominator is a constant."""
     match norm:
         case nn.RMSNorm():
-            eps = torch.finfo(r.dtype).eps if norm.eps is None else norm.eps
+            eps = _epsilon(norm, r.dtype)
         case nn.LayerNorm():
             eps = norm.eps
-            r, tangents = (x - x.mean(-1, keepdim=True) for x in (r, tangents))
+            r = _center(r)
+            tangents = _center(tangents)
         case _:
             return tangents
-    inverse = (r.square().mean(-1) + eps).rsqrt()  # [pos]: 1/ρ
-    gain = norm.weight * inverse[:, None]
+    inverse = _inverse_denominator(r, eps)  # [pos, 1]: 1/ρ
+    gain = norm.weight * inverse  # [pos, d]: γ/ρ
     if frozen:
         return tangents * gain[:, None]
-    along = tangents @ (r * (inverse.square() / r.shape[-1])[:, None])[..., None]  # [pos, n, 1]
-    return (tangents - along * r[:, None]) * gain[:, None]
+    d = r.shape[-1]
+    scaled = r * (inverse.square() / d)  # [pos, d]: r/(d ρ²)
+    along = tangents @ scaled[..., None]  # [pos, n, 1]: (r·ṙ)/(d ρ²)
+    across = tangents - along * r[:, None]  # [pos, n, d]: ṙ − r (r·ṙ)/(d ρ²)
+    return across * gain[:, None]
 
 
 def norm_vjp(
@@ -47,25 +51,49 @@ def norm_vjp(
     a: Float[Tensor, "pos K"],
     frozen: bool = False,
 ) -> Float[Tensor, "pos K d"]:
-    """Return the gradients of `a = norm(r) · column` at a norm's input r."""
+    """Return the gradients of `a = norm(r) · column` at a norm's input r: what readers read there.
+
+    The gradient is (γ V − r a/(d ρ))/ρ. Behind a LayerNorm r and γ V are centered, and a is taken
+    without its bias's part β·V.
+    """
     match norm:
         case nn.RMSNorm():
-            eps = torch.finfo(r.dtype).eps if norm.eps is None else norm.eps
-            inverse = (r.square().mean(-1) + eps).rsqrt()[:, None, None]  # 1/ρ
-            scaled = columns * norm.weight
-            without_bias = a
+            eps = _epsilon(norm, r.dtype)
+            scaled = columns * norm.weight  # [pos, K, d]: γ V
         case nn.LayerNorm():
-            r = r - r.mean(-1, keepdim=True)
-            inverse = (r.square().mean(-1) + norm.eps).rsqrt()[:, None, None]
-            scaled = columns * norm.weight
-            without_bias = a if norm.bias is None else a - columns @ norm.bias
-            scaled = scaled - scaled.mean(-1, keepdim=True)
+            eps = norm.eps
+            r = _center(r)
+            scaled = _center(columns * norm.weight)
+            if norm.bias is not None:
+                a = a - columns @ norm.bias
         case _:
             return columns
+    inverse = _inverse_denominator(r, eps)[:, None]  # [pos, 1, 1]: 1/ρ
     if frozen:
         return scaled * inverse
-    moved = r[:, None] * (without_bias[..., None] * inverse / r.shape[-1])  # [pos, K, d]
-    return (scaled - moved) * inverse
+    d = r.shape[-1]
+    share = a[..., None] * inverse / d  # [pos, K, 1]: a/(d ρ)
+    through_denominator = r[:, None] * share  # [pos, K, d]: r a/(d ρ)
+    return (scaled - through_denominator) * inverse
+
+
+def _epsilon(norm: nn.RMSNorm, dtype: torch.dtype) -> float:
+    """Return the number ε that a norm adds to the mean square; it can depend on the dtype."""
+    if norm.eps is None:
+        return torch.finfo(dtype).eps
+    return norm.eps
+
+
+def _center(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """Subtract the mean over the last dimension, as a LayerNorm does."""
+    mean = x.mean(-1, keepdim=True)
+    return x - mean
+
+
+def _inverse_denominator(r: Float[Tensor, "pos d"], eps: float) -> Float[Tensor, "pos 1"]:
+    """Return 1/ρ = 1/√(mean r² + ε)."""
+    mean_square = r.square().mean(-1, keepdim=True)
+    return (mean_square + eps).rsqrt()
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -89,7 +117,12 @@ class Heads(NamedTuple):
 
     def select(self, heads: slice) -> "Heads":
         """Return some of the heads."""
-        return Heads(self.q[heads], self.k[heads], self.v[heads], self.pattern[heads])
+        return Heads(
+            q=self.q[heads],
+            k=self.k[heads],
+            v=self.v[heads],
+            pattern=self.pattern[heads],
+        )
 
     def jvp(
         self, tangents: Mapping[str, Float[Tensor, "n head pos d_head"]]
@@ -98,37 +131,68 @@ class Heads(NamedTuple):
 
         tangents: by the letters q, k and v; a missing one is zero.
         """
-        out: float | Tensor = 0.0  # [n, head, pos, d_head]
+        out: Tensor | None = None  # [n, head, pos, d_head]
+        scores: Tensor | None = None  # [n, head, pos, pos]: q̇_s·k_s' + q_s·k̇_s'
         if "v" in tangents:
-            out = self.pattern @ tangents["v"]
-        if "q" in tangents or "k" in tangents:
-            scores: float | Tensor = 0.0  # [n, head, pos, pos]
-            if "q" in tangents:
-                scores = tangents["q"] @ self.k.transpose(1, 2)
-            if "k" in tangents:
-                scores = scores + self.q @ tangents["k"].transpose(2, 3)
-            shares = self.pattern * scores * self.scale
-            pattern_tangent = shares - shares.sum(-1, keepdim=True) * self.pattern
-            out = out + pattern_tangent @ self.v
-        assert isinstance(out, Tensor), "no tangents were given"
-        return out.permute(2, 0, 1, 3).flatten(2)
+            out = self.pattern @ tangents["v"]  # Σ_s' p v̇_s'
+        if "q" in tangents:
+            keys = self.k.transpose(1, 2)  # [head, d_head, pos]
+            scores = tangents["q"] @ keys
+        if "k" in tangents:
+            key_tangents = tangents["k"].transpose(2, 3)  # [n, head, d_head, pos]
+            from_keys = self.q @ key_tangents
+            scores = from_keys if scores is None else scores + from_keys
+        if scores is not None:
+            from_pattern = self._pattern_tangent(scores) @ self.v
+            out = from_pattern if out is None else out + from_pattern
+        assert out is not None, "no tangents were given"
+        by_position = out.permute(2, 0, 1, 3)  # [pos, n, head, d_head]
+        return by_position.flatten(2)
+
+    def _pattern_tangent(
+        self, scores: Float[Tensor, "n head pos pos"]
+    ) -> Float[Tensor, "n head pos pos"]:
+        """Push tangents of scores q·k through the softmax: ṗ = x − p Σ x with x = p ṡ/√d."""
+        shares = self.pattern * scores * self.scale
+        total = shares.sum(-1, keepdim=True)
+        return shares - total * self.pattern
 
     def jvp_at(
         self, tangents: Mapping[str, Float[Tensor, "head n d_head"]], pos: Int[Tensor, " n"]
     ) -> Float[Tensor, "pos n d_heads"]:
-        """Push tangents at single positions `pos` to the output of the heads at all positions."""
+        """Push tangents at single positions `pos` to the output of the heads at all positions.
+
+        A value or a key moves the outputs of all later positions; a query only that of its own.
+        """
         mean = self.pattern @ self.v  # [head, pos, d_head]: v̄
-        pattern = self.pattern.index_select(2, pos)[..., None]  # [head, pos, n, 1]
-        out = self.q.new_zeros(*pattern.shape[:3], self.q.shape[-1])
+        pattern = self.pattern.index_select(2, pos)[..., None]  # [head, pos, n, 1]: p[s, s']
+        out = self.q.new_zeros(*pattern.shape[:3], self.q.shape[-1])  # [head, pos, n, d_head]
         if "v" in tangents:
-            out += pattern * tangents["v"][:, None]
+            out += pattern * tangents["v"][:, None]  # p[s, s'] v̇_s'
         if "k" in tangents:
-            scores = (self.q @ tangents["k"].transpose(1, 2))[..., None] * self.scale
-            out += pattern * scores * (self.v.index_select(1, pos)[:, None] - mean[:, :, None])
+            key_tangents = tangents["k"].transpose(1, 2)  # [head, d_head, n]
+            scores = (self.q @ key_tangents)[..., None] * self.scale  # q_s·k̇_s'/√d
+            values = self.v.index_select(1, pos)[:, None]  # [head, 1, n, d_head]: v_s'
+            out += pattern * scores * (values - mean[:, :, None])
         if "q" in tangents:
-            scores = tangents["q"] @ self.k.transpose(1, 2)  # [head, n, pos]
-            shares = self.pattern.index_select(1, pos) * scores * self.scale
-            total = shares.sum(-1, keepdim=True)
-            own = shares @ self.v - total * mean.index_select(1, pos)  # [head, n, d_head]
-            out[:, pos, torch.arange(len(pos), device=pos.device)] += own
-        return out.permute(1, 2, 0, 3).flatten(2)
+            every = torch.arange(len(pos), device=pos.device)
+            out[:, pos, every] += self._query_jvp(tangents["q"], pos, mean)
+        by_position = out.permute(1, 2, 0, 3)  # [pos, n, head, d_head]
+        return by_position.flatten(2)
+
+    def _query_jvp(
+        self,
+        tangents: Float[Tensor, "head n d_head"],
+        pos: Int[Tensor, " n"],
+        mean: Float[Tensor, "head pos d_head"],
+    ) -> Float[Tensor, "head n d_head"]:
+        """Push tangents of queries to the output at their own positions, with x = p q̇_s·k_s'/√d.
+
+        The sum Σ_s' x (v_s' − v̄_s) is computed as Σ_s' x v_s' − (Σ_s' x) v̄_s.
+        """
+        keys = self.k.transpose(1, 2)  # [head, d_head, pos]
+        scores = tangents @ keys  # [head, n, pos]
+        shares = self.pattern.index_select(1, pos) * scores * self.scale  # x
+        total = shares.sum(-1, keepdim=True)  # [head, n, 1]
+        mean_there = mean.index_select(1, pos)  # [head, n, d_head]: v̄_s
+        return shares @ self.v - total * mean_there

@@ -11,20 +11,20 @@ as a *tangent* (`jvp`), and the edge to a reader is `V_j · tangent`.
    a map and around it, has one tangent: their sum.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lightning.attribution.closed_form.jvp import norm_jvp
+from spd_lightning.attribution.closed_form.jvp import Heads, norm_jvp
 from spd_lightning.attribution.closed_form.prompt import NodeVectors, TracedPrompt, side_by_side
-from spd_lightning.attribution.closed_form.sinks import EdgeSink, SingleNodes
+from spd_lightning.attribution.closed_form.sinks import EdgeSink, Nodes, SingleNodes
 from spd_lightning.targets.decoder_layout import BlockLayout
 
 MAX_SPREAD_NUMBERS = 1 << 22
-"""The count of numbers that are held at once for nodes whose tangents have spread."""
+"""The largest count of numbers held at once for nodes whose tangents have spread."""
 
 
 class SpreadTangents(NamedTuple):
@@ -33,12 +33,9 @@ class SpreadTangents(NamedTuple):
     nodes: SingleNodes
     vectors: Float[Tensor, "pos n d"]
 
-    def plus(self, vectors: Tensor | None) -> "SpreadTangents":
-        """Add more tangents of the same nodes; None adds nothing."""
-        return self if vectors is None else self._replace(vectors=self.vectors + vectors)
 
-
-Part = TypeVar("Part", NodeVectors, SpreadTangents)
+NodeTangents = NodeVectors | SpreadTangents
+"""Tangents of some nodes: each at its own position, or at all positions."""
 HeadTangents = dict[str, Tensor]
 """Tangents of queries, keys and values, by the letters q, k and v; a letter that nothing moves is
 missing.
@@ -48,12 +45,16 @@ missing.
 class PartialBlocks:
     """Adds the edges of one prompt through blocks in which only some maps are sites.
 
-    The methods add edges to the sink. They return the tangents that walk on, or None.
+    The methods add edges to the sink. They return the tangents that walk on, or None. Where a
+    method takes both `tangents` and `vectors`, the vectors are what the tangents have become.
     """
 
     def __init__(self, prompt: TracedPrompt, sink: EdgeSink):
-        self.prompt, self.sink = prompt, sink
-        self.target, self.layout, self.frozen = prompt.target, prompt.layout, prompt.frozen
+        self.prompt = prompt
+        self.sink = sink
+        self.target = prompt.target
+        self.layout = prompt.layout
+        self.frozen = prompt.frozen
 
     # ---- attention -------------------------------------------------------------------------------
 
@@ -64,176 +65,273 @@ class PartialBlocks:
         stream.
         """
         prompt = self.prompt
-        tangents = self._project(stream, self._behind(block.norm_1, stream), block)
-        self._spread(block, stream, tangents, around=stream.vectors)
-        for bias in prompt.whole.get(block.norm_1, []):
-            self._spread(block, bias, self._project(bias, bias.vectors, block))
-        for letter, name in zip("qkv", block.qkv, strict=True):
-            if self._passes(letter) and prompt.writes(name):
-                writer = prompt.writer(name)
-                self._spread(block, writer, {letter: writer.vectors})
-        has_left = tangents and not prompt.all_sites(block.o_proj)
-        staying = no_nodes(stream) if has_left else stream
+        normed = self._behind(block.norm_1, stream)  # [pos, n, d]
+        head_tangents = self._project(stream, normed, block)
+        self._spread(block, stream, head_tangents, around=stream.vectors)
+        self._spread_sources(block)
+        staying = stream
+        if head_tangents and not prompt.all_sites(block.o_proj):
+            staying = no_nodes(stream)
         if not prompt.writes(block.o_proj):
             return staying
-        return side_by_side([staying, prompt.writer(block.o_proj)])
+        written = prompt.writer(block.o_proj)
+        return side_by_side([staying, written])
+
+    def _spread_sources(self, block: BlockLayout) -> None:
+        """Spread what writes between the residual stream and the heads: biases, and q, k and v."""
+        prompt = self.prompt
+        biases = prompt.whole.get(block.norm_1, [])
+        for bias in biases:
+            head_tangents = self._project(bias, bias.vectors, block)
+            self._spread(block, bias, head_tangents)
+        names = zip("qkv", block.qkv, strict=True)
+        for letter, name in names:
+            if self._passes(letter) and prompt.writes(name):
+                writer = prompt.writer(name)
+                head_tangents = {letter: writer.vectors}
+                self._spread(block, writer, head_tangents)
 
     def _passes(self, letter: str) -> bool:
-        """Return whether attention passes tangents on; a frozen graph's pattern is a constant."""
-        return letter == "v" or not self.frozen
+        """Return whether attention passes on the tangents of q, k or v."""
+        if letter == "v":
+            return True
+        return not self.frozen  # queries and keys act on the pattern, a constant in frozen graphs
 
-    def _project(self, part: Part, vectors: Tensor, block: BlockLayout) -> HeadTangents:
+    def _project(self, tangents: NodeTangents, vectors: Tensor, block: BlockLayout) -> HeadTangents:
         """Take tangents behind a norm to the q, k and v that are sites, and through the others."""
-        tangents = {}
-        for letter, name in zip("qkv", block.qkv, strict=True):
+        head_tangents = {}
+        names = zip("qkv", block.qkv, strict=True)
+        for letter, name in names:
             if self.prompt.all_sites(name):
-                self._meet(part, vectors, name)
+                self._meet(tangents, vectors, name)
             elif self._passes(letter):
-                tangents[letter] = self._map(vectors, name)
-        return tangents
+                head_tangents[letter] = self._map(vectors, name)
+        return head_tangents
 
     def _spread(
         self,
         block: BlockLayout,
         rows: NodeVectors,
-        tangents: HeadTangents,
-        around: Tensor | None = None,
+        head_tangents: HeadTangents,
+        around: Float[Tensor, "pos n d"] | None = None,
     ) -> None:
         """Take tangents of q, k and v, each at its own position, to o or through it.
 
         around: the tangents that pass the attention by in the residual stream.
         """
-        if not tangents:
+        if not head_tangents:
             return
-        real, pos = rows.nodes.real, rows.nodes.pos
-        number = rows.nodes.number[real]
-        by_node = {letter: vectors[real] for letter, vectors in tangents.items()}  # [nodes, d]
+        real = rows.nodes.real  # [pos, n]
+        number = rows.nodes.number[real]  # [nodes]
+        pos = rows.nodes.pos  # [nodes]
+        by_node = {}  # [nodes, d_heads] each
+        for letter, vectors in head_tangents.items():
+            by_node[letter] = vectors[real]
+        passing = None
+        if around is not None:
+            passing = around[real]  # [nodes, d]
         heads = self.prompt.heads(block)
-        for some in torch.arange(len(pos), device=pos.device).split(self._nodes_at_once(block)):
-            at = pos[some]
-            turned = {
-                letter: self._split_heads(block, letter, vectors[some][None], at)[0]
-                for letter, vectors in by_node.items()
-            }
-            part = SpreadTangents(SingleNodes(number[some], at), heads.jvp_at(turned, at))
-            out = self._through(part, part.vectors, block.o_proj)
-            if out is None:
+        every = torch.arange(len(pos), device=pos.device)
+        chunks = every.split(self._nodes_at_once(block))
+        for chunk in chunks:
+            nodes = SingleNodes(number[chunk], pos[chunk])
+            some = {letter: vectors[chunk] for letter, vectors in by_node.items()}
+            tangents = self._attend(block, heads, nodes, some)
+            # [pos, nodes, d]
+            vectors = self._through(tangents, tangents.vectors, block.o_proj)
+            if vectors is None:
                 continue
-            if around is not None:
-                out[at, torch.arange(len(at), device=at.device)] += around[real][some]
-            self._walk_on(block, part._replace(vectors=out))
+            if passing is not None:
+                column = torch.arange(len(chunk), device=chunk.device)
+                vectors[nodes.pos, column] += passing[chunk]
+            behind = SpreadTangents(nodes, vectors)
+            self._walk_on(block, behind)
+
+    def _attend(
+        self, block: BlockLayout, heads: Heads, nodes: SingleNodes, head_tangents: HeadTangents
+    ) -> SpreadTangents:
+        """Push tangents [nodes, d_heads] at the nodes' positions through the heads of a block."""
+        by_head = {}  # [head, nodes, d_head] each
+        for letter, vectors in head_tangents.items():
+            as_batch = vectors[None]  # [1, nodes, d_heads]: nodes take the place of positions
+            turned = self._split_heads(block, letter, as_batch, nodes.pos)
+            by_head[letter] = turned[0]
+        vectors = heads.jvp_at(by_head, nodes.pos)  # [pos, nodes, d_heads]
+        return SpreadTangents(nodes, vectors)
 
     def _split_heads(
         self, block: BlockLayout, letter: str, vectors: Tensor, pos: Tensor
     ) -> Float[Tensor, "n head pos d_head"]:
         """Cut tangents of q, k or v into heads, and rotate those of q and k to their positions."""
         attn = self.target.get_submodule(block.attn)
-        rotary = self.prompt.rotary
-        n_heads = attn.n_heads if letter == "q" else attn.n_kv_heads
+        n_heads = attn.n_kv_heads
+        if letter == "q":
+            n_heads = attn.n_heads
         angles = None
-        if letter != "v" and rotary is not None:
+        rotary = self.prompt.rotary
+        if rotary is not None and letter != "v":
             angles = tuple(table[pos] for table in rotary)
         turned = attn.turned(vectors, n_heads, angles)
-        return turned.repeat_interleave(attn.n_heads // n_heads, dim=1)
+        shared = attn.n_heads // n_heads  # queries for each key or value
+        return turned.repeat_interleave(shared, dim=1)
 
     # ---- neurons ---------------------------------------------------------------------------------
 
     def through_mlp(self, block: BlockLayout, stream: NodeVectors) -> NodeVectors:
         """Add the edges from the residual stream to the MLP; return the stream behind it."""
         prompt = self.prompt
-        slopes = self.prompt.slopes(block)
-        out = self._neurons(stream, self._behind(block.norm_2, stream), slopes, block)
-        behind = [stream if out is None else stream._replace(vectors=stream.vectors + out)]
-        for bias in prompt.whole.get(block.norm_2, []):
-            out = self._neurons(bias, bias.vectors, slopes, block)
-            if out is not None:
-                behind.append(bias._replace(vectors=out))
-        for name in filter(prompt.writes, slopes):
-            writer = prompt.writer(name)
-            out = self._through(writer, writer.vectors * slopes[name][:, None], block.down_proj)
-            if out is not None:
-                behind.append(writer._replace(vectors=out))
+        slopes = prompt.slopes(block)
+        normed = self._behind(block.norm_2, stream)  # [pos, n, d]
+        added = self._neurons(stream, normed, slopes, block)
+        if added is not None:
+            around_and_through = stream.vectors + added
+            stream = NodeVectors(stream.nodes, around_and_through)
+        behind = [stream]
+        behind += self._mlp_sources(block, slopes)
         if prompt.writes(block.down_proj):
-            behind.append(prompt.writer(block.down_proj))
+            written = prompt.writer(block.down_proj)
+            behind.append(written)
         return side_by_side(behind)
 
+    def _mlp_sources(
+        self, block: BlockLayout, slopes: Mapping[str, Tensor]
+    ) -> Iterator[NodeVectors]:
+        """Yield the tangents behind an MLP of what writes inside it: biases, and first maps."""
+        prompt = self.prompt
+        biases = prompt.whole.get(block.norm_2, [])
+        for bias in biases:
+            vectors = self._neurons(bias, bias.vectors, slopes, block)
+            if vectors is not None:
+                yield NodeVectors(bias.nodes, vectors)
+        for name, slope in slopes.items():
+            if not prompt.writes(name):
+                continue
+            writer = prompt.writer(name)
+            moved = writer.vectors * slope[:, None]  # [pos, n, neurons]: w_i U_i ∘ φ'(h)
+            vectors = self._through(writer, moved, block.down_proj)
+            if vectors is not None:
+                yield NodeVectors(writer.nodes, vectors)
+
     def _neurons(
-        self, part: Part, vectors: Tensor, slopes: Mapping[str, Tensor], block: BlockLayout
+        self,
+        tangents: NodeTangents,
+        vectors: Tensor,
+        slopes: Mapping[str, Tensor],
+        block: BlockLayout,
     ) -> Tensor | None:
         """Take tangents behind a norm to first maps that are sites, through others to the last."""
         moved: Tensor | None = None  # [pos, n, neurons]
         for name, slope in slopes.items():
             if self.prompt.all_sites(name):
-                self._meet(part, vectors, name)
+                self._meet(tangents, vectors, name)
                 continue
-            through = self._map(vectors, name) * slope[:, None]
-            moved = through if moved is None else moved + through
-        return None if moved is None else self._through(part, moved, block.down_proj)
+            inputs = self._map(vectors, name)
+            outputs = inputs * slope[:, None]  # φ'(h) t
+            moved = outputs if moved is None else moved + outputs
+        if moved is None:
+            return None
+        return self._through(tangents, moved, block.down_proj)
 
     # ---- from there to the outputs ---------------------------------------------------------------
 
-    def _walk_on(self, block: BlockLayout, part: SpreadTangents) -> None:
+    def _walk_on(self, block: BlockLayout, tangents: SpreadTangents) -> None:
         """Add the edges from tangents that attention has spread to all readers behind it."""
         first = self.layout.blocks.index(block)
-        for later in self.layout.blocks[first:]:
-            if later is not block:
-                part = part.plus(self._attention(later, part))
-            vectors = self._behind(later.norm_2, part)
-            part = part.plus(self._neurons(part, vectors, self.prompt.slopes(later), later))
+        tangents = self._walk_mlp(block, tangents)
+        for later in self.layout.blocks[first + 1 :]:
+            tangents = self._walk_attention(later, tangents)
+            tangents = self._walk_mlp(later, tangents)
+        readers = "output"
         head = self.layout.unembedding
-        vectors = self._behind(self.layout.final_norm, part)
-        self._meet(part, vectors, head if self.prompt.all_sites(head) else "output")
+        if self.prompt.all_sites(head):
+            readers = head
+        normed = self._behind(self.layout.final_norm, tangents)
+        self._meet(tangents, normed, readers)
 
-    def _attention(self, block: BlockLayout, part: SpreadTangents) -> Tensor | None:
-        """Push tangents that have spread through the attention of a later block."""
-        tangents = self._project(part, self._behind(block.norm_1, part), block)
-        if not tangents:
-            return None
-        every = torch.arange(len(part.vectors), device=part.vectors.device)
-        turned = {
-            letter: self._split_heads(block, letter, vectors.transpose(0, 1), every)
-            for letter, vectors in tangents.items()
-        }
-        return self._through(part, self.prompt.heads(block).jvp(turned), block.o_proj)
+    def _walk_mlp(self, block: BlockLayout, tangents: SpreadTangents) -> SpreadTangents:
+        """Push tangents that have spread through and around an MLP."""
+        slopes = self.prompt.slopes(block)
+        normed = self._behind(block.norm_2, tangents)
+        added = self._neurons(tangents, normed, slopes, block)
+        if added is None:
+            return tangents
+        vectors = tangents.vectors + added
+        return SpreadTangents(tangents.nodes, vectors)
+
+    def _walk_attention(self, block: BlockLayout, tangents: SpreadTangents) -> SpreadTangents:
+        """Push tangents that have spread through and around the attention of a later block."""
+        normed = self._behind(block.norm_1, tangents)  # [pos, n, d]
+        head_tangents = self._project(tangents, normed, block)
+        if not head_tangents:
+            return tangents
+        every = torch.arange(len(normed), device=normed.device)
+        by_head = {}  # [n, head, pos, d_head] each
+        for letter, vectors in head_tangents.items():
+            by_node = vectors.transpose(0, 1)  # [n, pos, d_heads]
+            by_head[letter] = self._split_heads(block, letter, by_node, every)
+        attended = self.prompt.heads(block).jvp(by_head)  # [pos, n, d_heads]
+        added = self._through(tangents, attended, block.o_proj)
+        if added is None:
+            return tangents
+        vectors = tangents.vectors + added
+        return SpreadTangents(tangents.nodes, vectors)
 
     # ---- steps -----------------------------------------------------------------------------------
 
-    def _meet(self, part: Part, vectors: Tensor, name: str) -> None:
-        """Add the edges to a layer: inner products of what it reads with tangents at its input."""
-        readers = self.prompt.reader(name)
-        if isinstance(part, NodeVectors):
-            values = vectors @ readers.vectors.transpose(1, 2)
-            self.sink.add_same_position(part.nodes, readers.nodes, values)
-        else:
-            values = readers.vectors @ vectors.transpose(1, 2)
-            self.sink.add_spread(part.nodes, readers.nodes, values)
+    def _meet(self, tangents: NodeTangents, vectors: Tensor, name: str) -> None:
+        """Add the edges to a layer, V_j · t: products of what it reads with tangents at its input.
 
-    def _through(self, part: Part, vectors: Tensor, name: str) -> Tensor | None:
+        Each kind of tangents has the order of axes that its sink expects.
+        """
+        readers = self.prompt.reader(name)
+        if isinstance(tangents, NodeVectors):
+            read = readers.vectors.transpose(1, 2)  # [pos, d, J]
+            values = vectors @ read  # [pos, n, J]
+            self.sink.add_same_position(tangents.nodes, readers.nodes, values)
+        else:
+            moved = vectors.transpose(1, 2)  # [pos, d, n]
+            values = readers.vectors @ moved  # [pos, J, n]
+            self.sink.add_spread(tangents.nodes, readers.nodes, values)
+
+    def _through(self, tangents: NodeTangents, vectors: Tensor, name: str) -> Tensor | None:
         """Add the edges to a map if it is a site; otherwise push tangents through it."""
         if self.prompt.all_sites(name):
-            self._meet(part, vectors, name)
+            self._meet(tangents, vectors, name)
             return None
         return self._map(vectors, name)
 
-    def _map(self, vectors: Tensor, name: str) -> Tensor:
-        """Push tangents through a map that is not a site."""
-        return vectors @ self.target.get_submodule(name).weight.T
+    def _map(self, vectors: Float[Tensor, "pos n d_in"], name: str) -> Float[Tensor, "pos n d_out"]:
+        """Push tangents through a map that is not a site: W t."""
+        W = self.target.get_submodule(name).weight
+        return vectors @ W.T
 
-    def _behind(self, norm: str, part: Part) -> Tensor:
+    def _behind(self, norm: str, tangents: NodeTangents) -> Float[Tensor, "pos n d"]:
         """Push tangents of the residual stream through a norm."""
         module = self.target.get_submodule(norm)
-        r = self.prompt.at(self.prompt.run.norm_inputs, module)
-        return norm_jvp(module, r, part.vectors, self.frozen)
+        norm_inputs = self.prompt.run.norm_inputs
+        r = self.prompt.recorded(norm_inputs, module)  # [pos, d]
+        return norm_jvp(module, r, tangents.vectors, self.frozen)
 
     def _nodes_at_once(self, block: BlockLayout) -> int:
-        """Return the number of nodes whose tangents may spread together."""
+        """Return the number of nodes whose tangents may spread together.
+
+        A node takes a number for each neuron, or for each head and attended position, at every
+        position.
+        """
         length = self.prompt.length
         neurons = self.target.get_submodule(block.down_proj).in_features
         scores = self.target.get_submodule(block.attn).n_heads * length
-        return max(1, MAX_SPREAD_NUMBERS // (length * max(neurons, scores)))
+        widest = max(neurons, scores)
+        per_node = length * widest
+        return max(1, MAX_SPREAD_NUMBERS // per_node)
 
 
-def no_nodes(part: NodeVectors) -> NodeVectors:
+def no_nodes(stream: NodeVectors) -> NodeVectors:
     """Return no nodes, at the same number of positions."""
-    nodes, vectors = part
-    return NodeVectors(type(nodes)(*(column[:, :0] for column in nodes)), vectors[:, :0])
+    every = stream.nodes
+    nodes = Nodes(
+        component=every.component[:, :0],
+        number=every.number[:, :0],
+        real=every.real[:, :0],
+    )
+    return NodeVectors(nodes, stream.vectors[:, :0])

@@ -39,10 +39,13 @@ def trace_batch(spec: GraphSpec) -> TracedBatch:
     with torch.no_grad():
         run = trace(spec)
         layers = layers_of(run)
+        numbers = [number.int() for number in node_numbers(layers)]
         read = {name: model[name].V.T.contiguous() for name in model.sites}
+        # The outputs read the rows of the unembedding; a reading is a linear map of logits.
         unembedding = target.get_submodule(target.layout.unembedding)
-        read["output"] = spec.reading(unembedding.weight.T).T
-        return TracedBatch(run, layers, [n.int() for n in node_numbers(layers)], read)
+        columns = unembedding.weight.T  # [d, vocab]
+        read["output"] = spec.reading(columns).T
+    return TracedBatch(run, layers, numbers, read)
 
 
 # ---- one prompt ----------------------------------------------------------------------------------
@@ -57,13 +60,14 @@ class NodeVectors(NamedTuple):
 
 def side_by_side(parts: list[NodeVectors]) -> NodeVectors:
     """Put the nodes of several layers next to each other."""
-    nodes = Nodes(
-        component=torch.cat([part.nodes.component for part in parts], dim=1),
-        number=torch.cat([part.nodes.number for part in parts], dim=1),
-        real=torch.cat([part.nodes.real for part in parts], dim=1),
+    nodes = [part.nodes for part in parts]
+    every = Nodes(
+        component=torch.cat([some.component for some in nodes], dim=1),
+        number=torch.cat([some.number for some in nodes], dim=1),
+        real=torch.cat([some.real for some in nodes], dim=1),
     )
     vectors = torch.cat([part.vectors for part in parts], dim=1)
-    return NodeVectors(nodes, vectors)
+    return NodeVectors(every, vectors)
 
 
 class TracedPrompt:
@@ -79,83 +83,110 @@ class TracedPrompt:
     """
 
     def __init__(self, batch: TracedBatch, prompt: int):
-        self.run, self.prompt, self.read = batch.run, prompt, batch.read
-        self.model, self.frozen = self.run.spec.model, self.run.spec.frozen
-        self.target: Any = self.model.target
-        self.layout = self.target.layout
-        self.length = len(self.run.output[prompt])
-        self.rotary = self.target.rotary(self.length)
-        nodes = {
-            (layer.kind, layer.name): lay_out_nodes(layer.nodes[prompt], numbers[prompt])
-            for layer, numbers in zip(batch.layers, batch.numbers, strict=True)
-        }
-        self.nodes = {
-            name: laid for (kind, name), laid in nodes.items() if kind in ("component", "output")
-        }
-        self.whole: dict[str, list[NodeVectors]] = {}
-        for (kind, name), vectors in self.run.whole.items():
-            part = NodeVectors(nodes[kind, name], vectors[prompt][:, None])
-            self.whole.setdefault(name, []).append(part)
+        self.prompt = prompt
+        self.read = batch.read
+        run = batch.run
+        self.run = run
+        self.output = run.output[prompt]  # [pos, K]
+        self.length = len(self.output)
 
-    def at(self, values: Mapping[Any, Tensor], key: Any) -> Tensor:
-        """Return the part of a trace that belongs to this prompt."""
+        spec = run.spec
+        self.frozen = spec.frozen
+        self.model = spec.model
+        self.target: Any = spec.model.target
+        self.layout = self.target.layout
+        self.rotary = self.target.rotary(self.length)
+
+        self.nodes: dict[str, Nodes] = {}
+        self.whole: dict[str, list[NodeVectors]] = {}
+        for layer, numbers in zip(batch.layers, batch.numbers, strict=True):
+            name = layer.name
+            nodes = lay_out_nodes(layer.nodes[prompt], numbers[prompt])
+            if layer.kind in ("component", "output"):
+                self.nodes[name] = nodes
+                continue
+            written = run.whole[layer.kind, name][prompt]  # [pos, d]
+            single = NodeVectors(nodes, written[:, None])
+            self.whole.setdefault(name, []).append(single)
+
+    def recorded(self, values: Mapping[Any, Tensor], key: Any) -> Tensor:
+        """Return the part of a recorded quantity that belongs to this prompt."""
         return values[key][self.prompt]
 
     def all_sites(self, *names: str) -> bool:
         """Return whether all these maps are sites."""
-        return all(name in self.model.sites for name in names)
+        return self.model.sites.keys() >= set(names)
 
     # ---- writing and reading ---------------------------------------------------------------------
 
     def writes(self, name: str) -> bool:
         """Return whether any nodes write at the output of a map."""
-        return name in self.model.sites or name in self.whole
+        if name in self.whole:
+            return True
+        return name in self.model.sites
 
     def writer(self, name: str) -> NodeVectors:
         """Return w_i U_i of every node of a site, and the nodes that stand for a whole position."""
+        single = self.whole.get(name, [])
         if name not in self.model.sites:
-            return side_by_side(self.whole[name])
+            return side_by_side(single)
         nodes = self.nodes[name]
-        w = nodes.pick(self.at(self.run.weight, name))  # [pos, K]
-        components = NodeVectors(
-            nodes, embedding(nodes.component, self.model[name].U) * w[..., None]
-        )
-        return side_by_side([components, *self.whole.get(name, [])])
+        U = self.model[name].U  # [C, d]
+        U_of_nodes = embedding(nodes.component, U)  # [pos, K, d]
+        every_w = self.recorded(self.run.weight, name)  # [pos, C]
+        w = nodes.pick(every_w)  # [pos, K]
+        components = NodeVectors(nodes, U_of_nodes * w[..., None])
+        return side_by_side([components, *single])
 
     def reader(self, name: str) -> NodeVectors:
         """Return V_j of every node of a site, or the vector of every output."""
-        return NodeVectors(self.nodes[name], embedding(self.nodes[name].component, self.read[name]))
+        nodes = self.nodes[name]
+        read = self.read[name]  # [C, d]
+        vectors = embedding(nodes.component, read)  # [pos, K, d]
+        return NodeVectors(nodes, vectors)
 
     def value(self, name: str) -> Float[Tensor, "pos K"]:
         """Return the value of every node of a site, or of every output."""
-        values = self.run.output[self.prompt] if name == "output" else self.at(self.run.inner, name)
-        return self.nodes[name].pick(values)
+        nodes = self.nodes[name]
+        if name == "output":
+            return nodes.pick(self.output)
+        a = self.recorded(self.run.inner, name)  # [pos, C]
+        return nodes.pick(a)
 
     # ---- parts of a block ------------------------------------------------------------------------
+
+    def map_output(self, name: str) -> Float[Tensor, "pos d_out"]:
+        """Return the output of a map on this prompt."""
+        module = self.target.get_submodule(name)
+        return self.recorded(self.run.map_outputs, module)
 
     def heads(self, block: BlockLayout) -> Heads:
         """Return the attention of a block on this prompt."""
         attn = self.target.get_submodule(block.attn)
-        maps = (self.target.get_submodule(name) for name in block.qkv)
-        projected = (self.at(self.run.map_outputs, module)[None] for module in maps)
-        q, k, v = attn.heads_of(*projected, self.rotary)
-        return Heads(q[0], k[0], v[0], attn.pattern(q, k)[0])
+        projected = [self.map_output(name) for name in block.qkv]
+        as_batch = [vectors[None] for vectors in projected]  # [1, pos, d_heads] each
+        q, k, v = attn.heads_of(*as_batch, self.rotary)  # [1, head, pos, d_head] each
+        pattern = attn.pattern(q, k)  # [1, head, pos, pos]
+        return Heads(q[0], k[0], v[0], pattern[0])
 
     def slopes(self, block: BlockLayout) -> dict[str, Float[Tensor, "pos neurons"]]:
-        """Return for each map into the neurons the derivative of the neurons' outputs by it."""
-        mlp = self.target.get_submodule(block.mlp)
-        inputs = [
-            self.at(self.run.map_outputs, self.target.get_submodule(name))
-            for name in block.neuron_maps
-        ]
+        """Return for each map into the neurons the derivative of the neurons' outputs by it.
+
+        With one map, the neurons are φ(h): the slope is φ'(h). With a gate h and another factor u,
+        they are φ(h) u: the slopes are φ'(h) u and φ(h). In frozen graphs φ' is the secant, and
+        both slopes are halved, because two paths meet in one product (A6, rule 5).
+        """
+        act = self.target.get_submodule(block.mlp).act
+        inputs = [self.map_output(name) for name in block.neuron_maps]
         if len(inputs) == 1:
-            return {block.neuron_maps[0]: slope(mlp.act, inputs[0], self.frozen)}
+            (c_fc,) = block.neuron_maps
+            return {c_fc: slope(act, inputs[0], self.frozen)}
+        gate_proj, up_proj = block.neuron_maps
         gate, up = inputs
-        share = 0.5 if self.frozen else 1.0  # in frozen graphs two paths meet in one product
-        return {
-            block.neuron_maps[0]: share * slope(mlp.act, gate, self.frozen) * up,
-            block.neuron_maps[1]: share * mlp.act(gate),
-        }
+        share = 0.5 if self.frozen else 1.0
+        by_gate = share * slope(act, gate, self.frozen) * up
+        by_up = share * act(gate)
+        return {gate_proj: by_gate, up_proj: by_up}
 
 
 def slope(act: nn.Module, h: Tensor, frozen: bool) -> Tensor:
@@ -166,10 +197,12 @@ def slope(act: nn.Module, h: Tensor, frozen: bool) -> Tensor:
         case nn.GELU():
             ones = torch.ones_like(h)
             return torch.ops.aten.gelu_backward(ones, h, approximate=act.approximate)
+        case nn.SiLU() if frozen:
+            return torch.sigmoid(h)
         case nn.SiLU():
-            return (
-                torch.sigmoid(h) if frozen else torch.ops.aten.silu_backward(torch.ones_like(h), h)
-            )
+            ones = torch.ones_like(h)
+            return torch.ops.aten.silu_backward(ones, h)
         case nn.ReLU():
-            return (h > 0).to(h.dtype)
+            is_open = h > 0
+            return is_open.to(h.dtype)
     raise TypeError(f"the slope of {type(act).__name__} is not known")

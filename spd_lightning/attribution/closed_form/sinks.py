@@ -36,7 +36,8 @@ class Nodes(NamedTuple):
     @property
     def pos(self) -> Int[Tensor, " nodes"]:
         """The position of every real node."""
-        return self.real.nonzero()[:, 0]
+        pos_and_slot = self.real.nonzero()  # [nodes, 2]
+        return pos_and_slot[:, 0]
 
     def pick(self, values: Float[Tensor, "pos C"]) -> Float[Tensor, "pos K"]:
         """Select the value of each node's component."""
@@ -46,10 +47,13 @@ class Nodes(NamedTuple):
 def lay_out_nodes(is_node: Bool[Tensor, "pos C"], number: Int[Tensor, "pos C"]) -> Nodes:
     """Lay out the nodes of a layer."""
     pos, component = is_node.nonzero(as_tuple=True)  # [nodes] each, in order of position
+    nodes = torch.arange(len(pos), device=pos.device)
     count = is_node.sum(1)  # [pos]
     before = count.cumsum(0) - count  # [pos]: nodes at earlier positions
-    slot = torch.arange(len(pos), device=pos.device) - before[pos]
-    shape = (len(is_node), int(count.max()))
+    slot = nodes - before[pos]  # [nodes]: counted from 0 at every position
+
+    fullest = int(count.max())
+    shape = (len(is_node), fullest)
     components = pos.new_zeros(shape)
     numbers = number.new_zeros(shape)
     real = is_node.new_zeros(shape)
@@ -95,19 +99,30 @@ class AttentionEdges(NamedTuple):
 
         A block leaves out the sources behind its last position, which cannot reach it.
         """
-        sources_until = self.source.real.sum(1).cumsum(0).tolist()  # [pos]
+        n_sources = self.source.real.sum(1)  # [pos]
+        sources_until = n_sources.cumsum(0).tolist()  # [pos]: at each position or before it
         width = self.left.shape[2]
         per_position = max(1, width * sources_until[-1])
         size = max(1, MAX_ATTENTION_EDGES // per_position)
         positions = torch.arange(len(sources_until), device=self.left.device)
         for pos in positions.split(size):
-            block = slice(int(pos[0]), int(pos[-1]) + 1)
-            n = sources_until[pos[-1]]
-            values = self.left.new_zeros(len(pos), width, n)
-            for weight, left, right in zip(self.weight, self.left, self.right, strict=True):
-                products = left[block].flatten(0, 1) @ right[:n].T  # [block * K, n]
-                values.addcmul_(products.view_as(values), weight[block, None, :n])
+            last = int(pos[-1])
+            reachable = sources_until[last]
+            values = self._between(pos, reachable)
             yield EdgeBlock(pos, values)
+
+    def _between(self, pos: Int[Tensor, " block"], n: int) -> Float[Tensor, "block K n"]:
+        """Compute the edges from the first n sources to the targets at consecutive positions."""
+        block = slice(int(pos[0]), int(pos[-1]) + 1)
+        width = self.left.shape[2]
+        values = self.left.new_zeros(len(pos), width, n)
+        for weight, left, right in zip(self.weight, self.left, self.right, strict=True):
+            rows = left[block].flatten(0, 1)  # [block * K, e]
+            columns = right[:n].T  # [e, n]
+            products = rows @ columns  # [block * K, n]
+            products = products.view_as(values)
+            values.addcmul_(products, weight[block, None, :n])
+        return values
 
 
 def existing_edges(
@@ -117,8 +132,11 @@ def existing_edges(
     values: Float[Tensor, "block K sources"],
 ) -> Bool[Tensor, "block K sources"]:
     """Mark the edges that exist: within a position all, to later ones those that are not zero."""
-    distance = target_pos[:, None, None] - source_pos
-    return real[:, :, None] & (distance >= 0) & ((distance == 0) | (values != 0))
+    distance = target_pos[:, None, None] - source_pos  # [block, 1, sources]
+    same_position = distance == 0
+    not_earlier = distance >= 0
+    exists = same_position | (values != 0)
+    return real[:, :, None] & not_earlier & exists
 
 
 # ---- where edges go ------------------------------------------------------------------------------
@@ -157,36 +175,57 @@ class TableSink:
     """
 
     def __init__(self, prompt: int, visit: Callable[[EdgeTable], None]):
-        self.prompt, self.visit = prompt, visit
+        self.prompt = prompt
+        self.visit = visit
 
     def add_same_position(
         self, source: Nodes, target: Nodes, values: Float[Tensor, "pos K J"]
     ) -> None:
-        exists = source.real[:, :, None] & target.real[:, None, :]
-        self._send(exists, source.number[:, :, None], target.number[:, None, :], values)
+        source_is_real = source.real[:, :, None]  # [pos, K, 1]
+        target_is_real = target.real[:, None, :]  # [pos, 1, J]
+        self._send(
+            exists=source_is_real & target_is_real,
+            source=source.number[:, :, None],
+            target=target.number[:, None, :],
+            values=values,
+        )
 
     def add_attention(self, edges: AttentionEdges) -> None:
-        source, target = edges.source, edges.target
-        source_pos = source.pos
-        numbers = source.number[source.real]
+        target = edges.target
+        source_pos = edges.source.pos  # [sources]
+        source_number = edges.source.number[edges.source.real]  # [sources]
         for pos, values in edges.blocks():
-            n = values.shape[-1]
-            exists = existing_edges(source_pos[:n], pos, target.real[pos], values)
-            self._send(exists, numbers[:n], target.number[pos, :, None], values)
+            n = values.shape[-1]  # the sources that the block reaches
+            real = target.real[pos]
+            exists = existing_edges(source_pos[:n], pos, real, values)
+            self._send(
+                exists=exists,
+                source=source_number[:n],
+                target=target.number[pos, :, None],
+                values=values,
+            )
 
     def add_spread(
         self, source: SingleNodes, target: Nodes, values: Float[Tensor, "pos K nodes"]
     ) -> None:
-        every = torch.arange(len(values), device=values.device)
-        exists = existing_edges(source.pos, every, target.real, values)
-        self._send(exists, source.number, target.number[:, :, None], values)
+        every_pos = torch.arange(len(values), device=values.device)
+        exists = existing_edges(source.pos, every_pos, target.real, values)
+        self._send(
+            exists=exists,
+            source=source.number,
+            target=target.number[:, :, None],
+            values=values,
+        )
 
     def _send(self, exists: Tensor, source: Tensor, target: Tensor, values: Tensor) -> None:
         """Pass on the edges that exist; the numbers of their nodes broadcast with the values."""
         rows = exists.flatten().nonzero()[:, 0]
+        selected = list[Tensor]()
+        for column in (source, target, values):
+            flat = column.expand_as(exists).reshape(-1)
+            column_of_rows = flat.index_select(0, rows)
+            selected.append(column_of_rows)
         prompt = torch.tensor(self.prompt, dtype=torch.int32, device=rows.device)
-        columns = (
-            column.expand_as(exists).reshape(-1).index_select(0, rows)
-            for column in (source, target, values)
-        )
-        self.visit(EdgeTable(prompt.expand(len(rows)), *columns))
+        prompts = prompt.expand(len(rows))
+        table = EdgeTable(prompts, *selected)
+        self.visit(table)

@@ -20,9 +20,10 @@ def closed_form_obstacle(model: ComponentModel, mode: Mode) -> str | None:
     if mode.delta == "flow":
         return "this mode lets delta carry gradient"
     layout = target.layout
-    known = {*layout.maps(), layout.embeddings[0], layout.unembedding}
-    if unknown := sorted(set(model.sites) - known):
-        return f"'{unknown[0]}' is decomposed"
+    supported = {*layout.maps(), layout.embeddings[0], layout.unembedding}
+    others = set(model.sites) - supported
+    if others:
+        return f"'{min(others)}' is decomposed"
     return None
 
 
@@ -53,71 +54,95 @@ class _Recorder:
     """Runs a decoder under a mode's masks and records what passes through its parts."""
 
     def __init__(self, spec: GraphSpec):
-        self.spec, self.model = spec, spec.model
+        self.spec = spec
+        self.model = spec.model
         self.target: Any = spec.model.target
         self.trace = Trace(spec, spec.inputs, {}, {}, {}, {}, {}, [])
         layout = self.target.layout
         sites = {site.module for site in self.model.sites.values()}
-        modules = {
-            name: self.target.get_submodule(name) for name in (*layout.norms(), *layout.maps())
-        }
-        embeddings = {name: getattr(self.target, name) for name in layout.embeddings}
-        self.plain = {m: name for name, m in modules.items() if m not in sites}
+
+        self.plain: dict[nn.Module, str] = {}
         """Norms, and maps that are not sites."""
-        self.embeddings = {
-            m: name for name, m in embeddings.items() if m is not None and m not in sites
-        }
+        for name in (*layout.norms(), *layout.maps()):
+            module = self.target.get_submodule(name)
+            if module not in sites:
+                self.plain[module] = name
+
+        self.embeddings: dict[nn.Module, str] = {}
+        """Embeddings that are not sites."""
+        for name in layout.embeddings:
+            module = getattr(self.target, name)  # None in a decoder without position embeddings
+            if module is not None and module not in sites:
+                self.embeddings[module] = name
 
     def run(self) -> Trace:
         """Run the prompts."""
         recorded = [*self.plain, *self.embeddings]
         with torch.no_grad(), self.model.replaced(self._at_site, self._at_module, recorded):
-            output = self.spec.reading(self.target(self.spec.inputs))
+            logits = self.target(self.spec.inputs)
+            output = self.spec.reading(logits)
         return self.trace._replace(output=output)
 
-    def _at_site(self, site: Site, x: Tensor, own: Map) -> Tensor:
-        mode, name = self.spec.mode, site.name
-        components = self.model[name]
-        g = self.spec.importances[name]
+    def _at_site(self, site: Site, x: Tensor, original: Map) -> Tensor:
+        spec, name = self.spec, site.name
+        mode = spec.mode
+        V = self.model[name].V
+        U = self.model[name].U
+        g = spec.importances[name]
         bias = 0.0 if site.bias is None else site.bias
-        a = site.inner(x, components.V)
+        a = site.inner(x, V)
         w = a if mode.mask == "ones" else g * a
         if mode.delta == "off":
-            y = w @ components.U + bias
+            y = w @ U + bias
         else:
-            y = own(x)
+            y = original(x)  # the components with mask 1, and the delta (D5)
             if mode.mask != "ones":
-                y = y + (w - a) @ components.U
-        self.trace.inner[name], self.trace.weight[name] = a, w
-        self.trace.map_outputs[site.module] = y
-        self.trace.order.append(("component", name))
-        if self.spec.frozen:
-            written = (w * self.spec.is_node(name, g)) @ components.U
-            self._add_whole("rest", name, y - bias - written, y)
+                y = y + (w - a) @ U
+        trace = self.trace
+        trace.inner[name] = a
+        trace.weight[name] = w
+        trace.map_outputs[site.module] = y
+        trace.order.append(("component", name))
+        if spec.frozen:
+            is_node = spec.is_node(name, g)
+            written = (w * is_node) @ U  # Σ_nodes w_i U_i
+            rest = y - bias - written  # (A6)
+            self._add_whole("rest", name, rest, y)
             self._add_whole("bias", name, y.new_zeros(()) + bias, y)
         return y
 
-    def _at_module(self, module: nn.Module, own: Map) -> Map:
+    def _at_module(self, module: nn.Module, original: Map) -> Map:
+        """Return a forward pass that records a norm, an embedding, or a map that is not a site."""
+
         def forward(x: Tensor) -> Tensor:
-            y = own(x)
+            y = original(x)
             if module in self.embeddings:
-                spread = y.expand(len(self.spec.inputs), *y.shape[-2:])
-                self._add_whole("embedding", self.embeddings[module], y, spread)
+                self._add_embedding(self.embeddings[module], y)
             elif self.spec.frozen and (bias := bias_of(module)) is not None:
                 self._add_whole("bias", self.plain[module], bias, y)
-            self.trace.norm_inputs[module], self.trace.map_outputs[module] = x, y
+            self.trace.norm_inputs[module] = x
+            self.trace.map_outputs[module] = y
             return y
 
         return forward
 
+    def _add_embedding(self, name: str, vectors: Tensor) -> None:
+        """Record an embedding; one of positions is the same for all prompts."""
+        prompts = len(self.spec.inputs)
+        by_prompt = vectors.expand(prompts, *vectors.shape[-2:])
+        self._add_whole("embedding", name, vectors, by_prompt)
+
     def _add_whole(self, kind: NodeKind, name: str, vectors: Tensor, like: Tensor) -> None:
-        self.trace.whole[kind, name] = vectors.expand_as(like)
-        self.trace.order.append((kind, name))
+        """Record a layer with a single node at each position; its vectors expand to `like`."""
+        key = (kind, name)
+        self.trace.whole[key] = vectors.expand_as(like)
+        self.trace.order.append(key)
 
 
 def trace(spec: GraphSpec) -> Trace:
     """Run prompts under a mode's masks; in frozen graphs rests and biases are layers too (A6)."""
-    return _Recorder(spec).run()
+    recorder = _Recorder(spec)
+    return recorder.run()
 
 
 def layers_of(run: Trace) -> list[Layer]:
@@ -126,10 +151,31 @@ def layers_of(run: Trace) -> list[Layer]:
     layers = list[Layer]()
     for kind, name in run.order:
         if kind == "component":
-            g = spec.importances[name].detach()
-            layers.append(Layer(name, kind, None, run.inner[name], spec.is_node(name, g), g))
+            layer = _component_layer(run, name)
         else:
-            size = run.whole[kind, name].norm(dim=-1, keepdim=True)
-            every = torch.ones_like(size, dtype=torch.bool)
-            layers.append(Layer(name, kind, None, size, every, whole=True))
-    return [*layers, Layer("output", "output", None, run.output, spec.outputs(run.output))]
+            layer = _whole_layer(run, kind, name)
+        layers.append(layer)
+    nodes = spec.outputs(run.output)
+    output = Layer("output", "output", None, run.output, nodes)
+    return [*layers, output]
+
+
+def _component_layer(run: Trace, name: str) -> Layer:
+    """Return the layer of a site, without a leaf."""
+    g = run.spec.importances[name].detach()
+    return Layer(
+        name=name,
+        kind="component",
+        leaf=None,
+        value=run.inner[name],
+        nodes=run.spec.is_node(name, g),
+        importance=g,
+    )
+
+
+def _whole_layer(run: Trace, kind: NodeKind, name: str) -> Layer:
+    """Return a layer whose single node at each position stands for the whole vector."""
+    vectors = run.whole[kind, name]  # [batch, pos, d]
+    size = vectors.norm(dim=-1, keepdim=True)  # [batch, pos, 1]
+    every_node = torch.ones_like(size, dtype=torch.bool)
+    return Layer(name, kind, None, size, every_node, whole=True)

@@ -46,43 +46,58 @@ class _Walk:
     """Follows the residual stream through a decoder: the nodes that have written to it so far."""
 
     def __init__(self, prompt: TracedPrompt, sink: EdgeSink):
-        self.prompt, self.sink = prompt, sink
+        self.prompt = prompt
+        self.sink = sink
         self.partial = PartialBlocks(prompt, sink)
 
     def run(self) -> None:
-        prompt, layout = self.prompt, self.prompt.layout
-        embeddings = [
-            name for name in layout.embeddings if name in prompt.nodes or name in prompt.whole
-        ]
-        stream = side_by_side([prompt.writer(name) for name in embeddings])
+        layout = self.prompt.layout
+        stream = self._embed()
         for block in layout.blocks:
             stream = self._attention(block, stream)
             stream = self._mlp(block, stream)
-        if not prompt.all_sites(layout.unembedding):
+        head = layout.unembedding
+        if self.prompt.all_sites(head):
+            self._read_stream(stream, layout.final_norm, head)
+            self._unembed()
+        else:
             self._read_stream(stream, layout.final_norm, "output")
-            return
-        self._read_stream(stream, layout.final_norm, layout.unembedding)
-        self._unembed()
+
+    def _embed(self) -> NodeVectors:
+        """Return the nodes that write to the residual stream before the first block."""
+        prompt = self.prompt
+        writers = list[NodeVectors]()
+        for name in prompt.layout.embeddings:
+            if name in prompt.nodes or name in prompt.whole:
+                writer = prompt.writer(name)
+                writers.append(writer)
+        return side_by_side(writers)
 
     def _attention(self, block: BlockLayout, stream: NodeVectors) -> NodeVectors:
         """Add the edges into and through a block's attention; return the stream behind it."""
-        if not self.prompt.all_sites(*block.attention_maps):
+        prompt = self.prompt
+        if not prompt.all_sites(*block.attention_maps):
             return self.partial.through_attention(block, stream)
         self._read_stream(stream, block.norm_1, *block.qkv)
-        add_attention_edges(self.prompt, block, self.sink)
-        return side_by_side([stream, self.prompt.writer(block.o_proj)])
+        add_attention_edges(prompt, block, self.sink)
+        written = prompt.writer(block.o_proj)
+        return side_by_side([stream, written])
 
     def _mlp(self, block: BlockLayout, stream: NodeVectors) -> NodeVectors:
         """Add the edges into and through a block's MLP; return the stream behind it."""
-        if not self.prompt.all_sites(*block.neuron_maps, block.down_proj):
+        prompt = self.prompt
+        if not prompt.all_sites(*block.neuron_maps, block.down_proj):
             return self.partial.through_mlp(block, stream)
         self._read_stream(stream, block.norm_2, *block.neuron_maps)
-        down = self.prompt.reader(block.down_proj)
-        for name, slope in self.prompt.slopes(block).items():
-            writer = self.prompt.writer(name)
-            moved = writer._replace(vectors=writer.vectors * slope[:, None])
-            self._add(moved, down)
-        return side_by_side([stream, self.prompt.writer(block.down_proj)])
+        down = prompt.reader(block.down_proj)
+        slopes = prompt.slopes(block)
+        for name, slope in slopes.items():
+            writer = prompt.writer(name)
+            moved = writer.vectors * slope[:, None]  # [pos, K, neurons]: w_i U_i ∘ φ'(h)
+            tangents = NodeVectors(writer.nodes, moved)
+            self._add(tangents, down)
+        written = prompt.writer(block.down_proj)
+        return side_by_side([stream, written])
 
     def _read_stream(self, stream: NodeVectors, norm: str, *names: str) -> None:
         """Add the edges from the residual stream and the norm's bias to readers behind a norm."""
@@ -90,24 +105,30 @@ class _Walk:
         readers = side_by_side([prompt.reader(name) for name in names])
         values = torch.cat([prompt.value(name) for name in names], dim=1)  # [pos, K]
         module = prompt.target.get_submodule(norm)
-        r = prompt.at(prompt.run.norm_inputs, module)
+        r = prompt.recorded(prompt.run.norm_inputs, module)  # [pos, d]
+        # Jᵀ V_j, with J the norm's Jacobian at this position
         vectors = norm_vjp(module, r, readers.vectors, values, prompt.frozen)
-        self._add(stream, readers._replace(vectors=vectors))
-        for bias in prompt.whole.get(norm, []):
+        before_norm = NodeVectors(readers.nodes, vectors)
+        self._add(stream, before_norm)
+        biases = prompt.whole.get(norm, [])
+        for bias in biases:
             self._add(bias, readers)
 
     def _unembed(self) -> None:
-        """Add the edges from the components of the unembedding to the outputs."""
+        """Add the edges from the components of the unembedding to the outputs: w_i U[i, token]."""
         prompt = self.prompt
         head = prompt.writer(prompt.layout.unembedding)
-        out = prompt.nodes["output"]
-        tokens = out.component[:, None].expand(-1, head.vectors.shape[1], -1)  # [pos, K, J]
-        values = prompt.run.spec.reading(head.vectors).gather(2, tokens)
-        self.sink.add_same_position(head.nodes, out, values)
+        every_output = prompt.run.spec.reading(head.vectors)  # [pos, K, vocab]
+        outputs = prompt.nodes["output"]
+        slots = every_output.shape[1]
+        tokens = outputs.component[:, None].expand(-1, slots, -1)  # [pos, K, J]
+        values = every_output.gather(2, tokens)
+        self.sink.add_same_position(head.nodes, outputs, values)
 
     def _add(self, writers: NodeVectors, readers: NodeVectors) -> None:
         """Add the edges within each position: inner products of written with read vectors."""
-        values = writers.vectors @ readers.vectors.transpose(1, 2)
+        read = readers.vectors.transpose(1, 2)  # [pos, d, J]
+        values = writers.vectors @ read  # [pos, K, J]
         self.sink.add_same_position(writers.nodes, readers.nodes, values)
 
 
@@ -120,7 +141,9 @@ class PromptEdges:
 
     def for_each(self, visit: Callable[[EdgeTable], None]) -> None:
         """Compute all edges, and pass each piece to `visit`."""
-        compute_edges(TracedPrompt(self.batch, self.prompt), TableSink(self.prompt, visit))
+        prompt = TracedPrompt(self.batch, self.prompt)
+        sink = TableSink(self.prompt, visit)
+        compute_edges(prompt, sink)
 
 
 def closed_form_graphs(spec: GraphSpec) -> tuple[list[Layer], Iterator[LazyEdges]]:
@@ -129,4 +152,6 @@ def closed_form_graphs(spec: GraphSpec) -> tuple[list[Layer], Iterator[LazyEdges
     The specification must have no `closed_form_obstacle`.
     """
     batch = trace_batch(spec)
-    return batch.layers, (PromptEdges(batch, prompt) for prompt in range(len(spec.inputs)))
+    prompts = range(len(spec.inputs))
+    edges = (PromptEdges(batch, prompt) for prompt in prompts)
+    return batch.layers, edges

@@ -63,7 +63,8 @@ def links(model: ComponentModel) -> list[Link]:
         every += _block_links(block, writers, attn.n_heads)
         writers += [block.o_proj, block.down_proj]
     every += [Link(writer, layout.unembedding, "residual") for writer in writers]
-    return [link for link in every if link.source in model.sites and link.target in model.sites]
+    sites = model.sites
+    return [link for link in every if link.source in sites and link.target in sites]
 
 
 def _block_links(block: BlockLayout, writers: list[str], n_heads: int) -> Iterator[Link]:
@@ -99,7 +100,8 @@ def weight_graph(
     Raises:
         BadInput: the model is not a supported decoder.
     """
-    return ((link, weights(model, link, normalized)) for link in links(model))
+    every = links(model)
+    return ((link, weights(model, link, normalized)) for link in every)
 
 
 @torch.no_grad()
@@ -110,47 +112,64 @@ def weights(
     plain = _between_inner_activations(model, link)
     if not normalized:
         return plain
-    sources = _read_length(model, link.source)[:, None]
-    targets = _read_length(model, link.target)
-    return plain * sources * targets if link.kind == "qk" else plain * sources / targets
+    source_length = _read_length(model, link.source)
+    target_length = _read_length(model, link.target)
+    by_source = plain * source_length[:, None]
+    if link.kind == "qk":  # both ends are activations
+        return by_source * target_length
+    return by_source / target_length
 
 
 def _between_inner_activations(
     model: ComponentModel, link: Link
 ) -> Float[Tensor, "sources targets"]:
     """Return the weights between inner activations of 1."""
-    decoder: Any = model.target
-    source = model[link.source]
+    U = model[link.source].U  # [sources, d]
     reader = model[link.target]
-    if link.kind == "residual":
-        norm = decoder.get_submodule(decoder.layout.norm_before(link.target))
-        return source.U @ _before_norm(norm, reader.V)
     if link.kind == "mlp":
-        return source.U @ reader.V
+        return U @ reader.V
+    if link.kind == "residual":
+        return U @ _read_before_norm(model, link.target)
+
+    # Attention: queries, and what o_proj reads, have a part for each head; keys and values have one
+    # for each group of heads that share it.
     assert link.head is not None
-    attn = decoder.get_submodule(link.target.rpartition(".")[0])
+    decoder: Any = model.target
+    block = link.target.rpartition(".")[0]
+    attn = decoder.get_submodule(block)
     kv_head = link.head * attn.n_kv_heads // attn.n_heads
-    written = source.U.unflatten(1, (attn.n_kv_heads, -1))[:, kv_head]  # [sources, d_head]
+    written = U.unflatten(1, (attn.n_kv_heads, -1))  # [sources, kv_head, d_head]
+    written = written[:, kv_head]  # [sources, d_head]
     if link.kind == "ov":
-        read = reader.V.unflatten(0, (attn.n_heads, -1))[link.head]  # [d_head, targets]
-        return written @ read
-    queries = reader.U.unflatten(1, (attn.n_heads, -1))[:, link.head]  # [targets, d_head]
-    return written @ queries.T / queries.shape[1] ** 0.5
+        read = reader.V.unflatten(0, (attn.n_heads, -1))  # [head, d_head, targets]
+        return written @ read[link.head]
+    queries = reader.U.unflatten(1, (attn.n_heads, -1))  # [targets, head, d_head]
+    queries = queries[:, link.head]  # [targets, d_head]
+    d_head = queries.shape[1]
+    return written @ queries.T / d_head**0.5
 
 
-def _before_norm(norm: nn.Module, V: Float[Tensor, "d C"]) -> Float[Tensor, "d C"]:
-    """Return readers as seen before a norm, ignoring its denominator."""
+def _read_before_norm(model: ComponentModel, site: str) -> Float[Tensor, "d C"]:
+    """Return what a site reads from the residual stream, ignoring the norm's denominator."""
+    decoder: Any = model.target
+    V = model[site].V
+    name = decoder.layout.norm_before(site)
+    norm = decoder.get_submodule(name)
     match norm:
         case nn.RMSNorm():
-            return norm.weight[:, None] * V
+            return norm.weight[:, None] * V  # γ V
         case nn.LayerNorm():
             scaled = norm.weight[:, None] * V
-            return scaled - scaled.mean(0)
+            mean = scaled.mean(0)
+            return scaled - mean
     return V
 
 
 def _read_length(model: ComponentModel, site: str) -> Float[Tensor, " C"]:
     """Return the length of each V; 1 if it is zero."""
-    V = model[site].V
-    length = V.abs().amax(0) if model.sites[site].kind == "embedding" else V.norm(dim=0)
+    V = model[site].V  # [d, C]
+    if model.sites[site].kind == "embedding":
+        length = V.abs().amax(0)
+    else:
+        length = V.norm(dim=0)
     return torch.where(length > 0, length, 1.0)
