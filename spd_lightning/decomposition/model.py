@@ -77,9 +77,11 @@ class ComponentModel(nn.Module):
         if unknown:
             name = min(unknown)
             raise BadInput(f"tied: '{name}' is not a site; {nearest(name, self.sites)}")
-        self.components = nn.ModuleDict()  # its keys cannot contain dots
-        for name in sorted(self.sites, key=lambda name: name in self.tied):  # partners first
-            self.components[name.replace(".", "/")] = self._components(name)
+        self.components = nn.ModuleDict()
+        partners_first = sorted(self.sites, key=lambda name: name in self.tied)
+        for name in partners_first:
+            key = _key(name)
+            self.components[key] = self._components(name)
         self.importance = importance or Importance()
         self.importance_function = importance_function(self.importance, sites_and_counts)
         self.delta = delta
@@ -89,12 +91,14 @@ class ComponentModel(nn.Module):
 
     def _components(self, name: str) -> nn.Module:
         """Return the components of a site, which can be tied."""
-        site = self.sites[name]
         partner = self.tied.get(name)
         if partner is None:
+            site = self.sites[name]
             return Components(site.d_in, site.d_out, self.counts[name])
         self._check_tie(name, partner)
-        return TiedComponents(self[partner])  # pyright: ignore[reportArgumentType]
+        components = self[partner]
+        assert isinstance(components, Components)  # the partner is not tied itself
+        return TiedComponents(components)
 
     def _check_tie(self, name: str, partner: str) -> None:
         """Raise BadInput if a site cannot be tied to its partner."""
@@ -117,7 +121,10 @@ class ComponentModel(nn.Module):
 
     def __getitem__(self, site: str) -> Components | TiedComponents:
         """Return the components of a site."""
-        return self.components[site.replace(".", "/")]  # pyright: ignore[reportReturnType]
+        key = _key(site)
+        components = self.components[key]
+        assert isinstance(components, Components | TiedComponents)
+        return components
 
     def train(self, mode: bool = True) -> "ComponentModel":
         """Switch between training and evaluation; the target stays in eval mode (D6)."""
@@ -129,19 +136,22 @@ class ComponentModel(nn.Module):
         """Return Δ = W − (V U)ᵀ of a site (D1)."""
         components = self[site]
         product = matmul(components.V, components.U)  # [d_in, d_out]
-        return self.sites[site].weight - product.T
+        weight = self.sites[site].weight
+        return weight - product.T
 
     # ---- runs ------------------------------------------------------------------------------------
 
     def _modules_without_sites(self) -> list[nn.Module]:
         """Return the outermost modules without sites, whose clean outputs can be replayed."""
-        sites = {site.module for site in self.sites.values()}
+        site_modules = {site.module for site in self.sites.values()}
         plain = dict[nn.Module, None]()  # an ordered set
         for module in self.target.modules():
-            if module in sites or not _contains(module, sites):
+            if module in site_modules:
+                continue
+            if not _contains(module, site_modules):
                 continue
             for child in module.children():
-                if not _contains(child, sites):
+                if not _contains(child, site_modules):
                     plain[child] = None
         return list(plain)
 
@@ -163,12 +173,16 @@ class ComponentModel(nn.Module):
             modules: the modules that `plain` is applied to; the outermost modules without sites if
                 omitted.
         """
+        if modules is None:
+            modules = self._plain
         patches = _Patches()
         try:
-            patches.apply(self.target, self._noting_places(self.target.forward))
+            forward = self._noting_places(self.target.forward)
+            patches.apply(self.target, forward)
             if plain is not None:
-                for module in self._plain if modules is None else modules:
-                    patches.apply(module, plain(module, module.forward))
+                for module in modules:
+                    forward = plain(module, module.forward)
+                    patches.apply(module, forward)
             for site in self.sites.values():
                 if site.kind != "identity":
                     forward = self._through(replacement, site, site.module.forward)
@@ -185,7 +199,10 @@ class ComponentModel(nn.Module):
         """Return a forward pass of the target that notes the shape [batch] or [batch, pos]."""
 
         def forward(inputs: Tensor) -> Tensor:
-            self._places = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
+            places = inputs.shape
+            if inputs.is_floating_point():  # vectors, not token ids
+                places = inputs.shape[:-1]
+            self._places = places
             return original(inputs)
 
         return forward
@@ -196,14 +213,20 @@ class ComponentModel(nn.Module):
         def forward(x: Tensor) -> Tensor:
             folded = self.folded(x)
             out = replacement(site, folded, original)
-            return flattened(out, folded.ndim - x.ndim)
+            added = folded.ndim - x.ndim
+            return flattened(out, added)
 
         return forward
 
     def _before(self, replacement: Replacement, site: Site, original: Map) -> Map:
         """Return a forward pass of a module that calls the replacement on its input (D8)."""
         identity = self._through(replacement, site, lambda x: x)
-        return lambda x: original(identity(x))
+
+        def forward(x: Tensor) -> Tensor:
+            replaced = identity(x)
+            return original(replaced)
+
+        return forward
 
     def folded(self, x: Tensor) -> Tensor:
         """Return x with batch and positions as two dimensions if the target has flattened them.
@@ -211,12 +234,15 @@ class ComponentModel(nn.Module):
         Vectors [batch * pos, d] and token ids [batch * pos] are changed, and everything else is
         returned as it is. Valid inside `replaced`.
         """
-        if len(self._places) != 2:
+        places = self._places
+        if len(places) != 2:
             return x
         flat_dimensions = 2 if x.is_floating_point() else 1
-        if x.ndim != flat_dimensions or len(x) != self._places.numel():
+        if x.ndim != flat_dimensions:
             return x
-        return x.unflatten(0, self._places)
+        if len(x) != places.numel():
+            return x
+        return x.unflatten(0, places)
 
     def clean(self, batch: Tensor) -> Clean:
         """Run the target as it is, and record the inputs and outputs of its sites (step 1).
@@ -227,9 +253,12 @@ class ComponentModel(nn.Module):
             BadInput: the target uses a site twice, not at all, or only on some of the positions.
         """
         with torch.inference_mode(False), torch.no_grad():  # inference tensors have no `_version`
-            batch = batch.clone() if batch.is_inference() else batch
+            if batch.is_inference():
+                batch = batch.clone()
             run, intact = self._recorded(batch)
-            if not intact:
+            if not intact and not self._in_place:
+                # The recorded tensors have changed since, so the run is repeated with copies. All
+                # later runs record copies from the start: their record is right at once.
                 self._in_place = True
                 run, _ = self._recorded(batch)
         unused = [name for name in self.sites if name not in run.inputs]
@@ -252,18 +281,23 @@ class ComponentModel(nn.Module):
         recorder = Recorder(batch, copies=self._in_place)
         with self.replaced(recorder.at_site, recorder.at_module):
             output = self.target(batch)
-        return recorder.finish(output), recorder.intact()
+        run = recorder.finish(output)
+        return run, recorder.intact()
 
     def _reject_selections(self, run: Clean) -> None:
         """Raise BadInput if a site reads only some positions of all prompts, as experts do."""
-        if len(self._places) != 2:
+        places = self._places
+        if len(places) != 2:
             return
+        expected = (1, *places)
         for name, x in run.inputs.items():
-            places = x.shape if self.sites[name].kind == "embedding" else x.shape[:-1]
-            if len(places) == 1 and places[0] not in (1, *self._places):
+            dimensions = x.ndim
+            if self.sites[name].kind != "embedding":
+                dimensions -= 1  # the last one is d_in
+            if dimensions == 1 and len(x) not in expected:
                 raise BadInput(
-                    f"sites: '{name}' reads {places[0]} vectors of a batch with "
-                    f"{self._places.numel()} positions: a selection, like an expert of a mixture, "
+                    f"sites: '{name}' reads {len(x)} vectors of a batch with "
+                    f"{places.numel()} positions: a selection, like an expert of a mixture, "
                     "but importances need every position; leave it out"
                 )
 
@@ -296,29 +330,33 @@ class ComponentModel(nn.Module):
         replay = Replay(None if self._in_place else clean)
 
         def at_site(site: Site, x: Tensor, original: Map) -> Tensor:
-            x = x.clone() if self._in_place else x
+            if self._in_place:
+                x = x.clone()
             if seen is not None:
                 seen[site.name] = x
             clean_output = replay.lookup(site, x)
             mask = masks.get(site.name)
             if mask is None:
-                return original(x) if clean_output is None else clean_output
+                if clean_output is None:
+                    return original(x)
+                return clean_output
             replay.leave()
             if clean is not None and clean_output is not None:
                 return self._masked_on_clean(site, mask, clean, detach)
             V, U = self._matrices(site.name, clean, detach)
             return _masked(site, x, original, V, U, mask)
 
-        with self.replaced(at_site, replay.at_module if clean else None):
+        at_module = replay.at_module if clean else None
+        with self.replaced(at_site, at_module):
             return self.target(batch)
 
     def _matrices(self, name: str, clean: Clean | None, detach: bool) -> tuple[Tensor, Tensor]:
         """Return V and U of a site, cast to the precision of autocast once per batch."""
-        V = self[name].V
-        U = self[name].U
+        components = self[name]
+        V = components.V
+        U = components.U
         device = V.device.type
-        cast = torch.is_grad_enabled() and torch.is_autocast_enabled(device)
-        if clean is not None and cast:
+        if clean is not None and torch.is_grad_enabled() and torch.is_autocast_enabled(device):
             if name not in clean.matrices:
                 dtype = torch.get_autocast_dtype(device)
                 clean.matrices[name] = (V.to(dtype), U.to(dtype))
@@ -332,41 +370,47 @@ class ComponentModel(nn.Module):
 
         It is computed once for all passes that share the mask.
         """
-        if site.name in clean.masked and not detach:
-            known_mask, known_output = clean.masked[site.name]
+        name = site.name
+        if name in clean.masked and not detach:
+            known_mask, known_output = clean.masked[name]
             if known_mask is mask:
                 return known_output
-        V, U = self._matrices(site.name, clean, detach)
+        V, U = self._matrices(name, clean, detach)
         a = self._inner_on_clean(site, mask.rows, clean, V, detach)
-        out = masked_output(clean.outputs[site.name], site.bias, a, U, mask)
+        target_output = clean.outputs[name]
+        out = masked_output(target_output, site.bias, a, U, mask)
         if not detach:
-            clean.masked[site.name] = (mask, out)
+            clean.masked[name] = (mask, out)
         return out
 
     def _inner_on_clean(
         self, site: Site, rows: Tensor | None, clean: Clean, V: Tensor, detach: bool
     ) -> Tensor:
         """Return a = x V on the clean input, [rows, C] or [..., C]; known values are used again."""
-        if rows is not None and not clean.inner.known(site.name):
-            x = _rows(site, clean.inputs[site.name], rows)  # [rows, d_in]
-            return site.inner(x, V)
-        a = clean.inner[site.name]  # [..., C]
+        name = site.name
+        if rows is not None and not clean.inner.known(name):
+            x = clean.inputs[name]
+            selected = _rows(site, x, rows)  # [rows, d_in]
+            return site.inner(selected, V)
+        a = clean.inner[name]  # [..., C]
         if detach:
             a = a.detach()
         if rows is None:
             return a
-        return a.flatten(0, -2).index_select(0, rows)
+        flat = a.flatten(0, -2)  # [positions, C]
+        return flat.index_select(0, rows)
 
 
 class _Patches:
     """Forward passes set on modules, and what to restore."""
 
     def __init__(self):
-        self._before: list[tuple[nn.Module, Map | None]] = []
+        self._before = list[tuple[nn.Module, Map | None]]()
 
     def apply(self, module: nn.Module, forward: Map) -> None:
         """Set the forward pass of a module."""
-        self._before.append((module, module.__dict__.get("forward")))
+        previous = module.__dict__.get("forward")
+        self._before.append((module, previous))
         module.forward = forward
 
     def undo(self) -> None:
@@ -387,19 +431,32 @@ def _masked(
     site: Site, x: Tensor, original: Map, V: Tensor, U: Tensor, mask: Mask
 ) -> Float[Tensor, "... d_out"]:
     """Return the masked output of a site on an input that differs from the clean one."""
-    read = x if mask.rows is None else _rows(site, x, mask.rows)
-    a = site.inner(read, V)  # [..., C] or [rows, C]
-    target_output = None if mask.bare else original(x)  # [..., d_out]
+    selected = x
+    if mask.rows is not None:
+        selected = _rows(site, x, mask.rows)
+    a = site.inner(selected, V)  # [..., C] or [rows, C]
+    target_output = None
+    if not mask.bare:
+        target_output = original(x)  # [..., d_out]
     return masked_output(target_output, site.bias, a, U, mask)
 
 
 def flattened(x: Tensor, dimensions: int) -> Tensor:
     """Undo `ComponentModel.folded`, given the number of dimensions that it added."""
-    return x.flatten(0, dimensions) if dimensions else x
+    if dimensions == 0:
+        return x
+    return x.flatten(0, dimensions)
 
 
 def _rows(site: Site, x: Tensor, rows: Tensor) -> Tensor:
     """Return some positions of a site's input: token ids at embeddings, vectors elsewhere."""
     if site.kind == "embedding":
-        return x.flatten().index_select(0, rows)
-    return x.flatten(0, -2).index_select(0, rows)
+        flat = x.flatten()  # [positions]
+    else:
+        flat = x.flatten(0, -2)  # [positions, d_in]
+    return flat.index_select(0, rows)
+
+
+def _key(site: str) -> str:
+    """Return the name of a site without dots, which a ModuleDict does not allow in keys."""
+    return site.replace(".", "/")

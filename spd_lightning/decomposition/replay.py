@@ -95,25 +95,29 @@ class Recorder:
 
     def at_site(self, site: Site, x: Tensor, forward: Map) -> Tensor:
         """Run a site, and record its input and output."""
-        if site.name in self.run.inputs:
-            raise BadInput(f"sites: the target uses '{site.name}' twice in one run; leave it out")
-        self.run.inputs[site.name] = self._keep(x)
+        run = self.run
+        name = site.name
+        if name in run.inputs:
+            raise BadInput(f"sites: the target uses '{name}' twice in one run; leave it out")
+        run.inputs[name] = self._keep(x)
         out = forward(x)
-        self.run.outputs[site.name] = self._keep(out)
+        run.outputs[name] = self._keep(out)
         return out
 
     def at_module(self, module: nn.Module, forward: Map) -> Map:
         """Return a forward pass of a module without sites that records its output."""
+        record = self.run.record
 
         def recorded(*args, **kwargs):
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor):
-                    self._watch(value)
+            arguments = (*args, *kwargs.values())
+            for argument in arguments:
+                if isinstance(argument, Tensor):
+                    self._watch(argument)
             out = forward(*args, **kwargs)
-            if module in self.run.record:
+            if module in record:
                 self._repeated.add(module)
             elif isinstance(out, Tensor):
-                self.run.record[module] = self._keep(out)
+                record[module] = self._keep(out)
             return out
 
         return recorded
@@ -127,14 +131,20 @@ class Recorder:
 
     def intact(self) -> bool:
         """Return whether no recorded tensor was changed in place during the run (step 2)."""
-        return all(tensor._version == version for tensor, version in self._versions)
+        unchanged = [tensor._version == version for tensor, version in self._versions]
+        return all(unchanged)
 
     def _watch(self, tensor: Tensor) -> None:
-        self._versions.append((tensor, tensor._version))
+        """Note the version of a tensor, to see later whether it was changed."""
+        version = tensor._version
+        self._versions.append((tensor, version))
 
     def _keep(self, tensor: Tensor) -> Tensor:
+        """Watch a tensor, and return what to record of it."""
         self._watch(tensor)
-        return tensor.clone() if self._copies else tensor
+        if self._copies:
+            return tensor.clone()
+        return tensor
 
 
 class Replay:
@@ -167,9 +177,10 @@ class Replay:
         """
 
         def replayed(*args, **kwargs):
-            output = None
             if self._clean is not None and self._unchanged:
                 output = self._clean.record.get(module)
-            return forward(*args, **kwargs) if output is None else output
+                if output is not None:
+                    return output
+            return forward(*args, **kwargs)
 
         return replayed
