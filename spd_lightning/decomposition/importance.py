@@ -240,3 +240,15 @@ class ImportanceFunction(nn.Module, ABC):
     def forward(
         self, inputs: Mapping[str, Tensor], inner: Mapping[str, Any]
     ) -> dict[str, Tensor]: ...
+
+
+def by_site(z: Float[Tensor, "... C"], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the pre-activations of each site, from those of all sites side by side.
+
+    Args:
+        z: [..., Σ C], the components of all sites in the order of `counts`.
+        counts: the number of components of each site.
+    """
+    widths = list(counts.values())
+    parts = z.split(widths, dim=-1)  # [..., C] each
+    return dict(zip(counts, parts, strict=True))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from spd_lightning.decomposition.components import Site
-from spd_lightning.decomposition.importance import Importance, ImportanceFunction
+from spd_lightning.decomposition.importance import Importance, ImportanceFunction, by_site
 from spd_lightning.decomposition.importance_transformer import (
     ImportanceTransformer,
     chunks_of_layers,
@@ -275,9 +275,7 @@ class GlobalMLP(ImportanceFunction):
         vectors = [inputs[name] for name in self.counts]  # [..., d_in] each
         x = torch.cat(vectors, dim=-1)  # [..., Σ d_in]
         z = self.network(x)  # [..., Σ C]
-        widths = list(self.counts.values())
-        by_site = z.split(widths, dim=-1)
-        return dict(zip(self.counts, by_site, strict=True))
+        return by_site(z, self.counts)
 
 
 class Together(ImportanceFunction):
@@ -334,8 +332,11 @@ def _joint(config: Importance, sites: Mapping[str, tuple[Site, int]]) -> list[Im
     """Return functions that read several sites each: one, or one for each chunk of layers."""
     if config.kind == "global_mlp":
         return [GlobalMLP(sites, config.hidden)]
-    functions: list[ImportanceFunction] = []
-    for chunk in chunks_of_layers(list(sites), config.chunk_layers):
+    names = list(sites)
+    chunks = chunks_of_layers(names, config.chunk_layers)
+    transformers: list[ImportanceFunction] = []
+    for chunk in chunks:
         chunk_sites = {name: sites[name] for name in chunk}
-        functions.append(ImportanceTransformer(chunk_sites, config))
-    return functions
+        transformer = ImportanceTransformer(chunk_sites, config)
+        transformers.append(transformer)
+    return transformers

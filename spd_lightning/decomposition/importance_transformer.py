@@ -23,7 +23,7 @@ from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from spd_lightning.decomposition.components import Site
-from spd_lightning.decomposition.importance import Importance, ImportanceFunction
+from spd_lightning.decomposition.importance import Importance, ImportanceFunction, by_site
 from spd_lightning.decomposition.matmul import Linear
 
 ROTARY_BASE = 10_000.0
@@ -92,8 +92,10 @@ class _Block(nn.Module):
     def forward(
         self, h: Float[Tensor, "batch pos d_model"], turn: Rotation
     ) -> Float[Tensor, "batch pos d_model"]:
-        h = h + self._attention(_normed(h), turn)
-        return h + self._mlp(_normed(h))
+        normed = _normed(h)
+        h = h + self._attention(normed, turn)
+        normed = _normed(h)
+        return h + self._mlp(normed)
 
     def _attention(
         self, x: Float[Tensor, "batch pos d_model"], turn: Rotation
@@ -158,9 +160,7 @@ class ImportanceTransformer(ImportanceFunction):
         h = self._through_blocks(h)  # step 3
         z = self.last(h)  # step 4: [batch, pos, Σ C]
         z = z.reshape(*positions, -1)  # [..., Σ C]
-        widths = list(self.counts.values())
-        by_site = z.split(widths, dim=-1)
-        return dict(zip(self.counts, by_site, strict=True))
+        return by_site(z, self.counts)
 
     def _concatenated(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "... d_in"]:
         """Return the normed inputs of all sites side by side."""

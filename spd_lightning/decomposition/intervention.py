@@ -138,11 +138,7 @@ def intervene(
     """
     if base not in BASES:
         raise BadInput(f"base '{base}': not a base of interventions; {nearest(base, BASES)}")
-    locations = [edit.place for edit in edits]
-    if keep is not None:
-        locations += keep
-    for location in locations:
-        names.known(model.counts, location)
+    _check_places(model, edits, keep)
     with torch.no_grad():
         clean = model.clean(inputs)
         g = None
@@ -154,6 +150,17 @@ def intervene(
         edited = _EditedRun(model, g, edits, keep)
         output = edited.run(inputs)
         return Intervened(clean.output, base_output, output)
+
+
+def _check_places(
+    model: ComponentModel, edits: Sequence[Edit], keep: Sequence[Place] | None
+) -> None:
+    """Raise BadInput if a component that is edited or kept does not exist."""
+    locations = [edit.place for edit in edits]
+    if keep is not None:
+        locations += keep
+    for location in locations:
+        names.known(model.counts, location)
 
 
 class _EditedRun:

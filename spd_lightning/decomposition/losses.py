@@ -256,7 +256,8 @@ class Frequency:
         """
         f = joined_means(means)
         if whole is not None:
-            f = whole + (f - f.detach())  # the value of the whole batch, the gradient of the part
+            gradient_only = f - f.detach()  # zero, with the gradient of the part
+            f = whole + gradient_only
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
             total = differentiable.all_reduce(f)
@@ -375,9 +376,10 @@ class Losses:
         """
         run.progress = progress
         terms: WeightedTerms = {}
-        if self.faithfulness.coeff:  # step 1
-            value = self.faithfulness(run.model)
-            terms["faithfulness"] = (self.faithfulness.coeff, value)
+        faithfulness = self.faithfulness
+        if faithfulness.coeff:  # step 1
+            value = faithfulness(run.model)
+            terms["faithfulness"] = (faithfulness.coeff, value)
         terms |= self._penalties(run, progress)  # step 2
         terms |= self._reconstructions(run)  # step 3
         weighted = []
