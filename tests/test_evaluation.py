@@ -3,7 +3,9 @@ one.
 """
 
 import json
+import math
 import sys
+from itertools import permutations
 
 import lightning as L
 import pytest
@@ -19,6 +21,7 @@ from spd_lightning.training import figures as drawing
 from spd_lightning.training.checkpoint import SafetensorsIO
 from spd_lightning.training.decompose import Decomposition, FaithfulnessWarmup
 from spd_lightning.training.evaluate import Evaluation
+from spd_lightning.training.pgd_sweep import worst_of
 from spd_lightning.training.session import quiet
 
 
@@ -37,6 +40,20 @@ def test_e_two_devices_give_the_figures_of_one(tmp_path):
             assert left[name] == pytest.approx(value, rel=1e-9, abs=1e-12), (subject, name)
         assert whole["pgd/6"] > 0
         assert any(value > 0 for name, value in whole.items() if name.endswith("/random"))
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_e_the_worst_restart_of_the_sweep_is_one_that_is_not_a_number_wherever_it_comes(order):
+    restarts = [
+        {"pgd/2": 1.0, "se/pgd/2": 0.1, "pgd/5": 4.0, "se/pgd/5": 0.4},
+        {"pgd/2": math.nan, "se/pgd/2": math.nan, "pgd/5": 3.0, "se/pgd/5": 0.3},
+        {"pgd/2": 2.0, "se/pgd/2": 0.2, "pgd/5": 5.0, "se/pgd/5": 0.5},
+    ]
+    worst = worst_of([restarts[k] for k in order], (5, 2))
+    assert list(worst) == ["pgd/2", "se/pgd/2", "pgd/5", "se/pgd/5"]
+    assert math.isnan(worst["pgd/2"])
+    assert math.isnan(worst["se/pgd/2"])
+    assert (worst["pgd/5"], worst["se/pgd/5"]) == (5.0, 0.5)
 
 
 # ---- inside a trainer ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -60,13 +61,14 @@ class Evaluation:
         if self.divergence not in ROW_DIVERGENCES:
             hint = nearest(self.divergence, ROW_DIVERGENCES)
             raise BadInput(f"evaluation: divergence '{self.divergence}'; {hint}")
-        check_range("evaluation", least=0, most=1, threshold=self.threshold)
-        check_range(
-            "evaluation", least=1, whole=True, pgd_steps=self.pgd_steps, pgd_rows=self.pgd_rows
-        )
-        check_range("evaluation", least=1, whole=True, restarts=self.restarts)
+        place = "evaluation"
+        check_range(place, least=0, most=1, threshold=self.threshold)
+        check_range(place, least=1, whole=True, pgd_steps=self.pgd_steps)
+        check_range(place, least=1, whole=True, pgd_rows=self.pgd_rows)
+        check_range(place, least=1, whole=True, restarts=self.restarts)
         for site, k in self.dense.items():
-            check_range(f"evaluation.dense, site '{site}'", least=1, whole=True, k=k)
+            place = f"evaluation.dense, site '{site}'"
+            check_range(place, least=1, whole=True, k=k)
 
 
 # ---- sums ----------------------------------------------------------------------------------------
@@ -81,13 +83,15 @@ class Totals:
     def add(self, name: str, value: Tensor) -> None:
         """Add to a sum, in float64."""
         total = self.sums.get(name, 0)
-        self.sums[name] = total + value.detach().double()
+        value = value.detach()
+        self.sums[name] = total + value.double()
 
     def add_rows(self, name: str, values: Float[Tensor, " batch"]) -> None:
         """Add one value per row, and its square for the standard error."""
         values = values.double()
+        squares = values.square()
         self.add(name, values.sum())
-        self.add(f"squares/{name}", values.square().sum())
+        self.add(f"squares/{name}", squares.sum())
 
     def mean(self, name: str) -> Tensor:
         """Return the mean over positions."""
@@ -107,8 +111,9 @@ class Totals:
             return None
         squares = float(self.sums[f"squares/{name}"])
         mean = self.row_mean(name)
-        variance = (squares - rows * mean**2) / (rows - 1)
-        variance = max(variance, 0.0)
+        deviations = squares - rows * mean**2  # Σ (x − mean)² = Σ x² − n mean²
+        variance = deviations / (rows - 1)
+        variance = max(variance, 0.0)  # rounding can make it negative
         return math.sqrt(variance / rows)
 
     def stated(self, name: str, figure: str) -> dict[str, float]:
@@ -122,15 +127,18 @@ class Totals:
     def over_devices(self) -> "Totals":
         """Return the sums over all devices, with a single exchange."""
         distributed = torch.distributed
-        if not (self.sums and distributed.is_available() and distributed.is_initialized()):
+        if not self.sums:
             return self
-        values = list(self.sums.values())
-        flat = torch.cat([value.flatten() for value in values])
-        distributed.all_reduce(flat)
-        pieces = flat.split([value.numel() for value in values])
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self
+        flattened = [value.flatten() for value in self.sums.values()]
+        sizes = [len(value) for value in flattened]
+        joined = torch.cat(flattened)
+        distributed.all_reduce(joined)
+        parts = joined.split(sizes)
         sums = {}
-        for (name, value), piece in zip(self.sums.items(), pieces, strict=True):
-            sums[name] = piece.view_as(value)
+        for (name, value), part in zip(self.sums.items(), parts, strict=True):
+            sums[name] = part.view_as(value)
         return Totals(sums)
 
 
@@ -145,17 +153,20 @@ def count(
     importances = run.importances.lower
     _count_importances(importances, settings, totals)
     compare = ROW_DIVERGENCES[settings.divergence]
+    batch = run.batch
     clean_output = run.clean.output
-    clean_loss = _task(model, run.batch, clean_output)
+    clean_loss = _task(model, batch, clean_output)
     totals.add_rows("task/target", clean_loss)
     outputs = masked_outputs(
-        model, run.batch, run.clean, importances, run.generator, settings.threshold, share
+        model, batch, run.clean, importances, run.generator, settings.threshold, share
     )
     for masking, output in outputs:
-        totals.add_rows(f"divergence/{masking}", compare(output, clean_output))
-        loss = _task(model, run.batch, output)
+        divergence = compare(output, clean_output)
+        totals.add_rows(f"divergence/{masking}", divergence)
+        loss = _task(model, batch, output)
         totals.add_rows(f"task_difference/{masking}", loss - clean_loss)
-    for site, (error, size) in hidden_squares(model, run).items():
+    squares = hidden_squares(model, run)
+    for site, (error, size) in squares.items():
         totals.add(f"hidden_error/{site}", error)
         totals.add(f"hidden_size/{site}", size)
 
@@ -165,25 +176,51 @@ def _count_importances(
 ) -> None:
     """Add the importances of a batch to the totals."""
     first = next(iter(importances.values()))
-    totals.add("rows", first.new_tensor(len(first)))
-    totals.add("positions", first.new_tensor(first[..., 0].numel()))
+    batch, *positions, _ = first.shape
+    n_positions = math.prod(positions, start=batch)
+    totals.add("rows", first.new_tensor(batch))
+    totals.add("positions", first.new_tensor(n_positions))
     l0 = dict[str, Tensor]()  # by site, for each row: needed components per position
     for site, g in importances.items():
         fired = firings(g, settings.threshold)  # [batch, (pos,) C]
-        totals.add(f"fired/{site}", fired.flatten(0, -2).sum(0))
-        totals.add(f"importance/{site}", g.flatten(0, -2).sum(0))
-        histogram = torch.histc(g.flatten().float(), BINS, 0, 1)
-        totals.add(f"histogram/{site}", histogram)
-        needed = fired.sum(-1).double()  # [batch] or [batch, pos]
-        l0[site] = needed.flatten(1).mean(1) if g.ndim > 2 else needed
+        _count_components(site, g, fired, totals)
+        l0[site] = _l0_of_rows(fired)
         totals.add_rows(f"l0/{site}", l0[site])
+    nothing = 0 * next(iter(l0.values()))  # [batch]
     for group, pattern in settings.groups.items():
         members = [value for site, value in l0.items() if fnmatchcase(site, pattern)]
+        total = nothing
         if members:
             total = torch.stack(members).sum(0)
-        else:
-            total = 0 * next(iter(l0.values()))
         totals.add_rows(f"l0/{group}", total)
+
+
+def _count_components(site: str, g: Tensor, fired: Tensor, totals: Totals) -> None:
+    """Add the importances of the components of a site, and how often they fired, to the totals."""
+    flat_g = g.flatten(0, -2)  # [positions, C]
+    flat_fired = fired.flatten(0, -2)  # [positions, C]
+    totals.add(f"fired/{site}", flat_fired.sum(0))
+    totals.add(f"importance/{site}", flat_g.sum(0))
+    entries = g.flatten().float()
+    histogram = torch.histc(entries, BINS, 0, 1)
+    totals.add(f"histogram/{site}", histogram)
+
+
+def _l0_of_rows(fired: Tensor) -> Float[Tensor, " batch"]:
+    """Return the number of components that fired in each row, averaged over its positions."""
+    needed = fired.sum(-1).double()  # [batch] or [batch, pos]
+    if needed.ndim == 1:
+        return needed
+    return needed.flatten(1).mean(1)
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """A target with a training loss that can score any output."""
+
+    def score(self, output: Tensor, inputs: Tensor, /) -> Tensor:
+        """Return the loss of an output on these inputs."""
+        ...
 
 
 def _task(model: ComponentModel, batch: Tensor, output: Tensor) -> Float[Tensor, " batch"]:
@@ -192,13 +229,21 @@ def _task(model: ComponentModel, batch: Tensor, output: Tensor) -> Float[Tensor,
     It is the cross-entropy of a language model and the squared error of a toy.
     """
 
+    target = model.target
+    assert isinstance(target, Scored)
+
     def loss_of_row(row: Tensor, inputs: Tensor) -> Tensor:
-        return model.target.score(row[None], inputs[None])  # pyright: ignore[reportCallIssue]
+        outputs = row[None]  # a batch of one row
+        return target.score(outputs, inputs[None])
 
     if batch.is_floating_point():
-        return torch.vmap(loss_of_row)(output, batch)
-    pairs = zip(output, batch, strict=True)  # a language model has few rows, but large ones
-    return torch.stack([loss_of_row(*pair) for pair in pairs])
+        loss_of_rows = torch.vmap(loss_of_row)
+        return loss_of_rows(output, batch)
+    losses = []  # one by one: a language model has few rows, but large ones
+    for row, tokens in zip(output, batch, strict=True):
+        loss = loss_of_row(row, tokens)
+        losses.append(loss)
+    return torch.stack(losses)
 
 
 def hidden_squares(model: ComponentModel, run: LossContext) -> dict[str, tuple[Tensor, Tensor]]:
@@ -208,14 +253,22 @@ def hidden_squares(model: ComponentModel, run: LossContext) -> dict[str, tuple[T
         By site: the squared error of its input, and the square of its clean input.
     """
     seen: dict[str, Tensor] = {}
-    model.masked(run.batch, run.masks("ci", 0, 0.0), seen=seen)
+    masks = run.masks("ci", 0, 0.0)
+    model.masked(run.batch, masks, seen=seen)
     squares = {}
     for site, x in run.clean.inputs.items():
         if x.is_floating_point():
-            error = (seen[site] - x).double().square().sum()
-            size = x.double().square().sum()
+            change = seen[site] - x
+            error = _sum_of_squares(change)
+            size = _sum_of_squares(x)
             squares[site] = error, size
     return squares
+
+
+def _sum_of_squares(x: Tensor) -> Float[Tensor, ""]:
+    """Return the sum of squares of all entries, in float64."""
+    squares = x.double().square()
+    return squares.sum()
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -229,26 +282,39 @@ def figures_of(
     A component is alive if an input needs it and its weights are not negligible.
     """
     figures: dict[str, float | int] = {}
-    sums = totals.sums
     for site in model.sites:
-        large = sizeable(model[site].V, model[site].U)  # [C]
-        fired = sums[f"fired/{site}"] > 0  # [C]
-        figures |= totals.stated(f"l0/{site}", f"l0/{site}")
-        figures[f"alive/{site}"] = int((fired & large).sum())
-        figures[f"nonzero/{site}"] = int(large.sum())
-        if f"hidden_size/{site}" in sums:
-            error = sums[f"hidden_error/{site}"]
-            size = sums[f"hidden_size/{site}"].clamp(min=1e-30)
-            figures[f"hidden/{site}"] = float(error / size)
+        figures |= _site_figures(model, totals, site)
     for group in settings.groups:
         figures |= totals.stated(f"l0/{group}", f"l0/{group}")
+    divergence = settings.divergence
     for masking in MASKINGS:
-        figures |= totals.stated(f"divergence/{masking}", f"{settings.divergence}/{masking}")
+        difference = f"task_difference/{masking}"
+        figures |= totals.stated(f"divergence/{masking}", f"{divergence}/{masking}")
         figures |= _recovered(totals, "divergence", masking, "recovered")
-        figures |= totals.stated(f"task_difference/{masking}", f"task_difference/{masking}")
-        if settings.divergence == "kl":  # outputs are logits, and the task loss a cross-entropy
+        figures |= totals.stated(difference, difference)
+        if divergence == "kl":  # outputs are logits, and the task loss a cross-entropy
             figures |= _recovered(totals, "task_difference", masking, "ce_recovered")
-    return figures | totals.stated("task/target", "task/target")
+    figures |= totals.stated("task/target", "task/target")
+    return figures
+
+
+def _site_figures(model: ComponentModel, totals: Totals, site: str) -> dict[str, float | int]:
+    """Return the figures of one site."""
+    figures: dict[str, float | int] = {}
+    sums = totals.sums
+    components = model[site]
+    large = sizeable(components.V, components.U)  # [C]
+    fired = sums[f"fired/{site}"] > 0  # [C]
+    alive = fired & large  # [C]
+    figures |= totals.stated(f"l0/{site}", f"l0/{site}")
+    figures[f"alive/{site}"] = int(alive.sum())
+    figures[f"nonzero/{site}"] = int(large.sum())
+    if f"hidden_size/{site}" in sums:  # embeddings have none
+        error = sums[f"hidden_error/{site}"]
+        size = sums[f"hidden_size/{site}"]
+        size = size.clamp(min=1e-30)
+        figures[f"hidden/{site}"] = float(error / size)
+    return figures
 
 
 def _recovered(totals: Totals, measure: str, masking: str, name: str) -> dict[str, float]:
@@ -260,7 +326,8 @@ def _recovered(totals: Totals, measure: str, masking: str, name: str) -> dict[st
     if not full_cost > 0:
         return {}
     cost = totals.row_mean(f"{measure}/{masking}")
-    return {f"{name}/{masking}": 1 - cost / full_cost}
+    share_lost = cost / full_cost
+    return {f"{name}/{masking}": 1 - share_lost}
 
 
 def counts(figure: str) -> bool:
@@ -282,9 +349,13 @@ def with_errors(figures: Mapping[str, float | int]) -> dict[str, str]:
 def uncertain(value: float | int, error: float | None) -> str:
     """Format a value to its last certain digit; to four digits if its error is unknown."""
     if error is None or not error > 0 or not math.isfinite(error):
-        return str(value) if isinstance(value, int) else f"{value:.4g}"
-    digits = -math.floor(math.log10(error))
-    if f"{error:e}".startswith("1"):
+        if isinstance(value, int):
+            return str(value)
+        return f"{value:.4g}"
+    exponent = math.log10(error)
+    digits = -math.floor(exponent)
+    scientific = f"{error:e}"
+    if scientific.startswith("1"):
         digits += 1  # 0.0014 rather than 0.001
     if digits > 6 or digits < -3:
         return f"{value:.4g} ± {error:.1g}"
