@@ -18,6 +18,7 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 from spd_lightning.config import digest
 from spd_lightning.data.stories.generator import story
 from spd_lightning.encoding import lone_surrogate, read_lines
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput
 from spd_lightning.targets.huggingface import hub_answers
 
 END = "<|endoftext|>"
@@ -80,18 +81,22 @@ class Corpus:
         Raises:
             BadInput: the corpus or its column does not exist, or an entry is not text.
         """
-        return (text for text in self._all() if text.strip())
+        for text in self._all():
+            if text.strip():
+                yield text
 
     def fingerprint(self) -> str:
         """Return twelve characters that identify everything the documents depend on."""
         if self.endless:
-            return digest(["stories", list(islice(self.documents(), 100))])
+            first = list(islice(self.documents(), 100))
+            return digest(["stories", first])
         if self.name == "stdlib":
-            return digest(["stdlib", platform.python_version()])
+            version = platform.python_version()
+            return digest(["stdlib", version])
         if not self.name.startswith("hf:"):
             states = [_file_state(path) for path in self._files()]
             return digest([self.column, *states])
-        folder = Path(self.name[3:])
+        folder = Path(self.name.removeprefix("hf:"))
         states = []
         if folder.is_dir():
             files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -100,26 +105,29 @@ class Corpus:
 
     def _all(self) -> Iterator[str]:
         if self.endless:
-            yield from (story(0, index).text for index in count())
+            for index in count():
+                yield story(0, index).text
         elif self.name == "stdlib":
-            yield from _standard_library(Path(sysconfig.get_path("stdlib")))
+            root = Path(sysconfig.get_path("stdlib"))
+            yield from _standard_library(root)
         elif self.name.startswith("hf:"):
             rows = enumerate(self._dataset(), 1)
-            yield from texts(rows, self.column, f"corpus '{self.name}'", "row")
+            where = f"corpus '{self.name}'"
+            yield from texts(rows, self.column, where, "row")
         else:
             for path in self._files():
-                yield from _READERS[path.suffix](path, self.column)
+                read = _READERS[path.suffix]
+                yield from read(path, self.column)
 
     def _files(self) -> list[Path]:
         paths = matching(Path(self.name).expanduser())
         if not paths:
-            suggestion = ""
-            if not {"/", ".", "*"} & set(self.name):
-                suggestion = nearest(self.name, ["stories", "stdlib"]) + " or "
-            raise BadInput(
-                f"corpus '{self.name}': no such file; {suggestion}give stories, stdlib, a path, or "
-                "hf:NAME"
-            )
+            remedy = "give stories, stdlib, a path, or hf:NAME"
+            is_word = {"/", ".", "*"}.isdisjoint(self.name)
+            close = get_close_matches(self.name, ["stories", "stdlib"], n=1)
+            if is_word and close:
+                remedy = f"did you mean '{close[0]}'?"
+            raise BadInput(f"corpus '{self.name}': no such file; {remedy}")
         for path in paths:
             if path.suffix not in _SUFFIXES or not path.is_file():
                 raise BadInput(
@@ -207,9 +215,11 @@ def texts(rows: Iterable[Row], column: str, where: str, row_is: str = "line") ->
     for number, row in rows:
         text = text_of(row, column)
         if isinstance(text, Unusable):
-            raise BadInput(f"{where}: {row_is} {number}: {text.why}; {text.remedy}")
-        if text is not None:
-            yield text
+            place = f"{where}: {row_is} {number}"
+            raise BadInput(f"{place}: {text.why}; {text.remedy}")
+        if text is None:
+            continue
+        yield text
 
 
 def text_of(row: Any, column: str, option: str = "column") -> str | Unusable | None:
@@ -259,7 +269,9 @@ def _object(line: str) -> dict[str, Any] | Unusable:
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
-    return texts(jsonl_rows(path), column, f"file '{path}'")
+    rows = jsonl_rows(path)
+    where = f"file '{path}'"
+    return texts(rows, column, where)
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[Row]:
@@ -289,7 +301,9 @@ def parquet_rows(path: Path, column: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
-    return texts(parquet_rows(path, column), column, f"file '{path}'", "row")
+    rows = parquet_rows(path, column)
+    where = f"file '{path}'"
+    return texts(rows, column, where, "row")
 
 
 def _plain(path: Path, _: str) -> Iterator[str]:
@@ -326,10 +340,12 @@ def _has_end_marks(path: Path) -> bool:
 
 
 def _standard_library(root: Path) -> Iterator[str]:
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
+    paths = root.rglob("*.py")
+    for path in sorted(paths, key=lambda path: path.relative_to(root).parts):
         parts = path.relative_to(root).parts
         generated = parts[0].startswith(("config-", "_sysconfigdata"))
-        if generated or not _SKIPPED_FOLDERS.isdisjoint(parts):
+        skipped = not _SKIPPED_FOLDERS.isdisjoint(parts)
+        if generated or skipped:
             continue
         with tokenize.open(path) as file:  # in the encoding that the source declares
             yield file.read()
@@ -337,7 +353,11 @@ def _standard_library(root: Path) -> Iterator[str]:
 
 def _file_state(path: Path) -> list[Any]:
     status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    return [
+        str(path.resolve()),
+        status.st_size,
+        status.st_mtime_ns,
+    ]
 
 
 @contextmanager

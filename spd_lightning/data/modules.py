@@ -9,7 +9,7 @@ import hashlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -22,6 +22,22 @@ from spd_lightning.targets.toy import PROBE, induction_tokens
 T = TypeVar("T")
 
 
+@runtime_checkable
+class TakesInnerSteps(Protocol):
+    """A LightningModule that makes several optimizer steps in one `training_step`."""
+
+    inner_steps: int
+
+
+@runtime_checkable
+class EncodesText(Protocol):
+    """A data module that can turn a text into token ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        ...
+
+
 class Prompts(NamedTuple):
     """Inputs of `predict`, each with its source."""
 
@@ -32,7 +48,12 @@ class Prompts(NamedTuple):
 
     def take(self, rows: slice | list[int]) -> "Prompts":
         """Return some of the prompts."""
-        numbers = range(len(self.sources))[rows] if isinstance(rows, slice) else rows
+        numbers: Sequence[int]
+        if isinstance(rows, slice):
+            every_row = range(len(self.sources))
+            numbers = every_row[rows]
+        else:
+            numbers = rows
         return Prompts(
             self.inputs[rows],
             sources=[self.sources[i] for i in numbers],
@@ -43,13 +64,15 @@ class Prompts(NamedTuple):
 
 def _drop_duplicates(prompts: Prompts) -> Prompts:
     """Keep the first of equal prompts, since two devices could not detect each other's."""
-    first = dict[bytes, int]()
+    first = dict[bytes, int]()  # row by content
     for row, values in enumerate(prompts.inputs):
-        content = values.cpu().contiguous().numpy().tobytes()
+        array = values.cpu().contiguous().numpy()
+        content = array.tobytes()
         first.setdefault(content, row)
     if len(first) == len(prompts.inputs):
         return prompts
-    return prompts.take(list(first.values()))
+    rows = list(first.values())
+    return prompts.take(rows)
 
 
 class Batches(Generic[T]):
@@ -82,10 +105,14 @@ def generator_for(seed: int, split: str, step: int, rank: int) -> torch.Generato
 
     Its seed is a hash of the four arguments, so that neighboring steps have unrelated seeds.
     """
-    label = f"{seed} {split} {step} {rank}".encode()
-    key = hashlib.blake2b(label, digest_size=8).digest()
-    mixed = int.from_bytes(key)
-    return torch.Generator().manual_seed(mixed)
+    label = f"{seed} {split} {step} {rank}"
+    hashed = hashlib.blake2b(
+        label.encode(),
+        digest_size=8,
+    )
+    mixed = int.from_bytes(hashed.digest())
+    generator = torch.Generator()
+    return generator.manual_seed(mixed)
 
 
 class StepData(LightningDataModule, ABC):
@@ -164,9 +191,15 @@ class StepData(LightningDataModule, ABC):
         batches = list[Prompts]()
         dealt = 0  # number of prompts in earlier groups
         for group in map(_drop_duplicates, self.groups()):
-            prompts = group.take(slice((rank - dealt) % world, None, world))
+            # Prompt i of a group is number dealt + i of all. It goes to this device if that number
+            # is the rank modulo the number of devices.
+            first = (rank - dealt) % world
+            share = slice(first, None, world)
+            prompts = group.take(share)
             for start in range(0, len(prompts.sources), size):
-                batches.append(prompts.take(slice(start, start + size)))
+                stop = start + size
+                batch = prompts.take(slice(start, stop))
+                batches.append(batch)
             dealt += len(group.sources)
         return Batches(lambda: iter(batches), len(batches))
 
@@ -178,9 +211,12 @@ class StepData(LightningDataModule, ABC):
         if self.trainer is not None:
             step = self.trainer.global_step
             last = self.trainer.max_steps
-            size = getattr(self.trainer.lightning_module, "inner_steps", 1)
+            module = self.trainer.lightning_module
+            if isinstance(module, TakesInnerSteps):
+                size = module.inner_steps
         while step < last:
-            stop = min(step - step % size + size, last)
+            aligned = step - step % size  # a resumed training can begin within a list
+            stop = min(aligned + size, last)
             yield [self.batch(index, rank, world=world) for index in range(step, stop)]
             step = stop
 
@@ -225,10 +261,12 @@ class SampledData(StepData):
         probes, names = self.probes()
         random = self._random_prompts()
         random_names = [f"random {index}" for index in range(len(random))]
+        probe_splits = ["probe"] * len(probes)
+        random_splits = ["random"] * len(random)
         return Prompts(
-            torch.cat([probes, random]),
+            inputs=torch.cat([probes, random]),
             sources=names + random_names,
-            splits=["probe"] * len(probes) + ["random"] * len(random),
+            splits=probe_splits + random_splits,
         )
 
     def groups(self) -> list[Prompts]:
@@ -293,15 +331,22 @@ class SparseFeatures(SampledData):
         A feature is active if its number u is below the probability p. Given that, u / p is uniform
         in [0, 1), and the value is low + (high − low) u / p.
         """
-        drawn = torch.rand(rows, self.n_features, generator=generator)
-        scale = (self.high - self.low) / self.probability
+        drawn = torch.rand(
+            rows,
+            self.n_features,
+            generator=generator,
+        )
+        length = self.high - self.low
+        scale = length / self.probability
         value = self.low + scale * drawn
-        return torch.where(drawn < self.probability, value, 0.0)
+        is_active = drawn < self.probability
+        return torch.where(is_active, value, 0.0)
 
     def probes(self) -> tuple[Float[Tensor, "features features"], list[str]]:
         """Return every feature alone at 0.75."""
-        inputs = PROBE * torch.eye(self.n_features)
-        names = [f"feature {index}" for index in range(self.n_features)]
+        count = self.n_features
+        inputs = PROBE * torch.eye(count)
+        names = [f"feature {index}" for index in range(count)]
         return inputs, names
 
 
@@ -340,7 +385,12 @@ class InductionTokens(SampledData):
 
     def sample(self, rows: int, generator: torch.Generator) -> Int[Tensor, "rows pos"]:
         """Draw sequences in which a random token other than BOS is repeated."""
-        repeated = torch.randint(1, self.vocab, (rows, 1), generator=generator)
+        repeated = torch.randint(
+            low=1,
+            high=self.vocab,
+            size=(rows, 1),
+            generator=generator,
+        )
         return induction_tokens(repeated, self.vocab, self.seq_len, generator)
 
     def probes(self) -> tuple[Int[Tensor, "tokens pos"], list[str]]:
@@ -348,5 +398,5 @@ class InductionTokens(SampledData):
         repeated = torch.arange(1, self.vocab).unsqueeze(1)  # [tokens, 1]
         generator = generator_for(self.seed, "probe", 0, 0)
         tokens = induction_tokens(repeated, self.vocab, self.seq_len, generator)
-        names = [f"token {index}" for index in range(1, self.vocab)]
+        names = [f"token {token}" for token in range(1, self.vocab)]
         return tokens, names

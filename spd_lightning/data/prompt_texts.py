@@ -4,6 +4,7 @@ All prompts that cannot be used are reported together, in one message.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +28,10 @@ def given_texts(prompts: Sequence[str]) -> list[PromptText]:
     texts = list[PromptText]()
     for index, prompt in enumerate(prompts):
         text: str | Unusable = prompt
-        if half := lone_surrogate(prompt):
-            text = Unusable(f"{half} is half of a character", "write the whole character")
+        half = lone_surrogate(prompt)
+        if half is not None:
+            why = f"{half} is half of a character"
+            text = Unusable(why, "write the whole character")
         source = f"given {index}"
         texts.append(PromptText(source, source, text))
     return texts
@@ -51,7 +54,10 @@ def texts_in_file(path: Path, column: str) -> tuple[list[PromptText], int]:
         if text is None or (isinstance(text, str) and not text.strip()):
             blank += 1
             continue
-        texts.append(PromptText(f"file {len(texts)}", f"{place} of '{path.name}'", text))
+        source = f"file {len(texts)}"
+        full_place = f"{place} of '{path.name}'"
+        prompt = PromptText(source, full_place, text)
+        texts.append(prompt)
     if not texts:
         raise BadInput(f"prompts_file '{path}' in Text: it contains no prompts; write one per line")
     return texts, blank
@@ -61,10 +67,13 @@ def _places(path: Path, column: str) -> Iterator[tuple[str, str | Unusable | Non
     """Yield the place and the text of every line or row; the text is None if it is blank."""
     if path.suffix == ".parquet":
         for number, row in parquet_rows(path, column):
-            yield f"row {number}", text_of(row, column, "prompts_column")
+            text = text_of(row, column, "prompts_column")
+            yield f"row {number}", text
     elif path.suffix == ".jsonl":
         for number, row in jsonl_rows(path, keep_blank=True):
-            text = None if row is None else text_of(row, column, "prompts_column")
+            text = None
+            if row is not None:
+                text = text_of(row, column, "prompts_column")
             yield f"line {number}", text
     else:
         for number, line in enumerate(read_lines(path), 1):
@@ -81,11 +90,13 @@ def rejection(offenses: Mapping[str, Unusable]) -> BadInput:
     """
     number = len(offenses)
     clauses = list[str]()
-    for place, offense in list(offenses.items())[:_MOST_LISTED]:
+    for place, offense in islice(offenses.items(), _MOST_LISTED):
         clauses.append(f"{place}: {offense.why}")
-    if number > _MOST_LISTED:
-        clauses.append(f"and {number - _MOST_LISTED} more")
-    remedies = list(dict.fromkeys(offense.remedy for offense in offenses.values()))
-    clauses += remedies[:3]
+    unlisted = number - _MOST_LISTED
+    if unlisted > 0:
+        clauses.append(f"and {unlisted} more")
+    remedies = dict.fromkeys(offense.remedy for offense in offenses.values())
+    clauses += islice(remedies, 3)
+    reasons = "; ".join(clauses)
     count = "one" if number == 1 else str(number)
-    return BadInput(f"prompts in Text: {count} cannot be used: {'; '.join(clauses)}")
+    return BadInput(f"prompts in Text: {count} cannot be used: {reasons}")

@@ -23,6 +23,7 @@ from spd_lightning.data.prompt_texts import PromptText, given_texts, rejection, 
 from spd_lightning.data.tokenized import ALPHABET, Streams, Tokenizer, opened, tokenized
 from spd_lightning.encoding import lone_surrogate
 from spd_lightning.errors import BadInput, check_range
+from spd_lightning.targets.protocols import HasContext, HasNetwork
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,8 @@ class Text(StepData):
 
         Spaces and line ends are not escaped.
         """
-        return [self.tokenizer.name(i) for i in ids]
+        tokenizer = self.tokenizer
+        return [tokenizer.name(i) for i in ids]
 
     # ---- windows ---------------------------------------------------------------------------------
 
@@ -184,13 +186,17 @@ class Text(StepData):
         Raises:
             BadInput: the corpus is not available, or is shorter than a window.
         """
-        size = self.validation_batch_size if split == "val" else self.batch_size
+        size = self.batch_size
+        if split == "val":
+            size = self.validation_batch_size
         windows = self._windows(split, self.seq_len)
-        first = (step * world + rank) * size
-        rows = range(first, first + size)
-        numbers = [self._window(split, row, len(windows)) for row in rows]
-        tokens = windows[numbers].astype(np.int64)
-        return torch.from_numpy(tokens)
+        count = len(windows)
+        earlier_batches = step * world + rank  # each step has one batch on each device
+        first = earlier_batches * size
+        last = first + size
+        numbers = [self._window(split, row, count) for row in range(first, last)]
+        tokens = windows[numbers]
+        return torch.from_numpy(tokens.astype(np.int64))
 
     def _window(self, split: str, row: int, count: int) -> int:
         """Return the number of the window at a row, which counts through all epochs."""
@@ -200,17 +206,21 @@ class Text(StepData):
 
     def _windows(self, split: str, length: int) -> np.ndarray:
         """Return all windows of a split [windows, length], as a view of the stream."""
-        if split == "train":
-            stream, part, remedy = self.streams.train, "training", "more text"
-        else:
-            stream, part, remedy = self.streams.validation, "validation", "more documents"
+        stream = self.streams.train
+        part = "training"
+        remedy = "more text"
+        if split != "train":
+            stream = self.streams.validation
+            part = "validation"
+            remedy = "more documents"
         if len(stream) < length:
             raise BadInput(
                 f"corpus '{self.corpus.name}' in Text: {len(stream)} {part} tokens, and a window "
                 f"needs {length}; give it {remedy}, or make seq_len and n_ctx smaller"
             )
         count = len(stream) // length
-        return stream[: count * length].reshape(count, length)
+        used = stream[: count * length]  # without an incomplete window at the end
+        return used.reshape(count, length)
 
     # ---- prompts ---------------------------------------------------------------------------------
 
@@ -230,13 +240,18 @@ class Text(StepData):
 
     def _group(self, prompts: Sequence[tuple[str, list[int]]]) -> Prompts:
         """Join prompts of one length, given as their sources and tokens."""
-        sources = [source for source, _ in prompts]
-        splits = [
-            "validation" if source.startswith("validation") else "given" for source in sources
-        ]
-        rows = [ids for _, ids in prompts]
-        names = [self.names(ids) for ids in rows]
-        return Prompts(torch.tensor(rows), sources, splits, names)
+        sources: list[str] = []
+        splits: list[str] = []
+        rows: list[list[int]] = []
+        names: list[list[str]] = []
+        for source, ids in prompts:
+            split = "validation" if source.startswith("validation") else "given"
+            sources.append(source)
+            splits.append(split)
+            rows.append(ids)
+            names.append(self.names(ids))
+        inputs = torch.tensor(rows)
+        return Prompts(inputs, sources, splits, names)
 
     def _prompts(self) -> Iterator[tuple[str, list[int]]]:
         """Yield the source and the tokens of every prompt."""
@@ -328,8 +343,10 @@ class Text(StepData):
         """Return the context of the trainer's model; None without a trainer or a limit."""
         if self.trainer is None:
             return None
-        network = getattr(self.trainer.lightning_module, "network", None)
-        return getattr(network, "context", None)
+        module = self.trainer.lightning_module
+        if isinstance(module, HasNetwork) and isinstance(module.network, HasContext):
+            return module.network.context
+        return None
 
     def _warn_once(self, message: str, *values: object) -> None:
         """Log a warning unless it has been logged before: prompts can be read several times."""
@@ -340,7 +357,8 @@ class Text(StepData):
 
 
 def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+    phrase = one if number == 1 else many
+    return f"{number} {phrase}"
 
 
 @lru_cache(maxsize=4)

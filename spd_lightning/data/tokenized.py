@@ -60,8 +60,9 @@ class Tokenizer:
     @cached_property
     def size(self) -> int:
         """One more than the largest token id."""
-        ids = self.inner.get_vocab(with_added_tokens=True).values()
-        return max(ids) + 1
+        vocabulary = self.inner.get_vocab(with_added_tokens=True)
+        largest = max(vocabulary.values())
+        return largest + 1
 
     @cached_property
     def end(self) -> int | None:
@@ -114,29 +115,39 @@ class Tokenizer:
     @cached_property
     def _byte_pieces(self) -> dict[str, int]:
         """SentencePiece's tokens for single bytes; empty unless the vocabulary has all 256."""
-        pieces = {f"<0x{byte:02X}>": byte for byte in range(256)}
-        complete = all(self.inner.token_to_id(piece) is not None for piece in pieces)
-        return pieces if complete else {}
+        pieces = dict[str, int]()
+        for byte in range(256):
+            piece = f"<0x{byte:02X}>"
+            if self.inner.token_to_id(piece) is None:
+                return {}
+            pieces[piece] = byte
+        return pieces
 
     def _label(self, token: int) -> str:
         piece = self.inner.id_to_token(token)
         if piece is None:
             return f"<{token}>"
         if piece in self._byte_pieces:
-            return labels.token_label(bytes([self._byte_pieces[piece]]))
+            byte = self._byte_pieces[piece]
+            content = bytes([byte])
+            return labels.token_label(content)
         if piece.startswith("▁"):  # a space; decoding would drop it at the start
             return piece.replace("▁", " ")
         text = self.decode([token])
-        if "\ufffd" in text and all(letter in _BYTES for letter in piece):
-            return labels.token_label(bytes(_BYTES[letter] for letter in piece))
-        return labels.token_label(text.encode())
+        content = text.encode()
+        is_incomplete = "\ufffd" in text  # it ends or begins within a character
+        if is_incomplete and all(letter in _BYTES for letter in piece):
+            content = bytes(_BYTES[letter] for letter in piece)
+        return labels.token_label(content)
 
 
 def _find_last(ids: list[int], part: list[int]) -> int:
     """Return the position at which `part` occurs last in `ids`; 0 if it does not occur."""
-    last = len(ids) - len(part)
+    length = len(part)
+    last = len(ids) - length
     for start in range(last, -1, -1):
-        if ids[start : start + len(part)] == part:
+        stop = start + length
+        if ids[start:stop] == part:
             return start
     return 0
 
@@ -146,11 +157,15 @@ def _byte_letters() -> dict[str, int]:
 
     Printable characters stand for themselves; the other bytes use letters from 256 on.
     """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    for index, byte in enumerate(others):
-        letters[chr(256 + index)] = byte
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    letters = dict[str, int]()
+    next_code = 256
+    for byte in range(256):
+        if byte in printable:
+            letters[chr(byte)] = byte
+        else:
+            letters[chr(next_code)] = byte
+            next_code += 1
     return letters
 
 
@@ -242,9 +257,11 @@ def held_out(index: int) -> bool:
     if index < 2:
         return index == 1  # the first document is for training
     label = f"held out {index}".encode()
-    key = hashlib.blake2b(label, digest_size=8).digest()
+    hashed = hashlib.blake2b(label, digest_size=8)
+    key = hashed.digest()
     number = int.from_bytes(key)
-    return number % _HELD_OUT == 0
+    remainder = number % _HELD_OUT
+    return remainder == 0
 
 
 @dataclass(frozen=True)
@@ -273,15 +290,23 @@ def tokenized(corpus: Corpus, tokenizer: str | None, vocab: int, max_tokens: int
     Raises:
         BadInput: the corpus or the tokenizer is not available, or the corpus contains no text.
     """
-    given = None if tokenizer is None else opened(tokenizer)
-    tokenizer_key = vocab if given is None else given.inner.to_str()
-    limit = max_tokens or (ENDLESS if corpus.endless else None)
-    key = digest([LAYOUT, corpus.fingerprint(), tokenizer_key, limit])
+    if tokenizer is None:
+        given = None
+        tokenizer_key = vocab
+    else:
+        given = opened(tokenizer)
+        tokenizer_key = given.inner.to_str()
+    limit = max_tokens
+    if limit is None and corpus.endless:
+        limit = ENDLESS
+    fingerprint = corpus.fingerprint()
+    key = digest([LAYOUT, fingerprint, tokenizer_key, limit])
     folder = files.root() / "data" / key
     with _locked(folder):
         streams = _read(folder)
         if streams is None:
-            _make(folder, corpus, given or trained(corpus, vocab), limit)
+            used = given or trained(corpus, vocab)
+            _make(folder, corpus, used, limit)
             streams = _read(folder)
     assert streams is not None
     return streams
@@ -298,9 +323,11 @@ def _locked(folder: Path) -> Iterator[None]:
 def _read(folder: Path) -> Streams | None:
     """Read the streams in a folder; return None if they are incomplete or damaged."""
     try:
-        facts = json_files.parsed((folder / "facts.json").read_bytes(), dict[str, Any])
-        if any(file_digest(folder / name) != facts["digests"][name] for name in _FILES):
-            return None
+        content = (folder / "facts.json").read_bytes()
+        facts = json_files.parsed(content, dict[str, Any])
+        for name in _FILES:
+            if file_digest(folder / name) != facts["digests"][name]:
+                return None
         kind = np.dtype(facts["dtype"])
         train = _mapped(folder / "tokens.bin", facts["tokens"], kind)
         validation = _mapped(folder / "validation.bin", facts["validation_tokens"], kind)
@@ -314,9 +341,12 @@ def _read(folder: Path) -> Streams | None:
 
 def _mapped(path: Path, count: int, kind: np.dtype) -> np.ndarray | None:
     """Return the tokens in a file as an array on disk; None if their number differs."""
-    if path.stat().st_size != count * kind.itemsize:
+    expected_size = count * kind.itemsize
+    if path.stat().st_size != expected_size:
         return None
-    return np.memmap(path, kind, "r") if count else np.empty(0, kind)
+    if count == 0:  # an empty file cannot be mapped
+        return np.empty(0, kind)
+    return np.memmap(path, kind, "r")
 
 
 def _make(folder: Path, corpus: Corpus, tokenizer: Tokenizer, limit: int | None) -> None:
@@ -393,8 +423,10 @@ def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, s
     """Group numbered documents into the lists that are tokenized together."""
     for document in documents:
         batch = [document]
-        room = AT_ONCE - len(document[1])
+        _, text = document
+        room = AT_ONCE - len(text)
         while room > 0 and (following := next(documents, None)):
             batch.append(following)
-            room -= len(following[1])
+            _, text = following
+            room -= len(text)
         yield batch

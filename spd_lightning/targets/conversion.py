@@ -48,8 +48,9 @@ def _convert(reference: str, model: Any) -> Decoder:
     Raises:
         BadInput: the model needs something that the decoder lacks.
     """
+    tied = is_tied(model)
+    decoder = decoder_like(reference, model.config, tied)
     weight = next(model.parameters())
-    decoder = decoder_like(reference, model.config, tied=is_tied(model))
     decoder = decoder.to(weight.device, weight.dtype)
     _fill(reference, decoder, model)
     _compare_logits(reference, decoder, model)
@@ -91,11 +92,14 @@ def _compare_logits(reference: str, decoder: Decoder, model: Any) -> None:
     length = min(16, decoder.context)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(decoder.vocab, (1, length), generator=generator)
-    tokens = tokens.to(next(model.parameters()).device)
+    weight = next(model.parameters())
+    tokens = tokens.to(weight.device)
     expected = model(input_ids=tokens, use_cache=False).logits  # [1, pos, vocab]
-    difference = float((decoder(tokens) - expected).abs().max())
+    error = decoder(tokens) - expected
+    difference = float(error.abs().max())
     largest = float(expected.abs().max())
-    if difference > SAME[expected.dtype] * largest:
+    tolerance = SAME[expected.dtype] * largest
+    if difference > tolerance:
         raise BadInput(
             f"decoder:{reference}: our decoder gives other logits than the checkpoint, by "
             f"{difference:.2g} where the largest is {largest:.2g}; load it as it is: "
@@ -136,9 +140,10 @@ def decoder_like(reference: str, config: Any, tied: bool | None = None) -> Decod
     Raises:
         BadInput: the configuration needs something that the decoder lacks.
     """
-    if config.model_type not in _FAMILIES:
-        raise _unsupported(reference, "model_type", config.model_type)
-    settings = _FAMILIES[config.model_type].settings(reference, config)
+    family = config.model_type
+    if family not in _FAMILIES:
+        raise _unsupported(reference, "model_type", family)
+    settings = _FAMILIES[family].settings(reference, config)
     if tied is not None:
         settings["tied_unembedding"] = tied
     return Decoder(**settings)
@@ -266,7 +271,8 @@ _LLAMA_PARTS = {
 
 def _llama_weights(weights: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in weights.items():
-        yield _rename(name, _LLAMA_PARTS), tensor
+        renamed = _rename(name, _LLAMA_PARTS)
+        yield renamed, tensor
 
 
 def _rename(name: str, replacements: Mapping[str, str]) -> str:

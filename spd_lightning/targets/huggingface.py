@@ -102,8 +102,10 @@ class HuggingFaceLM(LanguageModel):
         Raises:
             BadInput: the sequence is longer than the context.
         """
-        fits(tokens.shape[1], self.context, "HuggingFaceLM")
-        return self.model(input_ids=tokens, use_cache=False).logits
+        length = tokens.shape[1]
+        fits(length, self.context, "HuggingFaceLM")
+        output = self.model(input_ids=tokens, use_cache=False)
+        return output.logits
 
 
 def _context_of(text_config: Any) -> int:
@@ -118,7 +120,9 @@ def is_tied(model: Any) -> bool:
     """Return whether embedding and unembedding of a model of transformers are one parameter."""
     first = model.get_input_embeddings()
     last = model.get_output_embeddings()
-    return first is not None and last is not None and first.weight is last.weight
+    if first is None or last is None:
+        return False
+    return first.weight is last.weight
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -137,7 +141,7 @@ def checkpoint(reference: str, dtype: Precision) -> Any:
         "trust_remote_code": False,
     }
     auto = library(f"'{reference}'").AutoModelForCausalLM
-    refuse_adapter(reference)
+    reject_adapter(reference)
     model, report = _load(reference, lambda place: auto.from_pretrained(place, **options))
     # for an adapter on the hub, transformers loads the base model and applies the adapter to it
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -158,7 +162,7 @@ def checkpoint(reference: str, dtype: Precision) -> Any:
     return model
 
 
-def refuse_adapter(reference: str) -> None:
+def reject_adapter(reference: str) -> None:
     """Raise BadInput if a folder holds a LoRA adapter and not a model."""
     path = Path(reference).expanduser() / "adapter_config.json"
     if not path.is_file():
@@ -184,9 +188,13 @@ def configuration(reference: str) -> Any:
     Raises:
         BadInput: the model does not exist, or the hub is not reachable.
     """
-    refuse_adapter(reference)
+    reject_adapter(reference)
     auto = library(f"'{reference}'").AutoConfig
-    return _load(reference, lambda place: auto.from_pretrained(place, trust_remote_code=False))
+
+    def load(place: str) -> Any:
+        return auto.from_pretrained(place, trust_remote_code=False)
+
+    return _load(reference, load)
 
 
 def _load(reference: str, load: Callable[[str], Any]) -> Any:
@@ -254,8 +262,11 @@ def _unavailable(reference: str, local: bool, error: Exception) -> str:
 
 def _line(error: Exception) -> str:
     """Return the message of an error on one line, shortened."""
-    message = " ".join(str(error).split())
-    return message[:160] or type(error).__name__
+    words = str(error).split()
+    message = " ".join(words)
+    if not message:
+        return type(error).__name__
+    return message[:160]
 
 
 def library(what: str) -> Any:

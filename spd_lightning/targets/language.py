@@ -32,7 +32,8 @@ class LanguageModel(nn.Module, ABC):
 
     def loss(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
         """Return the mean cross-entropy of all tokens but the first, in nats."""
-        return self.score(self(tokens), tokens)
+        logits = self(tokens)
+        return self.score(logits, tokens)
 
     def score(
         self, output: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
@@ -49,10 +50,12 @@ def next_token_loss(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, ""]:
     """Return the mean cross-entropy, in nats, of the token after each position but the last."""
-    predicted = logits[:, :-1].flatten(0, 1)  # [batch * (pos - 1), vocab]
+    predicted = logits[:, :-1]
+    predicted = predicted.flatten(0, 1)  # [batch * (pos - 1), vocab]
     if predicted.dtype in (torch.float16, torch.bfloat16):
         predicted = predicted.float()
-    following = tokens[:, 1:].flatten()
+    following = tokens[:, 1:]
+    following = following.flatten()  # [batch * (pos - 1)]
     return nn.functional.cross_entropy(predicted, following)
 
 
@@ -89,11 +92,13 @@ def sample(
         )
     context = int(model.context)  # pyright: ignore[reportArgumentType]
     for _ in range(steps):
-        logits = model(tokens[:, -context:])[:, -1].float()  # [batch, vocab]
+        visible = tokens[:, -context:]
+        logits = model(visible)[:, -1].float()  # [batch, vocab]
         if temperature == 0:
             following = logits.argmax(dim=-1, keepdim=True)  # [batch, 1]
         else:
             probability = torch.softmax(logits / temperature, dim=-1)
             following = torch.multinomial(probability, 1, generator=generator)  # [batch, 1]
-        tokens = torch.cat([tokens, following.to(tokens.dtype)], dim=1)
+        following = following.to(tokens.dtype)
+        tokens = torch.cat([tokens, following], dim=1)
     return tokens

@@ -26,6 +26,16 @@ class HasContext(Protocol):
     context: int
 
 
+@runtime_checkable
+class HasNetwork(Protocol):
+    """A LightningModule around a target network."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network itself."""
+        ...
+
+
 def vocab_of(network: nn.Module) -> int | None:
     """Return the number of tokens that a language model knows; None for other networks.
 
@@ -33,9 +43,13 @@ def vocab_of(network: nn.Module) -> int | None:
     >>> vocab_of(TMS(5, 2)) is None
     True
     """
-    return int(network.vocab) if isinstance(network, LanguageTarget) else None
+    if isinstance(network, LanguageTarget):
+        return int(network.vocab)
+    return None
 
 
 def context_of(network: nn.Module) -> int | None:
     """Return the number of positions that a network accepts; None if it has no limit."""
-    return int(network.context) if isinstance(network, HasContext) else None
+    if isinstance(network, HasContext):
+        return int(network.context)
+    return None

@@ -81,13 +81,15 @@ class TMS(nn.Module):
 
     def loss(self, inputs: Float[Tensor, "batch features"]) -> Float[Tensor, ""]:
         """Return the mean squared error between the features and their reconstruction."""
-        return self.score(self(inputs), inputs)
+        output = self(inputs)
+        return self.score(output, inputs)
 
     def score(
         self, output: Float[Tensor, "batch features"], inputs: Float[Tensor, "batch features"]
     ) -> Float[Tensor, ""]:
         """Return the loss of any output on these inputs."""
-        return (output - inputs).square().mean()
+        error = output - inputs
+        return error.square().mean()
 
     @torch.no_grad()
     def unrepresented(self) -> list[int]:
@@ -97,11 +99,16 @@ class TMS(nn.Module):
         on how often others interfere: 0.71 if 5 features share 2 dimensions, 0.61 if 40 share 10.
         Hence the tolerance is 0.1 for up to 3 features per dimension, and 0.3 for more.
         """
-        tolerance = 0.1 if self.n_features <= 3 * self.n_hidden else 0.3
-        inputs = PROBE * torch.eye(self.n_features).to(self.linear1.weight)
-        returned = self(inputs).diagonal()  # [features]
-        lost = (returned - PROBE).abs() > tolerance
-        return torch.nonzero(lost).flatten().tolist()
+        tolerance = 0.1
+        if self.n_features > 3 * self.n_hidden:
+            tolerance = 0.3
+        one_hot = torch.eye(self.n_features).to(self.linear1.weight)
+        outputs = self(PROBE * one_hot)
+        returned = outputs.diagonal()  # [features]
+        error = (returned - PROBE).abs()
+        is_lost = error > tolerance
+        lost = is_lost.nonzero().flatten()
+        return lost.tolist()
 
 
 class ResidualBlock(nn.Module):
@@ -123,8 +130,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch d_embed"]) -> Float[Tensor, "batch d_embed"]:
         """Return the residual stream after this block."""
-        neurons = torch.relu(self.mlp_in(x))
-        return x + self.mlp_out(neurons)
+        hidden = self.mlp_in(x)
+        neurons = torch.relu(hidden)  # [batch, d_mlp]
+        update = self.mlp_out(neurons)
+        return x + update
 
 
 class ResidualMLP(nn.Module):
@@ -176,7 +185,8 @@ class ResidualMLP(nn.Module):
 
     def loss(self, inputs: Float[Tensor, "batch features"]) -> Float[Tensor, ""]:
         """Return the mean squared error against `x + relu(x)`."""
-        return self.score(self._forward_in_few_directions(inputs), inputs)
+        output = self._forward_in_few_directions(inputs)
+        return self.score(output, inputs)
 
     def score(
         self, output: Float[Tensor, "batch features"], inputs: Float[Tensor, "batch features"]
@@ -196,10 +206,12 @@ class ResidualMLP(nn.Module):
         coefficients = inputs  # [batch, directions]
         directions = self.embedding  # [directions, d_embed]
         for layer in cast("Iterable[ResidualBlock]", self.layers):
-            products = directions @ layer.mlp_in.weight.T  # [directions, neurons]
+            readers = layer.mlp_in.weight.T  # [d_embed, neurons]
+            writers = layer.mlp_out.weight.T  # [neurons, d_embed]
+            products = directions @ readers  # [directions, neurons]
             neurons = torch.relu(coefficients @ products)  # [batch, neurons]
             coefficients = torch.cat([coefficients, neurons], dim=1)
-            directions = torch.cat([directions, layer.mlp_out.weight.T])
+            directions = torch.cat([directions, writers])
         products = directions @ self.embedding.T  # [directions, features]
         return coefficients @ products
 
@@ -212,10 +224,14 @@ class ResidualMLP(nn.Module):
         neurons gives 0.75.
         """
         n_features = len(self.embedding)
-        inputs = PROBE * torch.eye(n_features).to(self.embedding)
-        returned = self(inputs).diagonal()  # [features]
-        lost = (returned - 2 * PROBE).abs() > 0.5
-        return torch.nonzero(lost).flatten().tolist()
+        one_hot = torch.eye(n_features).to(self.embedding)
+        outputs = self(PROBE * one_hot)
+        returned = outputs.diagonal()  # [features]
+        expected = 2 * PROBE  # x + relu(x)
+        error = (returned - expected).abs()
+        is_lost = error > 0.5
+        lost = is_lost.nonzero().flatten()
+        return lost.tolist()
 
 
 class Attention(nn.Module):
@@ -235,7 +251,8 @@ class Attention(nn.Module):
         k = self._split_heads(self.k_proj(x))
         v = self._split_heads(self.v_proj(x))
         d_head = q.shape[-1]
-        scores = q @ k.transpose(-1, -2) / d_head**0.5  # [batch, head, query, key]
+        scores = q @ k.transpose(-1, -2)  # [batch, head, query, key]
+        scores = scores / d_head**0.5
         future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
         pattern = torch.softmax(scores, dim=-1)
@@ -256,7 +273,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return the residual stream after this block."""
-        return x + self.attn(x)
+        update = self.attn(x)
+        return x + update
 
 
 class InductionHead(nn.Module):
@@ -293,22 +311,27 @@ class InductionHead(nn.Module):
 
     def forward(self, inputs: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Return the logits of the next token at every position."""
-        positions = torch.arange(inputs.shape[1], device=inputs.device)
-        x = self.embed(inputs) + self.pos_embed(positions)  # [batch, pos, d_model]
+        length = inputs.shape[1]
+        positions = torch.arange(length, device=inputs.device)
+        token_vectors = self.embed(inputs)  # [batch, pos, d_model]
+        position_vectors = self.pos_embed(positions)  # [pos, d_model]
+        x = token_vectors + position_vectors
         for block in self.h:
             x = block(x)
         return self.unembed(x)
 
     def loss(self, inputs: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
         """Return the cross-entropy of the induced token at the last position, in nats."""
-        return self.score(self(inputs), inputs)
+        output = self(inputs)
+        return self.score(output, inputs)
 
     def score(
         self, output: Float[Tensor, "batch pos vocab"], inputs: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, ""]:
         """Return the loss of any logits on these inputs."""
         logits = output[:, -1]  # [batch, vocab]
-        return nn.functional.cross_entropy(logits, induced_token(inputs))
+        induced = induced_token(inputs)
+        return nn.functional.cross_entropy(logits, induced)
 
     @torch.no_grad()
     def unrepresented(self) -> list[int]:
@@ -318,11 +341,17 @@ class InductionHead(nn.Module):
         predictions are correct.
         """
         generator = torch.Generator().manual_seed(0)
-        repeated = torch.randint(1, self.vocab, (4096, 1), generator=generator)
+        repeated = torch.randint(
+            low=1,
+            high=self.vocab,
+            size=(4096, 1),
+            generator=generator,
+        )
         fresh = induction_tokens(repeated, self.vocab, self.seq_len, generator)
         inputs = fresh.to(self.unembed.weight.device)
         induced = induced_token(inputs)
-        predicted = self(inputs)[:, -1].argmax(dim=-1)
+        logits = self(inputs)[:, -1]  # [batch, vocab]
+        predicted = logits.argmax(dim=-1)
         correct = (predicted == induced).float()  # [batch]
         if correct.mean() > 0.95:
             return []
@@ -343,9 +372,19 @@ def induction_tokens(
     and the filling T are drawn from all other tokens but BOS.
     """
     rows = len(repeated)
-    tokens = torch.randint(1, vocab - 1, (rows, seq_len), generator=generator)
+    tokens = torch.randint(
+        low=1,
+        high=vocab - 1,
+        size=(rows, seq_len),
+        generator=generator,
+    )
     tokens += tokens >= repeated  # uniform over all tokens but the repeated one
-    earlier = torch.randint(1, seq_len - 2, (rows, 1), generator=generator)
+    earlier = torch.randint(
+        low=1,
+        high=seq_len - 2,
+        size=(rows, 1),
+        generator=generator,
+    )
     tokens.scatter_(1, earlier, repeated)
     tokens[:, :1] = 0
     tokens[:, -1:] = repeated
@@ -355,6 +394,8 @@ def induction_tokens(
 def induced_token(tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
     """Return the token M after the first occurrence of each sequence's last token."""
     repeated = tokens[:, -1:]
-    matches = (tokens == repeated).int()
-    first = matches.argmax(dim=1, keepdim=True)  # [batch, 1]
-    return tokens.gather(1, first + 1).squeeze(1)
+    matches = tokens == repeated
+    first = matches.int().argmax(dim=1, keepdim=True)  # [batch, 1]
+    following = first + 1
+    induced = tokens.gather(1, following)  # [batch, 1]
+    return induced.squeeze(1)

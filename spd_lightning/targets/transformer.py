@@ -36,10 +36,12 @@ Rotary = tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]]
 
 def rotary_tables(context: int, d_head: int, base: float) -> Rotary:
     """Return cosine and sine of the angle by which each position rotates each dimension pair."""
-    exponents = torch.arange(0, d_head, 2).float() / d_head  # [d_head / 2]
+    even = torch.arange(0, d_head, 2)
+    exponents = even.float() / d_head  # [d_head / 2]
     frequencies = 1.0 / base**exponents
-    positions = torch.arange(context).float()
-    angles = torch.outer(positions, frequencies).repeat(1, 2)  # [pos, d_head]
+    positions = torch.arange(context)
+    angles = torch.outer(positions.float(), frequencies)
+    angles = angles.repeat(1, 2)  # [pos, d_head]; the pair (i, i + d_head/2) has one angle
     return angles.cos(), angles.sin()
 
 
@@ -60,7 +62,8 @@ def attention_pattern(
     d_head = q.shape[-1]
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k)  # [batch, head, query, key]
     scores = scores / d_head**0.5
-    future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+    every_pair = torch.ones_like(scores[0, 0], dtype=torch.bool)  # [query, key]
+    future = every_pair.triu(1)
     scores = scores.masked_fill(future, -torch.inf)
     return torch.softmax(scores, dim=-1)
 
@@ -73,7 +76,8 @@ def attend(
 ) -> Float[Tensor, "batch head pos d_head"]:
     """Return the values that each head gathers, by torch's fused kernel or step by step."""
     if not fused:
-        return torch.einsum("bhqk,bhkd->bhqd", attention_pattern(q, k), v)
+        pattern = attention_pattern(q, k)
+        return torch.einsum("bhqk,bhkd->bhqd", pattern, v)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return scaled_dot_product_attention(q, k, v, is_causal=True)
     # on CPU, the kernel's backward pass takes four times as long in bfloat16 as in float32
@@ -132,7 +136,9 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch pos d_model"], rotary: Rotary | None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return the heads' contribution to the residual stream."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
         q, k, v = self.heads_of(q, k, v, rotary)
         values = attend(q, k, v, self.fused)
         joined = rearrange(values, "batch head pos d_head -> batch pos (head d_head)")
@@ -193,7 +199,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return the neurons' contribution to the residual stream."""
-        neurons = self.act(self.gate_proj(x)) * self.up_proj(x)
+        gates = self.act(self.gate_proj(x))
+        neurons = gates * self.up_proj(x)
         return self.down_proj(neurons)
 
 
@@ -213,8 +220,10 @@ class Block(nn.Module):
         self, x: Float[Tensor, "batch pos d_model"], rotary: Rotary | None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return the residual stream after this block."""
-        x = x + self.attn(self.norm_1(x), rotary)
-        return x + self.mlp(self.norm_2(x))
+        normed = self.norm_1(x)
+        x = x + self.attn(normed, rotary)
+        normed = self.norm_2(x)
+        return x + self.mlp(normed)
 
 
 # ---- the decoder ---------------------------------------------------------------------------------

@@ -64,20 +64,24 @@ PRONOUNS = {
 }
 _CASES = {"he": "subject", "him": "object", "his": "possessive", "it": "object"}
 _PLURAL_CASES = {"they": "subject", "them": "object", "their": "possessive"}
-_PARTS = re.compile(
+_OTHER_GENDER = {"female": "male", "male": "female"}
+_SEGMENTS = re.compile(
     r"\{(?P<slot>[^}]+)\}|\[(?P<mark>cause|effect): (?P<word>[^\]]+)\]|(?P<plain>[^{\[]+)"
 )
 _PEOPLE = {"A": "subject", "B": "friend", "G": "adult"}
 _THINGS = {"toy": "object", "animal": "animal", "food": "food", "treat": "food"}
+_FACT_NAMES = _PEOPLE | _THINGS
 
 
 def story(seed: int, index: int) -> Story:
     """Return the story of this seed and index, which is always the same."""
     label = f"story {seed} {index}".encode()
     key = hashlib.blake2b(label, digest_size=8).digest()
-    source = random.Random(int.from_bytes(key))
+    number = int.from_bytes(key)
+    source = random.Random(number)
     teller = _Teller(source)
-    plot = teller.pick(list(PLOTS))
+    plots = list(PLOTS)
+    plot = teller.pick(plots)
     for wordings in _beats(plot):
         wording = teller.pick(wordings)
         teller.tell(wording)
@@ -92,65 +96,92 @@ def pronoun_prompts(seed: int, count: int) -> list[PronounPrompt]:
     prompts = list[PronounPrompt]()
     index = 0
     while len(prompts) < count:
-        candidates = list(_before_pronouns(story(seed, index)))
+        text, facts, _ = story(seed, index)
+        candidates = list(_before_pronouns(text, facts))
         if candidates:
-            prompts.append(candidates[index % len(candidates)])
+            nth = index % len(candidates)
+            prompts.append(candidates[nth])
         index += 1
     return prompts
 
 
-def _before_pronouns(told: Story) -> Iterator[PronounPrompt]:
-    cases = {fact.start: fact.value for fact in told.facts if fact.name == "case"}
-    genders = {fact.start: fact.value for fact in told.facts if fact.name == "gender"}
-    for fact in told.facts:
+def _before_pronouns(text: str, facts: list[Fact]) -> Iterator[PronounPrompt]:
+    """Yield the beginnings of a story that end before a pronoun for a single person."""
+    cases = {fact.start: fact.value for fact in facts if fact.name == "case"}
+    genders = {fact.start: fact.value for fact in facts if fact.name == "gender"}
+    for fact in facts:
         if fact.name != "pronoun":
             continue
         gender = genders[fact.start]
-        before = fact.start - 1
-        if gender not in ("female", "male") or told.text[before] != " ":
+        if gender not in _OTHER_GENDER:
             continue
-        right = told.text[fact.start : fact.end]
-        other = "male" if gender == "female" else "female"
-        wrong = PRONOUNS[other][cases[fact.start]]
+        space = fact.start - 1
+        if text[space] != " ":
+            continue
+        right = text[fact.start : fact.end]
+        other = _OTHER_GENDER[gender]
+        case = cases[fact.start]
+        wrong = PRONOUNS[other][case]
         if right[0].isupper():
             wrong = wrong.capitalize()
-        yield PronounPrompt(told.text[:before], f" {right}", f" {wrong}", fact.about)
+        yield PronounPrompt(
+            text=text[:space],
+            right=f" {right}",
+            wrong=f" {wrong}",
+            referent=fact.about,
+        )
 
 
-Part = tuple[str, str]
+Segment = tuple[str, str]
 """Kind and content, for example ("plain", "went to the "), ("slot", "A.he"), ("cause", "rain")."""
+
+Wording = list[Segment]
+"""One way to tell a beat."""
 
 
 @cache
-def _beats(plot: str) -> list[list[list[Part]]]:
-    """Return the beats of a plot: for each, all its wordings, split into parts."""
-    beats = list[list[str]]()
-    for line in PLOTS[plot].strip().split("\n"):
+def _beats(plot: str) -> list[list[Wording]]:
+    """Return the beats of a plot: for each, all its wordings."""
+    beats = list[list[Wording]]()
+    for line in _lines(PLOTS[plot]):
         if line.startswith("@"):
-            wordings = BEATS[line[1:]].strip().split("\n")
-            beats.append([wording.removeprefix("| ") for wording in wordings])
+            name = line[1:]
+            shared = _lines(BEATS[name])
+            wordings = [_segments(other.removeprefix("| ")) for other in shared]
+            beats.append(wordings)
         elif line.startswith("| "):
-            beats[-1].append(line[2:])
+            wording = _segments(line[2:])
+            beats[-1].append(wording)
         else:
-            beats.append([line])
-    return [[_parts(wording) for wording in wordings] for wordings in beats]
+            wording = _segments(line)
+            beats.append([wording])
+    return beats
 
 
-def _parts(line: str) -> list[Part]:
+def _lines(template: str) -> list[str]:
+    stripped = template.strip()
+    return stripped.split("\n")
+
+
+def _segments(line: str) -> Wording:
+    """Split a line into plain text, slots and marks; an empty wording has none."""
     if line == "-":
         return []
-    parts = list[Part]()
-    for match in _PARTS.finditer(line):
-        if match["mark"]:
-            parts.append((match["mark"], match["word"]))
+    segments = list[Segment]()
+    for match in _SEGMENTS.finditer(line):
+        mark = match["mark"]
+        if mark:
+            word = match["word"]
+            segments.append((mark, word))
         else:
             kind = str(match.lastgroup)
-            parts.append((kind, match[kind]))
-    return parts
+            content = match[kind]
+            segments.append((kind, content))
+    return segments
 
 
 class _Teller:
-    """Writes a story part by part; remembers the drawn words and who was named last."""
+    """Writes a story beat by beat; remembers the drawn words and who was named last."""
 
     def __init__(self, source: random.Random) -> None:
         self.text = ""
@@ -166,10 +197,11 @@ class _Teller:
 
         Only `random()` gives the same numbers in every version of Python.
         """
-        index = int(self._source.random() * len(options))
+        fraction = self._source.random()  # from 0 to below 1
+        index = int(fraction * len(options))
         return options[index]
 
-    def tell(self, wording: list[Part]) -> None:
+    def tell(self, wording: Wording) -> None:
         """Write one beat."""
         if not wording:
             return
@@ -188,46 +220,69 @@ class _Teller:
         """Add words, capitalized at the start of a sentence; return their start and end."""
         start = len(self.text)
         if self._opens:
-            words = words[0].upper() + words[1:]
+            initial = words[0]
+            words = initial.upper() + words[1:]
         self.text += words
+        end = len(self.text)
         self._opens = self.text.endswith((". ", "! ", "? "))
-        return start, len(self.text)
+        return start, end
 
     def _write_mark(self, kind: str, word: str) -> None:
         """Write a cause or an effect."""
-        about = self._cause if kind == "effect" else ""
         span = self._write(word)
-        self.facts.append(Fact(kind, word, *span, about))
         if kind == "cause":
+            self.facts.append(Fact(kind, word, *span))
             self._cause = word
+        else:
+            effect = Fact(kind, word, *span, about=self._cause)
+            self.facts.append(effect)
 
     def _write_slot(self, slot: str) -> None:
         who, _, form = slot.partition(".")
         if slot.startswith(("a ", "A ")):
-            vowel = self._word(slot[2:])[0] in "aeiou"
-            self._write(slot[0] + ("n " if vowel else " "))
-            self._write_name(slot[2:])
+            self._write_with_article(slot[0], slot[2:])
         elif slot == "at":
-            self._write(PLACES[self._word("place")])
+            place = self._word("place")
+            preposition = PLACES[place]
+            self._write(preposition)
         elif slot in _PLURAL_CASES:
-            both = f"{self._word('A')} and {self._word('B')}"
+            first = self._word("A")
+            second = self._word("B")
+            both = f"{first} and {second}"
             self._write_pronoun("plural", _PLURAL_CASES[slot], both)
         elif form == "child":
-            child = self._word(who)
-            gender = self._genders[who]
-            span = self._write("girl" if gender == "female" else "boy")
-            self.facts.append(Fact("gender", gender, *span, child))
+            self._write_child(who)
         elif form in _CASES:
-            self._refer_to(who, _CASES[form])
+            case = _CASES[form]
+            self._refer_to(who, case)
         else:
             self._write_name(who)
 
+    def _write_with_article(self, article: str, slot: str) -> None:
+        word = self._word(slot)
+        if word[0] in "aeiou":
+            article += "n"
+        self._write(f"{article} ")
+        self._write_name(slot)
+
+    def _write_child(self, who: str) -> None:
+        """Write "girl" or "boy" for one of the two people."""
+        name = self._word(who)
+        gender = self._genders[who]
+        word = "girl" if gender == "female" else "boy"
+        span = self._write(word)
+        fact = Fact("gender", gender, *span, about=name)
+        self.facts.append(fact)
+
     def _refer_to(self, who: str, case: str) -> None:
         """Write a pronoun if it is unambiguous, the name otherwise."""
-        if self._last.get(self._genders.get(who, "")) == who:
-            self._write_pronoun(self._genders[who], case, self._word(who))
+        gender = self._genders.get(who, "")
+        last_named = self._last.get(gender)
+        if last_named == who:
+            name = self._word(who)
+            self._write_pronoun(gender, case, name)
             return
-        if self._genders.get(who) == "neuter":
+        if gender == "neuter":
             self._write("the ")
         self._write_name(who)
         if case == "possessive":
@@ -245,11 +300,14 @@ class _Teller:
     def _write_name(self, slot: str) -> None:
         word = self._word(slot)
         span = self._write(word)
-        name = _PEOPLE.get(slot) or _THINGS.get(slot) or slot
-        self.facts.append(Fact(name, word, *span))
-        if gender := self._genders.get(slot):
+        name = _FACT_NAMES.get(slot, slot)
+        fact = Fact(name, word, *span)
+        self.facts.append(fact)
+        gender = self._genders.get(slot)
+        if gender is not None:
             self._last[gender] = slot
-            self.facts.append(Fact("gender", gender, *span, word))
+            fact = Fact("gender", gender, *span, about=word)
+            self.facts.append(fact)
 
     def _word(self, slot: str) -> str:
         """Return the word for a slot, which is drawn when it is first used."""
@@ -263,9 +321,14 @@ class _Teller:
             self._genders[slot] = gender
             names = GIRLS if gender == "female" else BOYS
             drawn = self._drawn.values()
-            return self.pick([name for name in names if name not in drawn])
+            unused = [name for name in names if name not in drawn]
+            return self.pick(unused)
         if slot == "G":
-            word = self.pick(list(ADULTS))
-            self._genders[slot] = ADULTS[word]
-            return word
-        return self.pick(list(PLACES) if slot == "place" else WORDS[slot])
+            adults = list(ADULTS)
+            adult = self.pick(adults)
+            self._genders[slot] = ADULTS[adult]
+            return adult
+        if slot == "place":
+            places = list(PLACES)
+            return self.pick(places)
+        return self.pick(WORDS[slot])
