@@ -484,9 +484,9 @@ def test_what_fits_just_so():
     """
     settings = Settings(config.load("stories-2L"))
     needed = float(sum(estimate.size_of(settings).memory.values()))
-    estimate.refuse_what_does_not_fit(settings, available=needed)
+    estimate.check_memory(settings, available=needed)
     with pytest.raises(BadInput, match="use fewer components or a smaller batch"):
-        estimate.refuse_what_does_not_fit(settings, available=needed - 1)
+        estimate.check_memory(settings, available=needed - 1)
     for name in (
         "stories-2L",
         "stories-1L-tiny",

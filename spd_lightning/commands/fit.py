@@ -37,11 +37,12 @@ def _trains_target(config: dict[str, Any]) -> bool:
     model = config.get("model")
     if not isinstance(model, dict):
         return False
-    return str(model.get("class_path")).endswith("TargetTraining")
+    name = str(model.get("class_path"))
+    return name.endswith("TargetTraining")
 
 
 def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
-    from spd_lightning.planning.estimate import refuse_what_does_not_fit
+    from spd_lightning.planning.estimate import check_memory
     from spd_lightning.training.checkpoint import Checkpoints
     from spd_lightning.training.figures import Figures
     from spd_lightning.training.session import Plan, Session, Settings
@@ -51,7 +52,7 @@ def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
         with lock:
             _complete_copy(lock.run, settings)
         return
-    refuse_what_does_not_fit(settings)
+    check_memory(settings)
     started = time.perf_counter()
     locks = []
 
@@ -179,9 +180,11 @@ def _note(session: "Session", error: Diverged, started: float) -> None:
     if not session.trainer.is_global_zero:
         return
     seconds = time.perf_counter() - started
-    facts = _facts(session, seconds, session.trainer.global_step)
-    summary = {"verdict": f"diverged: {error.reason}", **facts}
-    runs.write_json(session.plan.folder / "summary.json", summary)
+    step = session.trainer.global_step
+    facts = _facts(session, seconds, step)
+    verdict = f"diverged: {error.reason}"
+    path = session.plan.folder / "summary.json"
+    runs.write_json(path, {"verdict": verdict, **facts})
 
 
 def _verdict(module: "Decomposition") -> str:

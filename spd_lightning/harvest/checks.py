@@ -69,8 +69,10 @@ def prune_and_count(
 
 def largest_gap(gaps: Tensor) -> float:
     """Return the largest gap of any prompt; a prompt without activations (NaN) counts as 0."""
-    known_gaps = gaps.detach().nan_to_num(0.0)
-    return float(known_gaps.max())
+    detached = gaps.detach()
+    known_gaps = detached.nan_to_num(0.0)
+    largest = known_gaps.max()
+    return float(largest)
 
 
 def edges_per_prompt(table: EdgeTable, prompts: int) -> Tensor:
@@ -94,19 +96,24 @@ def sample_edges(
     samples = list[EdgeTable]()
     for table in tables:
         for prompt, edges in split_by_prompt(table):
-            seed = ids[prompt] % 2**63
+            seed = ids[prompt] % 2**63  # the largest seed that torch accepts is 2**63 - 1
             generator = torch.Generator().manual_seed(seed)
-            samples.append(graphs.sample_edges(edges, count, generator))
-    sampled = joined(samples) if samples else no_edges()
-    return SampledEdges(sampled, graphs.checks(sampled))
+            sample = graphs.sample_edges(edges, count, generator)
+            samples.append(sample)
+    sampled = no_edges()
+    if samples:
+        sampled = joined(samples)
+    checks = graphs.checks(sampled)
+    return SampledEdges(sampled, checks)
 
 
 def check_rows(tried: SampledEdges, changes: Tensor, ids: list[int]) -> pl.DataFrame:
     """Return one row per edge: the change of its target when its source is ablated."""
     table = tried.table
     prompt_ids = np.array(ids, dtype=np.uint64)
+    prompt = table.prompt.cpu().numpy()
     columns = {
-        "prompt_id": prompt_ids[table.prompt.cpu().numpy()],
+        "prompt_id": prompt_ids[prompt],
         "source": array(table.source, np.uint32),
         "target": array(table.target, np.uint32),
         "attribution": array(table.attribution),
@@ -130,17 +137,20 @@ def split_by_prompt(table: EdgeTable) -> Iterator[tuple[int, EdgeTable]]:
     counts = edges_per_prompt(table, last + 1)
     rows_by_prompt = order.split(counts.tolist())
     for prompt, rows in enumerate(rows_by_prompt):
-        if len(rows):
-            yield prompt, EdgeTable(*(column[rows] for column in table))
+        if not len(rows):
+            continue
+        columns = [column[rows] for column in table]
+        yield prompt, EdgeTable(*columns)
 
 
 def graph_rows(
     layers: list[Layer], graphs: PrunedGraphs, checks: pl.DataFrame, ids: list[int]
 ) -> pl.DataFrame:
     """Return one row per prompt: the size of its graph, its gap, and the result of its checks."""
-    written = torch.zeros(len(ids), dtype=torch.long)
+    prompts = len(ids)
+    written = torch.zeros(prompts, dtype=torch.long)
     for table in graphs.tables:
-        written += edges_per_prompt(table, len(ids))
+        written += edges_per_prompt(table, prompts)
     nodes_by_layer = [layer.nodes.flatten(1).sum(1) for layer in layers]
     nodes = torch.stack(nodes_by_layer).sum(0)  # [prompts]
     columns = {
@@ -150,7 +160,11 @@ def graph_rows(
         "edges_total": array(graphs.total, np.uint32),
         "gap": array(graphs.gaps, np.float64),
     }
-    frame = pl.DataFrame(columns).with_columns(gap=finite(pl.col("gap")))
-    agreement = checks.group_by("prompt_id").agg(**AGREEMENT)
+    frame = pl.DataFrame(columns)
+    gap = finite(pl.col("gap"))
+    frame = frame.with_columns(gap=gap)
+    checks_by_prompt = checks.group_by("prompt_id")
+    agreement = checks_by_prompt.agg(**AGREEMENT)
     rows = frame.join(agreement, on="prompt_id", how="left")
-    return rows.with_columns(pl.col("checked").fill_null(0))
+    checked = pl.col("checked").fill_null(0)
+    return rows.with_columns(checked)

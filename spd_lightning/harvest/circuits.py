@@ -106,13 +106,16 @@ class SparseCircuits(Harvester):
     def refuse(self, module: Decomposition, prompts: Prompts) -> None:
         """Check prompts of one length, and that the search suits them."""
         super().refuse(module, prompts)
-        check_search(self.search, prompts.inputs, vocab_of(module.network))
+        vocab = vocab_of(module.network)
+        check_search(self.search, prompts.inputs, vocab)
 
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
         """Return the number of prompts that fit, when each has one row per λ and one without λ."""
-        rows = super().at_once(model, inputs) // HELD
+        rows = super().at_once(model, inputs)
+        rows = rows // HELD
         rows_per_prompt = 1 + len(self.search.lambdas)
-        return max(1, rows // rows_per_prompt)
+        prompts = rows // rows_per_prompt
+        return max(1, prompts)
 
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]
@@ -161,7 +164,8 @@ def objective_outputs(runs: Runs, position: int, label: Tensor | None) -> Output
     likely = runs.nodes(runs.ci)  # [batch, pos, vocab]
     nodes = torch.zeros_like(likely)
     nodes[:, position] = likely[:, position]
-    every_prompt = torch.arange(len(label))
+    batch = len(label)
+    every_prompt = torch.arange(batch)
     nodes[every_prompt, position, label] = True
     return lambda output: nodes
 

@@ -103,8 +103,10 @@ class DatasetEdges(Harvester):
         decoder = as_native_decoder(model, mode)
         if closed_form_obstacle(decoder.model, mode) is None:
             return count
-        pairs_per_prompt = inputs.shape[1] ** 2
-        return min(count, max(1, PAIRS // pairs_per_prompt))
+        length = inputs.shape[1]
+        pairs_per_prompt = length**2  # of positions
+        prompts = max(1, PAIRS // pairs_per_prompt)
+        return min(count, prompts)
 
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]
@@ -145,8 +147,12 @@ def token_layers(model: ComponentModel) -> list[str]:
     vocab = vocab_of(model.target)
     if not vocab:
         return []
-    names = [name for module, name in embeddings(model).items() if module.num_embeddings == vocab]
-    return [*names, "output"]
+    layers = []
+    for module, name in embeddings(model).items():
+        if module.num_embeddings == vocab:
+            layers.append(name)
+    layers.append("output")
+    return layers
 
 
 def pair_rows(pairs: Sequence[PairSums], names: list[str]) -> pl.DataFrame:

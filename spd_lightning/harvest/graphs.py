@@ -138,7 +138,9 @@ class PromptGraphs(Harvester):
         """Check prompts of one length, and that the chosen nodes and outputs exist."""
         super().refuse(module, prompts)
         inputs = prompts.inputs
-        length = 1 if inputs.is_floating_point() else inputs.shape[1]
+        length = 1
+        if not inputs.is_floating_point():
+            length = inputs.shape[1]
         if self.nodes is not None:
             thresholds(module.model, self.nodes, self.threshold, length)
         if self.outputs is not None:
@@ -153,9 +155,14 @@ class PromptGraphs(Harvester):
         until they are written.
         """
         count = super().at_once(model, inputs)
-        length = 1 if inputs.is_floating_point() else inputs.shape[1]
-        rows_per_edge = HEADS if self.heads else 1
-        return min(count, max(1, PAIRS // (rows_per_edge * length**2)))
+        length = 1
+        if not inputs.is_floating_point():
+            length = inputs.shape[1]
+        rows_per_prompt = length**2  # pairs of positions
+        if self.heads:
+            rows_per_prompt *= HEADS
+        prompts = max(1, PAIRS // rows_per_prompt)
+        return min(count, prompts)
 
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]

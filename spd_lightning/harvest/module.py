@@ -93,11 +93,15 @@ class Harvester(Callback, ABC):
 
         inputs: [batch, features] floating point, or [batch, pos] token ids.
         """
-        positions = 1 if inputs.is_floating_point() else inputs.shape[1]
+        positions = 1
+        if not inputs.is_floating_point():
+            positions = inputs.shape[1]
         components = sum(model.counts.values())
         vocab = vocab_of(model.target) or 0
-        entries_per_prompt = positions * (components + LOGITS * vocab)
-        return max(1, DENSE // max(1, entries_per_prompt))
+        entries_per_position = components + LOGITS * vocab
+        entries_per_prompt = max(1, positions * entries_per_position)
+        prompts = DENSE // entries_per_prompt
+        return max(1, prompts)
 
     def refuse(self, module: Decomposition, prompts: Prompts) -> None:
         """Check prompts of one length, before anything is computed or written.
@@ -105,8 +109,11 @@ class Harvester(Callback, ABC):
         Raises:
             BadInput: the model or this harvest does not accept one of the prompts.
         """
-        if not prompts.inputs.is_floating_point():
-            refuse_tokens(prompts, vocab_of(module.network), context_of(module.network))
+        if prompts.inputs.is_floating_point():
+            return
+        vocab = vocab_of(module.network)
+        context = context_of(module.network)
+        check_tokens(prompts, vocab, context)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":
@@ -132,10 +139,17 @@ class Harvester(Callback, ABC):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Decomposition)
-        self.folder = Path(trainer.default_root_dir) / "harvest" / self.name
-        self._writer = Writer(self.folder, self._settings, trainer.global_rank, trainer.world_size)
+        run = Path(trainer.default_root_dir)
+        self.folder = run / "harvest" / self.name
+        self._writer = Writer(
+            self.folder,
+            self._settings,
+            trainer.global_rank,
+            trainer.world_size,
+        )
         if self.graph_mode is not None and trainer.is_global_zero:
-            log_why_slow(pl_module.model, MODES[self.graph_mode], self.name)
+            mode = MODES[self.graph_mode]
+            log_why_slow(pl_module.model, mode, self.name)
         self._frames = []
         self._pending = set()
         self._gap = None
@@ -161,7 +175,8 @@ class Harvester(Callback, ABC):
         size = self.at_once(pl_module.model, batch.inputs)
         for start in range(0, len(ids), size):
             some = ids[start : start + size]
-            self._harvest(pl_module, batch, {number: new[number] for number in some})
+            rows = {number: new[number] for number in some}
+            self._harvest(pl_module, batch, rows)
 
     def _harvest(self, module: Decomposition, batch: Prompts, new: Mapping[int, int]) -> None:
         """Compute the rows of some prompts of a batch, and commit them once a group is complete.
@@ -206,7 +221,8 @@ class Harvester(Callback, ABC):
 
     def missed(self, gap: float) -> None:
         """Remember the gap of some frozen graphs (A6), to write it with them."""
-        self._gap = max(gap, self._gap or 0.0)
+        largest = self._gap or 0.0
+        self._gap = max(gap, largest)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._writer is not None
@@ -236,7 +252,7 @@ class Harvester(Callback, ABC):
             self._writer.close()
 
 
-def refuse_tokens(prompts: Prompts, vocab: int | None, context: int | None) -> None:
+def check_tokens(prompts: Prompts, vocab: int | None, context: int | None) -> None:
     """Check that prompts are not empty, fit in the context, and have known tokens.
 
     Raises:
@@ -271,5 +287,6 @@ def digits(ids: list[int]) -> list[str]:
 
 def prompt_id(row: torch.Tensor) -> int:
     """Return the id of one prompt, a hash of its numbers."""
-    content = row.cpu().contiguous().numpy()
-    return prompt_hash(content.tobytes())
+    numbers = row.cpu().contiguous().numpy()
+    content = numbers.tobytes()
+    return prompt_hash(content)

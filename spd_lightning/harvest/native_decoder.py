@@ -54,13 +54,18 @@ class NativeDecoder(NamedTuple):
         self, spec: GraphSpec, max_edges: int | None = None
     ) -> tuple[list[Layer], Iterator[LazyEdges]]:
         """Compute `lazy_graphs` of the decoder, with the model's names of layers."""
-        layers, graphs = lazy_graphs(self._decoder_spec(spec), max_edges)
-        renamed = [layer._replace(name=self._model_name(layer.name)) for layer in layers]
+        decoder_spec = self._decoder_spec(spec)
+        layers, graphs = lazy_graphs(decoder_spec, max_edges)
+        renamed = []
+        for layer in layers:
+            name = self._model_name(layer.name)
+            renamed.append(layer._replace(name=name))
         return renamed, graphs
 
     def heads(self, spec: GraphSpec, edges: Iterable[EdgeTable]) -> Iterator[HeadTable]:
         """Compute `head_edges` of the decoder, for edges of its graphs."""
-        return head_edges(self._decoder_spec(spec), edges)
+        decoder_spec = self._decoder_spec(spec)
+        return head_edges(decoder_spec, edges)
 
     def sums(
         self, spec: GraphSpec, wanted: Callable[[str], bool] = lambda layer: True
@@ -83,9 +88,13 @@ class NativeDecoder(NamedTuple):
 
     def changes(self, spec: GraphSpec, checks: Checks, factor: float) -> Tensor:
         """Compute `checks.changes` of the decoder, for edges of its graphs."""
-        layers: list[LayerKey] = [(kind, self._decoder_name(name)) for kind, name in checks.layers]
+        layers: list[LayerKey] = []
+        for kind, name in checks.layers:
+            decoder_name = self._decoder_name(name)
+            layers.append((kind, decoder_name))
         renamed = checks._replace(layers=layers)
-        return changes(self._decoder_spec(spec), renamed, factor)
+        decoder_spec = self._decoder_spec(spec)
+        return changes(decoder_spec, renamed, factor)
 
     def _decoder_spec(self, spec: GraphSpec) -> GraphSpec:
         """Return the specification of the same graphs for the decoder."""
@@ -93,7 +102,11 @@ class NativeDecoder(NamedTuple):
         if isinstance(threshold, Mapping):
             threshold = self._rename_sites(threshold)
         importances = self._rename_sites(spec.importances)
-        return spec._replace(model=self.model, importances=importances, threshold=threshold)
+        return spec._replace(
+            model=self.model,
+            importances=importances,
+            threshold=threshold,
+        )
 
     def _rename_sites(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Replace the keys, the model's names of sites, by the decoder's names."""
@@ -103,7 +116,7 @@ class NativeDecoder(NamedTuple):
         return self.names.get(name, name)
 
     def _model_name(self, name: str) -> str:
-        model_names = {decoder: own for own, decoder in self.names.items()}
+        model_names = {decoder_name: site for site, decoder_name in self.names.items()}
         return model_names.get(name, name)
 
 
@@ -149,7 +162,7 @@ def _as_native_decoder(
     if equivalent is None:
         return unchanged
     decoder, names = equivalent
-    if not all(site in names for site in model.sites):
+    if not names.keys() >= set(model.sites):
         return unchanged
     counts = {names[site]: C for site, C in model.counts.items()}
     other = ComponentModel(decoder, counts, delta=model.delta)

@@ -118,6 +118,9 @@ def clean_layers(
     for site in runs.clean.inputs:
         g = full(shape3(runs.importances[site]))  # [batch, pos, C]
         a = full(shape3(runs.clean.inner[site]))  # [batch, pos, C]
-        layers.append(Layer(site, "component", None, a, g > threshold, g))
+        is_node = g > threshold
+        layers.append(Layer(site, "component", None, a, is_node, g))
     chosen_outputs = runs.nodes(runs.ci)
-    return [*layers, Layer("output", "output", None, runs.target, chosen_outputs)]
+    output = Layer("output", "output", None, runs.target, chosen_outputs)
+    layers.append(output)
+    return layers

@@ -69,7 +69,8 @@ class OutputTargets:
                 )
         if self.positions is not None:
             nodes = at_positions(nodes, self.positions)
-        return Outputs(nodes, self._reading(vocab, names))
+        reading = self._reading(vocab, names)
+        return Outputs(nodes, reading)
 
     def _reading(self, vocab: int, names: Names) -> Reading:
         """Return the function of the logits that nodes stand for."""
@@ -122,7 +123,8 @@ def thresholds(
     device = next(model.parameters()).device
     by_site = {}
     for site, C in model.counts.items():
-        by_site[site] = torch.full((length, C), torch.inf, device=device)
+        shape = (length, C)
+        by_site[site] = torch.full(shape, torch.inf, device=device)
     for name in names:
         for named in _places(model, name):
             if named.positions is None:
@@ -146,6 +148,6 @@ def _places(model: ComponentModel, name: str) -> list[Place]:
         raise BadInput(f"nodes '{name}': no such layer; {nearest(name, model.sites)}")
     places = []
     for site in sites:
-        components = range(model.counts[site])
-        places += [Place(site, component) for component in components]
+        C = model.counts[site]
+        places += [Place(site, component) for component in range(C)]
     return places

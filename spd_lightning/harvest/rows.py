@@ -64,7 +64,10 @@ def run_clean_and_masked(
     vectors = inputs.is_floating_point()
     with torch.no_grad():
         clean = model.clean(inputs)
-        g = model.importances(clean).lower if importances is None else dict(importances)
+        if importances is None:
+            g = model.importances(clean).lower
+        else:
+            g = dict(importances)
         places = inputs.shape[:1] if vectors else inputs.shape
         for site, values in g.items():
             if values.shape[:-1] != places:
@@ -76,7 +79,10 @@ def run_clean_and_masked(
         masked = model.masked(inputs, masks, clean)
         target = full(shape3(clean.output))
         ci = full(shape3(masked))
-        nodes = every_output if vectors else likely_tokens(ci.softmax(-1))
+        nodes = every_output
+        if not vectors:
+            probabilities = ci.softmax(-1)
+            nodes = likely_tokens(probabilities)
     return Runs(clean, g, target, ci, nodes)
 
 
@@ -89,8 +95,9 @@ def shape3(x: Tensor) -> Tensor:
 
 def full(x: Tensor) -> Tensor:
     """Convert half precision to single precision; other tensors are unchanged."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.float() if half else x
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return x.float()
+    return x
 
 
 # ---- metadata ------------------------------------------------------------------------------------
@@ -129,8 +136,9 @@ def layer_names(model: ComponentModel, frozen: bool = False) -> list[str]:
 
 def array(tensor: Tensor, dtype: Any = np.float32) -> np.ndarray:
     """Return the values of a tensor as an array of a type of the store."""
-    values = full(tensor.detach()).cpu().numpy()
-    return values.astype(dtype, copy=False)
+    values = full(tensor.detach())
+    as_array = values.cpu().numpy()
+    return as_array.astype(dtype, copy=False)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -208,7 +216,8 @@ def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
 
 def _unsigned(numbers: Tensor) -> np.ndarray:
     """Return node numbers in the type of the store."""
-    return numbers.int().cpu().numpy().view(np.uint32)
+    signed = numbers.int().cpu().numpy()
+    return signed.view(np.uint32)
 
 
 def _prompt_ids(prompt: Tensor, ids: np.ndarray) -> np.ndarray:
@@ -217,10 +226,13 @@ def _prompt_ids(prompt: Tensor, ids: np.ndarray) -> np.ndarray:
     prompt: the number of each edge's prompt in the batch. Closed forms give one number, expanded to
         all edges (stride 0).
     """
-    if len(prompt) and prompt.stride() == (0,):
-        only_id = ids[int(prompt[0])]
-        return np.full(len(prompt), only_id)
-    return ids[prompt.cpu().numpy()]
+    edges = len(prompt)
+    if edges and prompt.stride() == (0,):
+        first = int(prompt[0])
+        only_id = ids[first]
+        return np.full(edges, only_id)
+    numbers = prompt.cpu().numpy()
+    return ids[numbers]
 
 
 def head_rows(tables: Iterable[HeadTable], ids: list[int]) -> pl.DataFrame:
@@ -258,7 +270,8 @@ def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
         if has_tokens:
             log_sum = logits.logsumexp(-1, keepdim=True)
             log_probability = (logits - log_sum)[chosen]  # [outputs]
-            columns[f"{name}_probability"] = array(log_probability.exp())
+            probability = log_probability.exp()
+            columns[f"{name}_probability"] = array(probability)
         columns[f"{name}_logit"] = array(logits[chosen])
     types = {
         "token": pl.String,
@@ -284,18 +297,22 @@ def component_rows(module: Decomposition, layers: list[Layer], threshold: float)
     for layer in layers:
         if layer.kind != "component" or layer.importance is None:
             continue
-        parts = module.model[layer.name]
-        norms = component_norms(parts.V, parts.U).detach()  # [C]
+        site = module.model[layer.name]
+        norms = component_norms(site.V, site.U).detach()  # [C]
+        alive = sizeable(site.V, site.U)  # [C]
         fires = layer.importance > threshold  # [batch, pos, C]
         positions = layer.nodes[..., 0].numel()
+        C = len(norms)
         columns = {
-            "component": np.arange(len(norms), dtype=np.uint32),
+            "component": np.arange(C, dtype=np.uint32),
             "firings": array(fires.sum((0, 1)), np.int64),
-            "positions": np.full(len(norms), positions, dtype=np.int64),
+            "positions": np.full(C, positions, dtype=np.int64),
             "importance_sum": array(layer.importance.sum((0, 1)), np.float64),
             "activation_sum": array(layer.value.sum((0, 1)), np.float64),
             "norm": array(norms),
-            "alive": sizeable(parts.V, parts.U).cpu().numpy(),
+            "alive": alive.cpu().numpy(),
         }
-        frames.append(pl.DataFrame(columns).with_columns(layer=pl.lit(layer.name)))
+        frame = pl.DataFrame(columns)
+        name = pl.lit(layer.name)
+        frames.append(frame.with_columns(layer=name))
     return pl.concat(frames)

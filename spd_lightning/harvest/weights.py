@@ -53,8 +53,10 @@ def weight_table(
     Raises:
         BadInput: the model is not a supported decoder.
     """
-    decoder = as_native_decoder(model, MODES["unmasked"])
-    by_target = groupby(links(decoder.model), lambda link: (link.target, link.kind))
+    mode = MODES["unmasked"]
+    decoder = as_native_decoder(model, mode)
+    every_link = links(decoder.model)
+    by_target = groupby(every_link, lambda link: (link.target, link.kind))
     groups = [list(group) for _, group in by_target]
     frames = [pl.DataFrame(schema=COLUMNS)]
     for group in bar(groups):
@@ -74,8 +76,9 @@ def _rows(model: ComponentModel, group: list[Link], min_share: float) -> Iterato
     largest_by_link = [values.abs().amax(0) for values in values_by_link]
     largest = torch.stack(largest_by_link).amax(0)  # [C]
     for link, values in zip(group, values_by_link, strict=True):
-        large = values.abs() >= min_share * largest
-        strong = large & (values != 0)
+        least = min_share * largest
+        is_large = values.abs() >= least
+        strong = is_large & (values != 0)
         source, target = strong.nonzero(as_tuple=True)
         columns = {
             "source": array(source, np.uint32),
@@ -98,6 +101,8 @@ def _weights_of_sizeable(model: ComponentModel, link: Link) -> Tensor:
     """Return the weights of a link [C_source, C_target], with zeros for remnants at either end."""
     source = model[link.source]
     target = model[link.target]
-    source_sizeable = sizeable(source.V, source.U)  # [C_source]
-    target_sizeable = sizeable(target.V, target.U)  # [C_target]
-    return weights(model, link) * source_sizeable[:, None] * target_sizeable
+    row_stays = sizeable(source.V, source.U)  # [C_source]
+    column_stays = sizeable(target.V, target.U)  # [C_target]
+    values = weights(model, link)
+    values = values * row_stays[:, None]
+    return values * column_stays

@@ -215,7 +215,7 @@ def outline(reference: str) -> Callable[[], nn.Module]:
 # ---- fits that are too large ---------------------------------------------------------------------
 
 
-def refuse_what_does_not_fit(settings: Settings, available: float | None = None) -> None:
+def check_memory(settings: Settings, available: float | None = None) -> None:
     """Raise an error if a fit needs more memory than its machine has.
 
     Args:
