@@ -57,18 +57,21 @@ def embeddings(model: ComponentModel) -> dict[nn.Module, str]:
 def biased(model: ComponentModel) -> dict[str, nn.Module]:
     """Return the norms and maps that add a bias and are not sites (nodes in frozen graphs, A6)."""
     sites = {site.module for site in model.sites.values()}
-    adding = {site.module for site in available(model.target).values()} - sites
-    adding |= {module for module in model.target.modules() if isinstance(module, nn.LayerNorm)}
-    return {
-        name: module
-        for name, module in model.target.named_modules()
-        if module in adding and bias_of(module) is not None
-    }
+    maps = {site.module for site in available(model.target).values()}
+    modules = {}
+    for name, module in model.target.named_modules():
+        is_plain_map = module in maps and module not in sites
+        if not is_plain_map and not isinstance(module, nn.LayerNorm):
+            continue
+        if bias_of(module) is not None:
+            modules[name] = module
+    return modules
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """Return the bias that a map or a norm adds, or None."""
-    return dict(module.named_parameters(recurse=False)).get("bias")
+    parameters = dict(module.named_parameters(recurse=False))
+    return parameters.get("bias")
 
 
 def cut_run(spec: GraphSpec) -> list[Layer]:
@@ -80,103 +83,116 @@ class _CutRun:
     """Runs a decomposed model with every site cut, and collects the layers on the way."""
 
     def __init__(self, spec: GraphSpec):
-        self.spec, self.model = spec, spec.model
+        self.spec = spec
+        self.model = spec.model
         self.layers: list[Layer] = []
-        self.embeddings = embeddings(self.model)
+        self.embeddings = embeddings(spec.model)
         self.biases: dict[nn.Module, str] = {}
         if spec.frozen:
-            self.biases = {module: name for name, module in biased(self.model).items()}
+            for name, module in biased(spec.model).items():
+                self.biases[module] = name
 
     def run(self) -> list[Layer]:
-        spec, inputs = self.spec, self.spec.inputs
-        x = inputs
-        if inputs.is_floating_point():
-            leaf = _leaf(inputs)
-            shaped = inputs.reshape(shape3(inputs))
-            self.layers.append(Layer("input", "input", leaf, shaped, shaped != 0))
-            x = leaf.clone()
+        spec = self.spec
+        x = spec.inputs
+        if x.is_floating_point():
+            x = self._cut_input(x)
         linear = Frozen() if spec.frozen else nullcontext()
         recorded = [*self.embeddings, *self.biases]
-        with (
-            torch.enable_grad(),
-            linear,
-            self.model.replaced(self._at_site, self._at_module, recorded),
-        ):
-            out = spec.reading(self.model.target(x))
-        shaped = out.reshape(shape3(out))
-        nodes = spec.outputs(shaped.detach())
-        return [*self.layers, Layer("output", "output", None, shaped, nodes)]
+        replaced = self.model.replaced(self._at_site, self._at_module, recorded)
+        with torch.enable_grad(), linear, replaced:
+            out = self.model.target(x)
+            out = spec.reading(out)
+        value = out.reshape(shape3(out))  # [batch, pos, K]
+        nodes = spec.outputs(value.detach())
+        output = Layer("output", "output", None, value, nodes)
+        return [*self.layers, output]
 
-    def _at_module(self, module: nn.Module, own: Map) -> Map:
-        return self._add_bias(module, own) if module in self.biases else self._embed(module, own)
+    def _cut_input(self, inputs: Tensor) -> Tensor:
+        """Make the inputs of a model on vectors a layer; return what the model reads."""
+        leaf = _leaf(inputs)
+        value = inputs.reshape(shape3(inputs))  # [batch, pos, features]
+        is_node = value != 0
+        layer = Layer("input", "input", leaf, value, is_node)
+        self.layers.append(layer)
+        return leaf.clone()  # a clone, since the model may change it in place
 
-    def _add_bias(self, module: nn.Module, own: Map) -> Map:
+    def _at_module(self, module: nn.Module, original: Map) -> Map:
+        if module in self.biases:
+            return self._add_bias(module, original)
+        return self._embed(module, original)
+
+    def _add_bias(self, module: nn.Module, original: Map) -> Map:
         """Make the bias of a norm or of a map that is not a site a layer of its own."""
+        name = self.biases[module]
         bias = bias_of(module)
         assert bias is not None
 
         def forward(x: Tensor) -> Tensor:
-            out = own(x)
+            out = original(x)
             folded = self.model.folded(out)
             leaf = _leaf(bias.expand_as(folded))
-            self.layers.append(_whole_layer(self.biases[module], "bias", leaf))
-            return out + flattened(leaf - leaf.detach(), folded.ndim - out.ndim)
+            layer = _whole_layer(name, "bias", leaf)
+            self.layers.append(layer)
+            # `out` contains the bias already, so the leaf adds a gradient and the value 0.
+            zero = leaf - leaf.detach()
+            added_dims = folded.ndim - out.ndim
+            return out + flattened(zero, added_dims)
 
         return forward
 
-    def _embed(self, module: nn.Module, own: Map) -> Map:
+    def _embed(self, module: nn.Module, original: Map) -> Map:
         """Make an embedding that is not a site a layer of its own."""
+        name = self.embeddings[module]
+        prompts = len(self.spec.inputs)
 
         def forward(*args, **kwargs):
-            out = own(*args, **kwargs)
+            out = original(*args, **kwargs)
             leaf = _leaf(self.model.folded(out))
-            added = leaf.ndim - out.ndim
+            added_dims = leaf.ndim - out.ndim
             if leaf.ndim == 2 or len(leaf) == 1:  # the same for all prompts, as positions are
-                leaf = _leaf(leaf.expand(len(self.spec.inputs), *leaf.shape[-2:]))
-            self.layers.append(_whole_layer(self.embeddings[module], "embedding", leaf))
-            return flattened(leaf.clone(), added)  # a clone, since the model may change it in place
+                by_prompt = leaf.expand(prompts, *leaf.shape[-2:])
+                leaf = _leaf(by_prompt)
+            layer = _whole_layer(name, "embedding", leaf)
+            self.layers.append(layer)
+            copy = leaf.clone()  # the model may change it in place
+            return flattened(copy, added_dims)
 
         return forward
 
-    def _at_site(self, site: Site, x: Tensor, own: Map) -> Tensor:
-        """Cut a site, and return its output."""
-        spec = self.spec
-        mode = self.spec.mode
+    def _at_site(self, site: Site, x: Tensor, original: Map) -> Tensor:
+        """Cut a site, and return its output y = (m ∘ â) U + δ·(x Δᵀ) + b."""
+        spec, mode = self.spec, self.spec.mode
         components = self.model[site.name]
         V = components.V.detach()
         U = components.U.detach()
-        a = site.inner(x, V)
         g = spec.importances[site.name]
-        leaf = _leaf(a)
-        nodes = spec.is_node(site.name, g)
         mask = g.detach() if mode.mask == "ci" else torch.ones_like(g)
-        shape = shape3(a)
-        self.layers.append(
-            Layer(
-                name=site.name,
-                kind="component",
-                leaf=leaf,
-                value=a.reshape(shape),
-                nodes=nodes.reshape(shape),
-                importance=g.detach().reshape(shape),
-            )
-        )
+        a = site.inner(x, V)
+        leaf = _leaf(a)  # â
+        is_node = spec.is_node(site.name, g)
+        layer = _component_layer(site.name, a, leaf, is_node, g)
+        self.layers.append(layer)
+
         bias = torch.zeros_like(U[0]) if site.bias is None else site.bias
-        written = (mask * leaf * nodes) @ U
-        others = (mask * a * ~nodes) @ U  # by components that are not nodes
+        written = (mask * leaf * is_node) @ U
+        others = (mask * a * ~is_node) @ U  # by components that are not nodes
         if mode.delta == "off":
-            delta, rest = 0.0, others
+            delta = 0.0
+            rest = others
         else:
-            delta = own(x) - bias - a @ U
+            delta = original(x) - bias - a @ U  # x Δᵀ
             rest = others + delta
+
         if spec.frozen:
-            rest, added = _leaf(rest), _leaf(bias.expand_as(rest))
-            self.layers.append(_whole_layer(site.name, "rest", rest))
-            self.layers.append(_whole_layer(site.name, "bias", added))
-            return written + rest + added
-        if (
-            mode.delta == "flow"
-        ):  # components that are not nodes are cut too; only Δ carries gradient
+            rest_leaf = _leaf(rest)
+            bias_leaf = _leaf(bias.expand_as(rest))
+            rest_layer = _whole_layer(site.name, "rest", rest_leaf)
+            bias_layer = _whole_layer(site.name, "bias", bias_leaf)
+            self.layers += [rest_layer, bias_layer]
+            return written + rest_leaf + bias_leaf
+        if mode.delta == "flow":
+            # Components that are not nodes are cut too; only Δ carries gradient.
             return written + others.detach() + delta + bias
         return written + rest.detach() + bias
 
@@ -186,12 +202,26 @@ def _leaf(value: Tensor) -> Tensor:
     return value.detach().clone().requires_grad_()
 
 
+def _component_layer(name: str, a: Tensor, leaf: Tensor, is_node: Tensor, g: Tensor) -> Layer:
+    """Return the layer of a site."""
+    shape = shape3(a)
+    return Layer(
+        name=name,
+        kind="component",
+        leaf=leaf,
+        value=a.reshape(shape),
+        nodes=is_node.reshape(shape),
+        importance=g.detach().reshape(shape),
+    )
+
+
 def _whole_layer(name: str, kind: NodeKind, leaf: Tensor) -> Layer:
     """Return a layer whose single node at each position stands for the whole vector."""
     batch, positions, _ = shape3(leaf)
-    size = leaf.detach().reshape(batch, positions, -1).norm(dim=-1, keepdim=True)
-    nodes = torch.ones(batch, positions, 1, dtype=torch.bool, device=leaf.device)
-    return Layer(name, kind, leaf, size, nodes, whole=True)
+    vectors = leaf.detach().reshape(batch, positions, -1)  # [batch, pos, d]
+    size = vectors.norm(dim=-1, keepdim=True)  # [batch, pos, 1]
+    every_node = torch.ones_like(size, dtype=torch.bool)
+    return Layer(name, kind, leaf, size, every_node, whole=True)
 
 
 # ---- steps 2 and 3: edges ------------------------------------------------------------------------
@@ -209,24 +239,33 @@ class LayerEdges(NamedTuple):
 
     def look_up(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the values of both ends of each edge, from a tensor [batch, pos, K] per layer."""
+        source_values = values[self.source]
+        target_values = values[self.target]
         source_pos, source_component = self.source_at.unbind(1)
         target_pos, target_component = self.target_at.unbind(1)
-        source = values[self.source][self.prompt, source_pos, source_component]
-        target = values[self.target][self.prompt, target_pos, target_component]
+        source = source_values[self.prompt, source_pos, source_component]
+        target = target_values[self.prompt, target_pos, target_component]
         return source, target
 
     def within_position(self) -> "LayerEdges":
         """Return the edges that stay at their position."""
-        stays = self.source_at[:, 0] == self.target_at[:, 0]
-        return LayerEdges(self.source, self.target, *(column[stays] for column in self[2:]))
+        source_pos = self.source_at[:, 0]
+        target_pos = self.target_at[:, 0]
+        stays = source_pos == target_pos
+        return self._replace(
+            prompt=self.prompt[stays],
+            source_at=self.source_at[stays],
+            target_at=self.target_at[stays],
+            attribution=self.attribution[stays],
+        )
 
 
 def as_tables(layers: list[Layer], edges: Iterable[LayerEdges]) -> Iterator[EdgeTable]:
     """Turn edges between layers into flat tables."""
     numbers = node_numbers(layers)
-    for each in edges:
-        source, target = each.look_up(numbers)
-        yield EdgeTable(each.prompt, source, target, each.attribution)
+    for piece in edges:
+        source, target = piece.look_up(numbers)
+        yield EdgeTable(piece.prompt, source, target, piece.attribution)
 
 
 def vjp_edges(
@@ -239,58 +278,76 @@ def vjp_edges(
 
     pairs: the pairs of layers (source, target) to include; all if omitted.
     """
-    sources = [k for k, layer in enumerate(layers) if layer.leaf is not None]
-    for t, target in enumerate(layers):
-        if not _is_target(target):
-            continue
-        before = [s for s in sources if s < t and (pairs is None or (s, t) in pairs)]
-        for where, gradients in _vjps(target, [layers[s].leaf for s in before]):
-            for s, gradient in zip(before, gradients, strict=True):
-                if gradient is not None:
-                    yield _select_edges(layers[s], s, target, t, where, gradient)
+    for t, target, leaves in _targets_with_leaves(layers):
+        if pairs is not None:
+            leaves = {s: leaf for s, leaf in leaves.items() if (s, t) in pairs}
+        for entries, gradients in _vjps(target, list(leaves.values())):
+            for s, gradient in zip(leaves, gradients, strict=True):
+                if gradient is None:
+                    continue
+                selected = _select_edges(layers[s], target, entries, gradient)
+                yield LayerEdges(s, t, *selected)
 
 
 def _is_target(layer: Layer) -> bool:
     """Return whether edges can end in a layer."""
-    return layer.kind in ("component", "output") and layer.value.requires_grad
+    if layer.kind not in ("component", "output"):
+        return False
+    return layer.value.requires_grad
 
 
-def _vjps(target: Layer, leaves: list) -> Iterator[tuple[Tensor, tuple[Tensor | None, ...]]]:
+def _vjps(
+    target: Layer, leaves: list[Tensor]
+) -> Iterator[tuple[Tensor, tuple[Tensor | None, ...]]]:
     """Yield chunks of target entries (pos, component) that are nodes, and their gradients."""
     if not leaves:
         return
-    value = target.value
-    where = target.nodes.any(0).nonzero()  # [entries, 2]
-    widest = max(leaf.numel() for leaf in leaves)
-    size = max(1, MAX_VJP_NUMBERS // max(widest, value.numel()))
-    for chunk in where.split(size) if len(where) else ():
+    value = target.value  # [batch, pos, K]
+    entries = target.nodes.any(0).nonzero()  # [entries, 2]
+    if not len(entries):
+        return
+    widest_leaf = max(leaf.numel() for leaf in leaves)
+    widest = max(widest_leaf, value.numel())
+    size = max(1, MAX_VJP_NUMBERS // widest)
+    for chunk in entries.split(size):
+        # One cotangent for each entry: 1 at that entry of every prompt, 0 elsewhere.
+        pos, component = chunk.unbind(1)
+        every = torch.arange(len(chunk))
         cotangents = value.new_zeros(len(chunk), *value.shape)
-        cotangents[torch.arange(len(chunk)), :, chunk[:, 0], chunk[:, 1]] = 1
+        cotangents[every, :, pos, component] = 1
         gradients = torch.autograd.grad(
-            value, leaves, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+            value,
+            leaves,
+            cotangents,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
         )
         yield chunk, gradients
 
 
 def _select_edges(
-    source: Layer, s: int, target: Layer, t: int, where: Tensor, gradient: Tensor
-) -> LayerEdges:
-    """Select from the products of one chunk those that join two nodes."""
+    source: Layer, target: Layer, entries: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Select from the products of one chunk those that join two nodes.
+
+    Returns the columns of `LayerEdges`: prompt, both ends, and attribution.
+    """
     values = source.contributions(gradient)  # [targets, batch, pos, K]
-    target_is_node = target.nodes[:, where[:, 0], where[:, 1]].T  # [targets, batch]
-    both = target_is_node[:, :, None, None] & source.nodes
-    positions = torch.arange(values.shape[2], device=values.device)
-    same_position = where[:, 0, None] == positions  # [targets, pos]
-    exists = both & (same_position[:, None, :, None] | (values != 0))
-    index = exists.nonzero()  # [edges, 4]
-    return LayerEdges(
-        source=s,
-        target=t,
-        prompt=index[:, 1],
-        source_at=index[:, 2:],
-        target_at=where[index[:, 0]],
-        attribution=values[tuple(index.T)],
-    )
+    target_pos, component = entries.unbind(1)  # [targets] each
+    target_is_node = target.nodes[:, target_pos, component].T  # [targets, batch]
+    both_are_nodes = target_is_node[:, :, None, None] & source.nodes
+
+    source_pos = torch.arange(values.shape[2], device=values.device)
+    same_position = target_pos[:, None] == source_pos  # [targets, pos]
+    same_position = same_position[:, None, :, None]  # [targets, 1, pos, 1]
+    exists = both_are_nodes & (same_position | (values != 0))
+    rows = exists.nonzero()  # [edges, 4]
+    target_number, prompt, pos, component = rows.unbind(1)
+    source_at = rows[:, 2:]  # [edges, 2]: pos and component
+    target_at = entries[target_number]  # [edges, 2]
+    attribution = values[target_number, prompt, pos, component]
+    return prompt, source_at, target_at, attribution
 
 
 # ---- which layers are connected ------------------------------------------------------------------
@@ -300,7 +357,8 @@ def connected(layers: list[Layer]) -> set[tuple[int, int]]:
     """Return the pairs of layers joined by a direct path (A4), that is, by a gradient."""
     pairs = set()
     for t, target, leaves in _targets_with_leaves(layers):
-        for s, gradient in _gradients(target.value.sum(), leaves):
+        total = target.value.sum()
+        for s, gradient in _gradients(total, leaves):
             if gradient is not None:
                 pairs.add((s, t))
     return pairs
@@ -315,13 +373,17 @@ def crossing(layers: list[Layer]) -> set[tuple[int, int]]:
     """
     pairs = set()
     for t, target, leaves in _targets_with_leaves(layers):
-        if target.value.shape[1] == 1:
+        value = target.value  # [batch, pos, K]
+        if value.shape[1] == 1:
             continue
         for parity in (0, 1):
-            for s, gradient in _gradients(target.value[:, parity::2].sum(), leaves):
+            opposite = 1 - parity
+            total = value[:, parity::2].sum()
+            for s, gradient in _gradients(total, leaves):
                 if gradient is None:
                     continue
-                elsewhere = gradient.reshape(shape3(gradient))[:, 1 - parity :: 2]
+                by_position = gradient.reshape(shape3(gradient))
+                elsewhere = by_position[:, opposite::2]
                 if elsewhere.any():
                     pairs.add((s, t))
     return pairs
@@ -329,17 +391,18 @@ def crossing(layers: list[Layer]) -> set[tuple[int, int]]:
 
 def _targets_with_leaves(layers: list[Layer]) -> Iterator[tuple[int, Layer, dict[int, Tensor]]]:
     """Yield every layer that can be a target, with its number and the leaves of earlier layers."""
+    leaves: dict[int, Tensor] = {}  # of all layers before t
     for t, target in enumerate(layers):
-        leaves = {s: layer.leaf for s, layer in enumerate(layers[:t]) if layer.leaf is not None}
-        if _is_target(target) and leaves:
-            yield t, target, leaves
+        if leaves and _is_target(target):
+            yield t, target, dict(leaves)
+        if target.leaf is not None:
+            leaves[t] = target.leaf
 
 
 def _gradients(total: Tensor, leaves: dict[int, Tensor]) -> Iterator[tuple[int, Tensor | None]]:
     """Return the gradient of a number at each leaf, by the leaf's key; None without a path."""
-    gradients = torch.autograd.grad(
-        total, list(leaves.values()), retain_graph=True, allow_unused=True
-    )
+    tensors = list(leaves.values())
+    gradients = torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
     return zip(leaves, gradients, strict=True)
 
 
@@ -354,7 +417,8 @@ def prompt_edges(spec: GraphSpec) -> tuple[list[Layer], list[LayerEdges]]:
     positions in the cut run.
     """
     graphs = VectorJacobianEdges(spec)
-    return graphs.layers, list(graphs.layer_edges())
+    edges = list(graphs.layer_edges())
+    return graphs.layers, edges
 
 
 class VectorJacobianEdges:
@@ -369,16 +433,19 @@ class VectorJacobianEdges:
         self._direct: set[tuple[int, int]] | None = None
         self._crossing: set[tuple[int, int]] = set()
         if spec.mode.delta == "flow":
-            cut = cut_run(spec._replace(mode=replace(spec.mode, delta="cut")))
-            self._direct = connected(cut)
-            self._crossing = crossing(cut)
+            mode = replace(spec.mode, delta="cut")
+            cut_layers = cut_run(spec._replace(mode=mode))
+            self._direct = connected(cut_layers)
+            self._crossing = crossing(cut_layers)
 
     def layer_edges(self) -> Iterator[LayerEdges]:
         """Compute the edges for one pair of layers and one chunk of targets at a time."""
         for edges in vjp_edges(self.layers, self._direct):
-            pair = edges.source, edges.target
-            stays = self._direct is not None and pair not in self._crossing
-            yield edges.within_position() if stays else edges
+            pair = (edges.source, edges.target)
+            if self._direct is None or pair in self._crossing:
+                yield edges
+            else:
+                yield edges.within_position()
 
     def for_each(self, visit: Callable[[EdgeTable], None]) -> None:
         """Compute all edges, and pass each piece to `visit`."""
@@ -396,19 +463,22 @@ def oracle(layers: list[Layer]) -> dict[tuple[NodeKind, EdgeKey], float]:
     """
     edges = {}
     for t, target in enumerate(layers):
-        sources = [layer for layer in layers[:t] if layer.leaf is not None]
-        leaves = [layer.leaf for layer in sources if layer.leaf is not None]
         if not _is_target(target):
             continue
-        for pos, j in target.nodes[0].nonzero().tolist():
+        sources = [layer for layer in layers[:t] if layer.leaf is not None]
+        leaves = [layer.leaf for layer in sources if layer.leaf is not None]
+        target_nodes = target.nodes[0].nonzero().tolist()
+        for pos, j in target_nodes:
             value = target.value[0, pos, j]
             gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
             for layer, gradient in zip(sources, gradients, strict=True):
                 if gradient is None:
                     continue
                 values = layer.contributions(gradient[None])[0, 0]  # [pos, K]
-                for q, i in layer.nodes[0].nonzero().tolist():
-                    if q == pos or values[q, i] != 0:
-                        key = layer.name, q, i, target.name, pos, j
-                        edges[layer.kind, key] = values[q, i].item()
+                source_nodes = layer.nodes[0].nonzero().tolist()
+                for source_pos, i in source_nodes:
+                    edge = values[source_pos, i].item()
+                    if source_pos == pos or edge != 0:
+                        key = (layer.name, source_pos, i, target.name, pos, j)
+                        edges[layer.kind, key] = edge
     return edges

@@ -66,22 +66,26 @@ class Graphs:
         numbers = node_numbers(layers)
         prompts = len(layers[0].nodes)
         self._width = most_nodes(layers)
-        self._places = numbers[0].new_zeros(prompts * self._width, 3, dtype=torch.long)
-        self._writes = torch.zeros_like(self._places[:, 0], dtype=torch.bool)
-        for k, (layer, number) in enumerate(zip(layers, numbers, strict=True)):
+        n_rows = prompts * self._width
+        self._places = numbers[0].new_zeros(n_rows, 3, dtype=torch.long)
+        self._writes = torch.zeros(n_rows, dtype=torch.bool, device=numbers[0].device)
+        for k, layer in enumerate(layers):
             prompt, pos, component = layer.nodes.nonzero(as_tuple=True)  # [nodes] each
-            row = prompt * self._width + number[layer.nodes]
+            number = numbers[k][layer.nodes]
+            row = self._row(prompt, number)
             layer_number = torch.full_like(pos, k)
             self._places[row] = torch.stack([layer_number, pos, component], dim=1)
             self._writes[row] = layer.kind == "component"
 
     def _row(self, prompt: Tensor, number: Tensor) -> Int[Tensor, " nodes"]:
         """Return the rows of nodes in the tables of all prompts' nodes."""
-        return prompt.long() * self._width + number
+        first_row = prompt.long() * self._width
+        return first_row + number
 
     def places(self, prompt: Tensor, number: Tensor) -> Int[Tensor, "nodes 3"]:
         """Return layer, position and component of nodes, given their prompts and numbers."""
-        return self._places[self._row(prompt, number)]
+        row = self._row(prompt, number)
+        return self._places[row]
 
     def sample_edges(self, table: EdgeTable, count: int, generator: torch.Generator) -> EdgeTable:
         """Draw up to `count` edges of a prompt that start at components, strong ones more often.
@@ -90,16 +94,22 @@ class Graphs:
         place of each part an edge is drawn. So the expected number of draws of an edge is its share
         of the total times `count`, and a dominant edge is always drawn.
         """
-        writes = self._writes[self._row(table.prompt, table.source)]  # [edges]
-        size = table.attribution.abs().nan_to_num(0.0, 0.0) * writes
-        ends = size.cumsum(0, dtype=torch.float64)  # where each edge ends
+        source_row = self._row(table.prompt, table.source)
+        writes = self._writes[source_row]  # [edges]
+        size = table.attribution.abs().nan_to_num(0.0, 0.0)
+        size = size * writes
+        ends = size.cumsum(0, dtype=torch.float64)  # [edges]: where each edge ends
         rows = table.source.new_zeros(0, dtype=torch.long)
         if len(ends) and ends[-1]:
+            total = ends[-1]
             within = torch.rand(count, generator=generator, dtype=torch.float64)
-            places = (torch.arange(count) + within) / count  # from 0 to 1
-            rows = torch.searchsorted(ends, places.to(ends.device) * ends[-1], right=True)
-        rows = rows.clamp(max=len(ends) - 1).unique()
-        return EdgeTable(*(column[rows] for column in table))
+            places = (torch.arange(count) + within) / count  # [count]: from 0 to 1
+            places = places.to(ends.device) * total
+            rows = torch.searchsorted(ends, places, right=True)
+        last = len(ends) - 1
+        rows = rows.clamp(max=last).unique()
+        columns = [column[rows] for column in table]
+        return EdgeTable(*columns)
 
     def checks(self, table: EdgeTable) -> Checks:
         """Return edges that start at components, as edges to check."""
@@ -114,7 +124,8 @@ class Graphs:
 def most_nodes(layers: list[Layer]) -> int:
     """Return the number of nodes of the largest graph of a batch."""
     by_layer = [layer.nodes.flatten(1).sum(1) for layer in layers]  # [prompt] each
-    return int(torch.stack(by_layer).sum(0).max())
+    by_prompt = torch.stack(by_layer).sum(0)
+    return int(by_prompt.max())
 
 
 # ---- edges ---------------------------------------------------------------------------------------
@@ -126,23 +137,25 @@ def changes(spec: GraphSpec, checks: Checks, factor: float = 0.0) -> Float[Tenso
     For an exact edge (A6), or a factor near 1, it is (factor − 1) · attribution.
     """
     rows = torch.arange(len(checks.prompt), device=spec.inputs.device)
-    trials = [
-        _Trial(spec, checks.rows(some), factor).run()
-        for some in rows.split(_trials_at_once(spec))
-        if len(some)
-    ]
-    if trials:
-        return torch.cat(trials)
-    return next(iter(spec.importances.values())).new_zeros(0)
+    if not len(rows):
+        g = next(iter(spec.importances.values()))
+        return g.new_zeros(0)
+    trials = []
+    for chunk in rows.split(_trials_at_once(spec)):
+        trial = _Trial(spec, checks.rows(chunk), factor)
+        trials.append(trial.run())
+    return torch.cat(trials)
 
 
 def _trials_at_once(spec: GraphSpec) -> int:
     """Return the number of edges that one run can check."""
-    inputs, length = spec.inputs, spec.inputs.shape[1]
+    inputs = spec.inputs
+    width = max(1, inputs.shape[1])  # features, or positions
     if inputs.is_floating_point():
-        return max(1, MAX_TRIAL_NUMBERS // max(1, length))
-    widest = max(length, vocab_of(spec.model.target) or 0)
-    return max(1, MAX_TRIAL_NUMBERS // (length * widest))
+        return max(1, MAX_TRIAL_NUMBERS // width)
+    vocab = vocab_of(spec.model.target) or 0
+    per_position = max(width, vocab)  # attention scores or logits
+    return max(1, MAX_TRIAL_NUMBERS // (width * per_position))
 
 
 class _Trial:
@@ -155,15 +168,21 @@ class _Trial:
     """
 
     def __init__(self, spec: GraphSpec, checks: Checks, factor: float):
-        self.spec, self.model, self.mode = spec, spec.model, spec.mode
-        self.checks, self.factor = checks, factor
-        prompts, slots = checks.prompt.unique(return_inverse=True)
+        self.spec = spec
+        self.model = spec.model
+        self.mode = spec.mode
+        self.checks = checks
+        self.factor = factor
+        prompts, first_row = checks.prompt.unique(return_inverse=True)  # [prompts], [checks]
         self.first_rows = len(prompts)
-        first = torch.arange(self.first_rows, device=slots.device)
-        self.rows = torch.cat([first, slots])
+        unedited = torch.arange(self.first_rows, device=first_row.device)
+        self.rows = torch.cat([unedited, first_row])
         self.inputs = spec.inputs[prompts][self.rows]
-        self.g = {site: g[prompts].detach() for site, g in spec.importances.items()}
-        self.change = next(iter(self.g.values())).new_zeros(len(slots))
+        self.g: dict[str, Tensor] = {}
+        for site, g in spec.importances.items():
+            self.g[site] = g[prompts].detach()
+        any_g = next(iter(self.g.values()))
+        self.change = any_g.new_zeros(len(first_row))
 
     def run(self) -> Float[Tensor, " checks"]:
         """Run the model, and return the change of each target."""
@@ -172,16 +191,19 @@ class _Trial:
             return self.change
         # A frozen graph: first a run of every row as it is, which gives the constants of the
         # graph's run; then the changes, with these constants.
-        constants, factor = list[Tensor](), self.factor
+        constants = list[Tensor]()
+        factor = self.factor
 
         def record(value: Tensor) -> Tensor:
-            constants.append(value.detach().clone())  # the model may overwrite the value itself
-            return value.detach()
+            constant = value.detach()
+            constants.append(constant.clone())  # the model may overwrite the value itself
+            return constant
 
         self.factor = 1.0
         self._forward(Frozen(record))
-        self.factor = factor
+
         recorded = iter(constants)
+        self.factor = factor
         self._forward(Frozen(lambda value: next(recorded)))
         return self.change
 
@@ -195,39 +217,54 @@ class _Trial:
         with torch.set_grad_enabled(self.spec.frozen), linear, replaced:
             out = self.model.target(x)
         with torch.no_grad():
-            self._read(("output", "output"), self.spec.reading(out), None)
+            values = self.spec.reading(out)
+            self._read(("output", "output"), values, None)
 
     # ---- sites -----------------------------------------------------------------------------------
 
-    def _at_site(self, site: Site, x: Tensor, own: Map) -> Tensor:
+    def _at_site(self, site: Site, x: Tensor, original: Map) -> Tensor:
         """Read the targets of a site, and return its output in the graph's run with the edits."""
         key: LayerKey = ("component", site.name)
         components = self.model[site.name]
         x = x.detach()  # the rules of A6 do not apply inside a site
         with torch.no_grad():
             if site.kind != "embedding":
-                self._read(key, x, components.V.detach())
-            y = self._graph_output(site, x[: self.first_rows], own)[self.rows]
+                V = components.V.detach()
+                self._read(key, x, V)
+            first_x = x[: self.first_rows]
+            first_y = self._graph_output(site, first_x, original)  # one row a prompt
+            y = first_y[self.rows]
             if self.mode.delta == "flow":
-                y = y + self._delta_change(site, x, own)
-            row, pos, component = self._ends_in(key, self.checks.source)
-            weight = self._weight(site, x, self.rows[row], pos, component)
-            edit = ((self.factor - 1) * weight)[:, None] * components.U.detach()[component]
-            _with_positions(y).index_put_((row, pos), edit, accumulate=True)
+                y = y + self._delta_change(site, x, original)
+            self._edit(site, x, y)
         return _as_path(y)
 
-    def _graph_output(self, site: Site, x: Tensor, own: Map) -> Tensor:
+    def _edit(self, site: Site, x: Tensor, y: Tensor) -> None:
+        """Add (f − 1) w_i U_i to the output of a site in place, for the checks that start there."""
+        U = self.model[site.name].U.detach()
+        row, pos, component = self._ends_in(("component", site.name), self.checks.source)
+        first_row = self.rows[row]
+        w = self._weight(site, x, first_row, pos, component)  # [checks]
+        scaled = (self.factor - 1) * w
+        edit = scaled[:, None] * U[component]  # [checks, d_out]
+        by_position = _with_positions(y)
+        by_position.index_put_((row, pos), edit, accumulate=True)
+
+    def _graph_output(self, site: Site, x: Tensor, original: Map) -> Tensor:
         """Return the site's output in the graph's own run, one row a prompt."""
-        if self.mode.mask == "ones" and self.mode.delta != "off":
-            return own(x)  # D5
-        V, U = self.model[site.name].V.detach(), self.model[site.name].U.detach()
+        mode = self.mode
+        if mode.mask == "ones" and mode.delta != "off":
+            return original(x)  # D5
+        components = self.model[site.name]
+        V = components.V.detach()
+        U = components.U.detach()
         bias = 0.0 if site.bias is None else site.bias
         a = site.inner(x, V)
-        w = a if self.mode.mask == "ones" else self.g[site.name] * a
+        w = a if mode.mask == "ones" else self.g[site.name] * a
         y = w @ U + bias
-        if self.mode.delta == "off":
+        if mode.delta == "off":
             return y
-        return y + own(x) - bias - a @ U
+        return y + original(x) - bias - a @ U
 
     def _weight(
         self, site: Site, x: Tensor, row: Tensor, pos: Tensor, component: Tensor
@@ -238,25 +275,34 @@ class _Trial:
             tokens = x[row, pos]
             a = V[tokens, component]
         else:
-            vectors = _with_positions(x)[row, pos]  # [nodes, d_in]
-            a = (vectors * V.T[component]).sum(-1)
+            by_position = _with_positions(x)
+            vectors = by_position[row, pos]  # [nodes, d_in]
+            read = V.T[component]  # [nodes, d_in]
+            a = (vectors * read).sum(-1)
         if self.mode.mask == "ones":
             return a
-        g = _with_positions(self.g[site.name])
+        g = _with_positions(self.g[site.name])  # [batch, pos, C]
         return a * g[row, pos, component]
 
-    def _delta_change(self, site: Site, x: Tensor, own: Map) -> Tensor:
+    def _delta_change(self, site: Site, x: Tensor, original: Map) -> Tensor:
         """Return the change of the delta's output, for graphs whose delta carries gradient."""
         components = self.model[site.name]
-        delta = own(x) - site.inner(x, components.V) @ components.U
-        return delta - delta[self.rows]
+        a = site.inner(x, components.V)
+        delta = original(x) - a @ components.U
+        unedited = delta[self.rows]
+        return delta - unedited
 
-    def _at_embedding(self, module: nn.Module, own: Map) -> Map:
+    def _at_embedding(self, module: nn.Module, original: Map) -> Map:
+        """Return a forward pass of an embedding whose output the rules of A6 follow."""
+        rows = len(self.rows)
+
         def forward(*args, **kwargs):
-            out = own(*args, **kwargs)
+            out = original(*args, **kwargs)
             vectors = self.model.folded(out)
-            every_row = vectors.expand(len(self.rows), *vectors.shape[-2:]).detach()
-            return _as_path(flattened(every_row, vectors.ndim - out.ndim))
+            every_row = vectors.expand(rows, *vectors.shape[-2:])
+            every_row = every_row.detach()
+            added_dims = vectors.ndim - out.ndim
+            return _as_path(flattened(every_row, added_dims))
 
         return forward
 
@@ -266,10 +312,13 @@ class _Trial:
         self, key: LayerKey, ends: Int[Tensor, "checks 3"]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Select checks with an end in a layer; return their rows, and its pos and component."""
-        is_layer = torch.tensor([layer == key for layer in self.checks.layers], device=ends.device)
-        checks = is_layer[ends[:, 0]].nonzero()[:, 0]
+        is_layer = [layer == key for layer in self.checks.layers]
+        is_layer = torch.tensor(is_layer, device=ends.device)  # [layers]
+        layer_number = ends[:, 0]
+        checks = is_layer[layer_number].nonzero()[:, 0]
         row = self.first_rows + checks
-        return row, ends[checks, 1], ends[checks, 2]
+        _, pos, component = ends[checks].unbind(1)
+        return row, pos, component
 
     def _read(self, key: LayerKey, x: Tensor, V: Tensor | None) -> None:
         """Store how far each target of a layer has moved from its value in the graph's run.
@@ -277,23 +326,30 @@ class _Trial:
         V: the vectors that the layer's components read; None if x holds the targets themselves.
         """
         row, pos, component = self._ends_in(key, self.checks.target)
+        first_row = self.rows[row]
         x = _with_positions(x)
-        moved = x[row, pos] - x[self.rows[row], pos]  # [checks, K]
+        moved = x[row, pos] - x[first_row, pos]  # [checks, K]
         if V is None:
             change = moved.gather(1, component[:, None])[:, 0]
         else:
-            change = (moved * V.T[component]).sum(-1)
-        self.change[row - self.first_rows] = change.to(self.change.dtype)
+            read = V.T[component]  # [checks, K]
+            change = (moved * read).sum(-1)
+        check = row - self.first_rows
+        self.change[check] = change.to(self.change.dtype)
 
 
 def _as_path(y: Tensor) -> Tensor:
     """Let a tensor carry a gradient, as a copy that the model may change in place."""
-    return y.requires_grad_().clone() if torch.is_grad_enabled() else y
+    if not torch.is_grad_enabled():
+        return y
+    return y.requires_grad_().clone()
 
 
 def _with_positions(x: Tensor) -> Float[Tensor, "batch pos K"]:
     """Return a view [batch, pos, K] of a tensor [batch, K] or [batch, pos, K]."""
-    return x if x.ndim == 3 else x[:, None]
+    if x.ndim == 3:
+        return x
+    return x[:, None]
 
 
 # ---- nodes ---------------------------------------------------------------------------------------
@@ -308,19 +364,23 @@ class Inflow:
     """
 
     def __init__(self, model: ComponentModel, layers: list[Layer]):
-        fed = {name for name, site in model.sites.items() if site.kind != "embedding"} | {"output"}
-        self._targets = [
-            (layer, numbers)
-            for layer, numbers in zip(layers, node_numbers(layers), strict=True)
-            if layer.name in fed and layer.kind in ("component", "output")
-        ]
+        has_in_edges = {name for name, site in model.sites.items() if site.kind != "embedding"}
+        has_in_edges.add("output")
+        self._targets: list[tuple[Layer, Tensor]] = []
+        for layer, numbers in zip(layers, node_numbers(layers), strict=True):
+            if layer.kind not in ("component", "output"):
+                continue
+            if layer.name in has_in_edges:
+                self._targets.append((layer, numbers))
         self._width = most_nodes(layers)
         self._batch = len(layers[0].nodes)
-        self._sums = layers[-1].value.new_zeros(self._batch * self._width)
+        n_rows = self._batch * self._width
+        self._sums = layers[-1].value.new_zeros(n_rows)
 
     def add(self, table: EdgeTable) -> None:
         """Add some of the edges."""
-        row = table.prompt.long() * self._width + table.target
+        first_row = table.prompt.long() * self._width
+        row = first_row + table.target
         self._sums.index_add_(0, row, table.attribution)
 
     def gaps(self) -> Float[Tensor, " batch"]:
@@ -333,9 +393,11 @@ class Inflow:
         missed = self._sums.new_zeros(self._batch)
         size = self._sums.new_zeros(self._batch)
         for layer, numbers in self._targets:
-            prompt = layer.nodes.nonzero()[:, 0]  # [nodes]
-            value = layer.value.detach()[layer.nodes]
-            inflow = self._sums[prompt * self._width + numbers[layer.nodes]]
-            missed.index_add_(0, prompt, (value - inflow).abs())
+            is_node = layer.nodes
+            prompt = is_node.nonzero()[:, 0]  # [nodes]
+            row = prompt * self._width + numbers[is_node]
+            value = layer.value.detach()[is_node]
+            gap = value - self._sums[row]
+            missed.index_add_(0, prompt, gap.abs())
             size.index_add_(0, prompt, value.abs())
         return missed / size

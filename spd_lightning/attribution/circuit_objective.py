@@ -103,18 +103,23 @@ def check_search(search: CircuitSearch, inputs: Tensor, vocab: int | None = None
         BadInput: the prompts have no such loss, position or label.
     """
     vectors = inputs.is_floating_point()
-    loss: Loss = search.loss or ("mse" if vectors else "ce")
-    if vectors != (loss == "mse"):
+    usual: Loss = "mse" if vectors else "ce"
+    loss = search.loss or usual
+    is_for_vectors = loss == "mse"
+    if vectors != is_for_vectors:
         suits = "vectors; take mse" if vectors else "tokens; take ce or kl"
         raise BadInput(f"loss '{loss}' of a search: the model is on {suits}")
     if vectors:
         return loss
-    length, label = inputs.shape[1], search.label
+    length = inputs.shape[1]
     if not -length <= search.position < length:
         raise BadInput(
             f"position {search.position} of a search: the prompt has {length} tokens; take one"
         )
-    if vocab is not None and label is not None and not 0 <= label < vocab:
+    label = search.label
+    if vocab is None or label is None:
+        return loss
+    if not 0 <= label < vocab:
         raise BadInput(f"label {label} of a search: the model knows tokens 0 to {vocab - 1}")
     return loss
 
@@ -129,26 +134,34 @@ class CircuitObjective:
     """
 
     def __init__(self, model: ComponentModel, inputs: Tensor, search: CircuitSearch):
-        self.model, self.inputs, self.search = model, inputs, search
+        self.model = model
+        self.inputs = inputs
+        self.search = search
         for adversary in (search.adversary, search.judge):
             if adversary is not None:
                 adversary.check_start(model.delta, "CircuitSearch")
         self.vectors = inputs.is_floating_point()
         with torch.no_grad():
             clean = model.clean(inputs)
-            self.loss_kind: Loss = check_search(search, inputs, clean.output.shape[-1])
+            vocab = clean.output.shape[-1]
+            self.loss_kind: Loss = check_search(search, inputs, vocab)
             z = model.importance_function(clean.inputs, clean.inner)
         self.z = {site: values.detach() for site, values in z.items()}
         self.answer = self._at_position(clean.output)
         self.label = None if self.vectors else self._label()
 
     def _label(self) -> Int[Tensor, " prompts"]:
-        if self.search.label is None:
+        """Return the token whose probability should stay, for each prompt."""
+        label = self.search.label
+        if label is None:
             return self.answer.argmax(-1)
-        return torch.full_like(self.answer[:, 0], self.search.label, dtype=torch.long)
+        return torch.full_like(self.answer[:, 0], label, dtype=torch.long)
 
     def _at_position(self, output: Tensor) -> Float[Tensor, "rows K"]:
-        return output.flatten(1) if self.vectors else output[:, self.search.position]
+        """Select the outputs that the search explains: all on vectors, those at its position."""
+        if self.vectors:
+            return output.flatten(1)
+        return output[:, self.search.position]
 
     # ---- distance --------------------------------------------------------------------------------
 
@@ -156,13 +169,16 @@ class CircuitObjective:
         self, masks: Mapping[str, Mask], prompt: Int[Tensor, " rows"]
     ) -> Float[Tensor, "rows K"]:
         """Return the outputs of some prompts under masks, with gradients to the masks only."""
-        return self._at_position(self.model.masked(self.inputs[prompt], masks, detach=True))
+        inputs = self.inputs[prompt]  # [rows, ...]
+        output = self.model.masked(inputs, masks, detach=True)
+        return self._at_position(output)
 
     def loss(
         self, masks: Mapping[str, Mask], prompt: Int[Tensor, " rows"]
     ) -> Float[Tensor, " rows"]:
         """Return D of the outputs under masks."""
-        return self.distance(self.outputs(masks, prompt), prompt)
+        outputs = self.outputs(masks, prompt)
+        return self.distance(outputs, prompt)
 
     def distance(
         self, output: Float[Tensor, "rows K"], prompt: Int[Tensor, " rows"]
@@ -170,9 +186,11 @@ class CircuitObjective:
         """Return D of some outputs."""
         match self.loss_kind:
             case "kl":
-                return kl_rows(output, self.answer[prompt])
+                answer = self.answer[prompt]
+                return kl_rows(output, answer)
             case "mse":
-                return mse_rows(output, self.answer[prompt])
+                answer = self.answer[prompt]
+                return mse_rows(output, answer)
             case "ce":
                 return -self.log_probability(output, prompt)
 
@@ -181,8 +199,11 @@ class CircuitObjective:
     ) -> Float[Tensor, " rows"]:
         """Return the log probability of each row's label."""
         assert self.label is not None
-        output = output.to(torch.promote_types(output.dtype, torch.float32))
-        return output.log_softmax(-1).gather(-1, self.label[prompt, None])[:, 0]
+        at_least_float32 = torch.promote_types(output.dtype, torch.float32)
+        output = output.to(at_least_float32)
+        log_probabilities = output.log_softmax(-1)  # [rows, vocab]
+        label = self.label[prompt, None]  # [rows, 1]
+        return log_probabilities.gather(-1, label)[:, 0]
 
     # ---- masks -----------------------------------------------------------------------------------
 
@@ -191,9 +212,11 @@ class CircuitObjective:
         generators = []
         for row in self.inputs:
             content = row.cpu().contiguous().numpy().tobytes()
-            key = f"{self.search.seed} {purpose} ".encode() + content
-            seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())
-            generators.append(torch.Generator(self.inputs.device).manual_seed(seed))
+            prefix = f"{self.search.seed} {purpose} "
+            digest = hashlib.blake2b(prefix.encode() + content, digest_size=8).digest()
+            seed = int.from_bytes(digest)
+            generator = torch.Generator(self.inputs.device)
+            generators.append(generator.manual_seed(seed))
         return generators
 
     def sample_masks(
@@ -212,7 +235,8 @@ class CircuitObjective:
         def draw(p: int) -> Sources:
             return stochastic_sources(one_row, generators[p], binomial)
 
-        return self.masks(g, _by_prompt(prompt, draw))
+        sources = _by_prompt(prompt, draw)
+        return self.masks(g, sources)
 
     def adversarial_masks(
         self,
@@ -222,16 +246,19 @@ class CircuitObjective:
         generators: list[torch.Generator],
     ) -> dict[str, Mask]:
         """Return masks with which a fresh adversary raises D of every row by itself."""
-        fixed = {site: values.detach() for site, values in g.items()}
+        fixed_g = {site: values.detach() for site, values in g.items()}
 
         def total_loss(sources: Sources) -> Tensor:
-            return self.loss(self.masks(fixed, sources), prompt).sum()
+            masks = self.masks(fixed_g, sources)
+            loss = self.loss(masks, prompt)
+            return loss.sum()
 
         def start(p: int) -> Sources:
-            return self._start(adversary, fixed, generators[p])
+            return self._start(adversary, fixed_g, generators[p])
 
         first = _by_prompt(prompt, start)
-        return self.masks(g, pgd_sources(adversary, fixed, total_loss, None, first))
+        worst = pgd_sources(adversary, fixed_g, total_loss, None, first)
+        return self.masks(g, worst)
 
     def masks(self, g: Mapping[str, Tensor], sources: Sources) -> dict[str, Mask]:
         """Return the masks m = g + (1 − g)·s of every site."""
@@ -246,10 +273,10 @@ class CircuitObjective:
         """
         sources = {}
         for site, values in g.items():
-            positions = values.shape[1:-1]
+            _, *positions, components = values.shape
             if adversary.scope != "per_position":
                 positions = [1] * len(positions)
-            shape = (1, *positions, values.shape[-1] + 1)  # C components and the delta
+            shape = (1, *positions, components + 1)  # the components and the delta
             match adversary.init:
                 case "random":
                     start = uniform(values, shape, generator)
@@ -257,17 +284,20 @@ class CircuitObjective:
                     start = values.new_ones(shape)
                 case "zeros":
                     start = values.new_zeros(shape)
-            sources[site] = (start[..., :-1], start[..., -1])
+            of_components = start[..., :-1]
+            of_delta = start[..., -1]
+            sources[site] = (of_components, of_delta)
         return sources
 
 
 def _by_prompt(prompt: Int[Tensor, " rows"], draw: Callable[[int], Sources]) -> Sources:
     """Draw sources once for each prompt, and repeat them for all of its rows."""
     rows = prompt.tolist()
-    drawn = {p: draw(p) for p in dict.fromkeys(rows)}
+    prompts = dict.fromkeys(rows)  # each once, in order of their first rows
+    by_prompt = {p: draw(p) for p in prompts}
+    by_row = [by_prompt[p] for p in rows]
     sources = {}
-    for site in drawn[rows[0]]:
-        components = torch.cat([drawn[p][site][0] for p in rows])
-        delta = torch.cat([drawn[p][site][1] for p in rows])
-        sources[site] = (components, delta)
+    for site in by_row[0]:
+        components, deltas = zip(*[row[site] for row in by_row], strict=True)
+        sources[site] = (torch.cat(components), torch.cat(deltas))
     return sources

@@ -98,14 +98,18 @@ def optimize(
 
 def _check_finite(optimization: "ImportanceOptimization", frontier: Frontier) -> None:
     """Raise Diverged if a loss is not finite."""
-    for masks, loss in {"optimized": optimization.loss, **frontier.loss}.items():
-        if loss.isfinite().all():
+    losses = {"optimized": optimization.loss, **frontier.loss}
+    for masks, loss in losses.items():
+        is_finite = loss.isfinite()
+        if is_finite.all():
             continue
-        row = int(loss.isfinite().int().argmin())
-        prompt, lambda_ = int(frontier.prompt[row]), float(frontier.lambdas[row])
+        row = int(is_finite.int().argmin())  # the first that is not
+        prompt = int(frontier.prompt[row])
+        lambda_ = float(frontier.lambdas[row])
+        steps = int(frontier.steps[row])
         raise Diverged(
             f"the circuit search's loss ({masks}) of prompt {prompt} at lambda {lambda_} is "
-            f"{float(loss[row])} after {int(frontier.steps[row])} steps",
+            f"{float(loss[row])} after {steps} steps",
             "lower search.lr",
         )
 
@@ -116,18 +120,23 @@ def select_circuits(frontier: Frontier, share: float) -> list[int]:
     If no row of a prompt keeps that share, the row that keeps most is selected, to a hundredth. Of
     equal rows, the one with the smallest loss under ci masks is selected.
     """
-    kept, nodes = frontier.kept.tolist(), frontier.nodes.tolist()
-    loss = frontier.loss["ci"].tolist()
+    shares = frontier.kept.tolist()
+    nodes = frontier.nodes.tolist()
+    losses = frontier.loss["ci"].tolist()
 
     def rank(row: int) -> tuple[bool, float, float]:
-        enough = kept[row] >= share
-        quality = float(-nodes[row]) if enough else round(kept[row], 2)
-        return enough, quality, -loss[row]
+        enough = shares[row] >= share
+        size = float(nodes[row])
+        quality = -size if enough else round(shares[row], 2)
+        return enough, quality, -losses[row]
 
+    is_optimized = ~frontier.lambdas.isnan()
+    optimized = is_optimized.nonzero()[:, 0]
+    prompts = frontier.prompt[optimized].tolist()
     rows_of_prompt = dict[int, list[int]]()
-    optimized = ~frontier.lambdas.isnan()
-    for row in optimized.nonzero()[:, 0].tolist():
-        rows_of_prompt.setdefault(int(frontier.prompt[row]), []).append(row)
+    for row, prompt in zip(optimized.tolist(), prompts, strict=True):
+        rows = rows_of_prompt.setdefault(prompt, [])
+        rows.append(row)
     return [max(rows, key=rank) for rows in rows_of_prompt.values()]
 
 
@@ -151,30 +160,39 @@ class RowEntries:
 
     def gather(self, matrix: Float[Tensor, "rows width"]) -> Float[Tensor, " entries"]:
         """Select the entries of a matrix."""
-        return matrix.flatten()[self.place]
+        flat = matrix.flatten()
+        return flat[self.place]
 
     def in_rows(self, rows: Int[Tensor, " some"]) -> Bool[Tensor, " entries"]:
         """Mark the entries that belong to some rows."""
-        return self._new_row(rows)[self.row] >= 0
+        new_row = self._new_row(rows)[self.row]  # [entries]
+        return new_row >= 0
 
     def scatter(
         self, values: Float[Tensor, " entries_there"], rows: Int[Tensor, " some"]
     ) -> Float[Tensor, "some width"]:
         """Lay out the values of the entries of some rows; other entries of these rows are 0."""
         there = self.in_rows(rows)
-        moved_by = self._new_row(rows)[self.row[there]] - self.row[there]
+        old_row = self.row[there]  # [entries_there]
+        new_row = self._new_row(rows)[old_row]
+        moved_by = new_row - old_row
+        # In a flattened matrix, a row is `width` places long.
         place = self.place[there] + moved_by * self.width
-        flat = values.new_zeros(len(rows) * self.width).index_put((place,), values)
+        zeros = values.new_zeros(len(rows) * self.width)
+        flat = zeros.index_put((place,), values)
         return flat.view(len(rows), self.width)
 
     def sum_by_row(self, values: Float[Tensor, " entries"]) -> Float[Tensor, " rows"]:
         """Add up values by row."""
-        return values.new_zeros(self.rows).index_add(0, self.row, values)
+        zeros = values.new_zeros(self.rows)
+        return zeros.index_add(0, self.row, values)
 
     def _new_row(self, rows: Int[Tensor, " some"]) -> Int[Tensor, " rows"]:
         """Return the number of each row among some rows; -1 for others."""
-        none = torch.full((self.rows,), -1, device=rows.device)
-        return none.index_copy(0, rows, torch.arange(len(rows), device=rows.device))
+        device = rows.device
+        none = torch.full((self.rows,), -1, device=device)
+        numbers = torch.arange(len(rows), device=device)
+        return none.index_copy(0, rows, numbers)
 
 
 class ImportanceOptimization:
@@ -190,23 +208,29 @@ class ImportanceOptimization:
     """
 
     def __init__(self, objective: CircuitObjective):
-        self.objective, self.search = objective, objective.search
+        search = objective.search
+        self.objective = objective
+        self.search = search
         self.importance = objective.model.importance
         z = objective.z
         self.shapes = {name: values.shape[1:] for name, values in z.items()}
-        self.positions = next(iter(z.values()))[0, ..., 0].numel()
+        first = next(iter(z.values()))  # [prompts, (pos,) C]
+        self.positions = first[0, ..., 0].numel()
         flat = torch.cat([values.flatten(1) for values in z.values()], dim=1)  # [prompts, width]
         device, prompts = flat.device, len(objective.inputs)
 
-        lambdas = [nan, *self.search.lambdas]
-        self.lambdas = torch.tensor(lambdas, dtype=torch.float64, device=device).repeat(prompts)
-        self.prompt = torch.arange(prompts, device=device).repeat_interleave(len(lambdas))
+        # The rows: every prompt once without λ, and once under each λ.
+        lambdas = [nan, *search.lambdas]
+        one_prompt = torch.tensor(lambdas, dtype=torch.float64, device=device)
+        self.lambdas = one_prompt.repeat(prompts)
+        every_prompt = torch.arange(prompts, device=device)
+        self.prompt = every_prompt.repeat_interleave(len(lambdas))
 
         alive = self._lower_leaky(flat) > 0  # [prompts, width]
-        self.entries = RowEntries(alive.repeat_interleave(len(lambdas), 0))
+        self.entries = RowEntries(alive[self.prompt])
         start = self._cap(flat)[self.prompt]  # [rows, width]
         self.values = nn.Parameter(self.entries.gather(start))
-        self.optimizer = torch.optim.AdamW([self.values], lr=self.search.lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW([self.values], lr=search.lr, weight_decay=0.0)
 
         self.running = ~self.lambdas.isnan()
         self.taken = torch.zeros_like(self.prompt)
@@ -217,20 +241,32 @@ class ImportanceOptimization:
 
     def _lower_leaky(self, z: Tensor) -> Tensor:
         """Return g of pre-sigmoid values of any shape."""
-        return self.importance({"": z}).lower[""]
+        sigmoids = self.importance({"": z})
+        return sigmoids.lower[""]
+
+    def _upper_leaky(self, z: Tensor) -> Tensor:
+        """Return ĝ of pre-sigmoid values of any shape."""
+        sigmoids = self.importance({"": z})
+        return sigmoids.upper[""]
 
     def _cap(self, z: Tensor) -> Tensor:
         """Lower values to 1 if g stays the same, so that they need not come down from far above."""
         capped = z.clamp(max=1)
-        return torch.where(self._lower_leaky(capped) == self._lower_leaky(z), capped, z)
+        capped_g = self._lower_leaky(capped)
+        stays = capped_g == self._lower_leaky(z)
+        return torch.where(stays, capped, z)
 
     def importances(self, rows: Int[Tensor, " rows"]) -> dict[str, Tensor]:
         """Return g of some rows [rows, (pos,) C] by site; 0 for all other components."""
-        g = self._lower_leaky(self.values[self.entries.in_rows(rows)])
-        matrix = self.entries.scatter(g, rows)  # [rows, width]
+        there = self.entries.in_rows(rows)
+        g = self._lower_leaky(self.values[there])
+        matrix = self.entries.scatter(g, rows)  # [rows, width]: the sites side by side
         widths = [shape.numel() for shape in self.shapes.values()]
-        parts = zip(self.shapes.items(), matrix.split(widths, dim=1), strict=True)
-        return {name: part.view(-1, *shape) for (name, shape), part in parts}
+        parts = matrix.split(widths, dim=1)
+        by_site = {}
+        for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
+            by_site[name] = part.view(-1, *shape)
+        return by_site
 
     def step(self) -> None:
         """Update all rows that are running; some of them may settle."""
@@ -249,31 +285,44 @@ class ImportanceOptimization:
 
     def _losses(self, rows: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """Return the loss of some rows."""
-        objective, search, prompt = self.objective, self.search, self.prompt[rows]
+        objective = self.objective
+        search = self.search
+        prompt = self.prompt[rows]
         g = self.importances(rows)
+        losses = []
         masks = [objective.sample_masks(kind, g, prompt, self.generators) for kind in search.masks]
-        loss = torch.stack([objective.loss(each, prompt) for each in masks]).mean(0)
+        for drawn in masks:
+            loss = objective.loss(drawn, prompt)
+            losses.append(loss)
+        total = torch.stack(losses).mean(0)
         if search.adversary is not None:
             worst = objective.adversarial_masks(search.adversary, g, prompt, self.generators)
-            loss = loss + search.adversarial * objective.loss(worst, prompt)
-        return loss + self.lambdas[rows].to(loss.dtype) * self._minimality()[rows]
+            total = total + search.adversarial * objective.loss(worst, prompt)
+        lambdas = self.lambdas[rows].to(total.dtype)
+        minimality = self._minimality()[rows]
+        return total + lambdas * minimality
 
     def _minimality(self) -> Float[Tensor, " rows"]:
         """Return L2 of every row, without the constant part of components with importance 0."""
-        upper = self.importance({"": self.values}).upper[""]  # [entries]
-        return self.entries.sum_by_row(powered(upper, self.search.p)) / self.positions
+        upper = self._upper_leaky(self.values)  # [entries]: ĝ
+        powers = powered(upper, self.search.p)  # (ĝ + ε)^p
+        total = self.entries.sum_by_row(powers)
+        return total / self.positions
 
     def _settle(self, rows: Int[Tensor, " rows"], losses: Float[Tensor, " rows"]) -> None:
         """At the end of a window of steps, stop the rows whose mean loss has settled."""
         search = self.search
-        self._window_sum[rows] += losses.double()
-        self.loss[rows] = losses.double()
-        if int(self.taken.max()) % search.patience:
+        losses = losses.double()
+        self._window_sum[rows] += losses
+        self.loss[rows] = losses
+        steps = int(self.taken.max())
+        if steps % search.patience:
             return
         mean = self._window_sum / search.patience
-        self._window_sum = torch.zeros_like(self._window_sum)
-        self.running &= (mean - self._last_mean).abs() > search.tolerance * mean.abs()
+        change = mean - self._last_mean
+        self.running &= change.abs() > search.tolerance * mean.abs()
         self._last_mean = mean
+        self._window_sum = torch.zeros_like(mean)
 
 
 # ---- step 3: evaluation --------------------------------------------------------------------------
@@ -283,18 +332,20 @@ def _evaluate(
     objective: CircuitObjective, optimization: ImportanceOptimization, g: Mapping[str, Tensor]
 ) -> Frontier:
     """Measure the circuits of all rows."""
-    prompt, answer = optimization.prompt, objective.answer
+    prompt = optimization.prompt
+    answer = objective.answer[prompt]  # [rows, K]
     outputs = _outputs(objective, g, prompt)
     loss = _means(outputs, lambda output: objective.distance(output, prompt))
-    label, probability = None, None
+    label = None
+    probability = None
     if objective.label is None:
-        size = answer.square().mean(1).clamp(min=1e-30)[prompt]
-        kept = 1 - loss["adversarial"] / size
+        size = answer.square().mean(1).clamp(min=1e-30)  # [rows]
+        share = 1 - loss["adversarial"] / size
     else:
         label = objective.label[prompt]
-        outputs = {"target": [answer[prompt]], **outputs}
+        outputs = {"target": [answer], **outputs}
         probability = _means(outputs, lambda x: objective.log_probability(x, prompt).exp())
-        kept = probability["adversarial"] / probability["target"]
+        share = probability["adversarial"] / probability["target"]
     return Frontier(
         prompt=prompt,
         lambdas=optimization.lambdas,
@@ -304,13 +355,16 @@ def _evaluate(
         loss=loss,
         probability=probability,
         label=label,
-        kept=kept,
+        kept=share,
     )
 
 
 def _count_above(g: Mapping[str, Tensor], threshold: float) -> Int[Tensor, " rows"]:
     """Count the components of each row above a threshold, over all sites and positions."""
-    counts = [(values > threshold).flatten(1).sum(1) for values in g.values()]
+    counts = []
+    for values in g.values():
+        above = values > threshold  # [rows, (pos,) C]
+        counts.append(above.flatten(1).sum(1))
     return torch.stack(counts).sum(0)
 
 
@@ -318,7 +372,8 @@ def _outputs(
     objective: CircuitObjective, g: Mapping[str, Tensor], prompt: Int[Tensor, " rows"]
 ) -> dict[str, list[Tensor]]:
     """Return the outputs [rows, K] of every row under each kind of masks, one for each draw."""
-    search, generators = objective.search, objective.generators("judge")
+    search = objective.search
+    generators = objective.generators("judge")
     ci = objective.sample_masks("ci", g, prompt, generators)
     stochastic = [
         objective.sample_masks("stochastic", g, prompt, generators) for _ in range(search.draws)

@@ -59,46 +59,56 @@ def dataset_edges(
 
     wanted: chooses layers by name; only edges with both ends in such layers are included.
     """
-    closed = closed_form_obstacle(spec.model, spec.mode) is None
-    sums = _sum_closed_forms(spec, wanted) if closed else _sum_vjp_edges(spec)
-    nodes = [
-        node_sums(layer, entries)
-        for layer, entries in zip(sums.layers, sums.entries, strict=True)
-        if wanted(layer.name)
-    ]
-    pairs = [
-        pair for pair in sums.pairs() if wanted(pair.source_layer) and wanted(pair.target_layer)
-    ]
+    if closed_form_obstacle(spec.model, spec.mode) is None:
+        sums = _sum_closed_forms(spec, wanted)
+    else:
+        sums = _sum_vjp_edges(spec)
+
+    nodes = list[NodeSums]()
+    for layer, entries in zip(sums.layers, sums.entries, strict=True):
+        if wanted(layer.name):
+            nodes.append(node_sums(layer, entries))
+
+    pairs = list[PairSums]()
+    for pair in sums.pairs():
+        if wanted(pair.source_layer) and wanted(pair.target_layer):
+            pairs.append(pair)
     return nodes, pairs
 
 
 def _sum_closed_forms(spec: GraphSpec, wanted: Callable[[str], bool]) -> EdgeSums:
     """Add up the blocks of edges that a decoder's closed forms give."""
     batch = trace_batch(spec)
-    tokens = spec.inputs
-    layers = [
-        layer if layer.whole or wanted(layer.name) else _without_nodes(layer)
-        for layer in batch.layers
-    ]
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    sums = EdgeSums(layers, {"wte": tokens, "wpe": positions})
+    layers = []
+    for layer in batch.layers:
+        if not layer.whole and not wanted(layer.name):
+            layer = _without_nodes(layer)
+        layers.append(layer)
+    tokens = spec.inputs  # [batch, pos]
+    prompts, length = tokens.shape
+    positions = torch.arange(length, device=tokens.device)
+    rows = {"wte": tokens, "wpe": positions.expand_as(tokens)}
+    sums = EdgeSums(layers, rows)
     batch = batch._replace(layers=layers, numbers=sums.slots)
-    for prompt in range(len(tokens)):
-        compute_edges(TracedPrompt(batch, prompt), sums)
+    for number in range(prompts):
+        prompt = TracedPrompt(batch, number)
+        compute_edges(prompt, sums)
         sums.end_prompt()
     return sums
 
 
 def _without_nodes(layer: Layer) -> Layer:
-    return layer._replace(nodes=torch.zeros_like(layer.nodes))
+    nodes = torch.zeros_like(layer.nodes)
+    return layer._replace(nodes=nodes)
 
 
 def _sum_vjp_edges(spec: GraphSpec) -> EdgeSums:
     """Add up edges one by one."""
     prompts = len(spec.inputs)
     layers, edges = prompt_edges(spec)
-    sums = EdgeSums(layers, looked_up(spec.model, spec.inputs))
-    by_prompt = [split_by_prompt(each, prompts) for each in edges]
+    rows = looked_up(spec.model, spec.inputs)
+    sums = EdgeSums(layers, rows)
+    by_prompt = [split_by_prompt(piece, prompts) for piece in edges]
     for prompt in range(prompts):
         for pieces in by_prompt:
             sums.add_listed(pieces[prompt])
@@ -109,9 +119,12 @@ def _sum_vjp_edges(spec: GraphSpec) -> EdgeSums:
 def split_by_prompt(edges: LayerEdges, prompts: int) -> list[LayerEdges]:
     """Split the edges of a batch of prompts into those of each prompt."""
     order = edges.prompt.argsort(stable=True)
-    sizes = torch.bincount(edges.prompt, minlength=prompts).tolist()
-    columns = [column[order].split(sizes) for column in edges[2:]]
-    return [LayerEdges(edges.source, edges.target, *parts) for parts in zip(*columns, strict=True)]
+    count = torch.bincount(edges.prompt, minlength=prompts)
+    sizes = count.tolist()
+    _, _, *columns = edges  # all but the numbers of the layers
+    parts_of_columns = [column[order].split(sizes) for column in columns]
+    by_prompt = zip(*parts_of_columns, strict=True)
+    return [LayerEdges(edges.source, edges.target, *parts) for parts in by_prompt]
 
 
 # ---- rows of embeddings --------------------------------------------------------------------------
@@ -130,27 +143,32 @@ class _LookUps(TorchFunctionMode):
         self.rows = dict[str, Tensor]()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.functional.embedding and (name := self.names.get(id(args[1]))):
-            self.rows[name] = args[0]
-        return func(*args, **(kwargs or {}))
+        if func is nn.functional.embedding:
+            rows, table, *_ = args
+            name = self.names.get(id(table))
+            if name is not None:
+                self.rows[name] = rows
+        if kwargs is None:
+            kwargs = {}
+        return func(*args, **kwargs)
 
 
 def looked_up(model: ComponentModel, inputs: Tensor) -> EmbeddingRows:
     """Return the rows that the target's embeddings look up, by the embeddings' names."""
-    tables = {
-        name: module
-        for name, module in model.target.named_modules()
-        if isinstance(module, nn.Embedding)
-    }
-    if not tables:
+    names = {}
+    for name, module in model.target.named_modules():
+        if isinstance(module, nn.Embedding):
+            names[id(module.weight)] = name
+    if not names:
         return {}
-    names = {id(module.weight): name for name, module in tables.items()}
     with torch.no_grad(), _LookUps(names) as seen:
         model.target(inputs)
     rows = {}
     for name, ids in seen.rows.items():
-        by_prompt = ids.view(inputs.shape) if len(ids) == inputs.numel() else ids
-        rows[name] = by_prompt.expand(len(inputs), by_prompt.shape[-1])
+        if len(ids) == inputs.numel():  # the model flattens batch and positions
+            ids = ids.view(inputs.shape)
+        length = ids.shape[-1]
+        rows[name] = ids.expand(len(inputs), length)  # positions are the same for all prompts
     return rows
 
 
@@ -159,24 +177,42 @@ def looked_up(model: ComponentModel, inputs: Tensor) -> EmbeddingRows:
 
 def node_sums(layer: Layer, entries: Entries) -> NodeSums:
     """Add up one layer's nodes."""
-    value = layer.value.detach()
-    square = value.square()
     if layer.whole:
-        rank = entries.rank.flatten().long()
-        count = len(entries.known)
-        firings = torch.bincount(rank, minlength=count)
-        total = torch.bincount(rank, square.flatten().double(), minlength=count)
-        size = torch.bincount(rank, square.sqrt().flatten().double(), minlength=count)
-        return NodeSums(
-            layer.kind, layer.name, entries.known, firings, firings.double(), total, size
-        )
-    firings = layer.nodes.sum((0, 1))
+        return _whole_sums(layer, entries)
+    value = layer.value.detach()  # [batch, pos, C]
+    firings = layer.nodes.sum((0, 1))  # [C]
+    size = value.abs() * layer.nodes
     g = layer.importance
-    importance = firings.double() if g is None else g.sum((0, 1), dtype=torch.float64)
-    every = torch.arange(len(firings), device=firings.device)
-    total = square.sum((0, 1), dtype=torch.float64)
-    size = (value.abs() * layer.nodes).sum((0, 1), dtype=torch.float64)
-    return NodeSums(layer.kind, layer.name, every, firings, importance, total, size)
+    importance = firings.double()
+    if g is not None:
+        importance = g.sum((0, 1), dtype=torch.float64)
+    return NodeSums(
+        kind=layer.kind,
+        layer=layer.name,
+        component=torch.arange(len(firings), device=firings.device),
+        firings=firings,
+        importance=importance,
+        square=value.square().sum((0, 1), dtype=torch.float64),
+        size=size.sum((0, 1), dtype=torch.float64),
+    )
+
+
+def _whole_sums(layer: Layer, entries: Entries) -> NodeSums:
+    """Add up the nodes of a layer with a single one at each position, by the row that it is."""
+    rank = entries.rank.flatten().long()  # [batch * pos]
+    count = len(entries.known)
+    square = layer.value.detach().square().flatten()
+    size = square.sqrt()
+    firings = torch.bincount(rank, minlength=count)
+    return NodeSums(
+        kind=layer.kind,
+        layer=layer.name,
+        component=entries.known,
+        firings=firings,
+        importance=firings.double(),
+        square=torch.bincount(rank, square.double(), minlength=count),
+        size=torch.bincount(rank, size.double(), minlength=count),
+    )
 
 
 def sums_gap(model: ComponentModel, nodes: Sequence[NodeSums], pairs: Sequence[PairSums]) -> float:
@@ -185,15 +221,20 @@ def sums_gap(model: ComponentModel, nodes: Sequence[NodeSums], pairs: Sequence[P
     It is Σ_j |Σ |a_j| − Σ in-edges·sign(a_j)| / Σ_j Σ |a_j| over components j (except those of
     embeddings) and outputs; each inner sum is over all places where j is a node.
     """
-    fed = {name for name, site in model.sites.items() if site.kind != "embedding"} | {"output"}
-    missed, size = 0.0, 0.0
+    has_in_edges = {name for name, site in model.sites.items() if site.kind != "embedding"}
+    has_in_edges.add("output")
+    missed = 0.0
+    size = 0.0
     for node in nodes:
-        if node.layer not in fed or node.kind not in ("component", "output"):
+        if node.kind not in ("component", "output"):
             continue
-        entered = torch.zeros_like(node.size)
+        if node.layer not in has_in_edges:
+            continue
+        inflow = torch.zeros_like(node.size)  # [C]: Σ in-edges·sign(a_j)
         for pair in pairs:
             if pair.target_layer == node.layer:
-                entered.index_add_(0, pair.target, pair.size)
-        missed += float((node.size - entered).abs().sum())
+                inflow.index_add_(0, pair.target, pair.size)
+        gap = node.size - inflow
+        missed += float(gap.abs().sum())
         size += float(node.size.sum())
     return missed / size if size else 0.0

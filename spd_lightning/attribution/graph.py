@@ -92,20 +92,24 @@ class GraphSpec(NamedTuple):
     def is_node(self, site: str, g: Tensor) -> Tensor:
         """Mark the components of a site that are nodes, by their importance g (A3)."""
         threshold = self.threshold
-        return g > (threshold[site] if isinstance(threshold, Mapping) else threshold)
+        if isinstance(threshold, Mapping):
+            return g > threshold[site]
+        return g > threshold
 
     def single_prompt(self, prompt: int, outputs: Bool[Tensor, "batch pos K"]) -> "GraphSpec":
         """Return the specification for one prompt of the batch, with the given output nodes."""
         one = slice(prompt, prompt + 1)
         threshold = self.threshold
         if isinstance(threshold, Mapping):
-            threshold = {
-                site: above.expand_as(self.importances[site])[one]
-                for site, above in threshold.items()
-            }
+            thresholds = {}
+            for site, above in threshold.items():
+                by_prompt = above.expand_as(self.importances[site])
+                thresholds[site] = by_prompt[one]
+            threshold = thresholds
+        importances = {site: g[one] for site, g in self.importances.items()}
         return self._replace(
             inputs=self.inputs[one],
-            importances={site: g[one] for site, g in self.importances.items()},
+            importances=importances,
             threshold=threshold,
             outputs=Outputs(lambda output: outputs[one], self.reading),
         )
@@ -120,7 +124,12 @@ LayerKey = tuple[NodeKind, str]
 
 def shape3(x: Tensor) -> tuple[int, int, int]:
     """Return the shape of [batch, K] or [batch, pos, K] as (batch, pos, K)."""
-    return x.shape[0], x.shape[1] if x.ndim == 3 else 1, x.shape[-1]
+    if x.ndim == 3:
+        batch, positions, width = x.shape
+    else:
+        batch, width = x.shape
+        positions = 1
+    return batch, positions, width
 
 
 class Layer(NamedTuple):
@@ -143,10 +152,14 @@ class Layer(NamedTuple):
 
     def contributions(self, gradient: Tensor) -> Float[Tensor, "targets batch pos K"]:
         """Return gradient × value of every node: the edges from this layer to targets (A1, A2)."""
-        assert self.leaf is not None
-        matmul = gradient * self.leaf.detach()
-        matmul = matmul.reshape(len(gradient), *shape3(self.leaf))
-        return matmul.sum(-1, keepdim=True) if self.whole else matmul
+        leaf = self.leaf
+        assert leaf is not None
+        products = gradient * leaf.detach()
+        batch, positions, width = shape3(leaf)
+        products = products.reshape(len(gradient), batch, positions, width)
+        if not self.whole:
+            return products
+        return products.sum(-1, keepdim=True)
 
 
 class EdgeTable(NamedTuple):
@@ -159,7 +172,8 @@ class EdgeTable(NamedTuple):
 
     def select(self, rows: Tensor) -> "EdgeTable":
         """Return some of the edges, by their row numbers."""
-        return EdgeTable(*(column.index_select(0, rows) for column in self))
+        columns = [column.index_select(0, rows) for column in self]
+        return EdgeTable(*columns)
 
 
 @runtime_checkable
@@ -179,9 +193,12 @@ def node_numbers(layers: list[Layer]) -> list[Int[Tensor, "batch pos K"]]:
     start: int | Tensor = 0
     numbers = []
     for layer in layers:
-        counted = layer.nodes.flatten(1).cumsum(1)  # [batch, pos * K]
-        numbers.append((counted - 1 + start).view(layer.nodes.shape))
-        start = counted[:, -1:] + start
+        nodes = layer.nodes
+        counted = nodes.flatten(1).cumsum(1)  # [batch, pos * K]: nodes up to each entry
+        number = counted - 1 + start
+        numbers.append(number.view(nodes.shape))
+        total = counted[:, -1:]  # [batch, 1]
+        start = total + start
     return numbers
 
 
@@ -189,10 +206,13 @@ def joined(tables: Sequence[EdgeTable]) -> EdgeTable:
     """Join several tables into one."""
     if len(tables) == 1:
         return tables[0]
-    return EdgeTable(*(torch.cat(column) for column in zip(*tables, strict=True)))
+    parts_of_columns = zip(*tables, strict=True)
+    columns = [torch.cat(parts) for parts in parts_of_columns]
+    return EdgeTable(*columns)
 
 
 def no_edges() -> EdgeTable:
     """Return an empty table."""
     none = torch.zeros(0, dtype=torch.int32)
-    return EdgeTable(none, none, none, torch.zeros(0))
+    attribution = torch.zeros(0)
+    return EdgeTable(none, none, none, attribution)

@@ -25,7 +25,8 @@ def gelu_secant(h: Tensor, approximate: str = "none") -> Tensor:
     """Return GELU(h)/h = Φ(h), exactly or by its approximation with tanh."""
     if approximate == "none":
         return torch.special.ndtr(h)
-    inner = (2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)
+    factor = (2 / torch.pi) ** 0.5
+    inner = factor * (h + 0.044715 * h**3)
     return 0.5 * (1 + torch.tanh(inner))
 
 
@@ -76,25 +77,34 @@ class Frozen(TorchFunctionMode):
         """Outputs of non-linearities, also times a number; 1 + such a path is a gate."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        args, kwargs = _operands_first(func, args, dict(kwargs or {}))
-        if not any(map(_is_path, (*args, *kwargs.values()))):
-            return func(*args, **kwargs)
-        name = func.__name__.strip("_")
-        overwrites = func.__name__.endswith("_") and not func.__name__.endswith("__")
-        if overwrites or kwargs.get("inplace"):
-            return self._in_place(func, name, args, kwargs)
-        out = self._by_rule(func, name, args, kwargs)
-        return self._natural(func, name, args, kwargs) if out is None else out
+        settings = dict(kwargs or {})
+        args, settings = _operands_first(func, args, settings)
+        values = (*args, *settings.values())
+        if not any(map(_is_path, values)):
+            return func(*args, **settings)
+
+        full_name = func.__name__  # "mul", "mul_" and "__mul__" are all "mul"
+        name = full_name.strip("_")
+        is_operator = full_name.endswith("__")
+        overwrites = full_name.endswith("_") and not is_operator
+        if overwrites or settings.get("inplace"):
+            return self._in_place(func, name, args, settings)
+        out = self._by_rule(func, name, args, settings)
+        if out is None:
+            return self._natural(func, name, args, settings)
+        return out
 
     def _in_place(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Apply a function that overwrites its first argument, by the same rules."""
-        target = args[0]
-        like = func if "inplace" in kwargs else getattr(Tensor, name, func)
+        target, *others = args
         settings = {key: value for key, value in kwargs.items() if key != "inplace"}
+        like = func  # a function that computes the same without overwriting
+        if "inplace" not in kwargs:
+            like = getattr(Tensor, name, func)
         before = target.clone()  # gradients can need the value that is overwritten
         if target in self._curved:
             self._marked(before)
-        out = self._by_rule(like, name, (before, *args[1:]), settings)
+        out = self._by_rule(like, name, (before, *others), settings)
         if out is None:
             if name not in _KEEP_CURVED:
                 self._curved.pop(target, None)
@@ -111,39 +121,57 @@ class Frozen(TorchFunctionMode):
     ) -> Tensor | tuple | None:
         """Return the result of a function by the rules of A6; None if no rule covers it."""
         hold = self._hold
-        others = args[1:]
-        x: Any = args[0] if args else None
-        other: Any = others[0] if others else None
-        if own := _FUSED.get(name):
-            return own(hold, *args, **kwargs)
+        if name in _FUSED:
+            rule = _FUSED[name]
+            return rule(hold, *args, **kwargs)
         if name in _PATTERNS or name in _SCALES:
             return hold(func(*args, **kwargs))
         if name == "topk":
             return _topk(hold, *args, **kwargs)
+        x: Any = args[0] if args else None
+        others = args[1:]
         if name in _ELEMENTWISE and _is_path(x):
-            if not any(isinstance(y, Tensor) for y in others):
-                return self._marked(_elementwise(hold, func, name, args, kwargs))
-        if name == "rdiv" and _is_path(x):
-            return func(hold(x), other)
-        if name in _QUOTIENTS and name != "rdiv" and _is_path(other):
+            if not any(isinstance(other, Tensor) for other in others):
+                out = _elementwise(hold, func, name, args, kwargs)
+                return self._marked(out)
+        return self._by_rule_of_two(func, name, x, others, kwargs)
+
+    def _by_rule_of_two(
+        self, func: Callable, name: str, x: Any, others: tuple, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Return a quotient, a product or a sum by the rules of A6; None if no rule covers it.
+
+        others: all operands except the first.
+        """
+        hold = self._hold
+        other: Any = others[0] if others else None
+        if name == "rdiv":  # other / x
+            return func(hold(x), other) if _is_path(x) else None
+        if name in _QUOTIENTS and _is_path(other):  # x / other
             return func(x, hold(other), *others[1:], **kwargs)
         if name in _PRODUCTS and _is_path(x) and _is_path(other):
-            halves = func(x, hold(other)) + func(hold(x), other)
+            # x · other is split evenly: ½ x · const(other) + ½ const(x) · other
+            of_x = func(x, hold(other))
+            of_other = func(hold(x), other)
+            halves = of_x + of_other
             return self._marked(0.5 * halves)
         if name in _SHIFTS and isinstance(other, Number) and x in self._curved:
-            return hold(func(*args, **kwargs))
+            gate = func(x, *others, **kwargs)
+            return hold(gate)
         return None
 
     def _natural(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Return the true result of a function that no rule covers; choices become constants."""
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and not out.is_floating_point():
+        is_choice = isinstance(out, Tensor) and not out.is_floating_point()
+        if is_choice:
             return self._hold(out)
         if name in _KEEP_CURVED and args[0] in self._curved:
             return self._marked(out)
         return out
 
     def _marked(self, out: Tensor) -> Tensor:
+        """Remember that a tensor is the output of a non-linearity."""
         if out.requires_grad:
             self._curved[out] = True
         return out
@@ -162,11 +190,13 @@ def _operands_first(
 ) -> tuple[tuple, dict[str, Any]]:
     """Make operands positional that were given by name, as in `torch.mul(x, other=y)`."""
     operands = _OPERANDS.get(func.__name__, ("input", "other", "exponent"))
-    named = tuple(kwargs.pop(name) for name in operands if name in kwargs)
-    return args + named, kwargs
+    given_by_name = [name for name in operands if name in kwargs]
+    values = [kwargs.pop(name) for name in given_by_name]
+    return (*args, *values), kwargs
 
 
 def _is_path(x: Any) -> bool:
+    """Return whether something is a tensor that depends on a leaf of the graph."""
     return isinstance(x, Tensor) and x.requires_grad
 
 
@@ -178,23 +208,29 @@ def _elementwise(
 ) -> Tensor:
     """Return φ(h) as h · secant if φ(0) = 0, and otherwise as a constant (rule 4)."""
     h, *numbers = args
-    held = hold(h)
-    if secant := _SECANTS.get(name):
-        return h * secant(held, **kwargs)
-    value = func(held, *numbers, **kwargs)
+    constant = hold(h)
+    if name in _SECANTS:
+        secant_of = _SECANTS[name]
+        return h * secant_of(constant, **kwargs)
+    value = func(constant, *numbers, **kwargs)  # φ(h)
     step = torch.finfo(h.dtype).eps ** 2
-    at_zero, at_step = func(held.new_tensor([0.0, step]), *numbers, **kwargs)
+    near_zero = constant.new_tensor([0.0, step])
+    at_zero, at_step = func(near_zero, *numbers, **kwargs)
     if at_zero != 0:
         return value
+    # The secant is φ(h)/h, and at 0 the slope.
     slope_at_zero = at_step / step
-    return h * torch.where(held == 0, slope_at_zero, value / held)
+    secant = value / constant
+    secant = torch.where(constant == 0, slope_at_zero, secant)
+    return h * secant
 
 
 def _topk(
     hold: Hold, x: Tensor, k: int, dim: int = -1, *rest: Any, **more: Any
 ) -> tuple[Tensor, Tensor]:
     """Return the entries that were chosen, whatever their values are now."""
-    chosen = hold(torch.topk(x, k, dim, *rest, **more).indices)
+    top = torch.topk(x, k, dim, *rest, **more)
+    chosen = hold(top.indices)
     values = x.gather(dim, chosen)
     return torch.return_types.topk((values, chosen))
 
@@ -206,11 +242,15 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
+    """Return an RMSNorm whose denominator is a constant (rule 2)."""
     if eps is None:
         eps = torch.finfo(x.dtype).eps
     mean_square = x.square().mean(-1, keepdim=True)
-    scaled = x * hold((mean_square + eps).rsqrt())
-    return scaled if weight is None else scaled * weight
+    inverse = hold((mean_square + eps).rsqrt())
+    scaled = x * inverse
+    if weight is None:
+        return scaled
+    return scaled * weight
 
 
 def _layer_norm(
@@ -222,16 +262,21 @@ def _layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    centered = x - x.mean(-1, keepdim=True)
+    """Return a LayerNorm whose denominator is a constant, while its mean is none (rule 2)."""
+    mean = x.mean(-1, keepdim=True)
+    centered = x - mean
     variance = centered.square().mean(-1, keepdim=True)
-    out = centered * hold((variance + eps).rsqrt())
+    inverse = hold((variance + eps).rsqrt())
+    out = centered * inverse
     if weight is not None:
         out = out * weight
-    return out if bias is None else out + bias
+    if bias is None:
+        return out
+    return out + bias
 
 
 def _attention(hold: Hold, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> Tensor:
-    """Return attention as a map that is linear in the values.
+    """Return attention as a map that is linear in the values (rule 3).
 
     The pattern is the output of the fused kernel for values that are the identity.
     """
@@ -239,11 +284,14 @@ def _attention(hold: Hold, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: 
     eye = torch.eye(positions, dtype=v.dtype, device=v.device)
     identity = eye.expand(*v.shape[:-1], positions)  # [batch, head, pos, pos]
     with torch.no_grad():
-        pattern = F.scaled_dot_product_attention(hold(q), hold(k), identity, *rest, **more)
+        q, k = hold(q), hold(k)
+        pattern = F.scaled_dot_product_attention(q, k, identity, *rest, **more)
     if more.get("enable_gqa"):
-        shared = pattern.shape[1] // v.shape[1]  # query heads for each value head
-        if shared > 1:
-            v = v.repeat_interleave(shared, dim=1)
+        heads = pattern.shape[1]
+        value_heads = v.shape[1]
+        queries_per_value = heads // value_heads
+        if queries_per_value > 1:
+            v = v.repeat_interleave(queries_per_value, dim=1)
     return pattern @ v
 
 

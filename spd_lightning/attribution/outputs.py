@@ -26,7 +26,8 @@ def logits(x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
 
 def centered(x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
     """Let every node stand for its token's logit minus the mean, which no softmax depends on."""
-    return x - x.mean(-1, keepdim=True)
+    mean = x.mean(-1, keepdim=True)
+    return x - mean
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class LogitDifference:
     token: int
 
     def __call__(self, x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
-        return x - x[..., self.token, None]
+        other = x[..., self.token, None]  # [..., 1]
+        return x - other
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Outputs:
 
 def reading_of(nodes: OutputNodes) -> Reading:
     """Return the quantity that output nodes stand for; by default, the logits."""
-    return nodes.reading if isinstance(nodes, Outputs) else logits
+    if isinstance(nodes, Outputs):
+        return nodes.reading
+    return logits
 
 
 def every_output(output: Float[Tensor, "batch pos K"]) -> Bool[Tensor, "batch pos K"]:
@@ -64,10 +68,12 @@ def likely_tokens(
     probability: Float[Tensor, "batch pos vocab"], floor: float = 0.01, top_k: int = 15
 ) -> OutputNodes:
     """Choose at most 15 tokens a position, with CI-masked probability above 0.01 (A3)."""
-    top = probability.topk(min(top_k, probability.shape[-1]), dim=-1)
-    chosen = torch.zeros_like(probability, dtype=torch.bool).scatter(
-        -1, top.indices, top.values > floor
-    )
+    vocab = probability.shape[-1]
+    k = min(top_k, vocab)
+    top = probability.topk(k, dim=-1)
+    above_floor = top.values > floor  # [batch, pos, k]
+    none = torch.zeros_like(probability, dtype=torch.bool)
+    chosen = none.scatter(-1, top.indices, above_floor)  # [batch, pos, vocab]
     return lambda output: chosen
 
 
@@ -75,7 +81,8 @@ def given_tokens(tokens: Sequence[int]) -> OutputNodes:
     """Choose the same tokens at every position."""
 
     def nodes(output: Float[Tensor, "batch pos vocab"]) -> Bool[Tensor, "batch pos vocab"]:
-        chosen = torch.zeros(output.shape[-1], dtype=torch.bool, device=output.device)
+        vocab = output.shape[-1]
+        chosen = torch.zeros(vocab, dtype=torch.bool, device=output.device)
         chosen[list(tokens)] = True
         return chosen.expand_as(output)
 
@@ -86,8 +93,9 @@ def at_positions(nodes: OutputNodes, positions: Sequence[int]) -> OutputNodes:
     """Restrict a choice of output nodes to some positions; negative ones count from the end."""
 
     def some(output: Float[Tensor, "batch pos K"]) -> Bool[Tensor, "batch pos K"]:
-        here = torch.zeros(output.shape[1], 1, dtype=torch.bool, device=output.device)
-        here[list(positions)] = True
-        return nodes(output) & here
+        length = output.shape[1]
+        chosen = torch.zeros(length, 1, dtype=torch.bool, device=output.device)
+        chosen[list(positions)] = True
+        return nodes(output) & chosen
 
     return some

@@ -26,7 +26,9 @@ def attribution_graphs(
     out.
     """
     layers, graphs = lazy_graphs(spec)
-    return layers, (prune_edges(edges, min_share).table for edges in graphs)
+    pruned = (prune_edges(edges, min_share) for edges in graphs)
+    tables = (edges.table for edges in pruned)
+    return layers, tables
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,14 @@ class SinglePromptEdges:
         """Compute all edges, and pass each piece to `visit`."""
         spec = self.spec.single_prompt(self.prompt, self.output_nodes)
         edges = VectorJacobianEdges(spec)
-        edges.for_each(lambda table: visit(table._replace(prompt=table.prompt + self.prompt)))
+
+        def visit_renumbered(table: EdgeTable) -> None:
+            """Pass on edges under the number of the prompt in its batch, not in a batch of one."""
+            prompt = table.prompt + self.prompt
+            renumbered = table._replace(prompt=prompt)
+            visit(renumbered)
+
+        edges.for_each(visit_renumbered)
 
 
 def lazy_graphs(
@@ -58,14 +67,21 @@ def lazy_graphs(
     """
     if closed_form_obstacle(spec.model, spec.mode) is None:
         return closed_form_graphs(spec)
-    max_edges = MAX_EDGES if max_edges is None else max_edges
+    if max_edges is None:
+        max_edges = MAX_EDGES
     together = VectorJacobianEdges(spec)
     layers = together.layers
-    nodes_by_layer = [layer.nodes.flatten(1).sum(1) for layer in layers]  # [prompt] each
-    count = torch.stack(nodes_by_layer).sum(0)  # nodes of each prompt
-    fits = int(count.square().sum()) <= 2 * max_edges  # a prompt of n nodes has at most n²/2 edges
     prompts = len(spec.inputs)
-    if prompts == 1 or fits:
+    if prompts == 1 or _edges_at_most(layers) <= max_edges:
         return layers, iter([together])
     output_nodes = layers[-1].nodes
-    return layers, (SinglePromptEdges(spec, output_nodes, prompt) for prompt in range(prompts))
+    graphs = (SinglePromptEdges(spec, output_nodes, prompt) for prompt in range(prompts))
+    return layers, graphs
+
+
+def _edges_at_most(layers: list[Layer]) -> float:
+    """Return a bound on the number of edges of a batch: a prompt of n nodes has at most n²/2."""
+    by_layer = [layer.nodes.flatten(1).sum(1) for layer in layers]  # [prompt] each
+    n_nodes = torch.stack(by_layer).sum(0)  # [prompt]
+    squares = n_nodes.square().sum()
+    return int(squares) / 2

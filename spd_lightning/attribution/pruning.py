@@ -49,25 +49,36 @@ def prune_edges(
     """
     first = _FirstPass(max_edges, observe)
     edges.for_each(first.add)
-    if first.inflow is None:
-        table = keep_strong_edges(first.tables, min_share) if first.tables else no_edges()
+    inflow = first.inflow
+    if inflow is None:
+        table = no_edges()
+        if first.tables:
+            table = keep_strong_edges(first.tables, min_share)
         return PrunedEdges(table, min_share)
-    second = _SecondPass(first.inflow, min_share, max_edges)
+    second = _SecondPass(inflow, min_share, max_edges)
     edges.for_each(second.add)
-    return PrunedEdges(joined(second.kept), second.share)
+    table = joined(second.tables)
+    return PrunedEdges(table, second.share)
 
 
 def keep_strong_edges(tables: Sequence[EdgeTable], min_share: float) -> EdgeTable:
     """Join tables, and drop edges below a share of all |attribution| into their target."""
-    whole = joined(tables)
-    if not min_share or not len(whole.source):
-        return whole
-    size = whole.attribution.abs()
-    nodes_per_prompt = int(whole.target.max()) + 1
-    target = whole.prompt.long() * nodes_per_prompt + whole.target  # distinct among all prompts
-    inflow = size.new_zeros(int(target.max()) + 1).index_add(0, target, size)
-    strong = size >= min_share * inflow[target]
-    return whole.select(strong.nonzero()[:, 0])
+    edges = joined(tables)
+    if not len(edges.source):
+        return edges
+    if not min_share:
+        return edges
+    size = edges.attribution.abs()  # [edges]
+    # Nodes are numbered within each prompt; these numbers are distinct among all prompts.
+    nodes_per_prompt = int(edges.target.max()) + 1
+    first_number = edges.prompt.long() * nodes_per_prompt
+    target = first_number + edges.target  # [edges]
+    n_targets = int(target.max()) + 1
+    zeros = size.new_zeros(n_targets)
+    inflow = zeros.index_add(0, target, size)  # [targets]
+    is_strong = size >= min_share * inflow[target]
+    rows = is_strong.nonzero()[:, 0]
+    return edges.select(rows)
 
 
 class _FirstPass:
@@ -79,7 +90,8 @@ class _FirstPass:
     """
 
     def __init__(self, max_edges: int, observe: Callable[[EdgeTable], None]):
-        self.max_edges, self.observe = max_edges, observe
+        self.max_edges = max_edges
+        self.observe = observe
         self.tables: list[EdgeTable] = []
         self.inflow: Float[Tensor, " nodes"] | None = None
         self._count = 0
@@ -89,16 +101,17 @@ class _FirstPass:
         self.tables.append(table)
         self._count += len(table.source)
         if self._count > self.max_edges:
-            for held in self.tables:
-                self.inflow = _add_inflow(held, self.inflow)
+            for piece in self.tables:
+                self.inflow = _add_inflow(piece, self.inflow)
             self.tables = []
 
 
 def _add_inflow(table: EdgeTable, before: Tensor | None) -> Float[Tensor, " nodes"]:
     """Add the |attribution| of some edges of one prompt to the totals into every node."""
+    attribution = table.attribution
     nodes = 0 if before is None else len(before)
-    inflow = torch.bincount(table.target, table.attribution.abs(), nodes)
-    inflow = inflow.to(table.attribution.dtype)  # bincount counts no edges in whole numbers
+    inflow = torch.bincount(table.target, attribution.abs(), nodes)
+    inflow = inflow.to(attribution.dtype)  # of an empty table, bincount returns whole numbers
     if before is not None:
         inflow[:nodes] += before
     return inflow
@@ -108,32 +121,42 @@ class _SecondPass:
     """Keeps the edges that are large enough, and raises the share once if these are too many.
 
     Attributes:
-        kept: the edges that stay.
-        share: the share that was asked of them in the end.
+        tables: the edges that stay.
+        share: the share that each edge had to carry in the end.
     """
 
     def __init__(self, inflow: Float[Tensor, " nodes"], min_share: float, max_edges: int):
-        self.max_edges, self._inflow = max_edges, inflow
-        self.kept: list[EdgeTable] = []
+        self.max_edges = max_edges
+        self.tables: list[EdgeTable] = []
         self.share = min_share
-        self._bounds = min_share * inflow  # the smallest |attribution| that stays, by target
+        self._inflow = inflow
+        self._bounds = min_share * inflow  # [nodes]: the smallest |attribution| that stays
         self._raised = False
 
     def add(self, table: EdgeTable) -> None:
-        self.kept.append(_at_least(table, self._bounds))
-        if not self._raised and sum(len(part.source) for part in self.kept) > self.max_edges:
+        large_enough = _at_least(table, self._bounds)
+        self.tables.append(large_enough)
+        if self._raised:
+            return
+        count = sum(len(piece.source) for piece in self.tables)
+        if count > self.max_edges:
             self._raise_share()
 
     def _raise_share(self) -> None:
         """Raise the share to targets / max_edges, so that at most 1/share edges stay at each."""
         self._raised = True
-        self.share = int((self._inflow > 0).sum()) / self.max_edges
-        tiny = torch.finfo(self._inflow.dtype).tiny  # an edge of exactly 0 never stays
-        self._bounds = (self.share * self._inflow).clamp(min=tiny)
-        self.kept = [_at_least(part, self._bounds) for part in self.kept]
+        has_in_edges = self._inflow > 0
+        targets = int(has_in_edges.sum())
+        self.share = targets / self.max_edges
+        bounds = self.share * self._inflow
+        tiny = torch.finfo(bounds.dtype).tiny  # an edge of exactly 0 never stays
+        self._bounds = bounds.clamp(min=tiny)
+        self.tables = [_at_least(piece, self._bounds) for piece in self.tables]
 
 
 def _at_least(table: EdgeTable, bounds: Float[Tensor, " nodes"]) -> EdgeTable:
     """Return the edges that reach the bound of their target."""
-    large = table.attribution.abs() >= bounds[table.target.long()]
-    return table.select(large.nonzero()[:, 0])
+    bound = bounds[table.target.long()]  # [edges]
+    is_large = table.attribution.abs() >= bound
+    rows = is_large.nonzero()[:, 0]
+    return table.select(rows)
