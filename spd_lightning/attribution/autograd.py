@@ -97,7 +97,9 @@ class _CutRun:
         x = spec.inputs
         if x.is_floating_point():
             x = self._cut_input(x)
-        linear = Frozen() if spec.frozen else nullcontext()
+        linear = nullcontext()
+        if spec.frozen:
+            linear = Frozen()
         recorded = [*self.embeddings, *self.biases]
         replaced = self.model.replaced(self._at_site, self._at_module, recorded)
         with torch.enable_grad(), linear, replaced:
@@ -151,7 +153,8 @@ class _CutRun:
             leaf = _leaf(self.model.folded(out))
             added_dims = leaf.ndim - out.ndim
             if leaf.ndim == 2 or len(leaf) == 1:  # the same for all prompts, as positions are
-                by_prompt = leaf.expand(prompts, *leaf.shape[-2:])
+                pos, d = leaf.shape[-2:]
+                by_prompt = leaf.expand(prompts, pos, d)
                 leaf = _leaf(by_prompt)
             layer = _whole_layer(name, "embedding", leaf)
             self.layers.append(layer)
@@ -162,19 +165,24 @@ class _CutRun:
 
     def _at_site(self, site: Site, x: Tensor, original: Map) -> Tensor:
         """Cut a site, and return its output y = (m ∘ â) U + δ·(x Δᵀ) + b."""
-        spec, mode = self.spec, self.spec.mode
+        spec = self.spec
+        mode = spec.mode
         components = self.model[site.name]
         V = components.V.detach()
         U = components.U.detach()
         g = spec.importances[site.name]
-        mask = g.detach() if mode.mask == "ci" else torch.ones_like(g)
+        mask = torch.ones_like(g)
+        if mode.mask == "ci":
+            mask = g.detach()
         a = site.inner(x, V)
         leaf = _leaf(a)  # â
         is_node = spec.is_node(site.name, g)
         layer = _component_layer(site.name, a, leaf, is_node, g)
         self.layers.append(layer)
 
-        bias = torch.zeros_like(U[0]) if site.bias is None else site.bias
+        bias = site.bias
+        if bias is None:
+            bias = torch.zeros_like(U[0])
         written = (mask * leaf * is_node) @ U
         others = (mask * a * ~is_node) @ U  # by components that are not nodes
         if mode.delta == "off":

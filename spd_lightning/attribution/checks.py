@@ -140,11 +140,13 @@ def changes(spec: GraphSpec, checks: Checks, factor: float = 0.0) -> Float[Tenso
     if not len(rows):
         g = next(iter(spec.importances.values()))
         return g.new_zeros(0)
-    trials = []
-    for chunk in rows.split(_trials_at_once(spec)):
-        trial = _Trial(spec, checks.rows(chunk), factor)
-        trials.append(trial.run())
-    return torch.cat(trials)
+    chunks = rows.split(_trials_at_once(spec))
+    changes_of_chunks = []
+    for chunk in chunks:
+        some = checks.rows(chunk)
+        trial = _Trial(spec, some, factor)
+        changes_of_chunks.append(trial.run())
+    return torch.cat(changes_of_chunks)
 
 
 def _trials_at_once(spec: GraphSpec) -> int:
@@ -152,10 +154,12 @@ def _trials_at_once(spec: GraphSpec) -> int:
     inputs = spec.inputs
     width = max(1, inputs.shape[1])  # features, or positions
     if inputs.is_floating_point():
-        return max(1, MAX_TRIAL_NUMBERS // width)
-    vocab = vocab_of(spec.model.target) or 0
-    per_position = max(width, vocab)  # attention scores or logits
-    return max(1, MAX_TRIAL_NUMBERS // (width * per_position))
+        per_row = width
+    else:
+        vocab = vocab_of(spec.model.target) or 0
+        per_position = max(width, vocab)  # attention scores or logits
+        per_row = width * per_position
+    return max(1, MAX_TRIAL_NUMBERS // per_row)
 
 
 class _Trial:
@@ -231,8 +235,9 @@ class _Trial:
             if site.kind != "embedding":
                 V = components.V.detach()
                 self._read(key, x, V)
+            # One row a prompt gives the graph's run; its copies are the rows of the checks.
             first_x = x[: self.first_rows]
-            first_y = self._graph_output(site, first_x, original)  # one row a prompt
+            first_y = self._graph_output(site, first_x, original)
             y = first_y[self.rows]
             if self.mode.delta == "flow":
                 y = y + self._delta_change(site, x, original)
@@ -258,9 +263,13 @@ class _Trial:
         components = self.model[site.name]
         V = components.V.detach()
         U = components.U.detach()
-        bias = 0.0 if site.bias is None else site.bias
+        bias = 0.0
+        if site.bias is not None:
+            bias = site.bias
         a = site.inner(x, V)
-        w = a if mode.mask == "ones" else self.g[site.name] * a
+        w = a
+        if mode.mask == "ci":
+            w = self.g[site.name] * a
         y = w @ U + bias
         if mode.delta == "off":
             return y
@@ -299,10 +308,11 @@ class _Trial:
         def forward(*args, **kwargs):
             out = original(*args, **kwargs)
             vectors = self.model.folded(out)
-            every_row = vectors.expand(rows, *vectors.shape[-2:])
-            every_row = every_row.detach()
+            pos, d = vectors.shape[-2:]
+            every_row = vectors.expand(rows, pos, d).detach()
             added_dims = vectors.ndim - out.ndim
-            return _as_path(flattened(every_row, added_dims))
+            y = flattened(every_row, added_dims)
+            return _as_path(y)
 
         return forward
 
@@ -328,7 +338,9 @@ class _Trial:
         row, pos, component = self._ends_in(key, self.checks.target)
         first_row = self.rows[row]
         x = _with_positions(x)
-        moved = x[row, pos] - x[first_row, pos]  # [checks, K]
+        edited = x[row, pos]  # [checks, K]
+        unedited = x[first_row, pos]  # [checks, K]
+        moved = edited - unedited
         if V is None:
             change = moved.gather(1, component[:, None])[:, 0]
         else:

@@ -233,7 +233,8 @@ class CircuitObjective:
         binomial = self.model.importance.sampling == "binomial"
 
         def draw(p: int) -> Sources:
-            return stochastic_sources(one_row, generators[p], binomial)
+            generator = generators[p]
+            return stochastic_sources(one_row, generator, binomial)
 
         sources = _by_prompt(prompt, draw)
         return self.masks(g, sources)
@@ -254,7 +255,8 @@ class CircuitObjective:
             return loss.sum()
 
         def start(p: int) -> Sources:
-            return self._start(adversary, fixed_g, generators[p])
+            generator = generators[p]
+            return self._start(adversary, fixed_g, generator)
 
         first = _by_prompt(prompt, start)
         worst = pgd_sources(adversary, fixed_g, total_loss, None, first)

@@ -270,17 +270,21 @@ class ImportanceOptimization:
 
     def step(self) -> None:
         """Update all rows that are running; some of them may settle."""
-        rows = self.running.nonzero()[:, 0]
+        running = self.running
+        rows = running.nonzero()[:, 0]
         self.optimizer.zero_grad()
         with torch.enable_grad():
             losses = self._losses(rows)
-            losses.sum().backward()
+            total = losses.sum()
+            total.backward()
         before = self.values.detach().clone()
         self.optimizer.step()
-        with torch.no_grad():  # the momentum of rows that have settled must not move them
-            moves = self.running[self.entries.row]  # [entries]
-            self.values.copy_(torch.where(moves, self.values, before))
-        self.taken += self.running
+        with torch.no_grad():
+            # The momentum of rows that have settled must not move them.
+            moves = running[self.entries.row]  # [entries]
+            values = torch.where(moves, self.values, before)
+            self.values.copy_(values)
+        self.taken += running
         self._settle(rows, losses.detach())
 
     def _losses(self, rows: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -290,14 +294,16 @@ class ImportanceOptimization:
         prompt = self.prompt[rows]
         g = self.importances(rows)
         losses = []
-        masks = [objective.sample_masks(kind, g, prompt, self.generators) for kind in search.masks]
-        for drawn in masks:
-            loss = objective.loss(drawn, prompt)
+        for kind in search.masks:
+            masks = objective.sample_masks(kind, g, prompt, self.generators)
+            loss = objective.loss(masks, prompt)
             losses.append(loss)
         total = torch.stack(losses).mean(0)
-        if search.adversary is not None:
-            worst = objective.adversarial_masks(search.adversary, g, prompt, self.generators)
-            total = total + search.adversarial * objective.loss(worst, prompt)
+        adversary = search.adversary
+        if adversary is not None:
+            masks = objective.adversarial_masks(adversary, g, prompt, self.generators)
+            loss = objective.loss(masks, prompt)
+            total = total + search.adversarial * loss
         lambdas = self.lambdas[rows].to(total.dtype)
         minimality = self._minimality()[rows]
         return total + lambdas * minimality
@@ -306,8 +312,8 @@ class ImportanceOptimization:
         """Return L2 of every row, without the constant part of components with importance 0."""
         upper = self._upper_leaky(self.values)  # [entries]: ĝ
         powers = powered(upper, self.search.p)  # (ĝ + ε)^p
-        total = self.entries.sum_by_row(powers)
-        return total / self.positions
+        by_row = self.entries.sum_by_row(powers)
+        return by_row / self.positions
 
     def _settle(self, rows: Int[Tensor, " rows"], losses: Float[Tensor, " rows"]) -> None:
         """At the end of a window of steps, stop the rows whose mean loss has settled."""

@@ -125,13 +125,18 @@ class Frozen(TorchFunctionMode):
             rule = _FUSED[name]
             return rule(hold, *args, **kwargs)
         if name in _PATTERNS or name in _SCALES:
-            return hold(func(*args, **kwargs))
+            constant = func(*args, **kwargs)
+            return hold(constant)
         if name == "topk":
             return _topk(hold, *args, **kwargs)
-        x: Any = args[0] if args else None
+
+        x: Any = None
+        if args:
+            x = args[0]
         others = args[1:]
         if name in _ELEMENTWISE and _is_path(x):
-            if not any(isinstance(other, Tensor) for other in others):
+            has_tensors = any(isinstance(other, Tensor) for other in others)
+            if not has_tensors:
                 out = _elementwise(hold, func, name, args, kwargs)
                 return self._marked(out)
         return self._by_rule_of_two(func, name, x, others, kwargs)
@@ -146,28 +151,33 @@ class Frozen(TorchFunctionMode):
         hold = self._hold
         other: Any = others[0] if others else None
         if name == "rdiv":  # other / x
-            return func(hold(x), other) if _is_path(x) else None
+            if not _is_path(x):
+                return None
+            return func(hold(x), other)
         if name in _QUOTIENTS and _is_path(other):  # x / other
             return func(x, hold(other), *others[1:], **kwargs)
-        if name in _PRODUCTS and _is_path(x) and _is_path(other):
+        two_paths = _is_path(x) and _is_path(other)
+        if two_paths and name in _PRODUCTS:
             # x · other is split evenly: ½ x · const(other) + ½ const(x) · other
             of_x = func(x, hold(other))
             of_other = func(hold(x), other)
             halves = of_x + of_other
             return self._marked(0.5 * halves)
-        if name in _SHIFTS and isinstance(other, Number) and x in self._curved:
-            gate = func(x, *others, **kwargs)
-            return hold(gate)
+        if name in _SHIFTS and isinstance(other, Number):
+            if x in self._curved:
+                gate = func(x, *others, **kwargs)
+                return hold(gate)
         return None
 
     def _natural(self, func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Return the true result of a function that no rule covers; choices become constants."""
         out = func(*args, **kwargs)
-        is_choice = isinstance(out, Tensor) and not out.is_floating_point()
-        if is_choice:
+        if isinstance(out, Tensor) and not out.is_floating_point():
             return self._hold(out)
-        if name in _KEEP_CURVED and args[0] in self._curved:
-            return self._marked(out)
+        if name in _KEEP_CURVED:
+            x = args[0]
+            if x in self._curved:
+                return self._marked(out)
         return out
 
     def _marked(self, out: Tensor) -> Tensor:
@@ -213,7 +223,8 @@ def _elementwise(
         secant_of = _SECANTS[name]
         return h * secant_of(constant, **kwargs)
     value = func(constant, *numbers, **kwargs)  # φ(h)
-    step = torch.finfo(h.dtype).eps ** 2
+    eps = torch.finfo(h.dtype).eps
+    step = eps**2
     near_zero = constant.new_tensor([0.0, step])
     at_zero, at_step = func(near_zero, *numbers, **kwargs)
     if at_zero != 0:
@@ -265,7 +276,8 @@ def _layer_norm(
     """Return a LayerNorm whose denominator is a constant, while its mean is none (rule 2)."""
     mean = x.mean(-1, keepdim=True)
     centered = x - mean
-    variance = centered.square().mean(-1, keepdim=True)
+    squares = centered.square()
+    variance = squares.mean(-1, keepdim=True)
     inverse = hold((variance + eps).rsqrt())
     out = centered * inverse
     if weight is not None:

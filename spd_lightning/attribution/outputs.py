@@ -82,7 +82,7 @@ def given_tokens(tokens: Sequence[int]) -> OutputNodes:
 
     def nodes(output: Float[Tensor, "batch pos vocab"]) -> Bool[Tensor, "batch pos vocab"]:
         vocab = output.shape[-1]
-        chosen = torch.zeros(vocab, dtype=torch.bool, device=output.device)
+        chosen = output.new_zeros(vocab, dtype=torch.bool)
         chosen[list(tokens)] = True
         return chosen.expand_as(output)
 
@@ -94,7 +94,7 @@ def at_positions(nodes: OutputNodes, positions: Sequence[int]) -> OutputNodes:
 
     def some(output: Float[Tensor, "batch pos K"]) -> Bool[Tensor, "batch pos K"]:
         length = output.shape[1]
-        chosen = torch.zeros(length, 1, dtype=torch.bool, device=output.device)
+        chosen = output.new_zeros(length, 1, dtype=torch.bool)
         chosen[list(positions)] = True
         return nodes(output) & chosen
 

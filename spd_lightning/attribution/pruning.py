@@ -108,10 +108,12 @@ class _FirstPass:
 
 def _add_inflow(table: EdgeTable, before: Tensor | None) -> Float[Tensor, " nodes"]:
     """Add the |attribution| of some edges of one prompt to the totals into every node."""
-    attribution = table.attribution
-    nodes = 0 if before is None else len(before)
-    inflow = torch.bincount(table.target, attribution.abs(), nodes)
-    inflow = inflow.to(attribution.dtype)  # of an empty table, bincount returns whole numbers
+    size = table.attribution.abs()
+    nodes = 0
+    if before is not None:
+        nodes = len(before)
+    inflow = torch.bincount(table.target, size, nodes)
+    inflow = inflow.to(size.dtype)  # bincount counts no edges in whole numbers
     if before is not None:
         inflow[:nodes] += before
     return inflow
@@ -144,11 +146,12 @@ class _SecondPass:
 
     def _raise_share(self) -> None:
         """Raise the share to targets / max_edges, so that at most 1/share edges stay at each."""
-        self._raised = True
-        has_in_edges = self._inflow > 0
+        inflow = self._inflow
+        has_in_edges = inflow > 0
         targets = int(has_in_edges.sum())
+        self._raised = True
         self.share = targets / self.max_edges
-        bounds = self.share * self._inflow
+        bounds = self.share * inflow
         tiny = torch.finfo(bounds.dtype).tiny  # an edge of exactly 0 never stays
         self._bounds = bounds.clamp(min=tiny)
         self.tables = [_at_least(piece, self._bounds) for piece in self.tables]

@@ -60,8 +60,9 @@ class _AttentionEdges:
     def left_and_mean(self) -> Float[Tensor, "head pos K d_head_and_1"]:
         """V_j of each head, with one more column −v̄ · V_j."""
         mean = self.heads.pattern @ self.heads.v  # [head, pos, d_head]: v̄
-        product = (self.left * mean[:, :, None]).sum(-1, keepdim=True)  # [head, pos, K, 1]: v̄ · V_j
-        return torch.cat([self.left, -product], dim=-1)
+        left = self.left
+        along_mean = (left * mean[:, :, None]).sum(-1, keepdim=True)  # [head, pos, K, 1]: v̄ · V_j
+        return torch.cat([left, -along_mean], dim=-1)
 
     @cached_property
     def values_and_one(self) -> Float[Tensor, "head pos d_head_and_1"]:
@@ -133,7 +134,8 @@ class _AttentionEdges:
         self, by_kv_head: Float[Tensor, "kv_head sources d_head"]
     ) -> Float[Tensor, "head sources d_head"]:
         """Give every query head its own copy of the key or value head that it shares."""
-        queries_per_key = self.attn.n_heads // self.attn.n_kv_heads
+        attn = self.attn
+        queries_per_key = attn.n_heads // attn.n_kv_heads
         by_head = by_kv_head.repeat_interleave(queries_per_key, dim=0)
         return by_head[self.selected]
 

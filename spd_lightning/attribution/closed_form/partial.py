@@ -137,10 +137,10 @@ class PartialBlocks:
             nodes = SingleNodes(number[chunk], pos[chunk])
             some = {letter: vectors[chunk] for letter, vectors in by_node.items()}
             tangents = self._attend(block, heads, nodes, some)
-            # [pos, nodes, d]
             vectors = self._through(tangents, tangents.vectors, block.o_proj)
             if vectors is None:
                 continue
+            # Behind o_proj [pos, nodes, d]: what went around is still at the nodes' own positions.
             if passing is not None:
                 column = torch.arange(len(chunk), device=chunk.device)
                 vectors[nodes.pos, column] += passing[chunk]
@@ -167,9 +167,10 @@ class PartialBlocks:
         n_heads = attn.n_kv_heads
         if letter == "q":
             n_heads = attn.n_heads
-        angles = None
+        angles = None  # values are not rotated
         rotary = self.prompt.rotary
         if rotary is not None and letter != "v":
+            # [pos, d_head] each: the cosines and sines of the nodes' own positions
             angles = tuple(table[pos] for table in rotary)
         turned = attn.turned(vectors, n_heads, angles)
         shared = attn.n_heads // n_heads  # queries for each key or value
@@ -225,9 +226,13 @@ class PartialBlocks:
             if self.prompt.all_sites(name):
                 self._meet(tangents, vectors, name)
                 continue
+            # φ'(h) t, summed over the first maps
             inputs = self._map(vectors, name)
-            outputs = inputs * slope[:, None]  # φ'(h) t
-            moved = outputs if moved is None else moved + outputs
+            outputs = inputs * slope[:, None]
+            if moved is None:
+                moved = outputs
+            else:
+                moved = moved + outputs
         if moved is None:
             return None
         return self._through(tangents, moved, block.down_proj)
@@ -236,17 +241,18 @@ class PartialBlocks:
 
     def _walk_on(self, block: BlockLayout, tangents: SpreadTangents) -> None:
         """Add the edges from tangents that attention has spread to all readers behind it."""
-        first = self.layout.blocks.index(block)
+        layout = self.layout
+        this = layout.blocks.index(block)
+        later_blocks = layout.blocks[this + 1 :]
         tangents = self._walk_mlp(block, tangents)
-        for later in self.layout.blocks[first + 1 :]:
+        for later in later_blocks:
             tangents = self._walk_attention(later, tangents)
             tangents = self._walk_mlp(later, tangents)
-        readers = "output"
-        head = self.layout.unembedding
-        if self.prompt.all_sites(head):
-            readers = head
-        normed = self._behind(self.layout.final_norm, tangents)
-        self._meet(tangents, normed, readers)
+        normed = self._behind(layout.final_norm, tangents)
+        if self.prompt.all_sites(layout.unembedding):
+            self._meet(tangents, normed, layout.unembedding)
+        else:
+            self._meet(tangents, normed, "output")
 
     def _walk_mlp(self, block: BlockLayout, tangents: SpreadTangents) -> SpreadTangents:
         """Push tangents that have spread through and around an MLP."""
@@ -264,12 +270,13 @@ class PartialBlocks:
         head_tangents = self._project(tangents, normed, block)
         if not head_tangents:
             return tangents
-        every = torch.arange(len(normed), device=normed.device)
+        every_pos = torch.arange(len(normed), device=normed.device)
         by_head = {}  # [n, head, pos, d_head] each
         for letter, vectors in head_tangents.items():
             by_node = vectors.transpose(0, 1)  # [n, pos, d_heads]
-            by_head[letter] = self._split_heads(block, letter, by_node, every)
-        attended = self.prompt.heads(block).jvp(by_head)  # [pos, n, d_heads]
+            by_head[letter] = self._split_heads(block, letter, by_node, every_pos)
+        heads = self.prompt.heads(block)
+        attended = heads.jvp(by_head)  # [pos, n, d_heads]
         added = self._through(tangents, attended, block.o_proj)
         if added is None:
             return tangents
@@ -319,8 +326,10 @@ class PartialBlocks:
         position.
         """
         length = self.prompt.length
-        neurons = self.target.get_submodule(block.down_proj).in_features
-        scores = self.target.get_submodule(block.attn).n_heads * length
+        down = self.target.get_submodule(block.down_proj)
+        attn = self.target.get_submodule(block.attn)
+        neurons = down.in_features
+        scores = attn.n_heads * length
         widest = max(neurons, scores)
         per_node = length * widest
         return max(1, MAX_SPREAD_NUMBERS // per_node)

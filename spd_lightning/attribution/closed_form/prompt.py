@@ -133,9 +133,10 @@ class TracedPrompt:
         nodes = self.nodes[name]
         U = self.model[name].U  # [C, d]
         U_of_nodes = embedding(nodes.component, U)  # [pos, K, d]
-        every_w = self.recorded(self.run.weight, name)  # [pos, C]
-        w = nodes.pick(every_w)  # [pos, K]
-        components = NodeVectors(nodes, U_of_nodes * w[..., None])
+        w = self.recorded(self.run.weight, name)  # [pos, C]
+        w_of_nodes = nodes.pick(w)  # [pos, K]
+        written = U_of_nodes * w_of_nodes[..., None]  # w_i U_i
+        components = NodeVectors(nodes, written)
         return side_by_side([components, *single])
 
     def reader(self, name: str) -> NodeVectors:
@@ -183,7 +184,9 @@ class TracedPrompt:
             return {c_fc: slope(act, inputs[0], self.frozen)}
         gate_proj, up_proj = block.neuron_maps
         gate, up = inputs
-        share = 0.5 if self.frozen else 1.0
+        share = 1.0
+        if self.frozen:
+            share = 0.5
         by_gate = share * slope(act, gate, self.frozen) * up
         by_up = share * act(gate)
         return {gate_proj: by_gate, up_proj: by_up}

@@ -57,7 +57,16 @@ class _Recorder:
         self.spec = spec
         self.model = spec.model
         self.target: Any = spec.model.target
-        self.trace = Trace(spec, spec.inputs, {}, {}, {}, {}, {}, [])
+        self.trace = Trace(
+            spec=spec,
+            output=spec.inputs,  # until the run is over
+            norm_inputs={},
+            map_outputs={},
+            inner={},
+            weight={},
+            whole={},
+            order=[],
+        )
         layout = self.target.layout
         sites = {site.module for site in self.model.sites.values()}
 
@@ -84,19 +93,24 @@ class _Recorder:
         return self.trace._replace(output=output)
 
     def _at_site(self, site: Site, x: Tensor, original: Map) -> Tensor:
-        spec, name = self.spec, site.name
+        spec = self.spec
         mode = spec.mode
-        V = self.model[name].V
-        U = self.model[name].U
+        name = site.name
+        components = self.model[name]
+        U = components.U
         g = spec.importances[name]
-        bias = 0.0 if site.bias is None else site.bias
-        a = site.inner(x, V)
-        w = a if mode.mask == "ones" else g * a
+        bias = 0.0
+        if site.bias is not None:
+            bias = site.bias
+        a = site.inner(x, components.V)
+        w = a
+        if mode.mask == "ci":
+            w = g * a
         if mode.delta == "off":
             y = w @ U + bias
         else:
-            y = original(x)  # the components with mask 1, and the delta (D5)
-            if mode.mask != "ones":
+            y = original(x)  # all components with mask 1, and the delta (D5)
+            if mode.mask == "ci":
                 y = y + (w - a) @ U
         trace = self.trace
         trace.inner[name] = a
@@ -113,15 +127,21 @@ class _Recorder:
 
     def _at_module(self, module: nn.Module, original: Map) -> Map:
         """Return a forward pass that records a norm, an embedding, or a map that is not a site."""
+        trace = self.trace
 
         def forward(x: Tensor) -> Tensor:
             y = original(x)
+            trace.norm_inputs[module] = x
+            trace.map_outputs[module] = y
             if module in self.embeddings:
-                self._add_embedding(self.embeddings[module], y)
-            elif self.spec.frozen and (bias := bias_of(module)) is not None:
-                self._add_whole("bias", self.plain[module], bias, y)
-            self.trace.norm_inputs[module] = x
-            self.trace.map_outputs[module] = y
+                name = self.embeddings[module]
+                self._add_embedding(name, y)
+                return y
+            # In frozen graphs, the bias of a norm or of a map that is not a site is a leaf (A6).
+            bias = bias_of(module)
+            if self.spec.frozen and bias is not None:
+                name = self.plain[module]
+                self._add_whole("bias", name, bias, y)
             return y
 
         return forward
@@ -129,7 +149,8 @@ class _Recorder:
     def _add_embedding(self, name: str, vectors: Tensor) -> None:
         """Record an embedding; one of positions is the same for all prompts."""
         prompts = len(self.spec.inputs)
-        by_prompt = vectors.expand(prompts, *vectors.shape[-2:])
+        pos, d = vectors.shape[-2:]
+        by_prompt = vectors.expand(prompts, pos, d)
         self._add_whole("embedding", name, vectors, by_prompt)
 
     def _add_whole(self, kind: NodeKind, name: str, vectors: Tensor, like: Tensor) -> None:

@@ -89,8 +89,8 @@ class _Walk:
         if not prompt.all_sites(*block.neuron_maps, block.down_proj):
             return self.partial.through_mlp(block, stream)
         self._read_stream(stream, block.norm_2, *block.neuron_maps)
-        down = prompt.reader(block.down_proj)
         slopes = prompt.slopes(block)
+        down = prompt.reader(block.down_proj)
         for name, slope in slopes.items():
             writer = prompt.writer(name)
             moved = writer.vectors * slope[:, None]  # [pos, K, neurons]: w_i U_i ∘ φ'(h)
