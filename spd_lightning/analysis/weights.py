@@ -63,7 +63,7 @@ def _read_factors(path: Path, site: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _sites(names: set[str]) -> set[str]:
     """Return the sites whose factors are among these tensors."""
-    sites = set()
+    sites = set[str]()
     for name in names:
         if name.endswith((".V", ".U")):
             path = name.removeprefix("components.")

@@ -50,7 +50,10 @@ class RunArguments:
         """Return the run's name: the one given, or the name of the first config."""
         if self.run is not None:
             return runs.check_name(self.run)
-        return runs.check_name(Path(self.names[0]).name.removesuffix(".yaml"))
+        first = self.names[0]
+        path = Path(first)
+        name = path.name.removesuffix(".yaml")
+        return runs.check_name(name)
 
     def finished_run(self) -> runs.Run:
         """Return the run given by name, or the newest finished run of the first config.

@@ -28,10 +28,12 @@ def listing() -> str:
     for name, config, first_line in shipped():
         group = group_of(config)
         lines[group].append(f"  {name:<36} {first_line}")
-    blocks = []
+    blocks: list[str] = []
     for group, members in lines.items():
-        if members:
-            blocks.append("\n".join([group, *members]))
+        if not members:
+            continue
+        block = "\n".join([group, *members])
+        blocks.append(block)
     return "\n\n".join(blocks)
 
 
@@ -39,9 +41,11 @@ def shipped() -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yield every shipped config: its name, its merged content, the first line of its header."""
     for path in sorted(configs.SHIPPED.rglob("*.yaml")):
         text = path.read_text(encoding="utf-8")
-        first_line = text.partition("\n")[0].removeprefix("# ")
-        name = str(path.relative_to(configs.SHIPPED))
-        yield name, configs.load(str(path)), first_line
+        first_line, _, _ = text.partition("\n")
+        purpose = first_line.removeprefix("# ")
+        name = path.relative_to(configs.SHIPPED)
+        config = configs.load(str(path))
+        yield str(name), config, purpose
 
 
 def group_of(config: Mapping[str, Any]) -> str:
@@ -63,21 +67,26 @@ def group_of(config: Mapping[str, Any]) -> str:
 
 def needs_network(config: Mapping[str, Any]) -> bool:
     """Return whether the data, tokenizer or target come from a hub and are not on this machine."""
-    target = _part(_part(config, "model"), "init_args").get("target")
-    data = _part(_part(config, "data"), "init_args")
-    references = list[Any]()
-    if str(target).startswith(("hf:", "decoder:")):
+    model = _part(config, "model")
+    target = str(_part(model, "init_args").get("target"))
+    references: list[str] = []
+    if target.startswith(("hf:", "decoder:")):
         references.append(target)
+    data = _part(config, "data")
+    settings = _part(data, "init_args")
     for key in ("corpus", "tokenizer"):
-        if data.get(key) and (key, data[key]) not in _LOCAL:
-            references.append(data[key])
-    return not all(_is_local(str(reference)) for reference in references)
+        value = settings.get(key)
+        if value and (key, value) not in _LOCAL:
+            references.append(str(value))
+    return not all(map(_is_local, references))
 
 
 def _is_local(reference: str) -> bool:
     """Return whether a reference, such as `hf:FOLDER`, names something on this machine."""
-    path = reference.partition(":")[2] or reference
-    return Path(path).expanduser().exists()
+    _, _, after_colon = reference.partition(":")
+    name = after_colon or reference
+    path = Path(name).expanduser()
+    return path.exists()
 
 
 _LOCAL = {("corpus", "stories"), ("corpus", "stdlib")}
@@ -85,5 +94,9 @@ _LOCAL = {("corpus", "stories"), ("corpus", "stdlib")}
 
 def _part(config: Any, key: str) -> Mapping[str, Any]:
     """Return a mapping inside a config, or an empty one."""
-    value = config.get(key) if isinstance(config, Mapping) else None
-    return value if isinstance(value, Mapping) else {}
+    if not isinstance(config, Mapping):
+        return {}
+    value = config.get(key)
+    if not isinstance(value, Mapping):
+        return {}
+    return value

@@ -45,14 +45,21 @@ def main(argv: Sequence[str]) -> None:
 
 def _sides(arguments: argparse.Namespace) -> list[Side]:
     """Return the sides to print: those that an option names, or both."""
-    both: list[Side] = ["sources", "targets"]
-    return [side for side in both if getattr(arguments, side)] or both
+    sides: list[Side] = []
+    if arguments.sources:
+        sides.append("sources")
+    if arguments.targets:
+        sides.append("targets")
+    return sides or ["sources", "targets"]
 
 
 def _rows(names: list[str], frame: pl.DataFrame) -> list[dict[str, Any]]:
     """Return the rows of a table of edges, each with the name of its component or token."""
-    rows = zip(names, frame.iter_rows(named=True), strict=True)
-    return [{"name": name, **row} for name, row in rows]
+    rows = []
+    for name, values in zip(names, frame.iter_rows(named=True), strict=True):
+        row = {"name": name, **values}
+        rows.append(row)
+    return rows
 
 
 def _lines(tables: Mapping[Side, list[dict[str, Any]]], metric: str) -> Iterator[str]:
@@ -98,13 +105,14 @@ def _component(name: str) -> tuple[str, int]:
 def _store(reference: str, harvest: str | None) -> Store:
     """Return a run's harvest of sums: the one of the given name, or the latest."""
     run = runs.find(reference)
-    harvests = {path.name: path for path in corpus_harvests(run.harvests)}
+    paths = corpus_harvests(run.harvests)
+    harvests = {path.name: path for path in paths}
     if not harvests:
         family = run.record.get("family", run.name)
         command = f"predict --config {family}.yaml --config dataset_edges.yaml"
         raise BadInput(f"run '{run.name}': no harvest of sums over a corpus; make one: {command}")
     if harvest is None:
-        path = next(iter(harvests.values()))
+        path = paths[0]
     elif harvest in harvests:
         path = harvests[harvest]
     else:

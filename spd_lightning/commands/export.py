@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
     smaller = _prune(graph, arguments, outputs)
     export = Export(store, prompt, graph, smaller, outputs)
     WRITERS[path.suffix](export, path)
-    print(export.label[:100])
+    beginning = export.label[:100]
+    print(beginning)
     print(_facts(graph, smaller, outputs))
     if path.suffix == ".json":
         view = f"circuit-tracer start-server --graph_file_dir {path.parent}"
@@ -80,12 +81,15 @@ def _prune(graph: Graph, arguments: argparse.Namespace, outputs: list[int] | Non
     nodes = arguments.nodes
     edges = arguments.edges
     if arguments.budget is None:
-        nodes = 0.8 if nodes is None else nodes
-        edges = 0.98 if edges is None else edges
+        if nodes is None:
+            nodes = 0.8
+        if edges is None:
+            edges = 0.98
         return pruned(graph, nodes, edges, outputs)
     if nodes is not None:
         raise BadInput("export: --nodes and --budget both choose nodes; use only one of them")
-    edges = 1.0 if edges is None else edges
+    if edges is None:
+        edges = 1.0
     return expanded(graph, arguments.budget, edges, outputs)
 
 

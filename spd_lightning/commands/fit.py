@@ -183,8 +183,9 @@ def _note(session: "Session", error: Diverged, started: float) -> None:
     step = session.trainer.global_step
     facts = _facts(session, seconds, step)
     verdict = f"diverged: {error.reason}"
+    summary = {"verdict": verdict, **facts}
     path = session.plan.folder / "summary.json"
-    runs.write_json(path, {"verdict": verdict, **facts})
+    runs.write_json(path, summary)
 
 
 def _verdict(module: "Decomposition") -> str:

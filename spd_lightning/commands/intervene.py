@@ -105,13 +105,15 @@ def _inputs(row: Row, run: str, module: Decomposition, data: StepData) -> Tensor
     """Return the prompt, as features or as token ids, in a batch of one."""
     import torch
 
-    vocab = getattr(module.network, "vocab", None)
-    context = getattr(module.network, "context", None)
+    from spd_lightning.data.modules import EncodesText
+    from spd_lightning.targets.protocols import context_of, vocab_of
+
+    vocab = vocab_of(module.network)
+    context = context_of(module.network)
     if row.text is not None:
-        encode = getattr(data, "encode", None)
-        if encode is None or vocab is None:
+        if vocab is None or not isinstance(data, EncodesText):
             raise _no_texts(run)
-        numbers = encode(row.text)
+        numbers = data.encode(row.text)
     else:
         numbers = _numbers(row.input, whole=vocab is not None)
     if not numbers:
@@ -193,19 +195,29 @@ def describe(outcome: Intervened, inputs: Tensor, data: StepData, top: int) -> d
     For logits, these are the `top` likeliest tokens at each position, and the divergence of each
     model from the target.
     """
-    sides = {name: side[0].detach().double() for name, side in outcome._asdict().items()}
+    sides = {}
+    for name, side in outcome._asdict().items():
+        sides[name] = side[0].detach().double()
     if inputs.is_floating_point():
         return {"outputs": _outputs(sides)}
-    tokens = inputs[0].tolist()
-    log_probs = {name: logits.log_softmax(-1) for name, logits in sides.items()}  # [pos, vocab]
-    columns = {name: _likeliest(side, data, top) for name, side in log_probs.items()}
+
+    log_probs = {}  # [pos, vocab] each
+    columns = {}
+    for name, logits in sides.items():
+        log_probs[name] = logits.log_softmax(-1)
+        columns[name] = _likeliest(log_probs[name], data, top)
+    target = log_probs["target"]
     for name in ("base", "edited"):
-        kl = divergence(log_probs["target"], log_probs[name])  # [pos]
+        kl = divergence(target, log_probs[name])  # [pos]
         columns[f"kl_{name}"] = kl.tolist()
+
     positions = []
-    for pos, (word, token) in enumerate(zip(data.names(tokens), tokens, strict=True)):
+    tokens = inputs[0].tolist()
+    words = data.names(tokens)
+    for pos, (word, token) in enumerate(zip(words, tokens, strict=True)):
         values = {name: column[pos] for name, column in columns.items()}
-        positions.append({"pos": pos, "token": word, "token_id": token, **values})
+        position = {"pos": pos, "token": word, "token_id": token}
+        positions.append(position | values)
     return {"positions": positions}
 
 
@@ -215,14 +227,17 @@ def _outputs(sides: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     outputs = []
     for number, values in enumerate(zip(*columns, strict=True)):
         named = dict(zip(sides, values, strict=True))
-        outputs.append({"output": number, **named})
+        output = {"output": number, **named}
+        outputs.append(output)
     return outputs
 
 
 def divergence(target: Tensor, other: Tensor) -> Tensor:
     """Return KL(target ‖ other) at every position, from log-probabilities [pos, vocab]."""
+    probability = target.exp()
     difference = target - other
-    return (target.exp() * difference).sum(-1)
+    terms = probability * difference
+    return terms.sum(-1)
 
 
 def _likeliest(log_probs: Tensor, data: StepData, top: int) -> list[list[dict[str, Any]]]:
@@ -251,8 +266,10 @@ def table(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["base"] != "unmasked":
         sides = ["target", "base", "edited"]
     if "outputs" in facts:
-        return _table_of_outputs(facts["outputs"], sides)
-    return _table_of_positions(facts["positions"], sides)
+        outputs = facts["outputs"]
+        return _table_of_outputs(outputs, sides)
+    positions = facts["positions"]
+    return _table_of_positions(positions, sides)
 
 
 def _table_of_outputs(rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> Iterator[str]:
@@ -283,13 +300,22 @@ def _widths(rows: Iterable[Sequence[str]]) -> list[int]:
 
 def _padded(cells: Iterable[str], widths: Sequence[int]) -> str:
     """Return cells as a line in which every cell has the width of its column."""
-    pairs = zip(cells, widths, strict=True)
-    return "  ".join(f"{cell:<{width}}" for cell, width in pairs)
+    padded = []
+    for cell, width in zip(cells, widths, strict=True):
+        filled = cell.ljust(width)
+        padded.append(filled)
+    return "  ".join(padded)
 
 
 def _likely_words(tokens: Iterable[Mapping[str, Any]]) -> str:
     """Return the likeliest tokens with their probabilities."""
-    return "  ".join(f"{_visible(token['token'])} {token['probability']:.2f}" for token in tokens)
+    words = []
+    for token in tokens:
+        text = _visible(token["token"])
+        probability = token["probability"]
+        word = f"{text} {probability:.2f}"
+        words.append(word)
+    return "  ".join(words)
 
 
 def _visible(token: str) -> str:
@@ -320,9 +346,17 @@ def table_of_rows(answers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return the cells of one intervention's line."""
-    cells = {"line": str(facts["line"]), "name": _visible(facts["name"]), "base": facts["base"]}
+    cells = {
+        "line": str(facts["line"]),
+        "name": _visible(facts["name"]),
+        "base": facts["base"],
+    }
     if "outputs" in facts:
-        changed = max(facts["outputs"], key=lambda row: abs(row["edited"] - row["target"]))
+
+        def change(row: Mapping[str, Any]) -> float:
+            return abs(row["edited"] - row["target"])
+
+        changed = max(facts["outputs"], key=change)
         cells["output"] = str(changed["output"])
         for side in ("target", "edited"):
             cells[side] = f"{changed[side]:.5f}"

@@ -74,10 +74,13 @@ def each(rows: Sequence[Row], work: Callable[[int], Any]) -> list[Any]:
 
 def _wrong_rows(problems: Sequence[str]) -> BadInput:
     """Return one error for several rows."""
-    named = "; ".join(problems[:MAX_NAMED])
-    rest = len(problems) - MAX_NAMED
-    more = f"; and {rest} more" if rest > 0 else ""
-    return BadInput(f"--file: {named}{more}")
+    named = problems[:MAX_NAMED]
+    count = len(problems)
+    unnamed = count - MAX_NAMED
+    reasons = "; ".join(named)
+    if unnamed > 0:
+        reasons += f"; and {unnamed} more"
+    return BadInput(f"--file: {reasons}")
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -204,9 +207,11 @@ def _read_file(path: Path, default: Row) -> list[Row]:
 
 def _filled_lines(text: str) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not blank, with their numbers."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        yield number, line
 
 
 def _parse(line: str) -> Any:
@@ -267,16 +272,18 @@ def _is_list_of_text(value: Any) -> TypeGuard[list[str]]:
 
 def _names(key: str, value: Any) -> list[str]:
     """Return the names of components under a key: a list, or a single name."""
-    names = [value] if isinstance(value, str) else value
-    if not _is_list_of_text(names):
+    if isinstance(value, str):
+        return [value]
+    if not _is_list_of_text(value):
         raise BadInput(f"'{key}': not a list of components; for example: [\"h.0.mlp.c_fc:5\"]")
-    return names
+    return value
 
 
 def _number_map(key: str, content: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers under a key by the names of their components."""
     value = content.get(key, {})
-    if not isinstance(value, dict) or not all(map(_is_number, value.values())):
+    is_map = isinstance(value, dict) and all(map(_is_number, value.values()))
+    if not is_map:
         raise BadInput(
             f"'{key}': not a map from components to numbers; for example: {{\"h.0.mlp.c_fc:5\": 2}}"
         )

@@ -84,8 +84,10 @@ def read(name: str, words: Sequence[str]) -> argparse.Namespace:
         return arguments
     word = rest[0]
     if word.startswith("-"):
-        options = [option.name for option in VERBS[name].options if option.name.startswith("-")]
-        hint = nearest(word.partition("=")[0], options)
+        names = [option.name for option in VERBS[name].options]
+        options = [option for option in names if option.startswith("-")]
+        unknown, _, _ = word.partition("=")
+        hint = nearest(unknown, options)
         raise BadInput(f"{name}: unknown option '{word}'; {hint}")
     raise BadInput(f"{name}: unexpected argument '{word}'; see: {PROGRAM} {name} --help")
 
@@ -196,11 +198,11 @@ def _rows(options: Sequence[Option]) -> list[str]:
     text_width = HELP_WIDTH - width - 4
     rows = []
     for option in options:
-        first, *more = textwrap.wrap(_explanation(option), text_width)
+        explanation = _explanation(option)
+        first, *more = textwrap.wrap(explanation, text_width)
         rows.append(f"  {option.shown:<{width}}  {first}")
-        for line in more:
-            indent = " " * width
-            rows.append(f"  {indent}  {line}")
+        indent = " " * width
+        rows += [f"  {indent}  {line}" for line in more]
     return rows
 
 
@@ -218,7 +220,8 @@ def _explanation(option: Option) -> str:
         facts.append(f"default: {option.default_text}")
     if not facts:
         return option.help
-    return f"{option.help} ({'; '.join(facts)})"
+    remark = "; ".join(facts)
+    return f"{option.help} ({remark})"
 
 
 def overview() -> str:

@@ -21,8 +21,11 @@ def main(argv: Sequence[str]) -> None:
     request = RunArguments.parse("plan", argv)
     config = request.config
     with loading.trainer():
-        lines = _lines(config, request.overrides, arguments.device)
-        print("\n".join(lines))
+        overrides = request.overrides
+        device = arguments.device
+        lines = _lines(config, overrides, device)
+        text = "\n".join(lines)
+        print(text)
 
 
 def _lines(config: Mapping[str, Any], overrides: Sequence[str], name: str | None) -> Iterator[str]:
@@ -115,8 +118,10 @@ def _work(size: Size, width: int) -> Iterator[str]:
 def _per_second(flops: float) -> str:
     """Return a rate of computation in a readable unit."""
     if flops >= 1e11:
-        return f"{flops / 1e12:,.3g} TFLOP/s"
-    return f"{flops / 1e9:,.3g} GFLOP/s"
+        rate = flops / 1e12
+        return f"{rate:,.3g} TFLOP/s"
+    rate = flops / 1e9
+    return f"{rate:,.3g} GFLOP/s"
 
 
 def _hours(sizes: Sequence[tuple[Device, Size]], width: int) -> Iterator[str]:
@@ -153,10 +158,13 @@ def _assumed(device: Device, mixed: bool) -> str:
 
 def _duration(hours: float) -> str:
     """Return a time in a readable unit."""
+    minutes = 60 * hours
+    seconds = 3600 * hours
+    days = hours / 24
     if hours < 1 / 60:
-        return f"{3600 * hours:.0f} s"
+        return f"{seconds:.0f} s"
     if hours < 1:
-        return f"{60 * hours:.0f} min"
+        return f"{minutes:.0f} min"
     if hours < 48:
         return f"{hours:.1f} h"
-    return f"{hours / 24:,.1f} days"
+    return f"{days:,.1f} days"

@@ -128,11 +128,10 @@ def _with_error(summary: Mapping[str, Any], key: str, label: str, unit: str) -> 
     value = summary.get(key)
     if value is None:
         return ""
-    text = f"{label} {value:.4g}"
     error = summary.get(f"se/{key}")
-    if error is not None:
-        text += f" ± {error:.2g}"
-    return text + unit
+    if error is None:
+        return f"{label} {value:.4g}{unit}"
+    return f"{label} {value:.4g} ± {error:.2g}{unit}"
 
 
 def _figure(value: int | float | None, digits: int) -> str:

@@ -41,8 +41,9 @@ def _facts(found: Iterable[runs.Run]) -> list[dict[str, Any]]:
 
 def _line(run: runs.Run) -> str:
     """Return the line of one run: its state, its path, and its verdict or problem."""
+    path = run.path
     problem = run.problem
-    if problem:
-        return f"{'damaged':<12} {run.path}  {problem}"
+    if problem:  # then its files may be unreadable
+        return f"{'damaged':<12} {path}  {problem}"
     verdict = run.summary.get("verdict", "")
-    return f"{run.state:<12} {run.path}  {verdict}"
+    return f"{run.state:<12} {path}  {verdict}"

@@ -129,10 +129,12 @@ def _left_out(network: nn.Module) -> Iterator[str]:
             others.append(f"{name} {list(parameter.shape)}")
     if not others:
         return
+    unnamed = len(others) - 3
     named = ", ".join(others[:3])
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    if unnamed > 0:
+        named += f" and {unnamed} more"
     yield ""
-    yield f"cannot be decomposed (not a Linear, Conv1D or Embedding): {named}{more}"
+    yield f"cannot be decomposed (not a Linear, Conv1D or Embedding): {named}"
 
 
 # ---- groups --------------------------------------------------------------------------------------
@@ -208,12 +210,15 @@ def chosen(groups: Sequence[Group]) -> dict[str, int]:
     if not layered:
         return {group.pattern: group.components for group in groups}
     depths = [len(group.names) for group in layered]
-    if max(depths) <= FEW_LAYERS:
+    deepest = max(depths)
+    if deepest <= FEW_LAYERS:
         return {group.pattern: group.components for group in layered}
     patterns = {}
     for group in layered:
-        middle = len(group.names) // 2
-        patterns[group.names[middle]] = group.components
+        names = group.names
+        middle = len(names) // 2
+        name = names[middle]
+        patterns[name] = group.components
     return patterns
 
 
@@ -230,6 +235,8 @@ def _config_of_checkpoint(
     reference: str, name: str, network: nn.Module, patterns: dict[str, int]
 ) -> str:
     """Return a config that decomposes a checkpoint, with comments."""
+    from spd_lightning.targets.protocols import context_of
+
     shallow = any("*" in pattern for pattern in patterns)
     sites = [f"      {json.dumps(pattern)}: {count}" for pattern, count in patterns.items()]
     if _has_tokenizer(name):
@@ -239,7 +246,7 @@ def _config_of_checkpoint(
             f"vocab: {network.vocab}  # no tokenizer in the folder, so one is trained; name the "
             "model's own if you have it"
         )
-    context = int(getattr(network, "context", CONTEXT))
+    context = context_of(network) or CONTEXT
     return _LANGUAGE.format(
         reference=json.dumps(reference),
         base="lm-subset.yaml" if shallow else "lm-layerwise.yaml",
@@ -254,12 +261,17 @@ def _has_tokenizer(name: str) -> bool:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return True
-    paths = [folder / file for file in TOKENIZERS]
-    return any(path.exists() for path in paths)
+    for file in TOKENIZERS:
+        path = folder / file
+        if path.exists():
+            return True
+    return False
 
 
 def _config_of_trained_target(reference: str, network: nn.Module, patterns: dict[str, int]) -> str:
     """Return a config that decomposes the target of another config, on the same data."""
+    from spd_lightning.targets.protocols import vocab_of
+
     data = configs.load(reference).get("data", {})
     is_text = str(data.get("class_path")).endswith(".Text")
     settings: dict[str, Any] = {"target": reference, "sites": patterns}
@@ -267,7 +279,7 @@ def _config_of_trained_target(reference: str, network: nn.Module, patterns: dict
         losses: dict[str, Any] = {"minimality": {"coeff": 3e-3, "p": 1.0}}
         settings["losses"] = losses
         settings["optimizer"] = {"lr": 5e-3, "schedule": {"kind": "cosine", "warmup": 200}}
-        if hasattr(network, "vocab"):  # outputs are logits
+        if vocab_of(network) is not None:  # outputs are logits
             losses["reconstruction"] = {
                 "all": {"divergence": "kl"},
                 "layerwise": {"divergence": "kl"},

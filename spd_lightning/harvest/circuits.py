@@ -113,7 +113,8 @@ class SparseCircuits(Harvester):
         """Return the number of prompts that fit, when each has one row per λ and one without λ."""
         rows = super().at_once(model, inputs)
         rows = rows // HELD
-        rows_per_prompt = 1 + len(self.search.lambdas)
+        lambdas = self.search.lambdas
+        rows_per_prompt = 1 + len(lambdas)
         prompts = rows // rows_per_prompt
         return max(1, prompts)
 
@@ -162,8 +163,9 @@ def objective_outputs(runs: Runs, position: int, label: Tensor | None) -> Output
     if label is None:
         return every_output
     likely = runs.nodes(runs.ci)  # [batch, pos, vocab]
+    likely_there = likely[:, position]
     nodes = torch.zeros_like(likely)
-    nodes[:, position] = likely[:, position]
+    nodes[:, position] = likely_there
     batch = len(label)
     every_prompt = torch.arange(batch)
     nodes[every_prompt, position, label] = True

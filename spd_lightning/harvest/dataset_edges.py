@@ -183,7 +183,8 @@ def sum_rows(nodes: Sequence[NodeSums], names: list[str], positions: int) -> pl.
     """Return one row for each component or embedding row that occurs, used to normalize edges."""
     kinds = pl.Enum(KINDS)
     layers = pl.Enum(names)
-    empty = pl.DataFrame(schema=schema("dataset_nodes", names))
+    types = schema("dataset_nodes", names)
+    empty = pl.DataFrame(schema=types)
     frames = [empty]
     for node in nodes:
         rows = len(node.firings)
@@ -202,4 +203,9 @@ def sum_rows(nodes: Sequence[NodeSums], names: list[str], positions: int) -> pl.
 
 def _constant(value: str, rows: int, dtype: Any) -> pl.Series:
     """Return a column with the same value in every row."""
-    return pl.repeat(value, rows, dtype=dtype, eager=True)
+    return pl.repeat(
+        value,
+        rows,
+        dtype=dtype,
+        eager=True,
+    )

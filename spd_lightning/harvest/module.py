@@ -221,8 +221,10 @@ class Harvester(Callback, ABC):
 
     def missed(self, gap: float) -> None:
         """Remember the gap of some frozen graphs (A6), to write it with them."""
-        largest = self._gap or 0.0
-        self._gap = max(gap, largest)
+        if self._gap is None:
+            self._gap = max(gap, 0.0)
+        else:
+            self._gap = max(gap, self._gap)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._writer is not None

@@ -167,7 +167,8 @@ def _as_native_decoder(
     counts = {names[site]: C for site, C in model.counts.items()}
     other = ComponentModel(decoder, counts, delta=model.delta)
     for site in model.sites:
-        key = names[site].replace(".", "/")
+        name = names[site]
+        key = name.replace(".", "/")
         other.components[key] = model[site]
     if mode.linearization == "frozen":
         expected_biases = {names.get(name) for name in biased(model)}

@@ -120,7 +120,8 @@ def thresholds(
     Raises:
         BadInput: a layer, component or position does not exist.
     """
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    device = parameter.device
     by_site = {}
     for site, C in model.counts.items():
         shape = (length, C)

@@ -102,7 +102,8 @@ def _weights_of_sizeable(model: ComponentModel, link: Link) -> Tensor:
     source = model[link.source]
     target = model[link.target]
     row_stays = sizeable(source.V, source.U)  # [C_source]
+    row_stays = row_stays.unsqueeze(1)
     column_stays = sizeable(target.V, target.U)  # [C_target]
     values = weights(model, link)
-    values = values * row_stays[:, None]
+    values = values * row_stays
     return values * column_stays
