@@ -506,3 +506,26 @@ def test_seen_are_the_sites_inputs_inside_the_masked_run(network):
     assert seen.keys() == set(model.sites) == expected.keys()
     for name, x in seen.items():
         torch.testing.assert_close(x, expected[name], **EXACT)
+
+
+def test_a_target_that_changes_tensors_is_run_twice_for_its_first_batch_only(monkeypatch):
+    model = decomposed(InPlace)
+    batch = model.target.batch()
+    runs = []
+    forward = model.target.forward
+
+    def counted(x):
+        runs.append(x)
+        return forward(x)
+
+    monkeypatch.setattr(model.target, "forward", counted)
+    first = model.clean(batch)
+    assert len(runs) == 2
+    second = model.clean(batch)
+    assert len(runs) == 3
+    expected = {}
+    naive(model, batch, {}, seen=expected)
+    for name, x in expected.items():
+        assert torch.equal(first.inputs[name], second.inputs[name])
+        assert torch.equal(first.outputs[name], second.outputs[name])
+        torch.testing.assert_close(second.inputs[name], x, **EXACT)

@@ -63,9 +63,13 @@ class CollapseMonitor(Callback):
         figures = getattr(pl_module, "figures", {})
         step = trainer.global_step
         fresh = {name: value for name, value in figures.items() if name.startswith("pgd/")}
-        self._warn(trainer, self.alive(step, figures))
-        self._warn(trainer, self.in_use(step, figures))
-        self._warn(trainer, self.adversary(step, fresh))
+        warnings = (
+            self.alive(step, figures),
+            self.in_use(step, figures),
+            self.adversary(step, fresh),
+        )
+        for warning in warnings:
+            self._warn(trainer, warning)
 
     def _warn(self, trainer: Trainer, warning: str | None) -> None:
         if warning and trainer.is_global_zero:
@@ -77,7 +81,9 @@ class CollapseMonitor(Callback):
         """Return a warning if the gradient norm of the importance functions jumps up."""
         if norm is None:
             return None
-        usual = median(self._norms) if len(self._norms) >= ENOUGH else 0.0
+        usual = 0.0
+        if len(self._norms) >= ENOUGH:
+            usual = median(self._norms)
         far_above = usual > 0 and norm > EXPLODED * usual
         exploded = far_above or not math.isfinite(norm)
         news = exploded and not self._exploded
@@ -100,14 +106,22 @@ class CollapseMonitor(Callback):
         """
         before = self._before
         self._before = dict(figures)
-        alive = {name: count for name, count in figures.items() if name.startswith("alive/")}
-        compared = [name for name in alive if name in before]
-        then = sum(before[name] for name in compared)
-        now = sum(alive[name] for name in compared)
-        lost = before.get("recovered/ci", 0.0) - figures.get("recovered/ci", 0.0)
-        dead = {name.removeprefix("alive/") for name, count in alive.items() if count == 0}
+        then = 0
+        now = 0
+        dead = set[str]()
+        for site in _sites(figures):
+            name = f"alive/{site}"
+            count = figures[name]
+            if count == 0:
+                dead.add(site)
+            if name in before:
+                then += before[name]
+                now += count
         newly_dead = sorted(dead - self._dead)
         self._dead = dead
+        recovered_before = before.get("recovered/ci", 0.0)
+        recovered = figures.get("recovered/ci", 0.0)
+        lost = recovered_before - recovered
         remedy = (
             "try a lower coefficient of minimality, or a ramp of it (losses.minimality.ramp 0.1)"
         )
@@ -118,14 +132,17 @@ class CollapseMonitor(Callback):
                 f"{lost:.2f}; {remedy}"
             )
         if newly_dead:
-            return f"step {step}: no component of {', '.join(newly_dead)} is alive; {remedy}"
+            sites = ", ".join(newly_dead)
+            return f"step {step}: no component of {sites} is alive; {remedy}"
         return None
 
     def in_use(self, step: int, figures: Mapping[str, float | int]) -> str | None:
         """Return a warning if importances are nearly all zero and recover almost nothing."""
-        sites = [name.removeprefix("alive/") for name in figures if name.startswith("alive/")]
-        used = sum(figures.get(f"l0/{site}", 0.0) for site in sites)
-        total = sum(figures.get(f"nonzero/{site}", 0) for site in sites)
+        used = 0.0
+        total = 0
+        for site in _sites(figures):
+            used += figures.get(f"l0/{site}", 0.0)
+            total += figures.get(f"nonzero/{site}", 0)
         recovered = figures.get("recovered/ci", 0.0)  # absent if zero masks cost nothing
         idle = used < IDLE * total and recovered < POINTLESS
         news = idle and not self._idle
@@ -184,6 +201,12 @@ class CollapseMonitor(Callback):
         self._attacks = state_dict["attacks"]
         self._idle = state_dict.get("idle", False)
         self._dead = set(state_dict.get("dead", ()))
+
+
+def _sites(figures: Mapping[str, float | int]) -> list[str]:
+    """Return the sites that figures of an evaluation are about."""
+    prefix = "alive/"
+    return [name.removeprefix(prefix) for name in figures if name.startswith(prefix)]
 
 
 def adversarial(module: LightningModule) -> list[str]:

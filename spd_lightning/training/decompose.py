@@ -60,9 +60,10 @@ class FaithfulnessWarmup:
     weight_decay: float = 0.1
 
     def __post_init__(self):
-        check_range("warm_up", least=0, whole=True, steps=self.steps)
-        check_range("warm_up", above=0, lr=self.lr)
-        check_range("warm_up", least=0, weight_decay=self.weight_decay)
+        place = "warm_up"
+        check_range(place, least=0, whole=True, steps=self.steps)
+        check_range(place, above=0, lr=self.lr)
+        check_range(place, least=0, weight_decay=self.weight_decay)
 
 
 class Decomposition(MultiStepModule):
@@ -255,19 +256,22 @@ class Decomposition(MultiStepModule):
 
     def before_parts(self, parts: Sequence[Tensor], step: int) -> None:
         """Measure how often components are important in the whole batch, for the frequency loss."""
+        losses = self.losses
         self._frequencies = None
-        if len(parts) <= 1 or not self.losses.frequency.coeff:
+        if len(parts) <= 1 or not losses.frequency.coeff:
             return  # a single part measures its frequencies itself
         progress = self._progress_at(step)
-        means = list[Tensor]()
+        means = list[Tensor]()  # [components] each
         with torch.no_grad():
             for part in parts:
                 rows, weights = self._merged(part)
                 run = LossContext.from_batch(self.model, rows, weights=weights)
                 upper = run.importances.upper
-                by_site = self.losses.minimality.means(upper, progress, run.weights)
-                means.append(joined_means(by_site))
-        self._frequencies = torch.stack(means).mean(0)
+                by_site = losses.minimality.means(upper, progress, run.weights)
+                joined = joined_means(by_site)
+                means.append(joined)
+        by_part = torch.stack(means)  # [parts, components]
+        self._frequencies = by_part.mean(0)
 
     def objective(
         self, batch: Tensor, step: int, part: int = 0
@@ -277,12 +281,14 @@ class Decomposition(MultiStepModule):
         Masks depend on (seed, step, part, rank) alone.
         """
         rows, weights = self._merged(batch)
-        generator = self._generator(_stream("masks", part), step)
+        stream = _stream("masks", part)
+        generator = self._generator(stream, step)
         run = LossContext.from_batch(self.model, rows, generator, weights, sample=True)
         run.adversaries = self.adversaries(run, part)
-        self._progress = self._progress_at(step)
         run.frequencies = self._frequencies
-        return self.losses(run, self._progress)
+        progress = self._progress_at(step)
+        self._progress = progress
+        return self.losses(run, progress)
 
     def _progress_at(self, step: int) -> float:
         """Return the fraction of training at an optimizer step: 0 at the first, 1 at the last."""
@@ -361,14 +367,17 @@ class Decomposition(MultiStepModule):
         if not on_cpu or not are_vectors or self.losses.persistent:
             return batch, None
         if self._inert is None:
-            inputs = self.model.clean(torch.zeros_like(batch[:1])).inputs
-            self._inert = not any(x.any() for x in inputs.values())
+            zero = torch.zeros_like(batch[:1])
+            run = self.model.clean(zero)
+            self._inert = not any(x.any() for x in run.inputs.values())
         if not self._inert:
             return batch, None
-        non_zero = batch[batch.any(1)]
-        rows = torch.cat([non_zero, batch.new_zeros(1, batch.shape[1])])
+        has_entries = batch.any(1)  # [batch]
+        non_zero = batch[has_entries]  # [rows − 1, features]
+        zero = batch.new_zeros(1, batch.shape[1])  # stands for all zero rows
+        rows = torch.cat([non_zero, zero])
         weights = batch.new_ones(len(rows))
-        weights[-1] = len(batch) - len(rows) + 1
+        weights[-1] = len(batch) - len(non_zero)
         return rows, weights
 
     def clip(self) -> Mapping[str, Tensor]:
@@ -407,8 +416,9 @@ class Decomposition(MultiStepModule):
 
     def _full_precision(self) -> AbstractContextManager[Any]:
         """Return a context without autocast, unless the target itself is in half precision."""
-        types = {parameter.dtype for parameter in self.model.target.parameters()}
-        if types & {torch.float16, torch.bfloat16}:
+        target = self.model.target
+        half = (torch.float16, torch.bfloat16)
+        if any(parameter.dtype in half for parameter in target.parameters()):
             return nullcontext()
         return torch.autocast(self.device.type, enabled=False)
 
@@ -435,34 +445,46 @@ class Decomposition(MultiStepModule):
         Raises:
             Diverged: a figure is not finite.
         """
-        values = {name: float(value) for name, value in figures.items() if name != "loss"}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                when = f" after {self.global_step} steps" if self.global_step else ""
-                raise Diverged(f"the figure '{name}' is {value} in the evaluation{when}", LOWER)
-        self.figures = {}
-        for name, value in values.items():
-            self.figures[name] = round(value) if counts(name) else value
+        adopted: dict[str, float] = {}
+        for name, figure in figures.items():
+            if name == "loss":
+                continue
+            value = float(figure)
+            self._check_finite(name, value)
+            adopted[name] = round(value) if counts(name) else value
+        self.figures = adopted
         self.warning = None
-        if "features" in self.figures:
-            n_features = round(self.figures["features"])
-            self.warning = verdict(self.figures, self.evaluation, n_features)
+        if "features" in adopted:
+            n_features = round(adopted["features"])
+            self.warning = verdict(adopted, self.evaluation, n_features)
+
+    def _check_finite(self, name: str, value: float) -> None:
+        """Raise Diverged if a figure is not finite."""
+        if math.isfinite(value):
+            return
+        step = self.global_step
+        when = f" after {step} steps" if step else ""
+        raise Diverged(f"the figure '{name}' is {value} in the evaluation{when}", LOWER)
 
     def _figures(self) -> dict[str, float]:
+        """Return the figures of the evaluation that ends, and keep its arrays."""
+        model = self.model
         totals = self._totals.over_devices()
-        figures = figures_of(self.model, totals, self.evaluation) | self._ladder
-        figures["loss/faithfulness"] = float(Faithfulness()(self.model))
-        self.arrays = {}
-        for site in self.model.sites:
-            self.arrays[f"mean_importance/{site}"] = totals.mean(f"importance/{site}")
-            self.arrays[f"density/{site}"] = totals.mean(f"fired/{site}")
-            self.arrays[f"histogram/{site}"] = totals.sums[f"histogram/{site}"]
+        figures = figures_of(model, totals, self.evaluation)
+        figures |= self._ladder
+        figures["loss/faithfulness"] = float(Faithfulness()(model))
+        arrays: dict[str, Tensor] = {}
+        for site in model.sites:
+            arrays[f"mean_importance/{site}"] = totals.mean(f"importance/{site}")
+            arrays[f"density/{site}"] = totals.mean(f"fired/{site}")
+            arrays[f"histogram/{site}"] = totals.sums[f"histogram/{site}"]
         if self._width is not None:
-            alone = lone_features(self.model, self._width)
+            alone = lone_features(model, self._width)
             for site, importances in alone.importances.items():
-                self.arrays[f"alone/{site}"] = importances
+                arrays[f"alone/{site}"] = importances
             figures["features"] = self._width
-            figures |= truth(self.model, alone, self.evaluation)
+            figures |= truth(model, alone, self.evaluation)
+        self.arrays = arrays
         return figures
 
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

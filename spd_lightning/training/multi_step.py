@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from spd_lightning.errors import BadInput, Diverged, check_range
@@ -57,8 +58,11 @@ class MultiStepModule(L.LightningModule, ABC):
         )
         check_range(place, least=1, whole=True, threads=threads)
         self.automatic_optimization = False
-        self.schedule, self.inner_steps = schedule, inner_steps
-        self.log_every, self.checkpoint_every, self.threads = log_every, checkpoint_every, threads
+        self.schedule = schedule
+        self.inner_steps = inner_steps
+        self.log_every = log_every
+        self.checkpoint_every = checkpoint_every
+        self.threads = threads
         self.micro_batches = micro_batches
         self.recorded: tuple[int, dict[str, float]] = (-1, {})
         self.say: Callable[[str], None] = _say_nothing
@@ -146,21 +150,25 @@ class MultiStepModule(L.LightningModule, ABC):
 
     def training_step(self, batches: list[Tensor]) -> None:
         optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # not a list of several
+        last = self.steps - 1
         for batch in batches:
             step = self.global_step
             factor = self.schedule.factor(step, self.steps)
-            for group in optimizer.param_groups:  # pyright: ignore[reportAttributeAccessIssue]
+            for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            optimizer.zero_grad()  # pyright: ignore[reportAttributeAccessIssue]
+            optimizer.zero_grad()
             losses = self._accumulate(batch, step)
             norms = self.clip()
-            optimizer.step()  # pyright: ignore[reportAttributeAccessIssue]
-            self._unchecked += [(step, values) for values in losses]
+            optimizer.step()
+            for values in losses:
+                self._unchecked.append((step, values))
             if len(self._unchecked) >= MOST_UNCHECKED:
                 self.check_losses()
-            if step % self.log_every == 0 or step == self.steps - 1:
+            if step % self.log_every == 0 or step == last:
                 self.check_losses()  # logging waits for the device anyway
-                self._record({**_means(losses), **norms}, factor, step)
+                logged = {**_means(losses), **norms}
+                self._record(logged, factor, step)
 
     def _accumulate(self, batch: Tensor, step: int) -> list[Mapping[str, Tensor]]:
         """Compute the gradient of a batch's loss, one part of the batch after the other.
@@ -193,22 +201,26 @@ class MultiStepModule(L.LightningModule, ABC):
         """
         pending = self._unchecked
         self._unchecked = []
-        losses = list[tuple[int, str, Tensor]]()
+        places = list[tuple[int, str]]()  # step and name of each loss
+        losses = list[Tensor]()
         for step, values in pending:
             for name, value in _terms_first(values):
-                losses.append((step, name, value))
+                places.append((step, name))
+                losses.append(value)
         if not losses:
             return
-        finite = _are_finite([value for _, _, value in losses])
+        finite = _are_finite(losses)
         good = bool(finite.all())
-        if self.trainer.strategy.reduce_boolean_decision(good, all=True):  # devices stop together
+        strategy = self.trainer.strategy
+        if strategy.reduce_boolean_decision(good, all=True):  # devices stop together
             return
         if good:
             raise Diverged("a loss on another device is not finite", LOWER)
-        first = int(finite.int().argmin())
-        step, name, value = losses[first]
+        first = _first_false(finite)
+        step, name = places[first]
+        value = float(losses[first])
         what = "the loss" if name == "loss" else f"the loss term '{name}'"
-        raise Diverged(f"{what} is {float(value)} at step {step}", LOWER)
+        raise Diverged(f"{what} is {value} at step {step}", LOWER)
 
     def check_weights(self) -> None:
         """Check that all trained weights are finite.
@@ -216,9 +228,12 @@ class MultiStepModule(L.LightningModule, ABC):
         Raises:
             Diverged: a weight is not finite.
         """
-        parameters = self.named_parameters()
-        trained = {name: value for name, value in parameters if value.requires_grad}
-        if name := non_finite(trained):
+        trained = dict[str, Tensor]()
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                trained[name] = parameter
+        name = non_finite(trained)
+        if name is not None:
             raise Diverged(
                 f"the weights '{name}' are not finite after {self.global_step} steps", LOWER
             )
@@ -234,13 +249,16 @@ class MultiStepModule(L.LightningModule, ABC):
 
     def _record(self, values: Mapping[str, Tensor], factor: float, step: int) -> None:
         """Log the losses and gradient norms of a step."""
-        reduced = {}
+        strategy = self.trainer.strategy
+        reduced: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, value in values.items():
-            reduced[name] = float(self.trainer.strategy.reduce(value))
+            mean = float(strategy.reduce(value))  # over the devices
+            reduced[name] = mean
+            metrics[f"train/{name}"] = mean
+        metrics["train/lr_factor"] = factor
         self.recorded = (step, reduced)
         self.log("loss", reduced["loss"], prog_bar=True, logger=False)
-        metrics = {f"train/{name}": value for name, value in reduced.items()}
-        metrics["train/lr_factor"] = factor
         for logger in self.loggers:
             logger.log_metrics(metrics, step)
 
@@ -250,7 +268,10 @@ def _say_nothing(progress: str) -> None:
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items()}
+    shapes = {}
+    for name, tensor in state.items():
+        shapes[name] = tensor.shape
+    return shapes
 
 
 def _means(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -273,8 +294,17 @@ def _terms_first(values: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 def _are_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Return for each tensor whether all its values are finite, without waiting for the device."""
-    flags = [tensor.detach().isfinite().all() for tensor in tensors]
+    flags = []
+    for tensor in tensors:
+        finite = tensor.detach().isfinite()
+        flags.append(finite.all())
     return torch.stack(flags)
+
+
+def _first_false(flags: Tensor) -> int:
+    """Return the index of the first flag that is False."""
+    numbers = flags.int()
+    return int(numbers.argmin())
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -284,8 +314,9 @@ def non_finite(tensors: Mapping[str, Tensor]) -> str | None:
     finite = _are_finite(tensors.values())
     if bool(finite.all()):
         return None
-    first = int(finite.int().argmin())
-    return list(tensors)[first]
+    first = _first_false(finite)
+    names = list(tensors)
+    return names[first]
 
 
 def _check_tokens(inputs: Tensor, vocab: int | None) -> None:
