@@ -31,6 +31,7 @@ from spd_lightning.attribution.graph import (
     NodeKind,
     node_numbers,
     shape3,
+    whole_layer,
 )
 from spd_lightning.attribution.linearize import Frozen
 from spd_lightning.decomposition.components import Site, available
@@ -107,7 +108,13 @@ class _CutRun:
             out = spec.reading(out)
         value = out.reshape(shape3(out))  # [batch, pos, K]
         nodes = spec.outputs(value.detach())
-        output = Layer("output", "output", None, value, nodes)
+        output = Layer(
+            name="output",
+            kind="output",
+            leaf=None,
+            value=value,
+            nodes=nodes,
+        )
         return [*self.layers, output]
 
     def _cut_input(self, inputs: Tensor) -> Tensor:
@@ -153,8 +160,7 @@ class _CutRun:
             leaf = _leaf(self.model.folded(out))
             added_dims = leaf.ndim - out.ndim
             if leaf.ndim == 2 or len(leaf) == 1:  # the same for all prompts, as positions are
-                pos, d = leaf.shape[-2:]
-                by_prompt = leaf.expand(prompts, pos, d)
+                by_prompt = leaf.expand(prompts, -1, -1)
                 leaf = _leaf(by_prompt)
             layer = _whole_layer(name, "embedding", leaf)
             self.layers.append(layer)
@@ -189,10 +195,12 @@ class _CutRun:
             delta = 0.0
             rest = others
         else:
-            delta = original(x) - bias - a @ U  # x Δᵀ
+            # x Δᵀ = x Wᵀ − a U
+            delta = original(x) - bias - a @ U
             rest = others + delta
 
         if spec.frozen:
+            # Everything that a site adds is a leaf, so that in-edges add up (A6, rule 1).
             rest_leaf = _leaf(rest)
             bias_leaf = _leaf(bias.expand_as(rest))
             rest_layer = _whole_layer(site.name, "rest", rest_leaf)
@@ -224,12 +232,10 @@ def _component_layer(name: str, a: Tensor, leaf: Tensor, is_node: Tensor, g: Ten
 
 
 def _whole_layer(name: str, kind: NodeKind, leaf: Tensor) -> Layer:
-    """Return a layer whose single node at each position stands for the whole vector."""
+    """Return the layer of a leaf that is a single node at each position."""
     batch, positions, _ = shape3(leaf)
     vectors = leaf.detach().reshape(batch, positions, -1)  # [batch, pos, d]
-    size = vectors.norm(dim=-1, keepdim=True)  # [batch, pos, 1]
-    every_node = torch.ones_like(size, dtype=torch.bool)
-    return Layer(name, kind, leaf, size, every_node, whole=True)
+    return whole_layer(name, kind, vectors, leaf)
 
 
 # ---- steps 2 and 3: edges ------------------------------------------------------------------------

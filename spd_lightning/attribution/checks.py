@@ -233,6 +233,7 @@ class _Trial:
         x = x.detach()  # the rules of A6 do not apply inside a site
         with torch.no_grad():
             if site.kind != "embedding":
+                # Components of embeddings have no in-edges, so no check ends there.
                 V = components.V.detach()
                 self._read(key, x, V)
             # One row a prompt gives the graph's run; its copies are the rows of the checks.
@@ -259,7 +260,8 @@ class _Trial:
         """Return the site's output in the graph's own run, one row a prompt."""
         mode = self.mode
         if mode.mask == "ones" and mode.delta != "off":
-            return original(x)  # D5
+            # Nothing is masked: it is the target's own output (D5).
+            return original(x)
         components = self.model[site.name]
         V = components.V.detach()
         U = components.U.detach()
@@ -281,9 +283,11 @@ class _Trial:
         """Return w = m a of some nodes."""
         V = self.model[site.name].V.detach()
         if site.kind == "embedding":
+            # At an embedding, a is a row of V (D2).
             tokens = x[row, pos]
             a = V[tokens, component]
         else:
+            # Only single entries of x V are needed.
             by_position = _with_positions(x)
             vectors = by_position[row, pos]  # [nodes, d_in]
             read = V.T[component]  # [nodes, d_in]
@@ -308,8 +312,7 @@ class _Trial:
         def forward(*args, **kwargs):
             out = original(*args, **kwargs)
             vectors = self.model.folded(out)
-            pos, d = vectors.shape[-2:]
-            every_row = vectors.expand(rows, pos, d).detach()
+            every_row = vectors.expand(rows, -1, -1).detach()
             added_dims = vectors.ndim - out.ndim
             y = flattened(every_row, added_dims)
             return _as_path(y)

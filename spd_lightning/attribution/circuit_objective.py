@@ -233,6 +233,7 @@ class CircuitObjective:
         binomial = self.model.importance.sampling == "binomial"
 
         def draw(p: int) -> Sources:
+            """Draw the sources of one prompt."""
             generator = generators[p]
             return stochastic_sources(one_row, generator, binomial)
 
@@ -250,11 +251,13 @@ class CircuitObjective:
         fixed_g = {site: values.detach() for site, values in g.items()}
 
         def total_loss(sources: Sources) -> Tensor:
+            """Return the sum of D over rows; its gradient is that of each row by itself."""
             masks = self.masks(fixed_g, sources)
             loss = self.loss(masks, prompt)
             return loss.sum()
 
         def start(p: int) -> Sources:
+            """Return the sources from which the climbs of a prompt's rows start."""
             generator = generators[p]
             return self._start(adversary, fixed_g, generator)
 

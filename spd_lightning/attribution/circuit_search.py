@@ -103,7 +103,8 @@ def _check_finite(optimization: "ImportanceOptimization", frontier: Frontier) ->
         is_finite = loss.isfinite()
         if is_finite.all():
             continue
-        row = int(is_finite.int().argmin())  # the first that is not
+        # The first row whose loss is not finite
+        row = int(is_finite.int().argmin())
         prompt = int(frontier.prompt[row])
         lambda_ = float(frontier.lambdas[row])
         steps = int(frontier.steps[row])
@@ -295,12 +296,14 @@ class ImportanceOptimization:
         g = self.importances(rows)
         losses = []
         for kind in search.masks:
+            # D under one kind of masks, drawn again in every step
             masks = objective.sample_masks(kind, g, prompt, self.generators)
             loss = objective.loss(masks, prompt)
             losses.append(loss)
         total = torch.stack(losses).mean(0)
         adversary = search.adversary
         if adversary is not None:
+            # Its climb starts again in every step.
             masks = objective.adversarial_masks(adversary, g, prompt, self.generators)
             loss = objective.loss(masks, prompt)
             total = total + search.adversarial * loss
@@ -323,6 +326,7 @@ class ImportanceOptimization:
         self.loss[rows] = losses
         steps = int(self.taken.max())
         if steps % search.patience:
+            # All running rows have taken the same number of steps: the window is not over.
             return
         mean = self._window_sum / search.patience
         change = mean - self._last_mean

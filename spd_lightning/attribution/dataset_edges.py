@@ -165,10 +165,11 @@ def looked_up(model: ComponentModel, inputs: Tensor) -> EmbeddingRows:
         model.target(inputs)
     rows = {}
     for name, ids in seen.rows.items():
-        if len(ids) == inputs.numel():  # the model flattens batch and positions
+        if len(ids) == inputs.numel():
+            # The model flattens batch and positions.
             ids = ids.view(inputs.shape)
-        length = ids.shape[-1]
-        rows[name] = ids.expand(len(inputs), length)  # positions are the same for all prompts
+        # Positions are looked up once for all prompts.
+        rows[name] = ids.expand(len(inputs), -1)
     return rows
 
 
@@ -230,7 +231,8 @@ def sums_gap(model: ComponentModel, nodes: Sequence[NodeSums], pairs: Sequence[P
             continue
         if node.layer not in has_in_edges:
             continue
-        inflow = torch.zeros_like(node.size)  # [C]: Σ in-edges·sign(a_j)
+        # Σ in-edges·sign(a_j), by component j
+        inflow = torch.zeros_like(node.size)
         for pair in pairs:
             if pair.target_layer == node.layer:
                 inflow.index_add_(0, pair.target, pair.size)

@@ -158,8 +158,24 @@ class Layer(NamedTuple):
         batch, positions, width = shape3(leaf)
         products = products.reshape(len(gradient), batch, positions, width)
         if not self.whole:
+            # Every entry is a node.
             return products
         return products.sum(-1, keepdim=True)
+
+
+def whole_layer(
+    name: str, kind: NodeKind, vectors: Float[Tensor, "batch pos d"], leaf: Tensor | None = None
+) -> Layer:
+    """Return a layer whose single node at each position stands for the whole vector."""
+    size = vectors.norm(dim=-1, keepdim=True)  # [batch, pos, 1]
+    return Layer(
+        name=name,
+        kind=kind,
+        leaf=leaf,
+        value=size,
+        nodes=torch.ones_like(size, dtype=torch.bool),
+        whole=True,
+    )
 
 
 class EdgeTable(NamedTuple):

@@ -125,6 +125,7 @@ class Frozen(TorchFunctionMode):
             rule = _FUSED[name]
             return rule(hold, *args, **kwargs)
         if name in _PATTERNS or name in _SCALES:
+            # An attention pattern, or 1/ρ written by hand (rules 2 and 3)
             constant = func(*args, **kwargs)
             return hold(constant)
         if name == "topk":
@@ -137,6 +138,7 @@ class Frozen(TorchFunctionMode):
         if name in _ELEMENTWISE and _is_path(x):
             has_tensors = any(isinstance(other, Tensor) for other in others)
             if not has_tensors:
+                # φ(h), perhaps with settings such as an exponent (rule 4)
                 out = _elementwise(hold, func, name, args, kwargs)
                 return self._marked(out)
         return self._by_rule_of_two(func, name, x, others, kwargs)
@@ -150,21 +152,24 @@ class Frozen(TorchFunctionMode):
         """
         hold = self._hold
         other: Any = others[0] if others else None
-        if name == "rdiv":  # other / x
+        if name == "rdiv":
+            # other / x: the denominator is a constant (rule 2)
             if not _is_path(x):
                 return None
             return func(hold(x), other)
-        if name in _QUOTIENTS and _is_path(other):  # x / other
+        if name in _QUOTIENTS and _is_path(other):
+            # x / other
             return func(x, hold(other), *others[1:], **kwargs)
         two_paths = _is_path(x) and _is_path(other)
         if two_paths and name in _PRODUCTS:
-            # x · other is split evenly: ½ x · const(other) + ½ const(x) · other
+            # x · other is split evenly: ½ x · const(other) + ½ const(x) · other (rule 5)
             of_x = func(x, hold(other))
             of_other = func(hold(x), other)
             halves = of_x + of_other
             return self._marked(0.5 * halves)
         if name in _SHIFTS and isinstance(other, Number):
             if x in self._curved:
+                # A number added to a non-linearity, as in 1 + tanh(h) (rule 4)
                 gate = func(x, *others, **kwargs)
                 return hold(gate)
         return None
@@ -228,6 +233,7 @@ def _elementwise(
     near_zero = constant.new_tensor([0.0, step])
     at_zero, at_step = func(near_zero, *numbers, **kwargs)
     if at_zero != 0:
+        # A gate: it has no secant, and is constant as a whole.
         return value
     # The secant is φ(h)/h, and at 0 the slope.
     slope_at_zero = at_step / step

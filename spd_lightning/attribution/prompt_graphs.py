@@ -73,6 +73,7 @@ def lazy_graphs(
     layers = together.layers
     prompts = len(spec.inputs)
     if prompts == 1 or _edges_at_most(layers) <= max_edges:
+        # One batched product for many targets of all prompts is the fastest way.
         return layers, iter([together])
     output_nodes = layers[-1].nodes
     graphs = (SinglePromptEdges(spec, output_nodes, prompt) for prompt in range(prompts))

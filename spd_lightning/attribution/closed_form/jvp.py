@@ -132,17 +132,21 @@ class Heads(NamedTuple):
         tangents: by the letters q, k and v; a missing one is zero.
         """
         out: Tensor | None = None  # [n, head, pos, d_head]
-        scores: Tensor | None = None  # [n, head, pos, pos]: q̇_s·k_s' + q_s·k̇_s'
+        scores: Tensor | None = None  # [n, head, pos, pos]
         if "v" in tangents:
-            out = self.pattern @ tangents["v"]  # Σ_s' p v̇_s'
+            # Σ_s' p v̇_s'
+            out = self.pattern @ tangents["v"]
         if "q" in tangents:
+            # q̇_s·k_s'
             keys = self.k.transpose(1, 2)  # [head, d_head, pos]
             scores = tangents["q"] @ keys
         if "k" in tangents:
+            # q_s·k̇_s'
             key_tangents = tangents["k"].transpose(2, 3)  # [n, head, d_head, pos]
             from_keys = self.q @ key_tangents
             scores = from_keys if scores is None else scores + from_keys
         if scores is not None:
+            # Σ_s' p (q̇_s·k_s' + q_s·k̇_s')/√d (v_s' − v̄_s) = Σ_s' ṗ v_s'
             from_pattern = self._pattern_tangent(scores) @ self.v
             out = from_pattern if out is None else out + from_pattern
         assert out is not None, "no tangents were given"

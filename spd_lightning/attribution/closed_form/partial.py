@@ -69,12 +69,14 @@ class PartialBlocks:
         head_tangents = self._project(stream, normed, block)
         self._spread(block, stream, head_tangents, around=stream.vectors)
         self._spread_sources(block)
+        o_proj = block.o_proj
         staying = stream
-        if head_tangents and not prompt.all_sites(block.o_proj):
+        if head_tangents and not prompt.all_sites(o_proj):
+            # They have left the stream: `_spread` has taken them through the attention and around.
             staying = no_nodes(stream)
-        if not prompt.writes(block.o_proj):
+        if not prompt.writes(o_proj):
             return staying
-        written = prompt.writer(block.o_proj)
+        written = prompt.writer(o_proj)
         return side_by_side([staying, written])
 
     def _spread_sources(self, block: BlockLayout) -> None:
@@ -86,7 +88,10 @@ class PartialBlocks:
             self._spread(block, bias, head_tangents)
         names = zip("qkv", block.qkv, strict=True)
         for letter, name in names:
-            if self._passes(letter) and prompt.writes(name):
+            if not self._passes(letter):
+                continue
+            if prompt.writes(name):
+                # The w_i U_i of a site, or the bias and the rest of a frozen graph.
                 writer = prompt.writer(name)
                 head_tangents = {letter: writer.vectors}
                 self._spread(block, writer, head_tangents)
@@ -153,7 +158,8 @@ class PartialBlocks:
         """Push tangents [nodes, d_heads] at the nodes' positions through the heads of a block."""
         by_head = {}  # [head, nodes, d_head] each
         for letter, vectors in head_tangents.items():
-            as_batch = vectors[None]  # [1, nodes, d_heads]: nodes take the place of positions
+            # The nodes take the place of positions, in a batch of one: [1, nodes, d_heads].
+            as_batch = vectors[None]
             turned = self._split_heads(block, letter, as_batch, nodes.pos)
             by_head[letter] = turned[0]
         vectors = heads.jvp_at(by_head, nodes.pos)  # [pos, nodes, d_heads]
@@ -185,8 +191,9 @@ class PartialBlocks:
         normed = self._behind(block.norm_2, stream)  # [pos, n, d]
         added = self._neurons(stream, normed, slopes, block)
         if added is not None:
-            around_and_through = stream.vectors + added
-            stream = NodeVectors(stream.nodes, around_and_through)
+            # A node has one tangent behind the MLP: around it, plus through it.
+            vectors = stream.vectors + added
+            stream = NodeVectors(stream.nodes, vectors)
         behind = [stream]
         behind += self._mlp_sources(block, slopes)
         if prompt.writes(block.down_proj):
@@ -201,6 +208,7 @@ class PartialBlocks:
         prompt = self.prompt
         biases = prompt.whole.get(block.norm_2, [])
         for bias in biases:
+            # A norm adds its bias last, so it does not pass through the norm's Jacobian.
             vectors = self._neurons(bias, bias.vectors, slopes, block)
             if vectors is not None:
                 yield NodeVectors(bias.nodes, vectors)
@@ -248,10 +256,12 @@ class PartialBlocks:
         for later in later_blocks:
             tangents = self._walk_attention(later, tangents)
             tangents = self._walk_mlp(later, tangents)
+        head = layout.unembedding
         normed = self._behind(layout.final_norm, tangents)
-        if self.prompt.all_sites(layout.unembedding):
-            self._meet(tangents, normed, layout.unembedding)
+        if self.prompt.all_sites(head):
+            self._meet(tangents, normed, head)
         else:
+            # The outputs then read the stream with the rows of the unembedding.
             self._meet(tangents, normed, "output")
 
     def _walk_mlp(self, block: BlockLayout, tangents: SpreadTangents) -> SpreadTangents:

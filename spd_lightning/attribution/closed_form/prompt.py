@@ -39,7 +39,9 @@ def trace_batch(spec: GraphSpec) -> TracedBatch:
     with torch.no_grad():
         run = trace(spec)
         layers = layers_of(run)
+        # Tables of edges hold node numbers as 32-bit integers.
         numbers = [number.int() for number in node_numbers(layers)]
+        # Lookups of single columns of V are fast if they are rows of a contiguous matrix.
         read = {name: model[name].V.T.contiguous() for name in model.sites}
         # The outputs read the rows of the unembedding; a reading is a linear map of logits.
         unembedding = target.get_submodule(target.layout.unembedding)
@@ -181,7 +183,8 @@ class TracedPrompt:
         inputs = [self.map_output(name) for name in block.neuron_maps]
         if len(inputs) == 1:
             (c_fc,) = block.neuron_maps
-            return {c_fc: slope(act, inputs[0], self.frozen)}
+            (h,) = inputs
+            return {c_fc: slope(act, h, self.frozen)}
         gate_proj, up_proj = block.neuron_maps
         gate, up = inputs
         share = 1.0

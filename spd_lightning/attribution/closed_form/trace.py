@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from spd_lightning.attribution.autograd import bias_of
-from spd_lightning.attribution.graph import GraphSpec, Layer, LayerKey, Mode, NodeKind
+from spd_lightning.attribution.graph import (
+    GraphSpec,
+    Layer,
+    LayerKey,
+    Mode,
+    NodeKind,
+    whole_layer,
+)
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map
 from spd_lightning.targets.transformer import Decoder
@@ -149,8 +156,7 @@ class _Recorder:
     def _add_embedding(self, name: str, vectors: Tensor) -> None:
         """Record an embedding; one of positions is the same for all prompts."""
         prompts = len(self.spec.inputs)
-        pos, d = vectors.shape[-2:]
-        by_prompt = vectors.expand(prompts, pos, d)
+        by_prompt = vectors.expand(prompts, -1, -1)
         self._add_whole("embedding", name, vectors, by_prompt)
 
     def _add_whole(self, kind: NodeKind, name: str, vectors: Tensor, like: Tensor) -> None:
@@ -174,7 +180,8 @@ def layers_of(run: Trace) -> list[Layer]:
         if kind == "component":
             layer = _component_layer(run, name)
         else:
-            layer = _whole_layer(run, kind, name)
+            vectors = run.whole[kind, name]
+            layer = whole_layer(name, kind, vectors)
         layers.append(layer)
     nodes = spec.outputs(run.output)
     output = Layer("output", "output", None, run.output, nodes)
@@ -192,11 +199,3 @@ def _component_layer(run: Trace, name: str) -> Layer:
         nodes=run.spec.is_node(name, g),
         importance=g,
     )
-
-
-def _whole_layer(run: Trace, kind: NodeKind, name: str) -> Layer:
-    """Return a layer whose single node at each position stands for the whole vector."""
-    vectors = run.whole[kind, name]  # [batch, pos, d]
-    size = vectors.norm(dim=-1, keepdim=True)  # [batch, pos, 1]
-    every_node = torch.ones_like(size, dtype=torch.bool)
-    return Layer(name, kind, None, size, every_node, whole=True)

@@ -107,7 +107,13 @@ class _Walk:
         module = prompt.target.get_submodule(norm)
         r = prompt.recorded(prompt.run.norm_inputs, module)  # [pos, d]
         # Jᵀ V_j, with J the norm's Jacobian at this position
-        vectors = norm_vjp(module, r, readers.vectors, values, prompt.frozen)
+        vectors = norm_vjp(
+            norm=module,
+            r=r,
+            columns=readers.vectors,
+            a=values,
+            frozen=prompt.frozen,
+        )
         before_norm = NodeVectors(readers.nodes, vectors)
         self._add(stream, before_norm)
         biases = prompt.whole.get(norm, [])

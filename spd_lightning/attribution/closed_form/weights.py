@@ -61,6 +61,7 @@ def links(model: ComponentModel) -> list[Link]:
     for block in layout.blocks:
         attn: Any = decoder.get_submodule(block.attn)
         every += _block_links(block, writers, attn.n_heads)
+        # All blocks behind this one read what it writes.
         writers += [block.o_proj, block.down_proj]
     every += [Link(writer, layout.unembedding, "residual") for writer in writers]
     sites = model.sites
@@ -169,6 +170,7 @@ def _read_length(model: ComponentModel, site: str) -> Float[Tensor, " C"]:
     """Return the length of each V; 1 if it is zero."""
     V = model[site].V  # [d, C]
     if model.sites[site].kind == "embedding":
+        # Its inputs are tokens, and each reads a single row of V.
         length = V.abs().amax(0)
     else:
         length = V.norm(dim=0)
