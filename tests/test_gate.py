@@ -1,5 +1,5 @@
 """The viewer's gate: what other sites, other names and made-up requests get; and what the pages'
-own questions get.
+own requests get.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from support.toy_run import make_run
 
 from spd_lightning.errors import BadInput
 from spd_lightning.store import prompt_hash
-from spd_lightning.viewer import gate, serving
-from spd_lightning.viewer.gate import EVENT, MOST_BYTES, SERVER_FUNCTION, Gate, Questions
+from spd_lightning.viewer import gate
+from spd_lightning.viewer.gate import EVENT, MOST_BYTES, SERVER_FUNCTION, Gate, KnownRequests
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning"
@@ -27,7 +27,7 @@ JSON_TYPE = {"content-type": "application/json"}
 PROBE = str(prompt_hash(b"feature 3"))
 
 
-class Answer:
+class Response:
     """What a request got: status, headers, body."""
 
     def __init__(self, messages: list[Any]):
@@ -38,7 +38,7 @@ class Answer:
         self.body = b"".join(message.get("body", b"") for message in messages[1:])
 
 
-def ask(
+def send(
     app: Any,
     method: str,
     path: str,
@@ -79,11 +79,11 @@ def ask(
         "server": ("127.0.0.1", 7860),
     }
     asyncio.get_event_loop().run_until_complete(app(scope, receive, send))
-    return Answer(sent)
+    return Response(sent)
 
 
-def post(app: Any, path: str, value: Any, **headers: str) -> Answer:
-    return ask(app, "POST", path, JSON_TYPE | headers, [json.dumps(value).encode()])
+def post(app: Any, path: str, value: Any, **headers: str) -> Response:
+    return send(app, "POST", path, JSON_TYPE | headers, [json.dumps(value).encode()])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,14 +100,14 @@ def loop() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def viewer(tmp_path_factory) -> tuple[Gate, dict[str, Any]]:
     """The real pages behind their gate, and what Gradio tells browsers about them."""
+    from spd_lightning.viewer import serving  # imports Gradio, which takes seconds
     from spd_lightning.viewer.app import build
 
     root = tmp_path_factory.mktemp("runs")
     make_run(root / "tms_5-2")
 
-    async def built() -> tuple[
-        Gate, dict[str, Any]
-    ]:  # while a loop runs, Gradio makes none of its own
+    # While a loop runs, Gradio makes none of its own.
+    async def built() -> tuple[Gate, dict[str, Any]]:
         demo = build(str(root))
         return serving.protected(demo, "127.0.0.1", {}), demo.config
 
@@ -120,7 +120,7 @@ def server_function(config: dict[str, Any], name: str) -> int:
     )
 
 
-def graph_question(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def graph_request(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     data = {
         "run": "tms_5-2",
         "harvest": "probe",
@@ -129,23 +129,23 @@ def graph_question(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "threshold": 0,
         "min_importance": 0,
     }
-    asked = {
+    sent = {
         "component_id": server_function(config, "graph"),
         "fn_name": "graph",
         "session_hash": "abc123",
     }
-    return asked | {"data": data | {"influence": 1}} | changes
+    return sent | {"data": data | {"influence": 1}} | changes
 
 
 # ---- other names, other sites --------------------------------------------------------------------
 
 
-def test_the_pages_own_questions_are_answered(viewer):
+def test_the_pages_own_requests_get_responses(viewer):
     app, config = viewer
     own = {"origin": f"http://{HOST}", "sec-fetch-site": "same-origin"}
-    answer = post(app, SERVER_FUNCTION, graph_question(config), **own)
-    assert answer.status == 200
-    assert len(json.loads(answer.body)["edges"]) == 7
+    response = post(app, SERVER_FUNCTION, graph_request(config), **own)
+    assert response.status == 200
+    assert len(json.loads(response.body)["edges"]) == 7
     arrive = next(
         one
         for one in config["dependencies"]
@@ -159,7 +159,7 @@ def test_the_pages_own_questions_are_answered(viewer):
     }
     assert b"tms_5-2" in post(app, EVENT, event, **own).body
     for path in ("/theme.css", "/favicon.ico", "/static/js/iframeResizer.contentWindow.min.js"):
-        assert ask(app, "GET", path).status == 200
+        assert send(app, "GET", path).status == 200
 
 
 @pytest.mark.parametrize(
@@ -179,16 +179,16 @@ def test_a_foreign_name_gets_nothing(viewer, path):
         "127.0.0.1:7860, evil.example",
         "\xff",
     ):
-        answer = ask(viewer[0], "POST" if path == EVENT else "GET", path, {"host": name})
-        assert answer.status == 403
-        assert b"Host" in answer.body
+        response = send(viewer[0], "POST" if path == EVENT else "GET", path, {"host": name})
+        assert response.status == 403
+        assert b"Host" in response.body
     for name in (
         "localhost:7860",
         "LOCALHOST:9000",
         "127.0.0.1",
         "[::1]:7860",
     ):  # a tunnel may have another port
-        assert ask(viewer[0], "GET", "/theme.css", {"host": name}).status == 200
+        assert send(viewer[0], "GET", "/theme.css", {"host": name}).status == 200
 
 
 def test_a_foreign_origin_gets_nothing(viewer):
@@ -200,20 +200,20 @@ def test_a_foreign_origin_gets_nothing(viewer):
         "http://localhost:7860",
         "file://",
     ):
-        assert post(app, SERVER_FUNCTION, graph_question(config), origin=origin).status == 403
-        assert ask(app, "GET", "/", {"origin": origin}).status == 403
+        assert post(app, SERVER_FUNCTION, graph_request(config), origin=origin).status == 403
+        assert send(app, "GET", "/", {"origin": origin}).status == 403
     for site in (
         "cross-site",
         "same-site",
     ):  # requests of a page that come without an Origin, as of images and scripts
         assert (
-            ask(
+            send(
                 app, "GET", "/theme.css", {"sec-fetch-site": site, "sec-fetch-mode": "no-cors"}
             ).status
             == 403
         )
         assert (
-            ask(app, "GET", "/", {"sec-fetch-site": site, "sec-fetch-mode": "navigate"}).status
+            send(app, "GET", "/", {"sec-fetch-site": site, "sec-fetch-mode": "navigate"}).status
             == 200
         )  # a link
 
@@ -224,8 +224,8 @@ def test_a_given_host_is_a_name_and_every_interface_has_addresses():
         await send({"type": "http.response.body", "body": b""})
 
     def status(host: str, name: str) -> int:
-        nothing = Questions({"dependencies": [], "components": []})
-        return ask(Gate(app, nothing, host), "GET", "/theme.css", {"host": name}).status
+        nothing = KnownRequests({"dependencies": [], "components": []})
+        return send(Gate(app, nothing, host), "GET", "/theme.css", {"host": name}).status
 
     assert status("lab.example", "Lab.example:80") == status("lab.example", "localhost:80") == 200
     assert status("lab.example", "10.0.0.3:80") == status("10.0.0.3", "10.0.0.4:80") == 403
@@ -235,24 +235,24 @@ def test_a_given_host_is_a_name_and_every_interface_has_addresses():
 
 def test_every_answer_carries_the_headers_of_protection(viewer):
     app, config = viewer
-    answers = [
-        ask(app, "GET", "/"),
-        ask(app, "GET", "/nothing"),
-        ask(app, "GET", "/", {"host": "evil.example"}),
-        ask(app, "GET", "/theme.css"),
-        post(app, SERVER_FUNCTION, graph_question(config)),
+    responses = [
+        send(app, "GET", "/"),
+        send(app, "GET", "/nothing"),
+        send(app, "GET", "/", {"host": "evil.example"}),
+        send(app, "GET", "/theme.css"),
+        post(app, SERVER_FUNCTION, graph_request(config)),
     ]
-    assert [answer.status for answer in answers] == [200, 404, 403, 200, 200]
-    for answer in answers:
-        assert answer.headers["x-frame-options"] == "DENY"
-        assert answer.headers["x-content-type-options"] == "nosniff"
-        assert answer.headers["referrer-policy"] == "same-origin"
+    assert [response.status for response in responses] == [200, 404, 403, 200, 200]
+    for response in responses:
+        assert response.headers["x-frame-options"] == "DENY"
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["referrer-policy"] == "same-origin"
         policy = dict(
-            rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; ")
+            rule.split(" ", 1) for rule in response.headers["content-security-policy"].split("; ")
         )
         assert policy["frame-ancestors"] == policy["default-src"] == "'none'"
         assert "unsafe-inline" not in policy["script-src"]
-        assert "http" not in answer.headers["content-security-policy"]
+        assert "http" not in response.headers["content-security-policy"]
 
 
 def test_the_policy_names_the_inline_scripts_of_a_page_alone():
@@ -278,9 +278,9 @@ def test_nothing_is_uploaded_and_nothing_else_is_served(viewer):
         b'--x\r\ncontent-disposition: form-data; name="files"; '
         b'filename="a.bin"\r\n\r\nQQQ\r\n--x--\r\n'
     )
-    assert ask(app, "POST", "/gradio_api/upload", form, [part]).status == 404
-    assert ask(app, "POST", SERVER_FUNCTION, form, [part]).status == 415
-    assert ask(app, "POST", SERVER_FUNCTION, {"content-type": "text/plain"}, [b"{}"]).status == 415
+    assert send(app, "POST", "/gradio_api/upload", form, [part]).status == 404
+    assert send(app, "POST", SERVER_FUNCTION, form, [part]).status == 415
+    assert send(app, "POST", SERVER_FUNCTION, {"content-type": "text/plain"}, [b"{}"]).status == 415
     for path in (
         "/config",
         "/gradio_api/info",
@@ -306,30 +306,30 @@ def test_nothing_is_uploaded_and_nothing_else_is_served(viewer):
         "/assets/",
     ):
         for method in ("GET", "POST", "HEAD"):
-            assert ask(app, method, path).status == 404, path
+            assert send(app, method, path).status == 404, path
     for method in ("PUT", "DELETE", "OPTIONS", "TRACE", "BREW"):
-        assert ask(app, method, "/").status == ask(app, method, SERVER_FUNCTION).status == 405
-    assert ask(app, "GET", SERVER_FUNCTION).status == ask(app, "POST", "/theme.css").status == 405
+        assert send(app, method, "/").status == send(app, method, SERVER_FUNCTION).status == 405
+    assert send(app, "GET", SERVER_FUNCTION).status == send(app, "POST", "/theme.css").status == 405
 
 
 def test_a_body_of_two_megabytes_is_rejected_however_it_is_sent(viewer):
     app, config = viewer
     large = 2 * MOST_BYTES
-    declared = ask(app, "POST", SERVER_FUNCTION, JSON_TYPE | {"content-length": str(large)})
+    declared = send(app, "POST", SERVER_FUNCTION, JSON_TYPE | {"content-length": str(large)})
     assert declared.status == 413
     chunked = [b" " * 2**16] * 32
     assert (
-        ask(
+        send(
             app, "POST", SERVER_FUNCTION, JSON_TYPE | {"transfer-encoding": "chunked"}, chunked
         ).status
         == 413
     )
-    assert ask(app, "GET", "/", {"content-length": "2"}, chunked).status == 413
-    assert ask(app, "GET", "/", {"content-length": "9" * 400}).status == 413
-    question = json.dumps(graph_question(config)).encode()
-    just = question + b" " * (MOST_BYTES - len(question))
-    assert ask(app, "POST", SERVER_FUNCTION, JSON_TYPE, [just]).status == 200
-    assert ask(app, "POST", SERVER_FUNCTION, JSON_TYPE, [just, b" "]).status == 413
+    assert send(app, "GET", "/", {"content-length": "2"}, chunked).status == 413
+    assert send(app, "GET", "/", {"content-length": "9" * 400}).status == 413
+    request = json.dumps(graph_request(config)).encode()
+    just = request + b" " * (MOST_BYTES - len(request))
+    assert send(app, "POST", SERVER_FUNCTION, JSON_TYPE, [just]).status == 200
+    assert send(app, "POST", SERVER_FUNCTION, JSON_TYPE, [just, b" "]).status == 413
 
 
 MADE_UP = [
@@ -352,9 +352,9 @@ MADE_UP = [
 
 
 @pytest.mark.parametrize("body", MADE_UP)
-def test_what_is_not_a_question_is_rejected(viewer, body):
+def test_what_is_not_a_request_of_a_page_is_rejected(viewer, body):
     for path in (EVENT, SERVER_FUNCTION):
-        assert ask(viewer[0], "POST", path, JSON_TYPE, [body]).status == 400
+        assert send(viewer[0], "POST", path, JSON_TYPE, [body]).status == 400
 
 
 ODD = st.recursive(
@@ -376,8 +376,8 @@ ODD = st.recursive(
     max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
 )  # pages are slow
 @given(draw=st.data())
-def test_made_up_questions_get_an_answer_or_a_4xx_and_never_a_5xx(viewer, draw):
-    """Every event with as many odd values as it has inputs, and every field of a question replaced
+def test_made_up_requests_never_get_a_5xx(viewer, draw):
+    """Every event with as many odd values as it has inputs, and every field of a request replaced
     by anything.
     """
     app, config = viewer
@@ -389,15 +389,15 @@ def test_made_up_questions_get_an_answer_or_a_4xx_and_never_a_5xx(viewer, draw):
         ["fn_index", "data", "session_hash", "trigger_id", "event_data", "event_id", "component_id"]
     )
     odd = draw.draw(st.dictionaries(fields, ODD, max_size=2))
-    for path, question in (
+    for path, request in (
         (EVENT, own),
         (EVENT, own | odd),
-        (SERVER_FUNCTION, graph_question(config, **odd)),
+        (SERVER_FUNCTION, graph_request(config, **odd)),
     ):
-        answer = post(app, path, question)
-        assert answer.status < 500, (answer.body, question)
-        if answer.status == 200:
-            json.loads(answer.body)
+        response = post(app, path, request)
+        assert response.status < 500, (response.body, request)
+        if response.status == 200:
+            json.loads(response.body)
 
 
 def test_every_function_of_the_pages_stands_odd_arguments(viewer):
@@ -412,13 +412,13 @@ def test_every_function_of_the_pages_stands_odd_arguments(viewer):
                 {"run": "tms_5-2", "harvest": {}},
                 {"run": [1], "prompt": -1},
             ):
-                asked = {
+                sent = {
                     "component_id": component["id"],
                     "fn_name": name,
                     "data": data,
                     "session_hash": "a",
                 }
-                assert "problem" in json.loads(post(app, SERVER_FUNCTION, asked).body)
+                assert "problem" in json.loads(post(app, SERVER_FUNCTION, sent).body)
             made_up = {
                 "component_id": component["id"],
                 "fn_name": "__init__",
@@ -446,6 +446,8 @@ def test_websockets_are_closed(viewer):
 
 
 def test_lines_name_the_address_and_a_tunnel(monkeypatch):
+    from spd_lightning.viewer import serving  # imports Gradio, which takes seconds
+
     monkeypatch.setattr("socket.gethostname", lambda: "server")
     monkeypatch.setattr("getpass.getuser", lambda: "ada")
     lines = serving._lines("127.0.0.1", 7861, opened=False)
@@ -466,6 +468,8 @@ def test_lines_name_the_address_and_a_tunnel(monkeypatch):
 
 
 def test_a_browser_opens_only_where_a_user_sees_it():
+    from spd_lightning.viewer import serving  # imports Gradio, which takes seconds
+
     here = [
         ({"DISPLAY": ":0"}, "linux"),
         ({"WAYLAND_DISPLAY": "wayland-0"}, "linux"),
@@ -479,6 +483,8 @@ def test_a_browser_opens_only_where_a_user_sees_it():
 
 
 def test_a_port_that_is_taken_is_skipped_or_named(monkeypatch):
+    from spd_lightning.viewer import serving  # imports Gradio, which takes seconds
+
     monkeypatch.delenv("GRADIO_SERVER_PORT", raising=False)
     with serving.listen("127.0.0.1", None) as first, serving.listen("127.0.0.1", None) as second:
         ports = [one.getsockname()[1] for one in (first, second)]
@@ -508,4 +514,4 @@ def test_only_names_of_files_are_paths():
 @pytest.mark.parametrize("length", [300, 5000])
 @pytest.mark.parametrize("place", ["/assets/", "/static/img/", "/"])
 def test_a_name_too_long_for_a_file_is_not_found(viewer, place, length):
-    assert ask(viewer[0], "GET", place + "a" * length).status == 404
+    assert send(viewer[0], "GET", place + "a" * length).status == 404

@@ -94,8 +94,8 @@ def test_a_harvest_of_what_is_asked_for(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*predict returned None")
-def test_what_is_not_there_is_said(tmp_path, asked, complaint):
-    with pytest.raises(BadInput, match=complaint):
+def test_what_is_not_there_is_said(tmp_path, asked, message):
+    with pytest.raises(BadInput, match=message):
         harvested(tmp_path, decoder(), Ragged((6,)), PromptGraphs(**asked))
 
 

@@ -363,7 +363,7 @@ def test_settings_that_cannot_be(setting, value):
 # ---- data that do not fit ------------------------------------------------------------------------
 
 
-def complaint(**data) -> str:
+def message_of(**data) -> str:
     config = json.loads(json.dumps(CONFIG))
     config["data"]["init_args"] |= data
     with pytest.raises(BadInput) as caught:
@@ -372,15 +372,15 @@ def complaint(**data) -> str:
 
 
 def test_tokens_beyond_the_vocabulary(here):
-    assert complaint(vocab=1204).startswith("data: token 12")
+    assert message_of(vocab=1204).startswith("data: token 12")
     assert (
         "is outside the target's vocabulary of 9; use the tokenizer it was trained with"
-        in complaint(vocab=1204)
+        in message_of(vocab=1204)
     )
 
 
 def test_sequences_longer_than_the_context(here):
-    assert complaint(seq_len=13).startswith(
+    assert message_of(seq_len=13).startswith(
         "a sequence of 13 tokens in Decoder: its context holds 12"
     )
 

@@ -363,13 +363,13 @@ def test_a_folder_may_be_named_like_a_pattern(tmp_path, name):
 def test_a_dataset_in_a_folder_named_like_a_pattern_is_read_as_files(tmp_path):
     (tmp_path / "a[1]").mkdir()
     write_table(tmp_path / "a[1]" / "train.parquet")
-    said = complaint(lambda: list(Corpus(f"hf:{tmp_path / 'a[1]'}").documents()))
+    said = message_of(lambda: list(Corpus(f"hf:{tmp_path / 'a[1]'}").documents()))
     advised = said.rpartition("for example: ")[2]
     assert list(Corpus(advised).documents()) == DOCUMENTS[:7]
 
 
 def test_text_from_a_terminal_that_is_not_in_utf_8(tales):
-    assert r"\udcff is half of a character" in complaint(lambda: tales().encode("a \udcff"))
+    assert r"\udcff is half of a character" in message_of(lambda: tales().encode("a \udcff"))
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
@@ -503,7 +503,7 @@ def test_prompts_that_are_too_long_are_listed_all_at_once(tales, fresh):
     data = in_context(
         tales(prompts=["a" * 7, "b"], prompts_file=str(fresh / "p.txt"), vocab=257), 5
     )
-    said = complaint(data.groups)
+    said = message_of(data.groups)
     assert said.startswith(
         "prompts in Text: 13 cannot be used: given 0: 7 tokens, and the target's context holds 5; "
     )
@@ -545,14 +545,14 @@ def test_prompts_that_are_too_long_can_be_skipped_or_truncated(
 
 def test_when_all_prompts_are_skipped_that_is_said(tales):
     data = in_context(tales(prompts=["abcdef"], vocab=257, too_long="skip"), 5)
-    assert "none is left" in complaint(data.groups)
+    assert "none is left" in message_of(data.groups)
 
 
 def test_a_file_with_several_kinds_of_faults_lists_them_all(tales, fresh):
     (fresh / "p.jsonl").write_text(
         '{"text": "fine"}\n{"text": 3}\n[1]\n\n{"text": "\\udc00"}\n{"t": "x"}\nno\n'
     )
-    said = complaint(tales(prompts_file=str(fresh / "p.jsonl")).groups)
+    said = message_of(tales(prompts_file=str(fresh / "p.jsonl")).groups)
     assert said.startswith(
         "prompts in Text: 5 cannot be used: line 2 of 'p.jsonl': column 'text' holds int, not "
         "text; "
@@ -645,7 +645,7 @@ def test_a_config_names_its_settings(tales):
 # --- bad input
 
 
-def complaint(make):
+def message_of(make):
     with pytest.raises(BadInput) as error:
         make()
     assert "\n" not in str(error.value)
@@ -664,7 +664,7 @@ def complaint(make):
     ],
 )
 def test_bad_settings(settings, message):
-    assert message in complaint(lambda: Text(**settings))
+    assert message in message_of(lambda: Text(**settings))
 
 
 def files(folder):
@@ -723,7 +723,7 @@ def files(folder):
     ],
 )
 def test_bad_corpora(fresh, name, parts):
-    said = complaint(lambda: Text(str(files(fresh) / name), vocab=257).batch(0))
+    said = message_of(lambda: Text(str(files(fresh) / name), vocab=257).batch(0))
     assert all(part in said for part in parts), said
 
 
@@ -732,27 +732,29 @@ def test_too_little_validation_text_is_said(fresh):
     data = Text(str(fresh / "x.txt"), vocab=257, batch_size=1)
     assert data.batch(0).shape == (1, 64)
     for make in (lambda: data.batch(0, 0, "val"), data.groups):
-        assert "2 validation tokens, and a window needs 64; give it more documents" in complaint(
+        assert "2 validation tokens, and a window needs 64; give it more documents" in message_of(
             make
         )
 
 
 def test_misspelt_corpora_and_tokenizers(fresh):
-    assert "did you mean 'stories'?" in complaint(lambda: Text("storys").batch(0))
-    assert "no such tokenizer.json; omit tokenizer" in complaint(
+    assert "did you mean 'stories'?" in message_of(lambda: Text("storys").batch(0))
+    assert "no such tokenizer.json; omit tokenizer" in message_of(
         lambda: Text(tokenizer="./none").vocab_size
     )
     (fresh / "bad.json").write_text("{}")
-    assert "cannot be read" in complaint(lambda: Text(tokenizer=str(fresh / "bad.json")).vocab_size)
+    assert "cannot be read" in message_of(
+        lambda: Text(tokenizer=str(fresh / "bad.json")).vocab_size
+    )
 
 
 def test_the_hub_without_a_network(fresh, monkeypatch):
     for module in (corpora, tokenized):
         monkeypatch.setattr(module, "hub_answers", lambda: False)
-    said = complaint(lambda: Text("hf:nobody/nothing", vocab=257).batch(0))
+    said = message_of(lambda: Text("hf:nobody/nothing", vocab=257).batch(0))
     assert "corpus 'hf:nobody/nothing': not on this machine, and no network" in said
     assert "stories and stdlib need no network" in said
-    said = complaint(lambda: Text(tokenizer="nobody/nothing").vocab_size)
+    said = message_of(lambda: Text(tokenizer="nobody/nothing").vocab_size)
     assert "tokenizer 'nobody/nothing': not on this machine, and no network" in said
 
 
@@ -760,7 +762,7 @@ def test_the_hub_without_a_network(fresh, monkeypatch):
 def test_without_the_extra(fresh, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     corpus = "hf:x/y" if package == "datasets" else "stories"
-    assert f"needs {package}; pip install 'spd_lightning[lm]'" in complaint(
+    assert f"needs {package}; pip install 'spd_lightning[lm]'" in message_of(
         lambda: Text(corpus).batch(0)
     )
 
@@ -784,4 +786,4 @@ def test_bad_prompts(tales, fresh, settings, message):
     (fresh / "nothing.txt").write_text("")
     (fresh / "other.jsonl").write_text('{"body": "x"}')
     placed = {k: str(fresh / v) if k == "prompts_file" else v for k, v in settings.items()}
-    assert message in complaint(tales(**placed).groups)
+    assert message in message_of(tales(**placed).groups)

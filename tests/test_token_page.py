@@ -29,7 +29,7 @@ from spd_lightning.viewer import component_page, graph_page, plots, token_page
 from spd_lightning.viewer.component_page import ComponentSelection
 from spd_lightning.viewer.graph_page import GraphSelection
 from spd_lightning.viewer.library import Library
-from spd_lightning.viewer.token_page import TokenSelection, component_answer, place_answer
+from spd_lightning.viewer.token_page import TokenSelection, component_response, place_response
 
 LAYERS = ["wte", "h.0.fc", "h.0.down", "output"]
 COUNTS = {"h.0.fc": 6, "h.0.down": 4}
@@ -314,12 +314,12 @@ def test_whatever_a_browser_asks_gets_an_answer_or_one_line(root, changes, other
     sane = {"run": "lm", "harvest": "nodes", "layer": "h.0.fc", "component": 1}
     sane |= {"prompt": str(prompt_of(TEXTS[0])), "pos": 2}
     for question in (sane | changes, other):
-        for answer in (component_answer(library, question), place_answer(library, question)):
+        for answer in (component_response(library, question), place_response(library, question)):
             json.dumps(answer, allow_nan=False)
             assert "problem" in answer or {"places", "outputs"} & set(answer)
             assert "\n" not in answer.get("problem", "")
-    assert "problem" not in component_answer(library, sane)
-    assert "problem" not in place_answer(library, sane)
+    assert "problem" not in component_response(library, sane)
+    assert "problem" not in place_response(library, sane)
 
 
 # ---- in a browser --------------------------------------------------------------------------------

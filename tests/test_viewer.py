@@ -33,7 +33,7 @@ from spd_lightning.runs import Run
 from spd_lightning.store import Store, Writer, prompt_hash
 from spd_lightning.viewer import component_page, graph_page, panel, run_page
 from spd_lightning.viewer.component_page import ComponentSelection
-from spd_lightning.viewer.graph_page import GraphSelection, graph_answer, node_answer
+from spd_lightning.viewer.graph_page import GraphSelection, graph_response, node_response
 from spd_lightning.viewer.library import Library
 
 REPO = Path(__file__).parent.parent
@@ -322,20 +322,20 @@ def test_whatever_a_browser_asks_gets_an_answer_or_one_line(root, changes, other
     }
     sane["influence"] = 0.8
     for question in (sane | {"node": 0} | changes, other):
-        for answer in (graph_answer(library, question), node_answer(library, question)):
+        for answer in (graph_response(library, question), node_response(library, question)):
             json.dumps(answer, allow_nan=False)
             assert "problem" in answer or {"edges", "ins"} & set(answer)
             assert "\n" not in answer.get("problem", "")
-    assert "problem" not in graph_answer(library, sane)
+    assert "problem" not in graph_response(library, sane)
 
 
 def test_broken_harvests_are_told_in_one_line(root):
     question = {"run": "broken", "harvest": "probe", "prompt": PROBE}
-    assert "not JSON" in graph_answer(Library(str(root)), question)["problem"]
+    assert "not JSON" in graph_response(Library(str(root)), question)["problem"]
     question = {"run": "bare", "harvest": None, "prompt": PROBE}
     assert (
         "spd_lightning predict --config bare.yaml"
-        in graph_answer(Library(str(root)), question)["problem"]
+        in graph_response(Library(str(root)), question)["problem"]
     )
 
 

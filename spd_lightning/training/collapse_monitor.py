@@ -185,7 +185,7 @@ class CollapseMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "norms": list(self._norms),
-            "told": [self._exploded, self._soft],
+            "warned": [self._exploded, self._soft],
             "seen": self._seen,
             "before": self._before,
             "attacks": self._attacks,
@@ -195,7 +195,7 @@ class CollapseMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._norms.extend(state_dict["norms"])
-        self._exploded, self._soft = state_dict["told"]
+        self._exploded, self._soft = state_dict["warned"]
         self._seen = state_dict["seen"]
         self._before = state_dict["before"]
         self._attacks = state_dict["attacks"]

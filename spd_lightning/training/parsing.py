@@ -23,7 +23,7 @@ from spd_lightning.config import MORE_LINE_ENDS, check_keys
 from spd_lightning.errors import BadInput, nearest, shown
 
 
-class Complaint(BadInput):
+class SettingError(BadInput):
     """An error in a setting, and its place."""
 
     def __init__(self, place: str, why: str):
@@ -64,8 +64,8 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         key = re.match(r'Parser key "([^"]+)":', str(message))
         place = key[1] if key and key[1] != "config" else ""
-        known = told(ex)
-        if isinstance(known, Complaint):
+        known = user_error(ex)
+        if isinstance(known, SettingError):
             inner, why = known.place, known.why
         elif known:
             inner, why = "", str(known)
@@ -73,7 +73,7 @@ class Parser(LightningArgumentParser):
             layers = [str(layer) for layer in causes(ex)]
             inner, why = self._cause(layers or [str(message)])
         places = [part for part in (place, inner) if part]
-        raise Complaint(".".join(places), why) from ex
+        raise SettingError(".".join(places), why) from ex
 
     def _cause(self, layers: list[str]) -> tuple[str, str]:
         """Return the setting in this parser, and what is wrong with it, from the layers."""
@@ -176,7 +176,7 @@ def _did_you_mean(path: str) -> str:
     return hint if hint.startswith("did") else ""
 
 
-def refuse_unknown(
+def reject_unknown(
     given: Mapping[str, Any], parsed: Mapping[str, Any], place: tuple[str, ...] = ()
 ) -> None:
     """Reject mappings under unknown keys, because jsonargparse ignores them if they are empty.
@@ -196,10 +196,10 @@ def refuse_unknown(
         if key not in parsed:
             name = ".".join(part for part in keys if part != "init_args")
             hint = nearest(key, set(parsed) - _NO_SETTINGS)
-            raise Complaint(name, f"no such setting; {hint}")
+            raise SettingError(name, f"no such setting; {hint}")
         inner = parsed[key]
         if isinstance(inner, Mapping):
-            refuse_unknown(value, inner, keys)
+            reject_unknown(value, inner, keys)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -214,7 +214,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def told(error: BaseException | None) -> BadInput | None:
+def user_error(error: BaseException | None) -> BadInput | None:
     """Return the outermost cause that was written for the user."""
     for cause in causes(error):
         if isinstance(cause, BadInput):
@@ -222,14 +222,14 @@ def told(error: BaseException | None) -> BadInput | None:
     return None
 
 
-def complaint(error: Exception) -> BadInput:
+def as_one_line_error(error: Exception) -> BadInput:
     """Turn an error raised while building from a config into one line for the user."""
-    known = told(error)
+    known = user_error(error)
     if known:
         return BadInput(str(known))
     *_, last = causes(error)
     message = " ".join(str(last).split())
-    return Complaint("", message[:300])
+    return SettingError("", message[:300])
 
 
 # ---- help ----------------------------------------------------------------------------------------

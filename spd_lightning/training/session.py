@@ -25,7 +25,7 @@ from spd_lightning.tracking.trackers import trackers
 from spd_lightning.training.checkpoint import SafetensorsIO
 from spd_lightning.training.interruption import Interruption
 from spd_lightning.training.launchers import forget_ranks, forgotten_launcher, is_first_process
-from spd_lightning.training.parsing import Parser, complaint, refuse_unknown
+from spd_lightning.training.parsing import Parser, as_one_line_error, reject_unknown
 from spd_lightning.training.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -102,14 +102,14 @@ class Session(LightningCLI):
             )
         except (ValueError, TypeError, MisconfigurationException) as error:
             self.copies.abandon()
-            raise complaint(error) from error
+            raise as_one_line_error(error) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for owner in ("model", "data"):
             parser.link_arguments("seed_everything", f"{owner}.init_args.seed")
 
     def before_instantiate_classes(self) -> None:
-        refuse_unknown(self._given, self.config.as_dict())
+        reject_unknown(self._given, self.config.as_dict())
         plain = _plain(self.config)
         text = self.parser.dump(plain, skip_validation=True, skip_link_targets=False)
         self.settings = yaml.safe_load(text)
@@ -190,7 +190,7 @@ class Settings(Session):
         try:
             return self.parser.instantiate_classes(Namespace({owner: section}))[owner]
         except (ValueError, TypeError) as error:
-            raise complaint(error) from error
+            raise as_one_line_error(error) from error
 
 
 def _dicts(value: Any) -> Any:

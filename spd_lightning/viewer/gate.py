@@ -66,7 +66,7 @@ class Rejected(Exception):
         self.status = status
 
 
-class Questions:
+class KnownRequests:
     """The requests that the pages of one viewer can send.
 
     Args:
@@ -134,15 +134,18 @@ class Gate:
 
     Args:
         app: The application behind the gate.
-        questions: The requests that the pages can send.
+        known_requests: The requests that the pages can send.
         host: The name or address that the viewer listens on. If it listens on every interface, any
             IP address and the names of this machine are accepted too: the page of an attacker
             always comes under another name.
     """
 
-    def __init__(self, app: App, questions: Questions, host: str):
+    def __init__(self, app: App, known_requests: KnownRequests, host: str):
         self._app = app
-        self._readers = {EVENT: questions.event, SERVER_FUNCTION: questions.server_function}
+        self._readers = {
+            EVENT: known_requests.event,
+            SERVER_FUNCTION: known_requests.server_function,
+        }
         self._any_address = host in EVERYWHERE
         if self._any_address:
             names = {socket.gethostname().lower(), socket.getfqdn().lower()}

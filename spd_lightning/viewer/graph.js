@@ -34,7 +34,7 @@ async function load() {
   const turn = ++requests;
   if (!props.value || !props.value.run) return;
   const filters = Object.fromEntries(Object.keys(STEPS).map((name) => [name, setting(name)]));
-  const response = await ask('graph', request(filters));
+  const response = await send('graph', request(filters));
   if (turn !== requests) return;
   show(response.problem);
   if (response.problem) return clear();
@@ -355,7 +355,7 @@ async function pin(node) {
   $('.tip').hidden = true;
   drawEdges();
   const turn = ++nodeRequests, turnGraph = requests;
-  const response = await ask('node', request({ node: node.node }));
+  const response = await send('node', request({ node: node.node }));
   if (turn !== nodeRequests || turnGraph !== requests || pinned !== node) return;
   show(response.problem);
   if (response.problem) return;

@@ -41,18 +41,18 @@ class GraphSelection:
     influence: float = 1.0
 
     @classmethod
-    def read(cls, question: Mapping[str, Any]) -> "GraphSelection":
+    def read(cls, request: Mapping[str, Any]) -> "GraphSelection":
         """Read the selection from a browser's request.
 
         Raises:
             BadInput: a value has the wrong type or lies outside its range.
         """
         return cls(
-            prompt=prompt_id(question),
-            top_k=integer(question, "top_k", MOST_EDGES),
-            threshold=number(question, "threshold", 0, 1),
-            min_importance=number(question, "min_importance", 0, 1),
-            influence=number(question, "influence", 0, 1),
+            prompt=prompt_id(request),
+            top_k=integer(request, "top_k", MOST_EDGES),
+            threshold=number(request, "threshold", 0, 1),
+            min_importance=number(request, "min_importance", 0, 1),
+            influence=number(request, "influence", 0, 1),
         )
 
 
@@ -236,17 +236,17 @@ def _label(node: Mapping[str, Any], tokens: list[str], output: Mapping[str, Any]
 # ---- responses to a browser ----------------------------------------------------------------------
 
 
-def graph_answer(library: Library, question: Any) -> dict[str, Any]:
+def graph_response(library: Library, request: Any) -> dict[str, Any]:
     """Return the `GraphPage` that a browser requests, as JSON values, or {"problem": one line}."""
 
     def read(store: Store, request: Mapping[str, Any]) -> dict[str, Any]:
         selection = GraphSelection.read(request)
         return asdict(page_data(store, selection))
 
-    return library.answer(question, read)
+    return library.respond(request, read)
 
 
-def node_answer(library: Library, question: Any) -> dict[str, Any]:
+def node_response(library: Library, request: Any) -> dict[str, Any]:
     """Return the `NodePage` that a browser requests, as JSON values, or {"problem": one line}."""
 
     def read(store: Store, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def node_answer(library: Library, question: Any) -> dict[str, Any]:
         node = integer(request, "node", 2**32 - 1)
         return asdict(node_data(store, prompt, node))
 
-    return library.answer(question, read)
+    return library.respond(request, read)
 
 
 def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
@@ -293,11 +293,11 @@ def widgets(library: Library) -> Panel:
     """Create the interactive graph: a `gr.HTML` with `contents` or {"problem": one line}."""
     import gradio as gr
 
-    def graph(question: Any) -> dict[str, Any]:
-        return graph_answer(library, question)
+    def graph(request: Any) -> dict[str, Any]:
+        return graph_response(library, request)
 
-    def node(question: Any) -> dict[str, Any]:
-        return node_answer(library, question)
+    def node(request: Any) -> dict[str, Any]:
+        return node_response(library, request)
 
     def draw(run: str, harvest: str | None) -> list[dict[str, Any]]:
         try:

@@ -15,7 +15,7 @@ from spd_lightning.runs import Run
 from spd_lightning.store import Store
 from spd_lightning.store.manifest import read_settings
 
-Answer = dict[str, Any]
+Response = dict[str, Any]
 
 
 class Library:
@@ -102,21 +102,23 @@ class Library:
         written = tuple(manifest.stat().st_mtime_ns for manifest in manifests)
         return _open(path, written)
 
-    def answer(self, question: Any, read: Callable[[Store, Mapping[str, Any]], Answer]) -> Answer:
+    def respond(
+        self, request: Any, read: Callable[[Store, Mapping[str, Any]], Response]
+    ) -> Response:
         """Respond to a browser's request about one harvest.
 
         Args:
-            question: The request, an object with at least the names of a `run` and a `harvest`.
+            request: The request, an object with at least the names of a `run` and a `harvest`.
             read: Takes that harvest and the request, and returns the response.
 
         Returns:
             The response of `read`, or {"problem": one line} if the request is invalid.
         """
         try:
-            if not isinstance(question, Mapping):
-                raise BadInput(f"request {repr(question)[:40]}: expected an object")
-            store = self.store(question.get("run"), question.get("harvest"))
-            return read(store, question)
+            if not isinstance(request, Mapping):
+                raise BadInput(f"request {repr(request)[:40]}: expected an object")
+            store = self.store(request.get("run"), request.get("harvest"))
+            return read(store, request)
         except BadInput as problem:
             return {"problem": str(problem)}
 

@@ -79,7 +79,7 @@ def table(rows: Sequence[tuple[str, str]], title: str) -> str:
 # Requests of a browser, which can contain anything, and values for the response.
 
 
-def prompt_id(question: Mapping[str, Any]) -> int:
+def prompt_id(request: Mapping[str, Any]) -> int:
     """Return the prompt that a browser requests.
 
     Ids are sent as decimal strings, since they are too large for a JavaScript number.
@@ -87,7 +87,7 @@ def prompt_id(question: Mapping[str, Any]) -> int:
     Raises:
         BadInput: it is not an id.
     """
-    text = question.get("prompt")
+    text = request.get("prompt")
     if isinstance(text, str) and text.isdecimal() and len(text) <= 20:
         prompt = int(text)
         if prompt < 2**64:
@@ -97,22 +97,22 @@ def prompt_id(question: Mapping[str, Any]) -> int:
     )
 
 
-def number(question: Mapping[str, Any], name: str, low: int, high: int) -> float:
+def number(request: Mapping[str, Any], name: str, low: int, high: int) -> float:
     """Return a number from a browser's request.
 
     Raises:
         BadInput: it is not a number, or outside its range.
     """
-    value = question.get(name)
+    value = request.get(name)
     is_bool = isinstance(value, bool)  # a kind of int in Python
     if is_bool or not isinstance(value, int | float) or not low <= value <= high:
         raise BadInput(f"{name} {repr(value)[:40]}: expected a number from {low} to {high}")
     return float(value)
 
 
-def integer(question: Mapping[str, Any], name: str, high: int) -> int:
+def integer(request: Mapping[str, Any], name: str, high: int) -> int:
     """Return a whole number of at least 0 from a browser's request; decimals are dropped."""
-    return int(number(question, name, 0, high))
+    return int(number(request, name, 0, high))
 
 
 def finite(frame: pl.DataFrame) -> pl.DataFrame:

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from spd_lightning.errors import BadInput
-from spd_lightning.viewer.gate import EVERYWHERE, LOOPBACK, Gate, Questions
+from spd_lightning.viewer.gate import EVERYWHERE, LOOPBACK, Gate, KnownRequests
 
 FIRST_PORT, PORTS = 7860, 100
 
@@ -42,7 +42,7 @@ def protected(demo: gr.Blocks, host: str, appearance: Mapping[str, Any]) -> Gate
         mcp_server=False,
         **appearance,
     )
-    return Gate(app, Questions(demo.config), host)
+    return Gate(app, KnownRequests(demo.config), host)
 
 
 def serve(app: Gate, listening: socket.socket, host: str, open_browser: bool, wait: bool) -> str:

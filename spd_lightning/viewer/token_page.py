@@ -41,18 +41,18 @@ class TokenSelection:
     component: int | None = None
 
     @classmethod
-    def read(cls, question: Mapping[str, Any]) -> "TokenSelection":
+    def read(cls, request: Mapping[str, Any]) -> "TokenSelection":
         """Read the selection from a browser's request.
 
         Raises:
             BadInput: a value has the wrong type or lies outside its range.
         """
-        layer = question.get("layer")
-        component = question.get("component")
+        layer = request.get("layer")
+        component = request.get("component")
         if layer is not None and not isinstance(layer, str):
             raise BadInput(f"layer {repr(layer)[:40]}: expected the name of a site")
         if component is not None:
-            component = integer(question, "component", 2**32 - 1)
+            component = integer(request, "component", 2**32 - 1)
         return cls(layer, component)
 
 
@@ -216,17 +216,17 @@ def _spread(store: Store) -> pl.DataFrame:
 # ---- responses to a browser ----------------------------------------------------------------------
 
 
-def component_answer(library: Library, question: Any) -> dict[str, Any]:
+def component_response(library: Library, request: Any) -> dict[str, Any]:
     """Return the `TokenPage` that a browser requests, as JSON values, or {"problem": one line}."""
 
     def read(store: Store, request: Mapping[str, Any]) -> dict[str, Any]:
         selection = TokenSelection.read(request)
         return asdict(page_data(store, selection))
 
-    return library.answer(question, read)
+    return library.respond(request, read)
 
 
-def place_answer(library: Library, question: Any) -> dict[str, Any]:
+def place_response(library: Library, request: Any) -> dict[str, Any]:
     """Return the `PlacePage` that a browser requests, as JSON values, or {"problem": one line}."""
 
     def read(store: Store, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def place_answer(library: Library, question: Any) -> dict[str, Any]:
         pos = integer(request, "pos", 2**16 - 1)
         return asdict(place_data(store, prompt, pos))
 
-    return library.answer(question, read)
+    return library.respond(request, read)
 
 
 def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
@@ -280,11 +280,11 @@ def widgets(library: Library) -> Panel:
     """Create the interactive text: a `gr.HTML` with `contents` or {"problem": one line}."""
     import gradio as gr
 
-    def component(question: Any) -> dict[str, Any]:
-        return component_answer(library, question)
+    def component(request: Any) -> dict[str, Any]:
+        return component_response(library, request)
 
-    def place(question: Any) -> dict[str, Any]:
-        return place_answer(library, question)
+    def place(request: Any) -> dict[str, Any]:
+        return place_response(library, request)
 
     def draw(run: str, harvest: str | None) -> list[dict[str, Any]]:
         try:

@@ -15,7 +15,7 @@ const layerNow = () => $('.layer').value;
 async function load(layer, component) {
   const turn = ++requests;
   if (!props.value || !props.value.run) return;
-  const response = await ask('component', request({ layer, component }));
+  const response = await send('component', request({ layer, component }));
   if (turn !== requests) return;
   show(response.problem);
   if (response.problem) return;
@@ -134,7 +134,7 @@ async function pin(prompt, pos, far) {
     pinned.span.closest('.text').hidden = false;
     if (far) reveal();
   }
-  const response = await ask('place', request({ prompt, pos }));
+  const response = await send('place', request({ prompt, pos }));
   if (turn !== placeRequests) return;
   show(response.problem);
   if (response.problem) return;

@@ -71,7 +71,7 @@ function written(token, breaks = false) {
 
 // ---- requests to the server -----------------------------------------------------------------------------------
 
-async function ask(name, request) {
+async function send(name, request) {
   try {
     return await server[name](request);
   } catch (error) {
