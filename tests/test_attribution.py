@@ -13,7 +13,7 @@ from support.networks import printed_weight
 from torch import nn
 from torch.nn import functional as F
 
-from spd_lightning.attribution import autograd
+from spd_lightning import budgets
 from spd_lightning.attribution.autograd import (
     connected,
     crossing,
@@ -496,7 +496,7 @@ def test_a7_chunks_of_any_size_give_the_same(monkeypatch):
     model, inputs, g = made("induction")
     expected = batched(model, inputs, g, "unmasked")
     for size in (1, 500):
-        monkeypatch.setattr(autograd, "MAX_VJP_NUMBERS", size)
+        monkeypatch.setattr(budgets, "MAX_VJP_NUMBERS", size)
         for found, right in zip(batched(model, inputs, g, "unmasked"), expected, strict=True):
             assert_equal(found, right)
 

@@ -8,7 +8,7 @@ from support.edges import EdgeList, tables_of
 from test_closed_form import THRESHOLD, assert_equal, dictionary, made, some_outputs
 from test_nodes import harvested, shaken
 
-from spd_lightning.attribution import autograd, prompt_graphs
+from spd_lightning import budgets
 from spd_lightning.attribution.graph import MODES, GraphSpec
 from spd_lightning.attribution.prompt_graphs import attribution_graphs, lazy_graphs
 from spd_lightning.attribution.pruning import prune_edges
@@ -35,8 +35,8 @@ def test_two_passes_keep_what_one_keeps(style, mode, monkeypatch):
     spec = subject(style, mode)
     layers, whole = attribution_graphs(spec, 0.05)
     whole = list(whole)
-    monkeypatch.setattr(prompt_graphs, "MAX_EDGES", 1)  # prompt by prompt
-    monkeypatch.setattr(autograd, "MAX_VJP_NUMBERS", 500)
+    monkeypatch.setattr(budgets, "MAX_EDGES", 1)  # prompt by prompt
+    monkeypatch.setattr(budgets, "MAX_VJP_NUMBERS", 500)
     _, graphs = lazy_graphs(spec)
     few = []
     seen = []
@@ -62,7 +62,7 @@ def test_no_more_than_what_fits_is_ever_kept(style, mode, most, monkeypatch, cap
     """
     spec = subject(style, mode)
     layers, every = attribution_graphs(spec)
-    monkeypatch.setattr(prompt_graphs, "MAX_EDGES", 1)
+    monkeypatch.setattr(budgets, "MAX_EDGES", 1)
     whole = prune_and_count(spec.model, layers, [EdgeList(list(every))], 0.0)
     layers, parts = lazy_graphs(spec)
     with caplog.at_level(logging.WARNING, "spd_lightning.harvest.checks"):

@@ -197,7 +197,7 @@ def test_blocks_of_attention_edges_change_nothing(monkeypatch):
     model, tokens, g = made("llama", length=6)
     held, whole = attribution_graphs(GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD))
     whole = list(whole)
-    monkeypatch.setattr("spd_lightning.attribution.closed_form.sinks.MAX_ATTENTION_EDGES", 1)
+    monkeypatch.setattr("spd_lightning.budgets.MAX_ATTENTION_EDGES", 1)
     _, found = attribution_graphs(GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD))
     found = list(found)
     for p in range(len(tokens)):
@@ -209,7 +209,7 @@ def test_nodes_that_spread_can_be_taken_a_few_at_a_time(style, monkeypatch):
     model, tokens, g = made(style)
     held, whole = attribution_graphs(GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD))
     whole = list(whole)
-    monkeypatch.setattr("spd_lightning.attribution.closed_form.partial.MAX_SPREAD_NUMBERS", 1)
+    monkeypatch.setattr("spd_lightning.budgets.MAX_SPREAD_NUMBERS", 1)
     _, found = attribution_graphs(GraphSpec(model, tokens, g, MODES["unmasked"], THRESHOLD))
     found = list(found)
     for p in range(len(tokens)):

@@ -375,7 +375,7 @@ def test_groups_and_sittings_change_nothing(both, tmp_path):
 
 
 def test_a_long_group_is_added_up_as_it_grows(both, tmp_path, monkeypatch):
-    monkeypatch.setattr("spd_lightning.harvest.module.HELD", 10)
+    monkeypatch.setattr("spd_lightning.budgets.MAX_SUM_ROWS", 10)
     (store,) = harvested(tmp_path, decoder(), Ragged(LENGTHS), DatasetEdges())
     for name in ("dataset_edges", "dataset_nodes"):
         assert_frame_equal(summed(store, name), summed(both[2], name), rel_tol=1e-9)

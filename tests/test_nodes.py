@@ -14,9 +14,9 @@ from polars.testing import assert_frame_equal
 from support.tiny_run import done, killed
 from torch import nn
 
+from spd_lightning import budgets
 from spd_lightning.data.modules import Batches, InductionTokens, Prompts, SparseFeatures
 from spd_lightning.decomposition.components import Mask
-from spd_lightning.harvest import module as harvest_module
 from spd_lightning.harvest.graphs import PromptGraphs
 from spd_lightning.harvest.nodes import PromptNodes
 from spd_lightning.store import Store
@@ -233,8 +233,9 @@ def test_what_does_not_fit_is_harvested_in_parts(tmp_path, monkeypatch):
     module = induction_head()
     data = Ragged()
     (whole,) = harvested(tmp_path / "whole", module, data, PromptNodes())
-    budget = 2 * 7 * (sum(module.model.counts.values()) + harvest_module.LOGITS * len(WORDS))
-    monkeypatch.setattr(harvest_module, "DENSE", budget)
+    logits = budgets.LOGIT_ARRAYS * len(WORDS)
+    budget = 2 * 7 * (sum(module.model.counts.values()) + logits)
+    monkeypatch.setattr(budgets, "MAX_COMPONENT_NUMBERS", budget)
     assert [PromptNodes().at_once(module.model, batch.inputs) for batch in data.batches] == [2, 3]
     (parts,) = harvested(tmp_path / "parts", module, data, PromptNodes())
     assert (whole.manifest["shards"], parts.manifest["shards"]) == (2, 5)
@@ -245,7 +246,7 @@ def test_what_does_not_fit_is_harvested_in_parts(tmp_path, monkeypatch):
         assert_frame_equal(
             table(whole, name).sort(keys), table(parts, name).sort(keys), abs_tol=1e-6
         )
-    monkeypatch.setattr(harvest_module, "DENSE", 1)
+    monkeypatch.setattr(budgets, "MAX_COMPONENT_NUMBERS", 1)
     assert PromptNodes().at_once(module.model, data.batches[0].inputs) == 1
 
 

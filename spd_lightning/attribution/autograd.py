@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spd_lightning import budgets
 from spd_lightning.attribution.graph import (
     EdgeTable,
     GraphSpec,
@@ -36,11 +37,6 @@ from spd_lightning.attribution.graph import (
 from spd_lightning.attribution.linearize import Frozen
 from spd_lightning.decomposition.components import Site, available
 from spd_lightning.decomposition.model import ComponentModel, Map, flattened
-
-MAX_VJP_NUMBERS = 1 << 20
-"""The count of numbers that one batched product holds; few enough to stay in the processor's cache.
-"""
-
 
 # ---- step 1: the cut run -------------------------------------------------------------------------
 
@@ -322,7 +318,7 @@ def _vjps(
         return
     widest_leaf = max(leaf.numel() for leaf in leaves)
     widest = max(widest_leaf, value.numel())
-    size = max(1, MAX_VJP_NUMBERS // widest)
+    size = max(1, budgets.MAX_VJP_NUMBERS // widest)
     for chunk in entries.split(size):
         # One cotangent for each entry: 1 at that entry of every prompt, 0 elsewhere.
         pos, component = chunk.unbind(1)

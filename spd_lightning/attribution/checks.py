@@ -19,15 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from spd_lightning import budgets
 from spd_lightning.attribution.autograd import embeddings
 from spd_lightning.attribution.graph import EdgeTable, GraphSpec, Layer, LayerKey, node_numbers
 from spd_lightning.attribution.linearize import Frozen
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map, flattened
 from spd_lightning.targets.protocols import vocab_of
-
-MAX_TRIAL_NUMBERS = 1 << 24
-"""The count of numbers that one run of trials holds at once."""
 
 # ---- which edges ---------------------------------------------------------------------------------
 
@@ -159,7 +157,7 @@ def _trials_at_once(spec: GraphSpec) -> int:
         vocab = vocab_of(spec.model.target) or 0
         per_position = max(width, vocab)  # attention scores or logits
         per_row = width * per_position
-    return max(1, MAX_TRIAL_NUMBERS // per_row)
+    return max(1, budgets.MAX_TRIAL_NUMBERS // per_row)
 
 
 class _Trial:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spd_lightning import budgets
 from spd_lightning.attribution.autograd import VectorJacobianEdges
 from spd_lightning.attribution.closed_form.trace import closed_form_obstacle
 from spd_lightning.attribution.closed_form.walk import closed_form_graphs
 from spd_lightning.attribution.graph import EdgeTable, GraphSpec, Layer, LazyEdges
-from spd_lightning.attribution.pruning import MAX_EDGES, prune_edges
+from spd_lightning.attribution.pruning import prune_edges
 
 
 def attribution_graphs(
@@ -63,12 +64,12 @@ def lazy_graphs(
     """Return the layers of some prompts' graphs, and edges that are computed on demand.
 
     max_edges: prompts are computed together only if they cannot have more edges than this;
-        `pruning.MAX_EDGES` if omitted.
+        `budgets.MAX_EDGES` if omitted.
     """
     if closed_form_obstacle(spec.model, spec.mode) is None:
         return closed_form_graphs(spec)
     if max_edges is None:
-        max_edges = MAX_EDGES
+        max_edges = budgets.MAX_EDGES
     together = VectorJacobianEdges(spec)
     layers = together.layers
     prompts = len(spec.inputs)

@@ -15,10 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lightning import budgets
 from spd_lightning.attribution.graph import EdgeTable, LazyEdges, joined, no_edges
-
-MAX_EDGES = 1 << 25
-"""The largest number of edges of one prompt that are held in memory."""
 
 
 class PrunedEdges(NamedTuple):
@@ -35,7 +33,7 @@ def ignore(table: EdgeTable) -> None:
 def prune_edges(
     edges: LazyEdges,
     min_share: float = 0.0,
-    max_edges: int = MAX_EDGES,
+    max_edges: int = budgets.MAX_EDGES,
     observe: Callable[[EdgeTable], None] = ignore,
 ) -> PrunedEdges:
     """Keep the strong edges of some graphs as one table.
@@ -51,9 +49,10 @@ def prune_edges(
     edges.for_each(first.add)
     inflow = first.inflow
     if inflow is None:
-        table = no_edges()
         if first.tables:
             table = keep_strong_edges(first.tables, min_share)
+        else:
+            table = no_edges()
         return PrunedEdges(table, min_share)
     second = _SecondPass(inflow, min_share, max_edges)
     edges.for_each(second.add)

@@ -9,9 +9,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from spd_lightning import budgets
 from spd_lightning.attribution.checks import Checks, Graphs, Inflow
 from spd_lightning.attribution.graph import EdgeTable, Layer, LazyEdges, joined, no_edges
-from spd_lightning.attribution.pruning import MAX_EDGES, prune_edges
+from spd_lightning.attribution.pruning import prune_edges
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.harvest.rows import array
 from spd_lightning.store import AGREEMENT, TABLES, finite
@@ -40,7 +41,7 @@ def prune_and_count(
     layers: list[Layer],
     graphs: Iterable[LazyEdges],
     min_share: float,
-    max_edges: int = MAX_EDGES,
+    max_edges: int = budgets.MAX_EDGES,
 ) -> PrunedGraphs:
     """Prune the graphs of a batch of prompts, and measure them before pruning.
 

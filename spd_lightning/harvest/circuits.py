@@ -16,6 +16,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from spd_lightning import budgets
 from spd_lightning.attribution.circuit_objective import CircuitSearch, check_search
 from spd_lightning.attribution.circuit_search import Frontier, optimize, select_circuits
 from spd_lightning.attribution.graph import MODES, GraphSpec, ModeName, check_mode
@@ -42,9 +43,6 @@ from spd_lightning.harvest.rows import (
 )
 from spd_lightning.targets.protocols import vocab_of
 from spd_lightning.training.decompose import Decomposition
-
-HELD = 4
-"""Estimated number of arrays over all components of a row in memory during an optimization step."""
 
 
 class SparseCircuits(Harvester):
@@ -112,7 +110,7 @@ class SparseCircuits(Harvester):
     def at_once(self, model: ComponentModel, inputs: Tensor) -> int:
         """Return the number of prompts that fit, when each has one row per λ and one without λ."""
         rows = super().at_once(model, inputs)
-        rows = rows // HELD
+        rows = rows // budgets.CIRCUIT_ARRAYS
         lambdas = self.search.lambdas
         rows_per_prompt = 1 + len(lambdas)
         prompts = rows // rows_per_prompt

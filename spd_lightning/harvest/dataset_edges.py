@@ -14,13 +14,14 @@ import numpy as np
 import polars as pl
 from torch import Tensor
 
+from spd_lightning import budgets
 from spd_lightning.attribution.closed_form.trace import closed_form_obstacle
 from spd_lightning.attribution.dataset_edges import NodeSums, PairSums, sums_gap
 from spd_lightning.attribution.graph import MODES, GraphSpec, ModeName, check_mode
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, check_range, nearest
-from spd_lightning.harvest.module import PAIRS, Harvester
+from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.native_decoder import as_native_decoder
 from spd_lightning.harvest.rows import (
     array,
@@ -105,7 +106,7 @@ class DatasetEdges(Harvester):
             return count
         length = inputs.shape[1]
         pairs_per_prompt = length**2  # of positions
-        prompts = max(1, PAIRS // pairs_per_prompt)
+        prompts = max(1, budgets.MAX_POSITION_PAIRS // pairs_per_prompt)
         return min(count, prompts)
 
     def rows(

@@ -13,10 +13,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from spd_lightning import budgets
 from spd_lightning.attribution.closed_form.heads import head_edges_obstacle
 from spd_lightning.attribution.graph import MODES, GraphSpec, ModeName, Threshold, check_mode
 from spd_lightning.attribution.outputs import OutputNodes, every_output
-from spd_lightning.attribution.pruning import MAX_EDGES
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, check_range
@@ -28,7 +28,7 @@ from spd_lightning.harvest.checks import (
     prune_and_count,
     sample_edges,
 )
-from spd_lightning.harvest.module import PAIRS, Harvester
+from spd_lightning.harvest.module import Harvester
 from spd_lightning.harvest.native_decoder import as_native_decoder
 from spd_lightning.harvest.output_targets import OutputTargets, thresholds
 from spd_lightning.harvest.rows import (
@@ -45,12 +45,6 @@ from spd_lightning.harvest.rows import (
 )
 from spd_lightning.targets.protocols import vocab_of
 from spd_lightning.training.decompose import Decomposition
-
-HEADS = 8
-"""The divisor of the number of prompts in memory if edges through attention have rows per head."""
-
-TOGETHER = 1 << 27
-"""The largest number of edges of all prompts that are harvested together."""
 
 
 class PromptGraphs(Harvester):
@@ -160,8 +154,8 @@ class PromptGraphs(Harvester):
             length = inputs.shape[1]
         rows_per_prompt = length**2  # pairs of positions
         if self.heads:
-            rows_per_prompt *= HEADS
-        prompts = max(1, PAIRS // rows_per_prompt)
+            rows_per_prompt *= budgets.HEAD_ROWS
+        prompts = max(1, budgets.MAX_POSITION_PAIRS // rows_per_prompt)
         return min(count, prompts)
 
     def rows(
@@ -180,7 +174,7 @@ class PromptGraphs(Harvester):
             outputs=runs.nodes,
         )
         decoder = as_native_decoder(module.model, mode)
-        max_edges = min(MAX_EDGES, TOGETHER // len(ids))
+        max_edges = min(budgets.MAX_EDGES, budgets.MAX_TOTAL_EDGES // len(ids))
         layers, parts = decoder.parts(spec, max_edges)
         graphs = prune_and_count(module.model, layers, parts, self.min_share, max_edges)
         if spec.frozen:

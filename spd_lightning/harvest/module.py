@@ -17,6 +17,7 @@ import polars as pl
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from spd_lightning import budgets
 from spd_lightning.attribution.graph import MODES, ModeName
 from spd_lightning.data.modules import Prompts, StepData
 from spd_lightning.decomposition.model import ComponentModel
@@ -28,18 +29,6 @@ from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.multi_step import non_finite
 
 log = logging.getLogger(__name__)
-
-DENSE = 1 << 25
-"""The largest number of entries of an array over all components of prompts harvested together."""
-
-LOGITS = 4
-"""Estimated number of arrays of logits in memory next to such an array."""
-
-PAIRS = 1 << 16
-"""The largest number of pairs of positions, over all prompts whose edges are in memory together."""
-
-HELD = 1 << 23
-"""The number of rows in memory above which rows of sums with the same keys are added up."""
 
 
 @runtime_checkable
@@ -98,9 +87,9 @@ class Harvester(Callback, ABC):
             positions = inputs.shape[1]
         components = sum(model.counts.values())
         vocab = vocab_of(model.target) or 0
-        entries_per_position = components + LOGITS * vocab
+        entries_per_position = components + budgets.LOGIT_ARRAYS * vocab
         entries_per_prompt = max(1, positions * entries_per_position)
-        prompts = DENSE // entries_per_prompt
+        prompts = budgets.MAX_COMPONENT_NUMBERS // entries_per_prompt
         return max(1, prompts)
 
     def refuse(self, module: Decomposition, prompts: Prompts) -> None:
@@ -193,7 +182,7 @@ class Harvester(Callback, ABC):
         self._pending.update(ids)
         if len(self._pending) >= self.group:
             self._commit()
-        elif self._rows_in_memory() > HELD:
+        elif self._rows_in_memory() > budgets.MAX_SUM_ROWS:
             self._frames = [self._joined()]
 
     def _rows_in_memory(self) -> int:

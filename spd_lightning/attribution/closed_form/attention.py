@@ -109,17 +109,18 @@ class _AttentionEdges:
         """k → o: w_i Σ_h p_h[s, s'] (q_s · R U_i)_h ((v_s' − v̄_s) · V_j)_h / √d."""
         keys = self.prompt.writer(self.k_proj)
         nodes = keys.nodes
+        pos = nodes.pos  # [sources]
         by_slot = self._rotate(keys, self.attn.n_kv_heads)  # [kv_head, pos, K, d_head]
         rotated = by_slot[:, nodes.real]  # [kv_head, sources, d_head]: w_i R U_i
         by_head = self._share(rotated)  # [head, sources, d_head]
         scores = self.heads.q @ by_head.transpose(1, 2)  # [head, pos, sources]: w_i q_s · R U_i
-        pattern = self.heads.pattern.index_select(2, nodes.pos)  # [head, pos, sources]
+        pattern = self.heads.pattern.index_select(2, pos)  # [head, pos, sources]
         return AttentionEdges(
             source=nodes,
             target=self.target,
             weight=pattern * scores * self.heads.scale,
             left=self.left_and_mean,
-            right=self.values_and_one.index_select(1, nodes.pos),
+            right=self.values_and_one.index_select(1, pos),
             own=self.left.shape[-1],
         )
 

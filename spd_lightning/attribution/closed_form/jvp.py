@@ -143,8 +143,10 @@ class Heads(NamedTuple):
         if "k" in tangents:
             # q_s·k̇_s'
             key_tangents = tangents["k"].transpose(2, 3)  # [n, head, d_head, pos]
-            from_keys = self.q @ key_tangents
-            scores = from_keys if scores is None else scores + from_keys
+            if scores is None:
+                scores = self.q @ key_tangents
+            else:
+                scores = scores + self.q @ key_tangents
         if scores is not None:
             # Σ_s' p (q̇_s·k_s' + q_s·k̇_s')/√d (v_s' − v̄_s) = Σ_s' ṗ v_s'
             from_pattern = self._pattern_tangent(scores) @ self.v

@@ -18,13 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lightning import budgets
 from spd_lightning.attribution.closed_form.jvp import Heads, norm_jvp
 from spd_lightning.attribution.closed_form.prompt import NodeVectors, TracedPrompt, side_by_side
 from spd_lightning.attribution.closed_form.sinks import EdgeSink, Nodes, SingleNodes
 from spd_lightning.targets.decoder_layout import BlockLayout
-
-MAX_SPREAD_NUMBERS = 1 << 22
-"""The largest count of numbers held at once for nodes whose tangents have spread."""
 
 
 class SpreadTangents(NamedTuple):
@@ -235,8 +233,7 @@ class PartialBlocks:
                 self._meet(tangents, vectors, name)
                 continue
             # φ'(h) t, summed over the first maps
-            inputs = self._map(vectors, name)
-            outputs = inputs * slope[:, None]
+            outputs = self._map(vectors, name) * slope[:, None]
             if moved is None:
                 moved = outputs
             else:
@@ -276,11 +273,10 @@ class PartialBlocks:
 
     def _walk_attention(self, block: BlockLayout, tangents: SpreadTangents) -> SpreadTangents:
         """Push tangents that have spread through and around the attention of a later block."""
-        normed = self._behind(block.norm_1, tangents)  # [pos, n, d]
-        head_tangents = self._project(tangents, normed, block)
+        head_tangents = self._project(tangents, self._behind(block.norm_1, tangents), block)
         if not head_tangents:
             return tangents
-        every_pos = torch.arange(len(normed), device=normed.device)
+        every_pos = torch.arange(self.prompt.length, device=tangents.vectors.device)
         by_head = {}  # [n, head, pos, d_head] each
         for letter, vectors in head_tangents.items():
             by_node = vectors.transpose(0, 1)  # [n, pos, d_heads]
@@ -342,7 +338,7 @@ class PartialBlocks:
         scores = attn.n_heads * length
         widest = max(neurons, scores)
         per_node = length * widest
-        return max(1, MAX_SPREAD_NUMBERS // per_node)
+        return max(1, budgets.MAX_SPREAD_NUMBERS // per_node)
 
 
 def no_nodes(stream: NodeVectors) -> NodeVectors:

@@ -12,13 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spd_lightning import budgets
 from spd_lightning.attribution.graph import EdgeTable
-
-MAX_ATTENTION_EDGES = 1 << 17
-"""The number of edges through attention that are computed at once; few enough to stay in the
-processor's cache.
-"""
-
 
 # ---- the nodes of one prompt ---------------------------------------------------------------------
 
@@ -103,7 +98,7 @@ class AttentionEdges(NamedTuple):
         sources_until = n_sources.cumsum(0).tolist()  # [pos]: at each position or before it
         width = self.left.shape[2]
         per_position = max(1, width * sources_until[-1])
-        size = max(1, MAX_ATTENTION_EDGES // per_position)
+        size = max(1, budgets.MAX_ATTENTION_EDGES // per_position)
         positions = torch.arange(len(sources_until), device=self.left.device)
         for pos in positions.split(size):
             last = int(pos[-1])

@@ -1,0 +1,49 @@
+"""Limits of memory, in one place, each with its unit.
+
+Work that grows with prompts, positions or components is done in pieces. A limit here says how large
+a piece may be; it never changes a result. The numbers suit a computer with 16 GB of memory.
+"""
+
+# ---- attribution: numbers of a piece -------------------------------------------------------------
+
+MAX_VJP_NUMBERS = 1 << 20
+"""Floating-point numbers in one batched vector-Jacobian product, few enough for the processor's
+cache.
+"""
+
+MAX_ATTENTION_EDGES = 1 << 17
+"""Edges through attention that are computed at once, few enough for the processor's cache."""
+
+MAX_SPREAD_NUMBERS = 1 << 22
+"""Floating-point numbers of tangents that have spread to other positions."""
+
+MAX_TRIAL_NUMBERS = 1 << 24
+"""Floating-point numbers in one forward pass of interventions that check a graph."""
+
+MAX_EDGES = 1 << 25
+"""Edges of one prompt's graph."""
+
+# ---- harvest: what is in memory until it is written ----------------------------------------------
+
+MAX_TOTAL_EDGES = 1 << 27
+"""Edges of the graphs of all prompts that are harvested together."""
+
+MAX_COMPONENT_NUMBERS = 1 << 25
+"""Entries of one array over all prompts, positions and components that are harvested together."""
+
+MAX_POSITION_PAIRS = 1 << 16
+"""Pairs of positions, over all prompts whose edges are in memory together."""
+
+MAX_SUM_ROWS = 1 << 23
+"""Rows of sums in memory above which rows with the same keys are added up."""
+
+# ---- estimates, in multiples of such an array ----------------------------------------------------
+
+LOGIT_ARRAYS = 4
+"""Arrays of logits in memory during a harvest."""
+
+CIRCUIT_ARRAYS = 4
+"""Arrays over all components in memory during a step of a circuit search."""
+
+HEAD_ROWS = 8
+"""Rows of edges through attention by head, relative to rows without heads."""
