@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from spd_lightning.attribution.circuit_objective import CircuitObjective, CircuitSearch
-from spd_lightning.attribution.circuit_search import (
+from spd_lightning.attribution.graph import MODES, GraphSpec
+from spd_lightning.attribution.prompt_graphs import attribution_graphs
+from spd_lightning.circuits.objective import CircuitObjective, CircuitSearch
+from spd_lightning.circuits.search import (
     Frontier,
     ImportanceOptimization,
     optimize,
     select_circuits,
 )
-from spd_lightning.attribution.graph import MODES, GraphSpec
-from spd_lightning.attribution.prompt_graphs import attribution_graphs
 from spd_lightning.data.modules import Batches, Prompts
 from spd_lightning.decomposition.adversaries import Adversary
 from spd_lightning.decomposition.components import Mask

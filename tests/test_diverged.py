@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from test_checkpoint import TARGET, decomposition, trainer
 
 from spd_lightning import cli, runs
-from spd_lightning.attribution import circuit_search
-from spd_lightning.attribution.circuit_objective import CircuitSearch
+from spd_lightning.circuits import search
+from spd_lightning.circuits.objective import CircuitSearch
 from spd_lightning.data.modules import SparseFeatures
 from spd_lightning.errors import BadInput, Diverged
 from spd_lightning.harvest.graphs import PromptGraphs
@@ -131,15 +131,13 @@ def test_weights_that_are_not_finite_are_not_harvested(tmp_path):
 
 def test_a_circuit_search_that_diverges(monkeypatch):
     monkeypatch.setattr(
-        circuit_search.ImportanceOptimization,
+        search.ImportanceOptimization,
         "_minimality",
         lambda self: torch.full((len(self.prompt),), math.nan) * self.values.sum(),
     )
     inputs = torch.eye(5)[:2]
     with pytest.raises(Diverged, match=r"the circuit search's loss .* is nan after"):
-        circuit_search.optimize(
-            decomposition().model, inputs, CircuitSearch(steps=3, lambdas=(0.1,))
-        )
+        search.optimize(decomposition().model, inputs, CircuitSearch(steps=3, lambdas=(0.1,)))
 
 
 def test_the_first_strange_tensor_is_named():

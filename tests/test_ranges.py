@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from spd_lightning import config
-from spd_lightning.attribution.circuit_objective import CircuitSearch
+from spd_lightning.circuits.objective import CircuitSearch
 from spd_lightning.commands import configs
 from spd_lightning.data.modules import InductionTokens, SparseFeatures
 from spd_lightning.data.text import Text

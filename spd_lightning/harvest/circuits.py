@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from spd_lightning import budgets
-from spd_lightning.attribution.circuit_objective import CircuitSearch, check_search
-from spd_lightning.attribution.circuit_search import Frontier, optimize, select_circuits
 from spd_lightning.attribution.graph import MODES, GraphSpec, ModeName, check_mode
 from spd_lightning.attribution.outputs import OutputNodes, every_output
+from spd_lightning.circuits.objective import CircuitSearch, check_search
+from spd_lightning.circuits.search import Frontier, optimize, select_circuits
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import check_range

@@ -1,6 +1,6 @@
 """The objective of a circuit search: the distance of a masked model's output from the target's.
 
-`circuit_search` minimizes this distance D at one position under stochastic and adversarial masks.
+`search` minimizes this distance D at one position under stochastic and adversarial masks.
 Several rows of a batch can hold the same prompt. The masks drawn for a prompt depend only on its
 content, not on the other rows of the batch.
 """

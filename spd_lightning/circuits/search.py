@@ -6,7 +6,7 @@ position, fewer components can be enough:
     loss of a row = D under stochastic and ci masks [+ D under an adversary's] + λ · minimality (L2)
 
 1. *Objective.* D compares the masked model's output at one position with the target's: it is the
-   cross-entropy of a label, or the KL from the target (`circuit_objective`).
+   cross-entropy of a label, or the KL from the target (`objective`).
 2. *Optimization.* AdamW on the pre-sigmoid values of the components with g > 0, starting from the
    values of the importance function. All other components keep importance 0, and the model does not
    change. A *row* is one prompt under one λ. Rows share nothing but the random draws of their
@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from spd_lightning.attribution.circuit_objective import CircuitObjective, CircuitSearch
+from spd_lightning.circuits.objective import CircuitObjective, CircuitSearch
 from spd_lightning.decomposition.losses import powered
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import Diverged

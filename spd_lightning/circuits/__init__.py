@@ -1,0 +1,1 @@
+"""Sparse circuits: the few components that one prediction needs, found by optimization."""
