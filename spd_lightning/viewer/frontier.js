@@ -14,7 +14,9 @@ function drawFrontier(rows) {
   const steps = `adversarial: PGD, ${first.adversary_steps} step${plural}`;
   const facts = ['Size against loss'];
   if (labeled(rows)) {
-    facts.push(`“${glyphs(first.token)}” after position ${first.pos}, target ${number(first.p_target)}`);
+    facts.push(
+      `“${glyphs(first.token)}” after position ${first.pos}, target ${number(first.p_target)}`,
+    );
   }
   facts.push(steps);
   $('.frontier summary').textContent = facts.join(' · ');
@@ -34,7 +36,9 @@ function key() {
 }
 
 function frontierTable(rows) {
-  const masks = labeled(rows) ? ['target', ...MASKS].map((name) => [`p ${name}`, `p_${name}`]) : [['kept', 'kept']];
+  const masks = labeled(rows)
+    ? ['target', ...MASKS].map((name) => [`p ${name}`, `p_${name}`])
+    : [['kept', 'kept']];
   const columns = [
     ['λ', 'lambda'],
     ['nodes', 'nodes'],
@@ -43,7 +47,9 @@ function frontierTable(rows) {
     ...MASKS.map((name) => [`loss ${name}`, `loss_${name}`]),
     ['steps', 'steps'],
   ];
-  const head = make('tr'), body = make('tbody'), top = make('thead');
+  const head = make('tr'),
+    body = make('tbody'),
+    top = make('thead');
   head.append(...columns.map(([title]) => make('th', 'number', title)));
   top.append(head);
   for (const row of rows) {
@@ -77,18 +83,31 @@ function plotted(rows, kind) {
   const y = (value) => height - bottom - (value / most) * (height - top - bottom);
   const name = `${kind === 'p' ? 'label probability' : 'loss'} against nodes`;
   const svg = shape('svg', { width, height, role: 'img', 'aria-label': name }, make('div'));
-  const write = (text, at) => { shape('text', at, svg).textContent = text; };
+  const write = (text, at) => {
+    shape('text', at, svg).textContent = text;
+  };
   for (const value of [0, most]) {
     shape('line', { class: 'guide', x1: left, x2: width - right, y1: y(value), y2: y(value) }, svg);
     write(number(value), { x: left - 6, y: y(value) + 4, 'text-anchor': 'end' });
   }
-  write(kind === 'p' ? 'p' : 'loss', { x: left - 6, y: (y(0) + y(most)) / 2, 'text-anchor': 'end' });
+  write(kind === 'p' ? 'p' : 'loss', {
+    x: left - 6,
+    y: (y(0) + y(most)) / 2,
+    'text-anchor': 'end',
+  });
   const smallest = rows.reduce((a, b) => (b.nodes < a.nodes ? b : a));
   const largest = rows.reduce((a, b) => (b.nodes > a.nodes ? b : a));
-  [smallest, largest].forEach((row) => write(row.nodes, { x: x(row), y: height - bottom + 15, 'text-anchor': 'middle' }));
+  [smallest, largest].forEach((row) =>
+    write(row.nodes, { x: x(row), y: height - bottom + 15, 'text-anchor': 'middle' }),
+  );
   write('nodes', { x: (left + width) / 2, y: height - 5, 'text-anchor': 'middle' });
   const chosen = rows.find((row) => row.chosen);
-  if (chosen) shape('line', { class: 'own', x1: x(chosen), x2: x(chosen), y1: top, y2: height - bottom }, svg);
+  if (chosen)
+    shape(
+      'line',
+      { class: 'own', x1: x(chosen), x2: x(chosen), y1: top, y2: height - bottom },
+      svg,
+    );
   if (kind === 'p') {
     const target = y(chosen ? chosen.p_target : 1);
     shape('line', { class: 'target', x1: left, x2: width - right, y1: target, y2: target }, svg);
@@ -96,8 +115,14 @@ function plotted(rows, kind) {
   const ordered = [...rows].sort((a, b) => a.nodes - b.nodes);
   for (const masks of MASKS) {
     const column = `${kind}_${masks}`;
-    const points = ordered.filter((row) => row[column] !== null).map((row) => [x(row), y(row[column])]);
-    shape('polyline', { class: masks, points: points.map((point) => point.join(',')).join(' ') }, svg);
+    const points = ordered
+      .filter((row) => row[column] !== null)
+      .map((row) => [x(row), y(row[column])]);
+    shape(
+      'polyline',
+      { class: masks, points: points.map((point) => point.join(',')).join(' ') },
+      svg,
+    );
     points.forEach(([cx, cy]) => shape('circle', { class: masks, cx, cy, r: 3 }, svg));
   }
   return svg;

@@ -6,7 +6,13 @@
 // then swept upwards and downwards, and each node moves to the mean place of its neighbors (the
 // barycenter heuristic of Sugiyama, Tagawa and Toda, 1981).
 
-const LEAST_LEFT = 150, LETTER = 7, RIGHT = 40, TOP = 46, BOTTOM = 46, CELL_GAP = 14, NARROW = 15;
+const LEAST_LEFT = 150,
+  LETTER = 7,
+  RIGHT = 40,
+  TOP = 46,
+  BOTTOM = 46,
+  CELL_GAP = 14,
+  NARROW = 15;
 
 // The room for the names of layers, left of the first column.
 const roomForNames = (layers) => {
@@ -25,14 +31,27 @@ function layout(graph, room, untangle) {
     cells.get(key).push(node);
   }
   const left = roomForNames(graph.layers);
-  const columns = columnWidths(cells, Math.max(1, graph.tokens.length), Math.max(320, room - left - RIGHT), left);
+  const columns = columnWidths(
+    cells,
+    Math.max(1, graph.tokens.length),
+    Math.max(320, room - left - RIGHT),
+    left,
+  );
   const { centers, height } = rowCenters(graph.layers.length, cells, columns);
-  const plan = { left, width: left + columns.total + RIGHT, height, centers, columns, places: new Map() };
+  const plan = {
+    left,
+    width: left + columns.total + RIGHT,
+    height,
+    centers,
+    columns,
+    places: new Map(),
+  };
   for (const nodes of cells.values()) placeCell(nodes, plan);
   const upwards = untangle ? [...cells.values()].sort((a, b) => a[0].layer - b[0].layer) : [];
   for (let round = 0; round < 4; round++) {
     const incoming = round % 2 === 0;
-    for (const nodes of incoming ? upwards : [...upwards].reverse()) straighten(nodes, graph, incoming, plan);
+    for (const nodes of incoming ? upwards : [...upwards].reverse())
+      straighten(nodes, graph, incoming, plan);
   }
   return plan;
 }
@@ -57,10 +76,12 @@ function columnWidths(cells, positions, room, left) {
 }
 
 const columnOf = (columns, node) => (columns.widths.length === 1 ? 0 : node.pos);
-const lineLength = (columns, pos) => Math.max(1, Math.floor((columns.widths[pos] - CELL_GAP) / NARROW));
+const lineLength = (columns, pos) =>
+  Math.max(1, Math.floor((columns.widths[pos] - CELL_GAP) / NARROW));
 
 function rowCenters(layers, cells, columns) {
-  const lines = new Array(layers).fill(1), centers = [];
+  const lines = new Array(layers).fill(1),
+    centers = [];
   for (const nodes of cells.values()) {
     const needed = Math.ceil(nodes.length / lineLength(columns, columnOf(columns, nodes[0])));
     lines[nodes[0].layer] = Math.max(lines[nodes[0].layer], needed);
@@ -82,9 +103,16 @@ function placeCell(nodes, { columns, centers, places }) {
   const r = columns.widths.length > 1 ? 5 : Math.max(4.5, Math.min(15, gap * 0.3));
   const middle = columns.starts[pos] + columns.widths[pos] / 2;
   nodes.forEach((node, index) => {
-    const line = Math.floor(index / perLine), onLine = Math.min(perLine, nodes.length - line * perLine);
+    const line = Math.floor(index / perLine),
+      onLine = Math.min(perLine, nodes.length - line * perLine);
     const x = middle + (index - line * perLine - (onLine - 1) / 2) * gap;
-    places.set(node.node, { x, y: centers[node.layer] + (line - (lines - 1) / 2) * NARROW, r, gap, lines });
+    places.set(node.node, {
+      x,
+      y: centers[node.layer] + (line - (lines - 1) / 2) * NARROW,
+      r,
+      gap,
+      lines,
+    });
   });
 }
 
@@ -98,10 +126,18 @@ function straighten(nodes, graph, incoming, plan) {
   if (!fixed) nodes.sort((a, b) => wishes.get(a.node) - wishes.get(b.node) || a.node - b.node);
   const { gap, lines } = plan.places.get(nodes[0].node);
   if (lines > 1) return placeCell(nodes, plan);
-  const pos = columnOf(plan.columns, nodes[0]), half = (CELL_GAP + Math.min(gap, 40)) / 2;
-  const first = plan.columns.starts[pos] + half, last = first + plan.columns.widths[pos] - 2 * half;
-  spread(nodes.map(({ node }) => wishes.get(node)), Math.min(gap, Math.max(gap * 0.55, 60)), first, last)
-    .forEach((x, index) => { plan.places.get(nodes[index].node).x = x; });
+  const pos = columnOf(plan.columns, nodes[0]),
+    half = (CELL_GAP + Math.min(gap, 40)) / 2;
+  const first = plan.columns.starts[pos] + half,
+    last = first + plan.columns.widths[pos] - 2 * half;
+  spread(
+    nodes.map(({ node }) => wishes.get(node)),
+    Math.min(gap, Math.max(gap * 0.55, 60)),
+    first,
+    last,
+  ).forEach((x, index) => {
+    plan.places.get(nodes[index].node).x = x;
+  });
 }
 
 function wishesOf(nodes, graph, incoming, places) {
@@ -115,18 +151,27 @@ function wishesOf(nodes, graph, incoming, places) {
       pull[1] += weight;
     }
   }
-  return new Map([...pulls].map(([node, [sum, weight]]) => [node, weight > 0 ? sum / weight : places.get(node).x]));
+  return new Map(
+    [...pulls].map(([node, [sum, weight]]) => [
+      node,
+      weight > 0 ? sum / weight : places.get(node).x,
+    ]),
+  );
 }
 
 // Returns places in the given order, at least `gap` apart, between `first` and `last`, and close to
 // the wishes.
 function spread(wishes, gap, first, last) {
   const xs = [];
-  wishes.forEach((wish, index) => { xs.push(index ? Math.max(wish, xs[index - 1] + gap) : wish); });
+  wishes.forEach((wish, index) => {
+    xs.push(index ? Math.max(wish, xs[index - 1] + gap) : wish);
+  });
   const shift = xs.reduce((sum, x, index) => sum + x - wishes[index], 0) / xs.length;
   for (let index = xs.length - 1, limit = last; index >= 0; index--, limit -= gap) {
     xs[index] = Math.min(xs[index] - shift, limit);
   }
-  xs.forEach((x, index) => { xs[index] = Math.max(x, first + index * gap); });
+  xs.forEach((x, index) => {
+    xs[index] = Math.max(x, first + index * gap);
+  });
   return xs;
 }

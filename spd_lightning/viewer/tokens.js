@@ -3,8 +3,14 @@
 // `element`, `props.value` (the harvest, its sites and prompts), `server` and `watch`. widget.js is
 // put before it.
 
-let page = null, lit = [], pinned = null, requests = 0, placeRequests = 0;
-let spans = [], rows = [], numbers = new Map();
+let page = null,
+  lit = [],
+  pinned = null,
+  requests = 0,
+  placeRequests = 0;
+let spans = [],
+  rows = [],
+  numbers = new Map();
 
 const request = (more) => ({ run: props.value.run, harvest: props.value.harvest, ...more });
 const percent = (share) => `${share >= 0.9995 ? 100 : (100 * share).toFixed(1)} %`;
@@ -36,13 +42,16 @@ function fillComponents() {
   const isListed = listed.some(([component]) => component === page.component);
   if (!isListed) listed.push([page.component, `${page.component} — not active`]);
   $('.layer').value = $('.layer').title = page.layer;
-  $('.component').replaceChildren(...listed.map(([component, text]) => {
-    const option = make('option', '', text);
-    option.value = component;
-    return option;
-  }));
+  $('.component').replaceChildren(
+    ...listed.map(([component, text]) => {
+      const option = make('option', '', text);
+      option.value = component;
+      return option;
+    }),
+  );
   $('.component').value = page.component;
-  const index = $('.component').selectedIndex, last = $('.component').length - 1;
+  const index = $('.component').selectedIndex,
+    last = $('.component').length - 1;
   element.querySelectorAll('.step').forEach((button) => {
     button.disabled = button.dataset.step === '1' ? index >= last : index <= 0;
   });
@@ -54,7 +63,10 @@ function paint(span, importance) {
 }
 
 function color() {
-  lit.forEach((span) => { paint(span, 0); delete span.values; });
+  lit.forEach((span) => {
+    paint(span, 0);
+    delete span.values;
+  });
   const { prompt, pos, importance, activation } = page.places;
   lit = prompt.map((row, k) => {
     const span = spans[row][pos[k]];
@@ -66,7 +78,9 @@ function color() {
 
 function order() {
   const sums = new Array(rows.length).fill(0);
-  page.places.prompt.forEach((row, k) => { sums[row] += page.places.importance[k] || 0; });
+  page.places.prompt.forEach((row, k) => {
+    sums[row] += page.places.importance[k] || 0;
+  });
   const ranked = rows.map((row, k) => [row, sums[k] / spans[k].length, k]);
   if ($('.rank').checked) ranked.sort((a, b) => b[1] - a[1] || a[2] - b[2]);
   $('.texts').replaceChildren(...ranked.map(([row]) => row));
@@ -75,20 +89,26 @@ function order() {
 
 function drawSummary() {
   const entry = page.components.find(({ component }) => component === page.component);
-  const facts = entry ? [
-    `active at ${page.total} of ${page.positions} tokens (${percent(entry.share)})`,
-    `mean importance ${number(entry.mean)}`,
-    `spread ${number(entry.spread)}`,
-  ] : ['not active at any token'];
+  const facts = entry
+    ? [
+        `active at ${page.total} of ${page.positions} tokens (${percent(entry.share)})`,
+        `mean importance ${number(entry.mean)}`,
+        `spread ${number(entry.spread)}`,
+      ]
+    : ['not active at any token'];
   const name = named('b', '', `${page.layer}:${page.component}`, 60);
   $('.summary').replaceChildren(name, make('span', '', ` · ${facts.join(' · ')}`));
 }
 
 function drawTop() {
   const made = page.top.map((place) => {
-    const row = make('tr'), mark = make('span', 'token');
-    const before = make('td'), token = make('td', 'it'), after = make('td', 'after');
-    const left = make('div', 'before'), words = make('span');
+    const row = make('tr'),
+      mark = make('span', 'token');
+    const before = make('td'),
+      token = make('td', 'it'),
+      after = make('td', 'after');
+    const left = make('div', 'before'),
+      words = make('span');
     place.before.forEach((word) => words.append(...written(word), gap()));
     left.append(words);
     before.append(left);
@@ -105,7 +125,8 @@ function drawTop() {
     return row;
   });
   if (!made.length) {
-    const row = make('tr'), cell = make('td', '', 'This component is not active at any token of this harvest.');
+    const row = make('tr'),
+      cell = make('td', '', 'This component is not active at any token of this harvest.');
     cell.colSpan = 6;
     row.append(cell);
     made.push(row);
@@ -138,8 +159,10 @@ async function pin(prompt, pos, far) {
   if (turn !== placeRequests) return;
   show(response.problem);
   if (response.problem) return;
-  const head = make('div', 'head'), name = make('div', 'name');
-  const word = make('span', 'token'), close = make('button', 'close', '×');
+  const head = make('div', 'head'),
+    name = make('div', 'name');
+  const word = make('span', 'token'),
+    close = make('button', 'close', '×');
   word.append(...written(response.token));
   name.append(word);
   close.setAttribute('aria-label', 'Unpin');
@@ -152,19 +175,28 @@ async function pin(prompt, pos, far) {
 }
 
 function predictions({ outputs, rest, follows }) {
-  const head = make('h4', '', 'Predicted next token'), table = make('table'), body = make('tbody'), top = make('tr');
+  const head = make('h4', '', 'Predicted next token'),
+    table = make('table'),
+    body = make('tbody'),
+    top = make('tr');
   top.append(make('th', '', 'token'), make('th', '', 'masked'), make('th', '', 'target'));
-  top.title = 'masked: the network under CI masks; target: the unmasked network. '
-    + 'The tokens are the likeliest ones under CI masks.';
+  top.title =
+    'masked: the network under CI masks; target: the unmasked network. ' +
+    'The tokens are the likeliest ones under CI masks.';
   for (const output of outputs) {
-    const row = make('tr', output.next ? 'follows' : ''), word = make('td');
+    const row = make('tr', output.next ? 'follows' : ''),
+      word = make('td');
     word.append(...written(output.token));
     if (output.next) word.append(' ✓');
     row.append(word, make('td', '', percent(output.ci)), make('td', '', percent(output.target)));
     body.append(row);
   }
   const others = make('tr', 'others');
-  others.append(make('td', '', 'others'), make('td', '', percent(rest[0])), make('td', '', percent(rest[1])));
+  others.append(
+    make('td', '', 'others'),
+    make('td', '', percent(rest[0])),
+    make('td', '', percent(rest[1])),
+  );
   body.append(others);
   table.append(top, body);
   if (follows !== null) {
@@ -179,31 +211,37 @@ function activeComponents({ components, count }) {
   const head = make('h4', '', 'Active components');
   const part = components.length < count ? `${components.length} of ` : '';
   head.append(make('small', '', count ? `${part}${count}` : 'none'));
-  return [head, ...components.map(({ layer, component, importance, activation }) => {
-    const button = make('button', 'end');
-    const name = `${layer}:${component}`;
-    const label = named('span', '', name, NAME_IN_PANEL);
-    button.append(label, make('span', 'value', number(importance)), meter(importance, 1));
-    const facts = `importance ${number(importance)}, activation ${number(activation)}`;
-    button.title = `${name}, ${facts}: click to color the text by this component`;
-    button.dataset.name = name;
-    button.addEventListener('click', () => load(layer, component));
-    return button;
-  })];
+  return [
+    head,
+    ...components.map(({ layer, component, importance, activation }) => {
+      const button = make('button', 'end');
+      const name = `${layer}:${component}`;
+      const label = named('span', '', name, NAME_IN_PANEL);
+      button.append(label, make('span', 'value', number(importance)), meter(importance, 1));
+      const facts = `importance ${number(importance)}, activation ${number(activation)}`;
+      button.title = `${name}, ${facts}: click to color the text by this component`;
+      button.dataset.name = name;
+      button.addEventListener('click', () => load(layer, component));
+      return button;
+    }),
+  ];
 }
 
 function markChosen() {
   const name = page && `${page.layer}:${page.component}`;
-  element.querySelectorAll('.end').forEach((button) => button.classList.toggle('chosen', button.dataset.name === name));
+  element
+    .querySelectorAll('.end')
+    .forEach((button) => button.classList.toggle('chosen', button.dataset.name === name));
 }
 
 function unpin() {
   placeRequests++;
   if (pinned && pinned.span) pinned.span.classList.remove('pinned');
   pinned = null;
-  const hint = 'A darker token means that the selected component is more important there. '
-    + 'Click a token to see the components that are active at it and the predicted next tokens, '
-    + 'both under CI masks and for the unmasked network.';
+  const hint =
+    'A darker token means that the selected component is more important there. ' +
+    'Click a token to see the components that are active at it and the predicted next tokens, ' +
+    'both under CI masks and for the unmasked network.';
   $('.panel').replaceChildren(make('p', 'hint', hint));
 }
 
@@ -214,17 +252,24 @@ const gap = () => ($('.texts').classList.contains('apart') ? ' ' : '');
 function fillTexts() {
   const prompts = props.value.prompts;
   numbers = new Map(prompts.map(({ id }, k) => [id, k]));
-  $('.texts').classList.toggle('apart', !prompts.some(({ tokens }) => tokens.some((token) => /\s/.test(token))));
+  $('.texts').classList.toggle(
+    'apart',
+    !prompts.some(({ tokens }) => tokens.some((token) => /\s/.test(token))),
+  );
   spans = [];
   rows = prompts.map(({ source, tokens }, k) => {
-    const row = make('div', 'text'), label = make('b', '', source), body = make('div');
+    const row = make('div', 'text'),
+      label = make('b', '', source),
+      body = make('div');
     label.title = source;
-    spans.push(tokens.map((token, pos) => {
-      const span = make('span', 'token');
-      span.append(...written(token, true));
-      span.at = [k, pos];
-      return span;
-    }));
+    spans.push(
+      tokens.map((token, pos) => {
+        const span = make('span', 'token');
+        span.append(...written(token, true));
+        span.at = [k, pos];
+        return span;
+      }),
+    );
     body.append(...spans[k]);
     row.append(label, body);
     return row;
@@ -238,7 +283,7 @@ function find() {
   const prompts = props.value.prompts;
   let count = 0;
   rows.forEach((row, k) => {
-    const text = prompts[k].text ?? prompts[k].tokens.join('');  // `text` joins characters that are split over tokens
+    const text = prompts[k].text ?? prompts[k].tokens.join(''); // `text` joins characters that are split over tokens
     row.hidden = Boolean(wanted) && !`${prompts[k].source}\n${text}`.toLowerCase().includes(wanted);
     count += !row.hidden;
   });
@@ -253,7 +298,8 @@ function hover(span) {
   tip.hidden = !span;
   if (!span) return;
   const [row, pos] = span.at;
-  const list = make('dl', 'facts'), word = make('div', 'name');
+  const list = make('dl', 'facts'),
+    word = make('div', 'name');
   const fact = (name, value) => list.append(make('dt', '', name), make('dd', '', value));
   word.append(...written(props.value.prompts[row].tokens[pos]));
   fact('position', pos);
@@ -264,8 +310,10 @@ function hover(span) {
     fact('importance', props.value.threshold ? `≤ ${number(props.value.threshold)}` : '0');
   }
   tip.replaceChildren(word, list);
-  const frame = $('.frame').getBoundingClientRect(), box = span.getClientRects()[0];
-  const below = box.bottom - frame.top + 8, above = box.top - frame.top - tip.offsetHeight - 8;
+  const frame = $('.frame').getBoundingClientRect(),
+    box = span.getClientRects()[0];
+  const below = box.bottom - frame.top + 8,
+    above = box.top - frame.top - tip.offsetHeight - 8;
   tip.style.left = `${Math.max(4, Math.min(box.left - frame.left, frame.width - tip.offsetWidth - 8))}px`;
   tip.style.top = `${below + tip.offsetHeight > frame.height && above > 0 ? above : below}px`;
 }
@@ -279,7 +327,8 @@ function step(by) {
 // ---- controls -------------------------------------------------------------------------------------------------
 
 async function open() {
-  const value = props.value || {}, prompts = value.prompts || [];
+  const value = props.value || {},
+    prompts = value.prompts || [];
   unpin();
   page = null;
   $('.tip').hidden = true;
@@ -289,11 +338,13 @@ async function open() {
     requests++;
     return;
   }
-  $('.layer').replaceChildren(...value.layers.map((layer) => {
-    const option = named('option', '', layer);
-    option.value = layer;
-    return option;
-  }));
+  $('.layer').replaceChildren(
+    ...value.layers.map((layer) => {
+      const option = named('option', '', layer);
+      option.value = layer;
+      return option;
+    }),
+  );
   $('.find').value = '';
   fillTexts();
   find();
@@ -303,10 +354,12 @@ async function open() {
 
 $('.layer').addEventListener('change', () => load(layerNow(), null));
 $('.component').addEventListener('change', () => load(layerNow(), Number($('.component').value)));
-element.querySelectorAll('.step').forEach((button) => button.addEventListener('click', () => {
-  $('.component').selectedIndex += Number(button.dataset.step);
-  load(layerNow(), Number($('.component').value));
-}));
+element.querySelectorAll('.step').forEach((button) =>
+  button.addEventListener('click', () => {
+    $('.component').selectedIndex += Number(button.dataset.step);
+    load(layerNow(), Number($('.component').value));
+  }),
+);
 $('.find').addEventListener('input', find);
 $('.rank').addEventListener('change', () => page && order());
 $('.texts').addEventListener('mouseover', (event) => page && hover(tokenUnder(event)));

@@ -20,7 +20,8 @@ const number = (value) => {
 
 // Shortens a long name in its middle, since both ends tell modules apart. `panel.shortened` does the
 // same.
-const NAME = 34, NAME_IN_PANEL = 28;
+const NAME = 34,
+  NAME_IN_PANEL = 28;
 const shortened = (text, most = NAME) => {
   const letters = [...text];
   if (letters.length <= most) return text;
@@ -36,7 +37,8 @@ const named = (tag, className, text, most = NAME) => {
 };
 
 function meter(value, largest) {
-  const track = make('span', 'meter'), fill = make('i', value >= 0 ? 'plus' : 'minus');
+  const track = make('span', 'meter'),
+    fill = make('i', value >= 0 ? 'plus' : 'minus');
   fill.style.width = `${(100 * Math.abs(value)) / (largest || 1)}%`;
   track.append(fill);
   return track;
@@ -47,26 +49,34 @@ function meter(value, largest) {
 const GLYPHS = { ' ': '·', '\n': '↵', '\t': '→', '\r': '␍' };
 // Control characters, and others that would turn or hide the text around them: direction marks,
 // characters of width zero, and line separators.
-const BLANK = /([ \u0000-\u001f\u007f-\u009f\u00a0\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff])/;
-const glyph = (character) => GLYPHS[character] || `\\u${character.codePointAt(0).toString(16).padStart(4, '0')}`;
+const BLANK =
+  /([ \u0000-\u001f\u007f-\u009f\u00a0\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff])/;
+const glyph = (character) =>
+  GLYPHS[character] || `\\u${character.codePointAt(0).toString(16).padStart(4, '0')}`;
 
 // A token as plain text in which blanks are visible.
 const glyphs = (token) => {
   if (token === '') return '∅';
-  return token.split(BLANK).map((part) => (BLANK.test(part) ? glyph(part) : part)).join('');
+  return token
+    .split(BLANK)
+    .map((part) => (BLANK.test(part) ? glyph(part) : part))
+    .join('');
 };
 
 // A token as DOM nodes: the text itself, with a faint glyph over each blank. With `breaks`, line
 // breaks in the token are kept.
 function written(token, breaks = false) {
   if (token === '') return [make('i', 'blank', '∅')];
-  return token.split(BLANK).filter((part) => part !== '').map((part) => {
-    if (!BLANK.test(part)) return document.createTextNode(part);
-    const isKept = part === ' ' || (breaks && part === '\n');
-    const shown = make('i', part === ' ' ? 'blank space' : 'blank', isKept ? part : '');
-    shown.dataset.glyph = glyph(part);
-    return shown;
-  });
+  return token
+    .split(BLANK)
+    .filter((part) => part !== '')
+    .map((part) => {
+      if (!BLANK.test(part)) return document.createTextNode(part);
+      const isKept = part === ' ' || (breaks && part === '\n');
+      const shown = make('i', part === ' ' ? 'blank space' : 'blank', isKept ? part : '');
+      shown.dataset.glyph = glyph(part);
+      return shown;
+    });
 }
 
 // ---- requests to the server -----------------------------------------------------------------------------------
@@ -75,7 +85,9 @@ async function send(name, request) {
   try {
     return await server[name](request);
   } catch (error) {
-    return { problem: 'The viewer does not respond. Is the process that serves this page still running?' };
+    return {
+      problem: 'The viewer does not respond. Is the process that serves this page still running?',
+    };
   }
 }
 
@@ -83,4 +95,3 @@ function show(problem) {
   $('.problem').hidden = !problem;
   $('.problem').textContent = problem || '';
 }
-
