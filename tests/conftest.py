@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from hypothesis import settings
+from support.shape_checks import check_shapes_where_there_are_some
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded, which is later
 # A background job of a script starts with Ctrl-C ignored, and one under `nohup` with hang-ups
@@ -21,6 +22,7 @@ for _number, _handler in (
 ):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+check_shapes_where_there_are_some()
 settings.register_profile("spd_lightning", deadline=None)
 settings.load_profile("spd_lightning")
 

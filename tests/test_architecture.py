@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from beartype.roar import BeartypeCallHintViolation
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "spd_lightning").rglob("*.py"))
@@ -80,7 +81,7 @@ def test_docstrings_can_be_read_without_the_name_above_them(path):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             opening = (ast.get_docstring(node) or "Fine").split()[:2]
             assert opening[0] not in FIRST_WORDS, opening
-            assert opening != ["The", "same"], node.lineno if hasattr(node, "lineno") else 1
+            assert opening != ["The", "same"], getattr(node, "lineno", 1)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -92,3 +93,22 @@ def test_files_and_functions_stay_readable(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or node.lineno) - node.lineno < 80, node.name
+
+
+# ---- checks while tests run ----------------------------------------------------------------------
+
+
+def test_wrong_shapes_and_wrong_types_are_found():
+    """Every other test relies on it: shapes must agree, and other annotations are checked too."""
+    import torch
+    from jaxtyping import TypeCheckError
+
+    from spd_lightning.budgets import MAX_EDGES
+    from spd_lightning.decomposition.divergences import kl_rows
+    from spd_lightning.errors import nearest
+
+    assert kl_rows(torch.zeros(2, 3), torch.zeros(2, 3)).shape == (2,)
+    with pytest.raises(TypeCheckError):
+        kl_rows(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(BeartypeCallHintViolation):
+        nearest(MAX_EDGES, ["a name"])
