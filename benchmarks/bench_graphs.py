@@ -151,9 +151,8 @@ def _into(
     """Return all edges into one node."""
     found = []
     name = layers[t].name
-    gradients = torch.autograd.grad(
-        layers[t].value[0, pos, j], [layers[s].leaf for s in before], retain_graph=True
-    )
+    leaves = [leaf for s in before if (leaf := layers[s].leaf) is not None]
+    gradients = torch.autograd.grad(layers[t].value[0, pos, j], leaves, retain_graph=True)
     for s, gradient in zip(before, gradients, strict=True):
         source = layers[s]
         values = source.contributions(gradient[None])[0, 0]

@@ -5,6 +5,8 @@ the whole target for each term with different masks, builds `V U` and Δ at ever
 importance MLPs with einsum, and computes all gradients.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ class Plain(nn.Module):
         self.tied = tied
         self.losses = losses
         h = importance.hidden
-        self.modules_by_name = dict(target.named_modules())
+        self.modules_by_name: dict[str, Any] = dict(target.named_modules())
         maps = {
             n: m
             for n, m in self.modules_by_name.items()

@@ -2,9 +2,12 @@
 (L6).
 """
 
+from typing import Any
+
 import pytest
 import torch
 from support.networks import Branches, Perceptron, Tokens, decomposed, naive
+from support.tensors import gradient_of, sum_of
 
 from spd_lightning.decomposition.adversaries import Persistent, PersistentAdversary
 from spd_lightning.decomposition.components import Mask
@@ -14,7 +17,7 @@ from spd_lightning.decomposition.masks import masks_from_sources
 from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction, hidden_error
 from spd_lightning.errors import BadInput
 
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def generator(seed=0):
@@ -83,12 +86,11 @@ def test_it_climbs_and_warms_up():
     first = loss(run, "it").item()
     assert all(torch.equal(v, start[n]) for n, v in adversary.vectors.items())
     run.progress = 0.1
-    adversary.ascend(lambda vectors: sum(v.sum() for v in vectors.values()), 0.1)
+    adversary.ascend(lambda vectors: sum_of(v.sum() for v in vectors.values()), 0.1)
     moved = max((v - start[n]).abs().max().item() for n, v in adversary.vectors.items())
     assert 0.05 < moved <= 0.2 + 1e-9  # two climbs at half the rate
     run.progress = 1.0
-    for _ in range(20):
-        last = loss(run, "it").item()
+    last = [loss(run, "it").item() for _ in range(20)][-1]
     assert last > first
 
 
@@ -124,7 +126,7 @@ def test_mixed_passes_are_wholly_chances_or_wholly_the_adversarys(share, monkeyp
         value, kl(naive(model, run.batch, seen[-1]), run.clean.output), **EXACT
     )
     assert len(seen) == 3
-    gradients = [leaf.grad for leaf in adversary._leaves.values()]
+    gradients = [gradient_of(leaf) for leaf in adversary._leaves.values()]
     assert any(g.any() for g in gradients) == bool(share)
     if share:
         sources = {n: (v[..., :-1], v[..., -1]) for n, v in adversary.vectors.items()}
@@ -163,6 +165,7 @@ def test_l6_hidden_error_is_that_of_the_same_masked_run():
     model = decomposed(Branches)
     run = LossContext.from_batch(model, model.target.batch(), generator())
     _, hidden = Reconstruction("ci", hidden=("o", "d*"), hidden_coeff=3.0).terms(run)
+    assert hidden is not None
     seen = {}
     naive(model, run.batch, {n: Mask(g, 0.0) for n, g in run.importances.lower.items()}, seen)
     errors = [

@@ -26,7 +26,7 @@ from spd_lightning.attribution.graph import MODES, GraphSpec, Mode
 from spd_lightning.attribution.outputs import every_output, likely_tokens
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.model import ComponentModel
-from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP
+from spd_lightning.targets.toy import TMS, AttentionBlock, InductionHead, ResidualMLP
 
 THRESHOLD = 0.3
 SPARSE_CI = Mode("ci", "off", "frozen")
@@ -65,6 +65,7 @@ class Decoder(nn.Module):
     def forward(self, tokens):
         x = self.start["tokens"](tokens)
         for block in self.blocks:
+            assert isinstance(block, Decoder.Block)
             n = block.norm1(x)
             x = x + block.o(attended(block.q(n), block.k(n), block.v(n), 1, torch.softmax))
             x = x + block.down(F.gelu(block.fc(block.norm2(x))))
@@ -98,6 +99,7 @@ def written_out(target, x, run):
         case InductionHead():
             stream = run.rows("embed", x) + run.rows("pos_embed", torch.arange(len(x)))
             for k, block in enumerate(target.h):
+                assert isinstance(block, AttentionBlock)
                 q, v, key = (run.map(f"h.{k}.attn.{name}_proj", stream) for name in "qvk")
                 mixed = attended(q, key, v, block.attn.n_heads, run.softmax(f"pattern{k}"))
                 stream = stream + run.map(f"h.{k}.attn.o_proj", mixed)
@@ -105,6 +107,7 @@ def written_out(target, x, run):
         case Decoder():
             stream = run.rows("start.tokens", x)
             for k, block in enumerate(target.blocks):
+                assert isinstance(block, Decoder.Block)
                 n = block.norm1(stream)
                 q, key, v = (run.map(f"blocks.{k}.{name}", n) for name in "qkv")
                 stream = stream + run.map(
@@ -252,7 +255,8 @@ def made(name, prompts=2, seed=0, length=4):
         nn.init.normal_(parameter, std=0.6)
     model = ComponentModel(target, ALL[name][1]).double()
     if name.startswith(("tms", "residual")):
-        inputs = torch.randn(prompts, len(target.embedding) if name[0] == "r" else 5).double()
+        features = len(target.embedding) if isinstance(target, ResidualMLP) else 5
+        inputs = torch.randn(prompts, features).double()
         inputs[0, 1] = 0
     else:
         inputs = torch.randint(0, 5, (prompts, length))
@@ -314,7 +318,7 @@ def assert_equal(found, expected, rtol=1e-9, atol=1e-14):
         assert found[key] == pytest.approx(value, rel=rtol, abs=atol * largest), key
 
 
-def hand_pairs(model):
+def hand_pairs(model) -> set[tuple[str, str]]:
     """The pairs joined by a path without a site on it, worked out on paper for each architecture
     (A4).
     """
@@ -340,9 +344,10 @@ def hand_pairs(model):
                 for k in range(len(target.blocks))
             ]
             return stream_pairs(["start.tokens"], layers, sites)
+    raise TypeError(f"no pairs are worked out for {type(target)}")
 
 
-def hand_crossing(model):
+def hand_crossing(model) -> set[tuple[str, str]]:
     """The pairs whose path moves between positions, worked out on paper for each architecture
     (A4).
     """
@@ -612,6 +617,7 @@ def test_a3_nodes_are_the_components_above_the_threshold_and_all_inputs_and_outp
         for layer in cut_run(GraphSpec(model, inputs, g, MODES["unmasked"], threshold)):
             match layer.kind:
                 case "component":
+                    assert layer.importance is not None
                     assert torch.equal(
                         layer.nodes, (g[layer.name] > threshold).reshape(layer.nodes.shape)
                     )

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -260,9 +261,7 @@ def test_a_process_that_dies_while_saving_leaves_the_old_one(tmp_path, monkeypat
     """
     path = tmp_path / "t.safetensors"
     SafetensorsIO().save_checkpoint({"step": 1}, path)
-    monkeypatch.setattr(
-        runs.files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         SafetensorsIO().save_checkpoint({"step": 2}, path)
     assert SafetensorsIO().load_checkpoint(path) == {"step": 1}
@@ -442,7 +441,7 @@ def test_a_signal_in_mid_training_saves_after_the_block_of_steps(tmp_path):
     """Steps 10 to 14 are one block: the training ends at step 15 with a checkpoint of it, though
     none was due.
     """
-    fitting = trainer(tmp_path, 40)
+    fitting: Any = trainer(tmp_path, 40)
     fitting.callbacks.append(Interruption())
     with stopping.listening(), pytest.raises(stopping.Stopped) as caught:
         fitting.fit(small(Signalled), SparseFeatures(5, 0.3, 16))
@@ -462,7 +461,7 @@ def test_lightning_does_not_take_the_signals(tmp_path):
     seen: list = []
     with stopping.listening():
         own = signal.getsignal(signal.SIGTERM)
-        fitting = trainer(tmp_path, 5)
+        fitting: Any = trainer(tmp_path, 5)
         fitting.callbacks.append(Interruption())
         fitting.fit(small(Looking), SparseFeatures(5, 0.3, 16))
         assert set(seen) == {own}
@@ -473,7 +472,7 @@ def test_checkpoints_by_time_and_the_two_that_are_kept(tmp_path):
     """Where no time may pass between two, every block of steps has one, and the one before the last
     is kept.
     """
-    fitting = trainer(tmp_path, 20)
+    fitting: Any = trainer(tmp_path, 20)
     fitting.callbacks[:] = [Checkpoints(tmp_path, seconds=0.0)]
     fitting.fit(small(Decomposition), SparseFeatures(5, 0.3, 16))
     assert step_of(tmp_path / LAST) == 15
@@ -482,7 +481,7 @@ def test_checkpoints_by_time_and_the_two_that_are_kept(tmp_path):
 
 def test_a_checkpoint_before_the_last_steps(tmp_path):
     """What follows them, evaluation, figures, copies, may take long."""
-    fitting = trainer(tmp_path, 20)
+    fitting: Any = trainer(tmp_path, 20)
     fitting.callbacks[:] = [Checkpoints(tmp_path, worth_keeping=0.0)]
     fitting.fit(small(Decomposition), SparseFeatures(5, 0.3, 16))
     assert step_of(tmp_path / LAST) == 15

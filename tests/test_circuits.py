@@ -194,6 +194,7 @@ def test_a_larger_lambda_leaves_fewer_nodes_and_none_does_no_harm():
     expected = model.target(PROMPTS)[:, -1].softmax(-1).max(-1)
     assert before.probability is not None
     torch.testing.assert_close(before.probability["target"], expected.values.repeat_interleave(4))
+    assert before.label is not None
     assert torch.equal(before.label, expected.indices.repeat_interleave(4))
 
 

@@ -5,6 +5,7 @@ without a record.
 import copy
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from support.networks import (
     naive,
     printed_weight,
 )
+from support.tensors import gradient_of, sum_of
 from torch import nn
 
 from spd_lightning.decomposition.components import (
@@ -36,7 +38,7 @@ from spd_lightning.decomposition.reconstruction import LossContext
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.toy import TMS, InductionHead
 
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 KINDS = ("none", "all on", "free", "free, no delta", "routed", "routed, no delta")
 some_kinds = st.lists(st.sampled_from(KINDS), min_size=7, max_size=7)
 
@@ -77,7 +79,7 @@ def test_d1_components_and_delta_add_up_to_the_weight(network):
         W, _ = printed_weight(model.target, name)
         V = model[name].V
         U = model[name].U
-        rows = [sum(U[c, o] * V[:, c] for c in range(len(U))) for o in range(len(W))]
+        rows = [sum_of(U[c, o] * V[:, c] for c in range(len(U))) for o in range(len(W))]
         torch.testing.assert_close(torch.stack(rows) + model.delta_weight(name), W, **EXACT)
         assert torch.equal(model.sites[name].weight, W)
         assert (model.sites[name].d_out, model.sites[name].d_in) == W.shape
@@ -185,7 +187,8 @@ def test_d6_the_target_never_changes_whatever_is_trained():
         def forward(self, x):
             return self.second(self.drop(self.norm(torch.tanh(self.first(x)))))
 
-    model = decomposed(Dropping).train()
+    model = decomposed(Dropping)
+    model.train()
     before = copy.deepcopy(model.target.state_dict())
     assert not model.target.drop.training
     assert not model.target.norm.training
@@ -271,8 +274,12 @@ def test_d9_tied_sites_have_one_parameter_and_the_sum_of_both_gradients(masked):
     for output in outputs:
         output.square().sum().backward()
     other = {name: free[name] for name in names}
-    grad_V = sum(c.V.grad if n == "linear1" else c.U.grad.T for n, c in other.items())
-    grad_U = sum(c.U.grad if n == "linear1" else c.V.grad.T for n, c in other.items())
+    grad_V = sum(
+        gradient_of(c.V) if n == "linear1" else gradient_of(c.U).T for n, c in other.items()
+    )
+    grad_U = sum(
+        gradient_of(c.U) if n == "linear1" else gradient_of(c.V).T for n, c in other.items()
+    )
     torch.testing.assert_close(V.grad, grad_V, **EXACT)
     torch.testing.assert_close(U.grad, grad_U, **EXACT)
 
@@ -284,7 +291,8 @@ def test_d9_the_optimizer_updates_tied_components_once():
     optimizer = torch.optim.SGD(model.components.parameters(), lr=0.1)
     Losses().faithfulness(model).backward()
     optimizer.step()
-    torch.testing.assert_close(model["linear1"].V, before - 0.1 * model["linear1"].V.grad, **EXACT)
+    V = model["linear1"].V
+    torch.testing.assert_close(V, before - 0.1 * gradient_of(V), **EXACT)
     torch.testing.assert_close(
         model.delta_weight("linear2"), model.delta_weight("linear1").T, **EXACT
     )

@@ -24,6 +24,7 @@ from support.tiny_run import SERVER, begun, done, killed, lay_out, work_hanging
 
 from spd_lightning import cli, runs
 from spd_lightning.errors import BadInput, without_passwords
+from spd_lightning.runs.files import read_metrics
 from spd_lightning.tracking import copies
 from spd_lightning.tracking.copies import Tail
 from spd_lightning.tracking.publishing import send
@@ -62,7 +63,7 @@ def same_metrics(database: Path, run: Path) -> None:
     """The store has every value of metrics.jsonl, and each of them once."""
     logged = {
         (key, values["step"]): value
-        for values in runs.files.read_metrics(run)
+        for values in read_metrics(run)
         for key, value in values.items()
         if key != "step"
     }
@@ -180,9 +181,7 @@ def test_a_server_that_dies_in_the_middle(root, server):
     assert process.exitcode == 0
     assert runs.Run(run).state == "finished"
     assert json.loads((run / "uncopied.json").read_text())["trackers"] == [server.uri]
-    assert (
-        0 < len(held(server.database, run)) < sum(len(v) - 1 for v in runs.files.read_metrics(run))
-    )
+    assert 0 < len(held(server.database, run)) < sum(len(v) - 1 for v in read_metrics(run))
     server.start()
     for _ in range(2):
         done(root, ["push", "dies"], MLFLOW_TRACKING_URI=server.uri)
@@ -310,7 +309,7 @@ def test_a_resumed_fit_logs_nothing_twice(root):
     run = root / "resumed"
 
     def past_its_checkpoint() -> bool:
-        steps = [values["step"] for values in runs.files.read_metrics(run)]
+        steps = [values["step"] for values in read_metrics(run)]
         stored = (run / "mlflow.json").exists() and held(root / "mlflow.db", run)
         return (
             (run / "checkpoints/last.safetensors").exists()
@@ -488,6 +487,7 @@ def test_two_loggers_of_a_class_have_files_of_their_own(tmp_path):
 
     first, second = trackers([{"class_path": "MLFlowLogger"}] * 2, tmp_path)
     for tracker, record in ((first, "x"), (second, "y")):
+        assert isinstance(tracker, MLflow)
         tracker.run_id = record
         tracker.begin(None)
     assert json.loads((tmp_path / "mlflow.json").read_text())["run_id"] == "x"

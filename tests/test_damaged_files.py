@@ -112,13 +112,18 @@ def other_json(value: dict[str, Any], chance: random.Random) -> Iterator[tuple[s
     for place in places if len(places) < 12 else chance.sample(places, 12):
         for new in chance.sample(VALUES, 3):
             changed = json.loads(text)
-            inner = changed
-            for key in place[:-1]:
-                inner = inner[key]
-            inner[place[-1]] = new
+            holder(changed, place)[place[-1]] = new
             yield f"{place} is {new!r}", json.dumps(changed).encode()
-        del inner[place[-1]]
+        changed = json.loads(text)
+        del holder(changed, place)[place[-1]]
         yield f"no {place}", json.dumps(changed).encode()
+
+
+def holder(value: Any, place: tuple) -> Any:
+    """The list or dictionary in which a place is."""
+    for key in place[:-1]:
+        value = value[key]
+    return value
 
 
 def spots(value: Any, place: tuple = ()) -> Iterator[tuple]:

@@ -13,6 +13,7 @@ from polars.testing import assert_frame_equal
 from support import tiny_checkpoints
 from test_closed_form import CLOSED, PARTIAL, STYLES, THRESHOLD, made, some_outputs
 from test_nodes import WORDS, Ragged, harvested, induction_head, shaken, table
+from torch import nn
 
 from spd_lightning import cli
 from spd_lightning.analysis.dataset_edges import named, strongest
@@ -164,10 +165,9 @@ def test_both_metrics_are_gradients_of_sums_and_of_sizes():
     sources = [layer for layer in layers if layer.kind == "component"]
     for target in layers[2::3]:
         values = target.value[..., 1] * target.nodes[..., 1]
+        leaves = [s.leaf for s in sources if s.leaf is not None]
         both = [
-            torch.autograd.grad(
-                spec.sum(), [s.leaf for s in sources], retain_graph=True, allow_unused=True
-            )
+            torch.autograd.grad(spec.sum(), leaves, retain_graph=True, allow_unused=True)
             for spec in (values, values.abs())
         ]
         for source, *gradients in zip(sources, *both, strict=True):
@@ -231,10 +231,12 @@ def test_normalizers_are_those_of_a_naive_pass():
         torch.testing.assert_close(found[name].importance, g[name].sum((0, 1)))
         torch.testing.assert_close(found[name].square, a.square().sum((0, 1)))
     wte = found["wte"]
+    embedding = model.target.get_submodule("wte")
+    assert isinstance(embedding, nn.Embedding)
     assert wte.component.tolist() == sorted(set(tokens.flatten().tolist()))
     for token, count, square in zip(wte.component, wte.firings, wte.square, strict=True):
         assert count == (tokens == token).sum()
-        assert square == pytest.approx(count * model.target.wte.weight[token].square().sum().item())
+        assert square == pytest.approx(count * embedding.weight[token].square().sum().item())
 
 
 def test_layers_can_be_chosen():
@@ -363,6 +365,7 @@ def test_groups_and_sittings_change_nothing(both, tmp_path):
     cut = DatasetEdges(group=7)
     with pytest.raises(RuntimeError, match="no more"):
         harvested(tmp_path / "cut", decoder(), Breaking(LENGTHS), cut)
+    assert cut.folder is not None
     part = Store(cut.folder).manifest
     assert (part["complete"], part["prompts"]) == (False, 10)  # of 15, in batches of 5
     (mended,) = harvested(tmp_path / "cut", decoder(), Ragged(LENGTHS), DatasetEdges(group=7))
@@ -566,6 +569,7 @@ def test_the_viewer_shows_them_beside_components(both):
     busy = busiest(both[2], "h.0.attn.o_proj")
     page = edge_tables.of_run(run, "h.0.attn.o_proj", busy)
     found = strongest(both[2], "h.0.attn.o_proj", busy, "targets", top_k=edge_tables.TOP_K)
+    assert page is not None
     assert [row[1] for row in page.targets] == found["to_activation"].to_list()
     html = edge_tables.html(page)
     assert f"Strongest sources of h.0.attn.o_proj:{busy}" in html

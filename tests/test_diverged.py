@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from support.tensors import gradient_of
 from test_checkpoint import TARGET, decomposition, trainer
 
 from spd_lightning import cli, runs
@@ -72,7 +73,7 @@ def test_weights_that_the_last_update_spoiled_are_found(tmp_path):
     module = decomposition(inner_steps=5, warm_up=FaithfulnessWarmup(0))
 
     def spoil():
-        module.model["linear1"].U.grad.fill_(math.inf)
+        gradient_of(module.model["linear1"].U).fill_(math.inf)
         return {}
 
     module.clip = spoil

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from itertools import permutations
+from typing import Any
 
 import lightning as L
 import pytest
@@ -68,11 +69,17 @@ def _without_advice():
 class Kept(Logger):
     """Logs into a list."""
 
-    name, version = "kept", ""
-
     def __init__(self):
         super().__init__()
         self.lines = []
+
+    @property
+    def name(self):
+        return "kept"
+
+    @property
+    def version(self):
+        return ""
 
     def log_metrics(self, metrics, step=None):
         self.lines.append((step, dict(metrics)))
@@ -92,6 +99,7 @@ def decomposition(**settings):
 
 
 def trainer(kept, steps=4, callbacks=(), **settings):
+    given: dict[str, Any] = {"val_check_interval": 2, "num_sanity_val_steps": 1}
     return L.Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -102,7 +110,7 @@ def trainer(kept, steps=4, callbacks=(), **settings):
         enable_progress_bar=False,
         enable_model_summary=False,
         check_val_every_n_epoch=None,
-        **{"val_check_interval": 2, "num_sanity_val_steps": 1} | settings,
+        **given | settings,
     )
 
 

@@ -45,8 +45,8 @@ class Opaque(torch.autograd.Function):
         return h.square()
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad * 2 * ctx.saved_tensors[0]
+    def backward(ctx, *grad_outputs):
+        return grad_outputs[0] * 2 * ctx.saved_tensors[0]
 
 
 FUNCTIONS = {"rule": (lambda h: h * torch.sigmoid(1.7 * h), True), "no rule": (Opaque.apply, False)}

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -98,7 +98,7 @@ def loop() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def viewer(tmp_path_factory) -> tuple[Gate, dict[str, Any]]:
+def viewer(tmp_path_factory) -> tuple[Gate, Mapping[str, Any]]:
     """The real pages behind their gate, and what Gradio tells browsers about them."""
     from spd_lightning.viewer import serving  # imports Gradio, which takes seconds
     from spd_lightning.viewer.app import build
@@ -107,7 +107,7 @@ def viewer(tmp_path_factory) -> tuple[Gate, dict[str, Any]]:
     make_run(root / "tms_5-2")
 
     # While a loop runs, Gradio makes none of its own.
-    async def built() -> tuple[Gate, dict[str, Any]]:
+    async def built() -> tuple[Gate, Mapping[str, Any]]:
         demo = build(str(root))
         return serving.protected(demo, "127.0.0.1", {}), demo.config
 

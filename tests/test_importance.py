@@ -3,6 +3,7 @@ entry by entry.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from support.networks import Branches, Perceptron, Tokens, decomposed
+from support.tensors import gradient_of, sum_of
 from torch import nn
 
 from spd_lightning.decomposition import importance_functions as module
@@ -21,7 +23,7 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction
 
 KINDS = ("mlp", "vector_mlp", "shared_mlp", "global_mlp")
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 reals = st.floats(-3, 3, allow_nan=False)
 
 
@@ -157,21 +159,20 @@ def test_g1_importances_come_from_the_clean_run_and_only_mlp_trains_v(kind):
         torch.testing.assert_close(z[name], expected[name], **EXACT)
         torch.testing.assert_close(g, z[name].clamp(0, 1))
     parameters = [model[name].V for name in model.sites]
-    gradients = torch.autograd.grad(sum(v.sum() for v in z.values()), parameters, allow_unused=True)
+    total = sum_of(v.sum() for v in z.values())
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     assert [g is not None and bool(g.any()) for g in gradients] == [kind == "mlp"] * 2
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "transformer"])
 def test_g1_embeddings_get_an_mlp_of_a_width_of_its_own(kind):
     model = decomposed(Tokens, importance=Importance(kind, hidden=3, embedding_hidden=5))
-    function = model.importance_function
-    first = (
-        function.parts[0].networks[0]
-        if isinstance(function, module.Together)
-        else function.networks[0]
-    )
+    function: Any = model.importance_function
+    per_site: Any = function.parts[0] if isinstance(function, module.Together) else function
+    first = per_site.networks[0]
     assert first.W1.shape == (9, 3 if kind == "mlp" else 5)
     alone = ComponentModel(nn.Sequential(nn.Embedding(7, 4)), {"*": 9}, importance=Importance(kind))
+    assert isinstance(alone.importance_function, module.PerSite)
     assert isinstance(alone.importance_function.networks[0], type(first))
 
 
@@ -199,7 +200,7 @@ def test_d7_importance_functions_start_with_the_stated_deviations(kind):
     model = ComponentModel(
         nn.Sequential(nn.Linear(80, 3)), {"*": C}, importance=Importance(kind, hidden)
     )
-    function = model.importance_function
+    function: Any = model.importance_function
     network = function if kind == "global_mlp" else function.networks[0]
     if kind in ("shared_mlp", "global_mlp"):
         first = network.network[0]
@@ -226,7 +227,10 @@ def test_importances_train_under_bf16_autocast(kind):
             loss = Reconstruction("ci")(run) + sum(g.mean() for g in run.importances.upper.values())
         loss.backward()
         results.append(
-            [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+            [
+                loss.detach(),
+                *(gradient_of(p).clone() for p in model.parameters() if p.requires_grad),
+            ]
         )
     off = torch.cat([(a - b).flatten() for a, b in zip(*results, strict=True)]).norm()
     assert off < 0.05 * torch.cat([a.flatten() for a in results[0]]).norm()
@@ -265,7 +269,9 @@ def test_g2_lower_leaky_in_value_and_gradient_entry_by_entry(pairs):
     g = lower_leaky(z)
     assert g.tolist() == [min(max(value, 0.0), 1.0) for value, _ in pairs]
     g.backward(torch.tensor([incoming for _, incoming in pairs], dtype=torch.float64))
-    assert z.grad.tolist() == pytest.approx([passed(*pair) for pair in pairs], rel=1e-12, abs=0)
+    assert gradient_of(z).tolist() == pytest.approx(
+        [passed(*pair) for pair in pairs], rel=1e-12, abs=0
+    )
 
 
 def test_g2_a_component_at_zero_can_rise_but_is_never_pushed_down():
@@ -294,7 +300,7 @@ def test_g3_and_g4_other_sigmoids_in_value_and_slope(name, z):
         value = sigmoid(point)
         value.backward()
         assert value.item() == pytest.approx(hand(z), rel=1e-12, abs=1e-14)
-        assert point.grad.item() == pytest.approx(
+        assert gradient_of(point).item() == pytest.approx(
             (hand(z + step) - hand(z - step)) / (2 * step), rel=1e-6, abs=1e-8
         )
 
@@ -336,6 +342,7 @@ def test_g5_binomial_sources_are_fair_coins_and_the_deltas_stay_uniform():
     for name, mask in run.masks("stochastic", 0, 0.0).items():
         g = run.importances.lower[name]
         assert ((mask.components == g) | (mask.components == 1)).all()
+        assert isinstance(mask.delta, torch.Tensor)
         assert ((mask.delta > 0) & (mask.delta < 1)).all()
 
 

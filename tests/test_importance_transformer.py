@@ -3,11 +3,13 @@ it cannot see.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 from support.networks import Branches, Perceptron, Tokens, decomposed
+from support.tensors import gradient_of, sum_of
 from torch import nn
 
 from spd_lightning.decomposition.components import available
@@ -19,8 +21,8 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction
 from spd_lightning.errors import BadInput
 
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
-SMALL = {"kind": "transformer", "d_model": 12, "layers": 2, "heads": 3, "d_mlp": 7}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
+SMALL: dict[str, Any] = {"kind": "transformer", "d_model": 12, "layers": 2, "heads": 3, "d_mlp": 7}
 
 
 def scrambled(network, **settings):
@@ -110,13 +112,13 @@ def test_g1_the_transformer_is_its_loops_in_value_and_gradient(network, causal):
     inputs = {
         n: x.clone().requires_grad_() for n, x in clean.inputs.items() if x.is_floating_point()
     }
-    function = (
-        model.importance_function.parts[1] if network is Tokens else model.importance_function
-    )
+    function: Any = model.importance_function
+    if network is Tokens:
+        function = function.parts[1]
     wanted = [*function.parameters(), *inputs.values()]
     both = [function(inputs, {}), written_out(function, inputs, model.importance)]
     weighed = [
-        sum((v * torch.linspace(-1, 2, v.numel()).reshape(v.shape)).sum() for v in z.values())
+        sum_of((v * torch.linspace(-1, 2, v.numel()).reshape(v.shape)).sum() for v in z.values())
         for z in both
     ]
     assert list(both[0]) == list(inputs)
@@ -132,9 +134,10 @@ def test_g1_the_transformer_is_its_loops_in_value_and_gradient(network, causal):
 def test_g1_beside_an_embedding_the_transformer_has_all_other_sites():
     model = scrambled(Tokens)
     clean = model.clean(model.target.batch())
-    z = model.importance_function(clean.inputs, clean.inner)
+    function: Any = model.importance_function
+    z = function(clean.inputs, clean.inner)
     assert list(z) == list(model.sites)
-    mlp, transformer = model.importance_function.parts
+    mlp, transformer = function.parts
     assert torch.equal(z["embed"], mlp.networks[0](clean.inner["embed"]))
     assert torch.equal(z["readout"], transformer(clean.inputs, {})["readout"])
 
@@ -262,15 +265,16 @@ def test_g1_chunks_are_transformers_of_their_own():
     model = ComponentModel(
         target, {"*": 3}, importance=Importance(**SMALL, chunk_layers=2)
     ).double()
-    assert [list(part.counts) for part in model.importance_function.parts] == [
+    function: Any = model.importance_function
+    assert [list(part.counts) for part in function.parts] == [
         ["0", "1"],
         ["2", "3"],
         ["4"],
     ]
     inputs = {name: torch.randn(2, 6, 4).double() for name in model.sites}
-    z = model.importance_function(inputs, {})
+    z = function(inputs, {})
     assert list(z) == list(model.sites)
-    for part in model.importance_function.parts:
+    for part in function.parts:
         sites = {name: (available(target)[name], 3) for name in part.counts}
         alone = importance_function(Importance(**SMALL), sites).double()
         alone.load_state_dict(part.state_dict())
@@ -282,7 +286,7 @@ def test_d7_the_transformer_starts_with_the_stated_deviations():
     torch.manual_seed(0)
     settings = Importance("transformer", d_model=64, layers=1, heads=2)
     model = ComponentModel(nn.Sequential(nn.Linear(80, 3)), {"*": 200}, importance=settings)
-    function = model.importance_function
+    function: Any = model.importance_function
     drawn = {
         (name, parameter.shape[-1]): parameter for name, parameter in function.named_parameters()
     }
@@ -300,13 +304,13 @@ def test_d7_the_transformer_starts_with_the_stated_deviations():
 def test_the_transformer_trains_under_bf16_autocast():
     results = []
     for enabled in (False, True):
-        function = scrambled(Branches).float().importance_function
+        function: Any = scrambled(Branches).float().importance_function
         torch.manual_seed(1)
         inputs = {name: torch.randn(2, 4, 8 if name == "down" else 4) for name in function.counts}
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             z = function(inputs, {})
-        sum(value.float().tanh().sum() for value in z.values()).backward()
-        results.append(torch.cat([p.grad.flatten() for p in function.parameters()]))
+        sum_of(value.float().tanh().sum() for value in z.values()).backward()
+        results.append(torch.cat([gradient_of(p).flatten() for p in function.parameters()]))
     assert (results[0] - results[1]).norm() < 0.05 * results[0].norm()
 
 

@@ -326,7 +326,9 @@ def test_a_frozen_harvest_has_scores_and_others_have_none(frozen, tmp_path):
         tokens = reached[(kind == "component") & (layer == "wte")].sum()
         rest = reached[np.isin(kind, ["rest", "bias"])].sum()
         assert scores(graph).replacement == pytest.approx(tokens / (tokens + rest))
-        assert 0 < scores(graph).completeness < 1
+        completeness = scores(graph).completeness
+        assert completeness is not None
+        assert 0 < completeness < 1
         page = page_data(frozen, GraphSelection(prompt))
         assert Scores(page.replacement, page.completeness) == scores(graph)
     vectors = Store(make_harvest(tmp_path / "probe"))

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -127,7 +128,8 @@ def test_ablated_everywhere_a_component_is_gone_from_the_weight(network):
         if site.kind == "identity":
             continue
         other = copy.deepcopy(model.target)
-        weight = other.get_submodule(name).weight
+        module: Any = other.get_submodule(name)
+        weight = module.weight
         with torch.no_grad():
             part = torch.outer(model[name].U[2], model[name].V[:, 2])
             weight -= part if site.kind == "linear" else part.T

@@ -15,6 +15,8 @@ from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.divergences import mse
 from spd_lightning.decomposition.masks import (
+    Routes,
+    Sources,
     draw_routes,
     fixed_masks,
     masks_from_sources,
@@ -41,6 +43,19 @@ def importances(*counts, positions=(4, 3), seed=0):
     return {f"site{k}": g.clamp(0, 1) for k, g in enumerate(drawn)}
 
 
+def components(mask: Mask) -> torch.Tensor:
+    """The entries of a mask that is not all ones."""
+    assert mask.components is not None
+    return mask.components
+
+
+def where_decomposed(route: Routes) -> list[torch.Tensor]:
+    """The positions of each site, for a route that does not have all of them."""
+    places = [where for where in route.values() if where is not None]
+    assert len(places) == len(route)
+    return places
+
+
 # ---- sources -------------------------------------------------------------------------------------
 
 
@@ -49,9 +64,9 @@ def test_a_mask_lies_between_importance_and_one_as_the_source_says(pairs, s_delt
     g, s = torch.tensor(pairs, dtype=torch.float64).T
     mask = masks_from_sources({"site": g}, {"site": (s, torch.tensor(s_delta))})["site"]
     expected = [importance + (1 - importance) * source for importance, source in pairs]
-    torch.testing.assert_close(mask.components, torch.tensor(expected, dtype=torch.float64))
-    assert (mask.components >= g - 1e-12).all()
-    assert (mask.components <= 1 + 1e-12).all()
+    torch.testing.assert_close(components(mask), torch.tensor(expected, dtype=torch.float64))
+    assert (components(mask) >= g - 1e-12).all()
+    assert (components(mask) <= 1 + 1e-12).all()
     assert mask.route is None
 
 
@@ -60,7 +75,9 @@ def test_g6_the_deltas_mask_is_its_source_whatever_the_importances():
         s_delta = torch.rand(4, 3)
         g = {"site": torch.full((4, 3, 5), fill)}
         sources = {"site": (torch.rand(4, 3, 5), s_delta)}
-        assert torch.equal(masks_from_sources(g, sources)["site"].delta, s_delta)
+        delta = masks_from_sources(g, sources)["site"].delta
+        assert isinstance(delta, torch.Tensor)
+        assert torch.equal(delta, s_delta)
         assert masks_from_sources(g, sources, delta=False)["site"].delta == 0.0
 
 
@@ -72,9 +89,9 @@ def test_every_fixed_source_is_its_row_of_the_table():
     }
     for name, value in g.items():
         assert drawn["ones"][name] == Mask(None, 0.0)
-        assert torch.equal(drawn["ci"][name].components, value)
-        assert not drawn["zeros"][name].components.any()
-        assert drawn["rounded"][name].components.flatten().tolist() == [
+        assert torch.equal(components(drawn["ci"][name]), value)
+        assert not components(drawn["zeros"][name]).any()
+        assert components(drawn["rounded"][name]).flatten().tolist() == [
             float(v > 0.4) for v in value.flatten()
         ]
         assert all(drawn[kind][name].delta == 0.0 for kind in ("ci", "zeros", "random", "rounded"))
@@ -87,7 +104,7 @@ def test_random_masks_and_stochastic_sources_are_uniform_and_fresh_everywhere():
     sources = stochastic_sources(g, generator())
     masks = fixed_masks("random", g, generator(1), 0.0)
     samples = [s for pair in sources.values() for s in pair] + [
-        mask.components for mask in masks.values()
+        components(mask) for mask in masks.values()
     ]
     assert [s.shape for s in samples[:4]] == [(1000, 3, 2), (1000, 3), (1000, 3, 4), (1000, 3)]
     for sample in samples:
@@ -111,7 +128,7 @@ def test_route_all_is_one_pass_and_layerwise_one_a_site():
 def test_m1_subset_routes_have_uniform_size_and_the_stated_marginal(L):
     g = importances(*range(1, L + 1), positions=(4000, 5))
     (route,) = draw_routes("subset", g, generator())
-    where = torch.stack(list(route.values()))
+    where = torch.stack(where_decomposed(route))
     assert where.shape == (L, 4000, 5)
     sizes = torch.bincount(where.sum(0).flatten(), minlength=L + 1)
     assert sizes[0] == 0
@@ -122,7 +139,7 @@ def test_m1_subset_routes_have_uniform_size_and_the_stated_marginal(L):
 
 def test_m1_all_subsets_of_one_size_are_alike_and_positions_independent():
     (route,) = draw_routes("subset", importances(1, 2, 3, 4, positions=(20_000, 2)), generator(1))
-    where = torch.stack(list(route.values()), dim=-1)
+    where = torch.stack(where_decomposed(route), dim=-1)
     for k, subsets in ((1, 4), (2, 6), (3, 4)):
         seen = Counter(
             tuple(row)
@@ -137,9 +154,9 @@ def test_m1_all_subsets_of_one_size_are_alike_and_positions_independent():
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 1.0])
 def test_static_routes_draw_each_site_and_position_on_its_own(p):
     (route,) = draw_routes("static", importances(2, 3, positions=(5000, 2)), generator(), p)
-    for where in route.values():
+    for where in where_decomposed(route):
         assert stats.binomtest(int(where.sum()), where.numel(), p).pvalue > 0.01
-    columns = torch.cat([where.double() for where in route.values()], dim=1)
+    columns = torch.cat([where.double() for where in where_decomposed(route)], dim=1)
     if 0 < p < 1:
         assert (torch.corrcoef(columns.T) - torch.eye(4)).abs().max() < 0.07
 
@@ -188,11 +205,11 @@ def ascend(g, loss, adversary, start):
     return s
 
 
-def hilly(sources):
+def hilly(sources: Sources) -> torch.Tensor:
     """A number that sources can raise, with peaks inside and outside [0, 1], and one entry that
     does not matter.
     """
-    total = 0.0
+    total = torch.tensor(0.0)
     for k, (s, delta) in enumerate(sources.values()):
         peaks = torch.linspace(-0.4 - k, 1.3, s[..., 1:].numel()).double().reshape(s[..., 1:].shape)
         total = total - (s[..., 1:] - peaks).square().sum() + (delta * (k - 0.5)).sum()

@@ -4,6 +4,7 @@ maskings.
 
 import math
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.masks import masks_from_sources
 from spd_lightning.decomposition.metrics import (
     MASKINGS,
+    Masking,
     column_match,
     component_norms,
     dense_error,
@@ -30,7 +32,7 @@ from spd_lightning.decomposition.metrics import (
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import LossContext
 from spd_lightning.errors import BadInput
-from spd_lightning.targets.toy import TMS, InductionHead, ResidualMLP
+from spd_lightning.targets.toy import TMS, InductionHead, ResidualBlock, ResidualMLP
 from spd_lightning.training.evaluate import (
     Evaluation,
     Totals,
@@ -43,7 +45,7 @@ from spd_lightning.training.evaluate import (
 from spd_lightning.training.ground_truth import lone_features, truth, verdict
 from spd_lightning.training.pgd_sweep import pgd_sweep
 
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 ANGLES = torch.arange(5).double() * 2 * math.pi / 5
 PENTAGON = (
     torch.stack([ANGLES.cos(), ANGLES.sin()]) * torch.tensor([1.0, 1.1, 0.9, 1.2, 1.0]).double()
@@ -133,7 +135,7 @@ def test_e_mmcs_and_ml2r_are_their_loops(d_out, d_in, C, seed):
             c: float(u @ W[:, j] / max(float(u.norm() * W[:, j].norm()), 1e-30))
             for c, u in columns.items()
         }
-        best = max(cos, key=cos.get)
+        best = max(cos, key=lambda c: cos[c])
         cosines.append(cos[best])
         ratios.append(float(columns[best].norm() / W[:, j].norm()))
     cosine, ratio = column_match(W, V, U)
@@ -245,7 +247,9 @@ def test_e_columns_of_a_residual_mlp_are_taken_along_its_features():
     target = ResidualMLP(5, 7, 4)
     model = ComponentModel(target, {"*": 6}).double()
     found = truth(model, lone_features(model, 5), Evaluation(identity=("layers.0.mlp_in",)))
-    W = target.layers[0].mlp_in.weight
+    block = target.layers[0]
+    assert isinstance(block, ResidualBlock)
+    W = block.mlp_in.weight
     V = model["layers.0.mlp_in"].V
     U = model["layers.0.mlp_in"].U
     cosines = []
@@ -279,7 +283,7 @@ def test_e_the_verdict_names_what_is_wrong_and_nothing_else():
         "alive/out": 4,
         "dense_error/out": 1,
     }.items():
-        told = verdict(right | {figure: value}, settings, 5)
+        told = verdict(right | {figure: value}, settings, 5) or ""
         assert told.split(":")[0] == figure.split("/")[1]
         assert ";" not in told
         assert str(value) in told
@@ -330,7 +334,7 @@ def test_e_six_maskings_are_their_rows_of_the_table(network, delta, monkeypatch)
             & (used["stochastic"][name].components <= 1)
         ).all()
         assert torch.is_tensor(used["stochastic"][name].delta) == delta
-    printed = {
+    printed: dict[Masking, dict[str, Mask]] = {
         "unmasked": {name: Mask(torch.ones_like(v), 0.0) for name, v in g.items()},
         "ci": {name: Mask(v, 0.0) for name, v in g.items()},
         "stochastic": used["stochastic"],

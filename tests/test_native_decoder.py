@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import tiny_checkpoints
 from test_closed_form import CLOSED, assert_equal, dictionary
+from torch import nn
 
 from spd_lightning.attribution.autograd import cut_run, oracle
 from spd_lightning.attribution.checks import Graphs, Inflow
@@ -163,8 +164,10 @@ def test_a_twin_is_made_anew_where_weights_have_changed(tmp_path):
     model, tokens, _ = decomposed(HuggingFaceLM.from_pretrained(str(tmp_path)), MAPS)
     first = as_native_decoder(model, MODES["unmasked"])
     assert as_native_decoder(model, MODES["unmasked"]) is first
+    head = model.target.get_submodule("model.lm_head")
+    assert isinstance(head, nn.Linear)
     with torch.no_grad():
-        model.target.model.lm_head.weight.mul_(2)
+        head.weight.mul_(2)
     for changed in (model, model.float()):
         found = as_native_decoder(changed, MODES["unmasked"]).model.target(tokens)
         torch.testing.assert_close(found, changed.target(tokens), rtol=1e-4, atol=1e-4)

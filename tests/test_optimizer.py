@@ -10,7 +10,7 @@ from support.networks import Perceptron
 from torch import nn
 
 from spd_lightning.decomposition.adversaries import Persistent
-from spd_lightning.decomposition.importance import Importance
+from spd_lightning.decomposition.importance import Importance, Kind
 from spd_lightning.decomposition.losses import Losses
 from spd_lightning.decomposition.reconstruction import Reconstruction
 from spd_lightning.errors import BadInput
@@ -18,7 +18,7 @@ from spd_lightning.training.decompose import Decomposition, FaithfulnessWarmup
 from spd_lightning.training.optimizer import Optimizer, matrices_of
 
 
-def module(kind="shared_mlp", losses=None, **settings):
+def module(kind: Kind = "shared_mlp", losses=None, **settings):
     losses = losses or Losses()
     importance = Importance(kind, hidden=5)
     target = Perceptron().requires_grad_(False)

@@ -56,10 +56,10 @@ def training(**settings) -> TargetTraining:
     return TargetTraining(nn.Linear(2, 2), **settings)
 
 
-BLOCKS = dict.fromkeys(
+BLOCKS: dict[str, tuple] = dict.fromkeys(
     ("inner_steps", "log_every", "checkpoint_every", "threads", "micro_batches"), COUNT
 )
-DATA = {
+DATA: dict[str, tuple] = {
     "batch_size": COUNT,
     "predict_batch_size": COUNT,
     "validation_batches": (-1,),

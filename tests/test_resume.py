@@ -17,6 +17,7 @@ from polars.testing import assert_frame_equal
 from support.tiny_run import begun, done, kill_when, killed, lay_out
 
 from spd_lightning import files, runs
+from spd_lightning.runs.files import read_metrics
 from spd_lightning.store import TABLES, Store
 from spd_lightning.training.checkpoint import SafetensorsIO
 
@@ -39,7 +40,7 @@ def root(tmp_path_factory):
 
 def logged(folder: Path) -> int:
     """The last step that a run logged."""
-    return max((values["step"] for values in runs.files.read_metrics(folder)), default=-1)
+    return max((values["step"] for values in read_metrics(folder)), default=-1)
 
 
 def same_run(folder: Path, other: Path) -> None:

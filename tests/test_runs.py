@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from spd_lightning import json_files, runs
 from spd_lightning.errors import BadInput
+from spd_lightning.runs.files import held
 from spd_lightning.runs.trackers import check_inside
 from spd_lightning.store import Store, Writer, prompt_hash
 
@@ -109,7 +111,7 @@ def test_a_start_that_failed_leaves_no_folder_behind(root, reached):
     claimed.release_and_discard()
     claimed.release_and_discard()
     assert claimed.path.exists() == (reached is not None)
-    assert not runs.files.held(claimed.path)
+    assert not held(claimed.path)
 
 
 def test_further_devices_share_the_claim_of_the_first(root, monkeypatch):
@@ -186,14 +188,20 @@ def claimers() -> Iterator[list[subprocess.Popen]]:
         process.communicate()
 
 
+def line_of(process: subprocess.Popen) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
 def test_processes_that_race_get_a_folder_each(claimers, root):
     def tell(processes: list[subprocess.Popen]) -> list[str]:
         for process in processes:
+            assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-        return sorted(process.stdout.readline().strip() for process in processes)
+        return sorted(line_of(process).strip() for process in processes)
 
-    assert {process.stdout.readline() for process in claimers} == {"ready\n"}
+    assert {line_of(process) for process in claimers} == {"ready\n"}
     assert tell(claimers[:3]) == ["tms False", "tms-2 False", "tms-3 False"]
     assert {run.state for run in runs.runs()} == {"running"}
     for process in claimers[:3]:
@@ -369,10 +377,11 @@ def test_a_torn_last_line_costs_that_line_alone(tmp_path_factory, cut, length):
 
 
 def test_what_was_logged_after_a_checkpoint_is_taken_back(tmp_path):
+    sizes = []
     for step in range(5):
         runs.append_metrics(tmp_path, step, {"loss": step / 2})
-        if step == 2:
-            size = runs.metrics_size(tmp_path)
+        sizes.append(runs.metrics_size(tmp_path))
+    size = sizes[2]
     runs.cut_metrics(tmp_path, size)
     assert runs.Run(tmp_path).metrics()["step"].to_list() == [0, 1, 2]
     runs.cut_metrics(tmp_path, size + 100)  # a log that lost its end is not filled with zeros
@@ -501,7 +510,7 @@ class Artifact:
 def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.ModuleType:
     """A W&B client with one artifact, a harvest; the real one needs an account."""
     harvest(tmp_path / "graphs")
-    module = types.ModuleType("wandb")
+    module: Any = types.ModuleType("wandb")
     module.Error = type("Error", (Exception,), {})
     module.held = {"me/spd/tms-graphs:v3": Artifact(tmp_path / "graphs")}
 

@@ -17,6 +17,7 @@ from spd_lightning.commands import plan
 from spd_lightning.decomposition.adversaries import Adversary
 from spd_lightning.decomposition.importance import Importance
 from spd_lightning.decomposition.losses import Faithfulness, Losses, Minimality
+from spd_lightning.decomposition.masks import RouteKind
 from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction
 from spd_lightning.errors import BadInput
 from spd_lightning.planning import devices, estimate
@@ -64,7 +65,7 @@ LAYERWISE = Reconstruction("stochastic", "layerwise", "kl")
 SUBSET = Reconstruction("stochastic", "subset", "kl", 0.5)
 
 
-def adversarial(steps: int, route: str = "all") -> Reconstruction:
+def adversarial(steps: int, route: RouteKind = "all") -> Reconstruction:
     return Reconstruction("pgd", route, "kl", 0.5, adversary=Adversary(steps, 1.0))
 
 

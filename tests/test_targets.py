@@ -5,13 +5,16 @@ stated law.
 import copy
 from itertools import islice
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from scipy import stats
+from support.tensors import gradient_of, sum_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -19,7 +22,9 @@ from spd_lightning.data.modules import InductionTokens, Prompts, SparseFeatures
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.toy import (
     TMS,
+    AttentionBlock,
     InductionHead,
+    ResidualBlock,
     ResidualMLP,
     induced_token,
     induction_tokens,
@@ -56,7 +61,7 @@ def test_tms_has_one_tied_weight_and_its_gradient_is_the_sum_of_both_uses():
     (torch.relu(x @ read.T @ write) - x).square().mean().backward()
     model.loss(x).backward()
     torch.testing.assert_close(
-        model.linear1.weight.grad, read.grad + write.grad, rtol=1e-12, atol=1e-14
+        model.linear1.weight.grad, gradient_of(read) + gradient_of(write), rtol=1e-12, atol=1e-14
     )
 
 
@@ -140,8 +145,9 @@ def test_residual_mlp_forward_is_the_formula_written_out():
     model = ResidualMLP(4, 6, [2, 3], n_layers=2).double()
     x = torch.randn(5, 4).double()
     for row, out in zip(x, model(x), strict=True):
-        stream = sum(row[f] * model.embedding[f] for f in range(4))
+        stream = sum_of(row[f] * model.embedding[f] for f in range(4))
         for layer in model.layers:
+            assert isinstance(layer, ResidualBlock)
             neurons = [max(0.0, float(weights @ stream)) for weights in layer.mlp_in.weight]
             stream = stream + sum(
                 n * column for n, column in zip(neurons, layer.mlp_out.weight.T, strict=True)
@@ -153,7 +159,7 @@ def test_residual_mlp_loss_and_gradients_are_those_of_its_forward():
     model = ResidualMLP(7, 30, [4, 5], n_layers=2).double()
     x = torch.randn(16, 7).double()
     model.loss(x).backward()
-    quick = [p.grad.clone() for p in model.parameters()]
+    quick = [gradient_of(p).clone() for p in model.parameters()]
     model.zero_grad()
     loss = (model(x) - x - x.clamp(min=0)).square().mean()
     loss.backward()
@@ -178,11 +184,13 @@ def test_the_embedding_is_unit_norm_frozen_and_depends_on_its_seed_alone():
 def test_residual_mlp_names_the_features_it_does_not_compute():
     model = ResidualMLP(4, 4, 4)
     model.embedding = torch.eye(4)
-    nn.init.eye_(model.layers[0].mlp_in.weight)
-    nn.init.eye_(model.layers[0].mlp_out.weight)
+    block = model.layers[0]
+    assert isinstance(block, ResidualBlock)
+    nn.init.eye_(block.mlp_in.weight)
+    nn.init.eye_(block.mlp_out.weight)
     assert model.unrepresented() == []
     with torch.no_grad():
-        model.layers[0].mlp_out.weight[2] = 0
+        block.mlp_out.weight[2] = 0
     assert model.unrepresented() == [2]
 
 
@@ -195,7 +203,9 @@ def test_residual_mlp_refuses_widths_that_do_not_fit():
 
 
 def test_attention_is_causal_softmax_attention():
-    attention = InductionHead(8, 12, 6, n_heads=3).double().h[0].attn
+    block = InductionHead(8, 12, 6, n_heads=3).double().h[0]
+    assert isinstance(block, AttentionBlock)
+    attention = block.attn
     x = torch.randn(2, 6, 12).double()
     q, k, v = (x @ getattr(attention, f"{p}_proj").weight.T for p in "qkv")
     q, k, v = (t.view(2, 6, 3, 4).transpose(1, 2) for t in (q, k, v))
@@ -440,6 +450,7 @@ class Recorder(LightningModule):
         for batch in batches:
             self.seen.append(batch)
             optimizer = self.optimizers()
+            assert isinstance(optimizer, LightningOptimizer)
             self.manual_backward((self.weight * batch.sum()).sum())
             optimizer.step()
 
@@ -454,13 +465,14 @@ class Recorder(LightningModule):
 
 
 def trainer(folder, **settings):
-    quiet = {
+    quiet: dict[str, Any] = {
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "accelerator": "cpu",
+        "enable_checkpointing": False,
     }
-    return Trainer(default_root_dir=folder, **quiet | {"enable_checkpointing": False} | settings)
+    return Trainer(default_root_dir=folder, **quiet | settings)
 
 
 @their_treespec
@@ -485,7 +497,7 @@ def test_validation_and_prediction_run_through_the_trainer(tmp_path):
     data = SparseFeatures(3, 0.5, 2, n_prompts=6, predict_batch_size=4)
     trainer(tmp_path, max_steps=4, num_sanity_val_steps=0, val_check_interval=2).fit(model, data)
     assert len(model.validated) == 2 * 4
-    parts = trainer(tmp_path).predict(model, data)
+    parts: Any = trainer(tmp_path).predict(model, data)
     assert [part.sources for part in parts] == [
         ["feature 0", "feature 1", "feature 2", "random 0"],
         ["random 1", "random 2", "random 3", "random 4"],

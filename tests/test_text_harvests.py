@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -29,7 +30,7 @@ data:
   init_args:
     {corpus: HERE/corpus.txt, vocab: 270, seq_len: 12, n_prompts: 45, predict_batch_size: 2}
 """
-DECODER = {"vocab": 270, "d_model": 8, "n_layers": 1, "n_heads": 2, "context": 16}
+DECODER: dict[str, Any] = {"vocab": 270, "d_model": 8, "n_layers": 1, "n_heads": 2, "context": 16}
 HARVESTS = ("graphs", "sums")
 
 
@@ -102,7 +103,7 @@ def assert_same(found: list[Store], whole: list[Store], exact: bool) -> None:
         assert one.tables == other.tables
         for table in one.tables:
             sums = table == "components" or table.startswith("dataset_")
-            close = (
+            close: dict[str, Any] = (
                 {"check_exact": True} if exact and not sums else {"abs_tol": 1e-5, "rel_tol": 1e-4}
             )
             mine = rows(one, table)
@@ -230,10 +231,14 @@ def test_a_run_with_sums_alone_says_where_they_show(root, undisturbed, tmp_path)
     """They have no prompts to open; graphs have."""
     shutil.copytree(root / "text", tmp_path / "text", ignore=shutil.ignore_patterns("*-graphs"))
     library = Library(str(tmp_path))
-    _, harvest = library.choose("text", "whole-sums")
+    chosen = library.choose("text", "whole-sums")
+    assert chosen is not None
+    _, harvest = chosen
     assert harvest is None
     with pytest.raises(
         BadInput, match=r"its harvests are sums, .*--config graphs\.yaml; .* edges text LAYER:"
     ):
         library.store("text", harvest)
-    assert Library(str(root)).choose("text", None)[1].endswith("-graphs")
+    _, latest = Library(str(root)).choose("text", None) or (None, None)
+    assert latest is not None
+    assert latest.endswith("-graphs")

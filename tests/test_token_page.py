@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -86,6 +87,7 @@ def _tables(texts, rng: np.random.Generator, edges: bool) -> dict[str, pl.DataFr
         rows["prompts"].append(
             prompt | own | {"source": f"text {TEXTS.index(ids)} {EVIL}", "split": "given"}
         )
+        places: list[tuple[str, str, int, int, float | None]]
         places = [("embedding", "wte", p, 0, None) for p in range(len(ids))]
         for layer, count in COUNTS.items():
             for p, c in np.ndindex(len(ids), count):
@@ -205,7 +207,8 @@ def test_importance_of_a_text_is_its_largest_or_its_mean(store, nodes):
             for row in nodes:
                 if (row["prompt_id"], row["layer"]) == (prompt_of(ids), layer):
                     dense[ids][row["pos"], row["component"]] = row["importance"]
-        for over, reduce in (("largest", np.max), ("mean", np.mean)):
+        ways: dict[Literal["largest", "mean"], Any] = {"largest": np.max, "mean": np.mean}
+        for over, reduce in ways.items():
             expected = np.stack([reduce(dense[ids], axis=0) for ids in TEXTS])
             assert np.allclose(importance_matrix(store, prompts, layer, over), expected)
 
@@ -266,7 +269,7 @@ def test_component_page_of_texts_is_a_mean_and_its_labels_are_no_markup(root, st
     drawn = component_page.figures(page)[0]
     assert "mean over each text" in drawn.layout.title.text
     assert not any("<" in label for label in drawn.layout.yaxis.ticktext)
-    quoted = plots.heat_map(np.zeros((1, 1)), ['"<b>'], ["0"], title="", entry="", left=0)
+    quoted: Any = plots.heat_map(np.zeros((1, 1)), ['"<b>'], ["0"], title="", entry="", left=0)
     assert quoted.layout.yaxis.ticktext == ('"&lt;b&gt;',)
     vectors = Store(root / "tms_5-2/harvest/probe")
     assert component_page.page_data(vectors, root / "tms_5-2", ComponentSelection()).over is None
@@ -328,7 +331,7 @@ def test_whatever_a_browser_asks_gets_an_answer_or_one_line(root, changes, other
 def test_tokens_in_a_browser(root, tmp_path):
     if not CHROMIUM.exists():
         pytest.skip("no chromium here")
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import Dialog, expect, sync_playwright
 
     flags = ["--no-sandbox", "--disable-quic", "--disable-background-networking"]
     shutil.copytree(root / "lm", tmp_path / "runs" / "lm")
@@ -336,11 +339,16 @@ def test_tokens_in_a_browser(root, tmp_path):
         browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         complaints: list[str] = []
+
+        def dismiss(dialog: Dialog) -> None:
+            complaints.append(dialog.message)
+            dialog.dismiss()
+
         page.on(
             "console", lambda said: complaints.append(said.text) if said.type == "error" else None
         )
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+        page.on("dialog", dismiss)
         _arrive(page, address)
         _look(page, expect)
         browser.close()

@@ -9,7 +9,8 @@ from polars.testing import assert_frame_equal
 from support.tiny_run import done, killed, lay_out
 
 from spd_lightning import cli, config, json_files, runs
-from spd_lightning.runs import trackers
+from spd_lightning.runs import references, trackers
+from spd_lightning.runs.files import read_metrics
 from spd_lightning.store import TABLES, Store
 from spd_lightning.tracking.trackers import acceptable
 from spd_lightning.training.decompose import Decomposition
@@ -87,7 +88,7 @@ def test_mlflow_holds_the_settings(client, root):
 def test_mlflow_holds_the_metrics(client, root):
     """The same curves as the run's own metrics.jsonl, and the figures of its summary."""
     run = tracked(client)
-    logged = runs.files.read_metrics(root / "tiny")
+    logged = read_metrics(root / "tiny")
     for name in ("train/loss", "l0/linear1", "mse/ci"):
         held = {
             point.step: point.value for point in client.get_metric_history(run.info.run_id, name)
@@ -138,7 +139,7 @@ def test_a_pulled_run_is_the_run(client, root, tmp_path, monkeypatch, capsys):
     assert store.manifest == whole.manifest
     for table in TABLES:
         assert_frame_equal(store.scan(table).collect(), whole.scan(table).collect())
-    monkeypatch.setattr(runs.references, "pull", lambda *_: pytest.fail("fetched twice"))
+    monkeypatch.setattr(references, "pull", lambda *_: pytest.fail("fetched twice"))
     assert runs.find("mlflow:tiny").path == path
     pulled = Decomposition.from_pretrained("mlflow:tiny")
     assert all(torch.equal(v, weights.state_dict()[k]) for k, v in pulled.state_dict().items())

@@ -178,6 +178,7 @@ def test_a_tall_matrix_is_cut_to_its_strongest_rows(root, store):
     page = component_page.page_data(store, root / "tms_5-2", ComponentSelection("linear1"))
     V = np.zeros((2000, C), dtype=np.float32)
     V[::4, 3] = np.arange(500) + 1
+    assert page.weights is not None
     tall = replace(page, weights=Factors(V, page.weights.U))
     drawn = component_page.figures(tall)[1].data[0]
     assert np.array_equal(drawn.z[drawn.z.any(axis=1)], V[V.any(axis=1)])
@@ -267,17 +268,21 @@ def test_a_library_opens_names_and_never_paths(root):
 
 def test_what_is_wished_for_is_chosen_if_it_is_there(root, tmp_path):
     library = Library(str(root))
-    chosen = {
-        wish: library.choose(*wish)
-        for wish in [("tms_5-2", "probe"), ("broken", "second"), ("bare", "probe")]
-    }
-    assert {wish: (run.name, harvest) for wish, (run, harvest) in chosen.items()} == {
+    chosen = {}
+    for wish in [("tms_5-2", "probe"), ("broken", "second"), ("bare", "probe")]:
+        found = library.choose(*wish)
+        assert found is not None
+        run, harvest = found
+        chosen[wish] = (run.name, harvest)
+    assert chosen == {
         ("tms_5-2", "probe"): ("tms_5-2", "probe"),
         ("broken", "second"): ("broken", "probe"),
         ("bare", "probe"): ("bare", None),
     }
     for nonsense in (None, "", 3, ["tms_5-2"], {"a": 1}):
-        run, harvest = library.choose(nonsense, nonsense)
+        found = library.choose(nonsense, nonsense)
+        assert found is not None
+        run, harvest = found
         assert run.harvests
         assert harvest in [path.name for path in run.harvests]
     assert Library(str(tmp_path)).choose("tms_5-2", "probe") is None

@@ -21,7 +21,7 @@ from spd_lightning.harvest.native_decoder import as_native_decoder
 from spd_lightning.harvest.weights import weight_table
 from spd_lightning.targets.huggingface import HuggingFaceLM
 from spd_lightning.targets.toy import TMS
-from spd_lightning.targets.transformer import Decoder
+from spd_lightning.targets.transformer import Attention, Decoder
 from spd_lightning.training.decompose import Decomposition
 
 WHOLE = [style for style, (_, sites) in STYLES.items() if sites.items() >= MAPS.items()]
@@ -88,6 +88,12 @@ def test_edges_through_the_residual_stream_are_weights_times_activations(style, 
     assert checked == set(M)
 
 
+def attention_of(model, layer):
+    attention = model.target.get_submodule(f"h.{layer}.attn")
+    assert isinstance(attention, Attention)
+    return attention
+
+
 @pytest.mark.parametrize("style", ["llama", "one key head", "gpt"])
 def test_weights_of_heads_and_neurons_are_those_of_a_naive_loop(style):
     """Every head reads and writes its own slice; where heads share keys and values, neighbors share
@@ -99,7 +105,7 @@ def test_weights_of_heads_and_neurons_are_those_of_a_naive_loop(style):
         if link.kind == "residual":
             continue
         attn, source, target = (
-            model.target.h[0].attn,
+            attention_of(model, 0),
             *(model[site].requires_grad_(False) for site in link[:2]),
         )
         d_head = 8 // attn.n_heads
@@ -111,6 +117,7 @@ def test_weights_of_heads_and_neurons_are_those_of_a_naive_loop(style):
                         source.U[i, f] * target.V[f, j] for f in range(source.U.shape[1])
                     )
                 else:
+                    assert link.head is not None
                     ours = link.head * d_head
                     theirs = link.head // shared * d_head
                     read = target.V[:, j] if link.kind == "ov" else target.U[j] / d_head**0.5
@@ -125,7 +132,8 @@ def test_scores_at_the_querys_own_position_need_no_angle():
     one position.
     """
     model, _, _ = made("llama")
-    attn = model.target.h[1].attn
+    attn = attention_of(model, 1)
+    assert isinstance(model.target, Decoder)
     rotary = model.target.rotary(6)
     q, k = (model[f"h.1.attn.{x}_proj"].U[:, None].expand(-1, 6, -1) for x in "qk")
     q = attn.turned(q, 4, rotary)

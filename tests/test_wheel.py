@@ -61,7 +61,13 @@ def test_the_wheel_holds_every_file_of_the_package_and_every_config(wheel):
 
 
 @pytest.fixture(scope="module")
-def spd(wheel, tmp_path_factory):
+def empty(tmp_path_factory):
+    """The folder in which the installed command runs."""
+    return tmp_path_factory.mktemp("empty")
+
+
+@pytest.fixture(scope="module")
+def spd(wheel, empty, tmp_path_factory):
     """The installed command, in an environment that holds the wheel and sees the packages that it
     needs.
     """
@@ -74,8 +80,6 @@ def spd(wheel, tmp_path_factory):
     (site / "needed.pth").write_text(
         sysconfig.get_path("purelib")
     )  # the path alone: its own .pth files are not read
-    empty = place / "empty"
-    empty.mkdir()
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     clean |= {"SPD_RUNS": str(empty / "runs"), "OMP_NUM_THREADS": "1"}
 
@@ -90,18 +94,17 @@ def spd(wheel, tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    command.empty = empty
     return command
 
 
-def test_the_first_commands_work_in_an_empty_folder(spd):
+def test_the_first_commands_work_in_an_empty_folder(spd, empty):
     """As after `pip install`: its configs are found, a fit leaves a run, and a harvest its
     tables.
     """
     assert "tms.yaml" in spd("list")
     assert "linear1" in spd("plan", "--config", "tms.yaml", "--device", "laptop")
-    lay_out(spd.empty, steps=5, batch=160)
+    lay_out(empty, steps=5, batch=160)
     assert "run: " in spd("fit", "--config", "tiny.yaml")
     assert "harvest: " in spd("predict", "--config", "tiny.yaml")
-    assert (spd.empty / "runs/tiny/harvest/graphs-unmasked/manifest.json").exists()
-    assert not (spd.empty / "configs").exists()
+    assert (empty / "runs/tiny/harvest/graphs-unmasked/manifest.json").exists()
+    assert not (empty / "configs").exists()

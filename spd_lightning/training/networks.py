@@ -47,7 +47,7 @@ _COUNTS = re.compile(r"layers?$|blocks?$|n_identity$", re.IGNORECASE)
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def network_class(path: str) -> Callable[..., nn.Module]:
+def network_class(path: str) -> type[nn.Module]:
     """Return the class of a network that a file names.
 
     Raises:

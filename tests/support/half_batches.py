@@ -6,7 +6,7 @@ Separate processes import this module, so it imports as little as possible.
 import json
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spd_lightning.decomposition.adversaries import Adversary, Persistent, PersistentAdversary
 from spd_lightning.decomposition.losses import Frequency, Losses, Minimality, SmoothL0
@@ -47,6 +47,7 @@ def losses_and_gradients(batch, rank=0, world=1):
         )
         for name, settings in LOSSES.persistent.items()
     }
+    terms: dict[str, Tensor] = {}
     for _ in range(2):
         model.zero_grad()
         run = LossContext.from_batch(model, batch)

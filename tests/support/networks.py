@@ -6,7 +6,7 @@ implementation of the laws D1, D3 and D4 for `at`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -167,14 +167,20 @@ class IgnoredAnswer(nn.Module):
 NETWORKS = (Perceptron, Tokens, Branches, InPlace, IgnoredAnswer)
 
 
-def decomposed(network: type, seed: int = 0, **settings) -> ComponentModel:
+class Decomposed(ComponentModel):
+    """A component model whose target is one of these networks."""
+
+    target: Any
+
+
+def decomposed(network: type, seed: int = 0, **settings) -> Decomposed:
     """Return a component model of a new network with its `patterns`, in double precision."""
     torch.manual_seed(seed)
-    return ComponentModel(network(), network.patterns, **settings).double()
+    return Decomposed(network(), network.patterns, **settings).double()
 
 
 def naive(
-    model: ComponentModel, batch: Tensor, masks: Mapping[str, Mask], seen: dict | None = None
+    model: Decomposed, batch: Tensor, masks: Mapping[str, Mask], seen: dict | None = None
 ) -> Tensor:
     """Return the output of a masked run, computed literally as in the laws D1, D3 and D4.
 
@@ -219,21 +225,22 @@ def naive(
 
 def spread(mask: Mask, positions: torch.Size) -> Mask:
     """Return a mask over all positions for one over some of them; the others are zero."""
-    if mask.rows is None:
+    rows = mask.rows
+    if rows is None:
         return mask
 
     def at_all(values):
         if not isinstance(values, Tensor):
             return values
         whole = values.new_zeros(positions.numel(), *values.shape[1:])
-        return whole.index_copy(0, mask.rows, values).view(*positions, *values.shape[1:])
+        return whole.index_copy(0, rows, values).view(*positions, *values.shape[1:])
 
     return Mask(at_all(mask.components), at_all(mask.delta), mask.route)
 
 
 def printed_weight(target: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     """Return W [d_out, d_in] and b of a site, read from the network; a missing b is zeros."""
-    module = target.get_submodule(name.removesuffix(".pre_identity"))
+    module: Any = target.get_submodule(name.removesuffix(".pre_identity"))
     match module:
         case _ if name.endswith(".pre_identity"):
             W = torch.eye(module.weight.shape[1], dtype=module.weight.dtype)
