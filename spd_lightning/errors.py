@@ -12,6 +12,14 @@ class BadInput(ValueError):
     """Wrong input that its author can correct.
 
     The command line prints only the message, and exits with 2.
+
+    Examples:
+        >>> from spd_lightning import BadInput, Decoder
+        >>> try:
+        ...     Decoder(vocab=50, d_model=10, n_layers=1, n_heads=3, context=8)
+        ... except BadInput as error:
+        ...     print(error)
+        n_heads 3 in Decoder: it must divide d_model, which is 10
     """
 
 

@@ -55,6 +55,15 @@ class CircuitSearch:
         draws: the number of stochastic masks over which results are averaged.
         threshold: the importance above which a component counts as important.
         seed: the seed of all draws.
+
+    Examples:
+        >>> import torch
+        >>> from spd_lightning import CircuitSearch, ComponentModel, InductionHead, optimize
+        >>> model = ComponentModel(InductionHead(8, d_model=6, seq_len=5), {"h.*.attn.*": 7})
+        >>> search = CircuitSearch(lambdas=(0.01, 0.1), position=-1, label=7, steps=20)
+        >>> frontier = optimize(model, torch.tensor([[0, 3, 7, 2, 3]]), search).frontier
+        >>> frontier.lambdas.tolist()  # the first row is the importance function's own
+        [nan, 0.01, 0.1]
     """
 
     lambdas: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)

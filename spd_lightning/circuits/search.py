@@ -80,6 +80,16 @@ def optimize(
     Raises:
         BadInput: the model has no such position or label, or the loss does not suit it.
         Diverged: a loss is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from spd_lightning import TMS, CircuitSearch, ComponentModel, optimize
+        >>> _ = torch.manual_seed(0)
+        >>> model = ComponentModel(TMS(5, 2), sites={"linear*": 20})
+        >>> one_feature = 0.75 * torch.eye(5)[:1]
+        >>> circuits = optimize(model, one_feature, CircuitSearch(lambdas=(0.0001, 10.0), steps=50))
+        >>> circuits.frontier.nodes.tolist()  # the importance function's own, then for each λ
+        [22, 4, 0]
     """
     search = search or CircuitSearch()
     objective = CircuitObjective(model, inputs, search)

@@ -287,7 +287,17 @@ class SampledData(StepData):
 
 
 class SparseFeatures(SampledData):
-    """Vectors whose features are rarely active, independently of each other, and zero otherwise."""
+    """Vectors whose features are rarely active, independently of each other, and zero otherwise.
+
+    Examples:
+        >>> from spd_lightning import SparseFeatures
+        >>> data = SparseFeatures(n_features=100, probability=0.05, batch_size=1024)
+        >>> batch = data.batch(step=0)
+        >>> batch.shape
+        torch.Size([1024, 100])
+        >>> round((batch > 0).float().mean().item(), 2)  # the share of active features
+        0.05
+    """
 
     def __init__(
         self,
@@ -351,7 +361,15 @@ class SparseFeatures(SampledData):
 
 
 class InductionTokens(SampledData):
-    """Token sequences `BOS T* S M T* S`, which an induction head continues with M (BOS is 0)."""
+    """Token sequences `BOS T* S M T* S`, which an induction head continues with M (BOS is 0).
+
+    Examples:
+        >>> from spd_lightning import InductionTokens
+        >>> data = InductionTokens(vocab=10, seq_len=8, batch_size=2)
+        >>> data.batch(step=0)  # an induction head continues the first sequence with 1
+        tensor([[0, 6, 2, 8, 1, 6, 5, 8],
+                [0, 8, 3, 6, 8, 3, 3, 6]])
+    """
 
     def __init__(
         self,

@@ -29,7 +29,18 @@ log = logging.getLogger(__name__)
 
 
 class Text(StepData):
-    """Token windows of a corpus, and prompts, from any tokenizer or one trained on the corpus."""
+    """Token windows of a corpus, and prompts, from any tokenizer or one trained on the corpus.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from spd_lightning import Text
+        >>> _ = Path("corpus.txt").write_text("The cat sat on the mat. " * 500)
+        >>> data = Text("corpus.txt", vocab=270, seq_len=16, batch_size=4)
+        >>> data.batch(step=0).shape
+        torch.Size([4, 16])
+        >>> data.names(data.encode("The mat sat."))
+        ['The', ' mat', ' sat', '.']
+    """
 
     def __init__(
         self,

@@ -54,6 +54,16 @@ class ComponentModel(nn.Module):
     Raises:
         BadInput: a pattern matches nothing or overlaps another; a name in `tied` is not a site; the
             weights of tied sites are not transposes.
+
+    Examples:
+        >>> import torch
+        >>> from spd_lightning import TMS, ComponentModel
+        >>> model = ComponentModel(TMS(5, 2), sites={"linear*": 20})
+        >>> model["linear1"].V.shape, model["linear1"].U.shape
+        (torch.Size([5, 20]), torch.Size([20, 2]))
+        >>> clean = model.clean(torch.rand(8, 5))
+        >>> model.importances(clean).lower["linear1"].shape
+        torch.Size([8, 20])
     """
 
     def __init__(

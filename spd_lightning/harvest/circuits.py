@@ -62,6 +62,18 @@ class SparseCircuits(Harvester):
         min_share: edges below this share of the total |attribution| into their target are not
             written.
         name: the harvest's folder in `<run>/harvest/`.
+
+    Examples:
+        >>> import lightning as L
+        >>> from spd_lightning import TMS, CircuitSearch, Decomposition, SparseCircuits
+        >>> from spd_lightning import SparseFeatures, Store
+        >>> module = Decomposition(TMS(5, 2), sites={"linear*": 20})
+        >>> circuits = SparseCircuits(CircuitSearch(lambdas=(0.01, 0.1), steps=20))
+        >>> trainer = L.Trainer(callbacks=[circuits], default_root_dir="mine")
+        >>> _ = trainer.predict(module, SparseFeatures(5, 0.05, batch_size=1, n_prompts=0))
+        >>> frontier = Store("mine/harvest/circuits").scan("frontier").collect()
+        >>> frontier.height, frontier["chosen"].sum()  # three rows for each of five prompts
+        (15, 5)
     """
 
     def __init__(

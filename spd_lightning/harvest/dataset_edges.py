@@ -48,6 +48,16 @@ class DatasetEdges(Harvester):
         group: the number of prompts that are summed before they are written; a killed harvest loses
             fewer prompts than that.
         name: the harvest's folder in `<run>/harvest/`; "dataset-<mode>" if omitted.
+
+    Examples:
+        >>> import lightning as L
+        >>> from spd_lightning import TMS, DatasetEdges, Decomposition, SparseFeatures, Store
+        >>> module = Decomposition(TMS(5, 2), sites={"linear*": 20})
+        >>> trainer = L.Trainer(callbacks=[DatasetEdges()], default_root_dir="mine")
+        >>> _ = trainer.predict(module, SparseFeatures(5, 0.05, batch_size=1))
+        >>> edges = Store("mine/harvest/dataset-unmasked").scan("dataset_edges").collect()
+        >>> sorted(set(edges.select("source_layer", "target_layer").iter_rows()))
+        [('input', 'linear1'), ('linear1', 'linear2'), ('linear2', 'output')]
     """
 
     def __init__(

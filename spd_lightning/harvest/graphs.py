@@ -70,6 +70,18 @@ class PromptGraphs(Harvester):
             through each attention head. All heads of an edge are written, so that they add up to
             it. This requires graphs with a closed form and an attention whose maps are all sites.
         name: the harvest's folder in `<run>/harvest/`; "graphs-<mode>" if omitted.
+
+    Examples:
+        >>> import lightning as L
+        >>> from spd_lightning import TMS, Decomposition, PromptGraphs, SparseFeatures, Store
+        >>> module = Decomposition(TMS(5, 2), sites={"linear*": 20})
+        >>> trainer = L.Trainer(callbacks=[PromptGraphs("frozen")], default_root_dir="mine")
+        >>> _ = trainer.predict(module, SparseFeatures(5, 0.05, batch_size=1))
+        >>> store = Store("mine/harvest/graphs-frozen")
+        >>> store.scan("edges").collect().columns
+        ['prompt_id', 'source', 'target', 'attribution']
+        >>> store.manifest["gap"] < 1e-4  # the in-edges of every node add up to its activation
+        True
     """
 
     def __init__(

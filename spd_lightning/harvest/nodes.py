@@ -42,6 +42,15 @@ class PromptNodes(Harvester):
         threshold: importance above which a component is a node; 0 keeps every component with
             positive importance. Readers can raise it.
         name: the harvest's folder in `<run>/harvest/`.
+
+    Examples:
+        >>> import lightning as L
+        >>> from spd_lightning import TMS, Decomposition, PromptNodes, SparseFeatures, Store
+        >>> module = Decomposition(TMS(5, 2), sites={"linear*": 20})
+        >>> trainer = L.Trainer(callbacks=[PromptNodes()], default_root_dir="mine")
+        >>> _ = trainer.predict(module, SparseFeatures(5, 0.05, batch_size=1))
+        >>> Store("mine/harvest/nodes").scan("nodes").collect().columns
+        ['prompt_id', 'node', 'kind', 'layer', 'pos', 'component', 'importance', 'activation']
     """
 
     def __init__(self, threshold: float = 0.0, name: str = "nodes"):

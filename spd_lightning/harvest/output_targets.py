@@ -36,6 +36,18 @@ class OutputTargets:
         centered: whether to subtract the mean logit of all tokens.
         positions: the positions of output nodes; negative ones count from the end. All positions if
             omitted.
+
+    Examples:
+        >>> import lightning as L
+        >>> from spd_lightning import Decomposition, InductionHead, InductionTokens
+        >>> from spd_lightning import OutputTargets, PromptGraphs, Store
+        >>> graphs = PromptGraphs(outputs=OutputTargets(tokens=[2, 3], contrast=1, positions=[-1]))
+        >>> module = Decomposition(InductionHead(8, d_model=6, seq_len=5), {"h.*.attn.*": 7})
+        >>> trainer = L.Trainer(callbacks=[graphs], default_root_dir="mine")
+        >>> _ = trainer.predict(module, InductionTokens(8, seq_len=5, batch_size=1))
+        >>> outputs = Store("mine/harvest/graphs-unmasked").scan("outputs").collect()
+        >>> sorted(set(outputs.select("pos", "token_id").iter_rows()))
+        [(4, 2), (4, 3)]
     """
 
     tokens: Sequence[int | str] | None = None

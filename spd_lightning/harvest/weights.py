@@ -52,6 +52,15 @@ def weight_table(
 
     Raises:
         BadInput: the model is not a supported decoder.
+
+    Examples:
+        >>> from spd_lightning import ComponentModel, Decoder, weight_table
+        >>> decoder = Decoder(vocab=50, d_model=16, n_layers=1, n_heads=4, context=12)
+        >>> table = weight_table(ComponentModel(decoder, sites={"h.*.mlp.*": 9}), min_share=1.0)
+        >>> table.columns
+        ['source_layer', 'source', 'target_layer', 'target', 'kind', 'head', 'weight']
+        >>> table.height  # the largest weight into each component of the second map
+        9
     """
     mode = MODES["unmasked"]
     decoder = as_native_decoder(model, mode)

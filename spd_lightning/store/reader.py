@@ -30,6 +30,18 @@ class Store:
 
     Raises:
         BadInput: the manifest is missing, cannot be read, or has another schema.
+
+    Examples:
+        >>> import lightning as L
+        >>> from spd_lightning import TMS, Decomposition, PromptNodes, SparseFeatures, Store
+        >>> module = Decomposition(TMS(5, 2), sites={"linear*": 20})
+        >>> trainer = L.Trainer(callbacks=[PromptNodes()], default_root_dir="mine")
+        >>> _ = trainer.predict(module, SparseFeatures(5, 0.05, batch_size=1))
+        >>> store = Store("mine/harvest/nodes")
+        >>> store.layers
+        ['input', 'linear1', 'linear2', 'output']
+        >>> store.scan("prompts").filter(split="probe").collect()["source"].to_list()[:2]
+        ['feature 0', 'feature 1']
     """
 
     def __init__(self, path: str | Path, skip_damaged: bool = False):

@@ -39,6 +39,13 @@ class HuggingFaceLM(LanguageModel):
         config: the model's configuration as plain values, including `model_type`. Weights are
             drawn at random.
         dtype: precision of the weights.
+
+    Examples:
+        >>> from spd_lightning import ComponentModel, HuggingFaceLM
+        >>> sizes = {"vocab_size": 50, "n_embd": 8, "n_layer": 2, "n_head": 2}
+        >>> target = HuggingFaceLM({"model_type": "gpt2", **sizes})
+        >>> ComponentModel(target, sites={"transformer.h.*.mlp.c_fc": 30}).counts
+        {'transformer.h.0.mlp.c_fc': 30, 'transformer.h.1.mlp.c_fc': 30}
     """
 
     def __init__(self, config: dict[str, Any], dtype: Precision = "float32") -> None:

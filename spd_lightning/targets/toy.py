@@ -52,6 +52,15 @@ class TMS(nn.Module):
     bias that starts at zero; `hidden` consists of fixed identity maps.
 
     Sources: Elhage et al. 2022, "Toy models of superposition"; SPD (arXiv 2506.20790) section 3.1.
+
+    Examples:
+        >>> import torch
+        >>> from spd_lightning import TMS
+        >>> model = TMS(n_features=5, n_hidden=2, n_identity=1)
+        >>> {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        {'linear1.weight': (2, 5), 'hidden.0.weight': (2, 2), 'linear2.bias': (5,)}
+        >>> torch.equal(model.linear2.weight, model.linear1.weight.T)
+        True
     """
 
     def __init__(self, n_features: int, n_hidden: int, n_identity: int = 0) -> None:
@@ -143,6 +152,15 @@ class ResidualMLP(nn.Module):
     and are read out along the same directions.
 
     Sources: SPD (arXiv 2506.20790) section 3.3; APD (arXiv 2501.14926).
+
+    Examples:
+        >>> import torch
+        >>> from spd_lightning import ResidualMLP
+        >>> model = ResidualMLP(n_features=100, d_embed=1000, d_mlp=50)
+        >>> model(torch.rand(8, 100)).shape
+        torch.Size([8, 100])
+        >>> len(model.unrepresented())  # before training, no feature is computed
+        100
     """
 
     embedding: Float[Tensor, "features d_embed"]
@@ -284,6 +302,15 @@ class InductionHead(nn.Module):
     layer must look that up.
 
     Source: Olsson et al. 2022, "In-context learning and induction heads".
+
+    Examples:
+        >>> import torch
+        >>> from spd_lightning import InductionHead
+        >>> model = InductionHead(vocab=8, d_model=16, seq_len=6)
+        >>> model(torch.tensor([[0, 4, 3, 5, 2, 3]])).shape  # BOS T S M T S; M is 5
+        torch.Size([1, 6, 8])
+        >>> [name for name, _ in model.h[0].attn.named_children()]  # the matrices of a layer
+        ['q_proj', 'k_proj', 'v_proj', 'o_proj']
     """
 
     def __init__(

@@ -251,6 +251,16 @@ class Decoder(LanguageModel):
         norm_eps: added inside the root of a norm.
         fused_attention: whether to use torch's fused kernel; set it to false for higher
             derivatives.
+
+    Examples:
+        >>> import torch
+        >>> from spd_lightning import Decoder
+        >>> model = Decoder(vocab=50, d_model=16, n_layers=1, n_heads=4, context=12)
+        >>> tokens = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> model(tokens).shape
+        torch.Size([1, 5, 50])
+        >>> round(model.loss(tokens).item(), 1)  # before training, it is log 50
+        3.9
     """
 
     cos: Float[Tensor, "pos d_head"] | None

@@ -57,6 +57,12 @@ def train_target(
 
     Raises:
         BadInput: the config does not train a target.
+
+    Examples:
+        >>> from spd_lightning import train_target
+        >>> folder = train_target("targets/tms_5-2", overrides=["--trainer.max_steps=1000"])
+        >>> sorted(path.name for path in folder.glob("target.*"))
+        ['target.json', 'target.safetensors']
     """
     config = configs.load(name) if config is None else config
     folder = target_folder(name, config, overrides)

@@ -37,6 +37,15 @@ class TargetTraining(MultiStepModule):
             memory and keeps the update of the whole batch.
         retries: number of further seeds to try if the trained target leaves features unrepresented.
         seed: seed of the initial weights.
+
+    Examples:
+        >>> import lightning as L
+        >>> from spd_lightning import TMS, SparseFeatures, TargetTraining
+        >>> _ = L.seed_everything(0)
+        >>> training = TargetTraining(TMS(n_features=5, n_hidden=2), lr=0.01)
+        >>> L.Trainer(max_steps=1500).fit(training, SparseFeatures(5, 0.05, batch_size=512))
+        >>> training.target.unrepresented()  # all five features have been learned
+        []
     """
 
     def __init__(

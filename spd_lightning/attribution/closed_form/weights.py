@@ -100,6 +100,14 @@ def weight_graph(
 
     Raises:
         BadInput: the model is not a supported decoder.
+
+    Examples:
+        >>> from collections import Counter
+        >>> from spd_lightning import ComponentModel, Decoder, weight_graph
+        >>> decoder = Decoder(vocab=50, d_model=16, n_layers=1, n_heads=4, context=12)
+        >>> model = ComponentModel(decoder, sites={"h.*.attn.*": 6, "h.*.mlp.*": 9})
+        >>> Counter(link.kind for link, weights in weight_graph(model))
+        Counter({'qk': 4, 'ov': 4, 'residual': 1, 'mlp': 1})
     """
     every = links(model)
     return ((link, weights(model, link, normalized)) for link in every)
