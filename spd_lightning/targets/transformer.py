@@ -255,6 +255,7 @@ class Decoder(LanguageModel):
     Examples:
         >>> import torch
         >>> from spd_lightning import Decoder
+        >>> _ = torch.manual_seed(0)
         >>> model = Decoder(vocab=50, d_model=16, n_layers=1, n_heads=4, context=12)
         >>> tokens = torch.tensor([[3, 1, 4, 1, 5]])
         >>> model(tokens).shape
