@@ -14,9 +14,13 @@ import jaxtyping
 
 
 def has_shapes(annotation: Any) -> bool:
-    """Return whether a shape occurs anywhere in an annotation."""
-    if isinstance(annotation, str):
-        return "[" in annotation  # such as '"Float[Tensor, \'n\']"'; not looked up
+    """Return whether a shape may occur in an annotation.
+
+    One that is written as a string may contain a shape. It may also name something that is imported
+    for type checking only, which jaxtyping leaves unchecked and beartype rejects.
+    """
+    if isinstance(annotation, str | typing.ForwardRef):
+        return True
     if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
         return True
     return any(has_shapes(part) for part in typing.get_args(annotation))
