@@ -111,4 +111,4 @@ def test_wrong_shapes_and_wrong_types_are_found():
     with pytest.raises(TypeCheckError):
         kl_rows(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(BeartypeCallHintViolation):
-        nearest(MAX_EDGES, ["a name"])
+        nearest(MAX_EDGES, ["a name"])  # pyright: ignore[reportArgumentType]

@@ -22,7 +22,7 @@ def modules_with_examples() -> list[str]:
         text = path.read_text(encoding="utf-8")
         if ">>>" not in text:
             continue
-        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, documented) or getattr(node, "name", "") in PUBLIC:
                 continue
