@@ -1,7 +1,8 @@
 """Limits of memory, in one place, each with its unit.
 
 Work that grows with prompts, positions or components is done in pieces. A limit here says how large
-a piece may be; it never changes a result. The numbers suit a computer with 16 GB of memory.
+a piece may be, which does not change a result. The exception is `MAX_EDGES`: a graph with more
+edges loses its weakest ones, with a warning. The numbers suit a computer with 16 GB of memory.
 """
 
 # ---- attribution: numbers of a piece -------------------------------------------------------------
@@ -37,7 +38,7 @@ MAX_POSITION_PAIRS = 1 << 16
 MAX_SUM_ROWS = 1 << 23
 """Rows of sums in memory above which rows with the same keys are added up."""
 
-# ---- estimates, in multiples of such an array ----------------------------------------------------
+# ---- estimates of memory, in multiples of one array ----------------------------------------------
 
 LOGIT_ARRAYS = 4
 """Arrays of logits in memory during a harvest."""

@@ -266,7 +266,7 @@ def test_a_search_that_cannot_be_is_refused(settings, words):
         asked = SparseCircuits(CircuitSearch(**settings))
         prompts = Few(PROMPTS).prompts
         with pytest.raises(BadInput, match=words):
-            asked.refuse(Decomposition(network(), sites=SITES), prompts)
+            asked.check_prompts(Decomposition(network(), sites=SITES), prompts)
     with pytest.raises(BadInput, match="share 1"):
         SparseCircuits(share=1.0)
 

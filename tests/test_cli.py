@@ -505,14 +505,15 @@ def test_every_shipped_config_can_be_fitted(name, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_configs_that_say_so_need_no_network():
+def test_configs_that_say_so_need_no_internet_access():
     """Those listed as offline, and every target that they name."""
     for name in [n for n in GROUPS if GROUPS[n].startswith("language models, offline")]:
         given = config.load(name)
         assert not configs.needs_network(given)
         assert not configs.needs_network(config.load(given["model"]["init_args"]["target"]))
-    for name in [n for n in GROUPS if GROUPS[n].startswith("language models, from")]:
-        assert "network" in (config.SHIPPED / name).read_text()
+    for name in [n for n in GROUPS if GROUPS[n].startswith("language models, downloaded")]:
+        text = (config.SHIPPED / name).read_text()
+        assert "needs internet access" in text.lower()
 
 
 def test_the_config_of_a_run_says_it_again(here):
@@ -620,13 +621,10 @@ def test_the_table_of_toys_and_of_language_models():
         ["stories-2L", "h.0.attn.q_proj", "41", "3.25", "1201"],
         ["h.0.mlp.c_fc", "177", "12.50"],
     ]
-    assert (
-        kept.strip()
-        == "under CI masks: KL 0.2153 ± 0.0041 nats, loss difference 0.19, recovered 96.5 %"
-    )
-    assert (
-        everything.strip() == "unmasked: loss difference 0.012 ± 0.0015, the target's loss is 2.314"
-    )
+    masked = "under CI masks: KL 0.215 ± 0.004 nats, loss difference 0.19, recovered 96.5 %"
+    assert kept.strip() == masked
+    unmasked = "unmasked: loss difference 0.0120 ± 0.0015, the target's loss is 2.314"
+    assert everything.strip() == unmasked
     assert results.table([]) == ""
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.networks import NETWORKS, Perceptron, decomposed, naive
 from torch import nn
 
+from spd_lightning.commands.results import uncertain
 from spd_lightning.decomposition.adversaries import Adversary, pgd_sources
 from spd_lightning.decomposition.components import Mask
 from spd_lightning.decomposition.importance import Importance
@@ -39,8 +40,6 @@ from spd_lightning.training.evaluate import (
     count,
     figures_of,
     hidden_squares,
-    uncertain,
-    with_errors,
 )
 from spd_lightning.training.ground_truth import lone_features, truth, verdict
 from spd_lightning.training.pgd_sweep import pgd_sweep
@@ -586,8 +585,6 @@ def test_standard_errors_add_up_however_rows_are_cut(values, cut):
 )
 def test_figures_are_stated_to_the_digit_that_is_certain(value, error, told):
     assert uncertain(value, error) == told
-    figures = {"kl/ci": value} | ({} if error is None else {"se/kl/ci": error})
-    assert with_errors(figures) == {"kl/ci": told}
 
 
 @pytest.mark.parametrize(

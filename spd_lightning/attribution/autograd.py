@@ -467,7 +467,7 @@ EdgeKey = tuple[str, int, int, str, int, int]
 
 
 def oracle(layers: list[Layer]) -> dict[tuple[NodeKind, EdgeKey], float]:
-    """Compute every edge of one prompt by definition: one `autograd.grad` a target node (A7).
+    """Compute every edge of one prompt by definition: one `autograd.grad` per target node (A7).
 
     layers: a cut run of a batch of one. Returns {(source kind, (S, s', i, T, s, j)): attribution}.
     """

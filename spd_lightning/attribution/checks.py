@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from spd_lightning import budgets
 from spd_lightning.attribution.autograd import embeddings
-from spd_lightning.attribution.graph import EdgeTable, GraphSpec, Layer, LayerKey, node_numbers
+from spd_lightning.attribution.graph import (
+    EdgeTable,
+    GraphSpec,
+    Layer,
+    LayerKey,
+    node_numbers,
+    with_positions,
+)
 from spd_lightning.attribution.linearize import Frozen
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map, flattened
@@ -234,7 +241,7 @@ class _Trial:
                 # Components of embeddings have no in-edges, so no check ends there.
                 V = components.V.detach()
                 self._read(key, x, V)
-            # One row a prompt gives the graph's run; its copies are the rows of the checks.
+            # One row per prompt gives the graph's run; its copies are the rows of the checks.
             first_x = x[: self.first_rows]
             first_y = self._graph_output(site, first_x, original)
             y = first_y[self.rows]
@@ -251,11 +258,11 @@ class _Trial:
         w = self._weight(site, x, first_row, pos, component)  # [checks]
         scaled = (self.factor - 1) * w
         edit = scaled[:, None] * U[component]  # [checks, d_out]
-        by_position = _with_positions(y)
+        by_position = with_positions(y)
         by_position.index_put_((row, pos), edit, accumulate=True)
 
     def _graph_output(self, site: Site, x: Tensor, original: Map) -> Tensor:
-        """Return the site's output in the graph's own run, one row a prompt."""
+        """Return the site's output in the graph's own run, one row per prompt."""
         mode = self.mode
         if mode.mask == "ones" and mode.delta != "off":
             # Nothing is masked: it is the target's own output (D5).
@@ -286,13 +293,13 @@ class _Trial:
             a = V[tokens, component]
         else:
             # Only single entries of x V are needed.
-            by_position = _with_positions(x)
+            by_position = with_positions(x)
             vectors = by_position[row, pos]  # [nodes, d_in]
             read = V.T[component]  # [nodes, d_in]
             a = (vectors * read).sum(-1)
         if self.mode.mask == "ones":
             return a
-        g = _with_positions(self.g[site.name])  # [batch, pos, C]
+        g = with_positions(self.g[site.name])  # [batch, pos, C]
         return a * g[row, pos, component]
 
     def _delta_change(self, site: Site, x: Tensor, original: Map) -> Tensor:
@@ -338,7 +345,7 @@ class _Trial:
         """
         row, pos, component = self._ends_in(key, self.checks.target)
         first_row = self.rows[row]
-        x = _with_positions(x)
+        x = with_positions(x)
         edited = x[row, pos]  # [checks, K]
         unedited = x[first_row, pos]  # [checks, K]
         moved = edited - unedited
@@ -356,13 +363,6 @@ def _as_path(y: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return y
     return y.requires_grad_().clone()
-
-
-def _with_positions(x: Tensor) -> Float[Tensor, "batch pos K"]:
-    """Return a view [batch, pos, K] of a tensor [batch, K] or [batch, pos, K]."""
-    if x.ndim == 3:
-        return x
-    return x[:, None]
 
 
 # ---- nodes ---------------------------------------------------------------------------------------

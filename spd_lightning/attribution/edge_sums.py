@@ -211,9 +211,8 @@ class EdgeSums:
         exists = source.real[:, :, None] & target.real[:, None, :]
         if not values.numel():
             return
-        for s, i in self._layer_spans(
-            source.number.amax(0)
-        ):  # a slot has one layer at all positions
+        # A slot has the same layer at all positions.
+        for s, i in self._layer_spans(source.number.amax(0)):
             for t, j in self._layer_spans(target.number.amax(0)):
                 sources = source.number[:, i, None]
                 targets = target.number[:, None, j]
@@ -224,10 +223,8 @@ class EdgeSums:
         source, target = edges.source, edges.target
         sources, i = source.number[source.real].unique(return_inverse=True)
         targets, j = target.number[target.real].unique(return_inverse=True)
-        none = torch.full_like(target.component, len(targets))
-        column = none.masked_scatter(
-            target.real, j
-        )  # [pos, K]; len(targets) where there is no node
+        no_node = torch.full_like(target.component, len(targets))
+        column = no_node.masked_scatter(target.real, j)  # [pos, K]
         by_reader = sum_over_readers(edges, column, len(targets))  # [targets, source nodes]
         total = by_reader.new_zeros(len(sources), len(targets))
         total.index_add_(0, i, by_reader.T.contiguous())

@@ -132,6 +132,13 @@ def shape3(x: Tensor) -> tuple[int, int, int]:
     return batch, positions, width
 
 
+def with_positions(x: Tensor) -> Float[Tensor, "batch pos K"]:
+    """Return [batch, K] as [batch, 1, K], and [batch, pos, K] unchanged."""
+    if x.ndim == 2:
+        return x[:, None]
+    return x
+
+
 class Layer(NamedTuple):
     """One layer of the graphs of a batch of prompts: a source of edges, a target, or both.
 
@@ -158,7 +165,6 @@ class Layer(NamedTuple):
         batch, positions, width = shape3(leaf)
         products = products.reshape(len(gradient), batch, positions, width)
         if not self.whole:
-            # Every entry is a node.
             return products
         return products.sum(-1, keepdim=True)
 

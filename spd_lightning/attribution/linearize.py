@@ -279,7 +279,7 @@ def _layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    """Return a LayerNorm whose denominator is a constant, while its mean is none (rule 2)."""
+    """Return a LayerNorm whose denominator is a constant; its mean is not (rule 2)."""
     mean = x.mean(-1, keepdim=True)
     centered = x - mean
     squares = centered.square()

@@ -16,7 +16,7 @@ from torch import Tensor
 OutputNodes = Callable[[Tensor], Tensor]
 """Chooses which output entries [batch, pos, K] are nodes."""
 Reading = Callable[[Tensor], Tensor]
-"""The quantity that nodes stand for: a linear map of logits [..., vocab], one number a token."""
+"""The quantity that nodes stand for: a linear map of logits [..., vocab], one number per token."""
 
 
 def logits(x: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
@@ -67,7 +67,7 @@ def every_output(output: Float[Tensor, "batch pos K"]) -> Bool[Tensor, "batch po
 def likely_tokens(
     probability: Float[Tensor, "batch pos vocab"], floor: float = 0.01, top_k: int = 15
 ) -> OutputNodes:
-    """Choose at most 15 tokens a position, with CI-masked probability above 0.01 (A3)."""
+    """Choose the `top_k` likeliest tokens per position whose probability is above `floor` (A3)."""
     vocab = probability.shape[-1]
     k = min(top_k, vocab)
     top = probability.topk(k, dim=-1)

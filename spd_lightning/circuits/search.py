@@ -15,8 +15,8 @@ position, fewer components can be enough:
 3. *Evaluation.* The number of components that are left, and the probability of the label under ci,
    stochastic and adversarial masks. A small circuit that an adversary can break is not a circuit.
 
-Not here: the choice of λ is the caller's (`select_circuits` has a rule); `prompt_graphs` computes
-graphs of the result.
+Not here: the choice of λ is the caller's (`select_circuits` has a rule), and graphs of the result
+are those of `attribution.prompt_graphs`.
 """
 
 from collections.abc import Callable, Mapping

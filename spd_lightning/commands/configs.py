@@ -10,7 +10,7 @@ from spd_lightning.commands import options
 GROUPS = (
     "toys",
     "language models, offline",
-    "language models, from the network",
+    "language models, downloaded",
     "targets, trained by the decompositions that name them",
     "shared parts, and overrides to add to other configs",
 )

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from spd_lightning import config as configs
 from spd_lightning import runs
 from spd_lightning.commands import loading, options
-from spd_lightning.commands.interventions import Row, each, rows_of
-from spd_lightning.decomposition.names import place, within
+from spd_lightning.commands.interventions import LARGEST, Row, each, rows_of
+from spd_lightning.decomposition.names import check_within, parse_place
 from spd_lightning.errors import BadInput
 from spd_lightning.runs.kind import Kind, kind
 
@@ -92,7 +92,7 @@ def _check(row: Row, run_kind: Kind) -> None:
         raise _no_texts(run_kind.name)
     if run_kind.counts:
         for name in row.components:
-            place(run_kind.counts, name)
+            parse_place(run_kind.counts, name)
 
 
 def _no_texts(run: str) -> BadInput:
@@ -122,7 +122,7 @@ def _inputs(row: Row, run: str, module: Decomposition, data: StepData) -> Tensor
         _check_tokens(numbers, vocab, context)
     positions = 1 if vocab is None else len(numbers)
     for name in row.components:
-        within(place(module.model.counts, name), positions)
+        check_within(parse_place(module.model.counts, name), positions)
     prompt = torch.tensor([numbers])  # [1, features] or [1, pos]
     module.try_on(prompt)
     return prompt
@@ -141,10 +141,6 @@ def _check_tokens(tokens: Sequence[int], vocab: int, context: int | None) -> Non
             f"prompt: it has {len(tokens)} tokens, and the target's context holds {context}; "
             "shorten it"
         )
-
-
-LARGEST = 3e38
-"""The largest number of single precision, rounded down."""
 
 
 def _numbers(prompt: Any, whole: bool) -> list[Any]:

@@ -3,6 +3,7 @@
 Every function takes summaries of runs, as `summary.json` holds them.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -129,9 +130,26 @@ def _with_error(summary: Mapping[str, Any], key: str, label: str, unit: str) -> 
     if value is None:
         return ""
     error = summary.get(f"se/{key}")
-    if error is None:
-        return f"{label} {value:.4g}{unit}"
-    return f"{label} {value:.4g} ± {error:.2g}{unit}"
+    return f"{label} {uncertain(value, error)}{unit}"
+
+
+def uncertain(value: float | int, error: float | None) -> str:
+    """Format a value to its last certain digit; to four digits if its error is unknown."""
+    if error is None or not error > 0 or not math.isfinite(error):
+        if isinstance(value, int):
+            return str(value)
+        return f"{value:.4g}"
+    exponent = math.log10(error)
+    digits = -math.floor(exponent)
+    scientific = f"{error:e}"
+    if scientific.startswith("1"):
+        digits += 1  # 0.0014 rather than 0.001
+    if digits > 6 or digits < -3:
+        return f"{value:.4g} ± {error:.1g}"
+    places = max(0, digits)
+    value = round(value, digits)
+    error = round(error, digits)
+    return f"{value:.{places}f} ± {error:.{places}f}"
 
 
 def _figure(value: int | float | None, digits: int) -> str:

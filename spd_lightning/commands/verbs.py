@@ -132,8 +132,8 @@ RUN = Option(
 )
 CONFIG = Option(
     "--config",
-    "a config: a path, or a name that 'list' shows; repeat it to merge configs: later ones win, "
-    "and the callbacks of all but the first add up",
+    "a config: a path, or a name that 'list' shows; repeat it to merge configs: later ones win; "
+    "the callbacks of the second and later configs are combined, and replace those of the first",
     "NAME",
     many=True,
     needed=True,
@@ -225,7 +225,7 @@ _ALL = (
     Verb(
         "predict",
         "--config tms.yaml",
-        "Harvest graphs, importances or sums of a run over its prompts.",
+        "Harvest attribution graphs, importances or edge sums for the prompts of a run.",
         "predict --config tms.yaml --config frozen.yaml",
         RUN_OPTIONS,
         True,
@@ -265,7 +265,7 @@ _ALL = (
             ),
             Option(
                 "--set",
-                "components whose inner activation to set to X",
+                "set the inner activation of these components to X",
                 "NAME=X",
                 many=True,
                 example="h.0.mlp.c_fc:5=1",

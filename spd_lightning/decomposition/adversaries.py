@@ -394,7 +394,7 @@ class PersistentAdversary:
         beta1, beta2 = self.settings.betas
         lr = self._learning_rate(progress)
         self.updates += 1
-        bias1 = 1 - beta1**self.updates  # corrects that the moments start at zero
+        bias1 = 1 - beta1**self.updates  # corrects for moments that start at 0
         bias2 = 1 - beta2**self.updates
         step_size = lr / bias1
         parts = self.world * self.parts  # of the global batch

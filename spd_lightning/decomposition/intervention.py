@@ -59,7 +59,7 @@ def place(model: ComponentModel, name: str) -> Place:
     Raises:
         BadInput: the name has another form, or the site or component does not exist.
     """
-    return names.place(model.counts, name)
+    return names.parse_place(model.counts, name)
 
 
 def places(model: ComponentModel, nodes: Iterable[str]) -> list[Place]:
@@ -160,7 +160,7 @@ def _check_places(
     if keep is not None:
         locations += keep
     for location in locations:
-        names.known(model.counts, location)
+        names.check_known(model.counts, location)
 
 
 class _EditedRun:
@@ -240,7 +240,7 @@ def _by_position(site: Site, w: Float[Tensor, "... C"]) -> Float[Tensor, "... po
 def _index(location: Place, by_position: Float[Tensor, "... pos C"]) -> tuple:
     """Return the index of a place in values [..., pos, C]."""
     length = by_position.shape[-2]
-    names.within(location, length)
+    names.check_within(location, length)
     if location.positions is None:
         positions = slice(None)
     else:

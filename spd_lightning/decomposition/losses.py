@@ -96,7 +96,7 @@ def anneal(
 ) -> float:
     """Interpolate from `start` to `final` between two fractions of training, constant outside."""
     if progress >= end:
-        return start + (final - start)  # rounded like the line below
+        return start + (final - start)  # rounded like the last line
     if progress <= begin:
         return start
     share = (progress - begin) / (end - begin)
@@ -311,8 +311,7 @@ def _smooth_count(
 ) -> Float[Tensor, ""]:
     """Return `Σ_c mean g² / (g² + γ²)` of a site."""
     square = g.square()
-    size = g.square() + gamma**2
-    counts = square / size  # [..., C]
+    counts = square / (square + gamma**2)  # [..., C]
     means = component_means(counts, 1.0, weights)  # [C]
     return means.sum()
 
@@ -373,6 +372,9 @@ class Losses:
         Args:
             run: the batch and what the losses share.
             progress: fraction of training, for everything that is annealed.
+
+        Raises:
+            BadInput: every coefficient is 0.
         """
         run.progress = progress
         terms: WeightedTerms = {}
@@ -387,6 +389,8 @@ class Losses:
         for name, (coeff, value) in terms.items():
             weighted.append(coeff * value)
             values[name] = value.detach()
+        if not weighted:
+            raise BadInput("losses: every coefficient is 0; give at least one of them a value")
         total = torch.stack(weighted).sum()
         return total, values
 

@@ -191,9 +191,8 @@ def draw_routes(
             numbers = uniform(like, (L, *positions), generator)
             order = numbers.argsort(0)  # [L, ...]: a random order of the sites
             rank = order.argsort(0)  # [L, ...]: the place of each site in this order
-            size = torch.randint(
-                1, L + 1, positions, generator=generator, device=like.device
-            )  # [...]
+            device = like.device
+            size = torch.randint(1, L + 1, positions, generator=generator, device=device)
             decomposed = rank < size  # [L, ...]
             yield dict(zip(names, decomposed, strict=True))
         case "static":

@@ -28,10 +28,10 @@ class Place(NamedTuple):
     positions: tuple[int, ...] | None = None
 
 
-def place(counts: Mapping[str, int], name: str) -> Place:
+def parse_place(counts: Mapping[str, int], name: str) -> Place:
     """Return the place that a name refers to.
 
-    >>> place({"h.0.mlp.up": 8}, "h.0.mlp.up:3-5:7")
+    >>> parse_place({"h.0.mlp.up": 8}, "h.0.mlp.up:3-5:7")
     Place(site='h.0.mlp.up', component=7, positions=(3, 4, 5))
 
     Args:
@@ -56,7 +56,7 @@ def place(counts: Mapping[str, int], name: str) -> Place:
     if len(numbers) == 2:
         positions = _positions(name, numbers[0])
     parsed = Place(site, int(component), positions)  # step 1
-    known(counts, parsed)  # step 2
+    check_known(counts, parsed)  # step 2
     return parsed
 
 
@@ -87,7 +87,7 @@ def _positions(name: str, word: str) -> tuple[int, ...]:
     return positions
 
 
-def known(counts: Mapping[str, int], location: Place) -> None:
+def check_known(counts: Mapping[str, int], location: Place) -> None:
     """Raise BadInput if the site or the component of a place does not exist."""
     site, component, _ = location
     if site not in counts:
@@ -99,7 +99,7 @@ def known(counts: Mapping[str, int], location: Place) -> None:
         )
 
 
-def within(location: Place, length: int) -> None:
+def check_within(location: Place, length: int) -> None:
     """Raise BadInput if a place is beyond the end of a prompt of `length` positions."""
     for pos in location.positions or ():
         if not 0 <= pos < length:

@@ -112,9 +112,9 @@ class SparseCircuits(Harvester):
             "layers": layer_names(module.model, mode.linearization == "frozen"),
         }
 
-    def refuse(self, module: Decomposition, prompts: Prompts) -> None:
+    def check_prompts(self, module: Decomposition, prompts: Prompts) -> None:
         """Check prompts of one length, and that the search suits them."""
-        super().refuse(module, prompts)
+        super().check_prompts(module, prompts)
         vocab = vocab_of(module.network)
         check_search(self.search, prompts.inputs, vocab)
 
@@ -151,7 +151,7 @@ class SparseCircuits(Harvester):
         layers, parts = decoder.parts(spec)
         graphs = prune_and_count(module.model, layers, parts, self.min_share)
         if spec.frozen:
-            self.missed(largest_gap(graphs.gaps))
+            self.note_gap(largest_gap(graphs.gaps))
         pos = 0 if inputs.is_floating_point() else self.search.position % inputs.shape[1]
         adversary_steps = self.search.judge.steps
         return {

@@ -137,7 +137,7 @@ class DatasetEdges(Harvester):
         nodes, pairs = decoder.sums(spec, self._includes)
         names = layer_names(module.model, spec.frozen)
         if spec.frozen and all(self._includes(layer) for layer in names):
-            self.missed(sums_gap(module.model, nodes, pairs))
+            self.note_gap(sums_gap(module.model, nodes, pairs))
         positions = runs.target[..., 0].numel()  # of all prompts together
         return {
             "prompts": prompt_rows(prompts, ids, self.names),

@@ -140,9 +140,9 @@ class PromptGraphs(Harvester):
             "layers": layer_names(module.model, mode.linearization == "frozen"),
         }
 
-    def refuse(self, module: Decomposition, prompts: Prompts) -> None:
+    def check_prompts(self, module: Decomposition, prompts: Prompts) -> None:
         """Check prompts of one length, and that the chosen nodes and outputs exist."""
-        super().refuse(module, prompts)
+        super().check_prompts(module, prompts)
         inputs = prompts.inputs
         length = 1
         if not inputs.is_floating_point():
@@ -190,7 +190,7 @@ class PromptGraphs(Harvester):
         layers, parts = decoder.parts(spec, max_edges)
         graphs = prune_and_count(module.model, layers, parts, self.min_share, max_edges)
         if spec.frozen:
-            self.missed(largest_gap(graphs.gaps))
+            self.note_gap(largest_gap(graphs.gaps))
         tried = sample_edges(layers, graphs.tables, ids, self.checks)
         changes = decoder.changes(spec, tried.checks, FACTOR)
         checks = check_rows(tried, changes, ids)

@@ -92,7 +92,7 @@ class Harvester(Callback, ABC):
         prompts = budgets.MAX_COMPONENT_NUMBERS // entries_per_prompt
         return max(1, prompts)
 
-    def refuse(self, module: Decomposition, prompts: Prompts) -> None:
+    def check_prompts(self, module: Decomposition, prompts: Prompts) -> None:
         """Check prompts of one length, before anything is computed or written.
 
         Raises:
@@ -124,7 +124,7 @@ class Harvester(Callback, ABC):
         self._settings = self.manifest(pl_module)
         if isinstance(data, StepData):
             for prompts in data.groups():
-                self.refuse(pl_module, prompts)
+                self.check_prompts(pl_module, prompts)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Decomposition)
@@ -208,7 +208,7 @@ class Harvester(Callback, ABC):
         self._pending = set()
         self._gap = None
 
-    def missed(self, gap: float) -> None:
+    def note_gap(self, gap: float) -> None:
         """Remember the gap of some frozen graphs (A6), to write it with them."""
         if self._gap is None:
             self._gap = max(gap, 0.0)

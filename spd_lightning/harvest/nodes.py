@@ -13,7 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from spd_lightning.attribution.graph import Layer
+from spd_lightning.attribution.graph import Layer, with_positions
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import check_range
@@ -28,7 +28,6 @@ from spd_lightning.harvest.rows import (
     output_rows,
     prompt_rows,
     run_clean_and_masked,
-    shape3,
 )
 from spd_lightning.training.decompose import Decomposition
 
@@ -117,7 +116,7 @@ def clean_layers(
     """
     layers = []
     if inputs.is_floating_point():
-        features = shape3(inputs)  # [batch, 1, features]
+        features = with_positions(inputs)  # [batch, 1, features]
         layers.append(Layer("input", "input", None, features, features != 0))
     for name, vector in vectors.items():
         norms = full(vector).norm(dim=-1, keepdim=True)  # [batch, pos, 1] or [pos, 1]
@@ -125,8 +124,8 @@ def clean_layers(
         every_position = torch.ones_like(value, dtype=torch.bool)
         layers.append(Layer(name, "embedding", None, value, every_position))
     for site in runs.clean.inputs:
-        g = full(shape3(runs.importances[site]))  # [batch, pos, C]
-        a = full(shape3(runs.clean.inner[site]))  # [batch, pos, C]
+        g = full(with_positions(runs.importances[site]))  # [batch, pos, C]
+        a = full(with_positions(runs.clean.inner[site]))  # [batch, pos, C]
         is_node = g > threshold
         layers.append(Layer(site, "component", None, a, is_node, g))
     chosen_outputs = runs.nodes(runs.ci)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spd_lightning.attribution.autograd import biased, embeddings
 from spd_lightning.attribution.closed_form.heads import HeadTable
-from spd_lightning.attribution.graph import EdgeTable, Layer, node_numbers
+from spd_lightning.attribution.graph import EdgeTable, Layer, node_numbers, with_positions
 from spd_lightning.attribution.outputs import OutputNodes, every_output, likely_tokens
 from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.components import IDENTITY, Mask
@@ -77,20 +77,13 @@ def run_clean_and_masked(
                 )
         masks = {site: Mask(values, 0.0) for site, values in g.items()}
         masked = model.masked(inputs, masks, clean)
-        target = full(shape3(clean.output))
-        ci = full(shape3(masked))
+        target = full(with_positions(clean.output))
+        ci = full(with_positions(masked))
         nodes = every_output
         if not vectors:
             probabilities = ci.softmax(-1)
             nodes = likely_tokens(probabilities)
     return Runs(clean, g, target, ci, nodes)
-
-
-def shape3(x: Tensor) -> Tensor:
-    """Return [batch, K] as [batch, 1, K], and [batch, pos, K] unchanged."""
-    if x.ndim == 2:
-        return x[:, None]
-    return x
 
 
 def full(x: Tensor) -> Tensor:

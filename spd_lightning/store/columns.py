@@ -85,7 +85,10 @@ TABLES: dict[str, Table] = {
                 "part of a character; `labels.joined` restores the text.",
             ),
             "source": Column(pl.String, "Where it comes from: a file and line, or a corpus."),
-            "split": Column(pl.String, "The part of the data: given, val or train."),
+            "split": Column(
+                pl.String,
+                "The part of the data: given or validation for text; probe or random for toys.",
+            ),
         },
     ),
     "nodes": Table(
@@ -182,7 +185,7 @@ TABLES: dict[str, Table] = {
             "activation_sum": Column(pl.Float64, "Σ a over all positions."),
             "norm": Column(pl.Float32, "The Frobenius norm of its matrix; equal in all groups."),
             "alive": Column(
-                pl.Boolean, "Whether its matrix is more than a remnant; equal in all groups."
+                pl.Boolean, "Whether its matrix is not a remnant; equal in all groups."
             ),
         },
     ),

@@ -258,9 +258,9 @@ class Decomposition(MultiStepModule):
         """Measure how often components are important in the whole batch, for the frequency loss."""
         losses = self.losses
         self._frequencies = None
-        if len(parts) <= 1 or not losses.frequency.coeff:
-            return  # a single part measures its frequencies itself
         progress = self._progress_at(step)
+        if len(parts) <= 1 or not losses.frequency.coefficient(progress):
+            return  # a part measures its own frequencies
         means = list[Tensor]()  # [components] each
         with torch.no_grad():
             for part in parts:
@@ -400,7 +400,7 @@ class Decomposition(MultiStepModule):
 
     def on_validation_epoch_start(self) -> None:
         self._totals = Totals()
-        self._ladder = dict[str, float]()
+        self._pgd_figures = dict[str, float]()
 
     def validation_step(self, batch: Tensor, batch_index: int) -> None:
         share = DeviceShare(self.global_rank, self.trainer.world_size)
@@ -411,7 +411,7 @@ class Decomposition(MultiStepModule):
             run = LossContext.from_batch(self.model, batch, generator)
             count(self.model, run, self.evaluation, self._totals, share)
             if batch_index == 0:
-                self._ladder = pgd_sweep(self.model, batch, self.evaluation, self.say)
+                self._pgd_figures = pgd_sweep(self.model, batch, self.evaluation, self.say)
                 self._width = batch.shape[1] if batch.is_floating_point() else None
 
     def _full_precision(self) -> AbstractContextManager[Any]:
@@ -471,7 +471,7 @@ class Decomposition(MultiStepModule):
         model = self.model
         totals = self._totals.over_devices()
         figures = figures_of(model, totals, self.evaluation)
-        figures |= self._ladder
+        figures |= self._pgd_figures
         figures["loss/faithfulness"] = float(Faithfulness()(model))
         arrays: dict[str, Tensor] = {}
         for site in model.sites:

@@ -334,32 +334,3 @@ def counts(figure: str) -> bool:
     """Return whether a figure is a count."""
     kind = figure.split("/")[0]
     return kind in COUNTS
-
-
-def with_errors(figures: Mapping[str, float | int]) -> dict[str, str]:
-    """Format figures for people, such as `0.123 ± 0.004` if a standard error is known."""
-    texts = {}
-    for name, value in figures.items():
-        if not name.startswith("se/"):
-            error = figures.get(f"se/{name}")
-            texts[name] = uncertain(value, error)
-    return texts
-
-
-def uncertain(value: float | int, error: float | None) -> str:
-    """Format a value to its last certain digit; to four digits if its error is unknown."""
-    if error is None or not error > 0 or not math.isfinite(error):
-        if isinstance(value, int):
-            return str(value)
-        return f"{value:.4g}"
-    exponent = math.log10(error)
-    digits = -math.floor(exponent)
-    scientific = f"{error:e}"
-    if scientific.startswith("1"):
-        digits += 1  # 0.0014 rather than 0.001
-    if digits > 6 or digits < -3:
-        return f"{value:.4g} ± {error:.1g}"
-    places = max(0, digits)
-    value = round(value, digits)
-    error = round(error, digits)
-    return f"{value:.{places}f} ± {error:.{places}f}"

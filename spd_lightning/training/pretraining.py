@@ -30,7 +30,7 @@ from spd_lightning.files import make_folder, sweep
 from spd_lightning.targets.language import LanguageModel, sample
 from spd_lightning.training.checkpoint import LAST, Checkpoints, resumable
 from spd_lightning.training.open_target import described, target_folder
-from spd_lightning.training.session import Plan, Session, Settings
+from spd_lightning.training.session import Plan, Session, Settings, quiet
 from spd_lightning.training.target import VALIDATION
 from spd_lightning.training.tensor_files import write_tensors
 
@@ -67,7 +67,7 @@ def train_target(
     config = configs.load(name) if config is None else config
     folder = target_folder(name, config, overrides)
     make_folder(folder)
-    with _alone(folder):
+    with _alone(folder), quiet():
         sweep(folder)
         sweep(folder / LAST.parent)
         if not (folder / "target.json").exists():

@@ -2,7 +2,7 @@
 
 Closed forms compute edges as arrays, padded where one position has fewer nodes than another. An
 `EdgeSink` receives them: `TableSink` makes one row of each edge, as prompt graphs need them;
-`dataset_edges.EdgeSums` adds them up.
+`edge_sums.EdgeSums` adds them up.
 """
 
 from collections.abc import Callable, Iterator
