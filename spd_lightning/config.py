@@ -357,13 +357,7 @@ def digest(config: Any) -> str:
 
 def dump(config: Mapping[str, Any]) -> str:
     """Return a config as YAML that `load` reads back."""
-    text = yaml.dump(
-        dict(config),
-        Dumper=_Dumper,
-        sort_keys=False,
-        width=120,
-        allow_unicode=True,
-    )
+    text = yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
     if MORE_LINE_ENDS & set(text):
         return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120)
     return text

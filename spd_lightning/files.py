@@ -38,10 +38,7 @@ def make_folder(path: Path) -> None:
     """Make a folder and its parents if they are missing, and flush its name to disk."""
     if path.is_dir():
         return
-    path.mkdir(
-        parents=True,
-        exist_ok=True,
-    )
+    path.mkdir(parents=True, exist_ok=True)
     sync_folder(path.parent)
 
 

@@ -266,11 +266,7 @@ def test_g1_chunks_are_transformers_of_their_own():
         target, {"*": 3}, importance=Importance(**SMALL, chunk_layers=2)
     ).double()
     function: Any = model.importance_function
-    assert [list(part.counts) for part in function.parts] == [
-        ["0", "1"],
-        ["2", "3"],
-        ["4"],
-    ]
+    assert [list(part.counts) for part in function.parts] == [["0", "1"], ["2", "3"], ["4"]]
     inputs = {name: torch.randn(2, 6, 4).double() for name in model.sites}
     z = function(inputs, {})
     assert list(z) == list(model.sites)

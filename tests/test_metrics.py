@@ -34,13 +34,7 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import LossContext
 from spd_lightning.errors import BadInput
 from spd_lightning.targets.toy import TMS, InductionHead, ResidualBlock, ResidualMLP
-from spd_lightning.training.evaluate import (
-    Evaluation,
-    Totals,
-    count,
-    figures_of,
-    hidden_squares,
-)
+from spd_lightning.training.evaluate import Evaluation, Totals, count, figures_of, hidden_squares
 from spd_lightning.training.ground_truth import lone_features, truth, verdict
 from spd_lightning.training.pgd_sweep import pgd_sweep
 

@@ -43,7 +43,4 @@ def fidelity(store: Store, prompt: int | None = None) -> Fidelity:
     }
     totals = store.collect(graphs.select(**sums))
     agreement = store.collect(checks.select(**AGREEMENT))
-    return Fidelity(
-        **totals.row(0, named=True),
-        **agreement.row(0, named=True),
-    )
+    return Fidelity(**totals.row(0, named=True), **agreement.row(0, named=True))

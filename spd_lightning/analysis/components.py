@@ -24,15 +24,11 @@ def importance_matrix(
     Raises:
         BadInput: the harvest has no such site, or a file is damaged.
     """
-    rows = pl.LazyFrame(
-        {"prompt_id": prompts},
-        schema={"prompt_id": pl.UInt64},
-    )
+    rows = pl.LazyFrame({"prompt_id": prompts}, schema={"prompt_id": pl.UInt64})
     rows = rows.with_row_index("row")
     site_name = site(store, layer)
     nodes = store.scan("nodes_by_component").filter(
-        pl.col("layer") == site_name,
-        pl.col("kind") == "component",
+        pl.col("layer") == site_name, pl.col("kind") == "component"
     )
     combined = pl.col("importance")
     if over == "largest":
@@ -91,10 +87,7 @@ def identity_order(matrix: Float32[np.ndarray, "prompt C"]) -> Int64[np.ndarray,
 def size_order(matrix: Float32[np.ndarray, "prompt C"]) -> Int64[np.ndarray, " C"]:
     """Return the order of columns by decreasing sum."""
     sums = matrix.sum(axis=0)
-    order = np.argsort(
-        -sums,
-        kind="stable",
-    )
+    order = np.argsort(-sums, kind="stable")
     return order.astype(np.int64)
 
 

@@ -135,10 +135,7 @@ def strongest(
     ]
     nonzero = rows.filter(value != 0)
     ranked = nonzero.sort(order).head(top_k)
-    intervals = ranked.with_columns(
-        low=value - half_width,
-        high=value + half_width,
-    )
+    intervals = ranked.with_columns(low=value - half_width, high=value + half_width)
     return store.collect(intervals.drop("half"))
 
 
@@ -175,11 +172,7 @@ def _scaled(store: Store, sums: pl.LazyFrame, scale: Scale) -> pl.LazyFrame:
     )
     mean_square = pl.col("activation_square_sum") / pl.col("positions")
     components = nodes.filter(~pl.col("kind").is_in(BESIDE))
-    targets = components.select(
-        target_layer="layer",
-        target="component",
-        rms=mean_square.sqrt(),
-    )
+    targets = components.select(target_layer="layer", target="component", rms=mean_square.sqrt())
     source_keys = ["source_kind", "source_layer", "source"]
     target_keys = ["target_layer", "target"]
     joined = sums.join(sources, on=source_keys, how="left")

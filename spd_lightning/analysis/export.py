@@ -94,21 +94,13 @@ class Export:
             "cumulative": cumulative(influences),
         }
         outputs = self.store.scan("outputs", self.prompt).select(
-            "pos",
-            "token",
-            component="token_id",
+            "pos", "token", component="token_id"
         )
         nodes = self.graph.nodes.join(
-            pl.DataFrame(columns),
-            on="node",
-            how="left",
-            maintain_order="left",
+            pl.DataFrame(columns), on="node", how="left", maintain_order="left"
         )
         nodes = nodes.join(
-            self.store.collect(outputs),
-            on=["pos", "component"],
-            how="left",
-            maintain_order="left",
+            self.store.collect(outputs), on=["pos", "component"], how="left", maintain_order="left"
         )
         return [
             row | {"name": node_name(row), "token": self._token(row)} for row in nodes.to_dicts()

@@ -105,15 +105,10 @@ def whole_graph(store: Store, prompt: int) -> Graph:
             "harvest this one"
         )
     outputs = store.scan("outputs", prompt).select(
-        "pos",
-        component="token_id",
-        weight="ci_probability",
+        "pos", component="token_id", weight="ci_probability"
     )
     nodes = nodes.join(
-        store.collect(outputs),
-        on=["pos", "component"],
-        how="left",
-        maintain_order="left",
+        store.collect(outputs), on=["pos", "component"], how="left", maintain_order="left"
     )
     is_output = pl.col("kind") == "output"
     probability = pl.col("weight").cast(pl.Float64).fill_null(1.0)
@@ -160,17 +155,9 @@ def _together(store: Store, prompts: pl.Series) -> tuple[pl.DataFrame, pl.DataFr
     parts = store.collect(store.scan("nodes").filter(is_merged))
     parts = parts.sort(place)
     places = parts.group_by(place, maintain_order=True)
-    merged_nodes = places.agg(
-        pl.col("importance").max(),
-        pl.col("activation").sum(),
-    )
+    merged_nodes = places.agg(pl.col("importance").max(), pl.col("activation").sum())
     nodes = merged_nodes.with_row_index("node")
-    new_numbers = parts.select(place).join(
-        nodes,
-        on=place,
-        how="left",
-        maintain_order="left",
-    )
+    new_numbers = parts.select(place).join(nodes, on=place, how="left", maintain_order="left")
     numbers = parts.select("prompt_id", was="node")
     numbers = numbers.with_columns(now=new_numbers["node"])
     edges = store.collect(store.scan("edges").filter(is_merged))

@@ -73,10 +73,7 @@ def influence(graph: Graph, outputs: Sequence[int] | None = None) -> pl.DataFram
         BadInput: one of `outputs` is not in the graph.
     """
     weights = _weights(graph, outputs)
-    columns = {
-        "node": graph.nodes["node"],
-        "influence": graph.shares.flow_back(weights),
-    }
+    columns = {"node": graph.nodes["node"], "influence": graph.shares.flow_back(weights)}
     return pl.DataFrame(columns)
 
 
@@ -297,10 +294,7 @@ class _Shares:
 
     def has_out_edges(self) -> np.ndarray:
         """Mark the nodes that are the source of an edge."""
-        out_degree = np.bincount(
-            self.source,
-            minlength=self.size,
-        )
+        out_degree = np.bincount(self.source, minlength=self.size)
         return out_degree > 0
 
 
@@ -341,15 +335,8 @@ def _keep_nodes(graph: Graph, stays: np.ndarray) -> Graph:
     mask = pl.Series(stays)
     nodes = graph.nodes.filter(mask)
     numbers = nodes["node"].implode()
-    edges = graph.edges.filter(
-        pl.col("source").is_in(numbers),
-        pl.col("target").is_in(numbers),
-    )
-    return replace(
-        graph,
-        nodes=nodes,
-        edges=edges,
-    )
+    edges = graph.edges.filter(pl.col("source").is_in(numbers), pl.col("target").is_in(numbers))
+    return replace(graph, nodes=nodes, edges=edges)
 
 
 def _keep_strong_edges(graph: Graph, weights: np.ndarray, share: float) -> Graph:

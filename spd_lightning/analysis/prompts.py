@@ -44,9 +44,7 @@ def prompt_list(store: Store) -> pl.DataFrame:
     prompts = store.collect(store.scan("prompts").sort(order, nulls_last=True))
     names = [prompt_label(row) for row in prompts.iter_rows(named=True)]
     return prompts.select(
-        "prompt_id",
-        label=pl.Series("label", names, dtype=pl.String),
-        split="split",
+        "prompt_id", label=pl.Series("label", names, dtype=pl.String), split="split"
     )
 
 
@@ -60,11 +58,7 @@ def graph_list(store: Store) -> pl.DataFrame:
     count = int(probes.sum())
     if count < 2 or store.manifest["kind"] != "vectors":
         return prompts
-    together = {
-        "prompt_id": [ALL_PROBES],
-        "label": [together_label(count)],
-        "split": ["probe"],
-    }
+    together = {"prompt_id": [ALL_PROBES], "label": [together_label(count)], "split": ["probe"]}
     first = pl.DataFrame(together, schema=prompts.schema)
     return pl.concat([first, prompts])
 
@@ -179,11 +173,7 @@ def together_label(count: int) -> str:
 
 def _search_keys(prompt: Mapping[str, Any]) -> list[str]:
     """Return the search keys of a prompt's source, text and label."""
-    names = [
-        prompt["source"],
-        prompt_text(prompt),
-        prompt_label(prompt, most=10**6),
-    ]
+    names = [prompt["source"], prompt_text(prompt), prompt_label(prompt, most=10**6)]
     return [search_key(name) for name in names]
 
 

@@ -37,11 +37,7 @@ def component_spread(store: Store) -> pl.DataFrame:
     variance = pl.col("square") - square_of_mean
     spread = variance.clip(0).sqrt()
     spreads = moments.with_columns(spread=spread)
-    ranked = spreads.sort(
-        -pl.col("spread"),
-        IN_FORWARD_ORDER,
-        "component",
-    )
+    ranked = spreads.sort(-pl.col("spread"), IN_FORWARD_ORDER, "component")
     return store.collect(ranked.drop("square"))
 
 
@@ -68,16 +64,9 @@ def component_places(store: Store, layer: str, component: int) -> pl.DataFrame:
             f"to {count - 1}"
         )
     nodes = store.scan("nodes_by_component").filter(
-        pl.col("component") == component,
-        pl.col("layer") == layer,
-        pl.col("kind") == "component",
+        pl.col("component") == component, pl.col("layer") == layer, pl.col("kind") == "component"
     )
-    ranked = nodes.sort(
-        -IMPORTANCE,
-        -SIZE,
-        "prompt_id",
-        "pos",
-    )
+    ranked = nodes.sort(-IMPORTANCE, -SIZE, "prompt_id", "pos")
     columns = ranked.select("prompt_id", "pos", "importance", "activation")
     return store.collect(columns)
 
@@ -88,16 +77,8 @@ def token_components(store: Store, prompt: int, pos: int) -> pl.DataFrame:
     Columns layer, component, importance, activation. Ties are broken by |activation|, the largest
     first.
     """
-    nodes = store.scan("nodes", prompt).filter(
-        pl.col("pos") == pos,
-        pl.col("kind") == "component",
-    )
-    ranked = nodes.sort(
-        -IMPORTANCE,
-        -SIZE,
-        IN_FORWARD_ORDER,
-        "component",
-    )
+    nodes = store.scan("nodes", prompt).filter(pl.col("pos") == pos, pl.col("kind") == "component")
+    ranked = nodes.sort(-IMPORTANCE, -SIZE, IN_FORWARD_ORDER, "component")
     columns = ranked.select("layer", "component", "importance", "activation")
     return store.collect(columns)
 

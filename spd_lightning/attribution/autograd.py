@@ -104,13 +104,7 @@ class _CutRun:
             out = spec.reading(out)
         value = out.reshape(shape3(out))  # [batch, pos, K]
         nodes = spec.outputs(value.detach())
-        output = Layer(
-            name="output",
-            kind="output",
-            leaf=None,
-            value=value,
-            nodes=nodes,
-        )
+        output = Layer(name="output", kind="output", leaf=None, value=value, nodes=nodes)
         return [*self.layers, output]
 
     def _cut_input(self, inputs: Tensor) -> Tensor:
@@ -326,12 +320,7 @@ def _vjps(
         cotangents = value.new_zeros(len(chunk), *value.shape)
         cotangents[every, :, pos, component] = 1
         gradients = torch.autograd.grad(
-            value,
-            leaves,
-            cotangents,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=True,
+            value, leaves, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
         yield chunk, gradients
 

@@ -30,11 +30,6 @@ def finished(request: RunArguments, tracked: bool) -> Iterator["Session"]:
         def plan(settings: dict[str, Any]) -> Plan:
             assert run is not None  # --print_config exits before a plan is made
             model = Decomposition.from_pretrained(run.path)
-            return Plan(
-                run.path,
-                run.name,
-                model,
-                tracked=tracked,
-            )
+            return Plan(run.path, run.name, model, tracked=tracked)
 
         yield Session(config, request.overrides, plan)

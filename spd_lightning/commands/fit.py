@@ -123,16 +123,8 @@ def _train(session: "Session") -> None:
     trainer = session.trainer
     session.copies.begin(session.settings)
     checkpoint = resumable(session.plan.folder)
-    trainer.fit(
-        session.model,
-        datamodule=session.datamodule,
-        ckpt_path=checkpoint,
-    )
-    trainer.validate(
-        session.model,
-        datamodule=session.datamodule,
-        verbose=False,
-    )
+    trainer.fit(session.model, datamodule=session.datamodule, ckpt_path=checkpoint)
+    trainer.validate(session.model, datamodule=session.datamodule, verbose=False)
     # Forked devices evaluate in their own processes, so this one takes over their metrics.
     session.model.adopt(trainer.callback_metrics)
 

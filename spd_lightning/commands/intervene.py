@@ -342,11 +342,7 @@ def table_of_rows(answers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return the cells of one intervention's line."""
-    cells = {
-        "line": str(facts["line"]),
-        "name": _visible(facts["name"]),
-        "base": facts["base"],
-    }
+    cells = {"line": str(facts["line"]), "name": _visible(facts["name"]), "base": facts["base"]}
     if "outputs" in facts:
 
         def change(row: Mapping[str, Any]) -> float:

@@ -34,11 +34,7 @@ def announced(what: str = "torch") -> Iterator[None]:
     """Print "loading torch ..." to standard error if loading takes long and it is a terminal."""
 
     def announce() -> None:
-        print(
-            f"loading {what} ...",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"loading {what} ...", file=sys.stderr, flush=True)
 
     timer = threading.Timer(LONG, announce)
     timer.daemon = True

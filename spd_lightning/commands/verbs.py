@@ -456,10 +456,7 @@ _ALL = (
         "[--table]",
         "List the runs with their states and results.",
         "runs --table",
-        (
-            Option("--table", "print a table of results"),
-            Option("--json", "print JSON"),
-        ),
+        (Option("--table", "print a table of results"), Option("--json", "print JSON")),
     ),
     Verb("list", "", "List the configs that come with this package.", "list", module="configs"),
     Verb("push", "RUN", "Send a finished run to its trackers again.", "push tms", (RUN,)),

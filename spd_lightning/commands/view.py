@@ -15,9 +15,4 @@ def main(argv: Sequence[str]) -> None:
         runs.find(path)  # report a wrong name before the seconds of importing gradio
     from spd_lightning.viewer.app import launch
 
-    launch(
-        path,
-        arguments.port,
-        arguments.host,
-        open_browser=not arguments.no_browser,
-    )
+    launch(path, arguments.port, arguments.host, open_browser=not arguments.no_browser)

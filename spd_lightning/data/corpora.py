@@ -353,11 +353,7 @@ def _standard_library(root: Path) -> Iterator[str]:
 
 def _file_state(path: Path) -> list[Any]:
     status = path.stat()
-    return [
-        str(path.resolve()),
-        status.st_size,
-        status.st_mtime_ns,
-    ]
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
 @contextmanager

@@ -106,10 +106,7 @@ def generator_for(seed: int, split: str, step: int, rank: int) -> torch.Generato
     Its seed is a hash of the four arguments, so that neighboring steps have unrelated seeds.
     """
     label = f"{seed} {split} {step} {rank}"
-    hashed = hashlib.blake2b(
-        label.encode(),
-        digest_size=8,
-    )
+    hashed = hashlib.blake2b(label.encode(), digest_size=8)
     mixed = int.from_bytes(hashed.digest())
     generator = torch.Generator()
     return generator.manual_seed(mixed)
@@ -341,11 +338,7 @@ class SparseFeatures(SampledData):
         A feature is active if its number u is below the probability p. Given that, u / p is uniform
         in [0, 1), and the value is low + (high − low) u / p.
         """
-        drawn = torch.rand(
-            rows,
-            self.n_features,
-            generator=generator,
-        )
+        drawn = torch.rand(rows, self.n_features, generator=generator)
         length = self.high - self.low
         scale = length / self.probability
         value = self.low + scale * drawn
@@ -403,12 +396,7 @@ class InductionTokens(SampledData):
 
     def sample(self, rows: int, generator: torch.Generator) -> Int[Tensor, "rows pos"]:
         """Draw sequences in which a random token other than BOS is repeated."""
-        repeated = torch.randint(
-            low=1,
-            high=self.vocab,
-            size=(rows, 1),
-            generator=generator,
-        )
+        repeated = torch.randint(low=1, high=self.vocab, size=(rows, 1), generator=generator)
         return induction_tokens(repeated, self.vocab, self.seq_len, generator)
 
     def probes(self) -> tuple[Int[Tensor, "tokens pos"], list[str]]:

@@ -122,11 +122,7 @@ def _hidden(
 
 
 def _output(
-    a: Float[Tensor, "C batch"],
-    W1: PerComponent,
-    b1: PerComponent,
-    W2: PerComponent,
-    block: slice,
+    a: Float[Tensor, "C batch"], W1: PerComponent, b1: PerComponent, W2: PerComponent, block: slice
 ) -> Float[Tensor, "block batch"]:
     """Return W2 · gelu(h) of a block: steps 1 and 2."""
     h = _hidden(a, W1, b1, block)

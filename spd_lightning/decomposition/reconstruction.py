@@ -198,11 +198,7 @@ class Reconstruction:
         return run.masks(self.source, n, self.threshold)
 
     def _mixed_terms(
-        self,
-        run: "LossContext",
-        name: str,
-        route: Routes,
-        adversarial: Bool[Tensor, " batch"],
+        self, run: "LossContext", name: str, route: Routes, adversarial: Bool[Tensor, " batch"]
     ) -> Terms:
         """Return the terms of one pass whose samples are partly adversarial, partly stochastic.
 

@@ -78,10 +78,7 @@ def largest_gap(gaps: Tensor) -> float:
 
 def edges_per_prompt(table: EdgeTable, prompts: int) -> Tensor:
     """Count the edges of each prompt."""
-    counts = torch.bincount(
-        table.prompt,
-        minlength=prompts,
-    )
+    counts = torch.bincount(table.prompt, minlength=prompts)
     return counts.cpu()
 
 

@@ -93,11 +93,7 @@ class DatasetEdges(Harvester):
             "choices": asdict(mode),
             "corpus": True,
             "threshold": self.threshold,
-            "config": {
-                "mode": self.mode,
-                "threshold": self.threshold,
-                "layers": self.layers,
-            },
+            "config": {"mode": self.mode, "threshold": self.threshold, "layers": self.layers},
             "layers": names,
             "token_layers": token_layers(module.model),
         }
@@ -214,9 +210,4 @@ def sum_rows(nodes: Sequence[NodeSums], names: list[str], positions: int) -> pl.
 
 def _constant(value: str, rows: int, dtype: Any) -> pl.Series:
     """Return a column with the same value in every row."""
-    return pl.repeat(
-        value,
-        rows,
-        dtype=dtype,
-        eager=True,
-    )
+    return pl.repeat(value, rows, dtype=dtype, eager=True)

@@ -130,12 +130,7 @@ class Harvester(Callback, ABC):
         assert isinstance(pl_module, Decomposition)
         run = Path(trainer.default_root_dir)
         self.folder = run / "harvest" / self.name
-        self._writer = Writer(
-            self.folder,
-            self._settings,
-            trainer.global_rank,
-            trainer.world_size,
-        )
+        self._writer = Writer(self.folder, self._settings, trainer.global_rank, trainer.world_size)
         if self.graph_mode is not None and trainer.is_global_zero:
             mode = MODES[self.graph_mode]
             log_why_slow(pl_module.model, mode, self.name)

@@ -102,11 +102,7 @@ class NativeDecoder(NamedTuple):
         if isinstance(threshold, Mapping):
             threshold = self._rename_sites(threshold)
         importances = self._rename_sites(spec.importances)
-        return spec._replace(
-            model=self.model,
-            importances=importances,
-            threshold=threshold,
-        )
+        return spec._replace(model=self.model, importances=importances, threshold=threshold)
 
     def _rename_sites(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Replace the keys, the model's names of sites, by the decoder's names."""

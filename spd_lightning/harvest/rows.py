@@ -157,11 +157,7 @@ def prompt_rows(prompts: Prompts, ids: list[int], names: Names) -> pl.DataFrame:
         "source": prompts.sources,
         "split": prompts.splits,
     }
-    types = {
-        "prompt_id": pl.UInt64,
-        "token_ids": pl.List(pl.UInt32),
-        "tokens": pl.List(pl.String),
-    }
+    types = {"prompt_id": pl.UInt64, "token_ids": pl.List(pl.UInt32), "tokens": pl.List(pl.String)}
     return pl.DataFrame(columns, schema_overrides=types)
 
 
@@ -266,11 +262,7 @@ def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
             probability = log_probability.exp()
             columns[f"{name}_probability"] = array(probability)
         columns[f"{name}_logit"] = array(logits[chosen])
-    types = {
-        "token": pl.String,
-        "ci_probability": pl.Float32,
-        "target_probability": pl.Float32,
-    }
+    types = {"token": pl.String, "ci_probability": pl.Float32, "target_probability": pl.Float32}
     return pl.DataFrame(columns, schema_overrides=types)
 
 

@@ -27,11 +27,7 @@ class BlockLayout(NamedTuple):
     @property
     def qkv(self) -> tuple[str, str, str]:
         """The maps to queries, keys and values."""
-        return (
-            f"{self.attn}.q_proj",
-            f"{self.attn}.k_proj",
-            f"{self.attn}.v_proj",
-        )
+        return (f"{self.attn}.q_proj", f"{self.attn}.k_proj", f"{self.attn}.v_proj")
 
     @property
     def o_proj(self) -> str:

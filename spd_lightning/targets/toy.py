@@ -368,12 +368,7 @@ class InductionHead(nn.Module):
         predictions are correct.
         """
         generator = torch.Generator().manual_seed(0)
-        repeated = torch.randint(
-            low=1,
-            high=self.vocab,
-            size=(4096, 1),
-            generator=generator,
-        )
+        repeated = torch.randint(low=1, high=self.vocab, size=(4096, 1), generator=generator)
         fresh = induction_tokens(repeated, self.vocab, self.seq_len, generator)
         inputs = fresh.to(self.unembed.weight.device)
         induced = induced_token(inputs)
@@ -399,19 +394,9 @@ def induction_tokens(
     and the filling T are drawn from all other tokens but BOS.
     """
     rows = len(repeated)
-    tokens = torch.randint(
-        low=1,
-        high=vocab - 1,
-        size=(rows, seq_len),
-        generator=generator,
-    )
+    tokens = torch.randint(low=1, high=vocab - 1, size=(rows, seq_len), generator=generator)
     tokens += tokens >= repeated  # uniform over all tokens but the repeated one
-    earlier = torch.randint(
-        low=1,
-        high=seq_len - 2,
-        size=(rows, 1),
-        generator=generator,
-    )
+    earlier = torch.randint(low=1, high=seq_len - 2, size=(rows, 1), generator=generator)
     tokens.scatter_(1, earlier, repeated)
     tokens[:, :1] = 0
     tokens[:, -1:] = repeated

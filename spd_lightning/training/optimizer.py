@@ -76,13 +76,7 @@ class Optimizer:
         return Together(self._muon(matrix_groups), *others)
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            groups,
-            lr=self.lr,
-            betas=self.betas,
-            weight_decay=0.0,
-            fused=True,
-        )
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, weight_decay=0.0, fused=True)
 
     def _muon(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.Muon(

@@ -40,22 +40,12 @@ def build(path: str | None = None) -> gr.Blocks:
         BadInput: `path` does not exist.
     """
     library = Library(path)
-    plain: dict[str, Any] = {
-        "show_label": False,
-        "container": False,
-        "choices": [],
-    }
+    plain: dict[str, Any] = {"show_label": False, "container": False, "choices": []}
     with gr.Blocks(title="spd_lightning", analytics_enabled=False, fill_width=True) as demo:
         with gr.Row(elem_id="top"):
             gr.HTML(TITLE, apply_default_css=False, min_width=180)
             run = gr.Dropdown(label="Run", scale=3, min_width=340, **plain)
-            harvest = gr.Dropdown(
-                label="Harvest",
-                scale=1,
-                min_width=160,
-                visible=False,
-                **plain,
-            )
+            harvest = gr.Dropdown(label="Harvest", scale=1, min_width=160, visible=False, **plain)
             refresh = gr.Button("Refresh", scale=0, min_width=100, size="md")
         message = gr.HTML(visible=False, apply_default_css=False)
         with gr.Tabs(visible=False) as pages:
@@ -137,12 +127,7 @@ def _look(library: Library, wanted_run: Any, wanted_harvest: Any) -> list[Any]:
     chosen = library.choose(wanted_run, wanted_harvest)
     if chosen is None:
         nothing = gr.update(choices=[], value=None)
-        return [
-            nothing,
-            nothing,
-            gr.update(value=EMPTY, visible=True),
-            gr.update(visible=False),
-        ]
+        return [nothing, nothing, gr.update(value=EMPTY, visible=True), gr.update(visible=False)]
     run, harvest = chosen
     harvests = harvest_names(run)
     choices = [(_describe(known), known.name) for known in library.runs()]
@@ -216,10 +201,7 @@ def serve(
 def _serve(
     demo: gr.Blocks, listening: socket.socket, host: str, open_browser: bool, wait: bool
 ) -> str:
-    appearance = {
-        "theme": theme(),
-        "css_paths": [HERE / name for name in STYLES],
-    }
+    appearance = {"theme": theme(), "css_paths": [HERE / name for name in STYLES]}
     app = serving.protected(demo, host, appearance)
     return serving.serve(app, listening, host, open_browser, wait)
 

@@ -147,12 +147,7 @@ def widgets(library: Library) -> Panel:
     ]
     with gr.Row(elem_classes="spd-controls"):
         component = gr.Number(
-            label="Component",
-            precision=0,
-            minimum=0,
-            visible=False,
-            scale=0,
-            min_width=180,
+            label="Component", precision=0, minimum=0, visible=False, scale=0, min_width=180
         )
     tables = gr.HTML(apply_default_css=False, visible=False)
 
@@ -188,9 +183,7 @@ def widgets(library: Library) -> Panel:
 
     controls = [site, permuted, over]
     return Panel(
-        draw,
-        outputs=[*controls, note, *charts, component, tables],
-        inputs=[*controls, component],
+        draw, outputs=[*controls, note, *charts, component, tables], inputs=[*controls, component]
     )
 
 
@@ -204,12 +197,7 @@ def figures(page: ComponentPage) -> list[Any]:
     if page.over:
         title += f", {'mean over' if page.over == 'mean' else 'largest in'} each text"
     importances = plots.heat_map(
-        page.importances,
-        prompts,
-        columns,
-        title=title,
-        entry="importance",
-        left=left,
+        page.importances, prompts, columns, title=title, entry="importance", left=left
     )
     V = U = None
     if page.weights is not None:

@@ -96,11 +96,7 @@ class KnownRequests:
             raise Rejected(400, "fn_index: not an event of these pages")
         if not isinstance(data, list) or len(data) != self._inputs[index]:
             raise Rejected(400, f"data: expected a list of {self._inputs[index]} values")
-        event = {
-            "fn_index": index,
-            "data": data,
-            "session_hash": _session(request),
-        }
+        event = {"fn_index": index, "data": data, "session_hash": _session(request)}
         return _json(event)
 
     def server_function(self, body: bytes) -> bytes:
@@ -425,11 +421,7 @@ async def _respond(scope: Scope, send: Send, rejected: Rejected) -> None:
         (b"content-type", b"text/plain; charset=utf-8"),
         (b"content-length", str(len(body)).encode()),
     ]
-    start = {
-        "type": "http.response.start",
-        "status": rejected.status,
-        "headers": headers,
-    }
+    start = {"type": "http.response.start", "status": rejected.status, "headers": headers}
     await send(_guarded(start, policy()))
     if scope["method"] == "HEAD":
         body = b""

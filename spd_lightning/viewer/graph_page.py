@@ -281,12 +281,7 @@ def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
         for prompt, label, split in graphs.iter_rows()
     ]
     written = f"{store.manifest.get('checkpoint_digest')} {store.manifest['shards']}"
-    return {
-        "run": run,
-        "harvest": harvest,
-        "prompts": prompts,
-        "written": written,
-    }
+    return {"run": run, "harvest": harvest, "prompts": prompts, "written": written}
 
 
 def widgets(library: Library) -> Panel:

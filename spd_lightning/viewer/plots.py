@@ -126,18 +126,11 @@ def curves(lines: Mapping[str, pl.DataFrame], title: str) -> go.Figure:
     """
     figure = go.Figure(_lines(lines))
     _style(figure, 320)
-    legend = {
-        "x": 1.01,
-        "xanchor": "left",
-        "y": 1,
-        "font": {"size": 12},
-    }
+    legend = {"x": 1.01, "xanchor": "left", "y": 1, "font": {"size": 12}}
     figure.update_layout(title=_title(title), showlegend=True, legend=legend)
     figure.update_xaxes(title="step", showgrid=False)
     return figure.update_yaxes(
-        type="log",
-        exponentformat="power",
-        dtick=_decades_per_tick(lines, ticks=7),
+        type="log", exponentformat="power", dtick=_decades_per_tick(lines, ticks=7)
     )
 
 
@@ -259,10 +252,6 @@ def _style(figure: go.Figure, height: int) -> go.Figure:
         bargap=0.25,
     )
     figure.update_annotations(font={"size": 14.5})
-    axis = {
-        "zeroline": False,
-        "automargin": True,
-        "title_standoff": 8,
-    }
+    axis = {"zeroline": False, "automargin": True, "title_standoff": 8}
     figure.update_xaxes(linecolor=GRID, **axis)
     return figure.update_yaxes(gridcolor=GRID, **axis)

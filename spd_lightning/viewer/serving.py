@@ -95,12 +95,7 @@ def listen(host: str, port: int | None) -> socket.socket:
     """
     ports = _ports(port)
     try:
-        addresses = socket.getaddrinfo(
-            host,
-            None,
-            type=socket.SOCK_STREAM,
-            flags=socket.AI_PASSIVE,
-        )
+        addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise BadInput(
             f"--host '{host}': not a name or address of this machine; use for example 0.0.0.0"

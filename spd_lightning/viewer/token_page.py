@@ -108,11 +108,7 @@ def page_data(store: Store, selection: TokenSelection) -> TokenPage:
     texts = _texts(store)
     places = component_places(store, layer, component)
     visible = texts.head(MOST_PROMPTS).select("prompt_id", prompt="number")
-    visible_places = visible.join(
-        places.with_columns(SHORT),
-        on="prompt_id",
-        maintain_order="left",
-    )
+    visible_places = visible.join(places.with_columns(SHORT), on="prompt_id", maintain_order="left")
     in_layer = _spread(store).filter(pl.col("layer") == layer)
     return TokenPage(
         layer=layer,

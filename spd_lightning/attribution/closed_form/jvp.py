@@ -117,12 +117,7 @@ class Heads(NamedTuple):
 
     def select(self, heads: slice) -> "Heads":
         """Return some of the heads."""
-        return Heads(
-            q=self.q[heads],
-            k=self.k[heads],
-            v=self.v[heads],
-            pattern=self.pattern[heads],
-        )
+        return Heads(q=self.q[heads], k=self.k[heads], v=self.v[heads], pattern=self.pattern[heads])
 
     def jvp(
         self, tangents: Mapping[str, Float[Tensor, "n head pos d_head"]]

@@ -345,8 +345,6 @@ def no_nodes(stream: NodeVectors) -> NodeVectors:
     """Return no nodes, at the same number of positions."""
     every = stream.nodes
     nodes = Nodes(
-        component=every.component[:, :0],
-        number=every.number[:, :0],
-        real=every.real[:, :0],
+        component=every.component[:, :0], number=every.number[:, :0], real=every.real[:, :0]
     )
     return NodeVectors(nodes, stream.vectors[:, :0])

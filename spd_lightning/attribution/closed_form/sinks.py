@@ -206,10 +206,7 @@ class TableSink:
         every_pos = torch.arange(len(values), device=values.device)
         exists = existing_edges(source.pos, every_pos, target.real, values)
         self._send(
-            exists=exists,
-            source=source.number,
-            target=target.number[:, :, None],
-            values=values,
+            exists=exists, source=source.number, target=target.number[:, :, None], values=values
         )
 
     def _send(self, exists: Tensor, source: Tensor, target: Tensor, values: Tensor) -> None:

@@ -6,14 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_lightning.attribution.autograd import bias_of
-from spd_lightning.attribution.graph import (
-    GraphSpec,
-    Layer,
-    LayerKey,
-    Mode,
-    NodeKind,
-    whole_layer,
-)
+from spd_lightning.attribution.graph import GraphSpec, Layer, LayerKey, Mode, NodeKind, whole_layer
 from spd_lightning.decomposition.components import Site
 from spd_lightning.decomposition.model import ComponentModel, Map
 from spd_lightning.targets.transformer import Decoder

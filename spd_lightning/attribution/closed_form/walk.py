@@ -108,11 +108,7 @@ class _Walk:
         r = prompt.recorded(prompt.run.norm_inputs, module)  # [pos, d]
         # Jᵀ V_j, with J the norm's Jacobian at this position
         vectors = norm_vjp(
-            norm=module,
-            r=r,
-            columns=readers.vectors,
-            a=values,
-            frozen=prompt.frozen,
+            norm=module, r=r, columns=readers.vectors, a=values, frozen=prompt.frozen
         )
         before_norm = NodeVectors(readers.nodes, vectors)
         self._add(stream, before_norm)

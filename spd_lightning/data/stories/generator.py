@@ -125,10 +125,7 @@ def _before_pronouns(text: str, facts: list[Fact]) -> Iterator[PronounPrompt]:
         if right[0].isupper():
             wrong = wrong.capitalize()
         yield PronounPrompt(
-            text=text[:space],
-            right=f" {right}",
-            wrong=f" {wrong}",
-            referent=fact.about,
+            text=text[:space], right=f" {right}", wrong=f" {wrong}", referent=fact.about
         )
 
 
