@@ -74,7 +74,8 @@ def row(model: str, summaries: list[dict[str, Any]]) -> str:
     """Return a line of the table: the share of seeds that pass, and the results of those."""
     good = [s for s in summaries if passes(model, s)]
     told = sum(s["verdict"] != "ok" for s in summaries if not passes(model, s))
-    share = f"{len(good)} of {len(summaries)}" + (f" ({told} said so)" if told else "")
+    others = "the other" if len(summaries) - len(good) == 1 else f"{told} others"
+    share = f"{len(good)} of {len(summaries)}" + (f" ({others} reported it)" if told else "")
     if not good:
         return f"| {model} | {share} | | | | | | |"
     mmcs, ml2r = ([s[f"{key}/linear1"] for s in good] for key in ("mmcs", "ml2r"))
