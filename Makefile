@@ -3,11 +3,11 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 PIP    := $(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo view test check docs bench paper clean
+.PHONY: install demo view test test-fast check docs bench paper clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed  ## the virtual environment and what the tool needs
 
@@ -32,6 +32,9 @@ view: install  ## open the viewer in a browser
 
 test: $(VENV)/.installed-dev  ## the tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+test-fast: $(VENV)/.installed-dev  ## a quick part of them, without browsers, killed processes and HuggingFace
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: $(VENV)/.installed-dev  ## ruff, basedpyright, import-linter
 	$(VENV)/bin/ruff check .

@@ -8,6 +8,7 @@ matrices only wait for one another.
 import os
 import signal
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -35,3 +36,56 @@ def _whole_numbers():
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
+
+
+# ---- make test-fast ------------------------------------------------------------------------------
+
+SLOW = {
+    "a browser": ("token_page", "viewer"),
+    "killed processes": ("copies", "damaged_files", "resume", "stopping"),
+    "commands": ("cli", "docs", "examples", "hostile_artifact", "runs", "sites", "story", "wheel"),
+    "HuggingFace": ("huggingface", "models_as_they_are", "native_decoder"),
+    "trainings": ("checkpoint", "circuits", "collapse_monitor", "diverged", "pretraining"),
+    "harvests": (
+        "export",
+        "frozen_harvests",
+        "influence",
+        "intervention",
+        "nodes",
+        "text_harvests",
+    ),
+    "dry runs": ("sizing",),
+}
+"""Test files that `make test-fast` leaves out, by what they need."""
+
+CASES = 2
+"""The number of cases of each parametrized test of a slow chapter that `make test-fast` runs."""
+
+SAMPLED = ("attribution", "closed_form", "dataset_edges", "head_edges", "losses", "masks", "store")
+"""Test files of which `make test-fast` runs only some cases."""
+
+
+def files(*names: str) -> set[str]:
+    """Return the file names of chapters of the tests."""
+    return {f"test_{name}.py" for name in names}
+
+
+SLOW_FILES = files(*(name for names in SLOW.values() for name in names))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Do not even import files that are left out; some take seconds to import."""
+    if config.option.markexpr == "not slow" and collection_path.name in SLOW_FILES:
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what `make test-fast` leaves out as slow."""
+    cases = Counter[str]()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        cases[test] += 1
+        is_extra_case = item.path.name in files(*SAMPLED) and cases[test] > CASES
+        if item.path.name in SLOW_FILES or is_extra_case:
+            item.add_marker(pytest.mark.slow)

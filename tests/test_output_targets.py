@@ -74,7 +74,7 @@ def test_a_harvest_of_what_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "complaint"),
+    ("asked", "message"),
     [
         ({"outputs": OutputTargets(tokens=["zz"])}, "token 'zz' in outputs: not one"),
         (
