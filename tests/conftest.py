@@ -42,18 +42,14 @@ def _whole_numbers():
 
 SLOW = {
     "a browser": ("token_page", "viewer"),
-    "killed processes": ("copies", "damaged_files", "resume", "stopping"),
+    "killed processes": ("copies", "damaged_files", "resume", "stopping", "store", "tracking"),
     "commands": ("cli", "docs", "examples", "hostile_artifact", "runs", "sites", "story", "wheel"),
     "HuggingFace": ("huggingface", "models_as_they_are", "native_decoder"),
-    "trainings": ("checkpoint", "circuits", "collapse_monitor", "diverged", "pretraining"),
-    "harvests": (
-        "export",
-        "frozen_harvests",
-        "influence",
-        "intervention",
-        "nodes",
-        "text_harvests",
-    ),
+    "trainings": ("checkpoint", "circuits", "collapse_monitor", "diverged", "evaluation"),
+    "trainings of targets": ("induction", "pretraining"),
+    "harvests": ("export", "frozen_harvests", "intervention", "nodes", "text_harvests"),
+    "graphs of language models": ("influence",),
+    "plots": ("figures",),
     "dry runs": ("sizing",),
 }
 """Test files that `make test-fast` leaves out, by what they need."""
@@ -61,7 +57,16 @@ SLOW = {
 CASES = 2
 """The number of cases of each parametrized test of a slow chapter that `make test-fast` runs."""
 
-SAMPLED = ("attribution", "closed_form", "dataset_edges", "head_edges", "losses", "masks", "store")
+SAMPLED = (
+    "attribution",
+    "bounded",
+    "closed_form",
+    "components",
+    "dataset_edges",
+    "head_edges",
+    "losses",
+    "masks",
+)
 """Test files of which `make test-fast` runs only some cases."""
 
 
