@@ -915,9 +915,9 @@ def test_a_place_that_takes_no_files(refused, monkeypatch):
 # ---- runs beside each other ----------------------------------------------------------------------
 
 
-def test_a_second_fit_is_a_run_of_its_own(here):
+def test_a_second_fit_is_a_run_of_its_own(here, capsys):
     """A finished run is not touched, nor one that another process works on: the next number is
-    taken.
+    taken, and the command that is shown next harvests from that run.
     """
     before = contents(here / "runs/tiny")
     settings = config.load(str(here / "runs/tiny/config.yaml"))
@@ -925,6 +925,8 @@ def test_a_second_fit_is_a_run_of_its_own(here):
     with runs.acquire_run("tiny", settings) as held:
         assert held.path == here / "runs/tiny-2"
         assert cli.run([*FIT, *SHORT]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("predict --config tiny --run tiny-3")
     assert contents(here / "runs/tiny") == before
     assert runs.Run(here / "runs/tiny-2").state == "interrupted"
     assert runs.Run(here / "runs/tiny-3").summary["steps"] == 10

@@ -29,8 +29,8 @@ def anchors(page: Path) -> set[str]:
 
 
 def tracked() -> set[str]:
-    """Return the files of the repository that git knows, and those that are about to be added."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    """Return the files of the repository."""
+    command = ["git", "ls-files", "--cached"]
     listed = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\n")

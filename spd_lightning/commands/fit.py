@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_lightning import config as configs
@@ -72,11 +73,19 @@ def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
             if session.trainer.is_global_zero:
                 _finish(session, started)
         if session.trainer.is_global_zero:
-            command = f"python -m spd_lightning predict --config {request.names[0]}"
-            print(f"run: {session.plan.folder}    next: {command}")
+            print(f"run: {session.plan.folder}    next: {_predict(request, session.plan.folder)}")
     finally:
         for lock in locks:
             lock.release_and_discard()
+
+
+def _predict(request: RunArguments, folder: Path) -> str:
+    """Return the command that harvests from a run; it names the run unless its config does."""
+    config = request.names[0]
+    command = f"python -m spd_lightning predict --config {config}"
+    if Path(config).stem == folder.name:
+        return command
+    return f"{command} --run {folder.name}"
 
 
 def _train_missing_target(model: dict[str, Any]) -> None:
