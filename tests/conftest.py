@@ -76,6 +76,7 @@ def files(*names: str) -> set[str]:
 
 
 SLOW_FILES = files(*(name for names in SLOW.values() for name in names))
+SAMPLED_FILES = files(*SAMPLED)
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -91,6 +92,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         test = item.nodeid.partition("[")[0]
         cases[test] += 1
-        is_extra_case = item.path.name in files(*SAMPLED) and cases[test] > CASES
+        is_extra_case = item.path.name in SAMPLED_FILES and cases[test] > CASES
         if item.path.name in SLOW_FILES or is_extra_case:
             item.add_marker(pytest.mark.slow)
