@@ -12,6 +12,12 @@ import polars as pl
 KINDS = ("component", "input", "embedding", "output", "rest", "bias")
 """The kinds of nodes of a graph."""
 
+QUANTITIES = ("importance", "activation")
+"""The quantities of a component that have a histogram."""
+
+EXAMPLE_KINDS = ("uniform", "importance", "positive", "negative")
+"""The kinds of examples of a component."""
+
 INDEX = "nodes_by_component"
 """A second copy of `nodes`, sorted by component, to read all prompts of a component together."""
 
@@ -181,12 +187,104 @@ TABLES: dict[str, Table] = {
             "component": _COMPONENT,
             "firings": Column(pl.Int64, "The number of positions at which it is a node."),
             "positions": Column(pl.Int64, "The number of all positions."),
+            "prompts": Column(pl.Int64, "The number of prompts with at least one firing."),
             "importance_sum": Column(pl.Float64, "Σ g over all positions."),
+            "importance_square_sum": Column(pl.Float64, "Σ g² over all positions."),
             "activation_sum": Column(pl.Float64, "Σ a over all positions."),
+            "activation_square_sum": Column(pl.Float64, "Σ a² over all positions."),
+            "firing_importance_sum": Column(pl.Float64, "Σ g over its firings."),
+            "firing_importance_square_sum": Column(pl.Float64, "Σ g² over its firings."),
+            "firing_activation_sum": Column(pl.Float64, "Σ a over its firings, with its sign."),
+            "firing_activation_square_sum": Column(pl.Float64, "Σ a² over its firings."),
             "norm": Column(pl.Float32, "The Frobenius norm of its matrix; equal in all groups."),
             "alive": Column(
                 pl.Boolean, "Whether its matrix is not a remnant; equal in all groups."
             ),
+        },
+    ),
+    "histograms": Table(
+        "How its importance and its activation are distributed over its firings: one row per "
+        "component, quantity and bin that occurs, and group.",
+        ("layer", "component", "quantity", "bin"),
+        {
+            "layer": _LAYER,
+            "component": _COMPONENT,
+            "quantity": Column(pl.Enum(QUANTITIES), "importance or activation."),
+            "bin": Column(
+                pl.Int16,
+                "Of importances, k for values in (k/32, (k+1)/32]. Of activations, ±k for sizes in "
+                "[2^((k−49)/4), 2^((k−48)/4)) with that sign, k from 1 to 96; the first and last "
+                "bins also hold all smaller and larger ones, and 0 holds zeros.",
+            ),
+            "firings": Column(pl.Int64, "The number of firings in the bin."),
+        },
+    ),
+    "cofirings": Table(
+        "Pairs of components that fire at the same positions: one row per pair that occurs, and "
+        "group. The component comes before the other one in forward order.",
+        ("layer", "component", "other_layer", "other_component"),
+        {
+            "layer": _LAYER,
+            "component": _COMPONENT,
+            "other_layer": Column(pl.Categorical(), "The layer of the other component."),
+            "other_component": Column(pl.UInt32, "The number of the other component in its site."),
+            "firings": Column(pl.Int64, "The number of positions at which both fire."),
+        },
+    ),
+    "token_counts": Table(
+        "What stands at the firings of a component, and what the target predicts there: one row "
+        "per component and token that occurs, and group.",
+        ("layer", "component", "token_id"),
+        {
+            "layer": _LAYER,
+            "component": _COMPONENT,
+            "token_id": Column(
+                pl.UInt32,
+                "The token; null for the remainder: all predictions that are not among the 32 "
+                "likeliest at a position.",
+            ),
+            "input_firings": Column(pl.Int64, "The number of firings at this token."),
+            "output_mass": Column(
+                pl.UInt64,
+                "Σ over its firings of the target's probability of this token as the next, in "
+                "units of 2⁻³².",
+            ),
+        },
+    ),
+    "tokens": Table(
+        "All positions by token: one row per token that occurs, and group.",
+        ("token_id",),
+        {
+            "token_id": Column(pl.UInt32, "The token; null for the remainder, as above."),
+            "token": Column(pl.String, "Its text."),
+            "positions": Column(pl.Int64, "The number of positions at this token."),
+            "output_mass": Column(
+                pl.UInt64,
+                "Σ over all positions of the target's probability of this token as the next, in "
+                "units of 2⁻³².",
+            ),
+        },
+    ),
+    "examples": Table(
+        "Firings of a component to look at: those with the smallest keys, of each kind.",
+        ("layer", "component", "kind", "key", "prompt_id", "pos"),
+        {
+            "layer": _LAYER,
+            "component": _COMPONENT,
+            "kind": Column(
+                pl.Enum(EXAMPLE_KINDS),
+                "How it was chosen: uniform (at random over all firings), importance (the "
+                "largest), positive or negative (the largest activations of that sign).",
+            ),
+            "key": Column(
+                pl.UInt64,
+                "The smaller, the earlier: a hash of the firing, below the order of its value for "
+                "all kinds but uniform (law H1).",
+            ),
+            "prompt_id": _PROMPT_ID,
+            "pos": _POS,
+            "importance": Column(pl.Float32, "The causal importance g."),
+            "activation": Column(pl.Float32, "The inner activation a = x V."),
         },
     ),
     "dataset_edges": Table(

@@ -10,7 +10,7 @@ from spd_lightning.errors import BadInput, nearest
 from spd_lightning.store import columns as described
 from spd_lightning.store.columns import INDEX
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 TABLES: dict[str, pl.Schema] = {
     name: pl.Schema({column: dtype for column, (dtype, _) in table.columns.items()})
