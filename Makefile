@@ -1,7 +1,7 @@
 # Everything a fresh machine with Python 3.11+ needs: `make demo` runs the main job, `make test` the tests.
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-PIP    := $(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt
+PIP    := $(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: install demo view test test-fast check docs bench paper clean
 .DEFAULT_GOAL := help
@@ -13,17 +13,21 @@ install: $(VENV)/.installed  ## the virtual environment and what the tool needs
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	@echo "installing PyTorch and the rest into $(VENV): a few GB, some minutes"
+	@echo "Installing PyTorch and the rest into $(VENV). This downloads a few GB and takes several minutes, once."
 	$(PIP) -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing what the tests and linters need into $(VENV). This takes a few minutes, once."
 	$(PIP) -e '.[dev]'
 	touch $@
 
 demo: install  ## decompose the smallest model, harvest its graphs, print the result table (under a minute once installed)
-	$(PYTHON) -m spd_lightning fit --config tms_5-2.yaml
-	$(PYTHON) -m spd_lightning predict --config tms_5-2.yaml
+	@echo "1. Train TMS 5-2, and decompose it: half a minute."
+	$(PYTHON) -m spd_lightning fit --config tms.yaml
+	@echo "2. Compute the attribution graph of every prompt: a few seconds."
+	$(PYTHON) -m spd_lightning predict --config tms.yaml
+	@echo "3. Print the results of all runs."
 	$(PYTHON) -m spd_lightning runs --table
 	@echo "See it: make view. For more: source .venv/bin/activate, then python -m spd_lightning --help"
 

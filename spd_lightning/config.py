@@ -16,7 +16,7 @@ import yaml
 from yaml.composer import Composer
 
 from spd_lightning.encoding import lone_surrogate, read_text
-from spd_lightning.errors import BadInput, nearest, shown
+from spd_lightning.errors import BadInput, command, nearest, shown
 
 _HERE = Path(__file__).resolve().parent
 SHIPPED = next(
@@ -98,7 +98,7 @@ def find(name: str) -> Path:
     names = {str(path.with_suffix("")) for path in shipped}
     hint = nearest(name.removesuffix(".yaml"), names)
     if not hint.startswith("did"):
-        hint = "'python -m spd_lightning list' shows those"
+        hint = f"to list those: {command('list')}"
     raise BadInput(
         f"config '{shown(name)}': no such file here, in configs/, or among the shipped ones; {hint}"
     )

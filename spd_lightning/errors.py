@@ -23,6 +23,18 @@ class BadInput(ValueError):
     """
 
 
+PROGRAM = "python -m spd_lightning"
+
+
+def command(words: str) -> str:
+    """Return a command of this package as a message shows it: in full, so that it can be copied.
+
+    >>> command("list")
+    'python -m spd_lightning list'
+    """
+    return f"{PROGRAM} {words}"
+
+
 class Diverged(BadInput):
     """A number that must be finite is infinite or NaN.
 

@@ -925,8 +925,14 @@ def test_a_second_fit_is_a_run_of_its_own(here, capsys):
     with runs.acquire_run("tiny", settings) as held:
         assert held.path == here / "runs/tiny-2"
         assert cli.run([*FIT, *SHORT]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.endswith("predict --config tiny --run tiny-3")
+    out, err = capsys.readouterr()
+    assert (
+        "run tiny: already finished; training a new run, tiny-3. To harvest from tiny: "
+        "python -m spd_lightning predict --config tiny --run tiny\n"
+    ) in err
+    assert err.index("already finished") < err.index("fit tiny-3")
+    last = out.splitlines()[-1]
+    assert last.endswith("python -m spd_lightning predict --config tiny --run tiny-3")
     assert contents(here / "runs/tiny") == before
     assert runs.Run(here / "runs/tiny-2").state == "interrupted"
     assert runs.Run(here / "runs/tiny-3").summary["steps"] == 10

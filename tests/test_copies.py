@@ -25,8 +25,8 @@ from support.tiny_run import SERVER, begun, done, killed, lay_out, work_hanging
 from spd_lightning import cli, runs
 from spd_lightning.errors import BadInput, without_passwords
 from spd_lightning.runs.files import read_metrics
-from spd_lightning.tracking import copies
-from spd_lightning.tracking.copies import Tail
+from spd_lightning.tracking import copies, publishing
+from spd_lightning.tracking.copies import Copies, Tail
 from spd_lightning.tracking.publishing import send
 from spd_lightning.tracking.trackers import MLflow, trackers
 
@@ -633,3 +633,28 @@ def test_a_tracker_that_rejects_during_the_training_gets_one_line(rejects, tmp_p
         line
         == f"{error}. The work continues without it; send the copy later: {PUSH} {tmp_path.name}"
     )
+
+
+# ---- what is printed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [None, BadInput("tracker 'x': no answer")])
+def test_the_end_of_the_copies_is_printed(tmp_path, monkeypatch, error):
+    """A line says that they are complete, and how long it took; or a warning, that one is not."""
+
+    class Ended(Copies):
+        def __len__(self):
+            return 1
+
+        def complete(self, names=runs.MIRRORED):
+            return [error] if error else []
+
+    lines = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(
+            publishing.log, level, lambda text, *values: lines.append(text % values)
+        )
+    publishing.publish(Ended([], tmp_path / "tms"))
+    assert lines[0] == "run tms: completing the copies of its files in the trackers ..."
+    last = f"{error}. The run itself is whole; send the copy later: {PUSH} tms"
+    assert lines[1:] == [last if error else "run tms: the copies are complete (0 s)"]

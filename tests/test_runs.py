@@ -229,6 +229,19 @@ def test_newest_is_the_one_that_finished_last(root):
         runs.newest("tmss")
 
 
+def test_the_command_that_harvests_from_a_run(root):
+    """It names the run unless its config names it already, and a config that can be found."""
+    first = runs.acquire_run("tms", SETTINGS).run
+    assert first.predict_command() == "python -m spd_lightning predict --config tms.yaml"
+    second = runs.acquire_run("tms", SETTINGS | {"seed": 1}).run
+    for run in (first, second):
+        command = run.predict_command("graphs.yaml")
+        assert command.endswith(f"--config tms.yaml --config graphs.yaml --run {run.name}")
+    own = runs.acquire_run("a-name-of-mine", SETTINGS).run
+    config = own.path / "config.yaml"
+    assert own.predict_command().endswith(f"--config {config} --run a-name-of-mine")
+
+
 def test_a_reference_is_a_name_or_a_path(root, tmp_path, monkeypatch):
     path = finish(runs.acquire_run("tms", SETTINGS))
     harvest(path / "harvest" / "graphs")

@@ -20,7 +20,7 @@ from spd_lightning.decomposition.losses import Faithfulness, Losses, Minimality
 from spd_lightning.decomposition.masks import RouteKind
 from spd_lightning.decomposition.reconstruction import LossContext, Reconstruction
 from spd_lightning.errors import BadInput
-from spd_lightning.planning import devices, estimate
+from spd_lightning.planning import devices, estimate, precision
 from spd_lightning.planning.dry_run import (
     CLEAN,
     FAITHFULNESS,
@@ -411,6 +411,25 @@ def test_plan_prints_what_it_will_take(capsys):
     assert "NVIDIA H100" in rows
     assert "NVIDIA A100 80 GB" not in rows
     assert f"{16 * 32:,}" in out
+
+
+def test_slow_bfloat16_is_reported(monkeypatch):
+    """A plan has a line about each device that is slower in bfloat16 than in float32."""
+    size = replace(estimate.size_of(Settings(config.load("stories-1L-tiny"))), mixed=True)
+    fast = devices.device_named("h100")
+    slow = replace(fast, name="old CPU", half=1.3e9, single=87e9)
+    line = (
+        "  old CPU: bfloat16 runs at 1.3 GFLOP/s, and float32 at 87 GFLOP/s; to train in float32, "
+        "add --trainer.precision 32-true"
+    )
+    lines = list(plan.table([(fast, size), (slow, size)]))
+    assert [text for text in lines if "to train in float32" in text] == [line]
+    plain = replace(size, mixed=False)
+    assert line not in plan.table([(slow, plain)])
+    monkeypatch.setattr(precision, "products_per_second", lambda place: (1.3e9, 87e9))
+    on_cpu = {"accelerator": "cpu", "precision": "bf16-mixed"}
+    assert precision.slow_here(on_cpu).startswith("bfloat16 runs at 1.3 GFLOP/s")
+    assert precision.slow_here(on_cpu | {"precision": "32-true"}) == ""
 
 
 def test_columns_of_a_plan_are_as_wide_as_its_names():

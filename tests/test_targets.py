@@ -122,6 +122,12 @@ def test_tms_crowded_features_may_return_weaker():
     assert crowded.unrepresented() == []
 
 
+def test_data_for_predict_needs_no_batch_size():
+    """Only training depends on it; its default is that of the shipped toys."""
+    assert SparseFeatures(5, 0.05).batch(0).shape == (1024, 5)
+    assert InductionTokens(10, 8).batch(0).shape == (64, 8)
+
+
 def test_a_trained_tms_represents_everything_and_an_untrained_one_does_not():
     torch.manual_seed(0)
     model = TMS(5, 2)

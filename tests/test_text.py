@@ -188,6 +188,33 @@ def test_training_a_tokenizer_twice_gives_the_same_one(root):
     assert first.get_vocab_size() == 400
 
 
+@pytest.mark.parametrize(
+    ("limit", "characters"),
+    [
+        (3000, 1_000_000),
+        (500_000, 5_000_000),
+        (999_999, 9_999_990),
+        (1_000_000, 10_000_000),
+        (None, 10_000_000),
+    ],
+)
+def test_a_tokenizer_sees_ten_characters_for_each_token_that_is_wanted(
+    fresh, monkeypatch, limit, characters
+):
+    """A few tokens need no tokenizer of ten million characters; many tokens keep that one."""
+
+    class Seen(Exception):
+        pass
+
+    def trained(corpus, vocab, characters):
+        raise Seen(characters)
+
+    monkeypatch.setattr(tokenized, "trained", trained)
+    with pytest.raises(Seen) as seen:
+        tokenized.tokenized(Corpus("stories"), None, 257, limit)
+    assert seen.value.args == (characters,)
+
+
 def test_max_tokens_are_the_first_ones(tales):
     whole = tales()
     part = tales(max_tokens=500)

@@ -188,7 +188,11 @@ def test_wrong_words(words, line):
 # ---- before torch is loaded ----------------------------------------------------------------------
 
 REJECTED = {
-    "weights toy": "weights: run 'toy': TMS is not a supported decoder",
+    "weights toy": (
+        "weights: run 'toy': TMS is not a supported decoder; weights alone give edges only in "
+        "decoders: use a run of our Decoder, or of a GPT-2, Llama, Mistral or Qwen2 model; for "
+        "example: python -m spd_lightning fit --config stories-2L.yaml"
+    ),
     "weights bert": "weights: run 'bert': HuggingFaceLM (bert) is not a supported decoder",
     "weights empty": "holds no decomposition",
     "weights tyo": "did you mean 'toy'?",
@@ -199,7 +203,13 @@ REJECTED = {
     "intervene toy --input 1 --ablate linear1:20": (
         "component 20 of 'linear1': it has 20; take one from 0 to 19"
     ),
-    "predict --config tms": "run 'tms': not in",
+    "predict --config tms": "; run fit first: python -m spd_lightning fit --config tms; or name",
+    "validate --config tms": "or name another run with --run: choose from: bert, empty, toy",
+    "fit": "to list the configs: python -m spd_lightning list",
+    "edges toy linear1:0": (
+        "no harvest of sums over a corpus; make one: python -m spd_lightning predict --config "
+    ),
+    "export toy": "it has no graphs; harvest them: python -m spd_lightning predict --config ",
     "validate --config nope": "config 'nope': no such file",
     "fit --config nope": "config 'nope': no such file",
     "plan --config tms --device x": "--device 'x': unknown value",

@@ -1,5 +1,6 @@
 """The arguments that fit, plan, predict and validate share: configs, a run's name, settings."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from spd_lightning import config as configs
 from spd_lightning import runs
 from spd_lightning.commands import options
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, command
 
 
 @dataclass
@@ -35,8 +36,8 @@ class RunArguments:
         given, rest = options.read_some(verb, argv)
         if not given.config:
             raise BadInput(
-                f"{verb}: --config is missing; for example: --config tms.yaml ('list' shows the "
-                "configs)"
+                f"{verb}: --config is missing; for example: --config tms.yaml; to list the "
+                f"configs: {command('list')}"
             )
         return cls(given.config, given.run, rest)
 
@@ -63,7 +64,8 @@ class RunArguments:
         """
         if self.run is not None:
             return runs.find(self.run)
-        return runs.newest(self.name)
+        fit = shlex.join(["fit", "--config", self.names[0]])
+        return runs.newest(self.name, command(fit))
 
     @property
     def config(self) -> dict[str, Any]:

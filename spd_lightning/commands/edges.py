@@ -108,9 +108,8 @@ def _store(reference: str, harvest: str | None) -> Store:
     paths = corpus_harvests(run.harvests)
     harvests = {path.name: path for path in paths}
     if not harvests:
-        family = run.record.get("family", run.name)
-        command = f"predict --config {family}.yaml --config dataset_edges.yaml"
-        raise BadInput(f"run '{run.name}': no harvest of sums over a corpus; make one: {command}")
+        predict = run.predict_command("dataset_edges.yaml")
+        raise BadInput(f"run '{run.name}': no harvest of sums over a corpus; make one: {predict}")
     if harvest is None:
         path = paths[0]
     elif harvest in harvests:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     attributions = graph.edges["attribution"]
     if len(attributions) and not attributions.is_finite().any():
         raise BadInput(
-            f"harvest '{store.path}': no attribution of this prompt is finite; fit and harvest "
+            f"harvest '{store.path}': no attribution of this prompt is finite; run fit and predict "
             "again"
         )
     outputs = None
@@ -71,9 +71,9 @@ def harvest(reference: str, name: str | None) -> Store:
     place = f"run '{run.name}'"
     if name:
         place = f"harvest '{name}' of {place}"
-    raise BadInput(
-        f"{place}: it has no graphs; harvest them: predict with spd_lightning.PromptGraphs"
-    )
+    makes_graphs = "PromptGraphs" in str(run.config.get("trainer"))
+    added = [] if makes_graphs else ["graphs.yaml"]
+    raise BadInput(f"{place}: it has no graphs; harvest them: {run.predict_command(*added)}")
 
 
 def _prune(graph: Graph, arguments: argparse.Namespace, outputs: list[int] | None) -> Graph:

@@ -1,6 +1,7 @@
 """fit: train the target if necessary, decompose it, and write a run."""
 
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from spd_lightning import config as configs
 from spd_lightning import runs
 from spd_lightning.commands import loading, results
 from spd_lightning.commands.arguments import RunArguments
-from spd_lightning.errors import BadInput, Diverged
+from spd_lightning.errors import BadInput, Diverged, command
 
 if TYPE_CHECKING:
     from spd_lightning.training.decompose import Decomposition
@@ -44,6 +45,7 @@ def _trains_target(config: dict[str, Any]) -> bool:
 
 def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
     from spd_lightning.planning.estimate import check_memory
+    from spd_lightning.planning.precision import FLOAT32, slow_here
     from spd_lightning.training.checkpoint import Checkpoints
     from spd_lightning.training.figures import Figures
     from spd_lightning.training.session import Plan, Session, Settings
@@ -60,6 +62,9 @@ def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
     def plan(settings: dict[str, Any]) -> Plan:
         lock = runs.acquire_run(request.name, settings)
         locks.append(lock)
+        _announce_new(request, lock)
+        if not lock.resumed and (slow := slow_here(settings["trainer"])):
+            log.warning("on this CPU, %s; to train in float32, add %s", slow, FLOAT32)
         with runs.write_whole(lock.path / "config.yaml") as temporary:
             temporary.write_text(configs.dump(settings), encoding="utf-8")
         _train_missing_target(settings["model"])
@@ -73,19 +78,43 @@ def _decompose(request: RunArguments, config: dict[str, Any]) -> None:
             if session.trainer.is_global_zero:
                 _finish(session, started)
         if session.trainer.is_global_zero:
-            print(f"run: {session.plan.folder}    next: {_predict(request, session.plan.folder)}")
+            print(f"run: {session.plan.folder}    next: {_predict(request, session.plan.name)}")
     finally:
         for lock in locks:
             lock.release_and_discard()
 
 
-def _predict(request: RunArguments, folder: Path) -> str:
-    """Return the command that harvests from a run; it names the run unless its config does."""
-    config = request.names[0]
-    command = f"python -m spd_lightning predict --config {config}"
-    if Path(config).stem == folder.name:
-        return command
-    return f"{command} --run {folder.name}"
+def _announce_new(request: RunArguments, lock: runs.RunLock) -> None:
+    """Log that this trains another run, if one of the same name has finished."""
+    finished = runs.latest_finished(request.name)
+    if lock.resumed or finished is None:
+        return
+    new = lock.run.name
+    old = finished.name
+    predict = _predict(request, old, newest=False)
+    log.info(
+        "run %s: already finished; training a new run, %s. To harvest from %s: %s",
+        old,
+        new,
+        old,
+        predict,
+    )
+
+
+def _predict(request: RunArguments, run: str, newest: bool = True) -> str:
+    """Return the command that harvests from a run.
+
+    Args:
+        request: the fit, whose configs the command repeats.
+        run: the name of the run.
+        newest: whether the run is the newest of its name; the first config then names it already.
+    """
+    words = ["predict"]
+    for config in request.names:
+        words += ["--config", config]
+    if not newest or Path(request.names[0]).stem != run:
+        words += ["--run", run]
+    return command(shlex.join(words))
 
 
 def _train_missing_target(model: dict[str, Any]) -> None:
@@ -96,9 +125,27 @@ def _train_missing_target(model: dict[str, Any]) -> None:
     reference = model["init_args"].get("target")
     if isinstance(reference, str) and is_trained_here(reference):
         try:
+            _advise_float32(reference)
             train_target(reference)
         except BadInput as error:
             raise BadInput(f"target '{reference}': {error}") from error
+
+
+def _advise_float32(target: str) -> None:
+    """Log that bfloat16 is slow on this CPU, if the training of a target will need it."""
+    from spd_lightning.planning.precision import slow_here
+    from spd_lightning.training.open_target import target_folder
+
+    config = configs.load(target)
+    is_trained = (target_folder(target, config) / "target.json").exists()
+    if not is_trained and (slow := slow_here(config.get("trainer", {}))):
+        log.warning(
+            "target %s: on this CPU, %s; to train it in float32, name with --model.target a config "
+            "of two lines: 'base: %s' and 'trainer: {precision: 32-true}'",
+            target,
+            slow,
+            target,
+        )
 
 
 def _complete_copy(run: runs.Run, settings: "Settings") -> None:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from spd_lightning.commands.verbs import ALLOW, CONFIG, DEBUG, HELP, PROGRAM, VERBS, Option, Verb
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.commands.verbs import ALLOW, CONFIG, DEBUG, HELP, VERBS, Option, Verb
+from spd_lightning.errors import PROGRAM, BadInput, command, nearest
 
 # ---- reading -------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ def _error_line(verb: Verb, message: str) -> str:
         return f"{verb.name}: {option.name} is missing: {option.help}; for example: {verb.example}"
     wrong = re.match(r"argument (--\w+)(?:/\S+)?: (.*)", message, re.DOTALL)
     if wrong is None:
-        return f"{verb.name}: {message}; see: {PROGRAM} {verb.name} --help"
+        return f"{verb.name}: {message}; see: {command(f'{verb.name} --help')}"
     option = _option_named(verb, wrong[1])
     problem = wrong[2]
     example = f"for example: {option.name} {option.example}"
@@ -89,7 +89,7 @@ def read(name: str, words: Sequence[str]) -> argparse.Namespace:
         unknown, _, _ = word.partition("=")
         hint = nearest(unknown, options)
         raise BadInput(f"{name}: unknown option '{word}'; {hint}")
-    raise BadInput(f"{name}: unexpected argument '{word}'; see: {PROGRAM} {name} --help")
+    raise BadInput(f"{name}: unexpected argument '{word}'; see: {command(f'{name} --help')}")
 
 
 def read_some(name: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

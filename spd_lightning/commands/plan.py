@@ -115,17 +115,10 @@ def _work(size: Size, width: int) -> Iterator[str]:
         yield f"  {name:<{width}} {values}"
 
 
-def _per_second(flops: float) -> str:
-    """Return a rate of computation in a readable unit."""
-    if flops >= 1e11:
-        rate = flops / 1e12
-        return f"{rate:,.3g} TFLOP/s"
-    rate = flops / 1e9
-    return f"{rate:,.3g} GFLOP/s"
-
-
 def _hours(sizes: Sequence[tuple[Device, Size]], width: int) -> Iterator[str]:
     """Yield the time on every device, whether memory suffices, and the assumed properties."""
+    from spd_lightning.planning.precision import FLOAT32, slow_bfloat16
+
     _, size = sizes[0]
     precision = "bfloat16" if size.mixed else "float32"
     title = f"{size.steps:,} steps in {precision}"
@@ -140,16 +133,22 @@ def _hours(sizes: Sequence[tuple[Device, Size]], width: int) -> Iterator[str]:
         assumed = _assumed(device, size.mixed)
         yield f"  {device.name:<{width}} {values}   {assumed}"
     yield "  evaluations, checkpoints and the training of the target are not included"
+    for device, size in sizes:
+        slow = slow_bfloat16(device.half, device.single)
+        if size.mixed and slow:
+            yield f"  {device.name}: {slow}; to train in float32, add {FLOAT32}"
 
 
 def _assumed(device: Device, mixed: bool) -> str:
     """Return the properties of a device that an estimate is based on."""
+    from spd_lightning.planning.precision import per_second
+
     peak = device.half if mixed else device.single
     bandwidth = device.bandwidth / 1e9
     microseconds = 1e6 * device.launch
     memory = device.memory / GiB
     return (
-        f"{device.share:.0%} of {_per_second(peak)}, "
+        f"{device.share:.0%} of {per_second(peak)}, "
         f"{bandwidth:,.3g} GB/s, "
         f"{microseconds:,.0f} µs an operation, "
         f"{memory:,.0f} GiB"

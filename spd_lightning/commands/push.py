@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from spd_lightning import runs
 from spd_lightning.commands import loading, options
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, command
 
 
 def main(argv: Sequence[str]) -> None:
@@ -17,8 +17,8 @@ def main(argv: Sequence[str]) -> None:
         )
     if not (run.path / "config.yaml").exists():
         raise BadInput(
-            f"run '{run.name}': it has no config.yaml, so it was not made by fit; 'runs' lists "
-            "the runs"
+            f"run '{run.name}': it has no config.yaml, so it was not made by fit; to list the "
+            f"runs: {command('runs')}"
         )
     runs.check_whole(run.path)
     settings = run.checked_config()

@@ -6,6 +6,7 @@ from typing import Any
 
 from spd_lightning import runs
 from spd_lightning.commands import options, results
+from spd_lightning.errors import command
 
 
 def main(argv: Sequence[str]) -> None:
@@ -15,8 +16,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json:
         print(json.dumps(_facts(found), indent=1))
     elif not found:
-        command = "python -m spd_lightning fit --config tms.yaml"
-        print(f"no runs in '{runs.root()}' yet; make one: {command}")
+        print(f"no runs in '{runs.root()}' yet; make one: {command('fit --config tms.yaml')}")
     elif arguments.table:
         rows = [(run.name, run.summary) for run in reversed(found) if run.summary]
         print(results.table(rows))

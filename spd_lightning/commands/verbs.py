@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-PROGRAM = "python -m spd_lightning"
-
+from spd_lightning.errors import command
 
 # ---- kinds of values -----------------------------------------------------------------------------
 
@@ -127,7 +126,8 @@ class Verb:
 
 RUN = Option(
     "RUN",
-    "a run's name or folder, or a tracker reference (see pull); 'runs' lists the names",
+    "a run's name or folder, or a tracker reference (see pull); to list the names: "
+    f"{command('runs')}",
     needed=True,
 )
 CONFIG = Option(
@@ -157,7 +157,7 @@ ALLOW = Option(
 DEBUG = Option("--debug", "print a traceback if there is an error", passed=True)
 HELP = Option("--help", "print this page", passed=True)
 SETTINGS = (
-    f"All settings with their defaults: {PROGRAM} fit --help model",
+    f"All settings with their defaults: {command('fit --help model')}",
     "(or: data, trainer, reconstruction, or a class such as PromptGraphs)",
 )
 HARVESTS = (
@@ -374,7 +374,7 @@ _ALL = (
     Verb(
         "weights",
         "RUN",
-        "Write the weights between components as a Parquet file.",
+        "Write the weights between the components of a decoder as a Parquet file.",
         "weights stories-2L --to weights.parquet",
         (
             RUN,

@@ -6,7 +6,7 @@ from typing import Any
 
 from spd_lightning import runs
 from spd_lightning.commands import loading, options
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, command
 from spd_lightning.runs.kind import kind
 
 
@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> None:
             model = f"{model} ({run_kind.model_type})"
         raise BadInput(
             f"weights: run '{run_kind.name}': {model} is not a supported decoder; "
-            "use a run of a GPT-2, Llama, Mistral or Qwen2 model on our decoder"
+            "weights alone give edges only in decoders: use a run of our Decoder, or of a GPT-2, "
+            f"Llama, Mistral or Qwen2 model; for example: {command('fit --config stories-2L.yaml')}"
         )
     with loading.trainer():
         _write(run, path, arguments.min_share)

@@ -33,6 +33,8 @@ LAYOUT = 1  # version of the folder's layout
 ENDLESS = 4_000_000  # training tokens taken from a corpus that never ends
 ALPHABET = 257  # tokens of the smallest byte-level BPE: 256 bytes and the end of a text
 TRAINED_ON = 10_000_000  # characters on which a BPE is trained
+LEAST_TRAINED_ON = 1_000_000  # of these if few tokens are wanted
+PER_TOKEN = 10  # characters of each token that is wanted; most tokens have about four
 AT_ONCE = 200_000  # characters that are tokenized together
 ENDS = (END, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 """Tokens with which tokenizers mark the end of a document."""
@@ -215,10 +217,10 @@ def _fetch(reference: str) -> Path:
         ) from error
 
 
-def trained(corpus: Corpus, vocab: int) -> Tokenizer:
+def trained(corpus: Corpus, vocab: int, characters: int = TRAINED_ON) -> Tokenizer:
     """Train a byte-level BPE of `vocab` tokens.
 
-    It sees the first ten million characters of the documents that are not for validation.
+    It sees the first `characters` of the documents that are not for validation.
     """
     tokenizers = library("tokenizers", f"corpus '{corpus.name}'")
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -233,7 +235,7 @@ def trained(corpus: Corpus, vocab: int) -> Tokenizer:
     }
     texts = (text for index, text in enumerate(corpus.documents()) if not held_out(index))
     trainer = tokenizers.trainers.BpeTrainer(**options)
-    inner.train_from_iterator(_take(texts, TRAINED_ON), trainer)
+    inner.train_from_iterator(_take(texts, characters), trainer)
     return Tokenizer(inner)
 
 
@@ -300,16 +302,28 @@ def tokenized(corpus: Corpus, tokenizer: str | None, vocab: int, max_tokens: int
     if limit is None and corpus.endless:
         limit = ENDLESS
     fingerprint = corpus.fingerprint()
-    key = digest([LAYOUT, fingerprint, tokenizer_key, limit])
+    characters = _trained_on(limit)
+    facts = [LAYOUT, fingerprint, tokenizer_key, limit]
+    if tokenizer is None and characters < TRAINED_ON:
+        facts.append(characters)
+    key = digest(facts)
     folder = files.root() / "data" / key
     with _locked(folder):
         streams = _read(folder)
         if streams is None:
-            used = given or trained(corpus, vocab)
+            used = given or trained(corpus, vocab, characters)
             _make(folder, corpus, used, limit)
             streams = _read(folder)
     assert streams is not None
     return streams
+
+
+def _trained_on(limit: int | None) -> int:
+    """Return the number of characters on which to train a tokenizer for at most `limit` tokens."""
+    if limit is None:
+        return TRAINED_ON
+    wanted = max(LEAST_TRAINED_ON, PER_TOKEN * limit)
+    return min(TRAINED_ON, wanted)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,11 @@ def measured(threads: int | None = None) -> Device:
     name = torch.cuda.get_device_name() if cuda else f"this CPU, {before} threads"
     torch.set_num_threads(threads or before)
     try:
+        half, single = products_per_second(place)
         return Device(
             name=name,
-            half=_products(place, torch.bfloat16),
-            single=_products(place, torch.float32),
+            half=half,
+            single=single,
             memory=machine_memory(place),
             launch=_launch(place),
             bandwidth=_bandwidth(place),
@@ -87,6 +88,14 @@ def measured(threads: int | None = None) -> Device:
         )
     finally:
         torch.set_num_threads(before)
+
+
+def place_of(trainer: Mapping[str, Any]) -> torch.device:
+    """Return the device that a trainer with these settings chooses."""
+    accelerator = trainer.get("accelerator", "auto")
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 def machine_memory(place: torch.device) -> float:
@@ -112,6 +121,11 @@ def _quickest(work: Callable[[], Any], place: torch.device) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     return best
+
+
+def products_per_second(place: torch.device) -> tuple[float, float]:
+    """Measure the FLOP/s of matrix products in bfloat16 and in float32."""
+    return _products(place, torch.bfloat16), _products(place, torch.float32)
 
 
 def _products(place: torch.device, dtype: torch.dtype) -> float:

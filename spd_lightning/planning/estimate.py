@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from spd_lightning import config as configs
-from spd_lightning.errors import BadInput
-from spd_lightning.planning.devices import Device, machine_memory
+from spd_lightning.errors import BadInput, command
+from spd_lightning.planning.devices import Device, machine_memory, place_of
 from spd_lightning.planning.dry_run import FAITHFULNESS, StepCost, Work, fake_tensors, measure_step
+from spd_lightning.planning.precision import is_mixed
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.training.networks import build
 from spd_lightning.training.open_target import is_trained_here
@@ -114,7 +115,7 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
     make = _module(settings)
     batch = _batch(settings)
     trainer = settings.config["trainer"]
-    mixed = _mixed(settings)
+    mixed = is_mixed(settings.settings["trainer"])
     if trainer["max_steps"] > MOST_STEPS:
         raise BadInput(f"trainer.max_steps: at most {MOST_STEPS:,} can be planned for")
     with fake_tensors():
@@ -149,12 +150,6 @@ def _sites(module: Decomposition) -> list[Site]:
     for name, C in model.counts.items():
         sites.append(Site(name, C, _parameters(model[name])))
     return sites
-
-
-def _mixed(settings: Settings) -> bool:
-    """Return whether the config trains in bfloat16 mixed precision."""
-    precision = settings.config["trainer"].get("precision")
-    return str(precision or "").startswith("bf16")
 
 
 def _batch(settings: Settings) -> Callable[[], Tensor]:
@@ -225,7 +220,7 @@ def check_memory(settings: Settings, available: float | None = None) -> None:
     Raises:
         BadInput: the fit needs more memory.
     """
-    place = _place(settings)
+    place = place_of(settings.settings["trainer"])
     if available is None:
         available = machine_memory(place)
     if rough_bound(settings) < MODEST * available:
@@ -239,16 +234,9 @@ def check_memory(settings: Settings, available: float | None = None) -> None:
     raise BadInput(
         f"sites: '{largest.name}: {largest.C}' and the others take {needed / GiB:.1f} GiB with "
         f"batches of {batch_size}, but only {available / GiB:.1f} GiB are available; use fewer "
-        "components or a smaller batch ('plan' shows the memory of each part)"
+        f"components or a smaller batch; for the memory of each part: {command('plan')} with the "
+        "same options"
     )
-
-
-def _place(settings: Settings) -> torch.device:
-    """Return the device that the trainer would choose."""
-    accelerator = settings.config["trainer"].get("accelerator", "auto")
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("cpu")
 
 
 def rough_bound(settings: Settings) -> float:

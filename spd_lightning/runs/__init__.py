@@ -24,7 +24,7 @@ from spd_lightning.runs.files import (
     write_json,
     write_whole,
 )
-from spd_lightning.runs.folders import Run, check_name, newest, runs
+from spd_lightning.runs.folders import Run, check_name, latest_finished, newest, runs
 from spd_lightning.runs.lock import UNCOPIED, RunLock, acquire_run, uncopied
 from spd_lightning.runs.references import find, pull
 from spd_lightning.runs.trackers import (
@@ -53,6 +53,7 @@ __all__ = [
     "cut_metrics",
     "embedded_uri",
     "find",
+    "latest_finished",
     "log_artifacts",
     "metrics_size",
     "mlflow_client",

@@ -2,13 +2,14 @@
 
 import logging
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spd_lightning import json_files
-from spd_lightning.config import digest, load
-from spd_lightning.errors import BadInput, nearest, shown
+from spd_lightning.config import digest, load, places
+from spd_lightning.errors import BadInput, command, nearest, shown
 from spd_lightning.files import root
 from spd_lightning.runs.files import held, read_json, read_metrics
 from spd_lightning.runs.shapes import RESTORE, Factorization, Record, read_summary
@@ -168,6 +169,24 @@ class Run:
         times = [_time(self.path / sign) for sign in _SIGNS]
         return max(times)
 
+    def predict_command(self, *added: str) -> str:
+        """Return the command that harvests from this run.
+
+        Args:
+            added: configs to add to the one that the run was made with.
+        """
+        name = self.record.get("family", self.name)
+        config = f"{name}.yaml"
+        is_known = any(path.is_file() for path in places(config))
+        if not is_known:
+            config = str(self.path / "config.yaml")
+        words = ["predict"]
+        for path in (config, *added):
+            words += ["--config", path]
+        if not is_known or [run.name for run in family(name)] != [self.name]:
+            words += ["--run", self.name]
+        return command(shlex.join(words))
+
     def metrics(self) -> "polars.DataFrame":
         """Return the logged metrics: one row per step, in order.
 
@@ -231,24 +250,42 @@ def family(name: str) -> list[Run]:
     return sorted(members, key=number)
 
 
-def newest(name: str) -> Run:
+def newest(name: str, fit: str | None = None) -> Run:
     """Return the run of a family (name, name-2, name-3, …) that finished last.
+
+    Args:
+        name: the family.
+        fit: the command that makes such a run, for the message.
 
     Raises:
         BadInput: no run of the family has finished.
     """
-    members = family(check_name(name))
-    finished = [run for run in members if _has_finished(run)]
-    if finished:
-        times = [_time(run.path / "summary.json") for run in finished]
-        latest = max(range(len(finished)), key=lambda k: (times[k], k))
-        return finished[latest]
-    if members:
+    if run := latest_finished(name):
+        return run
+    again = f": {fit}" if fit else ""
+    if members := family(name):
         states = ", ".join(f"{run.name} is {run.state}" for run in members)
         raise BadInput(
             f"run '{name}': none has finished ({states}); let it finish, or run the same fit again"
+            f"{again}"
         )
-    raise unknown(name)
+    if not fit:
+        raise unknown(name)
+    others = [run.name for run in runs()]
+    remedy = f"run fit first{again}"
+    if others:
+        remedy += f"; or name another run with --run: {nearest(name, others)}"
+    raise BadInput(f"run '{name}': not in '{root()}'; {remedy}")
+
+
+def latest_finished(name: str) -> Run | None:
+    """Return the run of a family (name, name-2, name-3, …) that finished last, or None."""
+    finished = [run for run in family(check_name(name)) if _has_finished(run)]
+    if not finished:
+        return None
+    times = [_time(run.path / "summary.json") for run in finished]
+    latest = max(range(len(finished)), key=lambda k: (times[k], k))
+    return finished[latest]
 
 
 def _has_finished(run: Run) -> bool:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_lightning import runs
-from spd_lightning.errors import BadInput
+from spd_lightning.errors import BadInput, command
 from spd_lightning.tracking.trackers import SPEED, Row, Tracker
 
 log = logging.getLogger(__name__)
@@ -261,7 +261,7 @@ class Copy:
                     "%s. The work continues without it; the missing data is sent later.", error
                 )
         elif before is None or isinstance(before, runs.NoAnswer):
-            again = f"python -m spd_lightning push {self.tracker.folder.name}"
+            again = command(f"push {self.tracker.folder.name}")
             log.warning("%s. The work continues without it; send the copy later: %s", error, again)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from spd_lightning import runs
-from spd_lightning.errors import BadInput, without_passwords
+from spd_lightning.errors import BadInput, command, without_passwords
 from spd_lightning.tracking.copies import Copies
 from spd_lightning.tracking.trackers import trackers
 
@@ -69,13 +70,18 @@ def publish(copies: Copies, names: Sequence[str] = runs.MIRRORED) -> None:
         copies: the copies of the run.
         names: files and folders of the run to send; all that trackers get if omitted.
     """
-    if len(copies):
-        log.info(
-            "run %s: completing the copies of its files in the trackers ...", copies.folder.name
-        )
-    for error in copies.complete(names):
-        again = f"python -m spd_lightning push {copies.folder.name}"
+    if not len(copies):
+        return
+    name = copies.folder.name
+    log.info("run %s: completing the copies of its files in the trackers ...", name)
+    started = time.perf_counter()
+    errors = copies.complete(names)
+    for error in errors:
+        again = command(f"push {name}")
         log.warning("%s. The run itself is whole; send the copy later: %s", error, again)
+    if not errors:
+        seconds = time.perf_counter() - started
+        log.info("run %s: the copies are complete (%.0f s)", name, seconds)
 
 
 def send(chosen: Any, folder: Path, settings: Mapping[str, Any]) -> None:

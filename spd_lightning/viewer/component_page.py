@@ -74,7 +74,7 @@ def page_data(store: Store, run: Path, selection: ComponentSelection) -> Compone
     known = sites(store)
     if not known:
         raise BadInput(
-            f"harvest '{store.path}': it has no sites with components; harvest again with `predict`"
+            f"harvest '{store.path}': it has no sites with components; run predict again"
         )
     site = selection.site or known[0]
     prompts = prompt_list(store)

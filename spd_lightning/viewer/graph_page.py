@@ -265,10 +265,10 @@ def contents(library: Library, run: str, harvest: str | None) -> dict[str, Any]:
     """
     store = library.store(run, harvest)
     if store.manifest["mode"] == "nodes":
+        command = library.run(run).predict_command("graphs.yaml")
         raise BadInput(
             f"harvest '{harvest}' of run '{run}': it has no graphs. Choose another harvest above, "
-            "or harvest graphs: run predict with --config graphs.yaml. The page Tokens shows this "
-            "harvest."
+            f"or harvest graphs: {command}. The page Tokens shows this harvest."
         )
     graphs = graph_list(store)
     if graphs.is_empty():

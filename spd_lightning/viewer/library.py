@@ -10,7 +10,7 @@ from typing import Any
 
 from spd_lightning import runs
 from spd_lightning.analysis.dataset_edges import corpus_harvests
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, command, nearest
 from spd_lightning.runs import Run
 from spd_lightning.store import Store
 from spd_lightning.store.manifest import read_settings
@@ -125,14 +125,13 @@ class Library:
 
 def _no_harvest(run: Run) -> BadInput:
     """Return the error for a run without harvests to show, with the command that makes one."""
-    family = run.record.get("family", run.name)
-    command = f"python -m spd_lightning predict --config {family}.yaml"
     if not corpus_harvests(run.harvests):
-        return BadInput(f"run '{run.name}': no harvest yet; make one: {command}")
-    sums = f"python -m spd_lightning edges {run.name} LAYER:COMPONENT"
+        return BadInput(f"run '{run.name}': no harvest yet; make one: {run.predict_command()}")
+    graphs = run.predict_command("graphs.yaml")
+    sums = command(f"edges {run.name} LAYER:COMPONENT")
     return BadInput(
         f"run '{run.name}': its harvests are sums, which have no prompts to show; harvest graphs: "
-        f"{command} --config graphs.yaml; print the sums: {sums}"
+        f"{graphs}; print the sums: {sums}"
     )
 
 
