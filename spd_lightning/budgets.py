@@ -38,6 +38,15 @@ MAX_POSITION_PAIRS = 1 << 16
 MAX_SUM_ROWS = 1 << 23
 """Rows of sums in memory above which rows with the same keys are added up."""
 
+MAX_FIRING_PAIRS = 1 << 27
+"""Pairs of units that fire at the same positions, counted in one sparse product."""
+
+MAX_STATISTICS_ROWS = 1 << 25
+"""Counts of pairs and tokens in memory above which a group of prompts is written early."""
+
+MAX_UNCOMMITTED_SECONDS = 300.0
+"""Seconds of work that a killed harvest can lose, apart from the last batch."""
+
 # ---- estimates of memory, in multiples of one array ----------------------------------------------
 
 LOGIT_ARRAYS = 4

@@ -157,8 +157,8 @@ def graph_rows(
     columns = {
         "prompt_id": pl.Series(ids, dtype=pl.UInt64),
         "nodes": array(nodes, np.uint32),
-        "edges": array(written, np.uint32),
-        "edges_total": array(graphs.total, np.uint32),
+        "edges": array(written, np.uint64),
+        "edges_total": array(graphs.total, np.uint64),
         "gap": array(graphs.gaps, np.float64),
     }
     frame = pl.DataFrame(columns)

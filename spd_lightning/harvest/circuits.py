@@ -203,7 +203,7 @@ def frontier_rows(
         "chosen": np.isin(np.arange(rows), best),
         "nodes": array(frontier.nodes, np.uint32),
         "important": array(frontier.important, np.uint32),
-        "pos": np.full(rows, pos, dtype=np.uint16),
+        "pos": np.full(rows, pos, dtype=np.uint32),
         "label": label,
         "token": token,
         "kept": array(frontier.kept),

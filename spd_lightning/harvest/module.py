@@ -8,6 +8,7 @@ settings have been checked.
 """
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,6 +64,7 @@ class Harvester(Callback, ABC):
         self._frames: list[dict[str, pl.DataFrame]] = []
         self._pending: set[int] = set()
         self._gap: float | None = None
+        self._begun = 0.0  # when the group began
 
     @abstractmethod
     def manifest(self, module: Decomposition) -> dict[str, Any]:
@@ -73,6 +75,17 @@ class Harvester(Callback, ABC):
         self, module: Decomposition, prompts: Prompts, ids: list[int]
     ) -> Mapping[str, pl.DataFrame]:
         """Return the rows of a batch of prompts, by table."""
+
+    def sums(self, module: Decomposition) -> Mapping[str, pl.DataFrame]:
+        """Return the sums over all prompts of the group, by table, and begin the next group.
+
+        Harvests whose rows all belong to a batch have none.
+        """
+        return {}
+
+    def is_full(self) -> bool:
+        """Return whether the sums of the group take so much memory that they should be written."""
+        return False
 
     def at_once(self, model: ComponentModel, inputs: torch.Tensor) -> int:
         """Return the number of prompts of a batch that fit in memory together, which is at least 1.
@@ -137,6 +150,7 @@ class Harvester(Callback, ABC):
         self._frames = []
         self._pending = set()
         self._gap = None
+        self._begun = time.monotonic()
 
     def on_predict_batch_end(
         self,
@@ -175,8 +189,10 @@ class Harvester(Callback, ABC):
             rows = self.rows(module, prompts, ids)
         self._frames.append(dict(rows))
         self._pending.update(ids)
-        if len(self._pending) >= self.group:
-            self._commit()
+        seconds = time.monotonic() - self._begun
+        is_late = seconds > budgets.MAX_UNCOMMITTED_SECONDS
+        if len(self._pending) >= self.group or is_late or self.is_full():
+            self._commit(module)
         elif self._rows_in_memory() > budgets.MAX_SUM_ROWS:
             self._frames = [self._joined()]
 
@@ -194,11 +210,13 @@ class Harvester(Callback, ABC):
             joined[table] = added(table, parts)
         return joined
 
-    def _commit(self) -> None:
+    def _commit(self, module: Decomposition) -> None:
         """Write the uncommitted rows as one group of shards."""
         assert self._writer is not None
         if self._frames:
-            self._writer.write(self._joined(), self._gap)
+            tables = self._joined() | dict(self.sums(module))
+            self._writer.write(tables, self._gap)
+        self._begun = time.monotonic()
         self._frames = []
         self._pending = set()
         self._gap = None
@@ -212,7 +230,8 @@ class Harvester(Callback, ABC):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._writer is not None
-        self._commit()
+        assert isinstance(pl_module, Decomposition)
+        self._commit(pl_module)
         self._writer.complete()
         self._writer.close()
         if trainer.is_global_zero:

@@ -23,9 +23,10 @@ from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.components import IDENTITY, Mask
 from spd_lightning.decomposition.metrics import component_norms, sizeable
 from spd_lightning.decomposition.model import Clean, ComponentModel
-from spd_lightning.errors import BadInput
+from spd_lightning.harvest.moments import moments
 from spd_lightning.store import KINDS, TABLES
 from spd_lightning.training.decompose import Decomposition
+from spd_lightning.units.components import check_own_importances
 
 Names = Callable[[list[int]], list[str]]
 """A function from token ids to their text."""
@@ -68,13 +69,7 @@ def run_clean_and_masked(
             g = model.importances(clean).lower
         else:
             g = dict(importances)
-        places = inputs.shape[:1] if vectors else inputs.shape
-        for site, values in g.items():
-            if values.shape[:-1] != places:
-                raise BadInput(
-                    f"site '{site}': its input is the same for all prompts, so no prompt has "
-                    "importances of its own; leave the site out"
-                )
+        check_own_importances(g, inputs)
         masks = {site: Mask(values, 0.0) for site, values in g.items()}
         masked = model.masked(inputs, masks, clean)
         target = full(with_positions(clean.output))
@@ -175,7 +170,7 @@ def node_rows(layers: list[Layer], ids: list[int]) -> pl.DataFrame:
         columns = {
             "prompt_id": prompt_ids[prompt],
             "node": array(numbers[layer.nodes], np.uint32),
-            "pos": pos.astype(np.uint16),
+            "pos": pos.astype(np.uint32),
             "component": component.astype(np.uint32),
             "activation": array(layer.value[layer.nodes]),
         }
@@ -249,7 +244,7 @@ def output_rows(runs: Runs, ids: list[int], names: Names) -> pl.DataFrame:
     prompt_ids = np.array(ids, dtype=np.uint64)
     columns: dict[str, Any] = {
         "prompt_id": prompt_ids[prompt],
-        "pos": pos.astype(np.uint16),
+        "pos": pos.astype(np.uint32),
         "token_id": token.astype(np.uint32),
         "token": token_strings(token, names),
     }
@@ -274,30 +269,33 @@ def token_strings(tokens: np.ndarray, names: Names) -> list[str]:
 
 
 def component_rows(module: Decomposition, layers: list[Layer], threshold: float) -> pl.DataFrame:
-    """Return one row per component, with additive counts over this batch.
-
-    `norm` and `alive` (a norm above 5 % of the site's largest) depend on the weights alone.
-    """
+    """Return one row per component, with additive counts over this batch."""
     frames = []
     for layer in layers:
         if layer.kind != "component" or layer.importance is None:
             continue
-        site = module.model[layer.name]
-        norms = component_norms(site.V, site.U).detach()  # [C]
-        alive = sizeable(site.V, site.U)  # [C]
         fires = layer.importance > threshold  # [batch, pos, C]
-        positions = layer.nodes[..., 0].numel()
-        C = len(norms)
-        columns = {
-            "component": np.arange(C, dtype=np.uint32),
-            "firings": array(fires.sum((0, 1)), np.int64),
-            "positions": np.full(C, positions, dtype=np.int64),
-            "importance_sum": array(layer.importance.sum((0, 1)), np.float64),
-            "activation_sum": array(layer.value.sum((0, 1)), np.float64),
-            "norm": array(norms),
-            "alive": alive.cpu().numpy(),
-        }
-        frame = pl.DataFrame(columns)
-        name = pl.lit(layer.name)
-        frames.append(frame.with_columns(layer=name))
+        sums = moments(fires, layer.importance, layer.value.detach())
+        frames.append(site_rows(module, layer.name, sums))
     return pl.concat(frames)
+
+
+def site_rows(module: Decomposition, site: str, sums: Mapping[str, np.ndarray]) -> pl.DataFrame:
+    """Return one row per component of a site.
+
+    `norm` and `alive` (a norm above 5 % of the site's largest) depend on the weights alone.
+
+    sums: the columns that depend on the prompts, [C] each.
+    """
+    V = module.model[site].V
+    U = module.model[site].U
+    norms = component_norms(V, U).detach()  # [C]
+    columns = {
+        "component": np.arange(len(norms), dtype=np.uint32),
+        "norm": array(norms),
+        "alive": sizeable(V, U).cpu().numpy(),
+        **sums,
+    }
+    frame = pl.DataFrame(columns)
+    name = pl.lit(site)
+    return frame.with_columns(layer=name).select(TABLES["components"].names())

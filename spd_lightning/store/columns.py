@@ -5,7 +5,7 @@ Layers are categorical in these types; in a store, they are an Enum over the lay
 in forward order.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
@@ -32,12 +32,15 @@ class Column(NamedTuple):
 class Table(NamedTuple):
     """The columns of a table, what its rows are, and the columns by which a shard is sorted.
 
-    Prompts keep their order, and so do rows that are equal in the columns `sorted_by`.
+    Prompts keep their order, and so do rows that are equal in the columns `sorted_by`. `merge` says
+    what becomes of the rows of several groups of prompts: they are all kept; or rows with the same
+    keys, which are the columns `sorted_by`, are added up.
     """
 
     help: str
     sorted_by: tuple[str, ...]
     columns: dict[str, Column]
+    merge: Literal["keep", "add"] = "keep"
 
 
 _PROMPT_ID = Column(pl.UInt64, "The prompt: a hash of its content, equal on all machines.")
@@ -47,7 +50,7 @@ _KIND = Column(
     "component, input, embedding or output; in frozen graphs also rest (what other components and "
     "delta write) and bias.",
 )
-_POS = Column(pl.UInt16, "The position in the prompt, from 0 up.")
+_POS = Column(pl.UInt32, "The position in the prompt, from 0 up.")
 _COMPONENT = Column(
     pl.UInt32,
     "The number of the component in its site; of an input or output, the feature or token; 0 of "
@@ -149,8 +152,8 @@ TABLES: dict[str, Table] = {
         {
             "prompt_id": _PROMPT_ID,
             "nodes": Column(pl.UInt32, "The number of nodes."),
-            "edges": Column(pl.UInt32, "The number of edges that were written."),
-            "edges_total": Column(pl.UInt32, "The number of edges before pruning."),
+            "edges": Column(pl.UInt64, "The number of edges that were written."),
+            "edges_total": Column(pl.UInt64, "The number of edges before pruning."),
             "gap": Column(
                 pl.Float64,
                 "How far in-edges are from adding up to the activations, over all edges: "
@@ -201,6 +204,7 @@ TABLES: dict[str, Table] = {
                 pl.Boolean, "Whether its matrix is not a remnant; equal in all groups."
             ),
         },
+        "add",
     ),
     "histograms": Table(
         "How its importance and its activation are distributed over its firings: one row per "
@@ -218,6 +222,7 @@ TABLES: dict[str, Table] = {
             ),
             "firings": Column(pl.Int64, "The number of firings in the bin."),
         },
+        "add",
     ),
     "cofirings": Table(
         "Pairs of components that fire at the same positions: one row per pair that occurs, and "
@@ -230,6 +235,7 @@ TABLES: dict[str, Table] = {
             "other_component": Column(pl.UInt32, "The number of the other component in its site."),
             "firings": Column(pl.Int64, "The number of positions at which both fire."),
         },
+        "add",
     ),
     "token_counts": Table(
         "What stands at the firings of a component, and what the target predicts there: one row "
@@ -250,6 +256,7 @@ TABLES: dict[str, Table] = {
                 "units of 2⁻³².",
             ),
         },
+        "add",
     ),
     "tokens": Table(
         "All positions by token: one row per token that occurs, and group.",
@@ -264,6 +271,7 @@ TABLES: dict[str, Table] = {
                 "units of 2⁻³².",
             ),
         },
+        "add",
     ),
     "examples": Table(
         "Firings of a component to look at: those with the smallest keys, of each kind.",
@@ -308,6 +316,7 @@ TABLES: dict[str, Table] = {
                 pl.Float64, "Σ over prompts of the square of each prompt's own `sum_abs_target`."
             ),
         },
+        "add",
     ),
     "dataset_nodes": Table(
         "Normalizers of dataset edges: one row per component, or row of an embedding, and group.",
@@ -323,6 +332,7 @@ TABLES: dict[str, Table] = {
             ),
             "activation_square_sum": Column(pl.Float64, "Σ a² over all positions."),
         },
+        "add",
     ),
     "frontier": Table(
         "Circuits of several sizes: one row per prompt and λ, and one without λ for the "
@@ -334,7 +344,7 @@ TABLES: dict[str, Table] = {
             "chosen": Column(pl.Boolean, "Whether this circuit became the prompt's graph."),
             "nodes": Column(pl.UInt32, "The number of components with g > 0."),
             "important": Column(pl.UInt32, "The number of components above the threshold."),
-            "pos": Column(pl.UInt16, "The position whose prediction should stay."),
+            "pos": Column(pl.UInt32, "The position whose prediction should stay."),
             "label": Column(pl.UInt32, "The token whose probability should stay."),
             "token": Column(pl.String, "Its text."),
             **{

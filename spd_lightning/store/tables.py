@@ -23,6 +23,9 @@ SORTED: dict[str, tuple[str, ...]] = {
 }
 """The columns by which the rows of a shard are sorted."""
 
+SAME = ("norm",)
+"""Numbers in tables of sums that depend on the weights alone, so that they are not added up."""
+
 
 def finite(value: pl.Expr) -> pl.Expr:
     """Replace NaN and infinite values by null."""
@@ -70,13 +73,30 @@ def schema(table: str, layers: Sequence[str]) -> dict[str, Any]:
 def added(table: str, frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
     """Return the rows of several frames of a table as one frame.
 
-    In the tables of sums (`dataset_*`), rows with the same keys are added up.
+    In the tables of sums, rows with the same keys are added up.
     """
     rows = pl.concat(frames)
-    if len(frames) == 1 or not table.startswith("dataset_"):
+    if len(frames) == 1 or described.TABLES[table].merge == "keep":
         return rows
+    return summed(table, rows.lazy()).collect()
+
+
+def summed(table: str, rows: pl.LazyFrame) -> pl.LazyFrame:
+    """Add up the rows of a table of sums that have the same keys.
+
+    Names, and facts that depend on the weights alone, are equal in all of these rows; the first is
+    kept.
+    """
     keys = list(SORTED[table])
-    return rows.group_by(keys).sum().select(rows.columns)
+    totals = []
+    for name, dtype in TABLES[table].items():
+        if name in keys:
+            continue
+        column = pl.col(name)
+        is_same = name in SAME or not dtype.is_numeric()
+        totals.append(column.first() if is_same else column.sum())
+    columns = TABLES[table].names()
+    return rows.group_by(keys).agg(totals).select(columns)
 
 
 def ordered(table: str, frame: pl.DataFrame) -> pl.DataFrame:

@@ -1,0 +1,377 @@
+"""Statistics: how often components fire, with which others, on which tokens, and where.
+
+1. Each batch is run once, clean. A component fires where its importance is above the threshold.
+2. Sums, counts and examples are kept in memory (`moments`, `counting`, `examples`). They do not
+   need the table `nodes`, and their size does not grow with the number of prompts.
+3. They are written for a group of prompts at a time. Readers add the groups up.
+
+Anything that satisfies the protocol `Units` can take the place of components.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from scipy import sparse
+
+from spd_lightning import budgets
+from spd_lightning.data.modules import Prompts
+from spd_lightning.errors import BadInput, check_range
+from spd_lightning.harvest.counting import Counts, count
+from spd_lightning.harvest.examples import Examples, Firings
+from spd_lightning.harvest.module import Harvester
+from spd_lightning.harvest.moments import SIZE_BINS, Histograms, histograms, moments
+from spd_lightning.harvest.rows import array, harvest_metadata, prompt_rows, site_rows
+from spd_lightning.store.columns import QUANTITIES
+from spd_lightning.store.tables import added
+from spd_lightning.targets.protocols import vocab_of
+from spd_lightning.training.decompose import Decomposition
+from spd_lightning.units import ComponentUnits, Observation
+
+
+class Statistics(Harvester):
+    """Write statistics of all components over many prompts.
+
+    The tables are prompts, components, histograms, cofirings, token_counts, tokens and examples.
+
+    Args:
+        threshold: importance above which a component fires.
+        examples: firings of each component to keep at random.
+        top_examples: firings to keep with the largest importance, and with the largest activation
+            of each sign.
+        seed: determines which firings are kept at random.
+        group: the number of prompts that are added up before they are written. A group also ends
+            after five minutes, or once its counts fill the memory set aside for them. A killed
+            harvest loses at most one group.
+        name: the harvest's folder in `<run>/harvest/`.
+
+    Examples:
+        >>> import lightning as L
+        >>> from spd_lightning import TMS, Decomposition, SparseFeatures, Statistics, Store
+        >>> module = Decomposition(TMS(5, 2), sites={"linear*": 20})
+        >>> trainer = L.Trainer(callbacks=[Statistics()], default_root_dir="mine")
+        >>> _ = trainer.predict(module, SparseFeatures(5, 0.05, batch_size=1))
+        >>> components = Store("mine/harvest/statistics").scan("components").collect()
+        >>> components.height, components["positions"].unique().to_list()
+        (40, [69])
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.0,
+        examples: int = 1000,
+        top_examples: int = 100,
+        seed: int = 0,
+        group: int = 10_000,
+        name: str = "statistics",
+    ):
+        super().__init__(name, group)
+        check_range("Statistics", least=0, most=1, threshold=threshold)
+        check_range("Statistics", least=0, whole=True, examples=examples, top_examples=top_examples)
+        check_range("Statistics", least=0, whole=True, seed=seed)
+        self.threshold = threshold
+        self.seed = seed
+        self.kept = {
+            "uniform": examples,
+            "importance": top_examples,
+            "positive": top_examples,
+            "negative": top_examples,
+        }
+        self._totals: _Totals | None = None
+
+    def manifest(self, module: Decomposition) -> dict[str, Any]:
+        """Return the settings of the harvest, which its rows depend on."""
+        return harvest_metadata(module) | {
+            "harvest": self.name,
+            "mode": "statistics",
+            "threshold": self.threshold,
+            "examples": self.kept,
+            "config": {"threshold": self.threshold, "examples": self.kept, "seed": self.seed},
+        }
+
+    def rows(
+        self, module: Decomposition, prompts: Prompts, ids: list[int]
+    ) -> Mapping[str, pl.DataFrame]:
+        """Add a batch of prompts to the sums of the group, and return the rows of the prompts."""
+        units = ComponentUnits(module.model)
+        if self._totals is None:
+            self._totals = _Totals(units.counts, self.kept, self.seed)
+        observation = units.observe(prompts.inputs)
+        fires = {}
+        for layer in units.counts:
+            fires[layer] = observation.measure(layer) > self.threshold
+        _check_finite(observation, self.name)
+        vocab = vocab_of(module.network) or 0
+        self._totals.add(observation, fires, prompts.inputs, ids, vocab)
+        return {"prompts": prompt_rows(prompts, ids, self.names)}
+
+    def sums(self, module: Decomposition) -> Mapping[str, pl.DataFrame]:
+        """Return the statistics of the group, by table, and begin the next group."""
+        assert self._totals is not None
+        totals = self._totals
+        self._totals = None
+        layers = pl.Enum(self._settings["layers"])
+        names = _UnitNames(totals.units, layers)
+        tables = {
+            "components": pl.concat(
+                site_rows(module, site, sums) for site, sums in totals.moments.items()
+            ),
+            "histograms": _histogram_rows(totals.histograms, names),
+            "cofirings": _cofiring_rows(totals.counts, names),
+            "examples": names.named(totals.examples.rows()),
+        }
+        if totals.counts.inputs is not None:
+            tables["token_counts"] = _token_count_rows(totals.counts, names)
+            tables["tokens"] = _token_rows(totals.counts, self.names)
+        return tables
+
+    def is_full(self) -> bool:
+        """Return whether the counts of the group should be written to free their memory."""
+        if self._totals is None:
+            return False
+        return self._totals.counts.rows() > budgets.MAX_STATISTICS_ROWS
+
+
+def _check_finite(observation: Observation, harvest: str) -> None:
+    for layer, activation in observation.activations.items():
+        if not torch.isfinite(activation.sum()):
+            raise BadInput(
+                f"harvest '{harvest}': an activation of layer '{layer}' is not finite; the target "
+                "overflows on these prompts, so harvest with --trainer.precision 32-true"
+            )
+
+
+class _Totals:
+    """The statistics of a group of prompts, kept in memory.
+
+    Attributes:
+        units: the number of units of each layer.
+        moments: by layer, the additive columns of the table `components`.
+        histograms: the numbers of firings by bin.
+        counts: the numbers of co-firings, and of firings by token.
+        examples: the firings to show.
+    """
+
+    def __init__(self, units: Mapping[str, int], kept: Mapping[str, int], seed: int):
+        self.units = dict(units)
+        self.moments: dict[str, dict[str, np.ndarray]] = {}
+        self.examples = Examples(units, kept, seed)
+        self._histograms: Histograms | None = None
+        self._counts: Counts | None = None
+
+    @property
+    def histograms(self) -> Histograms:
+        assert self._histograms is not None, "no batch was added"
+        return self._histograms
+
+    @property
+    def counts(self) -> Counts:
+        assert self._counts is not None, "no batch was added"
+        return self._counts
+
+    def add(
+        self,
+        observation: Observation,
+        fires: Mapping[str, torch.Tensor],
+        inputs: torch.Tensor,
+        ids: list[int],
+        vocab: int,
+    ) -> None:
+        """Add a batch of prompts.
+
+        fires: by layer, [batch, pos, C].
+        inputs: [batch, features] floating point, or [batch, pos] token ids.
+        """
+        for layer in self.units:
+            sums = moments(
+                fires[layer],
+                observation.importances and observation.importances[layer],
+                observation.activations[layer],
+            )
+            previous = self.moments.get(layer)
+            if previous is not None:
+                sums = {name: previous[name] + total for name, total in sums.items()}
+            self.moments[layer] = sums
+        firings = _firings(observation, fires, ids)
+        self.examples.add(firings)
+        binned = histograms(
+            sum(self.units.values()), firings.unit, firings.importance, firings.activation
+        )
+        tokens = None if inputs.is_floating_point() else inputs.flatten()
+        logits = observation.logits
+        counts = count(
+            {layer: entries.flatten(0, 1) for layer, entries in fires.items()},
+            tokens,
+            None if logits is None else logits.flatten(0, 1),
+            vocab,
+        )
+        if self._counts is None or self._histograms is None:
+            self._counts = counts
+            self._histograms = binned
+        else:
+            self._counts = self._counts.plus(counts)
+            self._histograms = self._histograms.plus(binned)
+
+
+def _firings(
+    observation: Observation, fires: Mapping[str, torch.Tensor], ids: list[int]
+) -> Firings:
+    """Return the firings of a batch of prompts, layer by layer."""
+    prompt_ids = np.array(ids, dtype=np.uint64)
+    parts = []
+    first_unit = 0
+    for layer, entries in fires.items():
+        prompt, pos, component = entries.nonzero().cpu().numpy().T  # [firings] each
+        importance = None
+        if observation.importances is not None:
+            importance = array(observation.importances[layer][entries])
+        parts.append(
+            Firings(
+                unit=first_unit + component,
+                prompt_id=prompt_ids[prompt],
+                pos=pos.astype(np.uint32),
+                importance=importance,
+                activation=array(observation.activations[layer][entries]),
+            )
+        )
+        first_unit += entries.shape[2]
+    importances = None
+    if observation.importances is not None:
+        importances = np.concatenate([part.importance for part in parts])
+    return Firings(
+        unit=np.concatenate([part.unit for part in parts]),
+        prompt_id=np.concatenate([part.prompt_id for part in parts]),
+        pos=np.concatenate([part.pos for part in parts]),
+        importance=importances,
+        activation=np.concatenate([part.activation for part in parts]),
+    )
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+class _UnitNames:
+    """The layer and component of each unit, for the numbers that count the units of all layers."""
+
+    def __init__(self, units: Mapping[str, int], layers: pl.Enum):
+        sizes = np.array(list(units.values()))
+        self.first = dict(zip(units, np.cumsum(sizes) - sizes, strict=True))
+        names = pl.Series(list(units), dtype=layers)
+        self._layer_of_unit = names.gather(np.repeat(np.arange(len(sizes)), sizes))
+        components = np.concatenate([np.arange(C, dtype=np.uint32) for C in sizes])
+        self._component_of_unit = pl.Series(components)
+
+    def columns(self, unit: np.ndarray, prefix: str = "") -> dict[str, pl.Series]:
+        """Return the columns `layer` and `component` of some units."""
+        layer = self._layer_of_unit.gather(unit)
+        component = self._component_of_unit.gather(unit)
+        return {f"{prefix}layer": layer, f"{prefix}component": component}
+
+    def named(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Replace the column `unit` by `layer` and `component`."""
+        columns = self.columns(rows["unit"].to_numpy())
+        return rows.drop("unit").with_columns(**columns)
+
+
+def _histogram_rows(counted: Histograms, names: _UnitNames) -> pl.DataFrame:
+    """Return one row per component, quantity and bin with a firing."""
+    quantities = pl.Enum(QUANTITIES)
+    frames = []
+    for quantity, table, first_bin in (
+        ("importance", counted.importance, 0),
+        ("activation", counted.activation, -SIZE_BINS),
+    ):
+        if table is None:
+            continue
+        unit, column = table.nonzero()
+        columns = {
+            **names.columns(unit),
+            "bin": (column + first_bin).astype(np.int16),
+            "firings": table[unit, column],
+        }
+        frame = pl.DataFrame(columns)
+        frames.append(frame.with_columns(quantity=pl.lit(quantity, quantities)))
+    return pl.concat(frames)
+
+
+def _cofiring_rows(counts: Counts, names: _UnitNames) -> pl.DataFrame:
+    """Return one row per pair of components that fire together, the earlier component first."""
+    frames = []
+    for layer, matrix in counts.cofirings.items():
+        entries = matrix.tocoo()
+        component, later = entries.coords
+        is_pair = later > component  # columns begin with the layer's own units
+        first = names.first[layer]
+        columns = {
+            **names.columns(first + component[is_pair]),
+            **names.columns(first + later[is_pair], "other_"),
+            "firings": entries.data[is_pair],
+        }
+        frames.append(pl.DataFrame(columns))
+    return pl.concat(frames)
+
+
+def _token_count_rows(counts: Counts, names: _UnitNames) -> pl.DataFrame:
+    """Return one row per component and token, and per component for the remainder."""
+    assert counts.inputs is not None
+    frames = []
+    for layer, matrix in counts.inputs.items():
+        first = names.first[layer]
+        frames.append(_token_cells(matrix, first, names, "input_firings", None))
+    for layer, matrix in (counts.outputs or {}).items():
+        first = names.first[layer]
+        rest = matrix.shape[1] - 1
+        frames.append(_token_cells(matrix, first, names, "output_mass", rest))
+    return added("token_counts", frames)
+
+
+def _token_cells(
+    matrix: sparse.csr_array, first: int, names: _UnitNames, column: str, rest: int | None
+) -> pl.DataFrame:
+    """Return the nonzero entries of one layer's counts by token; token `rest` becomes null."""
+    dtype = {"input_firings": pl.Int64, "output_mass": pl.UInt64}
+    entries = matrix.tocoo()
+    component, token = entries.coords
+    columns = {
+        **names.columns(first + component),
+        "token_id": pl.Series(token.astype(np.uint32)),
+        column: pl.Series(entries.data).cast(dtype[column]),
+    }
+    others = {name: pl.lit(0, kind) for name, kind in dtype.items() if name != column}
+    frame = pl.DataFrame(columns).with_columns(**others)
+    order = ["layer", "component", "token_id", *dtype]
+    is_token = pl.lit(True) if rest is None else pl.col("token_id") != rest
+    return frame.with_columns(token_id=pl.when(is_token).then("token_id")).select(order)
+
+
+def _token_rows(counts: Counts, names: Any) -> pl.DataFrame:
+    """Return one row per token that occurs or is predicted, and one for the remainder."""
+    positions = counts.input_positions
+    mass = counts.output_mass
+    assert positions is not None
+    if mass is None:
+        mass = np.zeros(len(positions) + 1, dtype=np.int64)
+    rest = len(mass) - 1
+    length = max(len(positions), rest)
+    all_positions = np.zeros(length, dtype=np.int64)
+    all_positions[: len(positions)] = positions
+    all_mass = np.zeros(length, dtype=np.int64)
+    all_mass[:rest] = mass[:rest]
+    ids = np.flatnonzero((all_positions > 0) | (all_mass > 0))
+    tokens = pl.DataFrame(
+        {
+            "token_id": [*ids.tolist(), None],
+            "token": [*names(ids.tolist()), None],
+            "positions": [*all_positions[ids].tolist(), 0],
+            "output_mass": [*all_mass[ids].tolist(), int(mass[rest])],
+        },
+        schema={
+            "token_id": pl.UInt32,
+            "token": pl.String,
+            "positions": pl.Int64,
+            "output_mass": pl.UInt64,
+        },
+    )
+    return tokens
