@@ -235,8 +235,8 @@ def undisturbed(root) -> Store:
 
 
 def committed(folder: Path) -> int:
-    ledger = folder / "manifest-0.json"
-    return len(json.loads(ledger.read_text())["shards"]) if ledger.exists() else 0
+    lines = folder / "manifest-0.jsonl"
+    return lines.read_bytes().count(b"\n") if lines.exists() else 0
 
 
 def rows(store: Store, table: str) -> pl.DataFrame:

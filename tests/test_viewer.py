@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.toy_run import ALIVE, FEATURES, C, make_harvest, make_run
 
+from spd_lightning import json_files
 from spd_lightning.analysis.graphs import whole_graph
 from spd_lightning.analysis.influence import pruned
 from spd_lightning.analysis.weights import Factors
@@ -294,8 +295,8 @@ def test_a_store_is_read_anew_when_it_grows(tmp_path):
     first = library.store("tms", "probe")
     assert library.store("tms", "probe") is first
     ledger = run / "harvest" / "probe" / "manifest-0.json"
-    held = json.loads(ledger.read_text())
-    ledger.write_text(json.dumps({"shards": held["shards"][:1], "complete": held["complete"]}))
+    held = json_files.unsealed(json.loads(ledger.read_text()))
+    ledger.write_text(json.dumps(held | {"shards": held["shards"][:1]}))
     os.utime(ledger, ns=(1, 1))
     assert library.store("tms", "probe").manifest["prompts"] == 5
 

@@ -23,6 +23,7 @@ from spd_lightning.data.modules import Prompts
 from spd_lightning.decomposition.components import IDENTITY, Mask
 from spd_lightning.decomposition.metrics import component_norms, sizeable
 from spd_lightning.decomposition.model import Clean, ComponentModel
+from spd_lightning.errors import BadInput
 from spd_lightning.harvest.moments import moments
 from spd_lightning.store import KINDS, TABLES
 from spd_lightning.training.decompose import Decomposition
@@ -123,10 +124,31 @@ def layer_names(model: ComponentModel, frozen: bool = False) -> list[str]:
 
 
 def array(tensor: Tensor, dtype: Any = np.float32) -> np.ndarray:
-    """Return the values of a tensor as an array of a type of the store."""
+    """Return the values of a tensor as an array of a type of the store.
+
+    Raises:
+        BadInput: a whole number does not fit into the type.
+    """
     values = full(tensor.detach())
     as_array = values.cpu().numpy()
+    if np.issubdtype(dtype, np.unsignedinteger):
+        _check_fits(as_array, dtype)
     return as_array.astype(dtype, copy=False)
+
+
+def _check_fits(numbers: np.ndarray, dtype: Any) -> None:
+    """Raise BadInput if a number would not be itself in an unsigned type."""
+    if not numbers.size:
+        return
+    smallest = int(numbers.min())
+    largest = int(numbers.max())
+    limit = int(np.iinfo(dtype).max)
+    if smallest < 0 or largest > limit:
+        number = smallest if smallest < 0 else largest
+        raise BadInput(
+            f"number {number} of a node, token or component: a harvest's tables hold numbers from "
+            f"0 to {limit}; use shorter prompts, or a higher threshold for fewer nodes"
+        )
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -199,9 +221,14 @@ def edge_rows(tables: Iterable[EdgeTable], ids: list[int]) -> pl.DataFrame:
 
 
 def _unsigned(numbers: Tensor) -> np.ndarray:
-    """Return node numbers in the type of the store."""
-    signed = numbers.int().cpu().numpy()
-    return signed.view(np.uint32)
+    """Return node numbers in the type of the store.
+
+    Raises:
+        BadInput: a number does not fit into it.
+    """
+    if numbers.dtype == torch.int32:
+        return numbers.cpu().numpy().view(np.uint32)
+    return array(numbers, np.uint32)
 
 
 def _prompt_ids(prompt: Tensor, ids: np.ndarray) -> np.ndarray:

@@ -12,7 +12,10 @@ from spd_lightning.runs.shapes import RESTORE, Factorization, Record, read_summa
 
 log = logging.getLogger(__name__)
 
-_HARVEST = r"(manifest|manifest-\d+)\.json|[a-z_]+/part-\d+-\d+\.parquet"
+_HARVEST = (
+    r"(manifest|manifest-\d+|merged)\.json|manifest-\d+\.jsonl"
+    r"|[a-z_]+/(part|merged)-\d+-\d+\.(parquet|safetensors)"
+)
 _KNOWN = re.compile(
     r"config\.yaml|(run|summary|decomposition|pulled)\.json"
     r"|decomposition\.safetensors|metrics\.jsonl"

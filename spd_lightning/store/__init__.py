@@ -2,14 +2,17 @@
 
     <harvest>/manifest.json                     the settings; fixed while rows arrive
     <harvest>/manifest-<rank>.json              the rank's ledger: its shards, sizes and digests
+    <harvest>/manifest-<rank>.jsonl             the shards since then, one line per group
     <harvest>/<table>/part-<rank>-<n>.parquet   rows
+    <harvest>/index/part-<rank>-<n>.safetensors where the rows of each prompt and component are
 
 Each `write` commits one group of shards, which holds all tables of one batch of prompts. First the
-shard of every table is written under a temporary name and renamed; then the ledger is. Readers
-ignore a shard that no ledger names. So a process can be killed at any moment and leaves a readable
-store, and the next process resumes after the last group in the ledger. A process compares a shard
-with its digest when it first opens it. Rows are additive: ranks and later runs append rows, and
-readers merge them with `group_by().sum()`.
+shard of every table is written under a temporary name and renamed; then a line is appended to the
+ledger. Readers ignore a shard that no ledger names. So a process can be killed at any moment and
+leaves a readable store, and the next process resumes after the last group in the ledger. What a
+process reads is compared with digests: a whole file when it first opens it, or the blocks with the
+rows of one prompt. Rows are additive: ranks and later runs append rows, and readers merge them with
+`group_by().sum()`.
 """
 
 from spd_lightning.store.columns import KINDS

@@ -1,4 +1,4 @@
-"""The manifest of a harvest: its settings, one ledger per rank, and how they are merged."""
+"""The manifest of a harvest: its settings, and what its ledgers add up to."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,39 +7,14 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from spd_lightning import json_files
 from spd_lightning.errors import BadInput
+from spd_lightning.store.ledgers import REMEDY, Shard, Snapshot
+from spd_lightning.store.places import Place, place_of, read_json
 from spd_lightning.store.tables import SCHEMA_VERSION, TABLES
+
+MANIFEST = "manifest.json"
 
 LARGEST_C = 1 << 20
 """The largest number of components of a layer, since pages allocate arrays of that width."""
-
-_REMEDY = "delete it and run the same predict command again"
-
-
-class Piece(TypedDict):
-    """One file of a group: the number of its rows, its size, and the digest of its bytes."""
-
-    rows: int
-    bytes: int
-    digest: str
-
-
-class Shard(TypedDict):
-    """One committed group of files, one file per table.
-
-    Example: {"rank": 0, "n": 3, "tables": {"nodes": {"rows": 120, "bytes": 4711, …}, …}}.
-    """
-
-    rank: int
-    n: int
-    tables: dict[str, Piece]
-    gap: NotRequired[float]
-
-
-class Ledger(TypedDict):
-    """The shards that one rank committed, and whether its share of the prompts is complete."""
-
-    shards: list[Shard]
-    complete: bool
 
 
 @json_files.open_ended
@@ -80,38 +55,31 @@ def gap_warning(manifest: Mapping[str, Any]) -> str:
     )
 
 
-def part(shard: Mapping[str, Any]) -> str:
-    """Return the file name of a group, which is the same in the folder of every table."""
-    return f"part-{shard['rank']}-{shard['n']}.parquet"
-
-
-def ledger_path(folder: Path, rank: int) -> Path:
-    """Return the path of a rank's ledger."""
-    return folder / f"manifest-{rank}.json"
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(where: Path | Place) -> dict[str, Any]:
     """Read the settings of a harvest.
 
     Raises:
         BadInput: the manifest is missing, cannot be read, or has another schema.
     """
-    path = folder / "manifest.json"
-    if not path.exists():
+    place = place_of(where)
+    folder = place.name
+    try:
+        place.size(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise BadInput(
             f"harvest '{folder}': manifest.json not found; name a folder that `predict` wrote"
-        )
+        ) from error
 
     def check_version(content: Mapping[str, Any]) -> None:
         if "schema_version" in content:
             _check_version(folder, content["schema_version"])
 
-    settings = json_files.read(path, Settings, _REMEDY, "harvest manifest ", first=check_version)
-    _check_settings(path, settings)
+    settings = read_json(place, MANIFEST, Settings, REMEDY, first=check_version)
+    _check_settings(f"{folder}/{MANIFEST}", settings)
     return dict(settings)
 
 
-def _check_version(folder: Path, version: Any) -> None:
+def _check_version(folder: str, version: Any) -> None:
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise BadInput(
             f"harvest '{folder}': schema_version {version!r} is newer than {SCHEMA_VERSION}, the "
@@ -125,61 +93,23 @@ def _check_version(folder: Path, version: Any) -> None:
         )
 
 
-def _check_settings(path: Path, settings: Settings) -> None:
+def _check_settings(path: str, settings: Settings) -> None:
     """Check the values of a manifest whose types have been checked."""
     layers = settings["layers"]
     if len(set(layers)) < len(layers):
         repeated = next(name for name in layers if layers.count(name) > 1)
         raise BadInput(
-            f"harvest manifest '{path}': layers: '{repeated[:60]}' appears twice; {_REMEDY}"
+            f"harvest manifest '{path}': layers: '{repeated[:60]}' appears twice; {REMEDY}"
         )
     for layer, count in settings.get("C", {}).items():
         if not 0 <= count <= LARGEST_C:
             raise BadInput(
                 f"harvest manifest '{path}': C.{layer[:60]}: {count} is not a number of "
-                f"components, which must be from 0 to {LARGEST_C}; {_REMEDY}"
+                f"components, which must be from 0 to {LARGEST_C}; {REMEDY}"
             )
 
 
-def read_ledgers(folder: Path) -> dict[int, Ledger]:
-    """Read the ledgers of all ranks, by rank.
-
-    Raises:
-        BadInput: a ledger cannot be read.
-    """
-    ranks = []
-    for path in folder.glob("manifest-*.json"):
-        number = path.stem.removeprefix("manifest-")
-        if number.isascii() and number.isdecimal():
-            ranks.append(int(number))
-    return {rank: _read_ledger(ledger_path(folder, rank), rank) for rank in sorted(ranks)}
-
-
-def _read_ledger(path: Path, rank: int) -> Ledger:
-    ledger = json_files.read(path, Ledger, _REMEDY, "harvest manifest ")
-    seen = set[int]()
-    for k, shard in enumerate(ledger["shards"]):
-        n = shard["n"]
-        if shard["rank"] != rank or n < 0:
-            raise BadInput(
-                f"harvest manifest '{path}': shards[{k}]: not a group of rank {rank}; {_REMEDY}"
-            )
-        if n in seen:
-            raise BadInput(
-                f"harvest manifest '{path}': shards[{k}]: group {n} appears twice; {_REMEDY}"
-            )
-        seen.add(n)
-        for table, piece in shard["tables"].items():
-            negative = piece["rows"] < 0 or piece["bytes"] < 0
-            if table not in TABLES or negative:
-                raise BadInput(
-                    f"harvest manifest '{path}': shards[{k}].tables.{table[:60]}: not the file of "
-                    f"a table; {_REMEDY}"
-                )
-    return ledger
-
-
-def totals(world: int, ledgers: Mapping[int, Ledger], shards: Sequence[Shard]) -> dict[str, Any]:
+def totals(world: int, snapshot: Snapshot, shards: Sequence[Shard]) -> dict[str, Any]:
     """Count the rows, prompts and groups of shards.
 
     The harvest is complete if every rank has completed its share and `shards` are all shards of the
@@ -189,10 +119,8 @@ def totals(world: int, ledgers: Mapping[int, Ledger], shards: Sequence[Shard]) -
     for shard in shards:
         for table, piece in shard["tables"].items():
             rows[table] += piece["rows"]
-    committed = 0
-    for ledger in ledgers.values():
-        committed += len(ledger["shards"])
-    complete_ranks = {rank for rank, ledger in ledgers.items() if ledger["complete"]}
+    committed = len(snapshot.shards)
+    complete_ranks = {rank for rank, ledger in snapshot.ledgers.items() if ledger["complete"]}
     ranks_complete = complete_ranks.issuperset(range(world))
     sums: dict[str, Any] = {
         "rows": rows,

@@ -1,14 +1,20 @@
 """Read a harvest: its tables as lazy frames, with an error that names any damaged file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import polars as pl
 
-from spd_lightning.errors import BadInput
-from spd_lightning.store.manifest import Shard, part, read_ledgers, read_settings, totals
+from spd_lightning.errors import BadInput, nearest
+from spd_lightning.store.columns import INDEX
+from spd_lightning.store.index import BY_PROMPT, unit_key
+from spd_lightning.store.ledgers import POSTINGS, Shard, file_name, files, prompts_of, read_snapshot
+from spd_lightning.store.manifest import read_settings, totals
+from spd_lightning.store.parts import Parts, check_columns, damage_error, one_line
+from spd_lightning.store.places import place_of
 from spd_lightning.store.shards import damage, damaged
 from spd_lightning.store.tables import TABLES, schema
 
@@ -17,6 +23,7 @@ class Store:
     """One harvest, opened for reading: `Store(path).scan("edges")` is a polars LazyFrame.
 
     A store shows the rows that were committed when it was opened; open it again to see later ones.
+    Opening reads only the ledgers, and no file of rows.
 
     Args:
         path: the harvest's folder, which contains manifest.json.
@@ -46,18 +53,18 @@ class Store:
 
     def __init__(self, path: str | Path, skip_damaged: bool = False):
         self.path = Path(path)
-        settings = read_settings(self.path)
-        ledgers = read_ledgers(self.path)
-        self._shards: list[Shard] = []
-        for ledger in ledgers.values():
-            self._shards += ledger["shards"]
+        self._place = place_of(self.path)
+        settings = read_settings(self._place)
+        snapshot = read_snapshot(self._place)
+        self._shards = snapshot.shards
         if skip_damaged:
-            self._shards = [shard for shard in self._shards if not damaged(self.path, shard)]
+            self._shards = [shard for shard in self._shards if not damaged(self._place, shard)]
         self._scans: dict[str, pl.LazyFrame] = {}
         world: int = settings["world"]
-        counts = totals(world, ledgers, self._shards)
+        counts = totals(world, snapshot, self._shards)
         self.manifest: dict[str, Any] = settings | counts
         self.layers: list[str] = settings["layers"]
+        self._parts = Parts(self._place, self.layers)
 
     def require(self, *facts: str) -> "Store":
         """Return the store itself, after checking that its manifest has all of these entries.
@@ -78,22 +85,96 @@ class Store:
         """The names of the tables that have rows."""
         return [table for table in TABLES if self.manifest["rows"][table]]
 
-    def scan(self, table: str, prompt_id: int | None = None) -> pl.LazyFrame:
+    def scan(
+        self, table: str, prompt_id: int | None = None, component: tuple[str, int] | None = None
+    ) -> pl.LazyFrame:
         """Return the rows of a table as a lazy frame.
 
-        With `prompt_id`, return the rows of one prompt; only one file is opened for them.
+        With `prompt_id`, return the rows of one prompt. With `component`, return the rows of one
+        component, given as (layer, number), in `nodes_by_component`; these are all nodes there,
+        also those of other kinds. Only the parts of files with these rows are read.
 
         Raises:
-            BadInput: the table does not exist, or one of its files is damaged.
+            BadInput: the table or the layer does not exist, or one of the files is damaged.
         """
-        if prompt_id is not None:
-            shards = self._shards_of.get(prompt_id, [])
-            rows = self._frame(table, shards)
-            wanted = pl.lit(prompt_id, pl.UInt64)
-            return rows.filter(pl.col("prompt_id") == wanted)
-        if table not in self._scans:
-            self._scans[table] = self._frame(table, self._shards)
-        return self._scans[table]
+        columns = schema(table, self.layers)
+        if component is not None:
+            assert table == INDEX, f"rows of one component are read from '{INDEX}'"
+            assert prompt_id is None, "a component and a prompt cannot be given together"
+            frame = self._component_rows(*component)
+        elif prompt_id is not None and (table in BY_PROMPT or table == "prompts"):
+            frame = self._prompt_rows(table, prompt_id)
+        elif prompt_id is not None:
+            shard = self._shard_of(prompt_id)
+            rows = self._frame(table, [] if shard is None else [shard])
+            return rows.filter(pl.col("prompt_id") == pl.lit(prompt_id, pl.UInt64))
+        else:
+            if table not in self._scans:
+                self._scans[table] = self._frame(table, self._shards)
+            return self._scans[table]
+        return pl.LazyFrame(schema=columns) if frame is None else frame.lazy()
+
+    def prompts_with(
+        self,
+        units: Sequence[tuple[str, int]],
+        mode: Literal["all", "any"] = "all",
+        min_importance: float = 0.0,
+    ) -> pl.DataFrame:
+        """Return the prompts in which all of some components, or any of them, are nodes.
+
+        Inputs, embeddings and outputs are found like components.
+
+        Args:
+            units: each as (layer, number); different from each other.
+            mode: whether a prompt needs all of them or any.
+            min_importance: the least importance of a node; nodes without an importance count.
+
+        Returns:
+            The columns `prompt_id` and, for each unit, `layer:number`: its largest importance in
+            the prompt; null if it is not a node there or has no importance.
+
+        Raises:
+            BadInput: a layer does not exist, or a file is damaged.
+        """
+        keys = [unit_key(self._layer(layer), number) for layer, number in units]
+        prompts = [np.zeros(0, np.uint64)]
+        values = [np.zeros((0, len(units)), np.float32)]
+        for shard in self._shards:
+            if POSTINGS not in shard["indices"]:
+                continue
+            found, importance = self._search(shard, keys, mode, min_importance)
+            prompts.append(found)
+            values.append(importance)
+        importance = np.concatenate(values)  # [prompt, unit]
+        columns = {"prompt_id": pl.Series(np.concatenate(prompts), dtype=pl.UInt64)}
+        for place, (layer, number) in enumerate(units):
+            column = pl.Series(importance[:, place], dtype=pl.Float32)
+            columns[f"{layer}:{number}"] = column.fill_nan(None)
+        return pl.DataFrame(columns).sort("prompt_id")
+
+    def _search(
+        self, shard: Shard, keys: Sequence[int], mode: str, min_importance: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the prompts of a group that have units, and the units' importances there."""
+        index = self._parts.index(shard)
+        shape = (len(index.prompts), len(keys))
+        importance = np.full(shape, np.nan, np.float32)
+        is_node = np.zeros(shape, bool)
+        for column, key in enumerate(keys):
+            start, stop = index.postings(key)
+            if start == stop:
+                if mode == "all":
+                    return index.prompts[:0], importance[:0]
+                continue
+            postings = self._parts.postings(shard, start, stop)
+            values = postings[:, 1].view(np.float32)
+            places = postings[:, 0]
+            enough = ~(values < min_importance)  # NaN is no importance
+            importance[places, column] = values
+            is_node[places[enough], column] = True
+        matches = is_node.all(axis=1) if mode == "all" else is_node.any(axis=1)
+        importance[~is_node] = np.nan
+        return index.prompts[matches], importance[matches]
 
     def check(self) -> None:
         """Compare all files with their digests, as `scan` does for one table.
@@ -101,8 +182,10 @@ class Store:
         Raises:
             BadInput: a file is damaged.
         """
-        for table in self.tables:
-            self._files(table, self._shards)
+        for shard in self._shards:
+            for file, piece in files(shard):
+                if why := damage(self._place, file, piece):
+                    raise damage_error(self._place, file, why)
 
     def collect(self, query: pl.LazyFrame) -> pl.DataFrame:
         """Run a query on this store's tables.
@@ -115,71 +198,78 @@ class Store:
         except (pl.exceptions.PolarsError, OSError):
             for shard in self._shards:
                 for table in shard["tables"]:
-                    self._read_through(self.path / table / part(shard))
+                    self._read_through(file_name(table, shard["name"]))
             raise
 
+    def _layer(self, layer: str) -> int:
+        """Return the number of a layer."""
+        if layer not in self.layers:
+            hint = nearest(layer, self.layers)
+            raise BadInput(f"layer '{layer[:60]}': not in harvest '{self._place.name}'; {hint}")
+        return self.layers.index(layer)
+
     @cached_property
-    def _shards_of(self) -> dict[int, list[Shard]]:
-        """For each prompt, a list of the one group that contains its rows."""
-        files = self._files("prompts", self._shards)
-        if not files:
-            return {}
-        prompts = pl.scan_parquet(files, glob=False, include_file_paths="file")
-        rows = self.collect(prompts.select("prompt_id", "file"))
-        shards = {part(shard): shard for shard in self._shards}
-        shards_of = {}
-        for prompt_id, file in rows.iter_rows():
-            name = Path(file).name
-            shards_of[prompt_id] = [shards[name]]
-        return shards_of
+    def _groups_of(self) -> tuple[np.ndarray, np.ndarray]:
+        """The sorted ids of all prompts, and for each the place of its group in `_shards`."""
+        ids = [np.zeros(0, np.uint64)]
+        places = [np.zeros(0, np.int64)]
+        for place, shard in enumerate(self._shards):
+            some = prompts_of(shard)
+            ids.append(some)
+            places.append(np.full(len(some), place))
+        order = np.argsort(np.concatenate(ids))
+        return np.concatenate(ids)[order], np.concatenate(places)[order]
+
+    def _shard_of(self, prompt_id: int) -> Shard | None:
+        """Return the group that contains the rows of a prompt."""
+        ids, places = self._groups_of
+        if not 0 <= prompt_id < 1 << 64:
+            return None
+        row = int(np.searchsorted(ids, np.uint64(prompt_id)))
+        if row == len(ids) or ids[row] != np.uint64(prompt_id):
+            return None
+        return self._shards[places[row]]
+
+    def _prompt_rows(self, table: str, prompt_id: int) -> pl.DataFrame | None:
+        shard = self._shard_of(prompt_id)
+        if shard is None or table not in shard["tables"]:
+            return None
+        rows = self._parts.index(shard).prompt_rows(table, prompt_id)
+        return None if rows is None else self._parts.rows(table, shard, rows)
+
+    def _component_rows(self, layer: str, component: int) -> pl.DataFrame | None:
+        key = unit_key(self._layer(layer), component)
+        frames = []
+        for shard in self._shards:
+            if INDEX not in shard["tables"]:
+                continue
+            rows = self._parts.index(shard).unit_rows(key)
+            if rows is not None:
+                frames.append(self._parts.rows(INDEX, shard, rows))
+        return pl.concat(frames) if frames else None
 
     def _frame(self, table: str, shards: Sequence[Shard]) -> pl.LazyFrame:
-        columns = schema(table, self.layers)
-        files = self._files(table, shards)
-        if not files:
-            return pl.LazyFrame(schema=columns)
-        for path in files:
-            self._check_columns(table, path, columns)
-        return pl.scan_parquet(files, glob=False)
-
-    def _check_columns(self, table: str, path: Path, columns: Mapping[str, Any]) -> None:
-        """Check the columns of a file, since even an intact file may hold another table."""
-        try:
-            actual = pl.read_parquet_schema(path)
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise self._damage_error(path, _one_line(error)) from error
-        for name in {**columns, **actual}:
-            if actual.get(name) != columns.get(name):
-                raise self._damage_error(
-                    path, f"its column '{name}' is not a column of the table '{table}'"
-                )
-
-    def _files(self, table: str, shards: Sequence[Shard]) -> list[Path]:
-        """Return the files of a table, after comparing them with their digests."""
-        paths = []
+        """Return all rows of a table in some groups, after comparing the files with the digests."""
+        paths = list[Path]()
         for shard in shards:
             if table not in shard["tables"]:
                 continue
-            path = self.path / table / part(shard)
-            if why := damage(path, shard["tables"][table]):
-                raise self._damage_error(path, why)
+            file = file_name(table, shard["name"])
+            if why := damage(self._place, file, shard["tables"][table]):
+                raise damage_error(self._place, file, why)
+            path = self._place.local(file)
+            try:
+                actual = pl.read_parquet_schema(path)
+            except (pl.exceptions.PolarsError, OSError) as error:
+                raise damage_error(self._place, file, one_line(error)) from error
+            check_columns(self._place, table, file, actual, self.layers)
             paths.append(path)
-        return paths
+        if not paths:
+            return pl.LazyFrame(schema=schema(table, self.layers))
+        return pl.scan_parquet(paths, glob=False)
 
-    def _read_through(self, path: Path) -> None:
+    def _read_through(self, file: str) -> None:
         try:
-            pl.scan_parquet(path, glob=False).collect()
+            pl.scan_parquet(self._place.local(file), glob=False).collect()
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise self._damage_error(path, _one_line(error)) from error
-
-    def _damage_error(self, path: Path, why: str) -> BadInput:
-        return BadInput(
-            f"harvest '{self.path}': the file {path.relative_to(self.path)} is damaged ({why}); "
-            "the other files are readable with Store(path, skip_damaged=True); "
-            "to repair the harvest, delete the file and run the same predict command again"
-        )
-
-
-def _one_line(error: Exception) -> str:
-    """Return the start of an error's message on one line."""
-    return " ".join(str(error).split())[:120]
+            raise damage_error(self._place, file, one_line(error)) from error

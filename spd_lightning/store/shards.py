@@ -2,48 +2,50 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 
-from spd_lightning import json_files
-from spd_lightning.digests import digest, digest_of
 from spd_lightning.errors import BadInput
-from spd_lightning.files import whole
-from spd_lightning.store.manifest import Piece, Shard, part
-from spd_lightning.store.tables import SORTED
+from spd_lightning.files import make_folder, whole
+from spd_lightning.store.blocks import DigestedFile
+from spd_lightning.store.index import BY_PROMPT, IndexBuilder
+from spd_lightning.store.ledgers import INDEXES, POSTINGS, Piece, Shard, file_name, files
+from spd_lightning.store.places import Place
 
-_PROMPT_GROUP = 512
+PROMPT_GROUP = 512
 """The smallest number of rows in a row group of a table that is sorted by prompt."""
 
-_OTHER_GROUP = 8192
+OTHER_GROUP = 8192
 """The number of rows in a row group of the other tables."""
 
+Write = Callable[[Path], "Written"]
 
-def damage(path: Path, piece: Piece) -> str | None:
+
+def damage(place: Place, file: str, piece: Piece) -> str | None:
     """Return what is wrong with the size or content of a file, or None if it is intact.
 
     A process reads the content when it first opens the file, and again after the file has changed.
     """
     try:
-        size = path.stat().st_size
+        size = place.size(file)
         if size != piece["bytes"]:
             return f"{size} of {piece['bytes']} bytes"
-        if digest(path) != piece["digest"]:
+        if place.digest(file) != piece["digest"]:
             return "its content does not match its digest in the ledger"
     except OSError as error:
         return error.strerror or str(error)
     return None
 
 
-def damaged(folder: Path, shard: Shard) -> bool:
+def damaged(place: Place, shard: Shard) -> bool:
     """Return whether any file of a group is damaged."""
-    name = part(shard)
-    return any(damage(folder / table / name, piece) for table, piece in shard["tables"].items())
+    return any(damage(place, file, piece) for file, piece in files(shard))
 
 
 @contextmanager
@@ -76,60 +78,156 @@ def lock(folder: Path, rank: int) -> int:
     return handle
 
 
-def replace_json(path: Path, value: Any) -> None:
-    """Write a JSON file completely or not at all."""
-    with whole(path) as temporary:
-        temporary.write_text(json_files.dumped(value), encoding="utf-8")
+class TableFile:
+    """A Parquet file of a table, written in one or several pieces.
 
+    The file is compressed with zstd, and its floats are split by byte. Pages also have checksums,
+    for other readers. Use it as a context; after that, `written` describes the file.
 
-def write_parquet(frame: pl.DataFrame, table: str, path: Path) -> Piece:
-    """Write the rows of a table to a Parquet file.
-
-    The file is compressed with zstd, and its floats are split by byte. A long prompt has a row
-    group of its own. The file is built in memory, to compute its digest. Pages also have checksums,
-    for other readers.
+    Args:
+        path: the file to write.
+        table: its table.
+        first: a frame with the columns of the table.
+        group: the smallest number of rows of a row group, except for the last.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    floats = [name for name, dtype in frame.schema.items() if dtype.is_float()]
+    def __init__(self, path: Path, table: str, first: pl.DataFrame, group: int):
+        self._path = path
+        self._table = table
+        self._group = group
+        self._schema = first.clear().to_arrow().schema
+        self._options = _parquet_options(first.schema)
+        self._groups = [0]
+
+    def __enter__(self) -> "TableFile":
+        import pyarrow.parquet as pq
+
+        # Files opened by pyarrow lose the system's error numbers.
+        self._file = open(self._path, "wb")
+        self._digested = DigestedFile(self._file)
+        self._out = pq.ParquetWriter(self._digested, self._schema, **self._options)
+        return self
+
+    def write(self, frame: pl.DataFrame) -> None:
+        """Append rows; a prompt's rows in a table sorted by prompt have to be in one frame."""
+        arrow = frame.to_arrow().cast(self._schema)
+        start = self._groups[-1]
+        for first, end in pairwise(_cuts(frame, self._table, self._group)):
+            self._out.write_table(arrow.slice(first, end - first))
+            self._groups.append(start + end)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._out.close()
+        finally:
+            self._file.close()
+
+    @property
+    def written(self) -> "Written":
+        """Return the size and the digests of the file."""
+        digested = self._digested
+        piece: Piece = {
+            "rows": self._groups[-1],
+            "bytes": digested.size,
+            "digest": digested.digest(),
+        }
+        return Written(piece, self._groups, digested.blocks())
+
+
+class Written(NamedTuple):
+    """A file that was written: its entry in the ledger, its row groups, its blocks' digests."""
+
+    piece: Piece
+    groups: list[int]
+    blocks: np.ndarray
+
+
+def put_file(harvest: Path, name: str, folder: str, write: Write) -> Written:
+    """Write a file of a group completely or not at all.
+
+    Args:
+        harvest: the harvest's folder.
+        name: the name of the group.
+        folder: the table, or the kind of the index.
+        write: writes the file, given a temporary path.
+    """
+    path = harvest / file_name(folder, name)
+    make_folder(path.parent)
+    with whole(path) as temporary:
+        return write(temporary)
+
+
+def write_parquet(frame: pl.DataFrame, table: str, path: Path) -> Written:
+    """Write the rows of a table of one batch to a Parquet file."""
+    group = PROMPT_GROUP if table in BY_PROMPT else OTHER_GROUP
+    with TableFile(path, table, frame, group) as file:
+        file.write(frame)
+    return file.written
+
+
+def write_arrays(arrays: dict[str, np.ndarray], rows: int, path: Path) -> Written:
+    """Write the arrays of an index to a safetensors file."""
+    from safetensors.numpy import save
+
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with open(path, "wb") as file:
+        digested = DigestedFile(file)
+        digested.write(save(contiguous))
+    piece: Piece = {"rows": rows, "bytes": digested.size, "digest": digested.digest()}
+    return Written(piece, [], digested.blocks())
+
+
+def write_index(builder: IndexBuilder, put: Callable[[str, Write], Written]) -> dict[str, Piece]:
+    """Write the index of a group once its tables are written, and return its entries.
+
+    Args:
+        builder: the index.
+        put: calls a function with the temporary path of a file of the index.
+    """
+    pieces = {}
+    count = len(builder.postings)
+    if count:
+        postings = {"postings": builder.postings}
+        written = put(POSTINGS, lambda path: write_arrays(postings, count, path))
+        builder.file(POSTINGS, [], written.blocks)
+        pieces[POSTINGS] = written.piece
+    arrays = builder.arrays()
+    prompts = len(builder.prompts)
+    pieces[INDEXES] = put(INDEXES, lambda path: write_arrays(arrays, prompts, path)).piece
+    return pieces
+
+
+def _parquet_options(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a Parquet file with these columns."""
+    floats = [name for name, dtype in schema.items() if dtype.is_float()]
     # An Enum orders its names by position, not by their bytes. Minima and maxima of such a column
     # would make readers skip row groups that they need, so they are not written.
-    with_extremes = [name for name, dtype in frame.schema.items() if not isinstance(dtype, pl.Enum)]
-    options: dict[str, Any] = {
+    with_extremes = [name for name, dtype in schema.items() if not isinstance(dtype, pl.Enum)]
+    return {
         "compression": "zstd",
         "compression_level": 3,
         "write_statistics": with_extremes,
-        "use_dictionary": [name for name in frame.columns if name not in floats],
+        "use_dictionary": [name for name in schema if name not in floats],
         "use_byte_stream_split": floats,
         "write_page_checksum": True,
     }
-    arrow = frame.to_arrow()
-    buffer = pa.BufferOutputStream()
-    with pq.ParquetWriter(buffer, arrow.schema, **options) as out:
-        for start, stop in pairwise(_cuts(frame, table)):
-            out.write_table(arrow.slice(start, stop - start))
-    content = memoryview(buffer.getvalue())
-    with open(path, "wb") as file:  # files opened by pyarrow lose the system's error numbers
-        file.write(content)
-    return {"rows": frame.height, "bytes": len(content), "digest": digest_of(content)}
 
 
-def _cuts(frame: pl.DataFrame, table: str) -> list[int]:
+def _cuts(frame: pl.DataFrame, table: str, group: int) -> list[int]:
     """Return the rows at which row groups begin, and the end of the last.
 
     If a table is sorted by prompt, row groups begin between prompts, so that a prompt can be read
     alone.
     """
-    by_prompt = SORTED[table][:1] == ("prompt_id",)
-    if not by_prompt:
-        return [*range(0, frame.height, _OTHER_GROUP), frame.height]
+    if table not in BY_PROMPT:
+        return [*range(0, frame.height, group), frame.height]
     ids = frame["prompt_id"]
     is_first = ids.ne_missing(ids.shift())  # the first row of each prompt
     cuts = [0]
     for row in is_first.arg_true():
         size = row - cuts[-1]
-        if size >= _PROMPT_GROUP:
+        if size >= group:
             cuts.append(row)
     cuts.append(frame.height)
     return cuts

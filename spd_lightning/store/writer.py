@@ -4,24 +4,32 @@ import json
 import os
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from spd_lightning.files import make_folder, sweep, whole
-from spd_lightning.store.manifest import (
+from spd_lightning.files import make_folder, sweep
+from spd_lightning.store.index import IndexBuilder
+from spd_lightning.store.ledgers import (
+    Journal,
     Ledger,
     Piece,
     Shard,
-    check_same,
+    Snapshot,
+    empty_ledger,
+    files,
     ledger_path,
-    part,
-    read_ledgers,
-    read_settings,
+    part_name,
+    prompts_of,
+    prompts_text,
+    read_snapshot,
+    replace_json,
 )
-from spd_lightning.store.reader import Store
-from spd_lightning.store.shards import damaged, disk, lock, replace_json, write_parquet
+from spd_lightning.store.manifest import MANIFEST, check_same, read_settings
+from spd_lightning.store.places import Folder
+from spd_lightning.store.shards import damaged, disk, lock, put_file, write_index, write_parquet
 from spd_lightning.store.tables import SCHEMA_VERSION, checked
 
 
@@ -65,12 +73,15 @@ class Writer:
             make_folder(self.path)
             self._unlock = weakref.finalize(self, os.close, lock(self.path, rank))
             self._begin(settings, world)
-            self._ledger = self._repair(world)
-            self._save(self._ledger["shards"], complete=False)
+            self._journal = Journal(self.path, rank)
+            snapshot = self._repair(world)
+            self._ledger = snapshot.ledgers[rank]
+            self._save(complete=False)
             self._sweep()
-        store = Store(self.path, skip_damaged=True)
-        prompts = store.collect(store.scan("prompts").select("prompt_id"))
-        self.finished: set[int] = set(prompts["prompt_id"])
+        self.finished = set[int]()
+        for shard in snapshot.shards:
+            if not damaged(Folder(self.path), shard):
+                self.finished.update(prompts_of(shard).tolist())
 
     def write(self, tables: Mapping[str, pl.DataFrame], gap: float | None = None) -> None:
         """Commit all tables of one batch of prompts, or none of them.
@@ -94,22 +105,38 @@ class Writer:
             raise ValueError(
                 f"table 'prompts', column 'prompt_id': {min(repeated)} was committed before"
             )
-        shards: list[Shard] = self._ledger["shards"]
-        n = shards[-1]["n"] + 1 if shards else 0
-        shard: Shard = {"rank": self.rank, "n": n, "tables": {}}
         with disk(self.path):
-            for table, frame in frames.items():
-                if frame.height:
-                    shard["tables"][table] = self._put(table, frame, part(shard))
+            shard = self._write_group(part_name(self.rank, self._ledger["next"]), frames)
             if gap is not None:
                 shard["gap"] = gap
-            self._save([*shards, shard], complete=False)
+            self._journal.append(shard)
+        self._ledger["shards"].append(shard)
+        self._ledger["next"] += 1
         self.finished |= ids
+
+    def _write_group(self, name: str, frames: Mapping[str, pl.DataFrame]) -> Shard:
+        """Write the files of one group, and return its entry for the ledger."""
+        put = partial(put_file, self.path, name)
+        index = IndexBuilder(frames["prompts"]["prompt_id"].to_numpy())
+        pieces = dict[str, Piece]()
+        for table, frame in frames.items():
+            if frame.is_empty():
+                continue
+            index.add(table, frame)
+            written = put(table, partial(write_parquet, frame, table))
+            index.file(table, written.groups, written.blocks)
+            pieces[table] = written.piece
+        return {
+            "name": name,
+            "prompts": prompts_text(index.prompts),
+            "tables": pieces,
+            "indices": write_index(index, put),
+        }
 
     def complete(self) -> None:
         """Mark this rank's share as complete, and close the writer."""
         with disk(self.path):
-            self._save(self._ledger["shards"], complete=True)
+            self._save(complete=True)
         self.close()
 
     def close(self) -> None:
@@ -118,7 +145,7 @@ class Writer:
 
     def _begin(self, settings: dict[str, Any], world: int) -> None:
         """Write the manifest, or check that an existing one has the same settings."""
-        path = self.path / "manifest.json"
+        path = self.path / MANIFEST
         previous_world = None
         if path.exists():
             previous = read_settings(self.path)
@@ -127,31 +154,32 @@ class Writer:
         if previous_world != world:
             replace_json(path, settings | {"world": world})
 
-    def _repair(self, world: int) -> Ledger:
-        """Remove the groups with a damaged file from this rank's ledger, and return the ledger.
+    def _repair(self, world: int) -> Snapshot:
+        """Remove the groups with a damaged file from this rank's ledger, and return all ledgers.
 
-        Their prompts will be harvested again. Rank 0 does the same for the ranks of an earlier
-        harvest with more processes.
+        Their prompts will be harvested again. Rank 0 does the same for merged groups, and for the
+        ranks of an earlier harvest with more processes.
         """
-        ledgers = read_ledgers(self.path)
-        own_ledger = ledgers.setdefault(self.rank, {"shards": [], "complete": False})
-        for rank, ledger in ledgers.items():
+        place = Folder(self.path)
+        snapshot = read_snapshot(place)
+        snapshot.ledgers.setdefault(self.rank, empty_ledger())
+        for rank, ledger in snapshot.ledgers.items():
             abandoned = self.rank == 0 and rank >= world
             if rank != self.rank and not abandoned:
                 continue
-            intact = [shard for shard in ledger["shards"] if not damaged(self.path, shard)]
+            intact = [shard for shard in ledger["shards"] if not damaged(place, shard)]
             changed = len(intact) < len(ledger["shards"])
             ledger["shards"] = intact
-            if changed:
-                replace_json(ledger_path(self.path, rank), ledger)
-        return own_ledger
+            if changed and abandoned:
+                self._replace(rank, ledger)
+        return snapshot
 
     def _sweep(self) -> None:
         """Remove the uncommitted files of killed processes of this rank, and temporary files."""
         sweep(self.path)
         committed = set[Path]()
         for shard in self._ledger["shards"]:
-            committed.update(self.path / table / part(shard) for table in shard["tables"])
+            committed.update(self.path / file for file, _ in files(shard))
         written = {
             *self.path.glob(f"*/part-{self.rank}-*"),
             *self.path.glob(f"*/.part-{self.rank}-*"),
@@ -159,13 +187,11 @@ class Writer:
         for path in written - committed:
             path.unlink()
 
-    def _put(self, table: str, frame: pl.DataFrame, name: str) -> Piece:
-        path = self.path / table / name
-        make_folder(path.parent)
-        with whole(path) as temporary:
-            return write_parquet(frame, table, temporary)
+    def _save(self, complete: bool) -> None:
+        """Write the whole ledger of this rank, which replaces the lines of its journal."""
+        self._ledger["complete"] = complete
+        self._replace(self.rank, self._ledger)
 
-    def _save(self, shards: list[Shard], complete: bool) -> None:
-        ledger: Ledger = {"shards": shards, "complete": complete}
-        replace_json(ledger_path(self.path, self.rank), ledger)
-        self._ledger = ledger
+    def _replace(self, rank: int, ledger: Ledger) -> None:
+        replace_json(ledger_path(self.path, rank), ledger)
+        Journal(self.path, rank).remove()

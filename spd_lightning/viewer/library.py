@@ -98,7 +98,7 @@ class Library:
             given = str(harvest)[:100]
             raise BadInput(f"harvest '{given}': not in run '{run}'; {nearest(given, by_name)}")
         path = by_name[harvest]
-        manifests = sorted(path.glob("manifest*.json"))
+        manifests = sorted({*path.glob("manifest*.json*"), *path.glob("merged.json")})
         written = tuple(manifest.stat().st_mtime_ns for manifest in manifests)
         return _open(path, written)
 
