@@ -78,17 +78,18 @@ def count(
     logits: of the next token; None without predictions.
     """
     matrices = {layer: as_sparse(entries) for layer, entries in fires.items()}
+    transposed = {layer: F.T.tocsr() for layer, F in matrices.items()}
     inputs = None
     outputs = None
     input_positions = None
     output_mass = None
     if tokens is not None:
         X = one_hot(tokens, vocab)
-        inputs = {layer: F.T @ X for layer, F in matrices.items()}
+        inputs = {layer: rows @ X for layer, rows in transposed.items()}
         input_positions = X.sum(axis=0)
     if logits is not None:
         P = probability_mass(logits)
-        outputs = {layer: F.T @ P for layer, F in matrices.items()}
+        outputs = {layer: rows @ P for layer, rows in transposed.items()}
         output_mass = P.sum(axis=0)
     return Counts(cofirings(matrices), inputs, outputs, input_positions, output_mass)
 
@@ -106,7 +107,7 @@ def cofirings(matrices: Mapping[str, sparse.csr_array]) -> dict[str, sparse.csr_
         shape = (own.shape[1], later.shape[1])
         product = sparse.csr_array(shape, dtype=np.int64)
         for rows in _pieces(own, later):
-            product = product + own[rows].T @ later[rows]
+            product = product + own[rows].T.tocsr() @ later[rows]
         products[layer] = product
     return products
 

@@ -51,7 +51,9 @@ class Examples:
     def __init__(self, counts: Mapping[str, int], kept: Mapping[str, int], seed: int):
         self._unit_hashes = unit_hashes(counts, seed)
         self._kept = dict(kept)
-        self._samples = {kind: _Sample(number, sum(counts.values())) for kind, number in kept.items()}
+        self._samples = {
+            kind: _Sample(number, sum(counts.values())) for kind, number in kept.items()
+        }
 
     def add(self, firings: Firings) -> None:
         """Consider some firings."""
@@ -124,7 +126,11 @@ class _Sample:
         kept = smallest(candidates, ["unit"], self._k)
         self._frames = [kept]
         self._new_rows = 0
-        full = kept.group_by("unit").agg(pl.len(), pl.col("key").max()).filter(pl.col("len") == self._k)
+        full = (
+            kept.group_by("unit")
+            .agg(pl.len(), pl.col("key").max())
+            .filter(pl.col("len") == self._k)
+        )
         self._largest_key[full["unit"].to_numpy()] = full["key"].to_numpy()
 
 

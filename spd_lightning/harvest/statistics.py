@@ -112,8 +112,7 @@ class Statistics(Harvester):
         assert self._totals is not None
         totals = self._totals
         self._totals = None
-        layers = pl.Enum(self._settings["layers"])
-        names = _UnitNames(totals.units, layers)
+        names = _UnitNames(totals.units, self._settings["layers"])
         tables = {
             "components": pl.concat(
                 site_rows(module, site, sums) for site, sums in totals.moments.items()
@@ -255,10 +254,11 @@ def _firings(
 class _UnitNames:
     """The layer and component of each unit, for the numbers that count the units of all layers."""
 
-    def __init__(self, units: Mapping[str, int], layers: pl.Enum):
+    def __init__(self, units: Mapping[str, int], layers: list[str]):
         sizes = np.array(list(units.values()))
-        self.first = dict(zip(units, np.cumsum(sizes) - sizes, strict=True))
-        names = pl.Series(list(units), dtype=layers)
+        first_units = np.cumsum(sizes) - sizes
+        self.first = dict(zip(units, first_units.tolist(), strict=True))
+        names = pl.Series(list(units), dtype=pl.Enum(layers))
         self._layer_of_unit = names.gather(np.repeat(np.arange(len(sizes)), sizes))
         components = np.concatenate([np.arange(C, dtype=np.uint32) for C in sizes])
         self._component_of_unit = pl.Series(components)
