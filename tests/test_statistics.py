@@ -1,10 +1,8 @@
 """Statistics of components (laws H1 and H2), compared with counts in plain Python."""
 
 import math
-import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import lightning as L
@@ -246,11 +244,11 @@ def test_sums_over_tokens_are_firings(tmp_path):
     assert tokens["output_mass"].sum() == components["positions"][0] << 32
 
 
-@cache
-def harvest_in_one_go() -> tuple[Decomposition, Store]:
+@pytest.fixture(scope="module")
+def in_one_go(tmp_path_factory) -> tuple[Decomposition, Store]:
     """A decomposition in double precision, and the statistics of 12 prompts from one batch."""
     module = decoder().double()
-    folder = Path(tempfile.mkdtemp())
+    folder = tmp_path_factory.mktemp("whole")
     (store,) = harvested(folder, module, Rows(texts(12), 12), statistics())
     return module, store
 
@@ -264,9 +262,11 @@ def harvest_in_one_go() -> tuple[Decomposition, Store]:
     rows=st.sampled_from([1, 40, 1 << 25]),
     pairs=st.sampled_from([1, 50, 1 << 27]),
 )
-def test_any_split_gives_the_same_tables(tmp_path_factory, order, batch, group, first, rows, pairs):
+def test_any_split_gives_the_same_tables(
+    in_one_go, tmp_path_factory, order, batch, group, first, rows, pairs
+):
     """H1: batches, groups of shards, order, two sittings, and memory for few counts."""
-    module, whole = harvest_in_one_go()
+    module, whole = in_one_go
     prompts = texts(12)
     shuffled = [prompts[i] for i in order]
     with pytest.MonkeyPatch.context() as patch:
@@ -369,5 +369,5 @@ def test_an_activation_that_overflows_is_one_line(tmp_path):
     module = decoder()
     with torch.no_grad():
         module.model["wte"].V.mul_(3e38)
-    with pytest.raises(BadInput, match="harvest 'statistics'.*layer 'wte'.*not finite"):
+    with pytest.raises(BadInput, match=r"harvest 'statistics'.*layer 'wte'.*not finite"):
         harvested(Path(tmp_path), module, Rows(texts()), statistics())

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from scipy import sparse
 
 from spd_lightning import budgets
 from spd_lightning.data.modules import Prompts
@@ -22,10 +21,15 @@ from spd_lightning.errors import BadInput, check_range
 from spd_lightning.harvest.counting import Counts, count
 from spd_lightning.harvest.examples import Examples, Firings
 from spd_lightning.harvest.module import Harvester
-from spd_lightning.harvest.moments import SIZE_BINS, Histograms, histograms, moments
+from spd_lightning.harvest.moments import Histograms, histograms, moments
 from spd_lightning.harvest.rows import array, harvest_metadata, prompt_rows, site_rows
-from spd_lightning.store.columns import QUANTITIES
-from spd_lightning.store.tables import added
+from spd_lightning.harvest.statistics_rows import (
+    UnitNames,
+    cofiring_rows,
+    histogram_rows,
+    token_count_rows,
+    token_rows,
+)
 from spd_lightning.targets.protocols import vocab_of
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.units import ComponentUnits, Observation
@@ -112,18 +116,18 @@ class Statistics(Harvester):
         assert self._totals is not None
         totals = self._totals
         self._totals = None
-        names = _UnitNames(totals.units, self._settings["layers"])
+        names = UnitNames(totals.units, self._settings["layers"])
         tables = {
             "components": pl.concat(
                 site_rows(module, site, sums) for site, sums in totals.moments.items()
             ),
-            "histograms": _histogram_rows(totals.histograms, names),
-            "cofirings": _cofiring_rows(totals.counts, names),
+            "histograms": histogram_rows(totals.histograms, names),
+            "cofirings": cofiring_rows(totals.counts, names),
             "examples": names.named(totals.examples.rows()),
         }
         if totals.counts.inputs is not None:
-            tables["token_counts"] = _token_count_rows(totals.counts, names)
-            tables["tokens"] = _token_rows(totals.counts, self.names)
+            tables["token_counts"] = token_count_rows(totals.counts, names)
+            tables["tokens"] = token_rows(totals.counts, self.names)
         return tables
 
     def is_full(self) -> bool:
@@ -246,132 +250,3 @@ def _firings(
         importance=importances,
         activation=np.concatenate([part.activation for part in parts]),
     )
-
-
-# ---- tables --------------------------------------------------------------------------------------
-
-
-class _UnitNames:
-    """The layer and component of each unit, for the numbers that count the units of all layers."""
-
-    def __init__(self, units: Mapping[str, int], layers: list[str]):
-        sizes = np.array(list(units.values()))
-        first_units = np.cumsum(sizes) - sizes
-        self.first = dict(zip(units, first_units.tolist(), strict=True))
-        names = pl.Series(list(units), dtype=pl.Enum(layers))
-        self._layer_of_unit = names.gather(np.repeat(np.arange(len(sizes)), sizes))
-        components = np.concatenate([np.arange(C, dtype=np.uint32) for C in sizes])
-        self._component_of_unit = pl.Series(components)
-
-    def columns(self, unit: np.ndarray, prefix: str = "") -> dict[str, pl.Series]:
-        """Return the columns `layer` and `component` of some units."""
-        layer = self._layer_of_unit.gather(unit)
-        component = self._component_of_unit.gather(unit)
-        return {f"{prefix}layer": layer, f"{prefix}component": component}
-
-    def named(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """Replace the column `unit` by `layer` and `component`."""
-        columns = self.columns(rows["unit"].to_numpy())
-        return rows.drop("unit").with_columns(**columns)
-
-
-def _histogram_rows(counted: Histograms, names: _UnitNames) -> pl.DataFrame:
-    """Return one row per component, quantity and bin with a firing."""
-    quantities = pl.Enum(QUANTITIES)
-    frames = []
-    for quantity, table, first_bin in (
-        ("importance", counted.importance, 0),
-        ("activation", counted.activation, -SIZE_BINS),
-    ):
-        if table is None:
-            continue
-        unit, column = table.nonzero()
-        columns = {
-            **names.columns(unit),
-            "bin": (column + first_bin).astype(np.int16),
-            "firings": table[unit, column],
-        }
-        frame = pl.DataFrame(columns)
-        frames.append(frame.with_columns(quantity=pl.lit(quantity, quantities)))
-    return pl.concat(frames)
-
-
-def _cofiring_rows(counts: Counts, names: _UnitNames) -> pl.DataFrame:
-    """Return one row per pair of components that fire together, the earlier component first."""
-    frames = []
-    for layer, matrix in counts.cofirings.items():
-        entries = matrix.tocoo()
-        component, later = entries.coords
-        is_pair = later > component  # columns begin with the layer's own units
-        first = names.first[layer]
-        columns = {
-            **names.columns(first + component[is_pair]),
-            **names.columns(first + later[is_pair], "other_"),
-            "firings": entries.data[is_pair],
-        }
-        frames.append(pl.DataFrame(columns))
-    return pl.concat(frames)
-
-
-def _token_count_rows(counts: Counts, names: _UnitNames) -> pl.DataFrame:
-    """Return one row per component and token, and per component for the remainder."""
-    assert counts.inputs is not None
-    frames = []
-    for layer, matrix in counts.inputs.items():
-        first = names.first[layer]
-        frames.append(_token_cells(matrix, first, names, "input_firings", None))
-    for layer, matrix in (counts.outputs or {}).items():
-        first = names.first[layer]
-        rest = matrix.shape[1] - 1
-        frames.append(_token_cells(matrix, first, names, "output_mass", rest))
-    return added("token_counts", frames)
-
-
-def _token_cells(
-    matrix: sparse.csr_array, first: int, names: _UnitNames, column: str, rest: int | None
-) -> pl.DataFrame:
-    """Return the nonzero entries of one layer's counts by token; token `rest` becomes null."""
-    dtype = {"input_firings": pl.Int64, "output_mass": pl.UInt64}
-    entries = matrix.tocoo()
-    component, token = entries.coords
-    columns = {
-        **names.columns(first + component),
-        "token_id": pl.Series(token.astype(np.uint32)),
-        column: pl.Series(entries.data).cast(dtype[column]),
-    }
-    others = {name: pl.lit(0, kind) for name, kind in dtype.items() if name != column}
-    frame = pl.DataFrame(columns).with_columns(**others)
-    order = ["layer", "component", "token_id", *dtype]
-    is_token = pl.lit(True) if rest is None else pl.col("token_id") != rest
-    return frame.with_columns(token_id=pl.when(is_token).then("token_id")).select(order)
-
-
-def _token_rows(counts: Counts, names: Any) -> pl.DataFrame:
-    """Return one row per token that occurs or is predicted, and one for the remainder."""
-    positions = counts.input_positions
-    mass = counts.output_mass
-    assert positions is not None
-    if mass is None:
-        mass = np.zeros(len(positions) + 1, dtype=np.int64)
-    rest = len(mass) - 1
-    length = max(len(positions), rest)
-    all_positions = np.zeros(length, dtype=np.int64)
-    all_positions[: len(positions)] = positions
-    all_mass = np.zeros(length, dtype=np.int64)
-    all_mass[:rest] = mass[:rest]
-    ids = np.flatnonzero((all_positions > 0) | (all_mass > 0))
-    tokens = pl.DataFrame(
-        {
-            "token_id": [*ids.tolist(), None],
-            "token": [*names(ids.tolist()), None],
-            "positions": [*all_positions[ids].tolist(), 0],
-            "output_mass": [*all_mass[ids].tolist(), int(mass[rest])],
-        },
-        schema={
-            "token_id": pl.UInt32,
-            "token": pl.String,
-            "positions": pl.Int64,
-            "output_mass": pl.UInt64,
-        },
-    )
-    return tokens
