@@ -1,0 +1,129 @@
+"""Prompts by the components that fire on them, and by their text."""
+
+from collections.abc import Sequence
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import polars as pl
+
+from spd_lightning.analysis.names import component_of
+from spd_lightning.analysis.prompts import prompt_text, search_key
+from spd_lightning.errors import BadInput, check_range, nearest, shown
+from spd_lightning.store import Store
+
+Mode = Literal["all", "any"]
+MODES: tuple[Mode, ...] = ("all", "any")
+
+MOST_COMPONENTS = 100
+"""The largest number of components in one search."""
+
+LONGEST_TEXT = 10_000
+"""The largest number of characters of a text or an expression to search for."""
+
+
+def search(
+    store: Store, components: Sequence[str], mode: Mode = "all", min_importance: float = 0.0
+) -> pl.DataFrame:
+    """Return the prompts on which components fire, those with the largest importance first.
+
+    Columns prompt_id, matched (the number of these components that fire on the prompt), importance.
+    Each component has its largest importance on the prompt; `importance` is the smallest of these
+    for mode "all", and the largest for "any".
+
+    Args:
+        store: a harvest with the table `nodes`.
+        components: names, `layer:component`.
+        mode: whether all components must fire on the prompt, or any of them.
+        min_importance: a component counts where its importance is at least this.
+
+    Raises:
+        BadInput: the harvest has no such component, or no nodes.
+    """
+    if mode not in MODES:
+        raise BadInput(f"mode '{mode[:60]}' of a search: {nearest(mode, MODES)}")
+    check_range("search", least=0, most=1, min_importance=min_importance)
+    if not components:
+        raise BadInput("search: no component is given; name one or more, as layer:component")
+    if len(components) > MOST_COMPONENTS:
+        raise BadInput(f"search: {len(components)} components; name at most {MOST_COMPONENTS}")
+    units = list(dict.fromkeys(component_of(store, name) for name in components))
+    if "nodes" not in store.tables:
+        raise BadInput(
+            f"harvest '{store.path}': it has no table 'nodes', so it does not know which prompts "
+            "need a component; harvest with spd_lightning.PromptNodes or PromptGraphs"
+        )
+    firings = []
+    importance = pl.col("importance").cast(pl.Float64)
+    for layer, number in units:
+        nodes = store.scan("nodes_by_component").filter(
+            pl.col("component") == number,
+            pl.col("layer") == layer,
+            pl.col("kind") == "component",
+            importance >= min_importance,
+        )
+        firings.append(nodes.group_by("prompt_id").agg(importance.max()))
+    smallest_or_largest = pl.col("importance").min()
+    if mode == "any":
+        smallest_or_largest = pl.col("importance").max()
+    prompts = pl.concat(firings).group_by("prompt_id")
+    found = prompts.agg(matched=pl.len(), importance=smallest_or_largest)
+    if mode == "all":
+        found = found.filter(pl.col("matched") == len(units))
+    ranked = found.sort(-pl.col("matched").cast(pl.Int64), -pl.col("importance"), "prompt_id")
+    return store.collect(ranked)
+
+
+def prompts(store: Store, text: str | None = None, regex: str | None = None) -> pl.DataFrame:
+    """Return the prompts of a harvest, or those whose text matches.
+
+    Columns prompt_id, split, source, positions, text, in the order of the harvest.
+
+    Args:
+        store: any harvest.
+        text: only prompts that contain this text; case and spaces are ignored.
+        regex: only prompts in whose text this regular expression is found, as written. The syntax
+            is that of Rust's crate `regex`, whose searches take a time that is linear in the text.
+
+    Raises:
+        BadInput: the expression cannot be compiled, or is too long.
+    """
+    for name, value in (("text", text), ("regex", regex)):
+        if value is not None and len(value) > LONGEST_TEXT:
+            raise BadInput(f"{name}: {len(value)} characters; give at most {LONGEST_TEXT}")
+    texts = _texts(store)
+    if text:
+        wanted = pl.lit(search_key(text))
+        texts = texts.filter(pl.col("key").str.contains(wanted, literal=True))
+    if regex:
+        try:
+            texts = texts.filter(pl.col("text").str.contains(regex))
+        except pl.exceptions.PolarsError as error:
+            reason = _reason(error)
+            raise BadInput(f"regex '{shown(regex)}': {reason}; correct the expression") from error
+    return texts.drop("key")
+
+
+def _reason(error: Exception) -> str:
+    """Return the last line of an error about a regular expression, which gives the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[-1] if lines else "it cannot be compiled"
+    return reason.removeprefix("error: ")[:200]
+
+
+_TEXTS: WeakKeyDictionary[Store, pl.DataFrame] = WeakKeyDictionary()
+
+
+def _texts(store: Store) -> pl.DataFrame:
+    """Return the text of every prompt, and its key for searches; computed once for each store."""
+    if store not in _TEXTS:
+        rows = store.collect(store.scan("prompts"))
+        texts = [prompt_text(row) for row in rows.iter_rows(named=True)]
+        _TEXTS[store] = rows.select(
+            "prompt_id",
+            "split",
+            "source",
+            positions=pl.col("token_ids").list.len(),
+            text=pl.Series(texts, dtype=pl.String),
+            key=pl.Series([search_key(text) for text in texts], dtype=pl.String),
+        )
+    return _TEXTS[store]
