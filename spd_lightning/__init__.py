@@ -30,7 +30,7 @@ _HOME = {
     "optimize": "spd_lightning.circuits.search",
     "weight_graph": "spd_lightning.attribution.closed_form.weights",
     "weight_table": "spd_lightning.harvest.weights",
-    "Store": "spd_lightning.store",
+    "Store": "spd_lightning.analysis.store",
     "BadInput": "spd_lightning.errors",
 }
 

@@ -51,13 +51,8 @@ def neighbors(store: Store, name: str, side: Side = "sources", top: int = 20) ->
 def _from_graphs(store: Store, layer: str, component: int, side: Side, top: int) -> pl.DataFrame:
     """Add up the edges of the graphs of the prompts on which a component is most important."""
     this, other = ("target", "source") if side == "sources" else ("source", "target")
-    places = store.collect(
-        store.scan("nodes_by_component").filter(
-            pl.col("component") == component,
-            pl.col("layer") == layer,
-            pl.col("kind") == "component",
-        )
-    )
+    nodes = store.scan("nodes_by_component", component=(layer, component))
+    places = store.collect(nodes.filter(pl.col("kind") == "component"))
     by_prompt = places.group_by("prompt_id").agg(pl.col("importance").max())
     prompts = by_prompt.sort(-pl.col("importance"), "prompt_id").head(MOST_PROMPTS)["prompt_id"]
     own = places.select("prompt_id", pl.col("node").alias(this))

@@ -52,25 +52,14 @@ def search(
             f"harvest '{store.path}': it has no table 'nodes', so it does not know which prompts "
             "need a component; harvest with spd_lightning.PromptNodes or PromptGraphs"
         )
-    firings = []
-    importance = pl.col("importance").cast(pl.Float64)
-    for layer, number in units:
-        nodes = store.scan("nodes_by_component").filter(
-            pl.col("component") == number,
-            pl.col("layer") == layer,
-            pl.col("kind") == "component",
-            importance >= min_importance,
-        )
-        firings.append(nodes.group_by("prompt_id").agg(importance.max()))
-    smallest_or_largest = pl.col("importance").min()
+    largest = store.prompts_with(units, mode, min_importance)
+    of_components = pl.exclude("prompt_id")
+    smallest_or_largest = pl.min_horizontal(of_components)
     if mode == "any":
-        smallest_or_largest = pl.col("importance").max()
-    prompts = pl.concat(firings).group_by("prompt_id")
-    found = prompts.agg(matched=pl.len(), importance=smallest_or_largest)
-    if mode == "all":
-        found = found.filter(pl.col("matched") == len(units))
-    ranked = found.sort(-pl.col("matched").cast(pl.Int64), -pl.col("importance"), "prompt_id")
-    return store.collect(ranked)
+        smallest_or_largest = pl.max_horizontal(of_components)
+    matched = pl.sum_horizontal(of_components.is_not_null()).cast(pl.UInt32)
+    prompts = largest.select("prompt_id", matched=matched, importance=smallest_or_largest)
+    return prompts.sort("matched", "importance", "prompt_id", descending=[True, True, False])
 
 
 def prompts(store: Store, text: str | None = None, regex: str | None = None) -> pl.DataFrame:

@@ -13,9 +13,6 @@ from spd_lightning.errors import BadInput, command, nearest
 from spd_lightning.store import Store
 from spd_lightning.store.tables import summed
 
-NORMAL_95 = 1.96
-"""The half-width of a 95 % interval of a normal distribution, in standard deviations."""
-
 Of = Literal["input", "output"]
 OF: tuple[Of, ...] = ("input", "output")
 
@@ -188,10 +185,15 @@ def correlations(store: Store, name: str, sort: str = "pmi") -> pl.DataFrame:
 
 
 def _pmi(both: pl.Expr, first: pl.Expr, second: pl.Expr, positions: pl.Expr) -> dict[str, pl.Expr]:
-    """Return the PMI of two events and its 95 % interval, as the columns pmi, low and high."""
+    """Return the PMI of two events and its 95 % interval, as the columns pmi, low and high.
+
+    The PMI is the logarithm of a ratio of two shares: of the commoner event in the rarer one, and
+    of the commoner event in all positions. The interval treats their counts as independent.
+    """
     pmi = (both * positions / (first * second)).log()
-    overlap = 2 * both / (first * second)
-    variance = 1 / both - 1 / first - 1 / second + overlap - 1 / positions
+    rarer = pl.min_horizontal(first, second)
+    commoner = pl.max_horizontal(first, second)
+    variance = 1 / both - 1 / commoner + 1 / rarer - 1 / positions
     half = NORMAL_95 * variance.clip(0).sqrt()
     return {"pmi": pmi, "low": pmi - half, "high": pmi + half}
 
