@@ -8,6 +8,7 @@ from typing import Literal
 import polars as pl
 
 from spd_lightning.analysis.components import site
+from spd_lightning.analysis.dataset_edges import NORMAL_95
 from spd_lightning.analysis.names import component_of
 from spd_lightning.errors import BadInput, command, nearest
 from spd_lightning.store import Store
