@@ -5,12 +5,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spd_lightning.errors import BadInput
-from spd_lightning.harvest.rows import array
 from spd_lightning.store import Store, Writer, schema
 from spd_lightning.store.columns import INDEX
 from spd_lightning.store.index import BY_PROMPT
@@ -219,11 +217,19 @@ def test_opening_reads_no_shard_and_a_prompt_reads_one(store, monkeypatch):
 
 @pytest.mark.parametrize("number", [2**32, -1, 2**40])
 def test_a_number_that_does_not_fit_is_reported(number):
+    import torch
+
+    from spd_lightning.harvest.rows import array
+
     with pytest.raises(BadInput, match=f"number {number} of a node"):
         array(torch.tensor([3, number]), np.uint32)
 
 
 def test_numbers_up_to_the_limit_stay_themselves():
+    import torch
+
+    from spd_lightning.harvest.rows import array
+
     numbers = torch.tensor([0, 2**32 - 1])
     assert array(numbers, np.uint32).tolist() == [0, 2**32 - 1]
     assert array(numbers, np.uint64).tolist() == [0, 2**32 - 1]

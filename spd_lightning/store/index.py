@@ -74,6 +74,16 @@ class Index:
         starts = self._arrays[f"rows/{table}"]
         return self._rows(table, int(starts[place]), int(starts[place + 1]))
 
+    def rows_before(self, table: str, prompts: np.ndarray) -> np.ndarray:
+        """Return the number of rows before each of some sorted prompts, and of all rows."""
+        starts = self._arrays[f"rows/{table}"].astype(np.int64)
+        places = np.searchsorted(self.prompts, prompts)
+        return np.append(starts[places], starts[-1])
+
+    def span(self, table: str, start: int, stop: int) -> Rows | None:
+        """Return a range of rows of a table, with their row groups."""
+        return self._rows(table, start, stop)
+
     def unit_rows(self, key: int) -> Rows | None:
         """Return the rows of one unit in `nodes_by_component`, or None if it has none."""
         place = self._place(key)
@@ -120,12 +130,12 @@ class IndexBuilder:
         self._prompt_ids = list[np.ndarray]()
         self._counts = dict[str, np.ndarray]()
         self._arrays = dict[str, np.ndarray]()
-        self.postings = np.zeros((0, 2), np.uint32)
+        self._units = list[tuple[np.ndarray, ...]]()
 
     def add(self, table: str, frame: pl.DataFrame) -> None:
         """Add the rows of a table; those of one table can be added in several pieces, in order.
 
-        The rows of `nodes_by_component` are added at once.
+        The rows of one layer in `nodes_by_component` are added at once.
         """
         if table == INDEX:
             self._add_units(frame)
@@ -148,18 +158,26 @@ class IndexBuilder:
         self._arrays[f"groups/{name}"] = np.array(groups, np.uint64)
         self._arrays[f"blocks/{name}"] = blocks
 
+    @property
+    def postings(self) -> np.ndarray:
+        """Return the postings of all units: [N, 2]."""
+        return np.concatenate([np.zeros((0, 2), np.uint32), *(part[3] for part in self._units)])
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of the index, once all tables and files have been added."""
         rows = {f"rows/{table}": _starts(counts) for table, counts in self._counts.items()}
         order = np.argsort(np.concatenate(self._prompt_ids)).astype(np.uint64)
+        if self._units:
+            units, counts, postings = map(np.concatenate, list(zip(*self._units, strict=True))[:3])
+            rows["units"] = units
+            rows["unit_rows"] = _starts(counts)
+            rows["unit_postings"] = _starts(postings)
         return {"prompts": self.prompts, "prompt_row": order, **rows, **self._arrays}
 
     def _add_units(self, frame: pl.DataFrame) -> None:
         """Add the units of `nodes_by_component`, whose rows are sorted by unit and prompt."""
         keys = unit_keys(frame["layer"].to_physical(), frame["component"])
-        units, first_rows = np.unique(keys, return_index=True)
-        self._arrays["units"] = units
-        self._arrays["unit_rows"] = np.append(first_rows, len(keys)).astype(np.uint64)
+        units, rows = np.unique(keys, return_counts=True)
         is_unit = ~frame["kind"].cast(pl.String).is_in(NO_UNITS)
         nodes = frame.select("prompt_id", "importance").with_columns(key=pl.Series(keys))
         firings = nodes.filter(is_unit).group_by("key", "prompt_id", maintain_order=True)
@@ -167,9 +185,10 @@ class IndexBuilder:
         places = np.searchsorted(self.prompts, largest["prompt_id"].to_numpy())
         importance = largest["importance"].fill_null(float("nan")).to_numpy()
         bits = importance.astype(np.float32).view(np.uint32)
-        self.postings = np.stack([places.astype(np.uint32), bits], axis=1)  # [N, 2]
+        postings = np.stack([places.astype(np.uint32), bits], axis=1)  # [N, 2]
         ends = np.searchsorted(largest["key"].to_numpy(), units, "right")
-        self._arrays["unit_postings"] = np.append(0, ends).astype(np.uint64)
+        counts = np.diff(ends, prepend=0)
+        self._units.append((units, rows, counts, postings))
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

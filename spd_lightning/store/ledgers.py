@@ -192,7 +192,7 @@ def _read_merged(place: Place) -> Merged:
     if not _exists(place, MERGED):
         return {"generation": 0, "shards": [], "next": {}}
     merged: Merged = read_json(place, MERGED, Merged, REMEDY)
-    _check_shards(place, MERGED, merged["shards"], "merged")
+    _check_shards(place, MERGED, merged["shards"], "")
     return merged
 
 
@@ -236,13 +236,16 @@ def _read_lines(place: Place, rank: int) -> list[Shard]:
 def _check_shards(
     place: Place, file: str, shards: list[Shard], owner: str, end: int | None = None
 ) -> None:
-    """Check the names, the prompts and the sizes of a ledger's groups."""
+    """Check the names, the prompts and the sizes of a ledger's groups.
+
+    owner: the beginning of all names, or empty.
+    """
     path = f"harvest manifest '{place.name}/{file}'"
     seen = set[str]()
     for k, shard in enumerate(shards):
         name = shard["name"]
         match = _NAME.fullmatch(name)
-        is_own = match is not None and name.startswith(f"{owner}-")
+        is_own = match is not None and (not owner or name.startswith(f"{owner}-"))
         is_past = end is None or (is_own and number(shard) < end)
         if not is_own or not is_past:
             raise BadInput(

@@ -14,7 +14,7 @@ from spd_lightning.store.blocks import CheckedFile
 from spd_lightning.store.index import Index, Rows, missing_array
 from spd_lightning.store.ledgers import INDEXES, POSTINGS, Piece, Shard, file_name
 from spd_lightning.store.places import Place
-from spd_lightning.store.tables import schema
+from spd_lightning.store.tables import SORTED, schema
 
 _MOST_FILES = 64
 """Open Parquet files whose footers are in memory."""
@@ -66,6 +66,31 @@ class Parts:
             parquet = self._parquet(table, shard)
             frame = self._read(file, lambda: pl.from_arrow(parquet.read_row_groups(groups)))
         return frame[rows.start : rows.stop]
+
+    def span(self, table: str, shard: Shard, start: int, stop: int) -> pl.DataFrame:
+        """Return the rows of a table from one to another.
+
+        Raises:
+            BadInput: the file is damaged where the rows are.
+        """
+        rows = self.index(shard).span(table, start, stop)
+        if rows is None:
+            return pl.DataFrame(schema=schema(table, self._layers))
+        return self.rows(table, shard, rows)
+
+    def rows_before_layers(self, table: str, shard: Shard) -> np.ndarray:
+        """Return the number of rows before each layer, and of all rows, in a table sorted by layer.
+
+        Raises:
+            BadInput: the file is damaged.
+        """
+        file = file_name(table, shard["name"])
+        layer = SORTED[table][0]
+        with self._lock:
+            parquet = self._parquet(table, shard)
+            columns = self._read(file, lambda: pl.from_arrow(parquet.read(columns=[layer])))
+        numbers = columns[layer].to_physical().to_numpy()
+        return np.searchsorted(numbers, np.arange(len(self._layers) + 1))
 
     def postings(self, shard: Shard, start: int, stop: int) -> np.ndarray:
         """Return some postings of a group: [posting, 2] (see `store.index`).

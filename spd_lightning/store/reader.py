@@ -11,10 +11,20 @@ import polars as pl
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.store.columns import INDEX
 from spd_lightning.store.index import BY_PROMPT, unit_key
-from spd_lightning.store.ledgers import POSTINGS, Shard, file_name, files, prompts_of, read_snapshot
+from spd_lightning.store.leases import hold
+from spd_lightning.store.ledgers import (
+    POSTINGS,
+    Shard,
+    Snapshot,
+    file_name,
+    files,
+    generation_of,
+    prompts_of,
+    read_snapshot,
+)
 from spd_lightning.store.manifest import read_settings, totals
 from spd_lightning.store.parts import Parts, check_columns, damage_error, one_line
-from spd_lightning.store.places import place_of
+from spd_lightning.store.places import Folder, place_of
 from spd_lightning.store.shards import damage, damaged
 from spd_lightning.store.tables import TABLES, schema
 
@@ -55,7 +65,7 @@ class Store:
         self.path = Path(path)
         self._place = place_of(self.path)
         settings = read_settings(self._place)
-        snapshot = read_snapshot(self._place)
+        snapshot = self._hold_snapshot()
         self._shards = snapshot.shards
         if skip_damaged:
             self._shards = [shard for shard in self._shards if not damaged(self._place, shard)]
@@ -65,6 +75,17 @@ class Store:
         self.manifest: dict[str, Any] = settings | counts
         self.layers: list[str] = settings["layers"]
         self._parts = Parts(self._place, self.layers)
+
+    def _hold_snapshot(self) -> Snapshot:
+        """Read the ledgers, and make sure that their files stay while this store is open."""
+        while True:
+            snapshot = read_snapshot(self._place)
+            generation = snapshot.merged["generation"]
+            if not isinstance(self._place, Folder):
+                return snapshot
+            hold(self._place.path, generation, self)
+            if generation_of(self._place) == generation:  # otherwise, it was compacted meanwhile
+                return snapshot
 
     def require(self, *facts: str) -> "Store":
         """Return the store itself, after checking that its manifest has all of these entries.

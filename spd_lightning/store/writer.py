@@ -3,7 +3,7 @@
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import polars as pl
 
 from spd_lightning.files import make_folder, sweep
 from spd_lightning.store.index import IndexBuilder
+from spd_lightning.store.leases import older_readers
 from spd_lightning.store.ledgers import (
+    MERGED,
     Journal,
     Ledger,
     Piece,
@@ -74,10 +76,11 @@ class Writer:
             self._unlock = weakref.finalize(self, os.close, lock(self.path, rank))
             self._begin(settings, world)
             self._journal = Journal(self.path, rank)
-            snapshot = self._repair(world)
-            self._ledger = snapshot.ledgers[rank]
+            snapshot = read_snapshot(Folder(self.path))
+            self._ledger = snapshot.ledgers.setdefault(rank, empty_ledger())
+            dropped = self._repair(snapshot, world)
             self._save(complete=False)
-            self._sweep()
+            self._sweep(snapshot, dropped)
         self.finished = set[int]()
         for shard in snapshot.shards:
             if not damaged(Folder(self.path), shard):
@@ -154,38 +157,53 @@ class Writer:
         if previous_world != world:
             replace_json(path, settings | {"world": world})
 
-    def _repair(self, world: int) -> Snapshot:
-        """Remove the groups with a damaged file from this rank's ledger, and return all ledgers.
+    def _repair(self, snapshot: Snapshot, world: int) -> list[Shard]:
+        """Remove the groups with a damaged file from this rank's ledger, and return these groups.
 
         Their prompts will be harvested again. Rank 0 does the same for merged groups, and for the
         ranks of an earlier harvest with more processes.
         """
-        place = Folder(self.path)
-        snapshot = read_snapshot(place)
-        snapshot.ledgers.setdefault(self.rank, empty_ledger())
+        dropped = list[Shard]()
+
+        def intact(shards: list[Shard]) -> list[Shard]:
+            whole = [shard for shard in shards if not damaged(Folder(self.path), shard)]
+            dropped.extend(shard for shard in shards if shard not in whole)
+            return whole
+
         for rank, ledger in snapshot.ledgers.items():
             abandoned = self.rank == 0 and rank >= world
             if rank != self.rank and not abandoned:
                 continue
-            intact = [shard for shard in ledger["shards"] if not damaged(place, shard)]
-            changed = len(intact) < len(ledger["shards"])
-            ledger["shards"] = intact
-            if changed and abandoned:
+            count = len(ledger["shards"])
+            ledger["shards"] = intact(ledger["shards"])
+            if abandoned and len(ledger["shards"]) < count:
                 self._replace(rank, ledger)
-        return snapshot
+        merged = snapshot.merged
+        count = len(merged["shards"])
+        if self.rank == 0:
+            merged["shards"] = intact(merged["shards"])
+        if len(merged["shards"]) < count:
+            replace_json(self.path / MERGED, merged)
+        return dropped
 
-    def _sweep(self) -> None:
-        """Remove the uncommitted files of killed processes of this rank, and temporary files."""
+    def _sweep(self, snapshot: Snapshot, dropped: Sequence[Shard]) -> None:
+        """Remove the uncommitted files of killed processes of this rank, and temporary files.
+
+        The files of damaged groups are removed, too. Those that a compaction replaced stay as long
+        as a reader needs them.
+        """
         sweep(self.path)
-        committed = set[Path]()
-        for shard in self._ledger["shards"]:
-            committed.update(self.path / file for file, _ in files(shard))
-        written = {
-            *self.path.glob(f"*/part-{self.rank}-*"),
-            *self.path.glob(f"*/.part-{self.rank}-*"),
-        }
-        for path in written - committed:
-            path.unlink()
+        removed = {self.path / file for shard in dropped for file, _ in files(shard)}
+        committed = {self.path / file for shard in snapshot.shards for file, _ in files(shard)}
+        keep_older = older_readers(self.path, snapshot.merged["generation"])
+        for path in self.path.glob(f"*/part-{self.rank}-*"):
+            n = path.stem.rpartition("-")[2]
+            is_new = n.isdecimal() and int(n) >= self._ledger["next"]
+            if path not in committed and (is_new or not keep_older):
+                removed.add(path)
+        removed.update(self.path.glob(f"*/.part-{self.rank}-*"))
+        for path in removed:
+            path.unlink(missing_ok=True)
 
     def _save(self, complete: bool) -> None:
         """Write the whole ledger of this rank, which replaces the lines of its journal."""
