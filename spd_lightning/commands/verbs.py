@@ -458,6 +458,23 @@ _ALL = (
         "runs --table",
         (Option("--table", "print a table of results"), Option("--json", "print JSON")),
     ),
+    Verb(
+        "store",
+        "ACTION HARVEST",
+        "Describe, verify or compact a harvest.",
+        "store info tms/graphs-unmasked",
+        (
+            Option(
+                "ACTION",
+                "info: sizes, and bytes per edge; verify: compare every file with its digest; "
+                "compact: merge small files into large ones",
+                needed=True,
+                choices=("info", "verify", "compact"),
+            ),
+            Option("HARVEST", "its folder, or RUN/HARVEST", needed=True),
+            Option("--json", "print JSON"),
+        ),
+    ),
     Verb("list", "", "List the configs that come with this package.", "list", module="configs"),
     Verb("push", "RUN", "Send a finished run to its trackers again.", "push tms", (RUN,)),
     Verb(

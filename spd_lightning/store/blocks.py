@@ -105,7 +105,10 @@ class CheckedFile(io.RawIOBase):
 
 
 class DigestedFile(io.RawIOBase):
-    """A file for writing that computes the digests of its content and of its blocks."""
+    """A file for writing that computes the digests of its content and of its blocks.
+
+    Once it is `abandoned`, nothing more is written.
+    """
 
     def __init__(self, file: IO[bytes]):
         super().__init__()
@@ -114,6 +117,7 @@ class DigestedFile(io.RawIOBase):
         self._rest = b""
         self._digests = list[int]()
         self.size = 0
+        self.abandoned = False
 
     def writable(self) -> bool:
         return True
@@ -123,6 +127,8 @@ class DigestedFile(io.RawIOBase):
 
     def write(self, content: Any) -> int:
         content = bytes(content)
+        if self.abandoned:
+            return len(content)
         self._file.write(content)
         self._whole.update(content)
         self.size += len(content)

@@ -117,9 +117,9 @@ class TableFile:
             self._groups.append(start + end)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._digested.abandoned = kind is not None  # after an error, no footer is written
         try:
-            if kind is None:
-                self._out.close()
+            self._out.close()
         finally:
             self._file.close()
 

@@ -73,6 +73,7 @@ def publish(copies: Copies, names: Sequence[str] = runs.MIRRORED) -> None:
     if not len(copies):
         return
     name = copies.folder.name
+    compact_harvests(copies.folder)
     log.info("run %s: completing the copies of its files in the trackers ...", name)
     started = time.perf_counter()
     errors = copies.complete(names)
@@ -96,7 +97,9 @@ def send(chosen: Any, folder: Path, settings: Mapping[str, Any]) -> None:
         BadInput: the run has no tracker, or a copy is still incomplete.
     """
     copies = Copies(trackers(chosen, folder), folder, needed=True)
-    if not len(copies):
+    if len(copies):
+        compact_harvests(folder)
+    else:
         place = f"run '{folder.name}': trainer.logger is false in its config.yaml"
         raise BadInput(f"{place}; the run has no tracker to push to")
     with copies:
@@ -105,3 +108,33 @@ def send(chosen: Any, folder: Path, settings: Mapping[str, Any]) -> None:
         failed = copies.complete()
     if failed:
         raise failed[0]
+
+
+MANY_GROUPS = 16
+"""Groups of files of a harvest above which they are merged before an upload."""
+
+
+def compact_harvests(folder: Path) -> None:
+    """Merge the small files of a run's harvests, since trackers are slow with many files.
+
+    A harvest that is being written, or cannot be compacted for another reason, is sent as it is.
+    """
+    from spd_lightning.store import Store
+    from spd_lightning.store.compaction import compact
+
+    for manifest in sorted(folder.glob("harvest/*/manifest.json")):
+        harvest = manifest.parent
+        try:
+            groups = Store(harvest).manifest["shards"]
+            if groups <= MANY_GROUPS:
+                continue
+            done = compact(harvest)
+        except BadInput as error:
+            log.info("harvest %s: it is sent with many files (%s)", harvest.name, error)
+            continue
+        log.info(
+            "harvest %s: %d files were merged into %d, to send them",
+            harvest.name,
+            done.files_before,
+            done.files,
+        )
