@@ -110,10 +110,12 @@ def _reader_has_left() -> bool:
     return closed
 
 
-def _call(module: str, argv: list[str]) -> None:
-    """Import a module of `commands` and run its verb."""
+def _call(place: str, argv: list[str]) -> None:
+    """Import a module of `commands` and run its verb. place: module, or module:function."""
+    name, _, function = place.partition(":")
     try:
-        importlib.import_module(f"spd_lightning.commands.{module}").main(argv)
+        module = importlib.import_module(f"spd_lightning.commands.{name}")
+        getattr(module, function or "main")(argv)
     except Exception:
         stopping.check()  # a library can turn the `Stopped` of a signal into another error
         raise

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from spd_lightning.commands.verbs import ALLOW, CONFIG, DEBUG, HELP, VERBS, Option, Verb
+from spd_lightning.commands.option import Option, Verb
+from spd_lightning.commands.verbs import ALLOW, CONFIG, DEBUG, HELP, VERBS
 from spd_lightning.errors import PROGRAM, BadInput, command, nearest
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""What one component is about, as lines for a terminal."""
+
+import sys
+from collections.abc import Iterator, Sequence
+
+import polars as pl
+
+from spd_lightning.analysis.contexts import ExampleKind
+from spd_lightning.analysis.names import component_name
+from spd_lightning.analysis.statistics import OF
+from spd_lightning.analysis.store import Store
+from spd_lightning.labels import is_bytes, joined
+
+BAR = 30
+"""The number of characters of the longest bar of a histogram."""
+
+_BOLD = "\033[1;33m"
+_PLAIN = "\033[0m"
+
+
+def component_text(
+    store: Store, name: str, kind: ExampleKind, window: int, top: int
+) -> Iterator[str]:
+    """Yield the lines: statistics, histogram of importances, tokens, correlations, examples."""
+    row = store.component(name)
+    yield f"{name} in harvest {store.path.name}, {store.manifest['prompts']} prompts"
+    yield (
+        f"fires at {row['firings']:,} of {row['positions']:,} positions "
+        f"({100 * row['density']:.3g} %), in {row['prompts']:,} prompts"
+    )
+    if not row["firings"]:
+        yield "it never fires here, so there is nothing more to show"
+        return
+    yield (
+        f"where it fires: mean importance {row['firing_importance']:.3f}, mean activation "
+        f"{row['firing_activation']:+.3f}"
+    )
+    yield from _histogram(store, name)
+    if "token_counts" in store.tables:
+        for side in OF:
+            yield from _tokens(store, name, side, top)
+    yield from _correlations(store, name, top)
+    yield from _examples(store, name, kind, window, top)
+
+
+def _histogram(store: Store, name: str) -> Iterator[str]:
+    """Yield the histogram of importances in eight bars."""
+    bins = store.histogram(name).filter(quantity="importance")
+    eighth = (pl.col("low") * 8).floor().cast(pl.Int64)
+    eighths = bins.group_by(eighth=eighth).agg(pl.col("firings").sum())
+    counts = dict(eighths.iter_rows())
+    largest = max(counts.values(), default=1)
+    yield ""
+    yield "importance   firings"
+    for k in range(8):
+        firings = counts.get(k, 0)
+        bar = "─" * round(BAR * firings / largest)
+        yield f"{k / 8:.3f}–{(k + 1) / 8:.3f} {firings:>9,} {bar}".rstrip()
+
+
+def _tokens(store: Store, name: str, side: str, top: int) -> Iterator[str]:
+    """Yield the tokens with the highest PMI, ranked by the lower end of its interval."""
+    rows = store.tokens(name, side).filter(pl.col("token_id").is_not_null()).head(top)
+    title = "tokens where it fires" if side == "input" else "next tokens that the target predicts"
+    yield ""
+    yield f"{title} (share of its firings, and PMI in nats):"
+    for token, recall, pmi in rows.select("token", "recall", "pmi").iter_rows():
+        yield f"  {token!r:<16} {100 * recall:>5.1f} %  {pmi:+.2f}"
+
+
+def _correlations(store: Store, name: str, top: int) -> Iterator[str]:
+    """Yield the most correlated components."""
+    if "cofirings" not in store.tables:
+        return
+    rows = store.correlations(name).head(top)
+    yield ""
+    yield "fires together with (share of its firings, PMI):"
+    columns = ("layer", "component", "p_other", "pmi")
+    names = [component_name(layer, c) for layer, c in rows.select("layer", "component").iter_rows()]
+    width = max(map(len, names), default=0)
+    for other, (_, _, share, pmi) in zip(names, rows.select(columns).iter_rows(), strict=True):
+        yield f"  {other:<{width}} {100 * share:>5.1f} %  {pmi:+.2f}"
+
+
+def _examples(store: Store, name: str, kind: ExampleKind, window: int, top: int) -> Iterator[str]:
+    """Yield examples, with the token at which it fires highlighted."""
+    rows = store.contexts(name, kind, window).head(top)
+    titles = {
+        "importance": "examples with the largest importance",
+        "uniform": "examples at random",
+        "positive": "examples with the largest activation",
+        "negative": "examples with the most negative activation",
+    }
+    yield ""
+    yield f"{titles[kind]} (importance, activation):"
+    for row in rows.iter_rows(named=True):
+        text = highlighted(row["tokens"], row["pos"] - row["first"])
+        importance = "  –  " if row["importance"] is None else f"{row['importance']:.3f}"
+        yield f"  {importance} {row['activation']:+8.3f}  {text}"
+
+
+def highlighted(tokens: Sequence[str], place: int) -> str:
+    """Return a text on one line with one of its tokens marked: in color, or «like this»."""
+    begin, end = (_BOLD, _PLAIN) if sys.stdout.isatty() else ("«", "»")
+    contain_spaces = any(" " in token or is_bytes(token) for token in tokens)
+    space = "" if contain_spaces else " "  # tokens without a text are numbers
+    before = joined(f"{token}{space}" for token in tokens[:place])
+    after = joined(f"{space}{token}" for token in tokens[place + 1 :])
+    marked = joined(tokens[place : place + 1])
+    text = f"{before}{begin}{marked}{end}{after}"
+    return text.replace("\n", "⏎").replace("\t", " ")
