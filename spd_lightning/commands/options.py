@@ -227,10 +227,11 @@ def _explanation(option: Option) -> str:
 
 def overview() -> str:
     """Return the help of the whole program, one line for each verb."""
+    name_width = max(map(len, VERBS))
     width = max(len(verb.brief) for verb in VERBS.values())
     lines = []
     for verb in VERBS.values():
-        words = f"{verb.name:<9} {verb.brief:<{width}}"
+        words = f"{verb.name:<{name_width}} {verb.brief:<{width}}"
         lines.append(f"  {words}  {verb.purpose}")
     lines = [*_HEAD, *lines, *_FOOT, ""]
     return "\n".join(lines)

@@ -39,16 +39,16 @@ class ComponentUnits:
         Raises:
             BadInput: a site has the same input for all prompts.
         """
-        with torch.no_grad():
+        has_tokens = not inputs.is_floating_point()
+        with torch.no_grad():  # also for the inner activations, which are computed when read
             clean = self.model.clean(inputs)
             importances = self.model.importances(clean).lower
-        check_own_importances(importances, inputs)
-        has_tokens = not inputs.is_floating_point()
-        return Observation(
-            activations={site: by_position(a) for site, a in clean.inner.items()},
-            importances={site: by_position(g) for site, g in importances.items()},
-            logits=by_position(clean.output) if has_tokens else None,
-        )
+            check_own_importances(importances, inputs)
+            return Observation(
+                activations={site: by_position(a) for site, a in clean.inner.items()},
+                importances={site: by_position(g) for site, g in importances.items()},
+                logits=by_position(clean.output) if has_tokens else None,
+            )
 
 
 def check_own_importances(
