@@ -50,9 +50,10 @@ docs: $(VENV)/.installed-dev  ## the documentation site, in site/
 	$(PYTHON) -c "from spd_lightning.store.columns import markdown; print(markdown(), end='')" > docs/tables.md
 	$(VENV)/bin/zensical build --clean --strict
 
-bench: $(VENV)/.installed-dev  ## speed, next to a plain implementation of the same maths
+bench: $(VENV)/.installed-dev  ## speed, next to a plain implementation of the same maths and the usual storage
 	$(PYTHON) benchmarks/bench.py
 	$(PYTHON) benchmarks/bench_graphs.py
+	$(PYTHON) benchmarks/bench_store.py
 
 paper: install  ## Table 1 of the SPD paper, over seeds, one process a core
 	$(PYTHON) benchmarks/paper.py

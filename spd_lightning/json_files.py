@@ -17,6 +17,7 @@ import hashlib
 import json
 import types
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -295,10 +296,10 @@ def _object(value: Any, kind: Any, place: str) -> dict[str, Any]:
     """Return an object as a TypedDict."""
     if not isinstance(value, dict):
         raise Mismatch(place, "an object", value)
-    hints = get_type_hints(kind)
-    missing = sorted(kind.__required_keys__ - set(value))
+    hints = _hints(kind)
+    missing = kind.__required_keys__ - value.keys()
     if missing:
-        raise ValueError(f"'{_inside(place, missing[0])}' is missing")
+        raise ValueError(f"'{_inside(place, min(missing))}' is missing")
     if kind not in _OPEN:
         _check_keys(value, hints, place)
     entries = {}
@@ -308,10 +309,16 @@ def _object(value: Any, kind: Any, place: str) -> dict[str, Any]:
     return entries
 
 
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Return the types of the keys of a TypedDict or dataclass."""
+    return get_type_hints(kind)
+
+
 def _dataclass(value: Any, kind: type, place: str) -> Any:
     if not isinstance(value, dict):
         raise Mismatch(place, "an object", value)
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     _check_keys(value, names, place)
     settings = {}

@@ -313,8 +313,8 @@ def harvest_all(path: Path, wanted: list[int]) -> None:
     writer.complete()
 
 
-STEPS = 2 + 3 * 8 + 1
-"""Manifest, ledger, three groups of five tables, two indices and a line each, the last ledger."""
+STEPS = 2 + 3 * 7 + 1
+"""Manifest, ledger, three groups of five tables, an index and a line each, the last ledger."""
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spd_lightning.errors import BadInput
-from spd_lightning.store import Store, Writer, schema
+from spd_lightning.store import Store, Writer, schema, shards
 from spd_lightning.store.columns import INDEX
 from spd_lightning.store.index import BY_PROMPT
 
@@ -131,11 +131,16 @@ def check_search(store: Store, units: list[tuple[str, int]], mode: str, least: f
     assert values == naive_search(store, units, mode, least)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Store:
-    """A harvest of several groups; the largest prompts have row groups of their own."""
+@pytest.fixture(scope="module", params=[0, 1 << 13])
+def store(tmp_path_factory, request) -> Store:
+    """A harvest of several groups; the largest prompts have row groups of their own.
+
+    The postings are in files of their own, or in the indices.
+    """
     path = tmp_path_factory.mktemp("scale") / "graphs"
-    return harvest(path, [1, 5, 30, 2], most=400)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "FEW_POSTINGS", request.param)
+        return harvest(path, [1, 5, 30, 2], most=400)
 
 
 def test_the_rows_of_a_prompt_are_those_of_a_full_scan(store):
@@ -266,8 +271,9 @@ def test_positions_above_65535_and_edge_counts_above_2_to_the_32_are_kept(tmp_pa
 
 
 @pytest.mark.parametrize("folder", ["edges", "nodes", INDEX, "index", "postings"])
-def test_parts_of_a_damaged_file_are_right_or_reported(tmp_path, folder):
+def test_parts_of_a_damaged_file_are_right_or_reported(tmp_path, monkeypatch, folder):
     """One flipped bit anywhere: a reader gets what it got before, or an error that names it."""
+    monkeypatch.setattr(shards, "FEW_POSTINGS", 0)
     whole = harvest(tmp_path / "graphs", [4], most=300)
     prompts = whole.scan("prompts").collect()["prompt_id"].to_list()
 

@@ -11,7 +11,7 @@ A group has two files of indices, with plain arrays in safetensors:
         units                   the sorted keys of its units: components, inputs, outputs, …
         unit_rows               for each unit, its first row in `nodes_by_component`; and the end
         unit_postings           for each unit, its first posting; and the end
-    postings/<name>.safetensors
+    postings/<name>.safetensors, or in the index if they are few
         postings                [N, 2]: for each unit, the prompts in which it is a node, as places
                                 in `prompts`, and the bits of its largest importance there, which
                                 is NaN if it has none
@@ -91,6 +91,11 @@ class Index:
             return None
         starts = self._arrays["unit_rows"]
         return self._rows(INDEX, int(starts[place]), int(starts[place + 1]))
+
+    @property
+    def few_postings(self) -> np.ndarray | None:
+        """The postings of all units, or None if they are in a file of their own."""
+        return self._arrays.get("postings")
 
     def postings(self, key: int) -> tuple[int, int]:
         """Return the range of a unit's postings; it is empty if there are none."""
@@ -218,5 +223,7 @@ def missing_array(arrays: Mapping[str, Any], tables: Sequence[str], postings: bo
             wanted.add(f"rows/{table}")
         if table == INDEX:
             wanted |= {"units", "unit_rows", "unit_postings"}
+            if not postings:
+                wanted.add("postings")
     missing = sorted(wanted - set(arrays))
     return missing[0] if missing else None

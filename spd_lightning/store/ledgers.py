@@ -14,7 +14,7 @@ Every file is read before those that replace it: the lines, then the ledger that
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -60,6 +60,16 @@ class Shard(TypedDict):
     gap: NotRequired[float]
 
 
+class _UncheckedShard(TypedDict):
+    """A group as it is parsed: its thousands of files are checked by `_check_pieces`, faster."""
+
+    name: str
+    prompts: str
+    tables: Any
+    indices: Any
+    gap: NotRequired[float]
+
+
 class Ledger(TypedDict):
     """The groups that one rank committed, and whether its share of the prompts is complete.
 
@@ -79,6 +89,18 @@ class Merged(TypedDict):
 
     generation: int
     shards: list[Shard]
+    next: dict[str, int]
+
+
+class _UncheckedLedger(TypedDict):
+    shards: list[_UncheckedShard]
+    next: int
+    complete: bool
+
+
+class _UncheckedMerged(TypedDict):
+    generation: int
+    shards: list[_UncheckedShard]
     next: dict[str, int]
 
 
@@ -191,7 +213,7 @@ def _exists(place: Place, file: str) -> bool:
 def _read_merged(place: Place) -> Merged:
     if not _exists(place, MERGED):
         return {"generation": 0, "shards": [], "next": {}}
-    merged: Merged = read_json(place, MERGED, Merged, REMEDY)
+    merged: Merged = read_json(place, MERGED, _UncheckedMerged, REMEDY)
     _check_shards(place, MERGED, merged["shards"], "")
     return merged
 
@@ -200,7 +222,7 @@ def _read_ledger(place: Place, rank: int) -> Ledger:
     file = f"manifest-{rank}.json"
     if not _exists(place, file):
         return empty_ledger()
-    ledger: Ledger = read_json(place, file, Ledger, REMEDY)
+    ledger: Ledger = read_json(place, file, _UncheckedLedger, REMEDY)
     _check_shards(place, file, ledger["shards"], f"part-{rank}", ledger["next"])
     return ledger
 
@@ -221,7 +243,7 @@ def _read_lines(place: Place, rank: int) -> list[Shard]:
     whole_lines = content.split(b"\n")[:-1]  # what follows the last line break is being written
     for k, line in enumerate(whole_lines):
         try:
-            shards.append(json_files.parsed(line, Shard))
+            shards.append(json_files.parsed(line, _UncheckedShard))
         except ValueError as error:
             raise BadInput(
                 f"harvest manifest '{place.name}/{file}': line {k + 1}: {error}; {REMEDY}"
@@ -256,17 +278,39 @@ def _check_shards(
         seen.add(name)
         if not _PROMPTS.fullmatch(shard["prompts"]):
             raise BadInput(f"{path}: shards[{k}].prompts: not ids of prompts; {REMEDY}")
+        try:
+            _check_pieces(shard["tables"], TABLES, f"shards[{k}].tables")
+            _check_pieces(shard["indices"], (INDEXES, POSTINGS), f"shards[{k}].indices")
+        except ValueError as error:
+            raise BadInput(f"{path}: {error}; {REMEDY}") from error
         if INDEXES not in shard["indices"]:
             raise BadInput(f"{path}: shards[{k}].indices: '{INDEXES}' is missing; {REMEDY}")
-        _check_pieces(f"{path}: shards[{k}].tables", shard["tables"], TABLES)
-        _check_pieces(f"{path}: shards[{k}].indices", shard["indices"], (INDEXES, POSTINGS))
 
 
-def _check_pieces(place: str, pieces: Mapping[str, Piece], known: Any) -> None:
-    for table, piece in pieces.items():
-        negative = piece["rows"] < 0 or piece["bytes"] < 0
-        if table not in known or negative:
-            raise BadInput(f"{place}.{table[:60]}: not the file of a table; {REMEDY}")
+def _check_pieces(pieces: Any, known: Collection[str], place: str) -> None:
+    """Check the files of a group in one ledger.
+
+    Raises:
+        ValueError: a table is unknown, or an entry is not a Piece.
+    """
+    if not isinstance(pieces, dict):
+        raise json_files.Mismatch(place, "an object", pieces)
+    for folder, piece in pieces.items():
+        if not _is_piece(piece):
+            json_files.conform(piece, Piece, f"{place}.{folder[:60]}")
+        if folder not in known or piece["rows"] < 0 or piece["bytes"] < 0:
+            raise ValueError(f"{place}.{folder[:60]}: not the file of a table")
+
+
+def _is_piece(value: Any) -> bool:
+    """Return whether a value is a Piece; as `json_files.conform`, but without an explanation."""
+    if type(value) is not dict or len(value) != 3:
+        return False
+    rows = value.get("rows")
+    size = value.get("bytes")
+    numbers = type(rows) is int and type(size) is int
+    in_range = numbers and abs(rows) <= json_files.LARGEST and abs(size) <= json_files.LARGEST
+    return in_range and type(value.get("digest")) is str
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from spd_lightning.store.columns import INDEX
 from spd_lightning.store.index import BY_PROMPT, unit_key
 from spd_lightning.store.leases import hold
 from spd_lightning.store.ledgers import (
-    POSTINGS,
     Shard,
     Snapshot,
     file_name,
@@ -161,7 +160,7 @@ class Store:
         prompts = [np.zeros(0, np.uint64)]
         values = [np.zeros((0, len(units)), np.float32)]
         for shard in self._shards:
-            if POSTINGS not in shard["indices"]:
+            if INDEX not in shard["tables"]:
                 continue
             found, importance = self._search(shard, keys, mode, min_importance)
             prompts.append(found)

@@ -24,6 +24,9 @@ PROMPT_GROUP = 512
 OTHER_GROUP = 8192
 """The number of rows in a row group of the other tables."""
 
+FEW_POSTINGS = 1 << 13
+"""The largest number of postings that are in the file of the index, and not in one of their own."""
+
 Write = Callable[[Path], "Written"]
 
 
@@ -81,7 +84,8 @@ def lock(folder: Path, rank: int) -> int:
 class TableFile:
     """A Parquet file of a table, written in one or several pieces.
 
-    The file is compressed with zstd, and its floats are split by byte. Pages also have checksums,
+    The file is compressed with zstd. Its floats are split by byte, and of numbers that ascend, the
+    differences are stored. Pages also have checksums,
     for other readers. Use it as a context; after that, `written` describes the file.
 
     Args:
@@ -187,12 +191,14 @@ def write_index(builder: IndexBuilder, put: Callable[[str, Write], Written]) -> 
     """
     pieces = {}
     count = len(builder.postings)
-    if count:
+    if count > FEW_POSTINGS:
         postings = {"postings": builder.postings}
         written = put(POSTINGS, lambda path: write_arrays(postings, count, path))
         builder.file(POSTINGS, [], written.blocks)
         pieces[POSTINGS] = written.piece
     arrays = builder.arrays()
+    if count <= FEW_POSTINGS:
+        arrays["postings"] = builder.postings
     prompts = len(builder.prompts)
     pieces[INDEXES] = put(INDEXES, lambda path: write_arrays(arrays, prompts, path)).piece
     return pieces
@@ -200,16 +206,21 @@ def write_index(builder: IndexBuilder, put: Callable[[str, Write], Written]) -> 
 
 def _parquet_options(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a Parquet file with these columns."""
-    floats = [name for name, dtype in schema.items() if dtype.is_float()]
     # An Enum orders its names by position, not by their bytes. Minima and maxima of such a column
     # would make readers skip row groups that they need, so they are not written.
     with_extremes = [name for name, dtype in schema.items() if not isinstance(dtype, pl.Enum)]
+    encodings = dict[str, str]()
+    for name, dtype in schema.items():
+        if dtype.is_float():
+            encodings[name] = "BYTE_STREAM_SPLIT"
+        elif dtype.is_integer() and name in ("node", "source", "target"):  # they ascend, or nearly
+            encodings[name] = "DELTA_BINARY_PACKED"
     return {
         "compression": "zstd",
         "compression_level": 3,
         "write_statistics": with_extremes,
-        "use_dictionary": [name for name in schema if name not in floats],
-        "use_byte_stream_split": floats,
+        "use_dictionary": [name for name in schema if name not in encodings],
+        "column_encoding": encodings,
         "write_page_checksum": True,
     }
 
