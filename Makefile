@@ -35,10 +35,10 @@ view: install  ## open the viewer in a browser
 	$(PYTHON) -m spd_lightning view
 
 test: $(VENV)/.installed-dev  ## the tests
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.installed-dev  ## a quick part of them, without browsers, killed processes and HuggingFace
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 check: $(VENV)/.installed-dev  ## ruff, basedpyright, import-linter
 	$(VENV)/bin/ruff check .

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_run import SERVER, begun, done, killed, lay_out, work_hanging
+from support.tiny_run import SERVER, begun, done, killed, lay_out, one_figure, work_hanging
 
 from spd_lightning import cli, runs
 from spd_lightning.errors import BadInput, without_passwords
@@ -29,6 +29,7 @@ from spd_lightning.tracking import copies, publishing
 from spd_lightning.tracking.copies import Copies, Tail
 from spd_lightning.tracking.publishing import send
 from spd_lightning.tracking.trackers import MLflow, trackers
+from spd_lightning.training import figures
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
@@ -48,6 +49,7 @@ def root(tmp_path_factory) -> Iterator[Path]:
         patch.chdir(here)
         patch.setenv("SPD_RUNS", str(root))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr(figures, "draw", one_figure)
         done(root, [*FIT, "--run", "local"])
         yield root
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import matplotlib
 import pytest
-from support.tiny_run import lay_out
+from support.tiny_run import lay_out, one_figure
 
 from spd_lightning import cli
+from spd_lightning.training import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs" / "notebooks" / "one_component.ipynb"
@@ -23,6 +24,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPD_RUNS", str(lay_out(tmp_path, steps=200, batch=160)))
+    monkeypatch.setattr(figures, "draw", one_figure)
     assert cli.run(["fit", "--config", "tiny.yaml"]) == 0
     assert cli.run(["predict", "--config", "tiny.yaml"]) == 0
     capsys.readouterr()

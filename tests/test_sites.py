@@ -6,11 +6,13 @@ import pytest
 import torch
 import yaml
 from support.tiny_checkpoints import write
+from support.tiny_run import one_figure
 from torch import nn
 
 from spd_lightning import cli, config
 from spd_lightning.commands import configs, sites
 from spd_lightning.decomposition.components import find_sites
+from spd_lightning.training import figures
 from spd_lightning.training.session import Settings, quiet
 
 
@@ -19,6 +21,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPD_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(figures, "draw", one_figure)
     return tmp_path
 
 

@@ -5,6 +5,7 @@ has.
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,12 @@ MODULES: dict[str, Callable[[], Decomposition]] = {
 }
 
 
+@cache
+def planned(name: str) -> StepCost:
+    """Return the cost of a step of one of these modules; a dry run takes seconds."""
+    return measure_step(MODULES[name], tokens, None)
+
+
 def real_flops(module: Decomposition, batch: Tensor, precision: torch.dtype | None = None) -> int:
     """Of one training step, counted by torch itself."""
     with FlopCounterMode(display=False) as counter:
@@ -105,7 +112,7 @@ def test_flops_are_those_that_torch_counts(name):
     not count on processors: two products of [T, T, width] forward and five backward, in each of two
     layers.
     """
-    said = measure_step(MODULES[name], tokens, None).total.flops
+    said = planned(name).total.flops
     fused = 2 * (2 + 5) * 2 * B * T * T * 16 if name == "transformer" else 0
     assert said == real_flops(MODULES[name](), tokens()) + fused > 1e6
 
@@ -195,10 +202,8 @@ def test_positions_of_a_route_are_expected_or_all():
 
 def test_work_grows_with_the_batch():
     """Products of activations grow with the number of sequences, faithfulness does not."""
-    small, large = (
-        measure_step(MODULES["two terms"], lambda n=n: tokens().repeat(n, 1), None).parts
-        for n in (1, 5)
-    )
+    small = planned("two terms").parts
+    large = measure_step(MODULES["two terms"], lambda: tokens().repeat(5, 1), None).parts
     for name, work in small.items():
         assert large[name].flops == (work.flops if name == FAITHFULNESS else 5 * work.flops), name
 
@@ -221,7 +226,7 @@ def test_memory_is_that_of_real_tensors(name):
     """Gradients and the optimizer's state to the byte; what a step keeps, as the same step with
     numbers keeps it.
     """
-    said = measure_step(MODULES[name], tokens, None)
+    said = planned(name)
     real, module = real_step(MODULES[name])
     trained = [p for p in module.parameters() if p.requires_grad]
     assert said.gradients == sum(p.grad.numel() * 4 for p in trained if p.grad is not None) > 0
@@ -272,7 +277,7 @@ def test_activations_cover_what_autograd_saves():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = module.losses(run)[0]
     held = sum(saved.values())
-    said = measure_step(MODULES["samples"], tokens, None).activations
+    said = planned("samples").activations
     assert loss.requires_grad
     assert held <= said <= 2.5 * held
 
@@ -498,24 +503,19 @@ def test_more_components_than_memory_allows(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_fits_just_so():
+def test_what_fits_just_so(monkeypatch):
     """The bound lies where the plan puts it; the rough one, which saves most fits the plan, lies
     above it.
     """
+    plan_of = cache(estimate.size_of)  # a plan takes seconds, and three of these need the same one
+    monkeypatch.setattr(estimate, "size_of", lambda given, gpu=False: plan_of(given, gpu))
     settings = Settings(config.load("stories-2L"))
     needed = float(sum(estimate.size_of(settings).memory.values()))
     estimate.check_memory(settings, available=needed)
     with pytest.raises(BadInput, match="use fewer components or a smaller batch"):
         estimate.check_memory(settings, available=needed - 1)
-    for name in (
-        "stories-2L",
-        "stories-1L-tiny",
-        "code-2L",
-        "ss_llama_simple_mlp-2L",
-        "resid_mlp1",
-        "tms_40-10-id",
-    ):
-        chosen = Settings(config.load(name))
+    others = ("stories-1L-tiny", "code-2L", "ss_llama_simple_mlp-2L", "resid_mlp1", "tms_40-10-id")
+    for chosen in (settings, *(Settings(config.load(name)) for name in others)):
         assert estimate.rough_bound(chosen) > sum(estimate.size_of(chosen).memory.values())
 
 
