@@ -1,4 +1,4 @@
-"""store: describe, verify or compact a harvest."""
+"""store: describe, verify, compact or copy a harvest."""
 
 import argparse
 import json
@@ -10,22 +10,24 @@ from spd_lightning.commands import options
 from spd_lightning.errors import BadInput, command, nearest, shown
 from spd_lightning.store.compaction import compact
 from spd_lightning.store.inspection import Description, TableSize, describe, findings
-from spd_lightning.store.places import Folder, Place
+from spd_lightning.store.places import Folder, Place, is_address, place_of
 
 
 def main(argv: Sequence[str]) -> None:
-    """Describe, verify or compact a harvest."""
+    """Describe, verify, compact or copy a harvest."""
     arguments = options.read("store", argv)
     place = harvest_place(arguments.harvest)
     ACTIONS[arguments.action](place, arguments)
 
 
 def harvest_place(name: str) -> Place:
-    """Return the harvest that a word names: a folder, or RUN/HARVEST.
+    """Return the harvest that a word names: a folder, RUN/HARVEST, or an address.
 
     Raises:
         BadInput: there is no such harvest; the error suggests the nearest names.
     """
+    if is_address(name):
+        return place_of(name)
     known = {}
     for run in runs.runs():
         for path in run.harvests:
@@ -157,5 +159,31 @@ def _compact(place: Place, arguments: argparse.Namespace) -> None:
         )
 
 
+def _push(place: Place, arguments: argparse.Namespace) -> None:
+    """Copy a harvest to an object store.
+
+    Raises:
+        BadInput: there is no address, a file is damaged, or the store rejects it.
+    """
+    from spd_lightning.store.remote import Bucket, push
+
+    address = arguments.to
+    if address is None or not is_address(address):
+        given = "" if address is None else f" '{shown(address)}'"
+        raise BadInput(
+            f"store: --to{given}: push needs an address; for example: --to s3://bucket/run/graphs"
+        )
+    if not isinstance(place, Folder):
+        raise BadInput(f"harvest '{place.name}': only harvests on this machine can be pushed")
+    bucket = Bucket(address)
+    done = push(place.path, bucket)
+    if arguments.json:
+        print(json.dumps(done._asdict(), indent=1))
+        return
+    known = f"; {done.known:,} were there already" if done.known else ""
+    print(f"{place.name}: sent {done.files:,} files ({_megabytes(done.bytes)}){known}")
+    print(f"copy: {bucket.name}    read it: Store('{bucket.name}')")
+
+
 Action = Callable[[Place, argparse.Namespace], None]
-ACTIONS: dict[str, Action] = {"info": _info, "verify": _verify, "compact": _compact}
+ACTIONS: dict[str, Action] = {"info": _info, "verify": _verify, "compact": _compact, "push": _push}

@@ -339,17 +339,18 @@ _ALL = (
     Verb(
         "store",
         "ACTION HARVEST",
-        "Describe, verify or compact a harvest.",
+        "Describe, verify, compact or copy a harvest.",
         "store info tms/graphs-unmasked",
         (
             Option(
                 "ACTION",
                 "info: sizes, and bytes per edge; verify: compare every file with its digest; "
-                "compact: merge small files into large ones",
+                "compact: merge small files into large ones; push: copy it to --to",
                 needed=True,
-                choices=("info", "verify", "compact"),
+                choices=("info", "verify", "compact", "push"),
             ),
-            Option("HARVEST", "its folder, or RUN/HARVEST", needed=True),
+            Option("HARVEST", "its folder, RUN/HARVEST, or an address: s3://…", needed=True),
+            Option("--to", "where push copies it", "ADDRESS", example="s3://bucket/run/graphs"),
             Option("--json", "print JSON"),
         ),
     ),

@@ -308,8 +308,9 @@ def _is_piece(value: Any) -> bool:
         return False
     rows = value.get("rows")
     size = value.get("bytes")
-    numbers = type(rows) is int and type(size) is int
-    in_range = numbers and abs(rows) <= json_files.LARGEST and abs(size) <= json_files.LARGEST
+    if type(rows) is not int or type(size) is not int:
+        return False
+    in_range = max(abs(rows), abs(size)) <= json_files.LARGEST
     return in_range and type(value.get("digest")) is str
 
 

@@ -1,4 +1,4 @@
-"""Where a harvest lies: a folder of this machine. `store.remote` adds object stores.
+"""Where a harvest lies: in a folder of this machine, or in an object store (`store.remote`).
 
 Files are named relative to the harvest: `edges/part-0-3.parquet`.
 """
@@ -80,10 +80,23 @@ class Folder(Place):
         return self.path / file
 
 
-def place_of(where: "str | Path | Place") -> Place:
-    """Return the place that a path names."""
+def is_address(name: str | Path) -> bool:
+    """Return whether a name is an address of an object store, such as s3://bucket/folder."""
+    return "://" in str(name)
+
+
+def place_of(where: str | Path | Place) -> Place:
+    """Return the place that a path or an address names.
+
+    Raises:
+        BadInput: the address cannot be opened.
+    """
     if isinstance(where, Place):
         return where
+    if is_address(where):
+        from spd_lightning.store.remote import Bucket
+
+        return Bucket(str(where))
     return Folder(Path(where))
 
 

@@ -35,7 +35,8 @@ class Store:
     Opening reads only the ledgers, and no file of rows.
 
     Args:
-        path: the harvest's folder, which contains manifest.json.
+        path: the harvest's folder, which contains manifest.json, or its address in an object store:
+            s3://bucket/folder, or another one that fsspec opens.
         skip_damaged: omit every group of shards with a damaged file instead of raising an error.
 
     Attributes:
@@ -61,8 +62,8 @@ class Store:
     """
 
     def __init__(self, path: str | Path, skip_damaged: bool = False):
-        self.path = Path(path)
-        self._place = place_of(self.path)
+        self._place = place_of(path)
+        self.path = Path(self._place.name)
         settings = read_settings(self._place)
         snapshot = self._hold_snapshot()
         self._shards = snapshot.shards
@@ -275,9 +276,9 @@ class Store:
             if table not in shard["tables"]:
                 continue
             file = file_name(table, shard["name"])
+            path = self._local(file)
             if why := damage(self._place, file, shard["tables"][table]):
                 raise damage_error(self._place, file, why)
-            path = self._place.local(file)
             try:
                 actual = pl.read_parquet_schema(path)
             except (pl.exceptions.PolarsError, OSError) as error:
@@ -288,8 +289,15 @@ class Store:
             return pl.LazyFrame(schema=schema(table, self.layers))
         return pl.scan_parquet(paths, glob=False)
 
+    def _local(self, file: str) -> Path:
+        """Return the path of a file on this machine."""
+        try:
+            return self._place.local(file)
+        except OSError as error:
+            raise damage_error(self._place, file, error.strerror or str(error)) from error
+
     def _read_through(self, file: str) -> None:
         try:
-            pl.scan_parquet(self._place.local(file), glob=False).collect()
+            pl.scan_parquet(self._local(file), glob=False).collect()
         except (pl.exceptions.PolarsError, OSError) as error:
             raise damage_error(self._place, file, one_line(error)) from error
