@@ -23,6 +23,7 @@ _HOME = {
     "PromptNodes": "spd_lightning.harvest.nodes",
     "PromptGraphs": "spd_lightning.harvest.graphs",
     "OutputTargets": "spd_lightning.harvest.output_targets",
+    "attribute": "spd_lightning.harvest.attribute",
     "Statistics": "spd_lightning.harvest.statistics",
     "DatasetEdges": "spd_lightning.harvest.dataset_edges",
     "SparseCircuits": "spd_lightning.harvest.circuits",

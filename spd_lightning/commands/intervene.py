@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spd_lightning import config as configs
 from spd_lightning import runs
 from spd_lightning.commands import loading, options
 from spd_lightning.commands.interventions import LARGEST, Row, each, rows_of
@@ -47,9 +46,10 @@ def main(argv: Sequence[str]) -> None:
 
 def _run(arguments: argparse.Namespace, rows: Sequence[Row], folder: Path) -> None:
     from spd_lightning.training.decompose import Decomposition
+    from spd_lightning.training.session import data_of
 
     module = Decomposition.from_pretrained(folder)
-    data = _data(folder)
+    data = data_of(folder)
     prompts = each(rows, lambda number: _inputs(rows[number], arguments.run, module, data))
 
     def answer(number: int) -> dict[str, Any]:
@@ -167,19 +167,6 @@ def _numbers(prompt: Any, whole: bool) -> list[Any]:
     if not all(abs(number) <= LARGEST for number in numbers):  # false for NaN, too
         raise BadInput(f"--input '{shown}': its numbers must be finite")
     return numbers
-
-
-def _data(folder: Path) -> StepData:
-    """Return the data module of a run; it prepares nothing before it is needed."""
-    from spd_lightning.training.session import Settings
-
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise BadInput(
-            f"run '{folder}': config.yaml, which describes the data, is missing; use another run"
-        )
-    runs.Run(folder).checked_config()
-    return Settings(configs.load(str(path.resolve()))).built("data")
 
 
 # ---- predictions ---------------------------------------------------------------------------------

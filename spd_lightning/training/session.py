@@ -16,8 +16,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from spd_lightning import classes
+from spd_lightning import classes, runs
 from spd_lightning import config as configs
+from spd_lightning.data.modules import StepData
 from spd_lightning.errors import BadInput, shown
 from spd_lightning.tracking.copies import Copies
 from spd_lightning.tracking.publishing import MetricsFile, without_secrets
@@ -191,6 +192,21 @@ class Settings(Session):
             return self.parser.instantiate_classes(Namespace({owner: section}))[owner]
         except (ValueError, TypeError) as error:
             raise as_one_line_error(error) from error
+
+
+def data_of(folder: Path) -> StepData:
+    """Return the data module of a run; it prepares nothing before it is needed.
+
+    Raises:
+        BadInput: the run has no config, or one that cannot be read.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise BadInput(
+            f"run '{folder}': config.yaml, which describes the data, is missing; use another run"
+        )
+    runs.Run(folder).checked_config()
+    return Settings(configs.load(str(path.resolve()))).built("data")
 
 
 def _dicts(value: Any) -> Any:
