@@ -1,4 +1,4 @@
-"""What drives a component, and what it drives, over the prompts of a harvest."""
+"""The sources and targets of a component, over the prompts of a harvest."""
 
 from typing import Literal
 

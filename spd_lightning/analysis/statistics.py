@@ -35,7 +35,7 @@ COMPONENT_SORTS = (
     "norm",
     "layer",
 )
-"""What components can be sorted by; all but `layer` are sorted from large to small."""
+"""The columns that components can be sorted by; all but `layer` are sorted from large to small."""
 
 
 def components(store: Store, layer: str | None = None, sort: str = "density") -> pl.DataFrame:
@@ -135,7 +135,7 @@ def histogram(store: Store, name: str) -> pl.DataFrame:
 # ---- one component and others --------------------------------------------------------------------
 
 CORRELATION_SORTS = ("pmi", "jaccard", "p_other", "p_this", "together")
-"""What correlated components can be sorted by; PMI by the lower end of its interval."""
+"""The columns that correlated components can be sorted by; PMI by the lower end of its interval."""
 
 
 def correlations(store: Store, name: str, sort: str = "pmi") -> pl.DataFrame:
@@ -202,7 +202,7 @@ def _pmi(both: pl.Expr, first: pl.Expr, second: pl.Expr, positions: pl.Expr) -> 
 # ---- one component and tokens --------------------------------------------------------------------
 
 TOKEN_SORTS = ("pmi", "recall", "precision", "count")
-"""What tokens can be sorted by; PMI by the lower end of its interval."""
+"""The columns that tokens can be sorted by; PMI by the lower end of its interval."""
 
 
 def tokens(store: Store, name: str, of: Of = "input", sort: str = "pmi") -> pl.DataFrame:

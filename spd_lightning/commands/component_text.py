@@ -1,4 +1,4 @@
-"""What one component is about, as lines for a terminal."""
+"""A summary of one component, as lines for a terminal."""
 
 import sys
 from collections.abc import Iterator, Sequence

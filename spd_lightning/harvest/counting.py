@@ -103,13 +103,38 @@ def cofirings(matrices: Mapping[str, sparse.csr_array]) -> dict[str, sparse.csr_
     products = {}
     for k, layer in enumerate(layers):
         own = matrices[layer]
-        later = sparse.hstack([matrices[name] for name in layers[k:]], format="csr")
-        shape = (own.shape[1], later.shape[1])
+        blocks = [matrices[name] for name in layers[k:]]
+        later = sparse.csr_array(sparse.hstack(blocks))
+        shape = (columns_of(own), columns_of(later))
         product = sparse.csr_array(shape, dtype=np.int64)
         for rows in _pieces(own, later):
             product = product + own[rows].T.tocsr() @ later[rows]
         products[layer] = product
     return products
+
+
+def columns_of(matrix: sparse.csr_array) -> int:
+    """Return the number of columns."""
+    assert matrix.shape is not None
+    return matrix.shape[1]
+
+
+class Entries(NamedTuple):
+    """The entries of a sparse matrix that are not zero."""
+
+    row: Int64[np.ndarray, " entry"]
+    column: Int64[np.ndarray, " entry"]
+    value: Int64[np.ndarray, " entry"]
+
+
+def entries_of(matrix: sparse.csr_array) -> Entries:
+    """Return the entries that are not zero, as arrays."""
+    matrix = matrix.copy()
+    matrix.eliminate_zeros()
+    coordinates = matrix.tocoo()
+    row = coordinates.row.astype(np.int64)
+    column = coordinates.col.astype(np.int64)
+    return Entries(row, column, coordinates.data)
 
 
 def _pieces(own: sparse.csr_array, later: sparse.csr_array) -> list[slice]:

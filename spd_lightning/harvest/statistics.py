@@ -188,11 +188,10 @@ class _Totals:
         inputs: [batch, features] floating point, or [batch, pos] token ids.
         """
         for layer in self.units:
-            sums = moments(
-                fires[layer],
-                observation.importances and observation.importances[layer],
-                observation.activations[layer],
-            )
+            importance = None
+            if observation.importances is not None:
+                importance = observation.importances[layer]
+            sums = moments(fires[layer], importance, observation.activations[layer])
             previous = self.moments.get(layer)
             if previous is not None:
                 sums = {name: previous[name] + total for name, total in sums.items()}

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
-from spd_lightning.harvest.counting import Counts
+from spd_lightning.harvest.counting import Counts, columns_of, entries_of
 from spd_lightning.harvest.moments import SIZE_BINS, Histograms
 from spd_lightning.harvest.rows import Names
 from spd_lightning.store.columns import QUANTITIES
@@ -62,14 +62,13 @@ def cofiring_rows(counts: Counts, names: UnitNames) -> pl.DataFrame:
     """Return one row per pair of components that fire together, the earlier component first."""
     frames = []
     for layer, matrix in counts.cofirings.items():
-        entries = matrix.tocoo()
-        component, later = entries.coords
+        component, later, firings = entries_of(matrix)
         is_pair = later > component  # columns begin with the layer's own units
         first = names.first[layer]
         columns = {
             **names.columns(first + component[is_pair]),
             **names.columns(first + later[is_pair], "other_"),
-            "firings": entries.data[is_pair],
+            "firings": firings[is_pair],
         }
         frames.append(pl.DataFrame(columns))
     return pl.concat(frames)
@@ -84,7 +83,7 @@ def token_count_rows(counts: Counts, names: UnitNames) -> pl.DataFrame:
         frames.append(_token_cells(matrix, first, names, "input_firings", None))
     for layer, matrix in (counts.outputs or {}).items():
         first = names.first[layer]
-        rest = matrix.shape[1] - 1
+        rest = columns_of(matrix) - 1
         frames.append(_token_cells(matrix, first, names, "output_mass", rest))
     return added("token_counts", frames)
 
@@ -94,12 +93,11 @@ def _token_cells(
 ) -> pl.DataFrame:
     """Return the nonzero entries of one layer's counts by token; token `rest` becomes null."""
     dtype = {"input_firings": pl.Int64, "output_mass": pl.UInt64}
-    entries = matrix.tocoo()
-    component, token = entries.coords
+    component, token, value = entries_of(matrix)
     columns = {
         **names.columns(first + component),
         "token_id": pl.Series(token.astype(np.uint32)),
-        column: pl.Series(entries.data).cast(dtype[column]),
+        column: pl.Series(value).cast(dtype[column]),
     }
     others = {name: pl.lit(0, kind) for name, kind in dtype.items() if name != column}
     frame = pl.DataFrame(columns).with_columns(**others)

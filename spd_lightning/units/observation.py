@@ -1,4 +1,4 @@
-"""What statistics need to know of units, whatever these are.
+"""The facts about units that statistics need, whatever the units are.
 
 A *unit* reads a position and has one activation there: an SPD component, a rank of a LoRA adapter,
 a feature of a sparse autoencoder, a neuron. Some units also have an importance between 0 and 1,
