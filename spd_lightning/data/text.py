@@ -7,7 +7,7 @@ batch size 2B sees the same rows as two devices with batch size B.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
@@ -243,8 +243,10 @@ class Text(StepData):
         Raises:
             BadInput: a prompt cannot be used, or the file cannot be read.
         """
+        if not self.given and self.prompts_file is None:
+            return self._validation_windows()
         by_length: dict[int, list[tuple[str, list[int]]]] = {}
-        for source, ids in self._prompts():
+        for source, ids in self._fitting(self._texts()):
             group = by_length.setdefault(len(ids), [])
             group.append((source, ids))
         return [self._group(prompts) for prompts in by_length.values()]
@@ -252,25 +254,22 @@ class Text(StepData):
     def _group(self, prompts: Sequence[tuple[str, list[int]]]) -> Prompts:
         """Join prompts of one length, given as their sources and tokens."""
         sources: list[str] = []
-        splits: list[str] = []
         rows: list[list[int]] = []
         names: list[list[str]] = []
         for source, ids in prompts:
-            split = "validation" if source.startswith("validation") else "given"
             sources.append(source)
-            splits.append(split)
             rows.append(ids)
             names.append(self.names(ids))
         inputs = torch.tensor(rows)
-        return Prompts(inputs, sources, splits, names)
+        return Prompts(inputs, sources, ["given"] * len(rows), names)
 
-    def _prompts(self) -> Iterator[tuple[str, list[int]]]:
-        """Yield the source and the tokens of every prompt."""
-        if self.given or self.prompts_file is not None:
-            yield from self._fitting(self._texts())
-            return
+    def _validation_windows(self) -> list[Prompts]:
+        """Return `n_prompts` windows of validation text, in random order, as one group.
+
+        There can be a million of them, so their tokens get their texts later, batch by batch.
+        """
         if not self.n_prompts:
-            return
+            return []
         windows = self._windows("val", self.n_ctx)
         if len(windows) < self.n_prompts:
             log.warning(
@@ -278,8 +277,10 @@ class Text(StepData):
                 self.n_prompts,
                 len(windows),
             )
-        for index in _order(self.seed, "predict", 0, len(windows))[: self.n_prompts]:
-            yield f"validation {index}", windows[index].tolist()
+        chosen = _order(self.seed, "predict", 0, len(windows))[: self.n_prompts]
+        tokens = windows[chosen].astype(np.int64)
+        sources = [f"validation {index}" for index in chosen]
+        return [Prompts(torch.from_numpy(tokens), sources, ["validation"] * len(chosen))]
 
     def _texts(self) -> list[PromptText]:
         """Return the prompts of the list and of the file."""
