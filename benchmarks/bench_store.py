@@ -39,6 +39,8 @@ SITES = [f"h.{block}.{part}" for block in range(2) for part in ("q", "k", "v", "
 LAYERS = ["wte", *SITES, "output"]
 C, LENGTH, NODES, VOCAB = 650, 64, 400, 1000
 FIELD_PROMPTS = 300
+PATTERNS = 500
+"""Random sets of pairs of nodes; each prompt has one of them, with values of its own."""
 SETTINGS = {"harvest": "graphs", "run": "bench", "kind": "tokens", "mode": "frozen"}
 MANIFEST = SETTINGS | {"layers": LAYERS, "C": dict.fromkeys(SITES, C)}
 
@@ -57,7 +59,14 @@ class Synthetic:
         self.edges = edges
         self.rng = np.random.default_rng(0)
         rank = np.arange(1, C + 1)
+        self.pairs = np.triu_indices(NODES, 1)  # of an earlier and a later node
+        count = len(self.pairs[0])
+        self.patterns = np.stack([np.sort(self._some(count, edges)) for _ in range(PATTERNS)])
         self.frequency = rank**-1.0 / np.sum(rank**-1.0)  # a few frequent components, most rare
+
+    def _some(self, count: int, size: int) -> np.ndarray:
+        """Return `size` different numbers below `count`."""
+        return self.rng.choice(count, size, replace=False).astype(np.int32)
 
     def batch(self, count: int) -> dict[str, pl.DataFrame]:
         """Return the tables of some new prompts."""
@@ -102,15 +111,12 @@ class Synthetic:
     def _edges(self, ids: np.ndarray) -> pl.DataFrame:
         """Return the edges: random pairs of nodes, from earlier to later ones."""
         count = len(ids)
-        pairs = NODES * (NODES - 1) // 2
-        first, second = np.triu_indices(NODES, 1)
-        chosen = np.sort(self.rng.random((count, pairs)).argpartition(self.edges, axis=1)
-                         [:, : self.edges], axis=1)  # fmt: skip
+        chosen = self.patterns[self.rng.integers(0, len(self.patterns), count)]
         size = np.exp(self.rng.standard_normal((count, self.edges)))
         columns = {
             "prompt_id": ids.repeat(self.edges),
-            "source": first[chosen].ravel(),
-            "target": second[chosen].ravel(),
+            "source": self.pairs[0][chosen].ravel(),
+            "target": self.pairs[1][chosen].ravel(),
             "attribution": (size * self.rng.standard_normal((count, self.edges))).ravel(),
         }
         return _frame("edges", columns)
@@ -121,15 +127,18 @@ class Synthetic:
         counts = fired.agg(firings=pl.len(), importance_sum=pl.col("importance").sum())
         every = pl.DataFrame({"layer": np.repeat(SITES, C), "component": np.tile(np.arange(C), 12)})
         columns = schema("components", LAYERS)
-        typed = every.with_columns(pl.col("layer").cast(columns["layer"]),
-                                   pl.col("component").cast(pl.UInt32))  # fmt: skip
+        typed = every.with_columns(
+            pl.col("layer").cast(columns["layer"]), pl.col("component").cast(pl.UInt32)
+        )
         rows = typed.join(counts, on=["layer", "component"], how="left")
         for name, dtype in columns.items():
             if name not in rows.columns:
                 value = True if dtype == pl.Boolean else 1
                 rows = rows.with_columns(pl.lit(value).alias(name))
-        return rows.select(pl.col(n).fill_null(0).cast(t) if t.is_numeric() else pl.col(n)
-                           for n, t in columns.items())  # fmt: skip
+        return rows.select(
+            pl.col(n).fill_null(0).cast(t) if t.is_numeric() else pl.col(n)
+            for n, t in columns.items()
+        )
 
 
 def _frame(table: str, columns: dict[str, Any]) -> pl.DataFrame:
@@ -177,9 +186,11 @@ def top_edges(store: Store, prompt_id: int) -> pl.DataFrame:
 
 def page_of_components(store: Store) -> pl.DataFrame:
     """Return the 50 most frequent components, with their sums over all groups."""
-    sums = store.scan("components").group_by("layer", "component").agg(
-        pl.col("firings", "importance_sum").sum(), pl.col("norm", "alive").first()
-    )  # fmt: skip
+    sums = (
+        store.scan("components")
+        .group_by("layer", "component")
+        .agg(pl.col("firings", "importance_sum").sum(), pl.col("norm", "alive").first())
+    )
     return sums.sort("firings", descending=True).head(50).collect()
 
 
@@ -210,16 +221,24 @@ def read(folder: Path) -> None:
     cold = _milliseconds(lambda: fresh.prompts_with(queries[0]))
     warm = [_milliseconds(lambda q=q: fresh.prompts_with(q)) for q in queries]
     hits = statistics.median(fresh.prompts_with(q).height for q in queries)
-    _line("prompts in which A, B and C are nodes", f"{statistics.median(warm):.1f} ms",
-          f"(at most 20) median of {hits:,.0f} prompts")  # fmt: skip
+    _line(
+        "prompts in which A, B and C are nodes",
+        f"{statistics.median(warm):.1f} ms",
+        f"(at most 20) median of {hits:,.0f} prompts",
+    )
     _line("  first time", f"{cold:.1f} ms", f"longest later {max(warm):.1f} ms")
-    rows = [_milliseconds(lambda q=q: fresh.scan("nodes_by_component", component=q[0]).collect())
-            for q in queries]  # fmt: skip
+    rows = [
+        _milliseconds(lambda q=q: fresh.scan("nodes_by_component", component=q[0]).collect())
+        for q in queries
+    ]
     _line("all nodes of a component", f"{statistics.median(rows):.1f} ms")
     cold = _milliseconds(lambda: page_of_components(fresh))
     warm = [_milliseconds(lambda: page_of_components(fresh)) for _ in range(5)]
-    _line("a page of components", f"{statistics.median(warm):.1f} ms",
-          f"(at most 50) first time {cold:.1f} ms")  # fmt: skip
+    _line(
+        "a page of components",
+        f"{statistics.median(warm):.1f} ms",
+        f"(at most 50) first time {cold:.1f} ms",
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     _line("memory of the reader", f"{peak:,.0f} MB", "(at most 1000)")
 
@@ -230,17 +249,23 @@ def merge(folder: Path) -> None:
     done = compact(folder)
     spent = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    _line("compact", f"{spent:,.0f} s", f"{done.files_before:,} files to {done.files:,}, "
-          f"{peak:,.0f} MB of memory")  # fmt: skip
+    _line(
+        "compact",
+        f"{spent:,.0f} s",
+        f"{done.files_before:,} files to {done.files:,}, {peak:,.0f} MB of memory",
+    )
 
 
 def sizes(folder: Path) -> None:
     """Print the bytes per edge."""
     description = describe(Folder(folder))
     edges = description.sizes["edges"]
-    _line("bytes per edge", f"{edges.bytes / edges.rows:.2f}",
-          f"(at most 6) {description.bytes / edges.rows:.2f} with all tables and indices, "
-          f"{description.bytes / 1e9:.2f} GB")  # fmt: skip
+    _line(
+        "bytes per edge",
+        f"{edges.bytes / edges.rows:.2f}",
+        f"(at most 6) {description.bytes / edges.rows:.2f} with all tables and indices, "
+        f"{description.bytes / 1e9:.2f} GB",
+    )
 
 
 # ---- the field's layout --------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import numpy as np
 from spd_lightning.errors import BadInput
 
 BLOCK = 1 << 16
-_KEPT = 32
-"""Blocks of a file in memory; one row group of a prompt takes three to ten."""
+_KEPT = 8
+"""Blocks of a file in memory, since the parts of a row group lie next to each other."""
 
 
 class CheckedFile(io.RawIOBase):

@@ -58,7 +58,7 @@ MOST_BYTES = 1 << 28
 MOST_PROMPTS = 1 << 16
 """Prompts of a merged group."""
 
-BLOCK_ROWS = 1 << 22
+BLOCK_ROWS = 1 << 21
 """Rows that are merged in memory at once."""
 
 _PROMPT_GROUP = 1 << 15
