@@ -91,6 +91,12 @@ def planned(name: str) -> StepCost:
     return measure_step(MODULES[name], tokens, None)
 
 
+@cache
+def tiny_size() -> estimate.Size:
+    """Return the size of stories-1L-tiny."""
+    return estimate.size_of(Settings(config.load("stories-1L-tiny")))
+
+
 def real_flops(module: Decomposition, batch: Tensor, precision: torch.dtype | None = None) -> int:
     """Of one training step, counted by torch itself."""
     with FlopCounterMode(display=False) as counter:
@@ -420,7 +426,7 @@ def test_plan_prints_what_it_will_take(capsys):
 
 def test_slow_bfloat16_is_reported(monkeypatch):
     """A plan has a line about each device that is slower in bfloat16 than in float32."""
-    size = replace(estimate.size_of(Settings(config.load("stories-1L-tiny"))), mixed=True)
+    size = replace(tiny_size(), mixed=True)
     fast = devices.device_named("h100")
     slow = replace(fast, name="old CPU", half=1.3e9, single=87e9)
     line = (
@@ -441,7 +447,7 @@ def test_columns_of_a_plan_are_as_wide_as_its_names():
     """Each part of a plan has its numbers below each other, however long the names of modules
     are.
     """
-    size = estimate.size_of(Settings(config.load("stories-1L-tiny")))
+    size = tiny_size()
     name = "model.layers.11.block_sparse_moe.experts.3.down_proj"
     long = replace(size, sites=[replace(size.sites[0], name=name), *size.sites[1:]])
     device = devices.device_named("h100")
