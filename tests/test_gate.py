@@ -13,6 +13,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.toy_run import make_run
+from support.web import HOST, Response, send
 
 from spd_lightning.errors import BadInput
 from spd_lightning.store import prompt_hash
@@ -22,64 +23,8 @@ from spd_lightning.viewer.gate import EVENT, MOST_BYTES, SERVER_FUNCTION, Gate, 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning"
 )  # gradio's own, of what it imports
-HOST = "127.0.0.1:7860"
 JSON_TYPE = {"content-type": "application/json"}
 PROBE = str(prompt_hash(b"feature 3"))
-
-
-class Response:
-    """What a request got: status, headers, body."""
-
-    def __init__(self, messages: list[Any]):
-        self.status = messages[0]["status"]
-        self.headers = {
-            name.decode(): value.decode("latin-1") for name, value in messages[0]["headers"]
-        }
-        self.body = b"".join(message.get("body", b"") for message in messages[1:])
-
-
-def send(
-    app: Any,
-    method: str,
-    path: str,
-    headers: dict[str, str] | None = None,
-    chunks: list[bytes] | None = None,
-):
-    """Send one request to an ASGI application, its body in chunks, without a Content-Length unless
-    it is given.
-    """
-    sent: list[Any] = []
-    parts = chunks or [b""]
-    waiting = [
-        {"type": "http.request", "body": part, "more_body": k + 1 < len(parts)}
-        for k, part in enumerate(parts)
-    ]
-    pairs = {"host": HOST, **(headers or {})}
-
-    async def receive() -> Any:
-        return waiting.pop(0) if waiting else {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": method,
-        "path": path,
-        "raw_path": path.encode("utf-8", "replace"),
-        "query_string": b"",
-        "root_path": "",
-        "scheme": "http",
-        "headers": [
-            (name.encode(), value.encode("latin-1")) for name, value in pairs.items() if value
-        ],
-        "client": ("127.0.0.1", 50000),
-        "server": ("127.0.0.1", 7860),
-    }
-    asyncio.get_event_loop().run_until_complete(app(scope, receive, send))
-    return Response(sent)
 
 
 def post(app: Any, path: str, value: Any, **headers: str) -> Response:
@@ -100,8 +45,9 @@ def loop() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def viewer(tmp_path_factory) -> tuple[Gate, Mapping[str, Any]]:
     """The real pages behind their gate, and what Gradio tells browsers about them."""
-    from spd_lightning.viewer import serving  # imports Gradio, which takes seconds
+    from spd_lightning.viewer import api, serving  # imports Gradio, which takes seconds
     from spd_lightning.viewer.app import build
+    from spd_lightning.viewer.library import Library
 
     root = tmp_path_factory.mktemp("runs")
     make_run(root / "tms_5-2")
@@ -109,7 +55,8 @@ def viewer(tmp_path_factory) -> tuple[Gate, Mapping[str, Any]]:
     # While a loop runs, Gradio makes none of its own.
     async def built() -> tuple[Gate, Mapping[str, Any]]:
         demo = build(str(root))
-        return serving.protected(demo, "127.0.0.1", {}), demo.config
+        endpoints = api.build(Library(str(root)))
+        return serving.protected(demo, endpoints, "127.0.0.1", {}), demo.config
 
     return asyncio.get_event_loop().run_until_complete(built())
 
@@ -268,6 +215,36 @@ def test_the_policy_names_the_inline_scripts_of_a_page_alone():
     assert rules["script-src"] == f"'self' 'unsafe-eval' 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'"
 
 
+def test_endpoints_and_their_description_are_served_next_to_the_pages(viewer):
+    """They are behind the same checks, and get only GET requests with a query of limited length."""
+    app, _ = viewer
+    for path in ("/docs", "/openapi.json", "/api/meta", "/static/docs/swagger-ui-bundle.js"):
+        assert send(app, "GET", path).status == 200, path
+        for foreign in ({"host": "evil.example"}, {"origin": "http://evil.example"}):
+            assert send(app, "GET", path, foreign).status == 403
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert send(app, "GET", "/docs", link).status == 200
+    assert send(app, "GET", "/api/meta", link).status == 403
+    meta = send(app, "GET", "/api/meta", query=b"run=tms_5-2&harvest=probe")
+    assert (meta.status, meta.json()["prompts"]) == (200, 69)
+    assert "frame-ancestors 'none'" in meta.headers["content-security-policy"]
+    for method in ("POST", "PUT", "HEAD", "OPTIONS"):
+        assert send(app, method, "/api/meta").status == 405
+    long = send(app, "GET", "/api/meta", query=b"run=" + b"x" * 2**20)
+    assert (long.status, long.json()) == (414, {"detail": "parameters: more than 16384 bytes"})
+    assert send(app, "GET", "/api/" + "x" * 2**20).status == 414
+
+
+def test_the_page_of_endpoints_runs_only_its_own_script(viewer):
+    """It loads nothing from the internet: its script and its style are served here."""
+    response = send(viewer[0], "GET", "/docs")
+    page = response.body.decode()
+    assert "https://" not in page
+    (script,) = gate.INLINE_SCRIPT.findall(response.body)
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    assert f"'sha256-{digest}'" in response.headers["content-security-policy"]
+
+
 # ---- what the pages never send -------------------------------------------------------------------
 
 
@@ -286,12 +263,14 @@ def test_nothing_is_uploaded_and_nothing_else_is_served(viewer):
         "/gradio_api/info",
         "/gradio_api/queue/join",
         "/gradio_api/queue/data",
-        "/docs",
+        "/redoc",
+        "/docs/",
+        "/docs/oauth2-redirect",
+        "/api",
         "/gradio_api/file=/etc/hostname",
         "/gradio_api/proxy=http://example.com/",
         "/gradio_api/vibe-code/",
         "/gradio_api/startup-events",
-        "/openapi.json",
         "/gradio_api/heartbeat/x",
         "/monitoring",
         "/login",

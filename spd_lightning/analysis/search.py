@@ -93,8 +93,12 @@ def prompts(store: Store, text: str | None = None, regex: str | None = None) -> 
 
 
 def _reason(error: Exception) -> str:
-    """Return the last line of an error about a regular expression, which gives the reason."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Return the reason in an error about a regular expression.
+
+    It is on the last line before polars names the query.
+    """
+    text = str(error).partition("This error occurred")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     reason = lines[-1] if lines else "it cannot be compiled"
     return reason.removeprefix("error: ")[:200]
 

@@ -18,7 +18,7 @@ import gradio as gr
 
 from spd_lightning.errors import BadInput
 from spd_lightning.runs import Run
-from spd_lightning.viewer import component_page, graph_page, run_page, serving, token_page
+from spd_lightning.viewer import api, component_page, graph_page, run_page, serving, token_page
 from spd_lightning.viewer.library import Library, harvest_names
 from spd_lightning.viewer.panel import Panel
 
@@ -180,7 +180,7 @@ def launch(
     """
     listening = serving.listen(host, port)  # first, since building the pages takes seconds
     try:
-        return _serve(build(path), listening, host, open_browser, wait)
+        return _serve(build(path), path, listening, host, open_browser, wait)
     except BaseException:
         listening.close()
         raise
@@ -188,21 +188,28 @@ def launch(
 
 def serve(
     demo: gr.Blocks,
+    path: str | None = None,
     port: int | None = None,
     host: str = "127.0.0.1",
     open_browser: bool = False,
     wait: bool = True,
 ) -> str:
-    """Serve pages from `build`; arguments and errors as for `launch`."""
+    """Serve pages that `build` made for `path`; arguments and errors as for `launch`."""
     listening = serving.listen(host, port)
-    return _serve(demo, listening, host, open_browser, wait)
+    return _serve(demo, path, listening, host, open_browser, wait)
 
 
 def _serve(
-    demo: gr.Blocks, listening: socket.socket, host: str, open_browser: bool, wait: bool
+    demo: gr.Blocks,
+    path: str | None,
+    listening: socket.socket,
+    host: str,
+    open_browser: bool,
+    wait: bool,
 ) -> str:
     appearance = {"theme": theme(), "css_paths": [HERE / name for name in STYLES]}
-    app = serving.protected(demo, host, appearance)
+    endpoints = api.build(Library(path))
+    app = serving.protected(demo, endpoints, host, appearance)
     return serving.serve(app, listening, host, open_browser, wait)
 
 

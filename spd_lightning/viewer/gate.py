@@ -7,8 +7,10 @@ Therefore the gate does the following with each request:
 
 1. It compares the Host header with the names of this viewer (403).
 2. It rejects other origins, by the headers Origin and Sec-Fetch-Site (403).
-3. It accepts only the paths and methods that the pages use (404, 405), and closes websockets.
-4. It reads at most 1 MB of body, however it is sent (413).
+3. It accepts only the paths and methods that the pages and the web endpoints use (404, 405), and
+   closes websockets.
+4. It reads at most 1 MB of body, however it is sent (413). Only endpoints get the query of an
+   address, of limited length (414).
 5. It rebuilds the two kinds of request that the pages send, so that nothing else reaches Gradio
    (400, 415).
 
@@ -40,11 +42,17 @@ MOST_BYTES = 2**20
 MOST_LEVELS = 20
 """The largest depth of nested lists and objects; the pages use two."""
 
+LONGEST_PATH, LONGEST_QUERY = 1000, 2**14
+"""The largest numbers of bytes in the address of a web endpoint."""
+
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 EVERYWHERE = frozenset({"0.0.0.0", "::"})
 EVENT, SERVER_FUNCTION = "/gradio_api/run/predict", "/gradio_api/component_server/"
+PAGES, API = frozenset({"/", "/docs"}), "/api/"
 FOLDERS = r"(?:assets|static)(?:/[\w-][\w.-]{0,199}){1,9}"
-FILES = re.compile(rf"/(?:favicon\.ico|theme\.css|manifest\.json|{FOLDERS})", re.ASCII)
+FILES = re.compile(
+    rf"/(?:favicon\.ico|theme\.css|manifest\.json|openapi\.json|{FOLDERS})", re.ASCII
+)
 NAME_AND_PORT = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
 SESSION = re.compile("[a-z0-9]{1,40}")
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
@@ -166,7 +174,8 @@ class Gate:
         self._check_host(headers)
         self._check_origin(scope, headers)
         read = self._check_path(scope)
-        is_page = scope["path"] == "/"
+        is_page = scope["path"] in PAGES
+        query = _query(scope)
         body = await _read_body(headers, receive)
         if read is None:
             body = b""
@@ -180,7 +189,7 @@ class Gate:
             dropped.append("accept-encoding")  # the scripts of the page are hashed below
         passed = headers.without_forwarding(*dropped)
         passed.append((b"content-length", str(len(body)).encode()))
-        inner = {**scope, "headers": passed, "query_string": b""}
+        inner = {**scope, "headers": passed, "query_string": query}
         guarded = _Guarded(send, page=is_page)
         await self._app(inner, _replay(body, receive), guarded)
 
@@ -198,24 +207,29 @@ class Gate:
         """Reject requests of other pages.
 
         The origin of this viewer's pages is its Host. A link that the user follows has no origin,
-        and can only open the page.
+        and can only open a page.
         """
         origin = headers.one("origin").lower()
         host = headers.one("host").lower()
         if origin and origin not in (f"http://{host}", f"https://{host}"):
             raise Rejected(403, "Origin: not a page of this viewer")
-        is_link = scope["path"] == "/" and headers.one("sec-fetch-mode") == "navigate"
+        is_link = scope["path"] in PAGES and headers.one("sec-fetch-mode") == "navigate"
         from_elsewhere = headers.one("sec-fetch-site") in ("cross-site", "same-site")
         if from_elsewhere and not is_link:
             raise Rejected(403, "Sec-Fetch-Site: not a page of this viewer")
 
     def _check_path(self, scope: Scope) -> Callable[[bytes], bytes] | None:
-        """Return the reader of the request's body; None for the page and its files."""
+        """Return the reader of the request's body; None for pages, files and endpoints."""
         path = scope["path"]
         read = self._readers.get(path)
-        if read is None and path != "/" and not FILES.fullmatch(path):
+        if read is not None:
+            methods = ("POST",)
+        elif path.startswith(API):
+            methods = ("GET",)
+        elif path in PAGES or FILES.fullmatch(path):
+            methods = ("GET", "HEAD")
+        else:
             raise Rejected(404, "not found")
-        methods = ("GET", "HEAD") if read is None else ("POST",)
         if scope["method"] not in methods:
             raise Rejected(405, f"method: expected {' or '.join(methods)}")
         return read
@@ -253,6 +267,23 @@ class _Headers:
             for name, value in self._pairs
             if name not in dropped and not name.startswith(b"x-forwarded-")
         ]
+
+
+def _query(scope: Scope) -> bytes:
+    """Return the query for a web endpoint; nothing for other paths.
+
+    Raises:
+        Rejected: the address is too long.
+    """
+    path = scope["path"]
+    if not path.startswith(API):
+        return b""
+    if len(path) > LONGEST_PATH:
+        raise Rejected(414, f"path: more than {LONGEST_PATH} characters")
+    query = scope["query_string"]
+    if len(query) > LONGEST_QUERY:
+        raise Rejected(414, f"parameters: more than {LONGEST_QUERY} bytes")
+    return query
 
 
 async def _read_body(headers: _Headers, receive: Receive) -> bytes:
@@ -417,10 +448,11 @@ async def _respond(scope: Scope, send: Send, rejected: Rejected) -> None:
         await send({"type": "websocket.close", "code": 1008})
         return
     body = f"{rejected}\n".encode()
-    headers = [
-        (b"content-type", b"text/plain; charset=utf-8"),
-        (b"content-length", str(len(body)).encode()),
-    ]
+    content_type = b"text/plain; charset=utf-8"
+    if scope["path"].startswith(API):
+        body = _json({"detail": str(rejected)})
+        content_type = b"application/json"
+    headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
     start = {"type": "http.response.start", "status": rejected.status, "headers": headers}
     await send(_guarded(start, policy()))
     if scope["method"] == "HEAD":

@@ -3,6 +3,7 @@
 A browser names runs and harvests; it never gives a path.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 from spd_lightning import runs
 from spd_lightning.analysis.dataset_edges import corpus_harvests
-from spd_lightning.errors import BadInput, command, nearest
+from spd_lightning.analysis.harvests import open_harvest
+from spd_lightning.analysis.store import Store
+from spd_lightning.errors import BadInput, command, nearest, shown
 from spd_lightning.runs import Run
-from spd_lightning.store import Store
 from spd_lightning.store.manifest import read_settings
 
 Response = dict[str, Any]
@@ -62,7 +64,7 @@ class Library:
         """
         by_name = {run.name: run for run in self.runs()}
         if not isinstance(name, str) or name not in by_name:
-            given = str(name)[:100]
+            given = shown(str(name))
             raise BadInput(f"run '{given}': not in '{self.place}'; {nearest(given, by_name)}")
         return by_name[name]
 
@@ -72,17 +74,21 @@ class Library:
         The default is the latest run that has a harvest, and the latest harvest of the run. The
         result is None if there is no run.
         """
-        known = self.runs()
-        requested = [candidate for candidate in known if candidate.name == run]
-        harvested = [candidate for candidate in known if candidate.harvests]
-        candidates = requested or harvested or known
-        if not candidates:
+        chosen = self._first(run)
+        if chosen is None:
             return None
-        chosen = candidates[0]
         names = harvest_names(chosen)
         if harvest in names:
             return chosen, harvest
         return chosen, names[0] if names else None
+
+    def _first(self, name: Any = None) -> Run | None:
+        """Return the run of this name, or else the first one to show; None if there is no run."""
+        known = self.runs()
+        requested = [candidate for candidate in known if candidate.name == name]
+        harvested = (candidate for candidate in known if candidate.harvests)
+        candidates = requested or itertools.chain(harvested, known)
+        return next(iter(candidates), None)
 
     def store(self, run: Any, harvest: Any) -> Store:
         """Open a run's harvest of this name, as it is on disk now.
@@ -91,16 +97,36 @@ class Library:
             BadInput: there is no such run or harvest, or it cannot be read.
         """
         owner = self.run(run)
-        by_name = {path.name: path for path in owner.harvests}
-        if not by_name or harvest is None:
+        if not owner.harvests or harvest is None:
             raise _no_harvest(owner)
-        if not isinstance(harvest, str) or harvest not in by_name:
-            given = str(harvest)[:100]
-            raise BadInput(f"harvest '{given}': not in run '{run}'; {nearest(given, by_name)}")
-        path = by_name[harvest]
-        manifests = sorted({*path.glob("manifest*.json*"), *path.glob("merged.json")})
-        written = tuple(manifest.stat().st_mtime_ns for manifest in manifests)
-        return _open(path, written)
+        return self.open(_harvest(owner, harvest))
+
+    def find(self, run: str | None, question: str, harvest: str | None = None) -> tuple[Run, Path]:
+        """Return the run that a question is about, and the folder of the harvest that answers it.
+
+        Args:
+            run: the run's name; if None, the run that the pages show first.
+            question: a key of `harvests.SOURCES`.
+            harvest: the harvest's name; if None, the one that `open_harvest` chooses.
+
+        Raises:
+            BadInput: there is no such run or harvest, or none with the tables for the question.
+        """
+        owner = self._first() if run is None else self.run(run)
+        if owner is None:
+            raise BadInput(f"no run in '{self.place}'; make one: {command('fit --config tms.yaml')}")
+        if harvest is not None:
+            return owner, _harvest(owner, harvest)
+        written = tuple(_written(path) for path in owner.harvests)
+        return owner, _find(owner, question, written)
+
+    def open(self, harvest: Path) -> Store:
+        """Open a harvest as it is on disk now. It is read again only if it has changed.
+
+        Raises:
+            BadInput: it cannot be read.
+        """
+        return _open(harvest, _written(harvest))
 
     def respond(
         self, request: Any, read: Callable[[Store, Mapping[str, Any]], Response]
@@ -121,6 +147,19 @@ class Library:
             return read(store, request)
         except BadInput as problem:
             return {"problem": str(problem)}
+
+
+def _harvest(run: Run, name: Any) -> Path:
+    """Return the folder of a run's harvest of this name.
+
+    Raises:
+        BadInput: the run has no such harvest.
+    """
+    by_name = {path.name: path for path in run.harvests}
+    if not isinstance(name, str) or name not in by_name:
+        given = shown(str(name))
+        raise BadInput(f"harvest '{given}': not in run '{run.name}'; {nearest(given, by_name)}")
+    return by_name[name]
 
 
 def _no_harvest(run: Run) -> BadInput:
@@ -160,11 +199,28 @@ def _has_graphs_and_time(harvest: Path) -> tuple[bool, float]:
     return has_graphs, begun
 
 
-@lru_cache(maxsize=8)
-def _open(path: Path, written: tuple[int, ...]) -> Store:
-    """Open a store, once for each state of its manifests.
+Written = tuple[tuple[str, int, int], ...]
+"""The state of a harvest's manifests: their names, sizes, and times of the last change."""
 
-    `written` holds the times at which they were last replaced.
-    """
+
+def _written(harvest: Path) -> Written:
+    manifests = sorted({*harvest.glob("manifest*.json*"), *harvest.glob("merged.json")})
+    state = []
+    for manifest in manifests:
+        facts = manifest.stat()
+        state.append((manifest.name, facts.st_size, facts.st_mtime_ns))
+    return tuple(state)
+
+
+@lru_cache(maxsize=64)
+def _find(run: Run, question: str, written: tuple[Written, ...]) -> Path:
+    """Find the harvest that answers a question, once for each state of the run's harvests."""
+    del written
+    return open_harvest(run, question).path
+
+
+@lru_cache(maxsize=8)
+def _open(path: Path, written: Written) -> Store:
+    """Open a store, once for each state of its manifests."""
     del written
     return Store(path).require("kind", "mode", "C")

@@ -19,18 +19,18 @@ from spd_lightning.viewer.gate import EVERYWHERE, LOOPBACK, Gate, KnownRequests
 FIRST_PORT, PORTS = 7860, 100
 
 
-def protected(demo: gr.Blocks, host: str, appearance: Mapping[str, Any]) -> Gate:
-    """Return the pages as an ASGI application behind its gate.
+def protected(demo: gr.Blocks, api: FastAPI, host: str, appearance: Mapping[str, Any]) -> Gate:
+    """Return the pages and the web endpoints as one ASGI application behind its gate.
 
     Args:
         demo: The pages.
+        api: The endpoints; the pages are added to this application.
         host: Where they will be served, as for `serve`.
         appearance: The arguments of `gr.mount_gradio_app` for their appearance.
     """
     demo.root_path = ""  # overrides $GRADIO_ROOT_PATH: the pages are where the browser found them
-    bare = FastAPI(openapi_url=None)
     app = gr.mount_gradio_app(
-        bare,
+        api,
         demo,
         path="/",
         footer_links=[],
