@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from spd_lightning.viewer.library import Library
 NAME, OTHER = "h.0.attn.q_proj:1", "h.1.mlp.c_fc:2"
 HARVESTS = ("statistics", "nodes", "graphs", "sums")
 REQUESTS = int(os.environ.get("SPD_FUZZ_REQUESTS", "1500"))
-"""Requests of the fuzzer; 10,000 take about two minutes."""
+"""Requests of the fuzzer. Set SPD_FUZZ_REQUESTS=10000 for a long run."""
 
 SECONDS = 60.0
 """The longest time of one request; on a busy machine, too."""
@@ -62,7 +63,7 @@ def root(tmp_path_factory) -> Path:
 
     root = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
-    decoder = Decoder(vocab=20, d_model=16, n_layers=2, n_heads=2, context=16)
+    decoder = Decoder(vocab=8, d_model=16, n_layers=2, n_heads=2, context=8)
     module = Decomposition(decoder, sites={"h.*": 10})
     kinds = (Statistics, PromptNodes, PromptGraphs, DatasetEdges)
     harvesters = [kind(name=name) for kind, name in zip(kinds, HARVESTS, strict=True)]
@@ -74,7 +75,9 @@ def root(tmp_path_factory) -> Path:
         enable_model_summary=False,
         accelerator="cpu",
     )
-    trainer.predict(module, InductionTokens(20, 8, 1, n_prompts=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's own
+        trainer.predict(module, InductionTokens(8, 6, 1, n_prompts=4))
     return root
 
 
@@ -139,8 +142,8 @@ CASES = [
         [],
     ),
     Case(
-        f"/api/activation_contexts?name={NAME}&kind=negative&window=2&top=3",
-        lambda s, i: responses.activation_contexts(s["statistics"], NAME, "negative", 2, 3),
+        f"/api/activation_contexts?name={NAME}&kind=positive&window=2&top=3",
+        lambda s, i: responses.activation_contexts(s["statistics"], NAME, "positive", 2, 3),
         [],
     ),
     Case(
@@ -169,13 +172,13 @@ CASES = [
     ),
     Case("/api/prompts?harvest=nodes", lambda s, i: responses.prompts(s["nodes"]), []),
     Case(
-        "/api/prompts?harvest=graphs&text=1+1&size=2",
-        lambda s, i: responses.prompts(s["graphs"], "1 1", size=2),
+        "/api/prompts?harvest=graphs&text=3+2&size=2",
+        lambda s, i: responses.prompts(s["graphs"], "3 2", size=2),
         [],
     ),
     Case(
-        "/api/prompts?harvest=graphs&regex=%5E0%201%5B0-5%5D",
-        lambda s, i: responses.prompts(s["graphs"], regex="^0 1[0-5]"),
+        "/api/prompts?harvest=graphs&regex=%5E0%20%5B1-5%5D",
+        lambda s, i: responses.prompts(s["graphs"], regex="^0 [1-5]"),
         [],
     ),
     Case("/api/prompt/{id}", lambda s, i: responses.prompt(s["graphs"], i), []),
@@ -236,7 +239,10 @@ def test_results_are_not_empty(app, prompt_id):
     """A comparison of empty results would say nothing."""
     for case in CASES:
         value = get(app, case.address.format(id=prompt_id)).json()
-        for key in ("items", "edges", "nodes", "histogram", "sources", "targets"):
+        keys = {"items", "edges", "nodes", "histogram", "sources", "targets"}
+        if "harvest=nodes" in case.address:
+            keys.remove("edges")  # it has no graphs
+        for key in keys:
             assert value.get(key) != [], case.address
 
 
@@ -316,7 +322,7 @@ BAD = [
     ("/api/components/h.0.attn.q_proj:10", 404, "10"),
     ("/api/components/h.0.attn.q_prj:1", 404, "did you mean 'h.0.attn.q_proj'"),
     ("/api/components/h.0.attn.q_proj:1:2", 404, "without a position"),
-    ("/api/components/h.0%0Aattn%00:1", 404, "h.0 attn :1"),
+    ("/api/components/h.0%0Aattn%00:1", 404, "site 'h.0 attn '"),
     (f"/api/components/{'x' * 301}", 422, "at most 300"),
     (f"/api/components/{MEGABYTE}", 414, "more than"),
     (f"/api/prompts?text={MEGABYTE}", 414, "more than"),
@@ -348,17 +354,17 @@ BAD = [
     ("/api/prompt/{id}?max_mean_ci=1.01", 422, "less than or equal to 1"),
     ("/api/prompt/{id}?output_prob_threshold=-1e-300", 422, "greater than or equal to 0"),
     ("/api/prompt/{id}?top_k=18446744073709551616", 422, "less than or equal to 100000"),
-    ("/api/prompt/{id}?normalize=l3", 422, "normalize 'l3'"),
+    ("/api/prompt/{id}?normalize=l3", 422, "normalize 'l3': it should be 'none', "),
     ("/api/search", 422, "components"),
     ("/api/search?components=", 422, "no component is given"),
     ("/api/search?components=,,", 422, "no component is given"),
     (f"/api/search?components={'a:1,' * 101}", 422, "at most 100"),
     (f"/api/search?components={NAME},h.9:1", 422, "h.9"),
-    (f"/api/search?components={NAME}&mode=some", 422, "mode 'some'"),
+    (f"/api/search?components={NAME}&mode=some", 422, "'all' or 'any'"),
     (f"/api/search?components={NAME}&min_importance=NaN", 422, "finite"),
     (f"/api/search?components={NAME}&harvest=sums", 422, "no table 'nodes'"),
     (f"/api/stats/{NAME}?harvest=sums", 422, "no table 'components'"),
-    (f"/api/neighbors/{NAME}?side=left", 422, "side 'left'"),
+    (f"/api/neighbors/{NAME}?side=left", 422, "'sources' or 'targets'"),
     (f"/api/tokens/{NAME}?sort=name", 422, "sort 'name'"),
     ("/api/activation_contexts", 422, "name"),
     (f"/api/activation_contexts?name={NAME}&kind=best", 422, "kind 'best'"),

@@ -70,7 +70,7 @@ def build(library: Library) -> FastAPI:
     return app
 
 
-router = APIRouter(prefix="/api", responses=PROBLEMS)
+router = APIRouter(prefix="/api", tags=["queries"], responses=PROBLEMS)
 
 
 def _endpoint(path: str, model: type, *functions: Callable[..., Any]) -> Callable[..., Any]:

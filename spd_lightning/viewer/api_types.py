@@ -1,7 +1,7 @@
 """The parameters of the web endpoints, with their bounds and help texts, and the forms of results.
 
-The defaults are those of `analysis.responses`. Names and choices are checked by the analysis, whose
-messages list the nearest names.
+The defaults are those of `analysis.responses`. Names are checked by the analysis, whose messages
+list the nearest ones.
 """
 
 from typing import Annotated, Any
@@ -9,13 +9,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
+from spd_lightning.analysis.contexts import ExampleKind
 from spd_lightning.analysis.names import LONGEST
-from spd_lightning.analysis.neighbors import SIDES
-from spd_lightning.analysis.normalize import NORMALIZATIONS
+from spd_lightning.analysis.neighbors import Side
+from spd_lightning.analysis.normalize import Normalization
 from spd_lightning.analysis.responses import LARGEST_PAGE
-from spd_lightning.analysis.search import LONGEST_TEXT, MODES, MOST_COMPONENTS
-from spd_lightning.analysis.statistics import COMPONENT_SORTS, CORRELATION_SORTS, OF, TOKEN_SORTS
-from spd_lightning.store.columns import EXAMPLE_KINDS
+from spd_lightning.analysis.search import LONGEST_TEXT, MOST_COMPONENTS, Mode
+from spd_lightning.analysis.statistics import COMPONENT_SORTS, CORRELATION_SORTS, TOKEN_SORTS, Of
 
 Omitted = SkipJsonSchema[None]
 """None, for parameters that were omitted; a request cannot contain it."""
@@ -28,8 +28,8 @@ LARGEST_WINDOW = 10_000
 """The largest number of tokens on either side of a firing."""
 
 
-def _choice(options: tuple[str, ...], default: str | None, text: str) -> Any:
-    """Return a parameter that is one of some words. The analysis checks it."""
+def _name(options: tuple[str, ...], default: str, text: str) -> Any:
+    """Return a parameter that is one of some names. The analysis checks it."""
     return Field(default, description=text, json_schema_extra={"enum": list(options)})
 
 
@@ -82,13 +82,13 @@ class OfComponents(Paged):
     """Parameters of `/api/components`."""
 
     layer: str | Omitted = Field(None, description="Only components of this site.")
-    sort: str = _choice(COMPONENT_SORTS, "density", "The column to sort by.")
+    sort: str = _name(COMPONENT_SORTS, "density", "The column to sort by.")
 
 
 class OfCorrelations(Paged):
     """Parameters of `/api/correlations/{name}`."""
 
-    sort: str = _choice(
+    sort: str = _name(
         CORRELATION_SORTS, "pmi", "The column to sort by; PMI by the lower end of its interval."
     )
 
@@ -96,10 +96,10 @@ class OfCorrelations(Paged):
 class OfTokens(Where):
     """Parameters of `/api/tokens/{name}`."""
 
-    of: str | Omitted = _choice(
-        OF, None, "The tokens where it fires, or the predicted ones; both if omitted."
+    of: Of | Omitted = Field(
+        None, description="The tokens where it fires, or the predicted ones; both if omitted."
     )
-    sort: str = _choice(
+    sort: str = _name(
         TOKEN_SORTS, "pmi", "The column to sort by; PMI by the lower end of its interval."
     )
     top: int = _number(20, 1, LARGEST_PAGE, "The number of tokens.")
@@ -109,11 +109,10 @@ class OfContexts(Where):
     """Parameters of `/api/activation_contexts`."""
 
     name: ComponentName
-    kind: str = _choice(
-        EXAMPLE_KINDS,
+    kind: ExampleKind = Field(
         "importance",
-        "A random sample of all firings, those with the largest importance, or those with the "
-        "largest activation of one sign.",
+        description="A random sample of all firings, those with the largest importance, or those "
+        "with the largest activation of one sign.",
     )
     window: int = _number(20, 0, LARGEST_WINDOW, "The number of tokens before and after a firing.")
     top: int = _number(20, 1, LARGEST_PAGE, "The number of examples.")
@@ -145,7 +144,7 @@ class OfPrompt(Where):
     output_prob_threshold: float = _share(
         0.0, "Keep outputs with at least this probability under importances as masks."
     )
-    normalize: str = _choice(NORMALIZATIONS, "none", "The scale of the edges.")
+    normalize: Normalization = Field("none", description="The scale of the edges.")
 
 
 class OfSearch(Paged):
@@ -155,15 +154,15 @@ class OfSearch(Paged):
         max_length=MOST_COMPONENTS * (LONGEST + 1),
         description=f"Names of at most {MOST_COMPONENTS} components, separated by commas.",
     )
-    mode: str = _choice(MODES, "all", "Whether all of them must fire on a prompt, or any.")
+    mode: Mode = Field("all", description="Whether all of them must fire on a prompt, or any.")
     min_importance: float = _share(0.0, "A component counts where its importance is at least this.")
 
 
 class OfNeighbors(Where):
     """Parameters of `/api/neighbors/{name}`."""
 
-    side: str | Omitted = _choice(
-        SIDES, None, "What drives the component, or what it drives; both if omitted."
+    side: Side | Omitted = Field(
+        None, description="What drives the component, or what it drives; both if omitted."
     )
     top: int = _number(20, 1, LARGEST_PAGE, "The number of neighbors on each side.")
 

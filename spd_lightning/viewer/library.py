@@ -114,7 +114,9 @@ class Library:
         """
         owner = self._first() if run is None else self.run(run)
         if owner is None:
-            raise BadInput(f"no run in '{self.place}'; make one: {command('fit --config tms.yaml')}")
+            raise BadInput(
+                f"no run in '{self.place}'; make one: {command('fit --config tms.yaml')}"
+            )
         if harvest is not None:
             return owner, _harvest(owner, harvest)
         written = tuple(_written(path) for path in owner.harvests)

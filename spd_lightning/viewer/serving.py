@@ -17,6 +17,8 @@ from spd_lightning.errors import BadInput
 from spd_lightning.viewer.gate import EVERYWHERE, LOOPBACK, Gate, KnownRequests
 
 FIRST_PORT, PORTS = 7860, 100
+MOST_HEADER_BYTES = 2**21
+"""The largest address and headers that are read; the gate rejects addresses that are too long."""
 
 
 def protected(demo: gr.Blocks, api: FastAPI, host: str, appearance: Mapping[str, Any]) -> Gate:
@@ -63,6 +65,8 @@ def serve(app: Gate, listening: socket.socket, host: str, open_browser: bool, wa
         app,
         lifespan="off",
         ws="none",
+        http="h11",
+        h11_max_incomplete_event_size=MOST_HEADER_BYTES,
         log_config=None,
         log_level="critical",
         access_log=False,
