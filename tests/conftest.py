@@ -41,7 +41,7 @@ def _whole_numbers():
 # ---- make test-fast ------------------------------------------------------------------------------
 
 SLOW = {
-    "a browser, or Gradio": ("gate", "token_page", "viewer"),
+    "a browser, Gradio, or many requests": ("api", "gate", "token_page", "viewer"),
     "killed processes": ("copies", "damaged_files", "resume", "stopping", "store", "tracking"),
     "commands": ("cli", "docs", "examples", "hostile_artifact", "runs", "sites", "story", "wheel"),
     "HuggingFace": ("huggingface", "models_as_they_are", "native_decoder"),

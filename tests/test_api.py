@@ -370,6 +370,7 @@ BAD = [
     (f"/api/activation_contexts?name={NAME}&kind=best", 422, "kind 'best'"),
     (f"/api/activation_contexts?name={NAME}&window=10001", 422, "10000"),
     ("/api/components?layer=h.7", 422, "h.7"),
+    (f"/api/components?layer={'x' * 301}", 422, "at most 300"),
     ("/api/components?sort=dens", 422, "did you mean 'density'?"),
 ]
 

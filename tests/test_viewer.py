@@ -421,6 +421,7 @@ def test_a_walk_through_the_viewer(root, tmp_path):
         shutil.copytree(root, runs)
         page.get_by_role("button", name="Refresh").click()
         _walk(page, expect, root)
+        _try_an_endpoint(browser, address, complaints)
         before = _processor_seconds(address.process)
         page.wait_for_timeout(5000)
         idle = (_processor_seconds(address.process) - before) / 5
@@ -430,6 +431,25 @@ def test_a_walk_through_the_viewer(root, tmp_path):
     assert idle < 0.01
     assert (tmp_path / "log").read_text().startswith(f"viewer: {address} ")
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def _try_an_endpoint(browser, address: str, complaints: list[str]) -> None:
+    """The page of endpoints sends a request from its form, and loads only local files."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on(
+        "request",
+        lambda asked: None if _local(asked.url, address) else complaints.append(asked.url),
+    )
+    page.goto(f"{address}/docs")
+    page.get_by_role("button", name="GET /api/meta").click()
+    page.get_by_role("button", name="Try it out").click()
+    page.get_by_placeholder("run", exact=True).fill("tms_5-2")
+    page.get_by_role("button", name="Execute").click()
+    response = page.locator(".live-responses-table .response")
+    response.filter(has_text="spd-complete: true").filter(has_text="tms_5-2").wait_for()
+    page.close()
 
 
 def _local(url: str, address: str) -> bool:
@@ -508,6 +528,7 @@ def _refuse(address: str, root: Path) -> None:
         assert _status(f"{address}/gradio_api/file={path}") == 404
     assert _status(f"{address}/gradio_api/upload", b"x") == 404
     assert _status_of_length(address, 2 * 10**6) == 413
+    assert _status(f"{address}/api/prompts?text={'x' * 10**6}") == 414
     assert (
         _status(address, Host="evil.example")
         == _status(address, Origin="http://evil.example")

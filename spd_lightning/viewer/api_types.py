@@ -59,10 +59,13 @@ class Where(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     run: str | Omitted = Field(
-        None, description="The run's name; if omitted, the latest run that has a harvest."
+        None,
+        max_length=LONGEST,
+        description="The run's name; if omitted, the latest run that has a harvest.",
     )
     harvest: str | Omitted = Field(
         None,
+        max_length=LONGEST,
         description="The harvest's name; if omitted, the newest one that can answer the question.",
     )
 
@@ -81,7 +84,9 @@ class Paged(Where):
 class OfComponents(Paged):
     """Parameters of `/api/components`."""
 
-    layer: str | Omitted = Field(None, description="Only components of this site.")
+    layer: str | Omitted = Field(
+        None, max_length=LONGEST, description="Only components of this site."
+    )
     sort: str = _name(COMPONENT_SORTS, "density", "The column to sort by.")
 
 
