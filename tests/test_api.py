@@ -4,16 +4,16 @@ import asyncio
 import inspect
 import json
 import os
-import random
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import pytest
+from support.fuzzer import Fuzzer
+from support.tiny_harvests import HARVESTS, NAME, OTHER, make_harvests
 from support.web import Response, request, send
 
 from spd_lightning import json_files
@@ -25,8 +25,6 @@ from spd_lightning.viewer import api, api_types
 from spd_lightning.viewer.gate import Gate, KnownRequests
 from spd_lightning.viewer.library import Library
 
-NAME, OTHER = "h.0.attn.q_proj:1", "h.1.mlp.c_fc:2"
-HARVESTS = ("statistics", "nodes", "graphs", "sums")
 REQUESTS = int(os.environ.get("SPD_FUZZ_REQUESTS", "1500"))
 """Requests of the fuzzer. Set SPD_FUZZ_REQUESTS=10000 for a long run."""
 
@@ -47,37 +45,9 @@ def loop() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A folder of runs: `tiny` has one harvest of each kind, of a decoder of two layers."""
-    import lightning as L
-    import torch
-
-    from spd_lightning import (
-        DatasetEdges,
-        Decoder,
-        Decomposition,
-        InductionTokens,
-        PromptGraphs,
-        PromptNodes,
-        Statistics,
-    )
-
+    """A folder of runs: `tiny` has one harvest of each kind."""
     root = tmp_path_factory.mktemp("runs")
-    torch.manual_seed(0)
-    decoder = Decoder(vocab=8, d_model=16, n_layers=2, n_heads=2, context=8)
-    module = Decomposition(decoder, sites={"h.*": 10})
-    kinds = (Statistics, PromptNodes, PromptGraphs, DatasetEdges)
-    harvesters = [kind(name=name) for kind, name in zip(kinds, HARVESTS, strict=True)]
-    trainer = L.Trainer(
-        callbacks=harvesters,
-        default_root_dir=root / "tiny",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's own
-        trainer.predict(module, InductionTokens(8, 6, 1, n_prompts=4))
+    make_harvests(root / "tiny")
     return root
 
 
@@ -484,65 +454,6 @@ def test_a_folder_without_runs_answers_404(tmp_path):
 
 
 # ---- a fuzzer ------------------------------------------------------------------------------------
-
-ODD = [
-    *("", " ", "NaN", "-Infinity", "1e400", "-1", "0", "1", "0.5", "1_0", "0x10", "١٢", "1e3"),
-    *("9" * 30, "9" * 5000, "-" + "9" * 400, "2147483648", "9223372036854775807"),
-    *("18446744073709551615", "18446744073709551616", "1e-400", "true", "null", "None", "[]"),
-    *("../../../../etc/passwd", "/etc/passwd", "..", ".", "%2e%2e%2f", "C:\\x", "file:///etc"),
-    *("\0", "a\nb", "\r\nx: y", "\x1b[31m", "\u202e", "é", "日本", "🙂", "\ufffd", "a" * 12_000),
-    *("(", "(a+)+$", "[", "a{9999}", "(?P<x>", "\\", "(?i)x", "a|b|", ".*", "\\p{Greek}"),
-    *("{id}", "{name}", "'; drop table x; --", "<script>", "${7*7}", ":", ":1", "a:b:c", "::"),
-    *("h.0.attn.q_proj", "h.0.attn.q_proj:", "h.0.attn.q_proj:-1", "h.0.attn.q_proj:٣"),
-    *("wte:1", "output:3", "h.0.attn.q_proj:" + "9" * 40, ",", "a,b,c", ",,,"),
-]
-
-
-class Fuzzer:
-    """Requests made up from the OpenAPI description: valid values, bounds, and odd ones."""
-
-    def __init__(self, description: Mapping[str, Any], known: Mapping[str, list[str]], seed: int):
-        self._paths = description["paths"]
-        self._known = known
-        self._random = random.Random(seed)
-
-    def request(self) -> tuple[str, str]:
-        """Return a path, and the query after it."""
-        draw = self._random
-        path = draw.choice(list(self._paths))
-        pairs = []
-        for parameter in self._paths[path]["get"]["parameters"]:
-            if parameter["in"] == "path":
-                value = self._value(parameter)
-                path = path.replace("{" + parameter["name"] + "}", value)
-            elif parameter["required"] or draw.random() < 0.4:
-                repeats = 1 if draw.random() < 0.95 else 2
-                pairs += [(parameter["name"], self._value(parameter)) for _ in range(repeats)]
-        if draw.random() < 0.03:
-            pairs.append((draw.choice(ODD), draw.choice(ODD)))
-        if draw.random() < 0.02:
-            path += draw.choice(ODD)
-        query = urlencode(pairs)
-        if draw.random() < 0.02:
-            query += draw.choice(["&", "&&=", "&=x", "%", "%ff%fe", "&a=%zz", ";", "#"])
-        return path, query
-
-    def _value(self, parameter: Mapping[str, Any]) -> str:
-        schema = parameter["schema"]
-        draw = self._random
-        if draw.random() < 0.15:
-            return draw.choice(ODD)
-        if known := self._known.get(parameter["name"]):
-            return draw.choice(known)
-        if "enum" in schema:
-            return draw.choice(schema["enum"])
-        if schema["type"] == "string":
-            return draw.choice(["1", "1 2", "probe", *ODD])
-        least, most = schema["minimum"], schema["maximum"]
-        edges = [least, most, least - 1, most + 1, schema["default"]]
-        if schema["type"] == "number":
-            return repr(draw.choice([*edges, draw.uniform(least, most)]))
-        return str(draw.choice([*edges, *[draw.randint(0, 30)] * 8]))
 
 
 def test_made_up_requests_never_get_a_5xx_and_never_hang(app, prompt_id):

@@ -225,4 +225,6 @@ def _find(run: Run, question: str, written: tuple[Written, ...]) -> Path:
 def _open(path: Path, written: Written) -> Store:
     """Open a store, once for each state of its manifests."""
     del written
-    return Store(path).require("kind", "mode", "C")
+    store = Store(path)
+    store.require("kind", "mode", "C")
+    return store
