@@ -8,7 +8,7 @@ import polars as pl
 from jaxtyping import Float32, Int64
 from scipy.optimize import linear_sum_assignment
 
-from spd_lightning.errors import BadInput, nearest
+from spd_lightning.errors import BadInput, nearest, shown
 from spd_lightning.store import Store
 
 
@@ -137,4 +137,4 @@ def site(store: Store, layer: str) -> str:
         return layer
     harvest = store.path
     remedy = nearest(layer, known)
-    raise BadInput(f"site '{layer}' is not in harvest '{harvest}'; {remedy}")
+    raise BadInput(f"site '{shown(layer)}' is not in harvest '{harvest}'; {remedy}")

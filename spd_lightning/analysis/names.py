@@ -14,8 +14,8 @@ def component_of(store: Store, name: str) -> tuple[str, int]:
     Raises:
         BadInput: the harvest has no such component; the message lists the nearest layers.
     """
-    if len(name) > LONGEST:
-        raise BadInput(f"component '{shown(name)}': longer than {LONGEST} characters")
+    if len(name) > LONGEST or not name.isprintable():
+        raise BadInput(f"component '{shown(name)}': write layer:component, on one line")
     place = parse_place(store.require("C").manifest["C"], name)
     if place.positions is not None:
         raise BadInput(f"component '{shown(name)}': write layer:component, without a position")

@@ -200,14 +200,14 @@ QUERIES = (
         "prompts",
         "RUN",
         "List the prompts of a harvest, or those whose text matches.",
-        'prompts stories-2L --text "her mother"',
+        "prompts stories-2L --text mother",
         (
             RUN,
             Option(
                 "--text",
                 "only prompts with this text; case and spaces are ignored",
                 "TEXT",
-                example="her mother",
+                example="mother",
             ),
             Option(
                 "--regex",

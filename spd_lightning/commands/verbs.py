@@ -349,7 +349,11 @@ _ALL = (
                 needed=True,
                 choices=("info", "verify", "compact", "push"),
             ),
-            Option("HARVEST", "its folder, RUN/HARVEST, or an address: s3://…", needed=True),
+            Option(
+                "HARVEST",
+                "its folder, RUN/HARVEST, or an address such as s3://BUCKET/HARVEST",
+                needed=True,
+            ),
             Option("--to", "where push copies it", "ADDRESS", example="s3://bucket/run/graphs"),
             Option("--json", "print JSON"),
         ),

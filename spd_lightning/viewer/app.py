@@ -149,7 +149,7 @@ def _pages(library: Library, wanted_run: Any, wanted_harvest: Any) -> Any:
         mode = library.store(run.name, harvest).manifest["mode"]
     except BadInput:
         mode = None
-    selected = "tokens" if mode == "nodes" else "graph"
+    selected = "tokens" if mode in ("nodes", "statistics") else "graph"
     return gr.update(visible=True, selected=selected)
 
 

@@ -183,22 +183,26 @@ def harvest_names(run: Run) -> list[str]:
     """
     sums = corpus_harvests(run.harvests)
     harvests = [path for path in run.harvests if path not in sums]
-    harvests.sort(key=_has_graphs_and_time, reverse=True)
+    harvests.sort(key=_rank_and_time, reverse=True)
     return [path.name for path in harvests]
 
 
-def _has_graphs_and_time(harvest: Path) -> tuple[bool, float]:
-    """Return whether a harvest has graphs, and when it was begun.
+_RANKS = {"nodes": 1, "statistics": 0}
+"""The rank of a harvest by its mode; harvests of graphs have rank 2."""
 
-    A harvest whose manifest cannot be read counts as one without graphs; the error is reported when
-    it is opened.
+
+def _rank_and_time(harvest: Path) -> tuple[int, float]:
+    """Return how much of a harvest the pages can show, and when it was begun.
+
+    A harvest whose manifest cannot be read comes last; the error is reported when it is opened.
     """
     try:
-        has_graphs = read_settings(harvest).get("mode") != "nodes"
+        mode = read_settings(harvest).get("mode", "")
+        rank = _RANKS.get(mode, 2)
     except BadInput:
-        has_graphs = False
+        rank = -1
     begun = (harvest / "manifest.json").stat().st_mtime
-    return has_graphs, begun
+    return rank, begun
 
 
 Written = tuple[tuple[str, int, int], ...]
