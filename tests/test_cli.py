@@ -883,14 +883,13 @@ def test_a_predict_on_a_full_disk(refused, here):
     """What was committed stays readable, and the same predict adds the rest."""
     whole = Store(graphs(here)).manifest
     sizes = [
-        max(path.stat().st_size for path in graphs(here).glob(f"*/part-0-{n}.parquet"))
-        for n in range(6)
+        max(path.stat().st_size for path in graphs(here).glob(f"*/part-0-{n}.*")) for n in range(6)
     ]
     shutil.rmtree(graphs(here))
-    with largest_file(max(sizes) - 1):
+    with largest_file(sizes[0]):  # the first group has room
         assert "make room" in refused(*PREDICT, touches=True)
     part = Store(graphs(here))
-    assert part.manifest["shards"] == sizes.index(max(sizes)) > 0
+    assert 0 < part.manifest["shards"] < whole["shards"]
     assert not part.manifest["complete"]
     for table in part.tables:
         part.scan(table).collect()
