@@ -14,7 +14,7 @@ import polars as pl
 from spd_lightning.analysis.contexts import ExampleKind
 from spd_lightning.analysis.graphs import node_name
 from spd_lightning.analysis.names import component_name
-from spd_lightning.analysis.neighbors import SIDES
+from spd_lightning.analysis.neighbors import SIDES, Side
 from spd_lightning.analysis.normalize import Normalization
 from spd_lightning.analysis.search import Mode
 from spd_lightning.analysis.statistics import OF, Of
@@ -150,7 +150,7 @@ def prompt(
     }
 
 
-def neighbors(store: Store, name: str, side: str | None = None, top: int = 20) -> Json:
+def neighbors(store: Store, name: str, side: Side | None = None, top: int = 20) -> Json:
     """Return the strongest sources of a component, and its strongest targets.
 
     side: "sources" or "targets"; both if omitted.

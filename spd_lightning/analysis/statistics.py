@@ -3,7 +3,7 @@
 The tables hold sums for several groups of prompts. Readers add them up first and divide then.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
@@ -96,7 +96,7 @@ def _deviation(quantity: str) -> pl.Expr:
     return variance.clip(0).sqrt()  # rounding can make it negative
 
 
-def component(store: Store, name: str) -> dict[str, object]:
+def component(store: Store, name: str) -> dict[str, Any]:
     """Return the row of one component in `components`, as a dictionary.
 
     Raises:

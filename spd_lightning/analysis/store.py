@@ -1,6 +1,7 @@
 """The store with the queries of this package as methods: `Store(path).search([...])`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import polars as pl
 
@@ -54,7 +55,7 @@ class Store(tables.Store):
         """Return one row per component: see `analysis.statistics.components`."""
         return components(self, layer, sort)
 
-    def component(self, name: str) -> dict[str, object]:
+    def component(self, name: str) -> dict[str, Any]:
         """Return the statistics of one component: see `analysis.statistics.component`."""
         return component(self, name)
 

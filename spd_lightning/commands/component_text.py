@@ -7,7 +7,7 @@ import polars as pl
 
 from spd_lightning.analysis.contexts import ExampleKind
 from spd_lightning.analysis.names import component_name
-from spd_lightning.analysis.statistics import OF
+from spd_lightning.analysis.statistics import OF, Of
 from spd_lightning.analysis.store import Store
 from spd_lightning.labels import is_bytes, joined
 
@@ -58,7 +58,7 @@ def _histogram(store: Store, name: str) -> Iterator[str]:
         yield f"{k / 8:.3f}–{(k + 1) / 8:.3f} {firings:>9,} {bar}".rstrip()
 
 
-def _tokens(store: Store, name: str, side: str, top: int) -> Iterator[str]:
+def _tokens(store: Store, name: str, side: Of, top: int) -> Iterator[str]:
     """Yield the tokens with the highest PMI, ranked by the lower end of its interval."""
     rows = store.tokens(name, side).filter(pl.col("token_id").is_not_null()).head(top)
     title = "tokens where it fires" if side == "input" else "next tokens that the target predicts"
