@@ -159,43 +159,43 @@ class Store:
         """
         keys = [unit_key(self._layer(layer), number) for layer, number in units]
         prompts = [np.zeros(0, np.uint64)]
-        values = [np.zeros((0, len(units)), np.float32)]
+        values = [np.zeros((len(units), 0), np.float32)]
         for shard in self._shards:
             if INDEX not in shard["tables"]:
                 continue
             found, importance = self._search(shard, keys, mode, min_importance)
             prompts.append(found)
             values.append(importance)
-        importance = np.concatenate(values)  # [prompt, unit]
+        importance = np.concatenate(values, axis=1)  # [unit, prompt]
         columns = {"prompt_id": pl.Series(np.concatenate(prompts), dtype=pl.UInt64)}
         for place, (layer, number) in enumerate(units):
-            column = pl.Series(importance[:, place], dtype=pl.Float32)
+            column = pl.Series(importance[place], dtype=pl.Float32)
             columns[f"{layer}:{number}"] = column.fill_nan(None)
         return pl.DataFrame(columns).sort("prompt_id")
 
     def _search(
         self, shard: Shard, keys: Sequence[int], mode: str, min_importance: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the prompts of a group that have units, and the units' importances there."""
+        """Return the prompts of a group that have units, and their importances: [unit, prompt]."""
         index = self._parts.index(shard)
-        shape = (len(index.prompts), len(keys))
+        shape = (len(keys), len(index.prompts))
         importance = np.full(shape, np.nan, np.float32)
         is_node = np.zeros(shape, bool)
-        for column, key in enumerate(keys):
+        for row, key in enumerate(keys):
             start, stop = index.postings(key)
             if start == stop:
                 if mode == "all":
-                    return index.prompts[:0], importance[:0]
+                    return index.prompts[:0], importance[:, :0]
                 continue
             postings = self._parts.postings(shard, start, stop)
             values = postings[:, 1].view(np.float32)
-            places = postings[:, 0]
             enough = ~(values < min_importance)  # NaN is no importance
-            importance[places, column] = values
-            is_node[places[enough], column] = True
-        matches = is_node.all(axis=1) if mode == "all" else is_node.any(axis=1)
-        importance[~is_node] = np.nan
-        return index.prompts[matches], importance[matches]
+            places = postings[enough, 0]
+            importance[row, places] = values[enough]
+            is_node[row, places] = True
+        matches = is_node.all(axis=0) if mode == "all" else is_node.any(axis=0)
+        found = matches.nonzero()[0]
+        return index.prompts[found], importance[:, found]
 
     def check(self) -> None:
         """Compare all files with their digests, as `scan` does for one table.
