@@ -650,13 +650,23 @@ def test_without_prompts_windows_of_validation_text_are_taken(tales):
     assert tales(n_prompts=0).groups() == []
 
 
-def test_fewer_windows_than_prompts_are_said(tales, caplog):
-    (group,) = tales(n_prompts=9999).groups()
-    assert (
-        f"n_prompts 9999 in Text: the validation text has {len(group.sources)} windows"
-        in caplog.text
-    )
-    assert len(set(group.sources)) == len(written(tales(), "validation.bin")) // 16
+def test_windows_of_training_text_follow(tales, caplog):
+    """They come after all windows of validation text, in an order of their own."""
+    validation = len(written(tales(), "validation.bin")) // 16
+    (group,) = tales(n_prompts=validation + 3).groups()
+    assert group.splits == ["validation"] * validation + ["training"] * 3
+    stream = written(tales(), "tokens.bin")
+    for row, source in zip(group.inputs[-3:], group.sources[-3:], strict=True):
+        number = int(source.removeprefix("training "))
+        assert row.tolist() == stream[16 * number :][:16]
+    assert f"has {validation} windows; 3 are of training text" in caplog.text
+
+
+def test_fewer_windows_than_prompts_are_reported(tales, caplog):
+    (group,) = tales(n_prompts=10**6).groups()
+    tokens = [len(written(tales(), name)) // 16 for name in ("validation.bin", "tokens.bin")]
+    assert len(set(group.sources)) == sum(tokens)
+    assert f"n_prompts 1000000 in Text: the corpus has only {sum(tokens)} windows" in caplog.text
 
 
 def test_a_config_names_its_settings(tales):

@@ -14,7 +14,7 @@ from spd_lightning.store import Store
 ALL_PROBES = 0
 """The id that means all probes of a harvest together; no hash of a prompt is 0."""
 
-TEXT_SOURCES = ("given ", "file ", "validation ")
+TEXT_SOURCES = ("given ", "file ", "validation ", "training ")
 """The first words of the sources of prompts that come from the data module `Text`."""
 
 MOST_LISTED = 10

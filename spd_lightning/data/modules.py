@@ -43,7 +43,7 @@ class Prompts(NamedTuple):
 
     inputs: Shaped[Tensor, "batch _"]
     sources: list[str]  # "feature 3", "random 17"
-    splits: list[str]  # "probe" or "random"; for text "given" or "validation"
+    splits: list[str]  # "probe" or "random"; for text "given", "validation" or "training"
     tokens: list[list[str]] | None = None  # the text of each token; None if inputs are not text
 
     def take(self, rows: slice | list[int]) -> "Prompts":

@@ -89,8 +89,8 @@ class Text(StepData):
             prompts_column: the column of a .jsonl or .parquet file that contains the prompts.
             too_long: what to do with prompts that are longer than the target's context: stop with
                 an error, skip them, or truncate them to their first tokens.
-            n_prompts: number of windows of validation text for `predict`, if neither prompts nor
-                prompts_file is given.
+            n_prompts: number of windows for `predict`, if neither prompts nor prompts_file is
+                given: of validation text, then of training text.
             n_ctx: tokens per such window; seq_len if omitted.
             predict_batch_size: prompts per batch of `predict`.
         """
@@ -244,7 +244,7 @@ class Text(StepData):
             BadInput: a prompt cannot be used, or the file cannot be read.
         """
         if not self.given and self.prompts_file is None:
-            return self._validation_windows()
+            return self._window_prompts()
         by_length: dict[int, list[tuple[str, list[int]]]] = {}
         for source, ids in self._fitting(self._texts()):
             group = by_length.setdefault(len(ids), [])
@@ -263,24 +263,45 @@ class Text(StepData):
         inputs = torch.tensor(rows)
         return Prompts(inputs, sources, ["given"] * len(rows), names)
 
-    def _validation_windows(self) -> list[Prompts]:
-        """Return `n_prompts` windows of validation text, in random order, as one group.
+    def _window_prompts(self) -> list[Prompts]:
+        """Return `n_prompts` windows of the corpus, in random order, as one group.
 
-        There can be a million of them, so their tokens get their texts later, batch by batch.
+        They are windows of validation text, and of training text if there are too few. There can be
+        a million of them, so their tokens get their texts later, batch by batch.
         """
-        if not self.n_prompts:
+        tokens = []
+        sources = list[str]()
+        splits = list[str]()
+        for split, part in (("val", "validation"), ("train", "training")):
+            missing = self.n_prompts - len(sources)
+            if not missing:
+                break
+            windows = self._windows(split, self.n_ctx)
+            seed_name = "predict" if split == "val" else "predict training"
+            chosen = _order(self.seed, seed_name, 0, len(windows))[:missing]
+            tokens.append(windows[chosen].astype(np.int64))
+            sources += [f"{part} {index}" for index in chosen]
+            splits += [part] * len(chosen)
+        if not sources:
             return []
-        windows = self._windows("val", self.n_ctx)
-        if len(windows) < self.n_prompts:
-            log.warning(
-                "n_prompts %d in Text: the validation text has %d windows",
+        self._report_parts(splits)
+        inputs = torch.from_numpy(np.concatenate(tokens))
+        return [Prompts(inputs, sources, splits)]
+
+    def _report_parts(self, splits: Sequence[str]) -> None:
+        """Log how many windows are not of validation text, and how many are missing."""
+        training = splits.count("training")
+        if training:
+            self._warn_once(
+                "n_prompts %d in Text: the validation text has %d windows; %d are of training text",
                 self.n_prompts,
-                len(windows),
+                splits.count("validation"),
+                training,
             )
-        chosen = _order(self.seed, "predict", 0, len(windows))[: self.n_prompts]
-        tokens = windows[chosen].astype(np.int64)
-        sources = [f"validation {index}" for index in chosen]
-        return [Prompts(torch.from_numpy(tokens), sources, ["validation"] * len(chosen))]
+        if len(splits) < self.n_prompts:
+            self._warn_once(
+                "n_prompts %d in Text: the corpus has only %d windows", self.n_prompts, len(splits)
+            )
 
     def _texts(self) -> list[PromptText]:
         """Return the prompts of the list and of the file."""

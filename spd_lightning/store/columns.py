@@ -96,7 +96,8 @@ TABLES: dict[str, Table] = {
             "source": Column(pl.String, "Where it comes from: a file and line, or a corpus."),
             "split": Column(
                 pl.String,
-                "The part of the data: given or validation for text; probe or random for toys.",
+                "The part of the data: given, validation or training for text; probe or random "
+                "for toys.",
             ),
         },
     ),
