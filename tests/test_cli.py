@@ -149,7 +149,9 @@ def test_help_comes_before_all_imports(words):
     needed = (
         "__main__",
         "commands",
+        "commands.option",
         "commands.options",
+        "commands.query_verbs",
         "commands.verbs",
         "errors",
         "stopping",

@@ -68,7 +68,7 @@ _PROMPTS_GROUP = 1 << 8
 
 
 class Compaction(NamedTuple):
-    """What a compaction changed.
+    """The effect of a compaction.
 
     `kept_for_readers` is the number of old files that a reader still needs.
     """

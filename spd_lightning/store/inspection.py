@@ -23,7 +23,7 @@ class TableSize(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What a harvest contains.
+    """The contents of a harvest.
 
     Attributes:
         state: complete; in progress if a process is writing it; otherwise incomplete.
