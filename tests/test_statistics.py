@@ -358,6 +358,19 @@ def test_bins_hold_what_the_table_says():
     assert activation_bin(a).tolist() == [0, 49, -49, 49, 50, 53, 1, -96]
 
 
+def test_a_site_that_never_fires_has_rows(tmp_path):
+    """Its sums over firings are zeros of the same type as those of other sites."""
+    module = toy()
+    with torch.no_grad():
+        for parameter in module.model.importance_function.parameters():
+            parameter.zero_()
+    (store,) = harvested(tmp_path, module, Rows(vectors()), Statistics(0.6))
+    rows = table(store, "components")
+    assert rows["firings"].to_list() == [0] * 12
+    assert rows["firing_activation_sum"].to_list() == [0.0] * 12
+    assert "cofirings" not in store.tables
+
+
 def test_units_without_importances_fire_by_activation():
     """The protocol: the size of the activation is compared with the threshold."""
     activation = torch.tensor([[[0.5, -0.2], [0.0, -3.0]]])

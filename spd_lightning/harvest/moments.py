@@ -41,8 +41,9 @@ def moments(
         at_firings = exact[fires].cpu().numpy()
         sums[f"{name}_sum"] = exact.sum((0, 1)).cpu().numpy()
         sums[f"{name}_square_sum"] = exact.square_().sum((0, 1)).cpu().numpy()
-        sums[f"firing_{name}_sum"] = np.bincount(unit, at_firings, C)
-        sums[f"firing_{name}_square_sum"] = np.bincount(unit, at_firings**2, C)
+        # Without firings, bincount would return integers.
+        sums[f"firing_{name}_sum"] = np.bincount(unit, at_firings, C).astype(np.float64)
+        sums[f"firing_{name}_square_sum"] = np.bincount(unit, at_firings**2, C).astype(np.float64)
     return sums
 
 
