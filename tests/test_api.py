@@ -292,7 +292,7 @@ BAD = [
     ("/api/components/h.0.attn.q_proj:10", 404, "10"),
     ("/api/components/h.0.attn.q_prj:1", 404, "did you mean 'h.0.attn.q_proj'"),
     ("/api/components/h.0.attn.q_proj:1:2", 404, "without a position"),
-    ("/api/components/h.0%0Aattn%00:1", 404, "site 'h.0 attn '"),
+    ("/api/components/h.0%0Aattn%00:1", 404, "on one line"),
     (f"/api/components/{'x' * 301}", 422, "at most 300"),
     (f"/api/components/{MEGABYTE}", 414, "more than"),
     (f"/api/prompts?text={MEGABYTE}", 414, "more than"),

@@ -17,8 +17,10 @@ from polars.testing import assert_frame_equal
 from support.tiny_run import begun, done, kill_when, killed, lay_out
 
 from spd_lightning import files, runs
+from spd_lightning.harvest.examples import smallest
 from spd_lightning.runs.files import read_metrics
 from spd_lightning.store import TABLES, Store
+from spd_lightning.store.tables import SORTED, summed
 from spd_lightning.training.checkpoint import SafetensorsIO
 
 FIT = ["fit", "--config", "tiny"]
@@ -255,8 +257,9 @@ def rows(store: Store, table: str) -> pl.DataFrame:
 
 
 def same_tables(store: Store, other: Store, exact: bool) -> None:
-    unasked = ("dataset_edges", "dataset_nodes", "head_edges", "frontier")
-    for table in TABLES.keys() - unasked:
+    sums = ("dataset_edges", "dataset_nodes")
+    statistics = ("histograms", "cofirings", "token_counts", "tokens", "examples")
+    for table in TABLES.keys() - {*sums, *statistics, "head_edges", "frontier"}:
         one = rows(store, table)
         two = rows(other, table)
         assert one.height > 0
@@ -276,6 +279,39 @@ def test_a_killed_predict_gives_the_same_tables(root, undisturbed, groups):
     whole = Store(folder)
     assert whole.manifest["complete"]
     same_tables(whole, undisturbed, exact=True)
+
+
+def test_killed_statistics_are_those_of_one_sitting(root):
+    """H1: killed between groups of prompts, and run again: the same sums and examples."""
+
+    def statistics(name: str) -> list[str]:
+        settings = {"name": name, "group": 8, "examples": 7, "top_examples": 3}
+        harvester = {"class_path": "spd_lightning.Statistics", "init_args": settings}
+        return [*PREDICT, "--run", "plain", "--trainer.callbacks", json.dumps([harvester])]
+
+    done(root, statistics("counted"))
+    folder = root / "plain/harvest/interrupted"
+    killed(root, statistics("interrupted"), lambda: committed(folder) >= 5)
+    part = Store(folder)
+    assert 8 <= part.manifest["prompts"] < 165
+    done(root, statistics("interrupted"))
+    whole = Store(root / "plain/harvest/counted")
+    kept = whole.manifest["examples"]
+    for table in ("components", "histograms", "cofirings"):
+        one, two = (summed(table, store.scan(table)).collect() for store in (Store(folder), whole))
+        keys = SORTED[table]
+        assert one.height > 0
+        assert_frame_equal(one.sort(keys), two.sort(keys), abs_tol=1e-6, rel_tol=1e-5)
+    for kind, number in kept.items():
+        one, two = (
+            smallest(store.scan("examples").filter(kind=kind).collect(), UNIT, number)
+            for store in (Store(folder), whole)
+        )
+        assert one.height > 0 or kind == "negative"
+        assert_frame_equal(one, two, abs_tol=1e-6, rel_tol=1e-5)
+
+
+UNIT = ("layer", "component")
 
 
 def test_a_stopped_predict_says_so_and_resumes(root, undisturbed):

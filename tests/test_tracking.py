@@ -120,7 +120,8 @@ def test_mlflow_holds_the_files(client, root):
     assert {"figures/mean_importance.png", "harvest/graphs-unmasked/manifest.json"} <= held
     here = {str(p.relative_to(root / "tiny")) for p in (root / "tiny").rglob("*") if p.is_file()}
     ours = ("checkpoints", "wandb", "mlflow", "sent", ".")
-    away = {name for name in here if name.startswith(ours) or "/.lock" in name}
+    locks = ("/.lock", "/.readers")
+    away = {name for name in here if name.startswith(ours) or any(lock in name for lock in locks)}
     assert held == here - away
 
 
