@@ -48,6 +48,8 @@ SLOW = {
     "trainings": ("checkpoint", "circuits", "collapse_monitor", "diverged", "evaluation"),
     "trainings of targets": ("induction", "pretraining"),
     "harvests": ("export", "frozen_harvests", "intervention", "nodes", "text_harvests"),
+    "statistics": ("attribute", "queries", "statistics"),
+    "large stores": ("store_compaction", "store_remote", "store_scale", "store_verb"),
     "graphs of language models": ("influence",),
     "plots": ("figures",),
     "dry runs": ("sizing",),

@@ -194,7 +194,7 @@ class Store:
             importance[row, places] = values[enough]
             is_node[row, places] = True
         matches = is_node.all(axis=0) if mode == "all" else is_node.any(axis=0)
-        found = matches.nonzero()[0]
+        found = np.flatnonzero(matches)
         return index.prompts[found], importance[:, found]
 
     def check(self) -> None:
