@@ -39,7 +39,7 @@ class Letters(StepData):
 
 @pytest.mark.parametrize("mode", ["unmasked", "frozen", "ci_masked"])
 def test_the_graph_is_that_of_a_harvest(tmp_path, mode):
-    """The same nodes, edges and outputs, for token ids in a list, in a tensor, and in a text."""
+    """Token ids in a list or a tensor give the nodes, edges and outputs of the harvest."""
     module = decoder()
     data = Ragged(lengths=(5,), rows=1)
     tokens = data.batches[0].inputs[0]

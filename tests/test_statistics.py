@@ -106,7 +106,7 @@ def table(store: Store, name: str) -> pl.DataFrame:
 
 @dataclass
 class Plain:
-    """The same statistics, counted one firing at a time."""
+    """Statistics that are counted one firing at a time."""
 
     positions: int = 0
     components: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
@@ -311,7 +311,7 @@ def test_uniform_examples_are_uniform():
 
 
 def test_ties_are_ordered_by_hash_not_by_prompt():
-    """Of equal importances, a random choice is kept, not the first prompts."""
+    """If importances are equal, a random choice of firings is kept, not the first prompts."""
     examples = Examples({"layer": 1}, KEPT, seed=0)
     examples.add(firings_of_one_unit(400))
     rows = examples.rows()

@@ -296,7 +296,7 @@ def test_a_harvest_that_is_being_written_is_not_compacted(tmp_path):
 
 
 class Killed(BaseException):
-    """What a process that is killed does next: nothing."""
+    """Stop at once, as a killed process does."""
 
 
 @contextmanager

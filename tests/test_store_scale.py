@@ -65,7 +65,7 @@ def _prompt(rng: np.random.Generator, prompt_id: int, nodes: int) -> dict[str, p
 
 
 def harvest(path: Path, sizes: list[int], seed: int = 0, most: int = 40) -> Store:
-    """Write a harvest of groups of so many prompts each, complete it, and open it."""
+    """Write a complete harvest whose groups have the given numbers of prompts, and open it."""
     rng = np.random.default_rng(seed)
     writer = Writer(path, SETTINGS)
     for size in sizes:

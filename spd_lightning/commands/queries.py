@@ -15,6 +15,7 @@ from spd_lightning import runs
 from spd_lightning.analysis import responses
 from spd_lightning.analysis.harvests import open_harvest
 from spd_lightning.analysis.names import component_name
+from spd_lightning.analysis.neighbors import SIDES
 from spd_lightning.analysis.prompts import find_prompt
 from spd_lightning.analysis.statistics import OF
 from spd_lightning.analysis.store import Store
@@ -104,7 +105,7 @@ def neighbors(argv: Sequence[str]) -> None:
     if arguments.json:
         print_json(responses.neighbors(store, name, arguments.side, arguments.top))
         return
-    sides = ("sources", "targets") if arguments.side is None else (arguments.side,)
+    sides = SIDES if arguments.side is None else (arguments.side,)
     frames = {side: store.neighbors(name, side, arguments.top) for side in sides}
     labeled = [
         frame.select(pl.lit(side).alias("side"), pl.col("kind").cast(pl.String), pl.exclude("kind"))

@@ -133,7 +133,7 @@ def _compact(place: Place, arguments: argparse.Namespace) -> None:
     """Merge small groups into large ones.
 
     Raises:
-        BadInput: the harvest is being written, or is damaged, or there is no room.
+        BadInput: the harvest is being written or is damaged, or the disk is full.
     """
     if not isinstance(place, Folder):
         raise BadInput(
@@ -163,7 +163,7 @@ def _push(place: Place, arguments: argparse.Namespace) -> None:
     """Copy a harvest to an object store.
 
     Raises:
-        BadInput: there is no address, a file is damaged, or the store rejects it.
+        BadInput: the address is missing, a file is damaged, or the store rejects the request.
     """
     from spd_lightning.store.remote import Bucket, push
 

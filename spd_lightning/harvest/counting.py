@@ -13,6 +13,7 @@ All entries are integers, so the sums over positions are exact and do not depend
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -139,11 +140,14 @@ def entries_of(matrix: sparse.csr_array) -> Entries:
 
 def _pieces(own: sparse.csr_array, later: sparse.csr_array) -> list[slice]:
     """Divide positions into pieces with a limited number of pairs of firings each."""
-    pairs_of_position = np.diff(own.indptr).astype(np.int64) * np.diff(later.indptr)
-    piece_of_position = np.cumsum(pairs_of_position) // budgets.MAX_FIRING_PAIRS
+    own_firings = np.diff(own.indptr).astype(np.int64)  # [position]
+    later_firings = np.diff(later.indptr)  # [position]
+    pairs_of_position = own_firings * later_firings
+    pairs_so_far = np.cumsum(pairs_of_position)
+    piece_of_position = pairs_so_far // budgets.MAX_FIRING_PAIRS
     starts = np.flatnonzero(np.diff(piece_of_position, prepend=-1))
-    stops = [*starts[1:], len(pairs_of_position)]
-    return [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
+    ends = [*starts.tolist(), len(pairs_of_position)]
+    return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
 def as_sparse(fires: Bool[Tensor, "position C"]) -> sparse.csr_array:

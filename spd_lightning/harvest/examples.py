@@ -183,4 +183,7 @@ def descending(
     """
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     upper = np.uint32(0xFFFFFFFF) - bits
-    return (upper.astype(np.uint64) << np.uint64(32)) | (hashes >> np.uint64(32))
+    half = np.uint64(32)
+    upper_half = upper.astype(np.uint64) << half
+    lower_half = hashes >> half
+    return upper_half | lower_half

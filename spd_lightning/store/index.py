@@ -98,7 +98,7 @@ class Index:
         return self._arrays.get("postings")
 
     def postings(self, key: int) -> tuple[int, int]:
-        """Return the range of a unit's postings; it is empty if there are none."""
+        """Return the range of a unit's postings; it is empty if the unit never occurs."""
         place = self._place(key)
         if place is None:
             return 0, 0

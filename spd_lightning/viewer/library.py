@@ -83,7 +83,7 @@ class Library:
         return chosen, names[0] if names else None
 
     def _first(self, name: Any = None) -> Run | None:
-        """Return the run of this name, or else the first one to show; None if there is no run."""
+        """Return the run of this name, otherwise the first run; None if the library is empty."""
         known = self.runs()
         requested = [candidate for candidate in known if candidate.name == name]
         harvested = (candidate for candidate in known if candidate.harvests)

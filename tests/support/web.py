@@ -8,7 +8,7 @@ HOST = "127.0.0.1:7860"
 
 
 class Response:
-    """What a request got: status, headers, body."""
+    """The response to a request: its status, headers and body."""
 
     def __init__(self, messages: list[Any]):
         self.status = messages[0]["status"]
