@@ -1,11 +1,13 @@
 """The harvest of a run that can answer a question: the newest one with the tables for it."""
 
-from collections.abc import Iterator, Sequence
+import logging
 from pathlib import Path
 
 from spd_lightning.analysis.store import Store
 from spd_lightning.errors import BadInput, nearest
 from spd_lightning.runs import Run
+
+log = logging.getLogger(__name__)
 
 SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
     "statistics": (("histograms", "components"), "statistics.yaml"),
@@ -28,7 +30,8 @@ def open_harvest(run: Run, question: str, name: str | None = None) -> Store:
         name: the harvest's name; if omitted, the newest harvest that has the best of the tables.
 
     Raises:
-        BadInput: the run has no harvest of this name, or none with one of these tables.
+        BadInput: the run has no harvest of this name, or none with one of these tables; or a
+            harvest is damaged that may have them.
     """
     wanted, config = SOURCES[question]
     folders = {path.name: path for path in run.harvests}
@@ -39,11 +42,22 @@ def open_harvest(run: Run, question: str, name: str | None = None) -> Store:
             )
         return Store(folders[name])
     newest_first = sorted(folders.values(), key=_time_begun, reverse=True)
-    stores = list(_readable(newest_first))
+    stores = list[Store]()
+    problem: BadInput | None = None
+    for path in newest_first:
+        try:
+            stores.append(Store(path))
+        except BadInput as error:
+            problem = problem or error
     for table in wanted:
         for store in stores:
-            if table in store.tables:
-                return store
+            if table not in store.tables:
+                continue
+            if problem is not None:
+                log.warning("%s; harvest '%s' answers instead", problem, store.path.name)
+            return store
+    if problem is not None:
+        raise problem
     predict = run.predict_command(config) if config else run.predict_command()
     tables = " or ".join(f"'{table}'" for table in wanted)
     raise BadInput(f"run '{run.name}': no harvest with the table {tables}; make one: {predict}")
@@ -51,12 +65,3 @@ def open_harvest(run: Run, question: str, name: str | None = None) -> Store:
 
 def _time_begun(harvest: Path) -> float:
     return (harvest / "manifest.json").stat().st_mtime
-
-
-def _readable(folders: Sequence[Path]) -> Iterator[Store]:
-    """Open the harvests that can be read; the others are reported when they are named."""
-    for path in folders:
-        try:
-            yield Store(path)
-        except BadInput:
-            continue

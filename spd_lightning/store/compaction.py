@@ -37,6 +37,7 @@ from spd_lightning.store.ledgers import (
     Piece,
     Shard,
     Snapshot,
+    check_ledgers,
     files,
     generation_of,
     ledger_path,
@@ -90,8 +91,10 @@ def compact(path: Path) -> Compaction:
             no room. In each case, nothing has changed.
     """
     place = Folder(path)
-    layers: list[str] = read_settings(place)["layers"]
+    settings = read_settings(place)
+    layers: list[str] = settings["layers"]
     snapshot = read_snapshot(place)
+    check_ledgers(place, settings["world"], snapshot)
     ranks = {0, *snapshot.ledgers}
     handles = list[int]()
     try:
@@ -141,7 +144,7 @@ def _merge_all(path: Path, snapshot: Snapshot, layers: list[str]) -> list[Shard]
                 file.unlink()
         raise
     for rank, ledger in snapshot.ledgers.items():
-        replace_json(ledger_path(path, rank), ledger | {"shards": []})
+        replace_json(ledger_path(path, rank), ledger | {"shards": [], "generation": generation})
         Journal(path, rank).remove()
     return shards
 

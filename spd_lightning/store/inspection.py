@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from spd_lightning.store.ledgers import files, read_snapshot
+from spd_lightning.store.ledgers import check_ledgers, files, read_snapshot
 from spd_lightning.store.manifest import read_settings, totals
 from spd_lightning.store.places import Folder, Place
 from spd_lightning.store.shards import damage
@@ -61,6 +61,7 @@ def describe(place: Place) -> Description:
     """
     settings = read_settings(place)
     snapshot = read_snapshot(place)
+    check_ledgers(place, settings["world"], snapshot)
     sizes = dict[str, TableSize]()
     for shard in snapshot.shards:
         for folder, piece in (shard["tables"] | shard["indices"]).items():
@@ -83,8 +84,10 @@ def findings(place: Place) -> Iterator[Finding | None]:
     Raises:
         BadInput: it is not a harvest, or its ledgers cannot be read.
     """
-    read_settings(place)
-    for shard in read_snapshot(place).shards:
+    settings = read_settings(place)
+    snapshot = read_snapshot(place)
+    check_ledgers(place, settings["world"], snapshot)
+    for shard in snapshot.shards:
         for file, piece in files(shard):
             why = damage(place, file, piece)
             yield None if why is None else Finding(file, why)

@@ -23,7 +23,7 @@ import numpy as np
 from spd_lightning import json_files
 from spd_lightning.errors import BadInput
 from spd_lightning.files import whole
-from spd_lightning.store.places import Place, read_json
+from spd_lightning.store.places import Folder, Place, read_json
 from spd_lightning.store.tables import TABLES
 
 REMEDY = "delete it and run the same predict command again"
@@ -73,12 +73,14 @@ class _UncheckedShard(TypedDict):
 class Ledger(TypedDict):
     """The groups that one rank committed, and whether its share of the prompts is complete.
 
-    `next` is the number of its next group; numbers are never used twice.
+    `next` is the number of its next group; numbers are never used twice. `generation` is the number
+    of compactions that took groups from it: `merged.json` is at least as new.
     """
 
     shards: list[Shard]
     next: int
     complete: bool
+    generation: NotRequired[int]
 
 
 class Merged(TypedDict):
@@ -96,6 +98,7 @@ class _UncheckedLedger(TypedDict):
     shards: list[_UncheckedShard]
     next: int
     complete: bool
+    generation: NotRequired[int]
 
 
 class _UncheckedMerged(TypedDict):
@@ -176,7 +179,11 @@ def read_snapshot(place: Place) -> Snapshot:
     Raises:
         BadInput: a ledger cannot be read.
     """
-    names = place.names()
+    try:
+        names = place.names()
+    except OSError as error:
+        why = error.strerror or error
+        raise BadInput(f"harvest '{place.name}': cannot be read ({why}); check the path") from error
     ranks = set[int]()
     for name in names:
         if match := _LEDGER.fullmatch(name):
@@ -193,6 +200,39 @@ def read_snapshot(place: Place) -> Snapshot:
         ledger["shards"] = [shard for shard in own if number(shard) >= first]
         ledger["next"] = max(ledger["next"], first)
     return Snapshot(ledgers, merged)
+
+
+def check_ledgers(place: Place, world: int, snapshot: Snapshot) -> None:
+    """Check that no ledger was lost, since the harvest would seem to have fewer groups.
+
+    Raises:
+        BadInput: a ledger is missing.
+    """
+    if lost := lost_ledger(place, world, snapshot):
+        raise BadInput(
+            f"harvest '{place.name}': {lost} is missing, so some of its groups are unknown; "
+            "restore it from a copy, or run the same predict command again to harvest them again"
+        )
+
+
+def lost_ledger(place: Place, world: int, snapshot: Snapshot) -> str | None:
+    """Return the name of a file that lists groups and is missing, or None.
+
+    A writer creates its ledger before any other file, and a compaction notes in each ledger that
+    it wrote `merged.json`. In an object store, only the latter is checked.
+    """
+    known = {shard["name"] for shard in snapshot.shards}
+    for rank in range(world):
+        ledger = snapshot.ledgers.get(rank, empty_ledger())
+        if ledger.get("generation", 0) > snapshot.merged["generation"]:
+            return MERGED
+        file = f"manifest-{rank}.json"
+        if not isinstance(place, Folder) or _exists(place, file):
+            continue
+        indices = place.path.glob(f"{INDEXES}/part-{rank}-*")
+        if any(path.stem not in known for path in indices):
+            return file
+    return None
 
 
 def generation_of(place: Place) -> int:

@@ -69,6 +69,9 @@ def read_settings(where: Path | Place) -> dict[str, Any]:
         raise BadInput(
             f"harvest '{folder}': manifest.json not found; name a folder that `predict` wrote"
         ) from error
+    except OSError as error:
+        why = error.strerror or error
+        raise BadInput(f"harvest '{folder}': cannot be read ({why}); check the path") from error
 
     def check_version(content: Mapping[str, Any]) -> None:
         if "schema_version" in content:

@@ -3,6 +3,7 @@
 Files are named relative to the harvest: `edges/part-0-3.parquet`.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ class Place(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Return the names of the files in the folder itself, not in the folders of tables."""
+        """Return the names in the folder itself, not in the folders of tables."""
 
     @abstractmethod
     def size(self, file: str) -> int:
@@ -59,7 +60,7 @@ class Folder(Place):
         self.name = str(path)
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.path.glob("*") if path.is_file())
+        return sorted(os.listdir(self.path))
 
     def size(self, file: str) -> int:
         return (self.path / file).stat().st_size

@@ -15,6 +15,7 @@ from spd_lightning.store.leases import hold
 from spd_lightning.store.ledgers import (
     Shard,
     Snapshot,
+    check_ledgers,
     file_name,
     files,
     generation_of,
@@ -67,7 +68,9 @@ class Store:
         settings = read_settings(self._place)
         snapshot = self._hold_snapshot()
         self._shards = snapshot.shards
-        if skip_damaged:
+        if not skip_damaged:
+            check_ledgers(self._place, settings["world"], snapshot)
+        else:
             self._shards = [shard for shard in self._shards if not damaged(self._place, shard)]
         self._scans: dict[str, pl.LazyFrame] = {}
         world: int = settings["world"]
@@ -130,7 +133,9 @@ class Store:
             rows = self._frame(table, [] if shard is None else [shard])
             return rows.filter(pl.col("prompt_id") == pl.lit(prompt_id, pl.UInt64))
         else:
-            if table not in self._scans:
+            if table in self._scans:
+                self._compare(table, self._shards)  # a file may have been damaged since
+            else:
                 self._scans[table] = self._frame(table, self._shards)
             return self._scans[table]
         return pl.LazyFrame(schema=columns) if frame is None else frame.lazy()
@@ -216,7 +221,7 @@ class Store:
         """
         try:
             return query.collect()
-        except (pl.exceptions.PolarsError, OSError):
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError):
             for shard in self._shards:
                 for table in shard["tables"]:
                     self._read_through(file_name(table, shard["name"]))
@@ -272,13 +277,7 @@ class Store:
     def _frame(self, table: str, shards: Sequence[Shard]) -> pl.LazyFrame:
         """Return all rows of a table in some groups, after comparing the files with the digests."""
         paths = list[Path]()
-        for shard in shards:
-            if table not in shard["tables"]:
-                continue
-            file = file_name(table, shard["name"])
-            path = self._local(file)
-            if why := damage(self._place, file, shard["tables"][table]):
-                raise damage_error(self._place, file, why)
+        for file, path in self._compare(table, shards).items():
             try:
                 actual = pl.read_parquet_schema(path)
             except (pl.exceptions.PolarsError, OSError) as error:
@@ -288,6 +287,22 @@ class Store:
         if not paths:
             return pl.LazyFrame(schema=schema(table, self.layers))
         return pl.scan_parquet(paths, glob=False)
+
+    def _compare(self, table: str, shards: Sequence[Shard]) -> dict[str, Path]:
+        """Compare the files of a table in some groups with their digests, and return their paths.
+
+        Raises:
+            BadInput: a file is damaged.
+        """
+        paths = dict[str, Path]()
+        for shard in shards:
+            if table not in shard["tables"]:
+                continue
+            file = file_name(table, shard["name"])
+            paths[file] = self._local(file)
+            if why := damage(self._place, file, shard["tables"][table]):
+                raise damage_error(self._place, file, why)
+        return paths
 
     def _local(self, file: str) -> Path:
         """Return the path of a file on this machine."""
@@ -299,5 +314,5 @@ class Store:
     def _read_through(self, file: str) -> None:
         try:
             pl.scan_parquet(self._local(file), glob=False).collect()
-        except (pl.exceptions.PolarsError, OSError) as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise damage_error(self._place, file, one_line(error)) from error

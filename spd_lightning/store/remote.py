@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from spd_lightning import json_files
 from spd_lightning.errors import BadInput, nearest, shown, without_passwords
-from spd_lightning.store.ledgers import MERGED, Merged, Snapshot, files, read_snapshot
+from spd_lightning.store.ledgers import MERGED, Merged, Snapshot, check_ledgers, files, read_snapshot
 from spd_lightning.store.manifest import MANIFEST, read_settings
 from spd_lightning.store.parts import damage_error, one_line
 from spd_lightning.store.places import Folder, Place
@@ -214,6 +214,7 @@ def push(folder: Path, bucket: Bucket) -> Pushed:
     place = Folder(folder)
     settings = read_settings(place)
     snapshot = read_snapshot(place)
+    check_ledgers(place, settings["world"], snapshot)
     known = _files_of_copy(settings, bucket)
     sent = 0
     size = 0

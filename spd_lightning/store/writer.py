@@ -78,6 +78,7 @@ class Writer:
             self._journal = Journal(self.path, rank)
             snapshot = read_snapshot(Folder(self.path))
             self._ledger = snapshot.ledgers.setdefault(rank, empty_ledger())
+            self._ledger["generation"] = snapshot.merged["generation"]  # even if merged.json was lost
             dropped = self._repair(snapshot, world)
             self._save(complete=False)
             self._sweep(snapshot, dropped)
