@@ -407,6 +407,22 @@ def test_bad_input_is_one_line(run, capsys, case):
     assert hint in message
 
 
+def test_another_harvest_answers_for_a_damaged_one_and_says_so(run, capsys, tmp_path):
+    """Without another one, the damage is reported, and not that nothing was harvested."""
+    copy = tmp_path / "queried"
+    shutil.copytree(run, copy)
+    damaged = copy / "harvest" / "nodes"
+    (damaged / "manifest-0.json").write_text("{")
+    assert cli.run(["search", str(copy), NAME]) == 0
+    line = capsys.readouterr().err
+    assert "nodes/manifest-0.json" in line
+    assert "harvest 'graphs' answers instead" in line
+    shutil.rmtree(copy / "harvest" / "graphs")
+    assert cli.run(["search", str(copy), NAME]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nodes/manifest-0.json" in line
+
+
 def test_a_harvest_in_progress_answers_and_says_so(run, capsys, tmp_path):
     """While a process writes a harvest, it is incomplete."""
     copy = tmp_path / "queried"

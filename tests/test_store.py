@@ -23,6 +23,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from spd_lightning import json_files
 from spd_lightning.errors import BadInput
 from spd_lightning.store import SCHEMA_VERSION, TABLES, Store, Writer, columns, prompt_hash, schema
 from spd_lightning.store.ledgers import Journal
@@ -523,6 +524,57 @@ def test_a_damaged_shard_is_named_and_the_others_are_readable(harvest, harm):
         assert {path.name for path in (harvest / table).iterdir()} == {
             f"part-0-{n}.parquet" for n in (0, 1, 3, 4)
         }
+
+
+def test_damage_is_noticed_while_a_store_is_open(harvest, monkeypatch):
+    """A store compares a file again, and explains it if polars panics about a missing part."""
+    store = Store(harvest)
+    path = harvest / "edges/part-0-2.parquet"
+    intact = path.read_bytes()
+    before = content(store.scan("edges").collect())
+    query = store.scan("edges")
+    scramble(path)
+    with pytest.raises(BadInput, match=r"edges/part-0-2\.parquet is damaged"):
+        store.scan("edges")
+    path.write_bytes(intact[:9])
+    with pytest.raises(BadInput, match=r"edges/part-0-2\.parquet is damaged"):
+        store.collect(query)
+    path.write_bytes(intact)
+    assert content(store.scan("edges").collect()) == before
+
+
+def test_a_lost_ledger_is_reported_and_its_groups_are_harvested_again(harvest):
+    """Otherwise, the harvest would seem to have fewer rows."""
+    ledger = harvest / "manifest-0.json"
+    ledger.unlink()
+    for left in (lambda: None, ledger.mkdir, lambda: ledger.symlink_to("nowhere")):
+        left()
+        with pytest.raises(BadInput, match=r"manifest-0\.json"):
+            Store(harvest)
+        ledger.rmdir() if ledger.is_dir() else ledger.unlink(missing_ok=True)
+    assert Store(harvest, skip_damaged=True).manifest["prompts"] == 0
+    writer = opened(harvest)
+    assert writer.finished == set()
+    for number in (10, 20, 30, 40):
+        writer.write(batch(number))
+    writer.complete()
+    assert ids(harvest, "edges") == sorted([10, 20, 30, 40] * 3)
+
+
+def test_a_manifest_that_leads_nowhere_is_one_line(harvest):
+    manifest = harvest / "manifest.json"
+    manifest.unlink()
+    manifest.symlink_to(manifest.name)
+    with pytest.raises(BadInput, match=r"cannot be read \(Too many levels of symbolic links\)"):
+        Store(harvest)
+
+
+@pytest.mark.parametrize("world", [0, -1, 10**12])
+def test_a_manifest_of_no_number_of_processes(harvest, world):
+    settings = json_files.unsealed(json.loads((harvest / "manifest.json").read_text()))
+    (harvest / "manifest.json").write_text(json.dumps(settings | {"world": world}))
+    with pytest.raises(BadInput, match=f"world: {world} is not a number of processes"):
+        Store(harvest)
 
 
 def test_a_wrong_query_is_not_called_damage(harvest):

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from test_store_scale import (
 from spd_lightning.errors import BadInput
 from spd_lightning.store import TABLES, Store, Writer, compaction, schema
 from spd_lightning.store.compaction import compact
+from spd_lightning.store.inspection import describe
+from spd_lightning.store.places import Folder
 from spd_lightning.store.tables import SORTED
 
 KEPT = ("prompts", "nodes", "nodes_by_component", "edges", "outputs")
@@ -197,6 +200,26 @@ def test_a_damaged_merged_file_is_harvested_again(tmp_path):
     assert not list(path.glob("*/merged-*"))
 
 
+def test_a_lost_list_of_merged_groups_is_reported(tmp_path):
+    path = tmp_path / "graphs"
+    harvest(path, [2] * 3)
+    compact(path)
+    rows = Store(path).manifest["rows"]
+    merged = path / "merged.json"
+    content = merged.read_bytes()
+    merged.unlink()
+    for read in (lambda: Store(path), lambda: compact(path), lambda: describe(Folder(path))):
+        with pytest.raises(BadInput, match=r"merged\.json is missing"):
+            read()
+    merged.write_bytes(content)
+    assert Store(path).manifest["rows"] == rows
+    merged.unlink()
+    writer = Writer(path, SETTINGS)
+    assert writer.finished == set()
+    writer.complete()
+    assert Store(path).manifest["complete"]
+
+
 # ---- readers -------------------------------------------------------------------------------------
 
 
@@ -215,6 +238,17 @@ def test_a_reader_keeps_its_files_until_it_is_done(tmp_path):
     assert compact(path).kept_for_readers == 0
     assert not list(path.glob("*/part-*"))
     assert [file.name for file in path.glob(".readers-*")] == [".readers-1"]
+
+
+def test_a_reader_keeps_the_files_of_a_harvest_that_was_made_anew(tmp_path):
+    path = tmp_path / "graphs"
+    harvest(path, [2] * 3)
+    Store(path)  # its lease is on a file that is deleted now
+    shutil.rmtree(path)
+    harvest(path, [2] * 3)
+    store = Store(path)
+    assert compact(path).kept_for_readers > 0
+    check_prompts(store)
 
 
 def test_a_reader_in_another_process_keeps_its_files(tmp_path):

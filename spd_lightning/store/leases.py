@@ -45,6 +45,8 @@ def hold(folder: Path, generation: int, store: object) -> None:
     """
     key = (str(folder.resolve()), generation)
     with _guard:
+        if key in _held and not _is_current(_held[key], lease_path(folder, generation)):
+            os.close(_held.pop(key).handle)  # the harvest was deleted and written again
         if key not in _held:
             handle = _shared_lock(lease_path(folder, generation))
             if handle is None:
@@ -85,6 +87,14 @@ def _release_unused(folder: Path, generation: int) -> None:
             if is_older and not lease.stores:
                 os.close(lease.handle)
                 del _held[key]
+
+
+def _is_current(lease: _Lease, path: Path) -> bool:
+    """Return whether a lease is on the file that has this path now."""
+    try:
+        return os.path.samestat(os.fstat(lease.handle), path.stat())
+    except OSError:
+        return False
 
 
 def _shared_lock(path: Path) -> int | None:

@@ -221,17 +221,19 @@ def lost_ledger(place: Place, world: int, snapshot: Snapshot) -> str | None:
     A writer creates its ledger before any other file, and a compaction notes in each ledger that
     it wrote `merged.json`. In an object store, only the latter is checked.
     """
-    known = {shard["name"] for shard in snapshot.shards}
-    for rank in range(world):
-        ledger = snapshot.ledgers.get(rank, empty_ledger())
-        if ledger.get("generation", 0) > snapshot.merged["generation"]:
+    for rank, ledger in snapshot.ledgers.items():
+        if rank < world and ledger.get("generation", 0) > snapshot.merged["generation"]:
             return MERGED
-        file = f"manifest-{rank}.json"
-        if not isinstance(place, Folder) or _exists(place, file):
-            continue
-        indices = place.path.glob(f"{INDEXES}/part-{rank}-*")
-        if any(path.stem not in known for path in indices):
-            return file
+    if not isinstance(place, Folder):
+        return None
+    without = [rank for rank in range(world) if not _exists(place, f"manifest-{rank}.json")]
+    if not without:
+        return None
+    known = {shard["name"] for shard in snapshot.shards}
+    for path in place.path.glob(f"{INDEXES}/part-*"):
+        rank = path.stem.split("-")[1]
+        if path.stem not in known and rank in map(str, without):
+            return f"manifest-{rank}.json"
     return None
 
 

@@ -16,6 +16,9 @@ MANIFEST = "manifest.json"
 LARGEST_C = 1 << 20
 """The largest number of components of a layer, since pages allocate arrays of that width."""
 
+LARGEST_WORLD = 1 << 16
+"""The largest number of processes of a harvest, since the ledger of each is looked for."""
+
 
 @json_files.open_ended
 class Settings(TypedDict):
@@ -103,6 +106,12 @@ def _check_settings(path: str, settings: Settings) -> None:
         repeated = next(name for name in layers if layers.count(name) > 1)
         raise BadInput(
             f"harvest manifest '{path}': layers: '{repeated[:60]}' appears twice; {REMEDY}"
+        )
+    world = settings["world"]
+    if not 1 <= world <= LARGEST_WORLD:
+        raise BadInput(
+            f"harvest manifest '{path}': world: {world} is not a number of processes, which must "
+            f"be from 1 to {LARGEST_WORLD}; {REMEDY}"
         )
     for layer, count in settings.get("C", {}).items():
         if not 0 <= count <= LARGEST_C:

@@ -18,7 +18,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from spd_lightning import json_files
 from spd_lightning.errors import BadInput, nearest, shown, without_passwords
-from spd_lightning.store.ledgers import MERGED, Merged, Snapshot, check_ledgers, files, read_snapshot
+from spd_lightning.store.ledgers import (
+    MERGED,
+    Merged,
+    Snapshot,
+    check_ledgers,
+    files,
+    read_snapshot,
+)
 from spd_lightning.store.manifest import MANIFEST, read_settings
 from spd_lightning.store.parts import damage_error, one_line
 from spd_lightning.store.places import Folder, Place

@@ -78,7 +78,8 @@ class Writer:
             self._journal = Journal(self.path, rank)
             snapshot = read_snapshot(Folder(self.path))
             self._ledger = snapshot.ledgers.setdefault(rank, empty_ledger())
-            self._ledger["generation"] = snapshot.merged["generation"]  # even if merged.json was lost
+            # `merged.json` may have been lost; its groups are harvested again.
+            self._ledger["generation"] = snapshot.merged["generation"]
             dropped = self._repair(snapshot, world)
             self._save(complete=False)
             self._sweep(snapshot, dropped)
