@@ -91,6 +91,8 @@ def _remedy(error: OSError) -> str:
     """Return the remedy for an error of the file system."""
     if error.errno == errno.ENAMETOOLONG:
         return "choose a shorter name"
+    if error.errno == errno.EINVAL:
+        return "choose another name"
     return "make room or choose another place (SPD_RUNS)"
 
 

@@ -1,5 +1,6 @@
 """Write files so that they appear whole or not at all, even if the writing process is killed."""
 
+import errno
 import hashlib
 import os
 import re
@@ -49,7 +50,12 @@ def whole(path: Path) -> Iterator[Path]:
     After an error, the temporary file is removed, and `path` is unchanged. Several processes and
     threads can write the same file; the last one wins. After a power failure, `path` is either the
     old or the new file, since the content is flushed to disk before the name is.
+
+    Raises:
+        OSError: `path` is a folder or a device, such as /dev/null, which must not be replaced.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name}{mark()}")
     try:
         yield temporary

@@ -391,6 +391,8 @@ BAD = {
     "expression": (["prompts", "--regex", "(a"], "regex '(a'"),
     "long expression": (["prompts", "--regex", "(((a{1000}){1000}){1000})"], "regex '"),
     "prompt": (["prompt", "nothing like this"], "prompt 'nothing like this'"),
+    "no name": (["components", "--csv", ""], "--csv '': the name is empty"),
+    "device": (["components", "--csv", "/dev/null"], "'/dev/null': not a regular file"),
     "folder": (["components", "--csv", "/nowhere/rows.csv"], "the folder does not exist"),
 }
 

@@ -174,6 +174,7 @@ def test_no_harvest_no_bucket_no_protocol(tmp_path, s3, capsys):
     missing = line_of(capsys, "push", str(tmp_path / "graphs"), "--to", "s3://no-such-bucket/x")
     assert "object store 's3://no-such-bucket/x': its bucket does not exist" in missing
     assert "did you mean 's3'?" in line_of(capsys, "info", "s33://bucket/graphs")
+    assert "address 's3://': it names no bucket" in line_of(capsys, "info", "s3:///graphs")
 
 
 def test_a_password_in_an_address_is_not_accepted_and_not_shown(capsys):

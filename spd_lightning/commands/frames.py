@@ -50,6 +50,8 @@ def write(frame: pl.DataFrame, csv: str | None, parquet: str | None) -> bool:
     for path, kind in ((csv, "csv"), (parquet, "parquet")):
         if path is None:
             continue
+        if not path:
+            raise BadInput(f"--{kind} '': the name is empty; name a file to write")
         file = Path(path).expanduser()
         if not file.parent.is_dir():
             raise BadInput(f"--{kind} '{path}': the folder does not exist; make it first")

@@ -171,6 +171,10 @@ def _open(address: str, name: str) -> tuple[Any, str]:
             f"address '{name}': it contains a password; set the credentials in the environment or "
             "in the files of the store's own tools instead"
         )
+    if protocol in _WITHOUT_FOLDERS and not rest.partition("/")[0]:
+        raise BadInput(
+            f"address '{protocol}://': it names no bucket; write {protocol}://bucket/folder"
+        )
     options = _S3 if protocol in ("s3", "s3a") else {}
     try:
         system, root = fsspec.url_to_fs(
