@@ -220,6 +220,22 @@ def test_a_lost_list_of_merged_groups_is_reported(tmp_path):
     assert Store(path).manifest["complete"]
 
 
+@pytest.mark.parametrize("file", ["manifest.json", "manifest-0.json", "merged.json"])
+def test_a_ledger_of_another_harvest_is_reported(tmp_path, file):
+    """Otherwise, its rows would have other settings, or would be missing."""
+    harvest(tmp_path / "one", [2] * 3)
+    writer = Writer(tmp_path / "other", SETTINGS | {"threshold": 0.5})
+    writer.complete()
+    compact(tmp_path / "one")
+    swapped = (tmp_path / "one" / file).read_bytes()
+    (tmp_path / "other" / file).write_bytes(swapped)
+    with pytest.raises(BadInput, match=r"manifest\.json and .* are of different harvests"):
+        Store(tmp_path / "other")
+    if file != "manifest.json":
+        Writer(tmp_path / "other", SETTINGS | {"threshold": 0.5}).complete()
+        assert Store(tmp_path / "other").manifest["prompts"] == 0
+
+
 # ---- readers -------------------------------------------------------------------------------------
 
 

@@ -16,11 +16,11 @@ the next compaction deletes them. Afterwards, the harvest is compacted.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -46,6 +46,7 @@ from spd_lightning.store.ledgers import (
     prompts_text,
     read_snapshot,
     replace_json,
+    settings_digest,
 )
 from spd_lightning.store.manifest import read_settings
 from spd_lightning.store.parts import Parts
@@ -92,9 +93,8 @@ def compact(path: Path) -> Compaction:
     """
     place = Folder(path)
     settings = read_settings(place)
-    layers: list[str] = settings["layers"]
     snapshot = read_snapshot(place)
-    check_ledgers(place, settings["world"], snapshot)
+    check_ledgers(place, settings, snapshot)
     ranks = {0, *snapshot.ledgers}
     handles = list[int]()
     try:
@@ -103,7 +103,7 @@ def compact(path: Path) -> Compaction:
         snapshot = read_snapshot(place)
         _sweep(path, snapshot)
         before = snapshot.shards
-        shards = _merge_all(path, snapshot, layers)
+        shards = _merge_all(path, snapshot, settings)
         kept = _clean(path, shards)
     except OSError as error:
         why = error.strerror or str(error)
@@ -122,20 +122,21 @@ def _file_count(shards: Sequence[Shard]) -> int:
     return sum(1 for shard in shards for _ in files(shard))
 
 
-def _merge_all(path: Path, snapshot: Snapshot, layers: list[str]) -> list[Shard]:
+def _merge_all(path: Path, snapshot: Snapshot, settings: Mapping[str, Any]) -> list[Shard]:
     """Merge groups, replace the ledgers, and return all groups."""
     batches = list(_batches(snapshot.shards))
     if all(len(batch) == 1 for batch in batches):
         return snapshot.shards
     generation = snapshot.merged["generation"] + 1
     try:
-        shards = _merge(path, batches, generation, layers)
+        shards = _merge(path, batches, generation, settings["layers"])
         lease_path(path, generation).touch()
         ends = {str(rank): ledger["next"] for rank, ledger in snapshot.ledgers.items()}
         merged: Merged = {
             "generation": generation,
             "shards": shards,
             "next": snapshot.merged["next"] | ends,
+            "settings": settings_digest(settings),
         }
         replace_json(path / MERGED, merged)
     except BaseException:

@@ -61,7 +61,7 @@ def describe(place: Place) -> Description:
     """
     settings = read_settings(place)
     snapshot = read_snapshot(place)
-    check_ledgers(place, settings["world"], snapshot)
+    check_ledgers(place, settings, snapshot)
     sizes = dict[str, TableSize]()
     for shard in snapshot.shards:
         for folder, piece in (shard["tables"] | shard["indices"]).items():
@@ -86,7 +86,7 @@ def findings(place: Place) -> Iterator[Finding | None]:
     """
     settings = read_settings(place)
     snapshot = read_snapshot(place)
-    check_ledgers(place, settings["world"], snapshot)
+    check_ledgers(place, settings, snapshot)
     for shard in snapshot.shards:
         for file, piece in files(shard):
             why = damage(place, file, piece)

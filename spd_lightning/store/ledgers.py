@@ -12,15 +12,17 @@ Every file is read before those that replace it: the lines, then the ledger that
 `merged.json`. So a reader sees each group exactly once, even while it is moved.
 """
 
+import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from spd_lightning import json_files
+from spd_lightning.digests import digest_of
 from spd_lightning.errors import BadInput
 from spd_lightning.files import whole
 from spd_lightning.store.places import Folder, Place, read_json
@@ -74,13 +76,15 @@ class Ledger(TypedDict):
     """The groups that one rank committed, and whether its share of the prompts is complete.
 
     `next` is the number of its next group; numbers are never used twice. `generation` is the number
-    of compactions that took groups from it: `merged.json` is at least as new.
+    of compactions that took groups from it: `merged.json` is at least as new. `settings` is the
+    digest of the harvest's settings.
     """
 
     shards: list[Shard]
     next: int
     complete: bool
     generation: NotRequired[int]
+    settings: NotRequired[str]
 
 
 class Merged(TypedDict):
@@ -92,6 +96,7 @@ class Merged(TypedDict):
     generation: int
     shards: list[Shard]
     next: dict[str, int]
+    settings: NotRequired[str]
 
 
 class _UncheckedLedger(TypedDict):
@@ -99,12 +104,14 @@ class _UncheckedLedger(TypedDict):
     next: int
     complete: bool
     generation: NotRequired[int]
+    settings: NotRequired[str]
 
 
 class _UncheckedMerged(TypedDict):
     generation: int
     shards: list[_UncheckedShard]
     next: dict[str, int]
+    settings: NotRequired[str]
 
 
 class Snapshot(NamedTuple):
@@ -202,16 +209,37 @@ def read_snapshot(place: Place) -> Snapshot:
     return Snapshot(ledgers, merged)
 
 
-def check_ledgers(place: Place, world: int, snapshot: Snapshot) -> None:
-    """Check that no ledger was lost, since the harvest would seem to have fewer groups.
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Return a digest of the settings of a harvest, whatever the number of its processes."""
+    same = {key: value for key, value in settings.items() if key != "world"}
+    return digest_of(json.dumps(same, sort_keys=True).encode())
+
+
+def check_ledgers(place: Place, settings: Mapping[str, Any], snapshot: Snapshot) -> None:
+    """Check that no ledger was lost or is that of another harvest.
+
+    Otherwise, the harvest would seem to have fewer groups, or its rows other settings.
 
     Raises:
-        BadInput: a ledger is missing.
+        BadInput: a ledger is missing, or belongs to another harvest.
     """
+    remedy = "restore {} from a copy, or run the same predict command again"
+    world: int = settings["world"]
+    own = settings_digest(settings)
+    ledgers: dict[str, Ledger | Merged] = {MERGED: snapshot.merged}
+    for rank in range(world):
+        if rank in snapshot.ledgers:
+            ledgers[f"manifest-{rank}.json"] = snapshot.ledgers[rank]
+    for file, ledger in ledgers.items():
+        if ledger.get("settings", own) != own:
+            raise BadInput(
+                f"harvest '{place.name}': manifest.json and {file} are of different harvests; "
+                + remedy.format("both")
+            )
     if lost := lost_ledger(place, world, snapshot):
         raise BadInput(
             f"harvest '{place.name}': {lost} is missing, so some of its groups are unknown; "
-            "restore it from a copy, or run the same predict command again to harvest them again"
+            + remedy.format("it")
         )
 
 

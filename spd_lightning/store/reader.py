@@ -69,7 +69,7 @@ class Store:
         snapshot = self._hold_snapshot()
         self._shards = snapshot.shards
         if not skip_damaged:
-            check_ledgers(self._place, settings["world"], snapshot)
+            check_ledgers(self._place, settings, snapshot)
         else:
             self._shards = [shard for shard in self._shards if not damaged(self._place, shard)]
         self._scans: dict[str, pl.LazyFrame] = {}

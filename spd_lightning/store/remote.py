@@ -25,6 +25,7 @@ from spd_lightning.store.ledgers import (
     check_ledgers,
     files,
     read_snapshot,
+    settings_digest,
 )
 from spd_lightning.store.manifest import MANIFEST, read_settings
 from spd_lightning.store.parts import damage_error, one_line
@@ -225,7 +226,7 @@ def push(folder: Path, bucket: Bucket) -> Pushed:
     place = Folder(folder)
     settings = read_settings(place)
     snapshot = read_snapshot(place)
-    check_ledgers(place, settings["world"], snapshot)
+    check_ledgers(place, settings, snapshot)
     known = _files_of_copy(settings, bucket)
     sent = 0
     size = 0
@@ -244,7 +245,7 @@ def push(folder: Path, bucket: Bucket) -> Pushed:
                 )
             sent += 1
             size += piece["bytes"]
-    for file, value in _ledgers(snapshot).items():
+    for file, value in _ledgers(settings, snapshot).items():
         bucket.put(file, json_files.dumped(value).encode())
     bucket.put(MANIFEST, json_files.dumped(settings).encode())
     return Pushed(sent, size, skipped)
@@ -271,7 +272,7 @@ def _files_of_copy(settings: dict[str, Any], bucket: Bucket) -> dict[str, str]:
     return {file: piece["digest"] for shard in shards for file, piece in files(shard)}
 
 
-def _ledgers(snapshot: Snapshot) -> dict[str, Any]:
+def _ledgers(settings: dict[str, Any], snapshot: Snapshot) -> dict[str, Any]:
     """Return the ledgers of a copy, by file, in the order in which they are written.
 
     All groups are in `merged.json`, which replaces the ledgers of ranks at once.
@@ -280,6 +281,7 @@ def _ledgers(snapshot: Snapshot) -> dict[str, Any]:
         "generation": snapshot.merged["generation"],
         "shards": snapshot.shards,
         "next": {str(rank): ledger["next"] for rank, ledger in snapshot.ledgers.items()},
+        "settings": settings_digest(settings),
     }
     ranks = {}
     for rank, ledger in snapshot.ledgers.items():

@@ -28,6 +28,7 @@ from spd_lightning.store.ledgers import (
     prompts_text,
     read_snapshot,
     replace_json,
+    settings_digest,
 )
 from spd_lightning.store.manifest import MANIFEST, check_same, read_settings
 from spd_lightning.store.places import Folder
@@ -78,8 +79,11 @@ class Writer:
             self._journal = Journal(self.path, rank)
             snapshot = read_snapshot(Folder(self.path))
             self._ledger = snapshot.ledgers.setdefault(rank, empty_ledger())
-            # `merged.json` may have been lost; its groups are harvested again.
+            # `merged.json` may have been lost, or be that of another harvest; its groups are then
+            # harvested again.
             self._ledger["generation"] = snapshot.merged["generation"]
+            self._ledger["settings"] = settings_digest(settings)
+            snapshot.merged["settings"] = self._ledger["settings"]
             dropped = self._repair(snapshot, world)
             self._save(complete=False)
             self._sweep(snapshot, dropped)
