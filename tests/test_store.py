@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -541,6 +542,13 @@ def test_damage_is_noticed_while_a_store_is_open(harvest, monkeypatch):
         store.collect(query)
     path.write_bytes(intact)
     assert content(store.scan("edges").collect()) == before
+
+
+def test_any_name_of_a_folder(harvest, tmp_path):
+    """Brackets and stars are not patterns."""
+    for name in ("a b", "100%", "[x]*", "{a}", "😀"):
+        copy = shutil.copytree(harvest, tmp_path / name)
+        assert ids(copy, "edges") == sorted([10, 20, 30, 40] * 3)
 
 
 def test_a_lost_ledger_is_reported_and_its_groups_are_harvested_again(harvest):

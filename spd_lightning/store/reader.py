@@ -279,7 +279,7 @@ class Store:
         paths = list[Path]()
         for file, path in self._compare(table, shards).items():
             try:
-                actual = pl.read_parquet_schema(path)
+                actual = pl.scan_parquet(path, glob=False).collect_schema()
             except (pl.exceptions.PolarsError, OSError) as error:
                 raise damage_error(self._place, file, one_line(error)) from error
             check_columns(self._place, table, file, actual, self.layers)
