@@ -54,6 +54,7 @@ bench: $(VENV)/.installed-dev  ## speed, next to a plain implementation of the s
 	$(PYTHON) benchmarks/bench.py
 	$(PYTHON) benchmarks/bench_graphs.py
 	$(PYTHON) benchmarks/bench_store.py
+	$(PYTHON) benchmarks/bench_statistics.py
 
 paper: install  ## Table 1 of the SPD paper, over seeds, one process a core
 	$(PYTHON) benchmarks/paper.py

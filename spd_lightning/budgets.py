@@ -57,3 +57,24 @@ CIRCUIT_ARRAYS = 4
 
 HEAD_ROWS = 8
 """Rows of edges through attention by head, relative to rows without heads."""
+
+GRAPH_EDGE_BYTES = 40
+"""Bytes of one edge of a prompt's graph until it is written: as arrays, and as rows."""
+
+SUM_ROW_BYTES = 100
+"""Bytes of one row of sums over prompts: as rows, and while rows with the same keys are added."""
+
+FIRING_SHARE = 0.1
+"""The assumed share of components that fire at a position, at most."""
+
+FIRING_BYTES = 200
+"""Bytes of one firing of a batch: its place and values, and its keys as an example of each kind."""
+
+EXAMPLE_BYTES = 200
+"""Bytes of one example: as rows, and while they are sorted."""
+
+COUNT_BYTES = 120
+"""Bytes of one count: in the sum so far, in the next sum, and as rows while they are sorted."""
+
+LIBRARY_BYTES = 600 << 20
+"""Bytes of Python with torch and the other libraries."""

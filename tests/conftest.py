@@ -52,7 +52,7 @@ SLOW = {
     "large stores": ("store_compaction", "store_remote", "store_scale", "store_verb"),
     "graphs of language models": ("influence",),
     "plots": ("figures",),
-    "dry runs": ("sizing",),
+    "dry runs": ("harvest_memory", "sizing"),
 }
 """Test files that `make test-fast` leaves out, by what they need."""
 

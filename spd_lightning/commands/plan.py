@@ -1,4 +1,4 @@
-"""plan: estimate the memory, work and time of a fit before anything is trained."""
+"""plan: estimate the memory, work and time of a fit, and the memory of a predict, beforehand."""
 
 from __future__ import annotations  # some types are of modules that load torch
 
@@ -32,6 +32,7 @@ def _lines(config: Mapping[str, Any], overrides: Sequence[str], name: str | None
     """Yield the lines of a config's plan for the device of this name, or for all devices."""
     from spd_lightning.planning.devices import DEVICES, device_named, measured
     from spd_lightning.planning.estimate import size_of
+    from spd_lightning.planning.harvests import harvest_memory
     from spd_lightning.training.session import Settings
 
     settings = Settings(config, overrides)
@@ -44,23 +45,32 @@ def _lines(config: Mapping[str, Any], overrides: Sequence[str], name: str | None
     if size.step.gathered and any(device.gpu for device in devices):
         gpu_size = size_of(settings, gpu=True)
     sizes = [(device, gpu_size if device.gpu else size) for device in devices]
-    return table(sizes)
+    yield from table(sizes, harvest_memory(settings))
 
 
-def table(sizes: Sequence[tuple[Device, Size]]) -> Iterator[str]:
-    """Yield the lines of a plan: memory and work on the first device, hours on all of them."""
+def table(
+    sizes: Sequence[tuple[Device, Size]], predict: Mapping[str, int] | None = None
+) -> Iterator[str]:
+    """Yield the lines of a plan: memory and work on the first device, hours on all of them.
+
+    predict: the bytes that the harvesters need, by purpose; none if omitted.
+    """
     _, size = sizes[0]
+    predict = predict or {}
     names = [site.name for site in size.sites]
-    names += [*size.memory, *size.step.parts]
+    names += [*size.memory, *size.step.parts, *predict]
     names += [device.name for device, _ in sizes]
     width = max([LEAST_WIDTH, *map(len, names)])
     yield from _parameters(size, width)
     yield ""
-    yield from _memory(size, width)
+    yield from _memory("memory", size.memory, width)
     yield ""
     yield from _work(size, width)
     yield ""
     yield from _hours(sizes, width)
+    if predict:
+        yield ""
+        yield from _memory("memory of predict, at most", predict, width)
 
 
 LEAST_WIDTH = 32
@@ -82,11 +92,11 @@ def _parameters(size: Size, width: int) -> Iterator[str]:
         yield f"  {name:<{width}} {components:>8} {parameters:>16,}"
 
 
-def _memory(size: Size, width: int) -> Iterator[str]:
+def _memory(title: str, memory: Mapping[str, int], width: int) -> Iterator[str]:
     """Yield the memory of every part, and the total."""
-    total = sum(size.memory.values())
-    rows = {**size.memory, "total": total}
-    yield f"{'memory':<{width + 2}} {'GiB':>25}"
+    total = sum(memory.values())
+    rows = {**memory, "total": total}
+    yield f"{title:<{width + 2}} {'GiB':>25}"
     for name, count in rows.items():
         gib = count / GiB
         yield f"  {name:<{width}} {gib:>25.3f}"

@@ -115,6 +115,13 @@ class DatasetEdges(Harvester):
         prompts = max(1, budgets.MAX_POSITION_PAIRS // pairs_per_prompt)
         return min(count, prompts)
 
+    def memory(self, model: ComponentModel, inputs: Tensor) -> Mapping[str, int]:
+        """Return the bytes of the sums over a group of prompts if every component is a node."""
+        outputs = vocab_of(model.target) or inputs.shape[1]
+        components = sum(model.counts.values()) + 2 * outputs  # also as inputs
+        rows = min(components**2 // 2, budgets.MAX_SUM_ROWS)
+        return {"sums": rows * budgets.SUM_ROW_BYTES}
+
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]
     ) -> Mapping[str, pl.DataFrame]:

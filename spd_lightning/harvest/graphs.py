@@ -170,6 +170,16 @@ class PromptGraphs(Harvester):
         prompts = max(1, budgets.MAX_POSITION_PAIRS // rows_per_prompt)
         return min(count, prompts)
 
+    def memory(self, model: ComponentModel, inputs: Tensor) -> Mapping[str, int]:
+        """Return the bytes of the graphs of a batch if every component is a node (`budgets`)."""
+        prompts = min(len(inputs), self.at_once(model, inputs))
+        positions = 1 if inputs.is_floating_point() else inputs.shape[1]
+        outputs = vocab_of(model.target) or inputs.shape[1]
+        nodes = positions * (sum(model.counts.values()) + outputs)
+        edges_of_prompt = min(nodes**2 // 2, budgets.MAX_EDGES)
+        edges = min(prompts * edges_of_prompt, budgets.MAX_TOTAL_EDGES)
+        return {"edges": edges * budgets.GRAPH_EDGE_BYTES}
+
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]
     ) -> Mapping[str, pl.DataFrame]:

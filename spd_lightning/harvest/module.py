@@ -105,6 +105,13 @@ class Harvester(Callback, ABC):
         prompts = budgets.MAX_COMPONENT_NUMBERS // entries_per_prompt
         return max(1, prompts)
 
+    def memory(self, model: ComponentModel, inputs: torch.Tensor) -> Mapping[str, int]:
+        """Return the most bytes of rows that are in memory until they are written, by purpose.
+
+        inputs: a batch of prompts.
+        """
+        return {}
+
     def check_prompts(self, module: Decomposition, prompts: Prompts) -> None:
         """Check prompts of one length, before anything is computed or written.
 

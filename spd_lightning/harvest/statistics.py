@@ -17,6 +17,7 @@ import torch
 
 from spd_lightning import budgets
 from spd_lightning.data.modules import Prompts
+from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, check_range
 from spd_lightning.harvest.counting import Counts, count
 from spd_lightning.harvest.examples import Examples, Firings
@@ -83,7 +84,7 @@ class Statistics(Harvester):
             "positive": top_examples,
             "negative": top_examples,
         }
-        self._totals: _Totals | None = None
+        self._totals: Totals | None = None
 
     def manifest(self, module: Decomposition) -> dict[str, Any]:
         """Return the settings of the harvest, which its rows depend on."""
@@ -95,13 +96,29 @@ class Statistics(Harvester):
             "config": {"threshold": self.threshold, "examples": self.kept, "seed": self.seed},
         }
 
+    def memory(self, model: ComponentModel, inputs: torch.Tensor) -> Mapping[str, int]:
+        """Return the bytes of the firings of a batch, and of the statistics of a group."""
+        prompts = min(len(inputs), self.at_once(model, inputs))
+        positions = 1 if inputs.is_floating_point() else inputs.shape[1]
+        units = sum(model.counts.values())
+        firings = prompts * positions * units * budgets.FIRING_SHARE
+        pairs = units * (units + 1) // 2
+        token_counts = 2 * units * (vocab_of(model.target) or 0)
+        counts = min(pairs + token_counts, budgets.MAX_STATISTICS_ROWS)
+        examples = units * sum(self.kept.values())
+        return {
+            "firings of a batch": round(firings * budgets.FIRING_BYTES),
+            "counts": counts * budgets.COUNT_BYTES,
+            "examples": examples * budgets.EXAMPLE_BYTES,
+        }
+
     def rows(
         self, module: Decomposition, prompts: Prompts, ids: list[int]
     ) -> Mapping[str, pl.DataFrame]:
         """Add a batch of prompts to the sums of the group, and return the rows of the prompts."""
         units = ComponentUnits(module.model)
         if self._totals is None:
-            self._totals = _Totals(units.counts, self.kept, self.seed)
+            self._totals = Totals(units.counts, self.kept, self.seed)
         observation = units.observe(prompts.inputs)
         fires = {}
         for layer in units.counts:
@@ -146,7 +163,7 @@ def _check_finite(observation: Observation, harvest: str) -> None:
             )
 
 
-class _Totals:
+class Totals:
     """The statistics of a group of prompts, kept in memory.
 
     Attributes:

@@ -112,7 +112,7 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
     Raises:
         BadInput: the config does not describe a decomposition, or one of its settings is invalid.
     """
-    make = _module(settings)
+    make = module_of(settings)
     batch = _batch(settings)
     trainer = settings.config["trainer"]
     mixed = is_mixed(settings.settings["trainer"])
@@ -122,20 +122,25 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
         module = make()
         example = batch()
         rows = len(example) if example.is_floating_point() else example.numel()
-    weights = 0
-    for tensor in (*module.parameters(), *module.buffers()):
-        weights += tensor.numel() * tensor.element_size()
     return Size(
         target=_parameters(module.model.target),
         sites=_sites(module),
         importance=_parameters(module.model.importance_function),
-        weights=weights,
+        weights=bytes_of(module),
         step=measure_step(make, batch, torch.bfloat16 if mixed else None, whole=gpu),
         steps=max(0, trainer["max_steps"]),
         warm_up=module.warm_up.steps,
         mixed=mixed,
         tokens=rows,
     )
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Return the bytes of the parameters and buffers of a module."""
+    count = 0
+    for tensor in (*module.parameters(), *module.buffers()):
+        count += tensor.numel() * tensor.element_size()
+    return count
 
 
 def _parameters(module: nn.Module) -> int:
@@ -162,7 +167,7 @@ def _batch(settings: Settings) -> Callable[[], Tensor]:
     return lambda: torch.zeros(shape)
 
 
-def _module(settings: Settings) -> Callable[[], Decomposition]:
+def module_of(settings: Settings) -> Callable[[], Decomposition]:
     """Return a function that makes the config's module on an untrained target.
 
     Call it while new tensors are fake.
@@ -245,7 +250,7 @@ def rough_bound(settings: Settings) -> float:
     It allows for sixteen copies of every tensor of each masked pass.
     """
     with fake_tensors():
-        module = _module(settings)()
+        module = module_of(settings)()
         tokens = _batch(settings)().numel()
     model = module.model
     trained = _parameters(module)

@@ -179,7 +179,7 @@ class Settings(Session):
         """Build the model or the data, with some of its arguments given as objects.
 
         Args:
-            owner: `model` or `data`.
+            owner: `model` or `data`; or `trainer`, for its settings with callbacks that are built.
             **given: arguments that replace those of the config.
 
         Raises:
