@@ -90,9 +90,7 @@ class Loop:
             "tokens": self.tokens[fires].bincount(minlength=VOCAB),
             "mass": mass,
             "uniform": keys.topk(min(1000, len(keys))).indices,
-            "top": [
-                x.topk(min(100, len(x))).indices for x in (importance, at_firings, -at_firings)
-            ],
+            "top": [x.topk(min(100, len(x))).indices for x in strengths],
         }
 
 
