@@ -1,9 +1,13 @@
-"""The web endpoints: the same values as in Python, and one line for every bad request."""
+"""The web endpoints: the same values as in Python and as commands print, and one line for every
+bad request.
+"""
 
 import asyncio
 import inspect
 import json
+import math
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -11,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
+import polars as pl
 import pytest
 from support.fuzzer import Fuzzer
 from support.tiny_harvests import HARVESTS, NAME, OTHER, make_harvests
 from support.web import Response, request, send
 
-from spd_lightning import json_files
+from spd_lightning import cli, json_files
 from spd_lightning.analysis import responses
 from spd_lightning.analysis.harvests import open_harvest
 from spd_lightning.analysis.store import Store
@@ -77,7 +82,7 @@ def get(app: Any, address: str) -> Response:
     return send(app, "GET", unquote(parts.path), query=parts.query.encode())
 
 
-# ---- the same values over HTTP and in Python -----------------------------------------------------
+# ---- the same values over HTTP, as a command and in Python ---------------------------------------
 
 Stores = Mapping[str, Store]
 
@@ -87,83 +92,119 @@ class Case(NamedTuple):
 
     Attributes:
         address: over HTTP; `{id}` is a prompt.
-        python: in Python; takes the stores by name, and the prompt.
-        words: of the command line, before `--json`; empty if there is no such command.
+        json: as JSON in Python; takes the stores by name, and the prompt.
+        words: of the command line, without the run and `--json`; empty if there is no such command.
+        frame: as a frame in Python, whose first rows are the items of the answer; takes the stores.
     """
 
     address: str
-    python: Callable[[Stores, int], Any]
-    words: list[str]
+    json: Callable[[Stores, int], Any]
+    words: str = ""
+    frame: Callable[[Stores], pl.DataFrame] | None = None
 
 
 CASES = [
-    Case("/api/meta?harvest=graphs", lambda s, i: responses.meta(s["graphs"]), []),
-    Case("/api/components", lambda s, i: responses.components(s["statistics"]), []),
+    Case("/api/meta?harvest=graphs", lambda s, i: responses.meta(s["graphs"])),
+    Case(
+        "/api/components",
+        lambda s, i: responses.components(s["statistics"]),
+        "components --size 100",
+        lambda s: s["statistics"].components(),
+    ),
     Case(
         "/api/components?layer=h.1.mlp.c_fc&sort=norm&page=1&size=3",
         lambda s, i: responses.components(s["statistics"], "h.1.mlp.c_fc", "norm", 1, 3),
-        [],
+        "components --layer h.1.mlp.c_fc --sort norm --page 1 --size 3",
+        lambda s: s["statistics"].components("h.1.mlp.c_fc", "norm").slice(3),
     ),
-    Case(f"/api/components/{NAME}", lambda s, i: responses.component(s["statistics"], NAME), []),
-    Case(f"/api/stats/{NAME}", lambda s, i: responses.component(s["statistics"], NAME), []),
+    Case(f"/api/components/{NAME}", lambda s, i: responses.component(s["statistics"], NAME)),
+    Case(f"/api/stats/{NAME}", lambda s, i: responses.component(s["statistics"], NAME)),
     Case(
         f"/api/activation_contexts?name={NAME}",
         lambda s, i: responses.activation_contexts(s["statistics"], NAME),
-        [],
+        frame=lambda s: s["statistics"].contexts(NAME),
     ),
     Case(
         f"/api/activation_contexts?name={NAME}&kind=positive&window=2&top=3",
         lambda s, i: responses.activation_contexts(s["statistics"], NAME, "positive", 2, 3),
-        [],
+        frame=lambda s: s["statistics"].contexts(NAME, "positive", 2),
     ),
     Case(
-        f"/api/correlations/{NAME}", lambda s, i: responses.correlations(s["statistics"], NAME), []
+        f"/api/correlations/{NAME}",
+        lambda s, i: responses.correlations(s["statistics"], NAME),
+        f"correlations {NAME} --size 100",
+        lambda s: s["statistics"].correlations(NAME),
     ),
     Case(
         f"/api/correlations/{NAME}?sort=jaccard&size=5&page=2",
         lambda s, i: responses.correlations(s["statistics"], NAME, "jaccard", 2, 5),
-        [],
+        f"correlations {NAME} --sort jaccard --size 5 --page 2",
+        lambda s: s["statistics"].correlations(NAME, "jaccard").slice(10),
     ),
-    Case(f"/api/tokens/{NAME}", lambda s, i: responses.tokens(s["statistics"], NAME), []),
+    Case(
+        f"/api/tokens/{NAME}",
+        lambda s, i: responses.tokens(s["statistics"], NAME),
+        f"tokens {NAME}",
+    ),
     Case(
         f"/api/tokens/{NAME}?of=output&sort=recall&top=4",
         lambda s, i: responses.tokens(s["statistics"], NAME, "output", "recall", 4),
-        [],
+        f"tokens {NAME} --of output --sort recall --top 4",
     ),
     Case(
         f"/api/search?components={NAME},{OTHER}&mode=any&harvest=graphs&size=2",
         lambda s, i: responses.search(s["graphs"], [NAME, OTHER], "any", size=2),
-        [],
+        f"search {NAME},{OTHER} --mode any --harvest graphs --size 2",
+        lambda s: s["graphs"].search([NAME, OTHER], "any"),
     ),
     Case(
         f"/api/search?components={NAME}&min_importance=0.5&harvest=nodes",
         lambda s, i: responses.search(s["nodes"], [NAME], "all", 0.5),
-        [],
+        f"search {NAME} --min_importance 0.5 --harvest nodes --size 100",
+        lambda s: s["nodes"].search([NAME], "all", 0.5),
     ),
-    Case("/api/prompts?harvest=nodes", lambda s, i: responses.prompts(s["nodes"]), []),
+    Case(
+        "/api/prompts?harvest=nodes",
+        lambda s, i: responses.prompts(s["nodes"]),
+        "prompts --harvest nodes --size 100",
+        lambda s: s["nodes"].prompts(),
+    ),
     Case(
         "/api/prompts?harvest=graphs&text=3+2&size=2",
         lambda s, i: responses.prompts(s["graphs"], "3 2", size=2),
-        [],
+        "prompts --harvest graphs --text '3 2' --size 2",
+        lambda s: s["graphs"].prompts("3 2"),
     ),
     Case(
         "/api/prompts?harvest=graphs&regex=%5E0%20%5B1-5%5D",
         lambda s, i: responses.prompts(s["graphs"], regex="^0 [1-5]"),
-        [],
+        "prompts --harvest graphs --regex '^0 [1-5]' --size 100",
+        lambda s: s["graphs"].prompts(regex="^0 [1-5]"),
     ),
-    Case("/api/prompt/{id}", lambda s, i: responses.prompt(s["graphs"], i), []),
+    Case(
+        "/api/prompt/{id}", lambda s, i: responses.prompt(s["graphs"], i), "prompt {id} --top_k 200"
+    ),
     Case(
         "/api/prompt/{id}?top_k=7&ci_threshold=0.2&max_mean_ci=0.9&output_prob_threshold=0.05"
         "&normalize=target",
         lambda s, i: responses.prompt(s["graphs"], i, 7, 0.2, 0.9, 0.05, "target"),
-        [],
+        "prompt {id} --top_k 7 --ci_threshold 0.2 --max_mean_ci 0.9 --output_prob_threshold 0.05 "
+        "--normalize target",
     ),
-    Case("/api/prompt/{id}?harvest=nodes", lambda s, i: responses.prompt(s["nodes"], i), []),
-    Case(f"/api/neighbors/{NAME}", lambda s, i: responses.neighbors(s["sums"], NAME), []),
+    Case(
+        "/api/prompt/{id}?harvest=nodes",
+        lambda s, i: responses.prompt(s["nodes"], i),
+        "prompt {id} --harvest nodes --top_k 200",
+    ),
+    Case(
+        f"/api/neighbors/{NAME}",
+        lambda s, i: responses.neighbors(s["sums"], NAME),
+        f"neighbors {NAME}",
+    ),
     Case(
         f"/api/neighbors/{NAME}?side=targets&top=3&harvest=graphs",
         lambda s, i: responses.neighbors(s["graphs"], NAME, "targets", 3),
-        [],
+        f"neighbors {NAME} --side targets --top 3 --harvest graphs",
     ),
 ]
 FORMS = {
@@ -182,7 +223,7 @@ FORMS = {
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.address)
 def test_an_endpoint_returns_what_python_returns(app, stores, prompt_id, case):
     response = get(app, case.address.format(id=prompt_id))
-    value = case.python(stores, prompt_id)
+    value = case.json(stores, prompt_id)
     assert response.status == 200, response.body
     assert response.json() == json.loads(json.dumps(value, allow_nan=False))
     assert response.headers["spd-run"] == "tiny"
@@ -190,6 +231,39 @@ def test_an_endpoint_returns_what_python_returns(app, stores, prompt_id, case):
     arguments = dict(parse_qsl(urlsplit(case.address).query))
     if harvest := arguments.get("harvest"):
         assert response.headers["spd-harvest"] == harvest
+
+
+COMMANDS = [case for case in CASES if case.words]
+
+
+@pytest.mark.parametrize("case", COMMANDS, ids=lambda case: case.words)
+def test_a_command_prints_what_an_endpoint_returns(app, root, prompt_id, case, capsys):
+    """As JSON; and without --json it prints something."""
+    verb, *words = shlex.split(case.words.format(id=prompt_id))
+    assert cli.run([verb, str(root / "tiny"), *words, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == get(app, case.address.format(id=prompt_id)).json()
+    assert cli.run([verb, str(root / "tiny"), *words]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+FRAMES = [case for case in CASES if case.frame is not None]
+
+
+@pytest.mark.parametrize("case", FRAMES, ids=lambda case: case.address)
+def test_items_are_the_rows_of_a_frame(app, stores, case):
+    """The public `Store` returns frames; an item has all columns of its row, and may have more."""
+    items = get(app, case.address).json()["items"]
+    rows = case.frame(stores).head(len(items))
+    assert len(items) == rows.height > 0
+    for item, row in zip(items, rows.iter_rows(named=True), strict=True):
+        if "prompt_id" in row:
+            row["prompt_id"] = str(row["prompt_id"])
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        assert item.items() >= json.loads(json.dumps(finite)).items()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.address)

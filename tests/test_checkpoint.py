@@ -35,6 +35,7 @@ from spd_lightning.training.checkpoint import (
     PREVIOUS,
     Checkpoints,
     SafetensorsIO,
+    make_room,
     pack,
     resumable,
     unpack,
@@ -542,6 +543,24 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
     assert not last.exists()
     assert SafetensorsIO().load_checkpoint(last)["step"] == 3
     assert SafetensorsIO().load_checkpoint(before)["step"] == 2
+
+
+@pytest.mark.parametrize("keep", [2, 3, 5])
+def test_the_newest_checkpoints_are_kept(tmp_path, keep):
+    """One is written every five steps; a training that is run with a lower number removes more."""
+    fitting: Any = trainer(tmp_path, 40)
+    fitting.callbacks[:] = [Checkpoints(tmp_path)]
+    module = small(Decomposition, checkpoint_every=5, keep_checkpoints=keep)
+    fitting.fit(module, SparseFeatures(5, 0.3, 16))
+    names = ["last", "previous", "previous-2", "previous-3", "previous-4"]
+    kept = [tmp_path / "checkpoints" / f"{name}.safetensors" for name in names[:keep]]
+    assert set((tmp_path / "checkpoints").iterdir()) == set(kept)
+    assert [step_of(path) for path in kept] == [35, 30, 25, 20, 15][:keep]
+    for path in kept[:-1]:
+        path.write_bytes(b"")
+    assert SafetensorsIO().load_checkpoint(kept[0])["global_step"] == step_of(kept[-1])
+    make_room(tmp_path / "checkpoints", 2)
+    assert set((tmp_path / "checkpoints").iterdir()) == set(kept[:2])
 
 
 def training(folder: Path, digest: str) -> Path:

@@ -25,6 +25,7 @@ from support.tiny_run import SERVER, begun, done, killed, lay_out, one_figure, w
 from spd_lightning import cli, runs
 from spd_lightning.errors import BadInput, without_passwords
 from spd_lightning.runs.files import read_metrics
+from spd_lightning.store import Store
 from spd_lightning.tracking import copies, publishing
 from spd_lightning.tracking.copies import Copies, Tail
 from spd_lightning.tracking.publishing import send
@@ -192,6 +193,29 @@ def test_a_server_that_dies_in_the_middle(root, server):
     (artifacts,) = (server.folder / "artifacts").glob(f"*/{record}/artifacts")
     same_files(artifacts, run)
     assert not (run / "uncopied.json").exists()
+
+
+def test_a_harvest_goes_through_a_server_and_is_searched(
+    root, server, tmp_path, monkeypatch, capsys
+):
+    """The run is fitted and harvested with a server, pulled into an empty folder, and searched."""
+    path = root / "through"
+    for verb in ("fit", "predict"):
+        words = [verb, *FIT[1:], "--run", "through"]
+        done(root, words, MLFLOW_TRACKING_URI=server.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("SPD_RUNS", str(tmp_path))
+    assert cli.run(["pull", "mlflow:through"]) == 0
+    nodes = Store(path / "harvest/graphs-unmasked").scan("nodes").filter(kind="component").collect()
+    layer, component = nodes.select("layer", "component").row(0)
+    found = []
+    for run in (str(path), "through-pulled"):
+        capsys.readouterr()
+        words = ["search", run, f"{layer}:{component}", "--json"]
+        assert cli.run(words) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert found[0]["total"] > 0
 
 
 # ---- what does not answer ------------------------------------------------------------------------

@@ -1,7 +1,4 @@
-"""Queries of statistics, prompts and graphs, compared with plain loops over the raw tables.
-
-Every query is also a command whose `--json` prints what the function of `responses` returns.
-"""
+"""Queries of statistics, prompts and graphs, compared with plain loops over the raw tables."""
 
 import json
 import math
@@ -15,7 +12,6 @@ from polars.testing import assert_frame_equal
 from support.query_run import harvest_all
 
 from spd_lightning import cli
-from spd_lightning.analysis import responses
 from spd_lightning.analysis.normalize import NORMALIZATIONS, normalized
 from spd_lightning.analysis.store import Store
 from spd_lightning.store import Writer
@@ -284,69 +280,11 @@ def test_neighbors_add_up_the_edges_of_all_graphs(run, side):
 
 # ---- commands ------------------------------------------------------------------------------------
 
-CASES = {
-    "components": (
-        ["components", "--sort", "firings", "--size", "7", "--page", "2"],
-        "statistics",
-        lambda store: responses.components(store, None, "firings", 2, 7),
-    ),
-    "a layer": (
-        ["components", "--layer", "h.1.mlp.c_fc", "--sort", "norm"],
-        "statistics",
-        lambda store: responses.components(store, "h.1.mlp.c_fc", "norm", 0, 20),
-    ),
-    "correlations": (
-        ["correlations", NAME, "--sort", "jaccard", "--size", "5"],
-        "statistics",
-        lambda store: responses.correlations(store, NAME, "jaccard", 0, 5),
-    ),
-    "tokens": (
-        ["tokens", NAME, "--of", "output", "--sort", "recall", "--top", "4"],
-        "statistics",
-        lambda store: responses.tokens(store, NAME, "output", "recall", 4),
-    ),
-    "neighbors": (
-        ["neighbors", NAME, "--top", "3"],
-        "sums",
-        lambda store: responses.neighbors(store, NAME, None, 3),
-    ),
-    "search": (
-        ["search", f"{NAME},{OTHER}", "--mode", "any", "--min_importance", "0.5", "--size", "3"],
-        "graphs",
-        lambda store: responses.search(store, [NAME, OTHER], "any", 0.5, 0, 3),
-    ),
-    "prompts": (
-        ["prompts", "--text", "1 2", "--size", "2"],
-        "graphs",
-        lambda store: responses.prompts(store, "1 2", None, 0, 2),
-    ),
-    "prompt": (
-        ["prompt", "1", "--top_k", "9", "--normalize", "target", "--ci_threshold", "0.3"],
-        "graphs",
-        lambda store: responses.prompt(store, second(store), 9, 0.3, 1.0, 0.0, "target"),
-    ),
-}
-
-
-def second(store) -> int:
-    from spd_lightning.analysis.prompts import graph_list
-
-    return graph_list(store)["prompt_id"][1]
-
 
 def printed(capsys, run, words) -> str:
     verb, *rest = words
     assert cli.run([verb, str(run), *rest]) == 0
     return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_commands_print_the_same_json(run, capsys, case):
-    """`--json` is what the endpoint of the same name returns."""
-    words, harvest, expected = CASES[case]
-    answer = json.loads(printed(capsys, run, [*words, "--harvest", harvest, "--json"]))
-    assert answer == json.loads(json.dumps(expected(opened(run, harvest))))
-    assert printed(capsys, run, [*words, "--harvest", harvest]).strip()
 
 
 def test_component_says_what_it_is_about(run, capsys):

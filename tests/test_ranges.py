@@ -58,7 +58,7 @@ def training(**settings) -> TargetTraining:
 
 BLOCKS: dict[str, tuple] = dict.fromkeys(
     ("inner_steps", "log_every", "checkpoint_every", "threads", "micro_batches"), COUNT
-)
+) | {"keep_checkpoints": (1, 0)}
 DATA: dict[str, tuple] = {
     "batch_size": COUNT,
     "predict_batch_size": COUNT,

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from spd_lightning import json_files, runs
 from spd_lightning.errors import BadInput
 from spd_lightning.runs.files import held
+from spd_lightning.runs.lineage import lineage
 from spd_lightning.runs.trackers import check_inside
 from spd_lightning.store import Store, Writer, prompt_hash
 
@@ -510,6 +511,7 @@ class Artifact:
 
     def __init__(self, folder: Path, *more: str):
         self._files = files(folder)
+        self.metadata: dict[str, Any] = {}
         self.manifest = types.SimpleNamespace(entries=dict.fromkeys([*self._files, *more]))
 
     def download(self, root: str) -> str:
@@ -545,6 +547,19 @@ def test_a_harvest_comes_from_wandb(root, wandb, tmp_path):
     assert runs.find("wandb:me/spd/tms-graphs:v3") == run
     with pytest.raises(BadInput, match="artifact me/spd/x:v1 not found; check the name"):
         runs.find("wandb:me/spd/x:v1")
+
+
+def test_an_artifact_of_another_digest_is_not_pulled(root, wandb, tmp_path):
+    """Its metadata has the digest of each part."""
+    harvest(tmp_path / "run" / "harvest" / "graphs")
+    part = "harvest/graphs"
+    artifact = Artifact(tmp_path / "run")
+    artifact.metadata = {part: lineage(tmp_path / "run", part), "harvest/../..": {"digest": "1"}}
+    wandb.held["me/spd/x:v0"] = artifact
+    assert runs.pull("wandb:me/spd/x:v0") == root / "x-pulled"
+    artifact.metadata[part]["digest"] = "f" * 16
+    with pytest.raises(BadInput, match="'wandb:me/spd/x:v0': its part 'harvest/graphs' has the"):
+        runs.pull("wandb:me/spd/x:v0")
 
 
 def test_a_hostile_artifact_writes_nothing(root, wandb, tmp_path):

@@ -9,6 +9,7 @@ from polars.testing import assert_frame_equal
 from support.tiny_run import done, killed, lay_out
 
 from spd_lightning import cli, config, json_files, runs
+from spd_lightning.digests import digest
 from spd_lightning.runs import references, trackers
 from spd_lightning.runs.files import read_metrics
 from spd_lightning.store import TABLES, Store
@@ -117,12 +118,47 @@ def test_mlflow_holds_the_files(client, root):
         "summary.json",
         "metrics.jsonl",
     } <= held
-    assert {"figures/mean_importance.png", "harvest/graphs-unmasked/manifest.json"} <= held
+    harvest = "harvest/graphs-unmasked"
+    assert {"figures/mean_importance.png", f"{harvest}/manifest.json"} <= held
+    assert f"{harvest}/summary.html" in held  # which MLflow shows, unlike Parquet
     here = {str(p.relative_to(root / "tiny")) for p in (root / "tiny").rglob("*") if p.is_file()}
     ours = ("checkpoints", "wandb", "mlflow", "sent", ".")
     locks = ("/.lock", "/.readers")
     away = {name for name in here if name.startswith(ours) or any(lock in name for lock in locks)}
     assert held == here - away
+
+
+def test_mlflow_knows_the_lineage(client, root):
+    """The run, its weights and its config, of the run itself and of its harvest."""
+    tags = tracked(client).data.tags
+    decomposition = json.loads((root / "tiny/decomposition.json").read_text())
+    common = {
+        "run": "tiny",
+        "config": digest(root / "tiny/config.yaml"),
+        "checkpoint": decomposition["digest"],
+    }
+    for part in ("run", "harvest/graphs-unmasked"):
+        said = json.loads(tags[f"spd.{part}"])
+        own = said.pop("digest")
+        assert said == common
+        assert len(own) == 16
+
+
+@pytest.mark.parametrize("said", ['{"digest": "0000000000000000"}', "nonsense", '{"digest": 7}'])
+def test_files_of_another_digest_are_not_pulled(client, root, said, tmp_path, monkeypatch, capsys):
+    """As after an upload that was interrupted in the middle of a harvest that has grown."""
+    record = tracked(client)
+    tag = "spd.harvest/graphs-unmasked"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", runs.tracking_uri())
+    monkeypatch.setenv("SPD_RUNS", str(tmp_path))
+    client.set_tag(record.info.run_id, tag, said)
+    try:
+        assert cli.run(["pull", "mlflow:tiny"]) == 2
+    finally:
+        client.set_tag(record.info.run_id, tag, record.data.tags[tag])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'mlflow:tiny': its part 'harvest/graphs-unmasked' has the digest" in line
+    assert not list(tmp_path.glob("[!.]*"))
 
 
 def test_a_pulled_run_is_the_run(client, root, tmp_path, monkeypatch, capsys):
@@ -140,12 +176,26 @@ def test_a_pulled_run_is_the_run(client, root, tmp_path, monkeypatch, capsys):
     assert store.manifest == whole.manifest
     for table in TABLES:
         assert_frame_equal(store.scan(table).collect(), whole.scan(table).collect())
+    assert not (path / "harvest/graphs-unmasked/summary.html").exists()  # could run scripts
+    assert found_by_search("tiny-pulled", capsys) == found_by_search(str(root / "tiny"), capsys)
     monkeypatch.setattr(references, "pull", lambda *_: pytest.fail("fetched twice"))
     assert runs.find("mlflow:tiny").path == path
     pulled = Decomposition.from_pretrained("mlflow:tiny")
     assert all(torch.equal(v, weights.state_dict()[k]) for k, v in pulled.state_dict().items())
     assert runs.Run(path).state == "finished"
     assert runs.Run(path).summary == runs.Run(root / "tiny").summary
+
+
+def found_by_search(run: str, capsys) -> list[dict]:
+    """The prompts that need the component of the strongest node."""
+    harvest = Store(runs.find(run).path / "harvest/graphs-unmasked")
+    nodes = harvest.scan("nodes").filter(kind="component").sort("importance", "prompt_id").collect()
+    (layer, component) = nodes.select("layer", "component").row(-1)
+    capsys.readouterr()
+    assert cli.run(["search", run, f"{layer}:{component}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["total"] > 0
+    return found["items"]
 
 
 def test_a_record_that_the_tracker_has_lost(client, root, capsys, monkeypatch):
@@ -181,9 +231,11 @@ def test_wandb_keeps_its_files_in_the_run(root):
         b"minimality",
         b"tiny-run",
         b"decomposition.safetensors",
+        digest(root / "tiny/config.yaml").encode(),  # in the artifact's metadata
     ):
         assert held in fitted
-    for held in (b"tiny-harvest-graphs-unmasked", b"manifest.json"):
+    weights = json.loads((root / "tiny/decomposition.json").read_text())["digest"].encode()
+    for held in (b"tiny-harvest-graphs-unmasked", b"manifest.json", b"summary.html", weights):
         assert held in harvested
     assert not (root.parent / "wandb/run").exists()
 

@@ -19,6 +19,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _harvest(session: "Session") -> None:
+    from spd_lightning.analysis.summary_page import write_summaries
     from spd_lightning.harvest.module import Harvester
     from spd_lightning.tracking.publishing import publish
 
@@ -38,5 +39,7 @@ def _harvest(session: "Session") -> None:
             # With several devices, `harvester.folder` is set only in their processes.
             folder = session.plan.folder / "harvest" / harvester.name
             print(f"harvest: {folder}    view it: python -m spd_lightning view")
-    names = [f"harvest/{harvester.name}" for harvester in harvesters]
-    publish(session.copies, names)
+    names = [harvester.name for harvester in harvesters]
+    if len(session.copies):
+        write_summaries(session.plan.folder, names)
+    publish(session.copies, [f"harvest/{name}" for name in names])

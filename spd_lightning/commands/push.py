@@ -27,7 +27,9 @@ def main(argv: Sequence[str]) -> None:
     if isinstance(trainer, dict) and not run.pulled:  # a pulled run can come from a stranger
         trackers = trainer.get("logger")
     with loading.trainer():
+        from spd_lightning.analysis.summary_page import write_summaries
         from spd_lightning.tracking.publishing import send
 
+        write_summaries(run.path)
         send(trackers, run.path, settings)
     print(f"sent: {run.path}")

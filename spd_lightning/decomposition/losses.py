@@ -351,14 +351,21 @@ class Losses:
                 settings[name] = reconstruction.persistent
         return settings
 
-    def check_adversaries(self, delta: bool) -> None:
-        """Reject fresh adversaries that would not move from where they start.
+    def check_adversaries(self, delta: bool, micro_batches: int) -> None:
+        """Reject adversaries that cannot work.
 
-        See `Adversary.check_start`.
+        These are fresh ones that would not move from where they start (`Adversary.check_start`),
+        and pools of particles on batches that are processed in parts.
 
         Raises:
-            BadInput: one of them would not move.
+            BadInput: one of them cannot work.
         """
+        for name, adversary in self.persistent.items():
+            if adversary.particles and micro_batches > 1:
+                raise BadInput(
+                    f"micro_batches {micro_batches} with particles in reconstruction '{name}': a "
+                    "pool of particles needs whole batches; omit particles, or micro_batches"
+                )
         for name, reconstruction in self.reconstruction.items():
             if reconstruction.source == "pgd":
                 place = f"reconstruction '{name}'"

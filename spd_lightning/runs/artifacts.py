@@ -23,6 +23,10 @@ _KNOWN = re.compile(
 )
 
 
+_LEFT = re.compile(r"(harvest/[^/]+/)?summary\.html")
+"""Pages for the tracker's own viewer. They are not downloaded, since they could run scripts."""
+
+
 def keep_known(folder: Path, what: str) -> None:
     """Remove all links from a downloaded folder, and all files that no run or harvest has.
 
@@ -43,7 +47,8 @@ def keep_known(folder: Path, what: str) -> None:
             if not any(path.iterdir()):
                 path.rmdir()
         elif path.is_symlink() or not path.is_file() or not _KNOWN.fullmatch(name):
-            removed.append(name)
+            if not _LEFT.fullmatch(name):
+                removed.append(name)
             path.unlink()
     if removed:
         log.warning(

@@ -17,6 +17,7 @@ from spd_lightning.files import make_folder, mark, root, sweep, sync_folder
 from spd_lightning.runs.artifacts import check_whole, keep_known
 from spd_lightning.runs.files import held, lock, read_json, writable, write_json
 from spd_lightning.runs.folders import Run, is_run, runs, unknown
+from spd_lightning.runs.lineage import check_lineage
 from spd_lightning.runs.shapes import Origin
 from spd_lightning.runs.trackers import pull_mlflow, pull_wandb
 
@@ -66,7 +67,8 @@ def pull(reference: str) -> Path:
 
     Raises:
         BadInput: the run or artifact does not exist, the tracker does not answer, a file is damaged
-            or has a name that points outside the folder, or a process works on the older copy.
+            or has a name that points outside the folder, the files are not the ones whose digest
+            the tracker recorded, or a process works on the older copy.
     """
     tracker, _, what = reference.partition(":")
     if tracker not in _PULLS or not what:
@@ -80,9 +82,10 @@ def pull(reference: str) -> Path:
         with tempfile.TemporaryDirectory(dir=root(), prefix=".pull.", suffix=mark()) as temporary:
             folder = Path(temporary) / "run"
             folder.mkdir()
-            name, origin = _PULLS[tracker](what, folder)
+            name, origin, recorded = _PULLS[tracker](what, folder)
             keep_known(folder, reference)
             check_whole(folder)
+            check_lineage(folder, recorded, reference)
             write_json(folder / "pulled.json", {"reference": reference, "origin": origin})
             safe_name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-")
             return _move_into_root(folder, safe_name or "run", origin)

@@ -8,15 +8,16 @@ import re
 import shutil
 import socket
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from spd_lightning.errors import BadInput, nearest, without_passwords
 from spd_lightning.files import root
 from spd_lightning.runs.files import writable, write_whole
+from spd_lightning.runs.lineage import recorded_in, tags
 
 MIRRORED = (
     "config.yaml",
@@ -285,6 +286,8 @@ def log_artifacts(
         uri: the address of the tracker; `tracking_uri()` if omitted.
         before: a function that is called with every file just before it is copied.
 
+    The lineage of the copied parts is recorded as tags (`lineage`).
+
     Raises:
         BadInput: the tracker does not answer, or the run is not on it.
     """
@@ -303,6 +306,8 @@ def log_artifacts(
                 parent = place.parent.as_posix()
                 artifact_path = None if parent == "." else parent
                 client.log_artifact(mlflow_run, str(path), artifact_path)
+        for key, value in tags(folder, names).items():
+            client.set_tag(mlflow_run, key, value)
 
 
 def _copy(path: Path, to: Path) -> None:
@@ -331,22 +336,34 @@ def _artifact_folder(client: Any, uri: str, run_id: str) -> Path | None:
     return recorded_path
 
 
-def pull_mlflow(what: str, folder: Path) -> tuple[str, str]:
+class Download(NamedTuple):
+    """What a tracker says about a download.
+
+    Attributes:
+        name: the name of the run or artifact.
+        origin: its identifier in the tracker.
+        lineage: the recorded lineage of its parts; any values, since anybody may have written it.
+    """
+
+    name: str
+    origin: str
+    lineage: Mapping[str, Any]
+
+
+def pull_mlflow(what: str, folder: Path) -> Download:
     """Download a run's artifacts.
 
     Args:
         what: a run's id or name; the latest run if several have this name.
         folder: the folder for the files.
 
-    Returns:
-        The run's name and its id.
-
     Raises:
         BadInput: the run does not exist or has no artifacts, the tracker does not answer, or an
             artifact points outside the folder.
     """
     with _mlflow(tracking_uri()) as client:
-        info = _mlflow_run(client, what).info
+        run = _mlflow_run(client, what)
+        info = run.info
         local = _artifact_folder(client, tracking_uri(), info.run_id)
         if local:
             files = _files_below(local)
@@ -361,7 +378,7 @@ def pull_mlflow(what: str, folder: Path) -> tuple[str, str]:
             client.download_artifacts(info.run_id, "", str(folder))
     if not files:
         raise BadInput(f"run 'mlflow:{what}': it has no artifacts; log the run's folder first")
-    return info.run_name, info.run_id
+    return Download(info.run_name, info.run_id, recorded_in(run.data.tags))
 
 
 def _mlflow_run(client: Any, what: str) -> Any:
@@ -410,15 +427,12 @@ def check_inside(path: str, what: str) -> None:
         )
 
 
-def pull_wandb(what: str, folder: Path) -> tuple[str, str]:
+def pull_wandb(what: str, folder: Path) -> Download:
     """Download a W&B artifact.
 
     Args:
         what: <entity>/<project>/<artifact>:<version>.
         folder: the folder for its files.
-
-    Returns:
-        The artifact's name and its qualified name.
 
     Raises:
         BadInput: the artifact does not exist, W&B does not answer, the user is not logged in, or a
@@ -442,4 +456,5 @@ def pull_wandb(what: str, folder: Path) -> tuple[str, str]:
         raise BadInput(
             f"artifact 'wandb:{what}': {why}; check the name, and log in with `wandb login`"
         ) from error
-    return what.split("/")[-1].partition(":")[0], artifact.qualified_name
+    name = what.split("/")[-1].partition(":")[0]
+    return Download(name, artifact.qualified_name, artifact.metadata)

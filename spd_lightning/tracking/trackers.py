@@ -17,6 +17,7 @@ from typing import Any
 
 from spd_lightning import classes, runs
 from spd_lightning.errors import BadInput, without_passwords
+from spd_lightning.runs.lineage import lineage, parts
 
 EXPERIMENT = "spd_lightning"
 SPEED = 1e6  # minimum speed of an upload that is waited for, in bytes per second
@@ -316,7 +317,9 @@ class Wandb(Lightning):
         if names is runs.MIRRORED:
             bundles = {"run": list(names)}
         for title, members in bundles.items():
-            artifact = wandb.Artifact(f"{self.folder.name}-{title}", type="spd")
+            known = {part: lineage(self.folder, part) for part in parts(self.folder, members)}
+            kind = "decomposition" if title == "run" else "harvest"
+            artifact = wandb.Artifact(f"{self.folder.name}-{title}", kind, metadata=known)
             for name in members:
                 path = self.folder / name
                 if path.is_dir():

@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 LAST = Path("checkpoints") / "last.safetensors"
 NEXT = LAST.with_name("next.safetensors")
 PREVIOUS = LAST.with_name("previous.safetensors")
-"""The checkpoint about to become `last`, and the one before it. Both are fallbacks for `last`."""
+"""The checkpoint about to become `last`, and the one before it.
+
+Both are fallbacks for `last`. Still older ones are `previous-2.safetensors`, and so on.
+"""
 SECONDS = 300.0
 """Maximum seconds between two checkpoints of a training."""
 WORTH_KEEPING = 10.0
@@ -117,7 +120,7 @@ class SafetensorsIO(CheckpointIO):
         path = Path(path)
         fallbacks = []
         if path.name == LAST.name:
-            fallbacks = [path.with_name(NEXT.name), path.with_name(PREVIOUS.name)]
+            fallbacks = [path.with_name(NEXT.name), *_older(path.parent)]
         for fallback in fallbacks:
             if not fallback.exists():
                 continue
@@ -131,6 +134,36 @@ class SafetensorsIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def _older(folder: Path) -> list[Path]:
+    """Return the checkpoints before `last`, newest first."""
+    previous = folder / PREVIOUS.name
+    others = folder.glob(f"{PREVIOUS.stem}-*{PREVIOUS.suffix}")
+    return [previous, *sorted(others, key=_age)]
+
+
+def _age(path: Path) -> int:
+    """Return n of a file `previous-n`."""
+    number = path.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def make_room(folder: Path, keep: int) -> None:
+    """Rename older checkpoints so that there are `keep` after the next one, and remove the rest.
+
+    The checkpoint `previous` is not removed, since it is the only fallback for `last`. The next
+    checkpoint replaces it.
+    """
+    previous = folder / PREVIOUS.name
+    for path in reversed(_older(folder)):
+        age = 1 if path == previous else _age(path)
+        if not path.exists():
+            continue
+        if age + 2 <= keep:
+            path.rename(folder / f"{PREVIOUS.stem}-{age + 1}{PREVIOUS.suffix}")
+        elif path != previous:
+            path.unlink()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -235,6 +268,8 @@ class Checkpoints(Callback):
         if trainer.global_step > self._saved:  # otherwise it has been saved already
             module.check_losses()
             module.check_weights()
+            if trainer.is_global_zero:
+                make_room(self.folder / LAST.parent, module.keep_checkpoints)
             trainer.save_checkpoint(self.folder / LAST)
         self._saved = trainer.global_step
         self._since = time.monotonic()

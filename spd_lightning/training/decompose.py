@@ -27,7 +27,7 @@ from spd_lightning.decomposition.losses import Faithfulness, Losses, joined_mean
 from spd_lightning.decomposition.metrics import DeviceShare
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.decomposition.reconstruction import LossContext
-from spd_lightning.errors import BadInput, Diverged, check_range
+from spd_lightning.errors import Diverged, check_range
 from spd_lightning.training.collapse_monitor import CollapseMonitor
 from spd_lightning.training.evaluate import Evaluation, Totals, count, counts, figures_of
 from spd_lightning.training.ground_truth import lone_features, truth, verdict
@@ -80,6 +80,7 @@ class Decomposition(MultiStepModule):
         inner_steps: optimizer steps in one `training_step`.
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
+        keep_checkpoints: number of checkpoints to keep, the newest ones; at least 2.
         threads: CPU threads; torch's default if omitted. Small models are fastest on one.
         micro_batches: equal parts in which a batch is processed, to save memory. The update is that
             of the whole batch. Each part has its own masks and fresh adversaries.
@@ -108,20 +109,14 @@ class Decomposition(MultiStepModule):
         inner_steps: int = 10,
         log_every: int = 50,
         checkpoint_every: int = 500,
+        keep_checkpoints: int = 2,
         threads: int | None = None,
         micro_batches: int = 1,
         seed: int = 0,
     ):
-        super().__init__(
-            optimizer.schedule, inner_steps, log_every, checkpoint_every, threads, micro_batches
-        )
-        losses.check_adversaries(delta)
-        for name, adversary in losses.persistent.items():
-            if adversary.particles and micro_batches > 1:
-                raise BadInput(
-                    f"micro_batches {micro_batches} with particles in reconstruction '{name}': a "
-                    "pool of particles needs whole batches; omit particles, or micro_batches"
-                )
+        super().__init__(optimizer.schedule, inner_steps, log_every, threads, micro_batches)
+        self.save_checkpoints(checkpoint_every, keep_checkpoints)
+        losses.check_adversaries(delta, micro_batches)
         self.settings = {
             "sites": dict(sites),
             "tied": dict(tied or {}),

@@ -33,6 +33,8 @@ class MultiStepModule(L.LightningModule, ABC):
     schedule scales.
 
     Attributes:
+        checkpoint_every: updates between two checkpoints.
+        keep_checkpoints: how many of the newest checkpoints are kept.
         recorded: the last logged step, with its losses and gradient norms.
         say: called with the progress of a long part of an evaluation.
     """
@@ -42,31 +44,32 @@ class MultiStepModule(L.LightningModule, ABC):
         schedule: Schedule,
         inner_steps: int,
         log_every: int,
-        checkpoint_every: int = 500,
         threads: int | None = None,
         micro_batches: int = 1,
     ):
         super().__init__()
         place = type(self).__name__
         check_range(place, least=1, whole=True, inner_steps=inner_steps, log_every=log_every)
-        check_range(
-            place,
-            least=1,
-            whole=True,
-            checkpoint_every=checkpoint_every,
-            micro_batches=micro_batches,
-        )
-        check_range(place, least=1, whole=True, threads=threads)
+        check_range(place, least=1, whole=True, threads=threads, micro_batches=micro_batches)
         self.automatic_optimization = False
         self.schedule = schedule
         self.inner_steps = inner_steps
         self.log_every = log_every
-        self.checkpoint_every = checkpoint_every
         self.threads = threads
         self.micro_batches = micro_batches
+        self.checkpoint_every = 500
+        self.keep_checkpoints = 2
         self.recorded: tuple[int, dict[str, float]] = (-1, {})
         self.say: Callable[[str], None] = _say_nothing
         self._unchecked = list[tuple[int, Mapping[str, Tensor]]]()  # steps and their losses
+
+    def save_checkpoints(self, every: int, keep: int) -> None:
+        """Choose the updates between two checkpoints, and how many checkpoints to keep."""
+        place = type(self).__name__
+        check_range(place, least=1, whole=True, checkpoint_every=every)
+        check_range(place, least=2, whole=True, keep_checkpoints=keep)
+        self.checkpoint_every = every
+        self.keep_checkpoints = keep
 
     @property
     @abstractmethod

@@ -32,6 +32,7 @@ class TargetTraining(MultiStepModule):
         inner_steps: optimizer steps in one `training_step`.
         log_every: updates between two logged ones.
         checkpoint_every: updates between two checkpoints, rounded up to whole `training_step`s.
+        keep_checkpoints: number of checkpoints to keep, the newest ones; at least 2.
         threads: CPU threads; torch's default if omitted.
         micro_batches: equal parts in which a batch is processed, one after the other. This saves
             memory and keeps the update of the whole batch.
@@ -60,12 +61,14 @@ class TargetTraining(MultiStepModule):
         inner_steps: int = 25,
         log_every: int = 100,
         checkpoint_every: int = 500,
+        keep_checkpoints: int = 2,
         threads: int | None = None,
         micro_batches: int = 1,
         retries: int = 10,
         seed: int = 0,
     ):
-        super().__init__(schedule, inner_steps, log_every, checkpoint_every, threads, micro_batches)
+        super().__init__(schedule, inner_steps, log_every, threads, micro_batches)
+        self.save_checkpoints(checkpoint_every, keep_checkpoints)
         check_range("TargetTraining", above=0, lr=lr)
         check_range("TargetTraining", above=0, hint="omit it for no bound", clip=clip)
         check_range("TargetTraining", least=0, weight_decay=weight_decay)
