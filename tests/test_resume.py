@@ -17,10 +17,9 @@ from polars.testing import assert_frame_equal
 from support.tiny_run import begun, done, kill_when, killed, lay_out
 
 from spd_lightning import files, runs
-from spd_lightning.harvest.examples import smallest
 from spd_lightning.runs.files import read_metrics
 from spd_lightning.store import TABLES, Store
-from spd_lightning.store.tables import SORTED, summed
+from spd_lightning.store.tables import SORTED, smallest, summed
 from spd_lightning.training.checkpoint import SafetensorsIO
 
 FIT = ["fit", "--config", "tiny"]

@@ -20,13 +20,14 @@ from spd_lightning import budgets
 from spd_lightning.data.modules import Batches, Prompts
 from spd_lightning.errors import BadInput
 from spd_lightning.harvest import counting
-from spd_lightning.harvest.examples import Examples, Firings, firing_hashes, smallest, unit_hashes
+from spd_lightning.harvest.examples import Examples, Firings, firing_hashes, unit_hashes
 from spd_lightning.harvest.module import prompt_id
 from spd_lightning.harvest.moments import activation_bin, importance_bin
 from spd_lightning.harvest.statistics import Statistics
 from spd_lightning.store import Store
 from spd_lightning.store.columns import TABLES
-from spd_lightning.store.tables import summed
+from spd_lightning.store.compaction import compact
+from spd_lightning.store.tables import smallest, summed
 from spd_lightning.targets.toy import TMS
 from spd_lightning.training.decompose import Decomposition
 from spd_lightning.units import Observation
@@ -265,7 +266,7 @@ def in_one_go(tmp_path_factory) -> tuple[Decomposition, Store]:
 def test_any_split_gives_the_same_tables(
     in_one_go, tmp_path_factory, order, batch, group, first, rows, pairs
 ):
-    """H1: batches, groups of shards, order, two sittings, and memory for few counts."""
+    """H1: batches, groups of shards, order, two sittings, memory for few counts, and compaction."""
     module, whole = in_one_go
     prompts = texts(12)
     shuffled = [prompts[i] for i in order]
@@ -277,10 +278,15 @@ def test_any_split_gives_the_same_tables(
             harvested(folder, module, Rows(shuffled[:first], batch), statistics(group=group))
         (split,) = harvested(folder, module, Rows(shuffled, batch), statistics(group=group))
     assert split.manifest["prompts"] == 12
+    compact(split.path)
+    merged = Store(split.path)
     for name in whole.tables:
         if name == "prompts":
             continue
-        assert_frame_equal(table(split, name), table(whole, name), rel_tol=1e-9, abs_tol=1e-12)
+        expected = table(whole, name)
+        for store in (split, merged):
+            assert_frame_equal(table(store, name), expected, rel_tol=1e-9, abs_tol=1e-12)
+        assert merged.scan(name).collect().height == expected.height
 
 
 def firings_of_one_unit(count: int) -> Firings:

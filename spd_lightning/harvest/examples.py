@@ -12,7 +12,7 @@ both: join them, and keep the k smallest keys again. There are four kinds of exa
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ import polars as pl
 from jaxtyping import Float32, Int64, UInt32, UInt64
 
 from spd_lightning.store.columns import EXAMPLE_KINDS
+from spd_lightning.store.tables import smallest
 
 _ROWS_BETWEEN_SORTS = 1 << 21
 """New candidates that are collected before the samples are sorted again."""
@@ -132,13 +133,6 @@ class _Sample:
             .filter(pl.col("len") == self._k)
         )
         self._largest_key[full["unit"].to_numpy()] = full["key"].to_numpy()
-
-
-def smallest(rows: pl.DataFrame, by: Sequence[str], k: int) -> pl.DataFrame:
-    """Keep the k rows with the smallest keys of each group; equal keys are ordered by place."""
-    in_order = rows.sort(*by, "key", "prompt_id", "pos")
-    place_in_group = pl.int_range(pl.len()).over(by)
-    return in_order.filter(place_in_group < k)
 
 
 def unit_hashes(counts: Mapping[str, int], seed: int) -> UInt64[np.ndarray, " unit"]:

@@ -34,13 +34,14 @@ class Table(NamedTuple):
 
     Prompts keep their order, and so do rows that are equal in the columns `sorted_by`. `merge` says
     what becomes of the rows of several groups of prompts: they are all kept; or rows with the same
-    keys, which are the columns `sorted_by`, are added up.
+    keys, which are the columns `sorted_by`, are added up; or the examples that are not among the
+    first of their kind any more are dropped.
     """
 
     help: str
     sorted_by: tuple[str, ...]
     columns: dict[str, Column]
-    merge: Literal["keep", "add"] = "keep"
+    merge: Literal["keep", "add", "trim"] = "keep"
 
 
 _PROMPT_ID = Column(pl.UInt64, "The prompt: a hash of its content, equal on all machines.")
@@ -295,6 +296,7 @@ TABLES: dict[str, Table] = {
             "importance": Column(pl.Float32, "The causal importance g."),
             "activation": Column(pl.Float32, "The inner activation a = x V."),
         },
+        merge="trim",
     ),
     "dataset_edges": Table(
         "Edges over a corpus: one row per pair of components that share an edge, and group.",

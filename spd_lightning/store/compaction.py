@@ -52,7 +52,7 @@ from spd_lightning.store.manifest import read_settings
 from spd_lightning.store.parts import Parts
 from spd_lightning.store.places import Folder
 from spd_lightning.store.shards import TableFile, Written, lock, put_file, write_index
-from spd_lightning.store.tables import SORTED, added, ordered
+from spd_lightning.store.tables import SORTED, added, ordered, trimmed
 
 MOST_BYTES = 1 << 28
 """Bytes of the files of a merged group."""
@@ -129,7 +129,7 @@ def _merge_all(path: Path, snapshot: Snapshot, settings: Mapping[str, Any]) -> l
         return snapshot.shards
     generation = snapshot.merged["generation"] + 1
     try:
-        shards = _merge(path, batches, generation, settings["layers"])
+        shards = _merge(path, batches, generation, settings)
         lease_path(path, generation).touch()
         ends = {str(rank): ledger["next"] for rank, ledger in snapshot.ledgers.items()}
         merged: Merged = {
@@ -151,10 +151,10 @@ def _merge_all(path: Path, snapshot: Snapshot, settings: Mapping[str, Any]) -> l
 
 
 def _merge(
-    path: Path, batches: Sequence[Sequence[Shard]], generation: int, layers: list[str]
+    path: Path, batches: Sequence[Sequence[Shard]], generation: int, settings: Mapping[str, Any]
 ) -> list[Shard]:
     """Write the files of merged groups, and return the entries of all groups."""
-    merging = Merging(path, layers)
+    merging = Merging(path, settings)
     shards = list[Shard]()
     for batch in batches:
         if len(batch) == 1:
@@ -190,7 +190,7 @@ def _batches(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
 
 
 def _bytes(shard: Shard) -> tuple[int, int]:
-    """Return the bytes of a group's tables that are kept, and of those that are added up."""
+    """Return the bytes of a group's tables that are kept, and of those that become smaller."""
     kept = 0
     sums = 0
     for table, piece in shard["tables"].items():
@@ -206,12 +206,13 @@ class Merging:
 
     Args:
         path: the harvest's folder.
-        layers: the names of its layers.
+        settings: its settings.
     """
 
-    def __init__(self, path: Path, layers: list[str]):
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
         self._path = path
-        self._parts = Parts(Folder(path), layers)
+        self._parts = Parts(Folder(path), settings["layers"])
+        self._kept: Mapping[str, int] = settings.get("examples", {})  # by kind
 
     def merge(self, name: str, batch: Sequence[Shard]) -> Shard:
         """Write the files of one merged group, and return its entry for the ledger.
@@ -276,6 +277,9 @@ class Merging:
                 continue
             if table in BY_PROMPT:  # the rows of each prompt are in one group, and sorted
                 yield pl.concat(frames).sort("prompt_id", maintain_order=True)
+            elif TABLES[table].merge == "trim" and self._kept:
+                rows = trimmed(pl.concat(frames), self._kept)
+                yield ordered(table, rows)
             else:
                 yield ordered(table, added(table, frames))
 

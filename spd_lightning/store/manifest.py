@@ -34,6 +34,7 @@ class Settings(TypedDict):
     threshold: NotRequired[float]
     checkpoint_digest: NotRequired[str]
     C: NotRequired[dict[str, int]]
+    examples: NotRequired[dict[str, int]]
     token_layers: NotRequired[list[str]]
     corpus: NotRequired[bool]
 

@@ -76,7 +76,7 @@ def added(table: str, frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
     In the tables of sums, rows with the same keys are added up.
     """
     rows = pl.concat(frames)
-    if len(frames) == 1 or described.TABLES[table].merge == "keep":
+    if len(frames) == 1 or described.TABLES[table].merge != "add":
         return rows
     return summed(table, rows.lazy()).collect()
 
@@ -97,6 +97,22 @@ def summed(table: str, rows: pl.LazyFrame) -> pl.LazyFrame:
         totals.append(column.first() if is_same else column.sum())
     columns = TABLES[table].names()
     return rows.group_by(keys).agg(totals).select(columns)
+
+
+def smallest(rows: pl.DataFrame, by: Sequence[str], k: int | pl.Expr) -> pl.DataFrame:
+    """Keep the k rows with the smallest keys of each group; equal keys are ordered by place."""
+    in_order = rows.sort(*by, "key", "prompt_id", "pos")
+    place_in_group = pl.int_range(pl.len()).over(by)
+    return in_order.filter(place_in_group < k)
+
+
+def trimmed(examples: pl.DataFrame, kept: Mapping[str, int]) -> pl.DataFrame:
+    """Keep the examples of each component that a harvest of all their prompts would have kept (H1).
+
+    kept: the number of examples of each kind.
+    """
+    number = pl.col("kind").cast(pl.String).replace_strict(kept, default=0, return_dtype=pl.Int64)
+    return smallest(examples, ["layer", "component", "kind"], number)
 
 
 def ordered(table: str, frame: pl.DataFrame) -> pl.DataFrame:
