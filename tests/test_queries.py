@@ -14,6 +14,7 @@ from support.query_run import harvest_all
 from spd_lightning import cli
 from spd_lightning.analysis.normalize import NORMALIZATIONS, normalized
 from spd_lightning.analysis.store import Store
+from spd_lightning.errors import BadInput
 from spd_lightning.store import Writer
 from spd_lightning.store.manifest import read_settings
 
@@ -276,6 +277,20 @@ def test_neighbors_add_up_the_edges_of_all_graphs(run, side):
     for row in sums:
         if not row["layer"].startswith(("wte", "output")):
             assert row["sum"] == pytest.approx(total[unit(row)], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("number", [-1, 10**30])
+def test_numbers_out_of_range_are_one_line(run, number):
+    graphs = opened(run, "graphs")
+    some_prompt = graphs.prompts()["prompt_id"][0]
+    with pytest.raises(BadInput, match="top_k"):
+        graphs.prompt(some_prompt, top_k=number)
+    with pytest.raises(BadInput, match="top"):
+        graphs.neighbors(NAME, top=number)
+    with pytest.raises(BadInput, match="window"):
+        opened(run, "statistics").contexts(NAME, window=number)
+    with pytest.raises(BadInput, match="min_importance"):
+        graphs.search([NAME], min_importance=float(number))
 
 
 # ---- commands ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from typing import Literal
 
 import polars as pl
 
-from spd_lightning.analysis.names import component_of
+from spd_lightning.analysis.names import MOST_ROWS, component_of
 from spd_lightning.analysis.statistics import require
 from spd_lightning.errors import BadInput, check_range, nearest
 from spd_lightning.store import Store
@@ -33,7 +33,7 @@ def contexts(
     """
     if kind not in EXAMPLE_KINDS:
         raise BadInput(f"kind '{kind[:60]}' of examples: {nearest(kind, EXAMPLE_KINDS)}")
-    check_range("examples", least=0, whole=True, window=window)
+    check_range("examples", least=0, most=MOST_ROWS, whole=True, window=window)
     layer, number = component_of(store, name)
     require(store, "examples")
     is_own = (pl.col("layer") == layer) & (pl.col("component") == number)

@@ -14,7 +14,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
     "nodes": (("nodes",), ""),
     "edges": (("dataset_edges", "edges"), "dataset_edges.yaml"),
     "graph": (("edges", "nodes"), "graphs.yaml"),
-    "prompts": (("prompts",), ""),
+    "prompts": (("edges", "nodes", "prompts"), ""),
 }
 """For each kind of question, the tables that can answer it, the best first, and a config that makes
 them (empty: every language model's config does).

@@ -7,6 +7,9 @@ from spd_lightning.store import Store
 LONGEST = 300
 """The largest number of characters in a name, which can come from a browser."""
 
+MOST_ROWS = 1 << 32
+"""The largest number of rows or tokens that a query can be asked for."""
+
 
 def component_of(store: Store, name: str) -> tuple[str, int]:
     """Return the layer and the number of a component.

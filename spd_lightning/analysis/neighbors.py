@@ -5,7 +5,7 @@ from typing import Literal
 import polars as pl
 
 from spd_lightning.analysis.dataset_edges import strongest
-from spd_lightning.analysis.names import component_of
+from spd_lightning.analysis.names import MOST_ROWS, component_of
 from spd_lightning.errors import BadInput, check_range, command, nearest
 from spd_lightning.store import Store
 
@@ -34,7 +34,7 @@ def neighbors(store: Store, name: str, side: Side = "sources", top: int = 20) ->
     """
     if side not in SIDES:
         raise BadInput(f"side '{side[:60]}': {nearest(side, SIDES)}")
-    check_range("neighbors", least=1, whole=True, top=top)
+    check_range("neighbors", least=1, most=MOST_ROWS, whole=True, top=top)
     layer, component = component_of(store, name)
     if "dataset_edges" in store.tables:
         rows = strongest(store, layer, component, side, scale="sum", top_k=top)

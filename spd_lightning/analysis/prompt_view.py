@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from spd_lightning.analysis.graphs import STRONGEST_FIRST, tables
+from spd_lightning.analysis.names import MOST_ROWS
 from spd_lightning.analysis.normalize import Normalization, normalized
 from spd_lightning.analysis.prompts import prompt_text
 from spd_lightning.errors import BadInput, check_range
@@ -61,7 +62,7 @@ def prompt(
     Raises:
         BadInput: the harvest has no such prompt, or a number is out of range.
     """
-    check_range("prompt", least=0, whole=True, top_k=top_k)
+    check_range("prompt", least=0, most=MOST_ROWS, whole=True, top_k=top_k)
     check_range("prompt", least=0, most=1, ci_threshold=ci_threshold, max_mean_ci=max_mean_ci)
     check_range("prompt", least=0, most=1, output_prob_threshold=output_prob_threshold)
     rows = store.collect(store.scan("prompts", prompt_id)).to_dicts()

@@ -63,9 +63,8 @@ def component_places(store: Store, layer: str, component: int) -> pl.DataFrame:
             f"component {component} of site '{layer}': it has {count} components; take one from 0 "
             f"to {count - 1}"
         )
-    nodes = store.scan("nodes_by_component").filter(
-        pl.col("component") == component, pl.col("layer") == layer, pl.col("kind") == "component"
-    )
+    place = (site_name, component)
+    nodes = store.scan("nodes_by_component", component=place).filter(pl.col("kind") == "component")
     ranked = nodes.sort(-IMPORTANCE, -SIZE, "prompt_id", "pos")
     columns = ranked.select("prompt_id", "pos", "importance", "activation")
     return store.collect(columns)
