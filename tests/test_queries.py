@@ -12,10 +12,15 @@ from polars.testing import assert_frame_equal
 from support.query_run import harvest_all
 
 from spd_lightning import cli
+from spd_lightning.analysis.neighbors import SIDES
 from spd_lightning.analysis.normalize import NORMALIZATIONS, normalized
+from spd_lightning.analysis.search import MODES as SEARCH_MODES
+from spd_lightning.analysis.statistics import COMPONENT_SORTS, CORRELATION_SORTS, OF, TOKEN_SORTS
 from spd_lightning.analysis.store import Store
+from spd_lightning.commands.query_verbs import QUERIES
 from spd_lightning.errors import BadInput
 from spd_lightning.store import Writer
+from spd_lightning.store.columns import EXAMPLE_KINDS
 from spd_lightning.store.manifest import read_settings
 
 pytestmark = pytest.mark.filterwarnings(
@@ -300,6 +305,29 @@ def printed(capsys, run, words) -> str:
     verb, *rest = words
     assert cli.run([verb, str(run), *rest]) == 0
     return capsys.readouterr().out
+
+
+CHOICES = {
+    "components --sort": COMPONENT_SORTS,
+    "component --examples": EXAMPLE_KINDS,
+    "correlations --sort": CORRELATION_SORTS,
+    "tokens --of": OF,
+    "tokens --sort": TOKEN_SORTS,
+    "neighbors --side": SIDES,
+    "search --mode": SEARCH_MODES,
+    "prompt --normalize": NORMALIZATIONS,
+}
+
+
+def test_commands_offer_what_queries_accept():
+    """Their help is printed without polars, so their choices are written out."""
+    offered = {
+        f"{verb.name} {option.name}": set(option.choices)
+        for verb in QUERIES
+        for option in verb.options
+        if option.choices
+    }
+    assert offered == {name: set(choices) for name, choices in CHOICES.items()}
 
 
 def test_component_says_what_it_is_about(run, capsys):
