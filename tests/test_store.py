@@ -5,6 +5,7 @@ of death.
 import errno
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -377,6 +378,74 @@ def test_a_real_kill_leaves_what_was_committed(tmp_path):
     assert writer.finished == set(range(done))
     writer.write(batch(done))
     assert ids(path, "edges") == sorted([*range(done + 1)] * 3)
+
+
+KILLS = int(os.environ.get("SPD_KILLS", "30"))
+"""Kills of a writing process. Set SPD_KILLS=100 for a long run."""
+
+WRITERS = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from test_store import write_prompts
+for _ in sys.stdin:
+    writer = os.fork()
+    if not writer:
+        write_prompts(sys.argv[1])
+    print(writer, flush=True)
+    os.waitpid(writer, 0)
+    print("ended", flush=True)
+"""
+
+
+def write_prompts(path: str) -> None:
+    """Write prompts 0, 1, 2, … that are not in the store yet, until killed."""
+    writer = opened(Path(path))
+    for number in range(len(writer.finished), 10_000):
+        assert number not in writer.finished
+        writer.write(batch(number))
+
+
+def whole_prompts(path: Path) -> int:
+    """Check that a store has all rows of prompts 0 to n − 1, and no others; return n."""
+    if not (path / "manifest.json").exists():
+        return 0
+    store = Store(path)
+    count = store.manifest["prompts"]
+    for table, rows in (("prompts", 1), ("nodes", 3), ("edges", 3)):
+        found = store.collect(store.scan(table).select("prompt_id")).to_series()
+        assert sorted(found) == sorted([*range(count)] * rows), table
+    return count
+
+
+def test_a_harvest_that_is_killed_again_and_again(tmp_path):
+    """At random moments. A reader polls meanwhile, and never sees half a group of shards."""
+    path = tmp_path / "graphs"
+    words = [sys.executable, "-c", WRITERS, str(path), str(Path(__file__).parent)]
+    moments = random.Random(0)
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        for _ in range(KILLS):
+            before = whole_prompts(path)
+            print(file=parent.stdin, flush=True)
+            writer = int(parent.stdout.readline())
+            while whole_prompts(path) == before:
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.05))
+            os.kill(writer, signal.SIGKILL)
+            assert parent.stdout.readline() == "ended\n"
+            assert whole_prompts(path) > before
+        parent.stdin.close()
+    writer = opened(path)
+    count = len(writer.finished)
+    writer.write(batch(count))
+    writer.complete()
+    assert whole_prompts(path) == count + 1 > KILLS
+    assert Store(path).manifest["complete"]
+    names = {f"part-0-{number}" for number in range(count + 1)}
+    assert {file.stem for file in path.glob("*/*")} == names
 
 
 # Sittings, ranks, settings.
