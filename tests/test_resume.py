@@ -231,7 +231,8 @@ def harvest(name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(root) -> Store:
-    done(root, harvest("undisturbed"))
+    """Harvested without interruption, and without progress bars."""
+    done(root, [*harvest("undisturbed"), "--trainer.enable_progress_bar", "false"])
     return Store(root / "plain/harvest/undisturbed")
 
 

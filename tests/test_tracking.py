@@ -1,6 +1,7 @@
 """Trackers, end to end: what MLflow and W&B get of a run, and what can be fetched from there."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from polars.testing import assert_frame_equal
 from support.tiny_run import done, killed, lay_out
 
-from spd_lightning import cli, config, json_files, runs
+from spd_lightning import cli, config, files, json_files, runs
 from spd_lightning.digests import digest
 from spd_lightning.runs import references, trackers
 from spd_lightning.runs.files import read_metrics
@@ -282,6 +283,8 @@ def test_a_store_that_is_killed_while_it_is_made_leaves_nothing(tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             trackers.mlflow_client(trackers.embedded_uri())
     assert made
+    killed_by_the_system = f".mlflow.db{files.mark()}".replace(str(os.getpid()), "999999999")
+    (tmp_path / killed_by_the_system).touch()
     assert utils._initialize_tables is not killed
     assert not (tmp_path / "mlflow.db").exists()
     assert trackers.mlflow_client(trackers.embedded_uri()).search_experiments()

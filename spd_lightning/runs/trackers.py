@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from spd_lightning.errors import BadInput, nearest, without_passwords
-from spd_lightning.files import root
+from spd_lightning.files import root, sweep
 from spd_lightning.runs.files import writable, write_whole
 from spd_lightning.runs.lineage import recorded_in, tags
 
@@ -175,8 +175,10 @@ def mlflow_client(uri: str) -> Any:
 
     path = _sqlite_file(uri)
     with _sqlite_lock(path):
-        if path and not path.exists():
-            _make_store(path)
+        if path:
+            sweep(path.parent)  # a store that a killed process was making
+            if not path.exists():
+                _make_store(path)
         return MlflowClient(tracking_uri=uri)
 
 

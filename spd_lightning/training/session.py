@@ -136,7 +136,9 @@ class Session(LightningCLI):
         settings = self.config_init["trainer"]
         plugins = [SafetensorsIO(), *forgotten_launcher(), *(settings.get("plugins") or [])]
         callbacks = list(settings.get("callbacks") or [])
-        callbacks += [Progress(plan.name), Interruption(), *plan.callbacks]
+        if settings.get("enable_progress_bar") is not False:
+            callbacks.append(Progress(plan.name))
+        callbacks += [Interruption(), *plan.callbacks]
         loggers = [MetricsFile(plan.folder)] if plan.logged or plan.tracked else []
         if settings.get("val_check_interval") == 0:
             raise BadInput(
