@@ -27,9 +27,9 @@ class Attribution(NamedTuple):
         edges: columns source and target (numbers of nodes), attribution.
         outputs: the likely next tokens, with their probabilities under importances as masks and in
             the target.
-        tokens: the text of each token of the prompt; of vectors, the features that are not zero.
-        gap: how far in-edges are from adding up to the activations, as a share of them; 0 for mode
-            "frozen".
+        tokens: the text of each token of the prompt; for a vector, the features that are not zero.
+        gap: Σ|a − Σ in-edges| / Σ|a| over all nodes: the share of the activations a that in-edges
+            do not add up to; 0 up to rounding for mode "frozen".
     """
 
     nodes: pl.DataFrame
@@ -55,7 +55,7 @@ def attribute(
         mode: the kind of graph (see `PromptGraphs`).
         threshold: importance above which a component is a node.
         min_share: edges below this share of the total |attribution| into their target are left out.
-        data: the data module, which knows the tokenizer; that of the module's run if omitted.
+        data: the data module, which knows the tokenizer; if omitted, that of the module's run.
 
     Raises:
         BadInput: the prompt does not fit the model, or a text is given and no tokenizer is known.
@@ -86,9 +86,9 @@ def attribute(
     for table in ("nodes", "edges", "outputs"):
         columns = [name for name in TABLES[table] if name != "prompt_id"]
         frames[table] = ordered(table, tables[table]).select(columns)
-    return Attribution(
-        **frames, tokens=tables["prompts"]["tokens"][0].to_list(), gap=tables["graphs"]["gap"][0]
-    )
+    tokens = tables["prompts"]["tokens"][0].to_list()
+    gap = tables["graphs"]["gap"][0]
+    return Attribution(**frames, tokens=tokens, gap=gap)
 
 
 def _inputs(prompt: str | Sequence[int] | Tensor, data: StepData | None) -> Tensor:

@@ -28,14 +28,14 @@ LIKELIEST = 32
 """The number of next tokens of each position whose probabilities are kept."""
 
 UNIT_MASS = 1 << 32
-"""A probability of 1, in the units in which probabilities are added up."""
+"""The integer that stands for a probability of 1."""
 
 
 class Counts(NamedTuple):
     """Counts over some positions.
 
-    cofirings: by layer, [C of the layer, units of this layer and all later ones]; a pair of units
-        of the same layer is in it twice, and so is each unit with itself, once.
+    cofirings: by layer, [C of the layer, units of this layer and all later ones]. A pair of units
+        of the same layer has two equal entries. The entry of a unit with itself is its firings.
     inputs: by layer, [C, vocab], the firings at each token; None for vectors.
     outputs: by layer, [C, vocab + 1], probability mass; None without predictions of tokens.
     input_positions: [vocab], the positions of each token.
@@ -76,40 +76,42 @@ def count(
 
     fires: by layer, in forward order.
     tokens: the input tokens; None for vectors.
-    logits: of the next token; None without predictions.
+    logits: the target's logits of the next token; None without predictions of tokens.
+    vocab: the number of input tokens; 0 for vectors.
     """
     matrices = {layer: as_sparse(entries) for layer, entries in fires.items()}
-    transposed = {layer: F.T.tocsr() for layer, F in matrices.items()}
+    transposed = {layer: F.T.tocsr() for layer, F in matrices.items()}  # [C, position]
     inputs = None
     outputs = None
     input_positions = None
     output_mass = None
     if tokens is not None:
         X = one_hot(tokens, vocab)
-        inputs = {layer: rows @ X for layer, rows in transposed.items()}
+        inputs = {layer: F_T @ X for layer, F_T in transposed.items()}
         input_positions = X.sum(axis=0)
     if logits is not None:
         P = probability_mass(logits)
-        outputs = {layer: rows @ P for layer, rows in transposed.items()}
+        outputs = {layer: F_T @ P for layer, F_T in transposed.items()}
         output_mass = P.sum(axis=0)
     return Counts(cofirings(matrices), inputs, outputs, input_positions, output_mass)
 
 
 def cofirings(matrices: Mapping[str, sparse.csr_array]) -> dict[str, sparse.csr_array]:
-    """Return FᵀF, the rows of each layer against the columns of this and later layers.
+    """Return FᵀF: for each layer, the rows of its units and the columns of this and later layers.
 
     The product is computed in pieces, since the number of pairs can be large where many units fire.
     """
     layers = list(matrices)
     products = {}
     for k, layer in enumerate(layers):
-        own = matrices[layer]
+        F = matrices[layer]  # [position, C]
         blocks = [matrices[name] for name in layers[k:]]
-        later = sparse.csr_array(sparse.hstack(blocks))
-        shape = (columns_of(own), columns_of(later))
+        F_later = sparse.csr_array(sparse.hstack(blocks))  # [position, units from this layer on]
+        shape = (columns_of(F), columns_of(F_later))
         product = sparse.csr_array(shape, dtype=np.int64)
-        for rows in _pieces(own, later):
-            product = product + own[rows].T.tocsr() @ later[rows]
+        for positions in _pieces(F, F_later):
+            F_T = F[positions].T.tocsr()
+            product = product + F_T @ F_later[positions]
         products[layer] = product
     return products
 
@@ -130,7 +132,7 @@ class Entries(NamedTuple):
 
 def entries_of(matrix: sparse.csr_array) -> Entries:
     """Return the entries that are not zero, as arrays."""
-    matrix = matrix.copy()
+    matrix = matrix.copy()  # eliminate_zeros works in place
     matrix.eliminate_zeros()
     coordinates = matrix.tocoo()
     row = coordinates.row.astype(np.int64)
@@ -138,10 +140,10 @@ def entries_of(matrix: sparse.csr_array) -> Entries:
     return Entries(row, column, coordinates.data)
 
 
-def _pieces(own: sparse.csr_array, later: sparse.csr_array) -> list[slice]:
-    """Divide positions into pieces with a limited number of pairs of firings each."""
-    own_firings = np.diff(own.indptr).astype(np.int64)  # [position]
-    later_firings = np.diff(later.indptr)  # [position]
+def _pieces(F: sparse.csr_array, F_later: sparse.csr_array) -> list[slice]:
+    """Divide positions into pieces, each with a limited number of pairs of firings."""
+    own_firings = np.diff(F.indptr).astype(np.int64)  # [position]
+    later_firings = np.diff(F_later.indptr)  # [position]
     pairs_of_position = own_firings * later_firings
     pairs_so_far = np.cumsum(pairs_of_position)
     piece_of_position = pairs_so_far // budgets.MAX_FIRING_PAIRS
@@ -151,7 +153,7 @@ def _pieces(own: sparse.csr_array, later: sparse.csr_array) -> list[slice]:
 
 
 def as_sparse(fires: Bool[Tensor, "position C"]) -> sparse.csr_array:
-    """Return F of one layer."""
+    """Return F of one layer: [position, C], 1 where a unit fires."""
     positions, C = fires.shape
     columns = fires.nonzero()[:, 1].cpu().numpy()  # [firings], by position
     ends = fires.sum(1).cumsum(0).cpu().numpy()
@@ -161,7 +163,7 @@ def as_sparse(fires: Bool[Tensor, "position C"]) -> sparse.csr_array:
 
 
 def one_hot(tokens: Int64[Tensor, " position"], vocab: int) -> sparse.csr_array:
-    """Return X, which is 1 at each position's token."""
+    """Return X: [position, vocab], 1 at each position's token."""
     columns = tokens.cpu().numpy()
     positions = len(columns)
     row_starts = np.arange(positions + 1)
@@ -170,7 +172,7 @@ def one_hot(tokens: Int64[Tensor, " position"], vocab: int) -> sparse.csr_array:
 
 
 def probability_mass(logits: Float[Tensor, "position vocab"]) -> sparse.csr_array:
-    """Return P: the likeliest next tokens of each position, and the remainder, [., vocab + 1].
+    """Return P: [position, vocab + 1], the likeliest next tokens, and in the last column the rest.
 
     Each row adds up to `UNIT_MASS`, the mass of probability 1.
     """
@@ -182,7 +184,7 @@ def probability_mass(logits: Float[Tensor, "position vocab"]) -> sparse.csr_arra
     probability = log_probability.double().exp()  # [position, kept]
     mass = (probability * UNIT_MASS).round().long()
     rest = UNIT_MASS - mass.sum(-1, keepdim=True)  # rounding can make it slightly negative
-    excess = rest.clamp(max=0)
+    excess = rest.clamp(max=0)  # if so, the likeliest token gives it back
     mass[:, :1] += excess
     rest_column = torch.full_like(rest, vocab)
     columns = torch.cat([largest.indices, rest_column], dim=1)  # [position, kept + 1]

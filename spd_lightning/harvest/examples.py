@@ -57,7 +57,7 @@ class Examples:
         }
 
     def add(self, firings: Firings) -> None:
-        """Consider some firings."""
+        """Keep those of some firings whose keys are small enough."""
         hashes = firing_hashes(self._unit_hashes[firings.unit], firings.prompt_id, firings.pos)
         positive = firings.activation > 0
         negative = firings.activation < 0
@@ -95,7 +95,10 @@ class _Sample:
         keys: UInt64[np.ndarray, " firing"],
         eligible: np.ndarray | None = None,
     ) -> None:
-        """Consider the eligible ones of some firings; all of them if omitted."""
+        """Keep those of some firings whose keys are small enough.
+
+        eligible: only these firings; all if omitted.
+        """
         chosen = keys <= self._largest_key[firings.unit]
         if eligible is not None:
             chosen &= eligible
@@ -157,7 +160,7 @@ def firing_hashes(
 
 
 def _mix(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """Map numbers to numbers, one to one, so that equal steps look random.
+    """Return a one-to-one hash of 64-bit numbers.
 
     This is the step of the generator SplitMix64 (Steele, Lea and Flood, 2014). Products are taken
     modulo 2⁶⁴.
@@ -173,7 +176,7 @@ def descending(
 ) -> UInt64[np.ndarray, " firing"]:
     """Return keys that are smaller for larger values; equal values are ordered by their hashes.
 
-    values: at least 0. The bits of such floats, read as integers, have the order of the floats.
+    values: at least 0. The bits of such floats, read as integers, are in the order of the floats.
     """
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     upper = np.uint32(0xFFFFFFFF) - bits

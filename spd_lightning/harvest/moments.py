@@ -11,7 +11,7 @@ IMPORTANCE_BINS = 32
 """The number of bins of importances: bin k holds those in (k/32, (k+1)/32]."""
 
 SIZE_BINS = 96
-"""The number of bins of positive activations, and of negative ones; four cover a factor of 2."""
+"""The number of bins of positive activations, and of negative ones. Four cover a factor of 2."""
 
 _BINS_PER_OCTAVE = 4
 _FIRST_BIN_OF_ONE = 49
@@ -23,12 +23,12 @@ def moments(
     importance: Float[Tensor, "batch pos C"] | None,
     activation: Float[Tensor, "batch pos C"],
 ) -> dict[str, Float64[np.ndarray, " C"] | Int64[np.ndarray, " C"]]:
-    """Return the sums of the table `components` that depend on the prompts.
+    """Return the columns of the table `components` that are sums over positions.
 
     importance: None for units without importances, whose sums of importances are 0.
     """
     C = fires.shape[2]
-    unit = fires.flatten(0, 1).nonzero()[:, 1].cpu().numpy()  # of each firing
+    unit = fires.flatten(0, 1).nonzero()[:, 1].cpu().numpy()  # [firing]
     sums: dict[str, Any] = {
         "firings": np.bincount(unit, minlength=C),
         "positions": np.full(C, fires[..., 0].numel()),
@@ -38,7 +38,7 @@ def moments(
         if values is None:
             values = torch.zeros_like(activation)
         exact = values.double()
-        at_firings = exact[fires].cpu().numpy()
+        at_firings = exact[fires].cpu().numpy()  # [firing], in the order of `unit`
         sums[f"{name}_sum"] = exact.sum((0, 1)).cpu().numpy()
         sums[f"{name}_square_sum"] = exact.square_().sum((0, 1)).cpu().numpy()
         # Without firings, bincount would return integers.
@@ -91,7 +91,7 @@ def importance_bin(importance: Float32[np.ndarray, " firing"]) -> Int64[np.ndarr
 
 
 def activation_bin(activation: Float32[np.ndarray, " firing"]) -> Int64[np.ndarray, " firing"]:
-    """Return the bin of each activation, with its sign."""
+    """Return the bin of each activation, from 1 to `SIZE_BINS`, times the activation's sign."""
     size = np.abs(activation).astype(np.float64)
     with np.errstate(divide="ignore"):  # log 0 = −∞ is clipped
         octave = np.log2(size)
@@ -106,6 +106,7 @@ def _counted(
     column: Int64[np.ndarray, " firing"],
     columns: int,
 ) -> Int64[np.ndarray, "unit bin"]:
-    cell = unit * columns + column
+    """Return the number of firings of each unit in each column."""
+    cell = unit * columns + column  # the place in the flattened matrix
     counts = np.bincount(cell, minlength=units * columns)
     return counts.reshape(units, columns)

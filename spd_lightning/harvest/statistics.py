@@ -37,7 +37,7 @@ from spd_lightning.units import ComponentUnits, Observation
 
 
 class Statistics(Harvester):
-    """Write statistics of all components over many prompts.
+    """Write statistics of all components over many prompts, in one clean run per prompt.
 
     The tables are prompts, components, histograms, cofirings, token_counts, tokens and examples.
 
@@ -155,7 +155,13 @@ class Statistics(Harvester):
 
 
 def _check_finite(observation: Observation, harvest: str) -> None:
+    """Check the activations of all layers.
+
+    Raises:
+        BadInput: an activation is infinite or NaN.
+    """
     for layer, activation in observation.activations.items():
+        # The sum is not finite if any entry is not, and needs no mask of the same shape.
         if not torch.isfinite(activation.sum()):
             raise BadInput(
                 f"harvest '{harvest}': an activation of layer '{layer}' is not finite; the target "
@@ -204,15 +210,7 @@ class Totals:
         fires: by layer, [batch, pos, C].
         inputs: [batch, features] floating point, or [batch, pos] token ids.
         """
-        for layer in self.units:
-            importance = None
-            if observation.importances is not None:
-                importance = observation.importances[layer]
-            sums = moments(fires[layer], importance, observation.activations[layer])
-            previous = self.moments.get(layer)
-            if previous is not None:
-                sums = {name: previous[name] + total for name, total in sums.items()}
-            self.moments[layer] = sums
+        self._add_moments(observation, fires)
         firings = _firings(observation, fires, ids)
         self.examples.add(firings)
         binned = histograms(
@@ -221,7 +219,7 @@ class Totals:
         tokens = None if inputs.is_floating_point() else inputs.flatten()
         logits = observation.logits
         counts = count(
-            {layer: entries.flatten(0, 1) for layer, entries in fires.items()},
+            {layer: entries.flatten(0, 1) for layer, entries in fires.items()},  # [position, C]
             tokens,
             None if logits is None else logits.flatten(0, 1),
             vocab,
@@ -233,6 +231,17 @@ class Totals:
             self._counts = self._counts.plus(counts)
             self._histograms = self._histograms.plus(binned)
 
+    def _add_moments(self, observation: Observation, fires: Mapping[str, torch.Tensor]) -> None:
+        for layer in self.units:
+            importance = None
+            if observation.importances is not None:
+                importance = observation.importances[layer]
+            sums = moments(fires[layer], importance, observation.activations[layer])
+            previous = self.moments.get(layer)
+            if previous is not None:
+                sums = {name: previous[name] + total for name, total in sums.items()}
+            self.moments[layer] = sums
+
 
 def _firings(
     observation: Observation, fires: Mapping[str, torch.Tensor], ids: list[int]
@@ -240,7 +249,7 @@ def _firings(
     """Return the firings of a batch of prompts, layer by layer."""
     prompt_ids = np.array(ids, dtype=np.uint64)
     parts = []
-    first_unit = 0
+    first_unit = 0  # the number of the layer's first unit among those of all layers
     for layer, entries in fires.items():
         prompt, pos, component = entries.nonzero().cpu().numpy().T  # [firings] each
         importance = None
@@ -256,8 +265,13 @@ def _firings(
             )
         )
         first_unit += entries.shape[2]
+    return _concatenated(parts)
+
+
+def _concatenated(parts: list[Firings]) -> Firings:
+    """Return the firings of several layers as one; all or none of them have importances."""
     importances = None
-    if observation.importances is not None:
+    if parts[0].importance is not None:
         importances = np.concatenate([part.importance for part in parts])
     return Firings(
         unit=np.concatenate([part.unit for part in parts]),

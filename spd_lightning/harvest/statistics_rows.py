@@ -14,7 +14,11 @@ from spd_lightning.store.tables import added
 
 
 class UnitNames:
-    """The layer and component of each unit, for the numbers that count the units of all layers."""
+    """The layer and component of each unit, where units of all layers are numbered together.
+
+    Attributes:
+        first: by layer, the number of its first unit.
+    """
 
     def __init__(self, units: Mapping[str, int], layers: list[str]):
         sizes = np.array(list(units.values()))
@@ -26,7 +30,7 @@ class UnitNames:
         self._component_of_unit = pl.Series(components)
 
     def columns(self, unit: np.ndarray, prefix: str = "") -> dict[str, pl.Series]:
-        """Return the columns `layer` and `component` of some units."""
+        """Return the columns `layer` and `component` of the units with these numbers."""
         layer = self._layer_of_unit.gather(unit)
         component = self._component_of_unit.gather(unit)
         return {f"{prefix}layer": layer, f"{prefix}component": component}
@@ -75,7 +79,7 @@ def cofiring_rows(counts: Counts, names: UnitNames) -> pl.DataFrame:
 
 
 def token_count_rows(counts: Counts, names: UnitNames) -> pl.DataFrame:
-    """Return one row per component and token, and per component for the remainder."""
+    """Return one row per component and token, and one per component for the remainder."""
     assert counts.inputs is not None
     frames = []
     for layer, matrix in counts.inputs.items():
@@ -83,7 +87,7 @@ def token_count_rows(counts: Counts, names: UnitNames) -> pl.DataFrame:
         frames.append(_token_cells(matrix, first, names, "input_firings", None))
     for layer, matrix in (counts.outputs or {}).items():
         first = names.first[layer]
-        rest = columns_of(matrix) - 1
+        rest = columns_of(matrix) - 1  # the last column is the remainder
         frames.append(_token_cells(matrix, first, names, "output_mass", rest))
     return added("token_counts", frames)
 
@@ -91,7 +95,15 @@ def token_count_rows(counts: Counts, names: UnitNames) -> pl.DataFrame:
 def _token_cells(
     matrix: sparse.csr_array, first: int, names: UnitNames, column: str, rest: int | None
 ) -> pl.DataFrame:
-    """Return the nonzero entries of one layer's counts by token; token `rest` becomes null."""
+    """Return the nonzero entries of one layer's counts by token.
+
+    Args:
+        matrix: [C, vocab], or [C, vocab + 1] with the remainder.
+        first: the number of the layer's first unit.
+        names: the names of the units.
+        column: the column of these counts. The other one is 0: the caller adds both up.
+        rest: the column of the matrix that holds the remainder, whose token is null.
+    """
     dtype = {"input_firings": pl.Int64, "output_mass": pl.UInt64}
     component, token, value = entries_of(matrix)
     columns = {
@@ -113,7 +125,8 @@ def token_rows(counts: Counts, names: Names) -> pl.DataFrame:
     assert positions is not None
     if mass is None:
         mass = np.zeros(len(positions) + 1, dtype=np.int64)
-    rest = len(mass) - 1
+    rest = len(mass) - 1  # the last entry is the remainder
+    # The vocabularies of inputs and of outputs can differ in size.
     length = max(len(positions), rest)
     all_positions = np.zeros(length, dtype=np.int64)
     all_positions[: len(positions)] = positions

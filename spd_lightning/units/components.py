@@ -12,7 +12,7 @@ from spd_lightning.units.observation import Observation
 
 
 class ComponentUnits:
-    """The components of a decomposed model, with the lower-leaky importances of the clean run.
+    """The components of a decomposed model, with their lower-leaky importances in the clean run.
 
     Examples:
         >>> import torch
@@ -40,7 +40,7 @@ class ComponentUnits:
             BadInput: a site has the same input for all prompts.
         """
         has_tokens = not inputs.is_floating_point()
-        with torch.no_grad():  # also for the inner activations, which are computed when read
+        with torch.no_grad():  # inner activations are computed only when they are read below
             clean = self.model.clean(inputs)
             importances = self.model.importances(clean).lower
             check_own_importances(importances, inputs)
@@ -54,7 +54,7 @@ class ComponentUnits:
 def check_own_importances(
     importances: Mapping[str, Float[Tensor, "*place C"]], inputs: Shaped[Tensor, "batch _"]
 ) -> None:
-    """Check that every prompt has importances of its own at every site.
+    """Check that importances at every site depend on the prompt.
 
     Raises:
         BadInput: a site has the same input for all prompts.
@@ -69,9 +69,9 @@ def check_own_importances(
 
 
 def by_position(x: Float[Tensor, "batch *pos K"]) -> Float[Tensor, "batch pos K"]:
-    """Return values with a dimension of positions, in single precision or better.
+    """Return values with a position dimension, in single precision or better.
 
-    Vectors have one position.
+    A vector counts as one position.
     """
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()

@@ -1,4 +1,4 @@
-"""The facts about units that statistics need, whatever the units are.
+"""The protocol of units, and the values that statistics need from them.
 
 A *unit* reads a position and has one activation there: an SPD component, a rank of a LoRA adapter,
 a feature of a sparse autoencoder, a neuron. Some units also have an importance between 0 and 1,
@@ -26,7 +26,7 @@ class Observation(NamedTuple):
     logits: Float[Tensor, "batch pos vocab"] | None
 
     def measure(self, layer: str) -> Float[Tensor, "batch pos C"]:
-        """Return what is compared with the threshold: importances, or else |activation|."""
+        """Return the values that are compared with the threshold: importances, or |activation|."""
         if self.importances is None:
             return self.activations[layer].abs()
         return self.importances[layer]
