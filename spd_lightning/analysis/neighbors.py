@@ -17,16 +17,17 @@ MOST_PROMPTS = 200
 
 
 def neighbors(store: Store, name: str, side: Side = "sources", top: int = 20) -> pl.DataFrame:
-    """Return the components (and tokens, inputs, outputs) with the strongest edges to a component.
+    """Return the strongest sources of a component, or its strongest targets.
 
-    Columns kind, layer, component, edges (their number), sum (of attributions), prompts (the number
-    of prompts that were read). Harvests of sums have all their prompts. For graphs of prompts, the
-    200 prompts are read on which the component is most important.
+    Sources can also be inputs and embeddings; targets can also be outputs. Columns kind, layer,
+    component, edges (their number), sum (of attributions), prompts (the number of prompts behind
+    these). A harvest of sums covers all its prompts. In a harvest of graphs, only the 200 prompts
+    are read on which the component has the largest importance.
 
     Args:
         store: a harvest of sums (`DatasetEdges`) or of graphs (`PromptGraphs`).
         name: `layer:component`.
-        side: what drives the component, or what it drives.
+        side: "sources" for what drives the component; "targets" for what it drives.
         top: the largest number of rows.
 
     Raises:
@@ -52,13 +53,13 @@ def _from_graphs(store: Store, layer: str, component: int, side: Side, top: int)
     """Add up the edges of the graphs of the prompts on which a component is most important."""
     this, other = ("target", "source") if side == "sources" else ("source", "target")
     nodes = store.scan("nodes_by_component", component=(layer, component))
-    places = store.collect(nodes.filter(pl.col("kind") == "component"))
-    by_prompt = places.group_by("prompt_id").agg(pl.col("importance").max())
+    own_nodes = store.collect(nodes.filter(pl.col("kind") == "component"))
+    by_prompt = own_nodes.group_by("prompt_id").agg(pl.col("importance").max())
     prompts = by_prompt.sort(-pl.col("importance"), "prompt_id").head(MOST_PROMPTS)["prompt_id"]
-    own = places.select("prompt_id", pl.col("node").alias(this))
+    ends = own_nodes.lazy().select("prompt_id", pl.col("node").alias(this))
     frames = []
     for prompt in prompts:
-        edges = store.scan("edges", prompt).join(own.lazy(), on=["prompt_id", this], how="semi")
+        edges = store.scan("edges", prompt).join(ends, on=["prompt_id", this], how="semi")
         nodes = store.scan("nodes", prompt).select(
             pl.col("node").alias(other), "kind", "layer", "component"
         )

@@ -5,7 +5,7 @@
     target_l2   the squares of a node's in-edges add up to 1
     layer_l2    the squares of all edges into a layer add up to 1
 
-Signs are kept. Edges are normalized before any is left out.
+Signs are kept. All edges of a prompt are normalized, before any filter.
 """
 
 from typing import Literal

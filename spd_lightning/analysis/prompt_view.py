@@ -25,7 +25,7 @@ class PromptView:
         edges: columns source, target (numbers of nodes), attribution, strongest first.
         outputs: the likely next tokens: columns pos, token_id, token, ci_probability,
             target_probability, and logits.
-        edges_total: the number of edges between the nodes, before the cut to `top_k`.
+        edges_total: the number of edges between the nodes; `edges` has only the `top_k` strongest.
     """
 
     prompt_id: int
@@ -57,7 +57,7 @@ def prompt(
             most this; it removes components that are always on.
         output_prob_threshold: keep outputs with at least this probability under importances as
             masks.
-        normalize: the scale of the edges, applied before any is left out.
+        normalize: the scale of the edges, computed from all edges of the prompt.
 
     Raises:
         BadInput: the harvest has no such prompt, or a number is out of range.

@@ -28,7 +28,7 @@ Json = dict[str, Any]
 
 
 def meta(store: Store) -> Json:
-    """Return what a harvest is: its run, settings, layers, and numbers of rows."""
+    """Return the facts about a harvest: its run, settings, layers, and numbers of rows."""
     manifest = store.manifest
     keys = ("harvest", "run", "kind", "mode", "threshold", "layers", "C", "rows", "prompts")
     facts = {key: manifest.get(key) for key in keys}
@@ -63,7 +63,7 @@ def correlations(
 
 
 def tokens(store: Store, name: str, of: Of | None = None, sort: str = "pmi", top: int = 20) -> Json:
-    """Return the top tokens at a component's firings, and those that the target predicts there.
+    """Return the top tokens at a component's firings, and the top tokens predicted there.
 
     of: "input" or "output"; both if omitted.
     """
@@ -100,11 +100,11 @@ def search(
     size: int = 100,
 ) -> Json:
     """Return a page of the prompts on which components fire."""
-    found = store.search(names, mode, min_importance)
-    rows = _slice(found, page, size)
+    matches = store.search(names, mode, min_importance)
+    rows = _slice(matches, page, size)
     texts = _texts_of(store, rows["prompt_id"].to_list())
     with_texts = rows.with_columns(text=pl.Series(texts, dtype=pl.String))
-    return _page(found, page, size, with_texts)
+    return _page(matches, page, size, with_texts)
 
 
 def prompts(
@@ -164,7 +164,10 @@ def neighbors(store: Store, name: str, side: Side | None = None, top: int = 20) 
 
 
 def _page(frame: pl.DataFrame, page: int, size: int, rows: pl.DataFrame | None = None) -> Json:
-    """Return a page of a frame. rows: the rows of the page, if they have further columns."""
+    """Return a page of a frame.
+
+    rows: the rows of the page with further columns; if omitted, those of the frame.
+    """
     if rows is None:
         rows = _slice(frame, page, size)
     is_last = (page + 1) * size >= frame.height

@@ -24,7 +24,7 @@ LONGEST_TEXT = 10_000
 def search(
     store: Store, components: Sequence[str], mode: Mode = "all", min_importance: float = 0.0
 ) -> pl.DataFrame:
-    """Return the prompts on which components fire, those with the largest importance first.
+    """Return the prompts on which components fire, sorted by `matched`, then by importance.
 
     Columns prompt_id, matched (the number of these components that fire on the prompt), importance.
     Each component has its largest importance on the prompt; `importance` is the smallest of these
@@ -33,7 +33,7 @@ def search(
     Args:
         store: a harvest with the table `nodes`.
         components: names, `layer:component`.
-        mode: whether all components must fire on the prompt, or any of them.
+        mode: "all" if every component must fire on the prompt; "any" if one is enough.
         min_importance: a component counts where its importance is at least this.
 
     Raises:
@@ -53,12 +53,12 @@ def search(
             "need a component; harvest with spd_lightning.PromptNodes or PromptGraphs"
         )
     largest = store.prompts_with(units, mode, min_importance)
-    of_components = pl.exclude("prompt_id")
-    smallest_or_largest = pl.min_horizontal(of_components)
+    importances = pl.exclude("prompt_id")  # one column per component; null where it does not fire
+    importance = pl.min_horizontal(importances)
     if mode == "any":
-        smallest_or_largest = pl.max_horizontal(of_components)
-    matched = pl.sum_horizontal(of_components.is_not_null()).cast(pl.UInt32)
-    prompts = largest.select("prompt_id", matched=matched, importance=smallest_or_largest)
+        importance = pl.max_horizontal(importances)
+    matched = pl.sum_horizontal(importances.is_not_null()).cast(pl.UInt32)
+    prompts = largest.select("prompt_id", matched=matched, importance=importance)
     return prompts.sort("matched", "importance", "prompt_id", descending=[True, True, False])
 
 
@@ -93,9 +93,9 @@ def prompts(store: Store, text: str | None = None, regex: str | None = None) -> 
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason in an error about a regular expression.
+    """Return the reason in an error of polars about a regular expression.
 
-    It is on the last line before polars names the query.
+    It is the last line before those about the query.
     """
     text = str(error).partition("This error occurred")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,6 +1,6 @@
 """Statistics of components, from the tables of a harvest: section H of docs/method.md.
 
-The tables hold sums for several groups of prompts. Readers add them up first and divide then.
+The tables hold sums for several groups of prompts. Queries first add up the groups, then divide.
 """
 
 from typing import Any, Literal
@@ -18,7 +18,7 @@ Of = Literal["input", "output"]
 OF: tuple[Of, ...] = ("input", "output")
 
 UNIT_MASS = 2.0**32
-"""A probability of 1 in the tables."""
+"""The integer that stands for a probability of 1 in the tables (`harvest.counting`)."""
 
 _FORWARD = pl.col("layer").to_physical()
 
@@ -52,7 +52,8 @@ def components(store: Store, layer: str | None = None, sort: str = "density") ->
         sort: one of `COMPONENT_SORTS`.
 
     Raises:
-        BadInput: the harvest has no such site or no statistics, or nothing is sorted by that name.
+        BadInput: the harvest has no such site or no statistics, or the column to sort by is
+            unknown.
     """
     if sort not in COMPONENT_SORTS:
         raise BadInput(f"sort '{sort[:60]}': {nearest(sort, COMPONENT_SORTS)}")
@@ -119,6 +120,7 @@ def histogram(store: Store, name: str) -> pl.DataFrame:
     rows = summed("histograms", _rows_of(store, "histograms", name))
     k = pl.col("bin").cast(pl.Float64)
     is_importance = pl.col("quantity") == "importance"
+    # The ends of bin ±k of activations, nearer to 0 and farther from it (see `harvest.moments`).
     inner = pl.lit(2.0).pow((k.abs() - 49) / 4)
     outer = pl.lit(2.0).pow((k.abs() - 48) / 4)
     low = pl.when(k > 0).then(inner).when(k < 0).then(-outer).otherwise(0.0)
@@ -145,25 +147,14 @@ def correlations(store: Store, name: str, sort: str = "pmi") -> pl.DataFrame:
     P(this|other), jaccard, pmi, low, high (a 95 % interval of the PMI).
 
     Raises:
-        BadInput: the harvest has no such component or no statistics, or nothing is sorted by that
-            name.
+        BadInput: the harvest has no such component or no statistics, or the column to sort by is
+            unknown.
     """
     if sort not in CORRELATION_SORTS:
         raise BadInput(f"sort '{sort[:60]}': {nearest(sort, CORRELATION_SORTS)}")
     layer, number = component_of(store, name)
     require(store, "cofirings")
-    pairs = store.scan("cofirings")
-    is_first = (pl.col("layer") == layer) & (pl.col("component") == number)
-    is_second = (pl.col("other_layer") == layer) & (pl.col("other_component") == number)
-    others = pl.concat(
-        [
-            pairs.filter(is_first).select(
-                "firings", layer="other_layer", component="other_component"
-            ),
-            pairs.filter(is_second).select("firings", "layer", "component"),
-        ]
-    )
-    together = others.group_by("layer", "component").agg(together=pl.col("firings").sum())
+    together = _firings_together(store, layer, number)
     counts = store.scan("components").group_by("layer", "component")
     counts = counts.agg(pl.col("firings", "positions").sum())
     this = (pl.col("layer") == layer) & (pl.col("component") == number)
@@ -183,6 +174,22 @@ def correlations(store: Store, name: str, sort: str = "pmi") -> pl.DataFrame:
     )
     key = "low" if sort == "pmi" else sort
     return store.collect(rows.sort(-pl.col(key), _FORWARD, "component"))
+
+
+def _firings_together(store: Store, layer: str, number: int) -> pl.LazyFrame:
+    """Return the components that fire together with one: columns layer, component, together.
+
+    The table has each pair once, so the component can be the first or the second of a pair.
+    """
+    pairs = store.scan("cofirings")
+    is_first = (pl.col("layer") == layer) & (pl.col("component") == number)
+    is_second = (pl.col("other_layer") == layer) & (pl.col("other_component") == number)
+    later = pairs.filter(is_first).select(
+        "firings", layer="other_layer", component="other_component"
+    )
+    earlier = pairs.filter(is_second).select("firings", "layer", "component")
+    others = pl.concat([later, earlier]).group_by("layer", "component")
+    return others.agg(together=pl.col("firings").sum())
 
 
 def _pmi(both: pl.Expr, first: pl.Expr, second: pl.Expr, positions: pl.Expr) -> dict[str, pl.Expr]:
@@ -206,7 +213,7 @@ TOKEN_SORTS = ("pmi", "recall", "precision", "count")
 
 
 def tokens(store: Store, name: str, of: Of = "input", sort: str = "pmi") -> pl.DataFrame:
-    """Return the tokens at the firings of a component, or those that the target predicts there.
+    """Return the tokens at which a component fires, or those that the target predicts there.
 
     Columns token_id, token, count (firings, or probability mass in firings), recall, precision,
     lift, pmi, low, high (a 95 % interval of the PMI). The remainder of the predictions has the
@@ -215,12 +222,12 @@ def tokens(store: Store, name: str, of: Of = "input", sort: str = "pmi") -> pl.D
     Args:
         store: a harvest of statistics on text.
         name: `layer:component`.
-        of: "input" for the tokens where it fires; "output" for the next tokens there.
+        of: "input" for the tokens at which it fires; "output" for the tokens predicted next.
         sort: one of `TOKEN_SORTS`.
 
     Raises:
-        BadInput: the harvest has no such component or no statistics of tokens, or nothing is sorted
-            by that name.
+        BadInput: the harvest has no such component or no statistics of tokens, or the column to
+            sort by is unknown.
     """
     if sort not in TOKEN_SORTS:
         raise BadInput(f"sort '{sort[:60]}': {nearest(sort, TOKEN_SORTS)}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import polars as pl
 
+from spd_lightning.analysis.names import component_name
 from spd_lightning.analysis.search import prompts
 from spd_lightning.analysis.statistics import components
 from spd_lightning.analysis.store import Store
@@ -68,11 +69,11 @@ def summary(harvest: Path) -> str:
 
 
 def _facts(store: Store) -> Iterator[str]:
-    """Yield where the harvest comes from, and how to open it."""
+    """Yield a table of the origin of the harvest, and a hint how to open it."""
     manifest = store.manifest
     facts = {
         "run": manifest["run"],
-        "digest of its weights": manifest.get("checkpoint_digest", ""),
+        "digest of the weights": manifest.get("checkpoint_digest", ""),
         "mode": manifest.get("mode", ""),
         "threshold of importance": manifest.get("threshold", ""),
         "prompts": manifest["prompts"],
@@ -101,7 +102,7 @@ def _components(store: Store) -> Iterator[str]:
     heads = ["component", "density", "firings", "mean importance where it fires", "norm"]
     rows = []
     for row in frame.head(MOST_ROWS).iter_rows(named=True):
-        name = f"{row['layer']}:{row['component']}"
+        name = component_name(row["layer"], row["component"])
         values = [row["density"], row["firings"], row["firing_importance"], row["norm"]]
         rows.append([name, *values])
     yield from _table(heads, rows)

@@ -60,11 +60,12 @@ def _histogram(store: Store, name: str) -> Iterator[str]:
 
 def _tokens(store: Store, name: str, side: Of, top: int) -> Iterator[str]:
     """Yield the tokens with the highest PMI, ranked by the lower end of its interval."""
-    rows = store.tokens(name, side).filter(pl.col("token_id").is_not_null()).head(top)
+    rows = store.tokens(name, side)
+    tokens = rows.filter(pl.col("token_id").is_not_null()).head(top)  # without the remainder
     title = "tokens where it fires" if side == "input" else "next tokens that the target predicts"
     yield ""
     yield f"{title} (share of its firings, and PMI in nats):"
-    for token, recall, pmi in rows.select("token", "recall", "pmi").iter_rows():
+    for token, recall, pmi in tokens.select("token", "recall", "pmi").iter_rows():
         yield f"  {token!r:<16} {100 * recall:>5.1f} %  {pmi:+.2f}"
 
 
@@ -75,11 +76,10 @@ def _correlations(store: Store, name: str, top: int) -> Iterator[str]:
     rows = store.correlations(name).head(top)
     yield ""
     yield "fires together with (share of its firings, PMI):"
-    columns = ("layer", "component", "p_other", "pmi")
-    names = [component_name(layer, c) for layer, c in rows.select("layer", "component").iter_rows()]
+    names = [component_name(row["layer"], row["component"]) for row in rows.to_dicts()]
     width = max(map(len, names), default=0)
-    for other, (_, _, share, pmi) in zip(names, rows.select(columns).iter_rows(), strict=True):
-        yield f"  {other:<{width}} {100 * share:>5.1f} %  {pmi:+.2f}"
+    for other, row in zip(names, rows.iter_rows(named=True), strict=True):
+        yield f"  {other:<{width}} {100 * row['p_other']:>5.1f} %  {row['pmi']:+.2f}"
 
 
 def _examples(store: Store, name: str, kind: ExampleKind, window: int, top: int) -> Iterator[str]:
@@ -95,15 +95,25 @@ def _examples(store: Store, name: str, kind: ExampleKind, window: int, top: int)
     yield f"{titles[kind]} (importance, activation):"
     for row in rows.iter_rows(named=True):
         text = highlighted(row["tokens"], row["pos"] - row["first"])
-        importance = "  –  " if row["importance"] is None else f"{row['importance']:.3f}"
+        importance = "  –  "
+        if row["importance"] is not None:
+            importance = f"{row['importance']:.3f}"
         yield f"  {importance} {row['activation']:+8.3f}  {text}"
 
 
 def highlighted(tokens: Sequence[str], place: int) -> str:
-    """Return a text on one line with one of its tokens marked: in color, or «like this»."""
-    begin, end = (_BOLD, _PLAIN) if sys.stdout.isatty() else ("«", "»")
-    contain_spaces = any(" " in token or is_bytes(token) for token in tokens)
-    space = "" if contain_spaces else " "  # tokens without a text are numbers
+    """Return a text on one line with one of its tokens marked: in color, or «like this».
+
+    place: the marked token, counted from 0.
+    """
+    begin = "«"
+    end = "»"
+    if sys.stdout.isatty():
+        begin = _BOLD
+        end = _PLAIN
+    space = " "  # without a tokenizer, tokens are numbers, and need spaces between them
+    if any(" " in token or is_bytes(token) for token in tokens):
+        space = ""
     before = joined(f"{token}{space}" for token in tokens[:place])
     after = joined(f"{space}{token}" for token in tokens[place + 1 :])
     marked = joined(tokens[place : place + 1])

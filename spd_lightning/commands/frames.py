@@ -46,7 +46,7 @@ def print_json(value: Any) -> None:
 
 
 def write(frame: pl.DataFrame, csv: str | None, parquet: str | None) -> bool:
-    """Write a frame to the files that were given, and say so; return whether there were any."""
+    """Write a frame to the given files, and print a line for each; return whether any was given."""
     for path, kind in ((csv, "csv"), (parquet, "parquet")):
         if path is None:
             continue

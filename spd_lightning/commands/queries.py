@@ -46,7 +46,7 @@ def components(argv: Sequence[str]) -> None:
 
 
 def component(argv: Sequence[str]) -> None:
-    """Show what one component is about."""
+    """Show a summary of one component."""
     arguments, store = _open("component", argv, "statistics")
     name = arguments.component
     if arguments.json:
@@ -119,7 +119,7 @@ def neighbors(argv: Sequence[str]) -> None:
 
 
 def search(argv: Sequence[str]) -> None:
-    """List the prompts on which all of some components fire, or any of them."""
+    """List the prompts on which all of the given components fire, or any of them."""
     arguments, store = _open("search", argv, "nodes")
     names = [name for name in arguments.components.split(",") if name.strip()]
 

@@ -1,4 +1,8 @@
-"""The verbs that answer questions about a run's components and prompts, as a table."""
+"""The options of the verbs that answer questions about a run's components and prompts.
+
+Names that an option can take are written out here, so that `--help` imports no analysis. A test
+compares them with those that the queries accept.
+"""
 
 from spd_lightning.commands.option import RUN, Option, Verb, share, whole
 
@@ -9,7 +13,7 @@ _HARVEST = Option(
     "--harvest",
     "the harvest to read",
     "NAME",
-    default_text="the newest that has what is needed",
+    default_text="the newest one that can answer",
     example="statistics",
 )
 _SIZE = Option("--size", "rows to a page", "N", 20, kind=whole(1), example="50")
@@ -163,7 +167,7 @@ QUERIES = (
     Verb(
         "search",
         "RUN COMPONENTS",
-        "List the prompts on which all of some components fire, or any of them.",
+        "List the prompts on which all of the given components fire, or any of them.",
         "search stories-2L h.0.mlp.c_fc:5,h.1.mlp.c_fc:12 --mode any",
         (
             RUN,

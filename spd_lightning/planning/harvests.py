@@ -25,7 +25,7 @@ PASSES = "forward passes of a batch"
 
 @runtime_checkable
 class Harvests(Protocol):
-    """A harvester, as far as its memory is concerned."""
+    """A harvester whose memory can be estimated."""
 
     name: str
 
@@ -34,7 +34,7 @@ class Harvests(Protocol):
         ...
 
     def memory(self, model: ComponentModel, inputs: Tensor) -> Mapping[str, int]:
-        """Return the most bytes of rows that are in memory until they are written, by purpose."""
+        """Return the largest number of bytes of rows that wait to be written, by purpose."""
         ...
 
 
@@ -62,7 +62,7 @@ def harvest_memory(settings: Settings) -> dict[str, int]:
         for harvester in harvesters:
             prompts = min(len(inputs), harvester.at_once(model, inputs))
             held = counter.alive
-            counter.peak = held
+            counter.peak = held  # the peak of this harvester's passes alone
             _run(model, inputs[:prompts])
             passes = counter.peak - held
             memory[PASSES] = max(memory[PASSES], passes)
@@ -85,7 +85,7 @@ def _run(model: ComponentModel, inputs: Tensor) -> None:
     """Run a batch of prompts clean and under its importances as masks, as harvesters do."""
     clean = model.clean(inputs)
     importances = model.importances(clean).lower
-    activations = dict(clean.inner.items())
+    activations = dict(clean.inner.items())  # harvesters hold them during the masked run
     masks = {site: Mask(values, 0.0) for site, values in importances.items()}
     model.masked(inputs, masks, clean)
     del activations

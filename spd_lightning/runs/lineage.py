@@ -1,4 +1,4 @@
-"""The lineage of what trackers store: the run, the weights and the config that it comes from.
+"""The lineage of uploads to trackers: the run, the weights and the config they come from.
 
 A run is uploaded in parts: the run itself (`run`), and each of its harvests (`harvest/<name>`).
 The tracker records the lineage of each part, with a digest of the part. A download is compared with
@@ -49,13 +49,13 @@ def lineage(folder: Path, part: str) -> dict[str, str]:
         facts["config"] = digest(config)
     if part == RUN:
         weights = read_json(folder / "decomposition.json", dict[str, Any]).get("digest", "")
-        found = [folder / name for name in _RUN_FILES]
+        files = [folder / name for name in _RUN_FILES]
     else:
         harvest = folder / part
         weights = read_json(harvest / "manifest.json", dict[str, Any]).get("checkpoint_digest", "")
-        found = sorted({path for name in _LEDGERS for path in harvest.glob(name)})
+        files = sorted({path for name in _LEDGERS for path in harvest.glob(name)})
     facts["checkpoint"] = str(weights)
-    lines = [f"{path.name} {digest(path)}" for path in found if path.exists()]
+    lines = [f"{path.name} {digest(path)}" for path in files if path.exists()]
     facts["digest"] = digest_of("\n".join(lines).encode())
     return facts
 
@@ -65,8 +65,8 @@ def check_lineage(folder: Path, recorded: Mapping[str, Any], reference: str) -> 
 
     Args:
         folder: the downloaded run.
-        recorded: the lineage of its parts, as the tracker has it: any values, since anybody may
-            have written them.
+        recorded: by part, the lineage that the tracker has. It is not trusted: the values can have
+            any type.
         reference: the reference of the download, for messages.
 
     Raises:
@@ -75,8 +75,8 @@ def check_lineage(folder: Path, recorded: Mapping[str, Any], reference: str) -> 
     for part in parts(folder, ("config.yaml", "harvest")):
         if part not in recorded:
             continue
-        said = recorded[part]
-        expected = said.get("digest") if isinstance(said, Mapping) else said
+        entry = recorded[part]
+        expected = entry.get("digest") if isinstance(entry, Mapping) else entry
         found = lineage(folder, part)["digest"]
         if found != expected:
             raise BadInput(
@@ -96,7 +96,7 @@ def tags(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def recorded_in(tags: Mapping[str, str]) -> dict[str, Any]:
-    """Return the lineage that tags hold, by part; text that is not a lineage stays text."""
+    """Return the lineage in tags, by part; the text of a tag that is not a lineage is kept."""
     recorded = dict[str, Any]()
     for key, text in tags.items():
         if not key.startswith(_TAG):

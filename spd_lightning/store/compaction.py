@@ -1,9 +1,9 @@
-"""Merge the small groups of a harvest into a few large ones, sorted like small ones.
+"""Merge the small groups of a harvest into a few large ones, sorted in the same way.
 
 A harvest of many prompts has thousands of small files. They are slow to upload, and a search has to
 look into each. The steps are:
 
-1. Groups are put together, in order, up to `MOST_BYTES`. A group that is large already stays.
+1. Consecutive groups are put together, up to `MOST_BYTES`. A group that is already large is kept.
 2. For each table, the rows of the groups are read in blocks, merged, sorted, and appended to a
    new file. A block is a range of prompts or of layers with about `BLOCK_ROWS` rows, so that memory
    is bounded. Every part that is read is compared with its digest.
@@ -12,7 +12,7 @@ look into each. The steps are:
    (`store.leases`).
 
 A process that is killed before step 3 leaves the harvest as it was, and files that no ledger names;
-the next compaction deletes them. Afterwards, the harvest is compacted.
+the next compaction deletes them. A process that is killed later leaves a compacted harvest.
 """
 
 import os
@@ -166,14 +166,14 @@ def _merge(
 
 
 def _batches(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
-    """Yield the groups that become one, in order."""
+    """Yield lists of consecutive groups; each list becomes one group."""
     batch = list[Shard]()
     kept_bytes = 0
     most_sums = 0
     prompts = 0
     for shard in shards:
         kept, sums = _bytes(shard)
-        new_prompts = len(shard["prompts"]) // 16
+        new_prompts = len(shard["prompts"]) // 16  # each id is 16 hex digits
         total = kept_bytes + kept + max(most_sums, sums)
         if batch and (total > MOST_BYTES or prompts + new_prompts > MOST_PROMPTS):
             yield batch
@@ -295,7 +295,9 @@ class Merging:
         else:
             starts = [np.array([0, shard["tables"][table]["rows"]]) for shard in sources]
         totals = np.sum(starts, axis=0)  # rows before each prompt or layer, in all groups
-        places = [0]
+        places = [0]  # the first prompt or layer of each block
+        # A block ends before the prompt or layer with which it would exceed BLOCK_ROWS. A single
+        # prompt or layer can exceed it.
         for place in range(1, len(totals)):
             if totals[place] - totals[places[-1]] > BLOCK_ROWS and place - 1 > places[-1]:
                 places.append(place - 1)
@@ -316,7 +318,7 @@ def _sweep(path: Path, snapshot: Snapshot) -> None:
 
 
 def _clean(path: Path, shards: Sequence[Shard]) -> int:
-    """Delete the files that no ledger names; return how many have to stay for readers."""
+    """Delete the files that no ledger names; return the number of those that a reader needs."""
     needed = {path / file for shard in shards for file, _ in files(shard)}
     generation = read_snapshot(Folder(path)).merged["generation"]
     unneeded = []

@@ -123,6 +123,21 @@ class Index:
         return Rows(first, last, start - origin, stop - origin)
 
 
+class _UnitRows(NamedTuple):
+    """The units of some rows of `nodes_by_component`.
+
+    keys: [unit], sorted.
+    row_counts: [unit], the number of rows of each.
+    posting_counts: [unit], the number of postings of each.
+    postings: [N, 2], as in the index.
+    """
+
+    keys: np.ndarray
+    row_counts: np.ndarray
+    posting_counts: np.ndarray
+    postings: np.ndarray
+
+
 class IndexBuilder:
     """Collects the index of a group while its tables are written.
 
@@ -135,7 +150,7 @@ class IndexBuilder:
         self._prompt_ids = list[np.ndarray]()
         self._counts = dict[str, np.ndarray]()
         self._arrays = dict[str, np.ndarray]()
-        self._units = list[tuple[np.ndarray, ...]]()
+        self._units = list[_UnitRows]()
 
     def add(self, table: str, frame: pl.DataFrame) -> None:
         """Add the rows of a table; those of one table can be added in several pieces, in order.
@@ -165,39 +180,42 @@ class IndexBuilder:
 
     @property
     def postings(self) -> np.ndarray:
-        """Return the postings of all units: [N, 2]."""
-        return np.concatenate([np.zeros((0, 2), np.uint32), *(part[3] for part in self._units)])
+        """The postings of all units: [N, 2]."""
+        return np.concatenate(
+            [np.zeros((0, 2), np.uint32), *(part.postings for part in self._units)]
+        )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of the index, once all tables and files have been added."""
         rows = {f"rows/{table}": _starts(counts) for table, counts in self._counts.items()}
         order = np.argsort(np.concatenate(self._prompt_ids)).astype(np.uint64)
         if self._units:
-            units, counts, postings = map(np.concatenate, list(zip(*self._units, strict=True))[:3])
-            rows["units"] = units
-            rows["unit_rows"] = _starts(counts)
-            rows["unit_postings"] = _starts(postings)
+            row_counts = np.concatenate([part.row_counts for part in self._units])
+            posting_counts = np.concatenate([part.posting_counts for part in self._units])
+            rows["units"] = np.concatenate([part.keys for part in self._units])
+            rows["unit_rows"] = _starts(row_counts)
+            rows["unit_postings"] = _starts(posting_counts)
         return {"prompts": self.prompts, "prompt_row": order, **rows, **self._arrays}
 
     def _add_units(self, frame: pl.DataFrame) -> None:
         """Add the units of `nodes_by_component`, whose rows are sorted by unit and prompt."""
-        keys = unit_keys(frame["layer"].to_physical(), frame["component"])
-        units, rows = np.unique(keys, return_counts=True)
+        keys = unit_keys(frame["layer"].to_physical(), frame["component"])  # [row]
+        units, row_counts = np.unique(keys, return_counts=True)  # [unit] each
         is_unit = ~frame["kind"].cast(pl.String).is_in(NO_UNITS)
         nodes = frame.select("prompt_id", "importance").with_columns(key=pl.Series(keys))
-        firings = nodes.filter(is_unit).group_by("key", "prompt_id", maintain_order=True)
-        largest = firings.agg(pl.col("importance").max())
+        by_prompt = nodes.filter(is_unit).group_by("key", "prompt_id", maintain_order=True)
+        largest = by_prompt.agg(pl.col("importance").max())  # one row per posting
         places = np.searchsorted(self.prompts, largest["prompt_id"].to_numpy())
         importance = largest["importance"].fill_null(float("nan")).to_numpy()
         bits = importance.astype(np.float32).view(np.uint32)
         postings = np.stack([places.astype(np.uint32), bits], axis=1)  # [N, 2]
-        ends = np.searchsorted(largest["key"].to_numpy(), units, "right")
-        counts = np.diff(ends, prepend=0)
-        self._units.append((units, rows, counts, postings))
+        ends = np.searchsorted(largest["key"].to_numpy(), units, "right")  # [unit]
+        posting_counts = np.diff(ends, prepend=0)
+        self._units.append(_UnitRows(units, row_counts, posting_counts, postings))
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
-    """Return the sums of all counts before each, and of all."""
+    """Return the sum of the counts before each entry, and the sum of all counts at the end."""
     return np.append(0, np.cumsum(counts)).astype(np.uint64)
 
 

@@ -4,8 +4,8 @@
     manifest-<rank>.jsonl    groups that the process committed since: one sealed line each
     merged.json              merged groups, which replace groups of the ranks (`store.compaction`)
 
-A commit appends one line, so its cost does not grow with the harvest. A line without its end, left
-by a killed process, does not count. The file `merged.json` names for each rank the first group that
+A commit appends one line, so its cost does not grow with the harvest. An incomplete line, left by
+a killed process, does not count. The file `merged.json` names for each rank the first group that
 it does not replace. So writing that one file replaces all earlier groups at once.
 
 Every file is read before those that replace it: the lines, then the ledger that they go into, then
@@ -210,15 +210,15 @@ def read_snapshot(place: Place) -> Snapshot:
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
-    """Return a digest of the settings of a harvest, whatever the number of its processes."""
+    """Return a digest of the settings of a harvest, without the number of its processes."""
     same = {key: value for key, value in settings.items() if key != "world"}
     return digest_of(json.dumps(same, sort_keys=True).encode())
 
 
 def check_ledgers(place: Place, settings: Mapping[str, Any], snapshot: Snapshot) -> None:
-    """Check that no ledger was lost or is that of another harvest.
+    """Check that no ledger is missing or belongs to another harvest.
 
-    Otherwise, the harvest would seem to have fewer groups, or its rows other settings.
+    Otherwise, the harvest would seem to have fewer groups or other settings.
 
     Raises:
         BadInput: a ledger is missing, or belongs to another harvest.
@@ -276,7 +276,7 @@ def _exists(place: Place, file: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError:
-        return True  # reading it says what is wrong
+        return True  # reading it raises an error with the reason
     return True
 
 
@@ -410,7 +410,7 @@ class Journal:
             file.truncate(self._size)  # after an error, a part of a line may be left
             try:
                 written = file.write(line)
-                if written != len(line):  # the disk is full; another try says so
+                if written != len(line):  # the disk is full, so writing the rest raises an error
                     file.write(line[written:])
                 os.fsync(file.fileno())
             except OSError:

@@ -1,6 +1,6 @@
-"""Harvests in object stores: any address that fsspec opens, such as s3://bucket/run/harvest/graphs.
+"""Harvests in object stores, such as s3://bucket/run/harvest/graphs, read through fsspec.
 
-A harvest is read where it lies. Opening it reads the ledgers. The rows of one prompt are read as a
+A harvest is read in place. Opening it reads the ledgers. The rows of one prompt are read as a
 few blocks, each compared with its digest. A scan of a whole table downloads its files to a
 temporary folder, and compares each with its digest.
 
@@ -66,18 +66,15 @@ class Bucket(Place):
         self._files, self._root = _open(address, self.name)
         protocol = address.partition("://")[0]
         self._has_folders = protocol not in _WITHOUT_FOLDERS  # otherwise, a bucket would be made
-        self._copies: Path | None = None
+        self._copies: Path | None = None  # the temporary folder of downloaded files
 
     def names(self) -> list[str]:
-        def listed() -> list[str]:
-            entries = self._files.ls(self._root, detail=True)
-            found = [entry["name"] for entry in entries if entry["type"] == "file"]
-            return sorted(name.rpartition("/")[2] for name in found)
-
         try:
-            return self._ask(listed)
+            entries = self._ask(lambda: self._files.ls(self._root, detail=True))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        paths = [entry["name"] for entry in entries if entry["type"] == "file"]
+        return sorted(path.rpartition("/")[2] for path in paths)
 
     def size(self, file: str) -> int:
         return int(self._ask(lambda: self._files.info(self._path(file))["size"]))
@@ -166,13 +163,14 @@ def _open(address: str, name: str) -> tuple[Any, str]:
     import fsspec
 
     protocol, _, rest = address.partition("://")
-    user, at, _ = rest.partition("/")[0].rpartition("@")
+    host = rest.partition("/")[0]
+    user, at, _ = host.rpartition("@")
     if at and ":" in user:
         raise BadInput(
             f"address '{name}': it contains a password; set the credentials in the environment or "
             "in the files of the store's own tools instead"
         )
-    if protocol in _WITHOUT_FOLDERS and not rest.partition("/")[0]:
+    if protocol in _WITHOUT_FOLDERS and not host:
         raise BadInput(
             f"address '{protocol}://': it names no bucket; write {protocol}://bucket/folder"
         )
@@ -217,8 +215,8 @@ def push(folder: Path, bucket: Bucket) -> Pushed:
     """Copy a harvest to an object store, as it is at this moment.
 
     Every file is compared with its digest before it is sent. Files come first, then the ledgers,
-    and the settings last. So readers of the copy see a whole harvest at any time. What the copy has
-    already is not sent again.
+    and the settings last. So readers of the copy see a whole harvest at any time. Files that the
+    copy has already are not sent again.
 
     Raises:
         BadInput: a file is damaged, the address holds another harvest, or the store rejects it.

@@ -74,14 +74,15 @@ router = APIRouter(prefix="/api", tags=["queries"], responses=PROBLEMS)
 
 
 def _endpoint(path: str, model: type, *functions: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a decorator that makes a function answer GET requests.
+    """Return a decorator that registers a function for GET requests.
 
     Args:
         path: the path below /api.
-        model: the form of the result, for the description only.
+        model: the type of the result, only for its description.
         functions: functions whose docstrings explain the result; the first one sums it up.
     """
-    summary, *details = "\n\n".join(map(_explanation, functions)).split("\n\n")
+    paragraphs = [paragraph for function in functions for paragraph in _explanation(function)]
+    summary, *details = paragraphs
     return router.get(
         path,
         summary=summary.replace("\n", " "),
@@ -92,12 +93,12 @@ def _endpoint(path: str, model: type, *functions: Callable[..., Any]) -> Callabl
     )
 
 
-def _explanation(function: Callable[..., Any]) -> str:
-    """Return the docstring of a function without its sections."""
+def _explanation(function: Callable[..., Any]) -> list[str]:
+    """Return the paragraphs of a function's docstring before its sections."""
     text = inspect.getdoc(function) or ""
     sections = ("Args:", "Raises:", "Returns:")
     paragraphs = text.split("\n\n")
-    return "\n\n".join(itertools.takewhile(lambda one: not one.startswith(sections), paragraphs))
+    return list(itertools.takewhile(lambda one: not one.startswith(sections), paragraphs))
 
 
 # ---- endpoints -----------------------------------------------------------------------------------
