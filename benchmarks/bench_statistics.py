@@ -3,7 +3,7 @@
 The activations are synthetic: units of two layers fire at random, a few of them often and most of
 them rarely, on prompts of 64 tokens. The time is that of the statistics alone, without the target's
 forward pass and without writing. The loop computes the same sums, counts and examples for one unit
-at a time, in PyTorch; it runs for some of the units, and its speed is that of those.
+at a time, in PyTorch. It runs for 64 of the units only, and its speed is computed from these.
 
     python benchmarks/bench_statistics.py
 """
@@ -17,9 +17,12 @@ from torch import Tensor
 from spd_lightning.harvest.statistics import Totals
 from spd_lightning.units import Observation
 
-LENGTH, VOCAB = 64, 1000
+LENGTH = 64
+VOCAB = 1000
 BATCH = 64
 LOOPED = 64
+"""The number of units that the loop runs for."""
+
 KEPT = {"uniform": 1000, "importance": 100, "positive": 100, "negative": 100}
 SIZES = ((2048, 128), (4096, 256))
 """Numbers of units and of prompts."""
@@ -29,14 +32,14 @@ def batches(units: int, prompts: int) -> list[tuple[Observation, Tensor]]:
     """Return batches of activations and their tokens."""
     generator = torch.Generator().manual_seed(0)
     rank = torch.arange(1, units // 2 + 1)
-    share = (2.0 / rank).clamp(max=0.3)  # of the positions at which a unit fires
+    density = (2.0 / rank).clamp(max=0.3)  # [unit], the share of positions at which it fires
     made = []
     for _ in range(prompts // BATCH):
         activations = {}
         importances = {}
         for layer in ("first", "second"):
             shape = (BATCH, LENGTH, units // 2)
-            fires = torch.rand(shape, generator=generator) < share
+            fires = torch.rand(shape, generator=generator) < density
             activations[layer] = torch.randn(shape, generator=generator)
             importances[layer] = torch.rand(shape, generator=generator) * fires
         logits = 3 * torch.randn((BATCH, LENGTH, VOCAB), generator=generator)
@@ -60,19 +63,21 @@ class Loop:
     """The same statistics, one unit at a time."""
 
     def __init__(self, made: list[tuple[Observation, Tensor]]):
-        first: list[Any] = [observation for observation, _ in made]
-        self.a = torch.cat([_all_layers(o.activations) for o in first])  # [positions, units]
-        self.g = torch.cat([_all_layers(o.importances) for o in first])
+        observations: list[Any] = [observation for observation, _ in made]
+        self.a = torch.cat([_all_layers(o.activations) for o in observations])  # [position, unit]
+        self.g = torch.cat([_all_layers(o.importances) for o in observations])
         self.fires = self.g > 0
-        self.logits = torch.cat([o.logits.flatten(0, 1) for o in first])
+        self.logits = torch.cat([o.logits.flatten(0, 1) for o in observations])
         self.tokens = torch.cat([tokens.flatten() for _, tokens in made])
         self.prompt = torch.arange(len(self.tokens)) // LENGTH
 
     def unit(self, unit: int) -> dict[str, Any]:
         """Return the statistics of one unit."""
         fires = self.fires[:, unit]
-        a, g = self.a[:, unit].double(), self.g[:, unit].double()
-        at_firings, importance = a[fires], g[fires]
+        a = self.a[:, unit].double()  # [position]
+        g = self.g[:, unit].double()
+        at_firings = a[fires]  # [firing]
+        importance = g[fires]
         probabilities = self.logits[fires].softmax(-1)
         likeliest = probabilities.topk(32, dim=-1)
         mass = torch.zeros(VOCAB).index_add_(
@@ -95,6 +100,7 @@ class Loop:
 
 
 def _all_layers(values: dict[str, Tensor]) -> Tensor:
+    """Return values as [position, unit], with the units of all layers."""
     return torch.cat([layer.flatten(0, 1) for layer in values.values()], dim=1)
 
 
