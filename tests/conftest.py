@@ -44,7 +44,7 @@ SLOW = {
     "a browser, Gradio, or many requests": ("api", "gate", "token_page", "viewer"),
     "killed processes": ("copies", "damaged_files", "resume", "stopping", "store", "tracking"),
     "commands": ("cli", "docs", "examples", "hostile_artifact", "runs", "sites", "story", "wheel"),
-    "HuggingFace": ("huggingface", "models_as_they_are", "native_decoder"),
+    "HuggingFace": ("huggingface", "gguf", "models_as_they_are", "native_decoder"),
     "trainings": ("checkpoint", "circuits", "collapse_monitor", "diverged", "evaluation"),
     "trainings of targets": ("induction", "pretraining"),
     "harvests": ("export", "frozen_harvests", "intervention", "nodes", "text_harvests"),

@@ -1,11 +1,12 @@
 """list: the shipped configs by purpose, each with the first line of its header."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from spd_lightning import config as configs
 from spd_lightning.commands import options
+from spd_lightning.errors import BadInput
+from spd_lightning.paths import expanded
 
 GROUPS = (
     "toys",
@@ -83,10 +84,11 @@ def needs_network(config: Mapping[str, Any]) -> bool:
 
 def _is_local(reference: str) -> bool:
     """Return whether a reference, such as `hf:FOLDER`, names something on this machine."""
-    _, _, after_colon = reference.partition(":")
-    name = after_colon or reference
-    path = Path(name).expanduser()
-    return path.exists()
+    name = reference.removeprefix("hf:").removeprefix("decoder:")
+    try:
+        return expanded(name).exists()
+    except BadInput:  # its package is not installed
+        return False
 
 
 _LOCAL = {("corpus", "stories"), ("corpus", "stdlib")}

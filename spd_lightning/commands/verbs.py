@@ -89,9 +89,8 @@ _ALL = (
         (
             Option(
                 "TARGET",
-                "a config that trains a target, or a HuggingFace checkpoint: hf:FOLDER or hf:NAME "
-                "to use the model as it is, decoder:FOLDER or decoder:NAME to load it into our "
-                "decoder",
+                "a config that trains a target, or a HuggingFace checkpoint: hf:FOLDER, hf:NAME or "
+                "hf:FILE.gguf to use the model as it is, decoder:… to load it into our decoder",
                 needed=True,
             ),
             Option("--write", "also write a config to start from", "FILE", example="mine.yaml"),

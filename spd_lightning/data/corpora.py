@@ -2,7 +2,8 @@
 
     stories        an endless series of tiny stories with known hidden variables (`stories/`)
     stdlib         the source files of Python's standard library, one file per document
-    PATH or GLOB   .txt (documents end at <|endoftext|>, or else at blank lines), .jsonl, .parquet
+    PATH or GLOB   .txt (documents end at <|endoftext|>, or else at blank lines), .jsonl, .parquet;
+                   package:NAME/FILE is a file of an installed package (`paths`)
     hf:NAME        a HuggingFace dataset, by its name on the hub or its folder
 
 The first two are available on every machine and need no network. Files are in UTF-8; a byte-order
@@ -27,6 +28,7 @@ from spd_lightning.config import digest
 from spd_lightning.data.stories.generator import story
 from spd_lightning.encoding import lone_surrogate, read_lines
 from spd_lightning.errors import BadInput
+from spd_lightning.paths import expanded
 from spd_lightning.targets.huggingface import hub_answers
 
 END = "<|endoftext|>"
@@ -120,7 +122,7 @@ class Corpus:
                 yield from read(path, self.column)
 
     def _files(self) -> list[Path]:
-        paths = matching(Path(self.name).expanduser())
+        paths = matching(expanded(self.name))
         if not paths:
             remedy = "give stories, stdlib, a path, or hf:NAME"
             is_word = {"/", ".", "*"}.isdisjoint(self.name)

@@ -68,15 +68,16 @@ class Text(StepData):
         """
         Args:
             corpus: `stories` or `stdlib` (available on every machine), a path or glob of .txt,
-                .jsonl or .parquet files, or `hf:NAME` for a HuggingFace dataset.
+                .jsonl or .parquet files (`package:NAME/FILE` for a file of an installed package),
+                or `hf:NAME` for a HuggingFace dataset.
             column: the text column of .jsonl files, .parquet files and datasets.
             split: the split of a dataset.
             config_name: the configuration of a dataset that has several.
             streaming: read a dataset as it arrives rather than download it first.
             max_tokens: largest number of training tokens; if omitted, all tokens of the corpus, or
                 4 million of the endless stories.
-            tokenizer: a tokenizer.json, its folder, or a name on the hub; if omitted, a byte-level
-                BPE is trained on the corpus.
+            tokenizer: a tokenizer.json, its folder, a GGUF file, or a name on the hub; if omitted,
+                a byte-level BPE is trained on the corpus.
             vocab: number of tokens of a trained tokenizer; at least 257.
             seq_len: tokens per window.
             batch_size: windows per batch on each device.

@@ -27,7 +27,9 @@ from spd_lightning.config import digest
 from spd_lightning.data.corpora import END, Corpus, library
 from spd_lightning.digests import digest as file_digest
 from spd_lightning.errors import BadInput
-from spd_lightning.targets.huggingface import hub_answers, quietly
+from spd_lightning.paths import expanded
+from spd_lightning.targets.gguf import is_gguf
+from spd_lightning.targets.huggingface import hub_answers, quietly, tokenizer_in_gguf
 
 LAYOUT = 1  # version of the folder's layout
 ENDLESS = 4_000_000  # training tokens taken from a corpus that never ends
@@ -177,10 +179,14 @@ _BYTES = _byte_letters()
 def opened(reference: str) -> Tokenizer:
     """Open a tokenizer by its file, the folder of its tokenizer.json, or its name on the hub.
 
+    The file can be a GGUF file, which contains the tokenizer of its model.
+
     Raises:
         BadInput: it does not exist, or cannot be read.
     """
-    path = Path(reference).expanduser()
+    if is_gguf(reference):
+        return Tokenizer(tokenizer_in_gguf(reference))
+    path = expanded(reference)
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.exists():

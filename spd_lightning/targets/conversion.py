@@ -29,7 +29,7 @@ def decoder_from(reference: str) -> Decoder:
     """Return a GPT-2, Llama, Mistral or Qwen2 checkpoint as a `Decoder`, in float32.
 
     Args:
-        reference: the checkpoint's folder, or its name on the hub.
+        reference: the checkpoint's folder, its GGUF file, or its name on the hub.
 
     Raises:
         BadInput: the checkpoint does not exist, or needs something that the decoder lacks.

@@ -1,6 +1,6 @@
 """Any causal language model of HuggingFace transformers as a target; modules keep their names.
 
-HuggingFaceLM.from_pretrained("gpt2")              # a hub name, or the folder of a checkpoint
+HuggingFaceLM.from_pretrained("gpt2")  # a hub name, the folder of a checkpoint, or a GGUF file
 Decomposition(target="hf:gpt2", sites={"transformer.h.*.mlp.c_fc": 1000})
 """
 
@@ -9,9 +9,9 @@ import json
 import logging
 import socket
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -21,11 +21,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd_lightning.errors import BadInput
+from spd_lightning.paths import expanded
+from spd_lightning.targets import gguf
 from spd_lightning.targets.language import LanguageModel, fits
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length", "n_ctx")
 _UNBOUNDED = 2**31 - 1
+_PLACE = "pretrained_model_name_or_path"
+_NAMES = ("_name_or_path", "_model_name_or_path")
 _CONSTANTS = (".attn.bias", ".masked_bias", ".inv_freq", ".position_ids")
 """Masks and tables that old checkpoints contain in addition to their weights."""
 
@@ -68,7 +72,7 @@ class HuggingFaceLM(LanguageModel):
         """Load a checkpoint as a target.
 
         Args:
-            reference: the checkpoint's folder, or its name on the hub.
+            reference: the checkpoint's folder, its GGUF file, or its name on the hub.
             dtype: precision of the weights; if omitted, bfloat16 if a CUDA device is available,
                 float32 otherwise.
 
@@ -90,7 +94,8 @@ class HuggingFaceLM(LanguageModel):
         self._buffers = model._buffers
         self._modules = model._modules
         config = json.loads(model.config.to_json_string(use_diff=False))
-        config.pop("_name_or_path", None)
+        for name in _NAMES:
+            config.pop(name, None)
         config["tie_word_embeddings"] = is_tied(model)  # the original configuration can be wrong
         dtype = str(model.dtype).removeprefix("torch.")
         self.init_args = {"config": config, "dtype": dtype}
@@ -136,7 +141,7 @@ def is_tied(model: Any) -> bool:
 
 
 def checkpoint(reference: str, dtype: Precision) -> Any:
-    """Load a causal language model of transformers from a folder or from the hub.
+    """Load a causal language model of transformers from a folder, a GGUF file or the hub.
 
     Raises:
         BadInput: the model does not exist, its weights do not match its configuration, or the hub
@@ -149,7 +154,10 @@ def checkpoint(reference: str, dtype: Precision) -> Any:
     }
     auto = library(f"'{reference}'").AutoModelForCausalLM
     reject_adapter(reference)
-    model, report = _load(reference, lambda place: auto.from_pretrained(place, **options))
+    model, report = _load(reference, lambda place: auto.from_pretrained(**place, **options))
+    if gguf.is_gguf(reference):
+        gguf.check_complete(reference, model)
+        del model.config.quantization_config  # the weights are not quantized any more
     # for an adapter on the hub, transformers loads the base model and applies the adapter to it
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _adapter(reference, str(model.config.name_or_path))
@@ -171,7 +179,7 @@ def checkpoint(reference: str, dtype: Precision) -> Any:
 
 def reject_adapter(reference: str) -> None:
     """Raise BadInput if a folder holds a LoRA adapter and not a model."""
-    path = Path(reference).expanduser() / "adapter_config.json"
+    path = expanded(reference) / "adapter_config.json"
     if not path.is_file():
         return
     try:
@@ -198,19 +206,21 @@ def configuration(reference: str) -> Any:
     reject_adapter(reference)
     auto = library(f"'{reference}'").AutoConfig
 
-    def load(place: str) -> Any:
-        return auto.from_pretrained(place, trust_remote_code=False)
+    def load(place: Mapping[str, str]) -> Any:
+        return auto.from_pretrained(**place, trust_remote_code=False)
 
     return _load(reference, load)
 
 
-def _load(reference: str, load: Callable[[str], Any]) -> Any:
-    """Apply `load` to a checkpoint's folder, or to its name on the hub.
+def _load(reference: str, load: Callable[[Mapping[str, str]], Any]) -> Any:
+    """Apply `load` to the arguments of transformers that name a checkpoint.
 
     Raises:
-        BadInput: the folder does not exist, or `load` fails.
+        BadInput: the checkpoint does not exist, or `load` fails.
     """
-    folder = Path(reference).expanduser()
+    if gguf.is_gguf(reference):
+        return _load_gguf(reference, load)
+    folder = expanded(reference)
     local = folder.is_dir()
     names_folder = folder.is_absolute() or reference.startswith((".", "~"))
     if not local and (names_folder or reference.count("/") > 1):
@@ -221,13 +231,41 @@ def _load(reference: str, load: Callable[[str], Any]) -> Any:
     try:
         with quietly():
             if local:
-                return load(str(folder))
-            if hub_answers():
-                return load(reference)
-            return load(_cached_folder(reference))
+                place = str(folder)
+            elif hub_answers():
+                place = reference
+            else:
+                place = _cached_folder(reference)
+            return load({_PLACE: place})
     # transformers, the hub's client, safetensors and their dependencies raise errors of many types
     except Exception as error:
         raise BadInput(_unavailable(reference, local, error)) from error
+
+
+def _load_gguf(reference: str, load: Callable[[Mapping[str, str]], Any]) -> Any:
+    with gguf.arguments(reference) as place:
+        try:
+            with quietly(), redirect_stderr(StringIO()):  # it always shows a progress bar
+                return load(place)
+        except Exception as error:  # transformers and gguf raise errors of many types
+            raise BadInput(
+                f"model '{reference}': cannot be read as GGUF ({_line(error)}); give a whole file "
+                "of a causal language model that transformers supports"
+            ) from error
+
+
+def tokenizer_in_gguf(reference: str) -> Any:
+    """Load the tokenizer in a GGUF file, as one of the package tokenizers.
+
+    Raises:
+        BadInput: the file does not exist, or contains no tokenizer that transformers supports.
+    """
+    auto = library(f"'{reference}'").AutoTokenizer
+
+    def load(place: Mapping[str, str]) -> Any:
+        return auto.from_pretrained(**place, trust_remote_code=False).backend_tokenizer
+
+    return _load_gguf(reference, load)
 
 
 def hub_answers() -> bool:

@@ -68,7 +68,7 @@ class Decomposition(MultiStepModule):
 
     Args:
         target: a trained network, or a reference to one: a config that has trained it (see
-            `train_target`), or `hf:<folder or hub name>`, or `decoder:<folder or hub name>`.
+            `train_target`), or `hf:<folder, GGUF file or hub name>`, or `decoder:<…>`.
         sites: fnmatch patterns of module names, each with a number of components.
         tied: site → partner, if the site's weight is the transpose of its partner's (D9).
         delta: whether the delta component takes part in masked runs (D3).

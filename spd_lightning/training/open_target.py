@@ -33,9 +33,9 @@ def open_target(reference: str) -> tuple[nn.Module, dict[str, Any]]:
     """Open a target, and return it with a description from which a network like it can be built.
 
     Args:
-        reference: a config whose target has been trained; `hf:<folder or hub name>` for any causal
-            language model of HuggingFace; or `decoder:<folder or hub name>` to load such a model
-            into our decoder.
+        reference: a config whose target has been trained; `hf:<folder, GGUF file or hub name>` for
+            any causal language model of HuggingFace; or `decoder:<…>` to load such a model into
+            our decoder.
 
     Returns:
         The network, and its `class_path`, `init_args`, and the `seconds` of its training.
