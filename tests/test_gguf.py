@@ -6,7 +6,8 @@ import pytest
 import torch
 from support import tiny_gguf
 
-from spd_lightning import BadInput, Decoder, HuggingFaceLM, Text
+from spd_lightning import BadInput, Decoder, HuggingFaceLM, Text, cli, config
+from spd_lightning.commands import configs
 from spd_lightning.data.tokenized import opened
 from spd_lightning.paths import expanded
 from spd_lightning.planning.estimate import outline
@@ -141,6 +142,23 @@ def test_weights_that_transformers_would_leave_out(tmp_path):
         f"model '{path}': the file holds {count + tiny_gguf.WIDTH} numbers, but transformers makes "
         f"a model of {count} parameters from it; give a checkpoint in the format of HuggingFace"
     )
+
+
+def test_on_the_command_line(tmp_path, tiny, capsys, monkeypatch):
+    """A first config needs nothing else; bad input is one line, and exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["sites", f"hf:{tiny[0]}", "--write", "first.yaml"]) == 0
+    made = config.load("first.yaml")
+    assert made["data"]["init_args"]["tokenizer"] == str(tiny[0])
+    assert not configs.needs_network(made)
+    capsys.readouterr()
+    missing = "package:no_such_package/no.gguf"
+    plan = ["plan", "--config", "first.yaml", "--model.init_args.target", f"decoder:{missing}"]
+    for words in (["sites", f"hf:{missing}"], plan):
+        assert cli.run(words) == 2
+        error = capsys.readouterr().err
+        assert f"'{missing}': the package 'no_such_package' is not installed; install" in error
+        assert error.count("\n") == 1
 
 
 # ---- packages ------------------------------------------------------------------------------------
