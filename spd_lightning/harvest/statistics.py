@@ -270,13 +270,11 @@ def _firings(
 
 def _concatenated(parts: list[Firings]) -> Firings:
     """Return the firings of several layers as one; all or none of them have importances."""
-    importances = None
-    if parts[0].importance is not None:
-        importances = np.concatenate([part.importance for part in parts])
+    importances = [part.importance for part in parts if part.importance is not None]
     return Firings(
         unit=np.concatenate([part.unit for part in parts]),
         prompt_id=np.concatenate([part.prompt_id for part in parts]),
         pos=np.concatenate([part.pos for part in parts]),
-        importance=importances,
+        importance=np.concatenate(importances) if importances else None,
         activation=np.concatenate([part.activation for part in parts]),
     )

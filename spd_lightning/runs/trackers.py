@@ -339,7 +339,7 @@ def _artifact_folder(client: Any, uri: str, run_id: str) -> Path | None:
 
 
 class Download(NamedTuple):
-    """What a tracker says about a download.
+    """The facts about a download that its tracker knows.
 
     Attributes:
         name: the name of the run or artifact.
