@@ -90,7 +90,8 @@ _ALL = (
             Option(
                 "TARGET",
                 "a config that trains a target, or a HuggingFace checkpoint: hf:FOLDER, hf:NAME or "
-                "hf:FILE.gguf to use the model as it is, decoder:… to load it into our decoder",
+                "hf:FILE.gguf to use the model as it is, decoder:FOLDER, decoder:NAME or "
+                "decoder:FILE.gguf to load it into our decoder",
                 needed=True,
             ),
             Option("--write", "also write a config to start from", "FILE", example="mine.yaml"),
