@@ -343,6 +343,18 @@ def test_component_says_what_it_is_about(run, capsys):
     assert len(answer["examples"]) == 8
 
 
+def test_component_without_statistics_shows_what_is_known(run, capsys):
+    """A harvest of nodes counts firings, but has no tokens or examples."""
+    words = ["component", NAME, "--harvest", "nodes"]
+    page = printed(capsys, run, words)
+    row = opened(run, "nodes").component(NAME)
+    assert f"fires at {row['firings']} of {row['positions']} positions" in page
+    assert "make statistics: python -m spd_lightning predict" in page
+    answer = json.loads(printed(capsys, run, [*words, "--json"]))
+    assert answer["firings"] == row["firings"]
+    assert answer["examples"] == answer["histogram"] == []
+
+
 def test_all_rows_in_a_file(run, capsys, tmp_path):
     """CSV and Parquet have all rows, not one page."""
     path = tmp_path / "rows.parquet"

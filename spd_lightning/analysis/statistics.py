@@ -22,6 +22,9 @@ UNIT_MASS = 2.0**32
 
 _FORWARD = pl.col("layer").to_physical()
 
+STATISTICS = command("predict --config NAME.yaml --config statistics.yaml")
+"""The command that makes statistics, for messages."""
+
 # ---- all components ------------------------------------------------------------------------------
 
 COMPONENT_SORTS = (
@@ -275,9 +278,8 @@ def require(store: Store, table: str) -> None:
     """
     if table in store.tables:
         return
-    predict = command("predict --config NAME.yaml --config statistics.yaml")
     raise BadInput(
-        f"harvest '{store.path}': it has no table '{table}'; to make statistics: {predict}"
+        f"harvest '{store.path}': it has no table '{table}'; to make statistics: {STATISTICS}"
     )
 
 

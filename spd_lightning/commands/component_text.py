@@ -7,7 +7,7 @@ import polars as pl
 
 from spd_lightning.analysis.contexts import ExampleKind
 from spd_lightning.analysis.names import component_name
-from spd_lightning.analysis.statistics import OF, Of
+from spd_lightning.analysis.statistics import OF, STATISTICS, Of
 from spd_lightning.analysis.store import Store
 from spd_lightning.labels import is_bytes, joined
 
@@ -26,7 +26,8 @@ def component_text(
     yield f"{name} in harvest {store.path.name}, {store.manifest['prompts']} prompts"
     yield (
         f"fires at {row['firings']:,} of {row['positions']:,} positions "
-        f"({100 * row['density']:.3g} %), in {row['prompts']:,} prompts"
+        f"({100 * row['density']:.3g} %)"
+        + ("" if row["prompts"] is None else f", in {row['prompts']:,} prompts")
     )
     if not row["firings"]:
         yield "it never fires here, so there is nothing more to show"
@@ -35,6 +36,10 @@ def component_text(
         f"where it fires: mean importance {row['firing_importance']:.3f}, mean activation "
         f"{row['firing_activation']:+.3f}"
     )
+    if "histograms" not in store.tables:
+        yield ""
+        yield f"for its tokens, correlations and examples, make statistics: {STATISTICS}"
+        return
     yield from _histogram(store, name)
     if "token_counts" in store.tables:
         for side in OF:

@@ -51,10 +51,13 @@ def component(argv: Sequence[str]) -> None:
     name = arguments.component
     if arguments.json:
         answer = responses.component(store, name)
-        examples = responses.activation_contexts(
-            store, name, arguments.examples, arguments.window, arguments.top
-        )
-        print_json({**answer, "examples": examples["items"]})
+        answer["examples"] = []
+        if "examples" in store.tables:
+            examples = responses.activation_contexts(
+                store, name, arguments.examples, arguments.window, arguments.top
+            )
+            answer["examples"] = examples["items"]
+        print_json(answer)
         return
     for line in component_text(store, name, arguments.examples, arguments.window, arguments.top):
         print(line)

@@ -78,7 +78,6 @@ def attribute(
     if isinstance(data, NamesTokens):
         harvester.names = data.names
     prompts = Prompts(inputs.to(module.device), ["given 0"], ["given"])
-    harvester.manifest(module)
     harvester.check_prompts(module, prompts)
     with torch.autocast(module.device.type, enabled=False):
         tables = harvester.rows(module, prompts, [prompt_id(inputs[0])])
