@@ -1,6 +1,7 @@
 """`python -m spd_lightning`: print help at once, and pass everything else to `cli`."""
 
 import sys
+from pathlib import Path
 
 NEEDED = (3, 11)
 DISTRIBUTIONS = {"yaml": "pyyaml"}
@@ -12,6 +13,7 @@ def main() -> None:
     if sys.version_info < NEEDED:
         found = ".".join(map(str, sys.version_info[:2]))
         sys.exit(_unusable(f"this is Python {found}, and spd_lightning needs 3.11 or newer"))
+    find_package()
     from spd_lightning import stopping
     from spd_lightning.commands import options
     from spd_lightning.terminal import fit_streams
@@ -33,6 +35,21 @@ def main() -> None:
         except stopping.Stopped as stopped:
             code = stopping.report(stopped)
     sys.exit(code)
+
+
+def find_package() -> None:
+    """Find the package even in the folder that contains the checkout.
+
+    The checkout has the name of the package, so Python takes the checkout for it, and the folder
+    `runs` in it for our module `runs`.
+    """
+    package = sys.modules["spd_lightning"]
+    if package.__file__ is not None:
+        return
+    for name in [name for name in sys.modules if name.partition(".")[0] == "spd_lightning"]:
+        if name != "spd_lightning.__main__":
+            del sys.modules[name]
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def _run(words: list[str]) -> int:

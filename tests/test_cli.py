@@ -160,6 +160,17 @@ def test_help_comes_before_all_imports(words):
     assert own == {f"spd_lightning.{name}" for name in needed}
 
 
+def test_the_folder_around_the_checkout_is_no_trap(tmp_path):
+    """Python takes a checkout there for the package, and its folder `runs` for our module."""
+    (tmp_path / "spd_lightning" / "runs").mkdir(parents=True)
+    alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    alone["SPD_RUNS"] = str(tmp_path / "empty")
+    words = [sys.executable, "-m", "spd_lightning", "runs"]
+    done = subprocess.run(words, cwd=tmp_path, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no runs" in done.stdout + done.stderr
+
+
 def test_verbs_without_a_trainer_need_no_torch(tmp_path):
     """`runs`, `list` and refusals answer without the seconds that torch and Lightning cost."""
     code = (

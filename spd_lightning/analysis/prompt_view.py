@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from spd_lightning.analysis.graphs import STRONGEST_FIRST, tables
+from spd_lightning.analysis.graphs import tables
 from spd_lightning.analysis.names import MOST_ROWS
 from spd_lightning.analysis.normalize import Normalization, normalized
 from spd_lightning.analysis.prompts import prompt_text
@@ -57,7 +57,8 @@ def prompt(
             most this; it removes components that are always on.
         output_prob_threshold: keep outputs with at least this probability under importances as
             masks.
-        normalize: the scale of the edges, computed from all edges of the prompt.
+        normalize: the scale of the edges, computed from all edges of the prompt. Edges that are
+            equal on this scale are ordered by their attributions.
 
     Raises:
         BadInput: the harvest has no such prompt, or a number is out of range.
@@ -70,7 +71,8 @@ def prompt(
         raise BadInput(f"prompt {prompt_id}: not in harvest '{store.path}'; list them with prompts")
     nodes, edges = tables(store, prompt_id)
     outputs = store.collect(store.scan("outputs", prompt_id)).drop("prompt_id")
-    edges = normalized(edges, nodes, normalize)
+    raw = edges["attribution"]
+    edges = normalized(edges, nodes, normalize).with_columns(raw=raw)
     nodes = _visible(store, nodes, outputs, ci_threshold, max_mean_ci, output_prob_threshold)
     likely = pl.col("ci_probability").fill_null(1.0) >= output_prob_threshold
     visible = nodes["node"].implode()
@@ -80,10 +82,17 @@ def prompt(
         text=prompt_text(rows[0]),
         tokens=rows[0]["tokens"],
         nodes=nodes,
-        edges=between.sort(**STRONGEST_FIRST).head(top_k),
+        edges=_strongest(between, top_k),
         outputs=outputs.filter(likely),
         edges_total=between.height,
     )
+
+
+def _strongest(edges: pl.DataFrame, top_k: int) -> pl.DataFrame:
+    """Return the strongest edges; the column `raw` has their attributions before normalization."""
+    size = pl.col("raw").abs()
+    in_order = edges.sort(-pl.col("attribution").abs(), -size, "source", "target")
+    return in_order.head(top_k).drop("raw")
 
 
 def _visible(

@@ -1,5 +1,6 @@
 """A summary of one component, as lines for a terminal."""
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -64,14 +65,22 @@ def _histogram(store: Store, name: str) -> Iterator[str]:
 
 
 def _tokens(store: Store, name: str, side: Of, top: int) -> Iterator[str]:
-    """Yield the tokens with the highest PMI, ranked by the lower end of its interval."""
+    """Yield the tokens that occur there much more often than elsewhere."""
     rows = store.tokens(name, side)
     tokens = rows.filter(pl.col("token_id").is_not_null()).head(top)  # without the remainder
     title = "tokens where it fires" if side == "input" else "next tokens that the target predicts"
     yield ""
-    yield f"{title} (share of its firings, and PMI in nats):"
-    for token, recall, pmi in tokens.select("token", "recall", "pmi").iter_rows():
-        yield f"  {token!r:<16} {100 * recall:>5.1f} %  {pmi:+.2f}"
+    yield f"{title} ({_LIFT}):"
+    for token, recall, pmi, low in tokens.select("token", "recall", "pmi", "low").iter_rows():
+        yield f"  {token!r:<16} {100 * recall:>5.1f} %  {_lift(pmi, low)}"
+
+
+_LIFT = "share of its firings; times as often as on average, with the lower end of a 95 % interval"
+
+
+def _lift(pmi: float, low: float) -> str:
+    """Return how much more often something occurs than on average; lists are ranked by `low`."""
+    return f"{math.exp(pmi):>6.1f} × (≥ {math.exp(low):.1f})"
 
 
 def _correlations(store: Store, name: str, top: int) -> Iterator[str]:
@@ -80,11 +89,12 @@ def _correlations(store: Store, name: str, top: int) -> Iterator[str]:
         return
     rows = store.correlations(name).head(top)
     yield ""
-    yield "fires together with (share of its firings, PMI):"
+    yield f"fires together with ({_LIFT}):"
     names = [component_name(row["layer"], row["component"]) for row in rows.to_dicts()]
     width = max(map(len, names), default=0)
     for other, row in zip(names, rows.iter_rows(named=True), strict=True):
-        yield f"  {other:<{width}} {100 * row['p_other']:>5.1f} %  {row['pmi']:+.2f}"
+        lift = _lift(row["pmi"], row["low"])
+        yield f"  {other:<{width}} {100 * row['p_other']:>5.1f} %  {lift}"
 
 
 def _examples(store: Store, name: str, kind: ExampleKind, window: int, top: int) -> Iterator[str]:

@@ -16,14 +16,18 @@ from spd_lightning.analysis import responses
 from spd_lightning.analysis.harvests import open_harvest
 from spd_lightning.analysis.names import component_name
 from spd_lightning.analysis.neighbors import SIDES
-from spd_lightning.analysis.prompts import find_prompt
+from spd_lightning.analysis.prompts import ALL_PROBES, find_prompt
 from spd_lightning.analysis.statistics import OF
 from spd_lightning.analysis.store import Store
 from spd_lightning.commands import options
 from spd_lightning.commands.component_text import component_text
 from spd_lightning.commands.frames import print_frame, print_json, write
+from spd_lightning.errors import BadInput, command
 
 Json = dict[str, Any]
+
+LIKELIEST = 3
+"""The number of next tokens at each position that are printed."""
 
 
 def components(argv: Sequence[str]) -> None:
@@ -42,7 +46,7 @@ def components(argv: Sequence[str]) -> None:
         *("component", "density", "firings", "prompts", "mean_importance", "firing_importance"),
         *("firing_activation", "norm", "alive"),
     )
-    _answer(arguments, frame, page, columns)
+    _answer(store, arguments, frame, page, columns)
 
 
 def component(argv: Sequence[str]) -> None:
@@ -75,7 +79,7 @@ def correlations(argv: Sequence[str]) -> None:
         return responses.correlations(store, name, arguments.sort, arguments.page, arguments.size)
 
     columns = ("component", "firings", "together", "p_other", "p_this", "jaccard", "pmi", "low")
-    _answer(arguments, frame, page, columns)
+    _answer(store, arguments, frame, page, columns)
 
 
 def tokens(argv: Sequence[str]) -> None:
@@ -134,7 +138,7 @@ def search(argv: Sequence[str]) -> None:
             store, names, arguments.mode, arguments.min_importance, arguments.page, arguments.size
         )
 
-    _answer(arguments, frame, page, ("prompt_id", "matched", "importance", "text"))
+    _answer(store, arguments, frame, page, ("prompt_id", "matched", "importance", "text"))
 
 
 def prompts(argv: Sequence[str]) -> None:
@@ -149,13 +153,21 @@ def prompts(argv: Sequence[str]) -> None:
             store, arguments.text, arguments.regex, arguments.page, arguments.size
         )
 
-    _answer(arguments, frame, page, ("prompt_id", "source", "positions", "text"))
+    _answer(store, arguments, frame, page, ("prompt_id", "source", "positions", "text"))
 
 
 def prompt(argv: Sequence[str]) -> None:
     """Show the strongest edges of one prompt's graph, and what the model predicts."""
     arguments, store = _open("prompt", argv, "graph")
     number = find_prompt(store, arguments.p)
+    if number == ALL_PROBES:
+        raise BadInput(
+            f"prompt {arguments.p}: in the viewer, this is the graph of all probes together; give "
+            "the number of one prompt, from 1"
+        )
+    if "nodes" not in store.tables:
+        graphs = command("predict --config NAME.yaml --config graphs.yaml")
+        raise BadInput(f"harvest '{store.path}': it has no graphs; to make some: {graphs}")
     settings = (
         arguments.top_k,
         arguments.ci_threshold,
@@ -173,13 +185,15 @@ def prompt(argv: Sequence[str]) -> None:
     if write(edges, arguments.csv, arguments.parquet):
         return
     print(f"prompt {answer['prompt_id']}: {answer['text']}")
-    print(f"{len(answer['nodes'])} nodes, {answer['edges_total']} edges between them")
+    total = answer["edges_total"]
+    print(f"{len(answer['nodes']):,} nodes; the strongest {edges.height:,} of {total:,} edges:")
     print()
     print_frame(edges)
     if answer["outputs"]:
-        print()
+        print("\nthe likeliest next tokens at each position:")
         likely = pl.DataFrame(answer["outputs"]).sort("pos", -pl.col("ci_probability"))
-        print_frame(likely.select("pos", "token", "ci_probability", "target_probability"))
+        few = likely.group_by("pos", maintain_order=True).head(LIKELIEST)
+        print_frame(few.select("pos", "token", "ci_probability", "target_probability"))
 
 
 # ---- shared --------------------------------------------------------------------------------------
@@ -200,6 +214,7 @@ def _open(verb: str, argv: Sequence[str], question: str) -> tuple[argparse.Names
 
 
 def _answer(
+    store: Store,
     arguments: argparse.Namespace,
     frame: Callable[[], pl.DataFrame],
     page: Callable[[], Json],
@@ -214,9 +229,11 @@ def _answer(
         print_json(answer)
         return
     items = answer["items"]
+    place = f"harvest {store.path.name}, {store.manifest['prompts']:,} prompts"
     if not items:
-        print("nothing found")
+        print(f"nothing found in {place}")
         return
+    print(f"{place}\n")
     rows = pl.DataFrame(items, infer_schema_length=None)
     if "name" in rows.columns:
         rows = rows.with_columns(component="name")
@@ -225,7 +242,7 @@ def _answer(
     total = answer["total"]
     if total > len(items):
         more = "" if answer["next"] is None else f"; next: --page {answer['next']}"
-        print(f"{first + 1} to {first + len(items)} of {total}{more}")
+        print(f"{first + 1:,} to {first + len(items):,} of {total:,}{more}")
 
 
 def _named(frame: pl.DataFrame) -> pl.DataFrame:

@@ -204,14 +204,14 @@ QUERIES = (
         "prompts",
         "RUN",
         "List the prompts of a harvest, or those whose text matches.",
-        "prompts stories-2L --text mother",
+        "prompts stories-2L --text mom",
         (
             RUN,
             Option(
                 "--text",
                 "only prompts with this text; case and spaces are ignored",
                 "TEXT",
-                example="mother",
+                example="mom",
             ),
             Option(
                 "--regex",
