@@ -42,6 +42,9 @@ def component_text(
         yield f"for its tokens, correlations and examples, make statistics: {STATISTICS}"
         return
     yield from _histogram(store, name)
+    yield ""
+    yield "In the lists below: the share of its firings, and how many times as often as on average"
+    yield "(≥ the lower end of a 95 % interval, by which the lists are sorted)."
     if "token_counts" in store.tables:
         for side in OF:
             yield from _tokens(store, name, side, top)
@@ -70,12 +73,9 @@ def _tokens(store: Store, name: str, side: Of, top: int) -> Iterator[str]:
     tokens = rows.filter(pl.col("token_id").is_not_null()).head(top)  # without the remainder
     title = "tokens where it fires" if side == "input" else "next tokens that the target predicts"
     yield ""
-    yield f"{title} ({_LIFT}):"
+    yield f"{title}:"
     for token, recall, pmi, low in tokens.select("token", "recall", "pmi", "low").iter_rows():
         yield f"  {token!r:<16} {100 * recall:>5.1f} %  {_lift(pmi, low)}"
-
-
-_LIFT = "share of its firings; times as often as on average, with the lower end of a 95 % interval"
 
 
 def _lift(pmi: float, low: float) -> str:
@@ -89,7 +89,7 @@ def _correlations(store: Store, name: str, top: int) -> Iterator[str]:
         return
     rows = store.correlations(name).head(top)
     yield ""
-    yield f"fires together with ({_LIFT}):"
+    yield "fires together with:"
     names = [component_name(row["layer"], row["component"]) for row in rows.to_dicts()]
     width = max(map(len, names), default=0)
     for other, row in zip(names, rows.iter_rows(named=True), strict=True):
