@@ -56,6 +56,14 @@ SLOW = {
 }
 """Test files that `make test-fast` leaves out, by what they need."""
 
+SLOW_TESTS = (
+    "test_importing_one_does_not_import",  # processes of their own
+    "test_l3_two_devices_give_what_one_gives",
+    "test_runs_of_the_wrong_kind_are_rejected_without_torch",
+    "test_wrong_shapes_and_wrong_types_are_found",  # `make test-fast` does not check them
+)
+"""Single tests that `make test-fast` leaves out."""
+
 CASES = 2
 """The number of cases of each parametrized test of a slow chapter that `make test-fast` runs."""
 
@@ -109,5 +117,6 @@ def pytest_collection_modifyitems(items):
         test = item.nodeid.partition("[")[0]
         cases[test] += 1
         is_extra_case = item.path.name in SAMPLED_FILES and cases[test] > CASES
-        if item.path.name in SLOW_FILES or is_extra_case:
+        is_slow = item.path.name in SLOW_FILES or item.originalname in SLOW_TESTS
+        if is_slow or is_extra_case:
             item.add_marker(pytest.mark.slow)
