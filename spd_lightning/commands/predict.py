@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
 def _harvest(session: "Session") -> None:
     from spd_lightning.analysis.summary_page import write_summaries
     from spd_lightning.harvest.module import Harvester
-    from spd_lightning.tracking.publishing import publish
+    from spd_lightning.tracking.publishing import compact_harvests, publish
 
     trainer: Any = session.trainer
     harvesters = [callback for callback in trainer.callbacks if isinstance(callback, Harvester)]
@@ -35,6 +35,7 @@ def _harvest(session: "Session") -> None:
             session.model, datamodule=session.datamodule, return_predictions=False
         )
     if session.trainer.is_global_zero:
+        compact_harvests(session.plan.folder)
         for harvester in harvesters:
             # With several devices, `harvester.folder` is set only in their processes.
             folder = session.plan.folder / "harvest" / harvester.name

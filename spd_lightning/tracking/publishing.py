@@ -73,7 +73,6 @@ def publish(copies: Copies, names: Sequence[str] = runs.MIRRORED) -> None:
     if not len(copies):
         return
     name = copies.folder.name
-    compact_harvests(copies.folder)
     log.info("run %s: completing the copies of its files in the trackers ...", name)
     started = time.perf_counter()
     errors = copies.complete(names)
@@ -111,13 +110,13 @@ def send(chosen: Any, folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 MANY_GROUPS = 16
-"""Groups of files of a harvest above which they are merged before an upload."""
+"""Groups of files of a harvest above which they are merged."""
 
 
 def compact_harvests(folder: Path) -> None:
-    """Merge the small files of a run's harvests, since trackers are slow with many files.
+    """Merge the small files of a run's harvests, since queries and trackers are slow with many.
 
-    A harvest that is being written, or cannot be compacted for another reason, is sent as it is.
+    A harvest that is being written, or cannot be compacted for another reason, stays as it is.
     """
     from spd_lightning.store import Store
     from spd_lightning.store.compaction import compact
@@ -130,10 +129,10 @@ def compact_harvests(folder: Path) -> None:
                 continue
             done = compact(harvest)
         except BadInput as error:
-            log.info("harvest %s: it is sent with many files (%s)", harvest.name, error)
+            log.info("harvest %s: it keeps its many files (%s)", harvest.name, error)
             continue
         log.info(
-            "harvest %s: %d files were merged into %d, to send them",
+            "harvest %s: %d files were merged into %d",
             harvest.name,
             done.files_before,
             done.files,
