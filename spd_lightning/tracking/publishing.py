@@ -132,8 +132,5 @@ def compact_harvests(folder: Path) -> None:
             log.info("harvest %s: it keeps its many files (%s)", harvest.name, error)
             continue
         log.info(
-            "harvest %s: %d files were merged into %d",
-            harvest.name,
-            done.files_before,
-            done.files,
+            "harvest %s: %d files were merged into %d", harvest.name, done.files_before, done.files
         )
