@@ -37,8 +37,8 @@ view: install  ## open the viewer in a browser
 test: $(VENV)/.installed-dev  ## the tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# The options of pyproject.toml check shapes and types at run time, which takes 15 s to start.
 test-fast: $(VENV)/.installed-dev  ## a quick part of them, without browsers, killed processes, HuggingFace and checks of shapes
-	# Without the options of pyproject.toml, which check shapes and types at run time; this takes 15 s to start.
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" -o addopts="-q --strict-markers"
 
 check: $(VENV)/.installed-dev  ## ruff, basedpyright, import-linter

@@ -9,6 +9,7 @@ at a time, in PyTorch. It runs for 64 of the units only, and its speed is comput
 """
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,16 +61,24 @@ def ours(units: int, made: list[tuple[Observation, Tensor]]) -> Totals:
 
 
 class Loop:
-    """The same statistics, one unit at a time."""
+    """Computes the same statistics for one unit at a time."""
 
     def __init__(self, made: list[tuple[Observation, Tensor]]):
-        observations: list[Any] = [observation for observation, _ in made]
-        self.a = torch.cat([_all_layers(o.activations) for o in observations])  # [position, unit]
-        self.g = torch.cat([_all_layers(o.importances) for o in observations])
+        activations = []
+        importances = []
+        logits = []
+        for observation, _ in made:
+            assert observation.importances is not None
+            assert observation.logits is not None
+            activations.append(_all_layers(observation.activations))
+            importances.append(_all_layers(observation.importances))
+            logits.append(observation.logits.flatten(0, 1))
+        self.a = torch.cat(activations)  # [position, unit]
+        self.g = torch.cat(importances)
         self.fires = self.g > 0
-        self.logits = torch.cat([o.logits.flatten(0, 1) for o in observations])
+        self.logits = torch.cat(logits)  # [position, vocab]
         self.tokens = torch.cat([tokens.flatten() for _, tokens in made])
-        self.prompt = torch.arange(len(self.tokens)) // LENGTH
+        self.prompt = torch.arange(len(self.tokens)) // LENGTH  # [position]
 
     def unit(self, unit: int) -> dict[str, Any]:
         """Return the statistics of one unit."""
@@ -99,7 +108,7 @@ class Loop:
         }
 
 
-def _all_layers(values: dict[str, Tensor]) -> Tensor:
+def _all_layers(values: Mapping[str, Tensor]) -> Tensor:
     """Return values as [position, unit], with the units of all layers."""
     return torch.cat([layer.flatten(0, 1) for layer in values.values()], dim=1)
 

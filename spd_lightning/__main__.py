@@ -43,11 +43,11 @@ def find_package() -> None:
     The checkout has the name of the package, so Python takes the checkout for it, and the folder
     `runs` in it for our module `runs`.
     """
-    package = sys.modules["spd_lightning"]
-    if package.__file__ is not None:
+    package = sys.modules.get("spd_lightning")
+    if package is None or package.__file__ is not None:
         return
-    for name in [name for name in sys.modules if name.partition(".")[0] == "spd_lightning"]:
-        if name != "spd_lightning.__main__":
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "spd_lightning" and name != "spd_lightning.__main__":
             del sys.modules[name]
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

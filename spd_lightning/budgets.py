@@ -58,6 +58,8 @@ CIRCUIT_ARRAYS = 4
 HEAD_ROWS = 8
 """Rows of edges through attention by head, relative to rows without heads."""
 
+# ---- estimates of memory, in bytes ---------------------------------------------------------------
+
 GRAPH_EDGE_BYTES = 40
 """Bytes of one edge of a prompt's graph until it is written: as arrays, and as rows."""
 

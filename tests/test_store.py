@@ -440,7 +440,9 @@ def test_a_harvest_that_is_killed_again_and_again(tmp_path):
             before = polled(path)
             print(file=parent.stdin, flush=True)
             writer = int(parent.stdout.readline())
+            deadline = time.monotonic() + 60
             while polled(path) == before:
+                assert time.monotonic() < deadline, "the writer writes nothing"
                 time.sleep(0.001)
             time.sleep(moments.uniform(0, 0.03))
             os.kill(writer, signal.SIGKILL)

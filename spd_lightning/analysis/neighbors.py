@@ -12,6 +12,9 @@ from spd_lightning.store import Store
 Side = Literal["sources", "targets"]
 SIDES: tuple[Side, ...] = ("sources", "targets")
 
+GRAPHS = command("predict --config NAME.yaml --config graphs.yaml")
+"""The command that makes graphs, for messages."""
+
 MOST_PROMPTS = 200
 """The number of prompts whose graphs are read, if the harvest has no sums over all prompts."""
 
@@ -44,8 +47,7 @@ def neighbors(store: Store, name: str, side: Side = "sources", top: int = 20) ->
             "kind", "layer", "component", "edges", sum="to_activation", prompts=prompts
         )
     if "edges" not in store.tables:
-        predict = command("predict --config NAME.yaml --config graphs.yaml")
-        raise BadInput(f"harvest '{store.path}': it has no edges; to make graphs: {predict}")
+        raise BadInput(f"harvest '{store.path}': it has no edges; to make graphs: {GRAPHS}")
     return _from_graphs(store, layer, component, side, top)
 
 

@@ -1,6 +1,6 @@
 """A page about a harvest for the web pages of trackers, which do not show Parquet files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from spd_lightning.analysis.names import component_name
-from spd_lightning.analysis.search import prompts
+from spd_lightning.analysis.prompts import prompt_text
 from spd_lightning.analysis.statistics import components
 from spd_lightning.analysis.store import Store
 from spd_lightning.errors import BadInput, command
@@ -17,7 +17,7 @@ from spd_lightning.store.inspection import describe
 from spd_lightning.store.places import Folder
 
 NAME = "summary.html"
-MOST_ROWS = 100
+SHOWN = 100
 """The number of components, and of prompts, on the page."""
 
 _STYLE = """
@@ -69,7 +69,7 @@ def summary(harvest: Path) -> str:
 
 
 def _facts(store: Store) -> Iterator[str]:
-    """Yield a table of the origin of the harvest, and a hint how to open it."""
+    """Yield a table of the origin of the harvest, and how to open it."""
     manifest = store.manifest
     facts = {
         "run": manifest["run"],
@@ -101,7 +101,7 @@ def _components(store: Store) -> Iterator[str]:
     yield f"<p>{alive:,} of {count:,} components fire. Those that fire most often:</p>"
     heads = ["component", "density", "firings", "mean importance where it fires", "norm"]
     rows = []
-    for row in frame.head(MOST_ROWS).iter_rows(named=True):
+    for row in frame.head(SHOWN).iter_rows(named=True):
         name = component_name(row["layer"], row["component"])
         values = [row["density"], row["firings"], row["firing_importance"], row["norm"]]
         rows.append([name, *values])
@@ -110,14 +110,17 @@ def _components(store: Store) -> Iterator[str]:
 
 def _prompts(store: Store) -> Iterator[str]:
     """Yield the first prompts."""
-    frame = prompts(store)
+    rows = store.collect(store.scan("prompts").head(SHOWN))
     yield "<h2>Prompts</h2>"
-    yield f"<p>The first of {frame.height:,} prompts:</p>"
-    shown = frame.head(MOST_ROWS).select("source", "split", "positions", "text")
-    yield from _table(["source", "split", "positions", "text"], shown.iter_rows())
+    yield f"<p>The first of {store.manifest['prompts']:,} prompts:</p>"
+    lines = (
+        [row["source"], row["split"], len(row["token_ids"]), prompt_text(row)]
+        for row in rows.iter_rows(named=True)
+    )
+    yield from _table(["source", "split", "positions", "text"], lines)
 
 
-def _table(heads: Sequence[str], rows: Any) -> Iterator[str]:
+def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
     """Yield a table; numbers are aligned at the right."""
     yield "<table>"
     if any(heads):
@@ -129,14 +132,10 @@ def _table(heads: Sequence[str], rows: Any) -> Iterator[str]:
 
 def _cell(value: Any) -> str:
     match value:
-        case bool() | str():
-            return f"<td>{escape(str(value)[:300])}</td>"
         case int():
             return f'<td class="number">{value:,}</td>'
         case float():
             return f'<td class="number">{value:.4g}</td>'
         case None:
             return "<td></td>"
-        case Mapping():
-            return f"<td>{escape(str(dict(value)))}</td>"
-    return f"<td>{escape(str(value))}</td>"
+    return f"<td>{escape(str(value)[:300])}</td>"

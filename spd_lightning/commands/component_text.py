@@ -25,10 +25,12 @@ def component_text(
     """Yield the lines: statistics, histogram of importances, tokens, correlations, examples."""
     row = store.component(name)
     yield f"{name} in harvest {store.path.name}, {store.manifest['prompts']} prompts"
+    in_prompts = ""
+    if row["prompts"] is not None:
+        in_prompts = f", in {row['prompts']:,} prompts"
     yield (
         f"fires at {row['firings']:,} of {row['positions']:,} positions "
-        f"({100 * row['density']:.3g} %)"
-        + ("" if row["prompts"] is None else f", in {row['prompts']:,} prompts")
+        f"({100 * row['density']:.3g} %){in_prompts}"
     )
     if not row["firings"]:
         yield "it never fires here, so there is nothing more to show"

@@ -34,13 +34,13 @@ def _harvest(session: "Session") -> None:
         session.trainer.predict(
             session.model, datamodule=session.datamodule, return_predictions=False
         )
+    names = [harvester.name for harvester in harvesters]
     if session.trainer.is_global_zero:
-        compact_harvests(session.plan.folder)
+        compact_harvests(session.plan.folder, names)
         for harvester in harvesters:
             # With several devices, `harvester.folder` is set only in their processes.
             folder = session.plan.folder / "harvest" / harvester.name
             print(f"harvest: {folder}    view it: python -m spd_lightning view")
-    names = [harvester.name for harvester in harvesters]
     if len(session.copies):
         write_summaries(session.plan.folder, names)
     publish(session.copies, [f"harvest/{name}" for name in names])

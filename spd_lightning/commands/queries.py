@@ -15,14 +15,14 @@ from spd_lightning import runs
 from spd_lightning.analysis import responses
 from spd_lightning.analysis.harvests import open_harvest
 from spd_lightning.analysis.names import component_name
-from spd_lightning.analysis.neighbors import SIDES
+from spd_lightning.analysis.neighbors import GRAPHS, SIDES
 from spd_lightning.analysis.prompts import ALL_PROBES, find_prompt
 from spd_lightning.analysis.statistics import OF
 from spd_lightning.analysis.store import Store
 from spd_lightning.commands import options
 from spd_lightning.commands.component_text import component_text
 from spd_lightning.commands.frames import print_frame, print_json, write
-from spd_lightning.errors import BadInput, command
+from spd_lightning.errors import BadInput
 
 Json = dict[str, Any]
 
@@ -166,8 +166,7 @@ def prompt(argv: Sequence[str]) -> None:
             "the number of one prompt, from 1"
         )
     if "nodes" not in store.tables:
-        graphs = command("predict --config NAME.yaml --config graphs.yaml")
-        raise BadInput(f"harvest '{store.path}': it has no graphs; to make some: {graphs}")
+        raise BadInput(f"harvest '{store.path}': it has no graphs; to make some: {GRAPHS}")
     settings = (
         arguments.top_k,
         arguments.ci_threshold,

@@ -28,7 +28,7 @@ from spd_lightning.harvest.checks import (
     prune_and_count,
     sample_edges,
 )
-from spd_lightning.harvest.module import Harvester
+from spd_lightning.harvest.module import Harvester, positions_of
 from spd_lightning.harvest.native_decoder import as_native_decoder
 from spd_lightning.harvest.output_targets import OutputTargets, thresholds
 from spd_lightning.harvest.rows import (
@@ -144,9 +144,7 @@ class PromptGraphs(Harvester):
         """Check prompts of one length, and that the chosen nodes and outputs exist."""
         super().check_prompts(module, prompts)
         inputs = prompts.inputs
-        length = 1
-        if not inputs.is_floating_point():
-            length = inputs.shape[1]
+        length = positions_of(inputs)
         if self.nodes is not None:
             thresholds(module.model, self.nodes, self.threshold, length)
         if self.outputs is not None:
@@ -161,9 +159,7 @@ class PromptGraphs(Harvester):
         until they are written.
         """
         count = super().at_once(model, inputs)
-        length = 1
-        if not inputs.is_floating_point():
-            length = inputs.shape[1]
+        length = positions_of(inputs)
         rows_per_prompt = length**2  # pairs of positions
         if self.heads:
             rows_per_prompt *= budgets.HEAD_ROWS
@@ -173,9 +169,8 @@ class PromptGraphs(Harvester):
     def memory(self, model: ComponentModel, inputs: Tensor) -> Mapping[str, int]:
         """Return the bytes of the graphs of a batch if every component is a node (`budgets`)."""
         prompts = min(len(inputs), self.at_once(model, inputs))
-        positions = 1 if inputs.is_floating_point() else inputs.shape[1]
         outputs = vocab_of(model.target) or inputs.shape[1]
-        nodes = positions * (sum(model.counts.values()) + outputs)
+        nodes = positions_of(inputs) * (sum(model.counts.values()) + outputs)
         edges_of_prompt = min(nodes**2 // 2, budgets.MAX_EDGES)
         edges = min(prompts * edges_of_prompt, budgets.MAX_TOTAL_EDGES)
         return {"edges": edges * budgets.GRAPH_EDGE_BYTES}

@@ -95,9 +95,7 @@ class Harvester(Callback, ABC):
 
         inputs: [batch, features] floating point, or [batch, pos] token ids.
         """
-        positions = 1
-        if not inputs.is_floating_point():
-            positions = inputs.shape[1]
+        positions = positions_of(inputs)
         components = sum(model.counts.values())
         vocab = vocab_of(model.target) or 0
         entries_per_position = components + budgets.LOGIT_ARRAYS * vocab
@@ -290,6 +288,14 @@ def check_tokens(prompts: Prompts, vocab: int | None, context: int | None) -> No
             f"prompt '{prompts.sources[row]}': token {int(inputs[row, pos])} is outside the "
             f"target's vocabulary of {vocab}; use the tokenizer it was trained with"
         )
+
+
+def positions_of(inputs: torch.Tensor) -> int:
+    """Return the number of positions of each prompt of a batch; a vector has one.
+
+    inputs: [batch, features] floating point, or [batch, pos] token ids.
+    """
+    return 1 if inputs.is_floating_point() else inputs.shape[1]
 
 
 def digits(ids: list[int]) -> list[str]:

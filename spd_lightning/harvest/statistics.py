@@ -21,7 +21,7 @@ from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.errors import BadInput, check_range
 from spd_lightning.harvest.counting import Counts, count
 from spd_lightning.harvest.examples import Examples, Firings
-from spd_lightning.harvest.module import Harvester
+from spd_lightning.harvest.module import Harvester, positions_of
 from spd_lightning.harvest.moments import Histograms, histograms, moments
 from spd_lightning.harvest.rows import array, harvest_metadata, prompt_rows, site_rows
 from spd_lightning.harvest.statistics_rows import (
@@ -99,9 +99,8 @@ class Statistics(Harvester):
     def memory(self, model: ComponentModel, inputs: torch.Tensor) -> Mapping[str, int]:
         """Return the bytes of the firings of a batch, and of the statistics of a group."""
         prompts = min(len(inputs), self.at_once(model, inputs))
-        positions = 1 if inputs.is_floating_point() else inputs.shape[1]
         units = sum(model.counts.values())
-        firings = prompts * positions * units * budgets.FIRING_SHARE
+        firings = prompts * positions_of(inputs) * units * budgets.FIRING_SHARE
         pairs = units * (units + 1) // 2
         token_counts = 2 * units * (vocab_of(model.target) or 0)
         counts = min(pairs + token_counts, budgets.MAX_STATISTICS_ROWS)

@@ -113,7 +113,7 @@ def size_of(settings: Settings, gpu: bool = False) -> Size:
         BadInput: the config does not describe a decomposition, or one of its settings is invalid.
     """
     make = module_of(settings)
-    batch = _batch(settings)
+    batch = batch_of(settings)
     trainer = settings.config["trainer"]
     mixed = is_mixed(settings.settings["trainer"])
     if trainer["max_steps"] > MOST_STEPS:
@@ -157,14 +157,19 @@ def _sites(module: Decomposition) -> list[Site]:
     return sites
 
 
-def _batch(settings: Settings) -> Callable[[], Tensor]:
-    """Return a function that makes a batch of zeros of the config's shape."""
+def batch_of(settings: Settings, predict: bool = False) -> Callable[[], Tensor]:
+    """Return a function that makes a batch of zeros of the config's shape.
+
+    predict: whether it is a batch of `predict`, and not of the training.
+    """
     data = settings.built("data")
-    if hasattr(data, "seq_len"):
-        shape = (data.batch_size, data.seq_len)
-        return lambda: torch.zeros(shape, dtype=torch.long)
-    shape = (data.batch_size, data.n_features)
-    return lambda: torch.zeros(shape)
+    size = data.predict_batch_size if predict else data.batch_size
+    if not hasattr(data, "seq_len"):
+        return lambda: torch.zeros(size, data.n_features)
+    length = data.seq_len
+    if predict:
+        length = getattr(data, "n_ctx", length)
+    return lambda: torch.zeros(size, length, dtype=torch.long)
 
 
 def module_of(settings: Settings) -> Callable[[], Decomposition]:
@@ -251,7 +256,7 @@ def rough_bound(settings: Settings) -> float:
     """
     with fake_tensors():
         module = module_of(settings)()
-        tokens = _batch(settings)().numel()
+        tokens = batch_of(settings)().numel()
     model = module.model
     trained = _parameters(module)
     width = int(getattr(module.network, "vocab", 0))

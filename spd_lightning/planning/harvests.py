@@ -17,7 +17,7 @@ from spd_lightning import budgets
 from spd_lightning.decomposition.masks import Mask
 from spd_lightning.decomposition.model import ComponentModel
 from spd_lightning.planning.dry_run import fake_tensors
-from spd_lightning.planning.estimate import bytes_of, module_of
+from spd_lightning.planning.estimate import batch_of, bytes_of, module_of
 from spd_lightning.training.session import Settings
 
 PASSES = "forward passes of a batch"
@@ -53,7 +53,7 @@ def harvest_memory(settings: Settings) -> dict[str, int]:
     make = module_of(settings)
     with fake_tensors() as counter:
         model = make().model
-        inputs = _prompts(settings)
+        inputs = batch_of(settings, predict=True)()
         memory = {
             "Python and its libraries": budgets.LIBRARY_BYTES,
             "weights": bytes_of(model),
@@ -69,15 +69,6 @@ def harvest_memory(settings: Settings) -> dict[str, int]:
             for purpose, count in harvester.memory(model, inputs).items():
                 memory[f"{harvester.name}: {purpose}"] = count
     return memory
-
-
-def _prompts(settings: Settings) -> Tensor:
-    """Return a batch of prompts of the largest size, without values."""
-    data = settings.built("data")
-    if hasattr(data, "seq_len"):
-        length = getattr(data, "n_ctx", data.seq_len)
-        return torch.zeros(data.predict_batch_size, length, dtype=torch.long)
-    return torch.zeros(data.predict_batch_size, data.n_features)
 
 
 @torch.no_grad()

@@ -21,10 +21,8 @@ _KNOWN = re.compile(
     r"|decomposition\.safetensors|metrics\.jsonl"
     rf"|figures/[A-Za-z0-9._-]+\.png|{_HARVEST}|harvest/[A-Za-z0-9_][A-Za-z0-9._-]*/({_HARVEST})"
 )
-
-
-_LEFT = re.compile(r"(harvest/[^/]+/)?summary\.html")
-"""Pages for the tracker's own viewer. They are not downloaded, since they could run scripts."""
+_PAGE = re.compile(r"(harvest/[^/]+/)?summary\.html")
+"""A page for the tracker's own viewer. It is not kept, since it could run scripts."""
 
 
 def keep_known(folder: Path, what: str) -> None:
@@ -47,7 +45,7 @@ def keep_known(folder: Path, what: str) -> None:
             if not any(path.iterdir()):
                 path.rmdir()
         elif path.is_symlink() or not path.is_file() or not _KNOWN.fullmatch(name):
-            if not _LEFT.fullmatch(name):
+            if not _PAGE.fullmatch(name):
                 removed.append(name)
             path.unlink()
     if removed:

@@ -40,8 +40,8 @@ def lineage(folder: Path, part: str) -> dict[str, str]:
         run: the name of the run.
         config: the digest of its config.
         checkpoint: the digest of its weights.
-        digest: the digest of the part. The part's JSON files are hashed; they contain the digests
-            of all other files.
+        digest: the digest of the part. It covers the config and the JSON files of the part, which
+            contain the digests of its weights and tables.
     """
     facts = {"run": folder.name}
     config = folder / "config.yaml"

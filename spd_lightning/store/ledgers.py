@@ -254,14 +254,15 @@ def lost_ledger(place: Place, world: int, snapshot: Snapshot) -> str | None:
             return MERGED
     if not isinstance(place, Folder):
         return None
-    without = [rank for rank in range(world) if not _exists(place, f"manifest-{rank}.json")]
-    if not without:
+    ledgers = {str(rank): f"manifest-{rank}.json" for rank in range(world)}
+    missing = {rank: file for rank, file in ledgers.items() if not _exists(place, file)}
+    if not missing:
         return None
     known = {shard["name"] for shard in snapshot.shards}
     for path in place.path.glob(f"{INDEXES}/part-*"):
         rank = path.stem.split("-")[1]
-        if path.stem not in known and rank in map(str, without):
-            return f"manifest-{rank}.json"
+        if path.stem not in known and rank in missing:
+            return missing[rank]
     return None
 
 

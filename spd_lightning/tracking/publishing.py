@@ -113,16 +113,20 @@ MANY_GROUPS = 16
 """Groups of files of a harvest above which they are merged."""
 
 
-def compact_harvests(folder: Path) -> None:
+def compact_harvests(folder: Path, names: Sequence[str] | None = None) -> None:
     """Merge the small files of a run's harvests, since queries and trackers are slow with many.
 
     A harvest that is being written, or cannot be compacted for another reason, stays as it is.
+
+    names: the harvests; all if omitted.
     """
     from spd_lightning.store import Store
     from spd_lightning.store.compaction import compact
 
     for manifest in sorted(folder.glob("harvest/*/manifest.json")):
         harvest = manifest.parent
+        if names is not None and harvest.name not in names:
+            continue
         try:
             groups = Store(harvest).manifest["shards"]
             if groups <= MANY_GROUPS:

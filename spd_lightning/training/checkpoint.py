@@ -144,9 +144,9 @@ def _older(folder: Path) -> list[Path]:
 
 
 def _age(path: Path) -> int:
-    """Return n of a file `previous-n`."""
+    """Return n of a file `previous-n`; 1 for `previous` itself."""
     number = path.stem.rpartition("-")[2]
-    return int(number) if number.isdecimal() else 0
+    return int(number) if number.isdecimal() else 1
 
 
 def make_room(folder: Path, keep: int) -> None:
@@ -155,14 +155,13 @@ def make_room(folder: Path, keep: int) -> None:
     The checkpoint `previous` is not removed, since it is the only fallback for `last`. The next
     checkpoint replaces it.
     """
-    previous = folder / PREVIOUS.name
     for path in reversed(_older(folder)):
-        age = 1 if path == previous else _age(path)
+        age = _age(path)
         if not path.exists():
             continue
         if age + 2 <= keep:
             path.rename(folder / f"{PREVIOUS.stem}-{age + 1}{PREVIOUS.suffix}")
-        elif path != previous:
+        elif age > 1:
             path.unlink()
 
 
